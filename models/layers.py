@@ -1,0 +1,161 @@
+"""The pieces MSDNet is made of: convolutions, grid layers, transitions, exits (MSDNet paper, section 4).
+
+A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``; scale 0 is the finest, and each further scale has half the resolution.
+``Layer`` and ``Transition`` compute one scale at a time through ``compute(scale, inputs)``, where ``inputs(scale)`` gives the features of the
+stage before. Evaluating all scales at once (training) and only those an exit reads (``models.stepwise``) is therefore the same code.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+FeatureGrid = dict[int, Tensor]
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
+    """Convolution with "same" padding, batch normalisation, ReLU: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def bottleneck_conv(in_channels: int, out_channels: int, stride: int, bottleneck_factor: int | None) -> nn.Sequential:
+    """The paper's *normal* (stride 1) or *down* (stride 2) transformation.
+
+    A 1x1 convolution to ``min(in_channels, bottleneck_factor * out_channels)`` channels comes before the 3x3 one; None leaves it out.
+    """
+    if bottleneck_factor is None:
+        return conv_bn_relu(in_channels, out_channels, 3, stride)
+    inner_channels = min(in_channels, bottleneck_factor * out_channels)
+    return nn.Sequential(*conv_bn_relu(in_channels, inner_channels, 1), *conv_bn_relu(inner_channels, out_channels, 3, stride))
+
+
+class Stem(nn.Module):
+    """First layer: the image at the finest scale, then one strided convolution for every further scale.
+
+    Args:
+        channels: output channels of every scale, finest first.
+        small_inputs: 3x3 stride-1 convolution (CIFAR) instead of 7x7 stride 2 and a max-pool (ImageNet).
+    """
+
+    def __init__(self, channels: Sequence[int], small_inputs: bool):
+        super().__init__()
+        if small_inputs:
+            finest = conv_bn_relu(3, channels[0], 3)
+        else:
+            finest = nn.Sequential(*conv_bn_relu(3, channels[0], 7, stride=2, bias=True), nn.MaxPool2d(3, stride=2, padding=1))
+        coarser = [conv_bn_relu(channels[s - 1], channels[s], 3, stride=2) for s in range(1, len(channels))]
+        self.scales = nn.ModuleList([finest, *coarser])
+
+    def forward(self, images: Tensor) -> FeatureGrid:
+        grid, x = {}, images
+        for scale, transform in enumerate(self.scales):
+            grid[scale] = x = transform(x)
+        return grid
+
+
+class GridStage(nn.Module):
+    """A stage of the grid that gives the scales in ``self.scales`` from those of the stage before."""
+
+    scales: range
+
+    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how a scale is computed")
+
+    def forward(self, grid: FeatureGrid) -> FeatureGrid:
+        return {scale: self.compute(scale, grid.__getitem__) for scale in self.scales}
+
+
+class Layer(GridStage):
+    """One layer: every remaining scale keeps its input and adds ``growth[scale]`` new channels.
+
+    The finest scale of the network adds normal(x_s). Every scale that has a finer one below it in the stage before adds
+    down(x_{s-1}) and normal(x_s), half of the new channels each.
+
+    Args:
+        width: input channels of every scale.
+        growth: new channels of every scale.
+        bottleneck_factors: of every scale, applied by the scale an input comes from; None for no bottleneck.
+        input_scales, output_scales: scales of the stage before, and of this one; finer ones are dropped here.
+    """
+
+    def __init__(
+        self,
+        width: Sequence[int],
+        growth: Sequence[int],
+        bottleneck_factors: Sequence[int | None],
+        input_scales: range,
+        output_scales: range,
+    ):
+        super().__init__()
+        self.scales = output_scales
+        self.normal, self.down = nn.ModuleDict(), nn.ModuleDict()
+        for s in output_scales:
+            has_finer = s - 1 in input_scales
+            new_channels = growth[s] // 2 if has_finer else growth[s]
+            self.normal[str(s)] = bottleneck_conv(width[s], new_channels, 1, bottleneck_factors[s])
+            if has_finer:
+                self.down[str(s)] = bottleneck_conv(width[s - 1], new_channels, 2, bottleneck_factors[s - 1])
+
+    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+        key = str(scale)
+        x = inputs(scale)
+        from_finer = [self.down[key](inputs(scale - 1))] if key in self.down else []
+        return torch.cat([x, *from_finer, self.normal[key](x)], dim=1)
+
+
+class Transition(GridStage):
+    """1x1 convolutions that reduce the channels of every scale, after a layer that dropped one."""
+
+    def __init__(self, width: Sequence[int], reduced_width: Sequence[int], scales: range):
+        super().__init__()
+        self.scales = scales
+        self.reduce = nn.ModuleDict({str(s): conv_bn_relu(width[s], reduced_width[s], 1) for s in scales})
+
+    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+        return self.reduce[str(scale)](inputs(scale))
+
+
+class Exit(nn.Module):
+    """A classifier on the coarsest scale: two strided convolutions, average pooling, a linear layer.
+
+    The released programs pool 2x2 windows, which at their image sizes is the whole 2x2 map; pooling the whole map is the same there and
+    keeps the number of features independent of the image size.
+
+    Args:
+        in_channels: channels of the coarsest scale.
+        feature_channels: channels of both convolutions, and number of pooled features.
+    """
+
+    def __init__(self, in_channels: int, feature_channels: int, num_classes: int):
+        super().__init__()
+        self.feature_channels = feature_channels
+        self.convolutions = nn.Sequential(
+            conv_bn_relu(in_channels, feature_channels, 3, stride=2),
+            conv_bn_relu(feature_channels, feature_channels, 3, stride=2),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(feature_channels, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Coarsest scale (N, in_channels, H, W) -> pooled features (N, feature_channels)."""
+        return self.pool(self.convolutions(x)).flatten(1)
+
+
+class _GradientRescale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def rescale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The identity, whose gradient is multiplied by ``factor`` (IMTA paper, section 3.1)."""
+    return _GradientRescale.apply(x, factor)

@@ -1,0 +1,48 @@
+"""Training losses, one value an image, so that means over any split of a batch (several GPUs, accumulation) are exact.
+
+Stage 1: the sum of all exits' cross-entropies. Stage 2: One-for-all distillation (OFA), Li et al., ICCV 2019, section 3.3.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sum_of_cross_entropies(logits: list[Tensor], targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Stage-1 loss, (N,): the cross-entropies of all exits, added.
+
+    Args:
+        logits: one tensor (N, C) an exit.
+        targets: class indices (N,).
+    """
+    return sum(F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing) for z in logits)
+
+
+def one_for_all_loss(
+    logits: list[Tensor],
+    targets: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    gamma: float = 0.1,
+    kl_mean_over_classes: bool = False,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Stage-2 loss, (N,): the last exit learns from the labels, every other one also from the teacher.
+
+    An exit k < K has (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
+
+    Args:
+        logits: one tensor (N, C) an exit.
+        targets: class indices (N,).
+        teacher_logits: (N, C); no gradient flows into them.
+        temperature: T.
+        gamma: weight of the distillation term; 0 is no distillation.
+        kl_mean_over_classes: the released program's KL, which is also averaged over classes and so weighs 1 / C of the paper's.
+    """
+    loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
+    soft_targets = F.softmax(teacher_logits.detach() / temperature, dim=1)
+    for z in logits[:-1]:
+        divergence = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
+        divergence = divergence.mean(dim=1) if kl_mean_over_classes else divergence.sum(dim=1)
+        cross_entropy = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
+        loss = loss + (1 - gamma) * cross_entropy + gamma * temperature**2 * divergence
+    return loss

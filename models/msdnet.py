@@ -1,0 +1,210 @@
+"""MSDNet: a multi-scale dense network with a classifier (exit) after every block, trained with Gradient Equilibrium.
+
+Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018 (arXiv 1703.09844);
+Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.1.
+
+    network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=16, growth_rate=6, num_classes=100)
+    logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, rescale_gradient
+
+SMALL_INPUT_EXIT_CHANNELS = 128
+
+
+class MSDNet(nn.Module):
+    """Multi-scale dense network with ``num_blocks`` exits.
+
+    Args:
+        num_classes: outputs of every exit.
+        num_blocks: blocks, and so exits, K.
+        base: layers of the first block.
+        step: layers of every further block (``step_mode="even"``); block i = 1, 2, ... has ``step * i + 1`` (``"lin_grow"``).
+        num_channels: channels of the stem, times ``growth_factors[scale]``.
+        growth_rate: new channels of a layer, times ``growth_factors[scale]``.
+        growth_factors: of every scale, finest first; their number is the number of scales.
+        bottleneck_factors: of every scale; a 1x1 convolution narrows to at most this many times the new channels.
+        bottleneck: False leaves these 1x1 convolutions out.
+        prune: ``"max"`` drops the finest scales at equal distances over the depth and reduces channels after each drop; ``"min"``
+            drops them in the last layers and reduces channels after a third and two thirds of the layers.
+        reduction: share of the channels that a transition keeps; 0 leaves transitions out.
+        small_inputs: stem and exits of the CIFAR networks (True) or of the ImageNet networks (False).
+        gradient_equilibrium: rescale gradients where exits leave the trunk, so that every exit's weighs about the same.
+        gradient_equilibrium_scales: ``"trunk"`` rescales all scales (the paper), ``"coarsest"`` only the one the exit reads (released code).
+        initialization: ``"pytorch"`` (PyTorch's defaults, what the published PyTorch numbers used) or ``"he"`` (He-normal
+            convolutions by fan-out, zero biases: the original Lua program).
+
+    Raises:
+        ValueError: an impossible combination; the message names what was given and what is allowed.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 100,
+        num_blocks: int = 5,
+        base: int = 1,
+        step: int = 1,
+        step_mode: str = "even",
+        num_channels: int = 16,
+        growth_rate: int = 6,
+        growth_factors: Sequence[int] = (1, 2, 4),
+        bottleneck_factors: Sequence[int] = (1, 2, 4),
+        bottleneck: bool = True,
+        prune: str = "max",
+        reduction: float = 0.5,
+        small_inputs: bool = True,
+        gradient_equilibrium: bool = True,
+        gradient_equilibrium_scales: str = "trunk",
+        initialization: str = "pytorch",
+    ):
+        super().__init__()
+        given = locals()
+        # Plain types only: a checkpoint stores this and rebuilds the network from it.
+        self.config = {
+            name: list(given[name]) if isinstance(given[name], (tuple, list)) else given[name]
+            for name in inspect.signature(MSDNet).parameters
+        }
+        _check_options(self.config)
+        self.num_exits = num_blocks
+        self.num_classes = num_classes
+        self.num_scales = len(growth_factors)
+        self.small_inputs = small_inputs
+        self.gradient_equilibrium = gradient_equilibrium
+        self.gradient_equilibrium_scales = gradient_equilibrium_scales
+
+        def per_scale(multiple: int) -> list[int]:
+            return [multiple * factor for factor in growth_factors]
+
+        factors = list(bottleneck_factors) if bottleneck else [None] * self.num_scales
+        width = num_channels
+        self.stem = Stem(per_scale(width), small_inputs)
+        self.blocks, self.exits = nn.ModuleList(), nn.ModuleList()
+        depths = block_depths(num_blocks, base, step, step_mode)
+        num_layers = sum(depths)
+        layer_number, scales = 0, range(self.num_scales)
+        for depth in depths:
+            stages = []
+            for _ in range(depth):
+                layer_number += 1
+                input_scales, scales = scales, remaining_scales(layer_number, num_layers, self.num_scales, prune)
+                stages.append(Layer(per_scale(width), per_scale(growth_rate), factors, input_scales, scales))
+                width += growth_rate
+                if reduction > 0 and _transition_follows(layer_number, num_layers, len(scales) < len(input_scales), prune):
+                    reduced_width = math.floor(reduction * width)
+                    if reduced_width < 1:
+                        raise ValueError(f"reduction {reduction} leaves no channel of {width} after layer {layer_number}")
+                    stages.append(Transition(per_scale(width), per_scale(reduced_width), scales))
+                    width = reduced_width
+            self.blocks.append(nn.Sequential(*stages))
+            coarsest_channels = width * growth_factors[-1]
+            exit_channels = SMALL_INPUT_EXIT_CHANNELS if small_inputs else coarsest_channels
+            self.exits.append(Exit(coarsest_channels, exit_channels, num_classes))
+        if initialization == "he":
+            self.apply(_he_normal)
+
+    @property
+    def minimum_image_size(self) -> int:
+        """Smallest height and width in pixels: an exit pools a map of at least 2x2, as in the published networks."""
+        halvings = self.num_scales - 1 + 2 + (0 if self.small_inputs else 2)
+        return 2**halvings + 1
+
+    def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
+        """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
+        features = []
+        grid = self.stem(images)
+        for k in range(self._checked(num_exits)):
+            grid = self.blocks[k](grid)
+            remaining_exits = self.num_exits - k
+            grid = self._rescale(grid, 1 / remaining_exits)
+            features.append(self.exits[k].features(grid[self.num_scales - 1]))
+            grid = self._rescale(grid, remaining_exits - 1)
+        return features
+
+    def classify(self, features: list[Tensor]) -> list[Tensor]:
+        """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""
+        return [exit.linear(f) for exit, f in zip(self.exits, features, strict=False)]
+
+    def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
+        """Logits (N, num_classes) of exit ``k`` alone; ``previous_logits`` are of no use to independent exits."""
+        return self.exits[k].linear(features)
+
+    def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
+        """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
+        return self.classify(self.features(images, num_exits))
+
+    def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
+        """Gradient Equilibrium. Before exit i of K (1-based) by 1 / (K-i+1) and after it by K-i: the exit's own gradient reaches the
+        trunk times 1 / (K-i+1), that of all later exits times (K-i) / (K-i+1)."""
+        if not self.gradient_equilibrium:
+            return grid
+        coarsest = self.num_scales - 1
+        every_scale = self.gradient_equilibrium_scales == "trunk"
+        return {s: rescale_gradient(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
+
+    def _checked(self, num_exits: int | None) -> int:
+        if num_exits is None:
+            return self.num_exits
+        if not 1 <= num_exits <= self.num_exits:
+            raise ValueError(f"num_exits is {num_exits}; this network has 1 to {self.num_exits}")
+        return num_exits
+
+
+def block_depths(num_blocks: int, base: int, step: int, step_mode: str) -> list[int]:
+    """Layers of every block."""
+    return [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]
+
+
+def remaining_scales(layer_number: int, num_layers: int, num_scales: int, prune: str) -> range:
+    """The scales that layer ``layer_number`` = 1 .. ``num_layers`` computes."""
+    if prune == "max":
+        interval = math.ceil(num_layers / num_scales)
+        count = num_scales - (layer_number - 1) // interval
+    else:
+        count = min(num_scales, num_layers - layer_number + 1)
+    return range(num_scales - count, num_scales)
+
+
+def _transition_follows(layer_number: int, num_layers: int, dropped_scale: bool, prune: str) -> bool:
+    if prune == "max":
+        return dropped_scale
+    return layer_number in (num_layers // 3, 2 * num_layers // 3)
+
+
+def _check_options(config: dict) -> None:
+    for name, allowed in (
+        ("step_mode", ("even", "lin_grow")),
+        ("prune", ("max", "min")),
+        ("gradient_equilibrium_scales", ("trunk", "coarsest")),
+        ("initialization", ("pytorch", "he")),
+    ):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} is {config[name]!r}; allowed: {', '.join(allowed)}")
+    for name in ("num_classes", "num_blocks", "base", "step", "num_channels", "growth_rate"):
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}; it must be at least 1")
+    growth, bottleneck = config["growth_factors"], config["bottleneck_factors"]
+    if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
+        raise ValueError(f"growth_factors {growth} and bottleneck_factors {bottleneck} must be lists of positive integers")
+    if len(growth) != len(bottleneck):
+        raise ValueError(f"growth_factors {growth} and bottleneck_factors {bottleneck} must have one number a scale each")
+    if not 0 <= config["reduction"] <= 1:
+        raise ValueError(f"reduction is {config['reduction']}; it must lie between 0 (no transitions) and 1")
+    odd = [s for s in range(1, len(growth)) if config["growth_rate"] * growth[s] % 2]
+    if odd:
+        raise ValueError(
+            f"growth_rate {config['growth_rate']} times growth_factors {growth} must be even at every scale but the finest, "
+            f"where it is split in halves; it is odd at scale {odd[0]}"
+        )
+
+
+def _he_normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
