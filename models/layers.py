@@ -1,8 +1,9 @@
 """The pieces MSDNet is made of: convolutions, grid layers, transitions, exits (MSDNet paper, section 4).
 
-A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``; scale 0 is the finest, and each further scale has half the resolution.
-``Layer`` and ``Transition`` compute one scale at a time through ``compute(scale, inputs)``, where ``inputs(scale)`` gives the features of the
-stage before. Evaluating all scales at once (training) and only those an exit reads (``models.stepwise``) is therefore the same code.
+A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``; scale 0 is the finest, and each further scale has half the
+resolution. ``Layer`` and ``Transition`` compute one scale at a time through ``compute(scale, inputs)``, where ``inputs(scale)`` gives
+the features of the stage before. Evaluating all scales at once (training) and only those an exit reads (``models.stepwise``) is
+therefore the same code.
 """
 
 from collections.abc import Callable, Sequence

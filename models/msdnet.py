@@ -36,7 +36,7 @@ class MSDNet(nn.Module):
         reduction: share of the channels that a transition keeps; 0 leaves transitions out.
         small_inputs: stem and exits of the CIFAR networks (True) or of the ImageNet networks (False).
         gradient_equilibrium: rescale gradients where exits leave the trunk, so that every exit's weighs about the same.
-        gradient_equilibrium_scales: ``"trunk"`` rescales all scales (the paper), ``"coarsest"`` only the one the exit reads (released code).
+        gradient_equilibrium_scales: ``"trunk"`` rescales all scales (the paper), ``"coarsest"`` only the exit's (released code).
         initialization: ``"pytorch"`` (PyTorch's defaults, what the published PyTorch numbers used) or ``"he"`` (He-normal
             convolutions by fan-out, zero biases: the original Lua program).
 

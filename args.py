@@ -1,0 +1,386 @@
+"""The command line of both stages: the only place that sees strings.
+
+``parse("GE", argv)`` gives a ``CommandLine``; its ``settings()`` are what was typed, over what a checkpoint stored, over a preset, over the
+defaults below. Published flag spellings stay; everything behind them is typed and named in snake_case.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from utils import UserError
+
+DEFAULTS = {
+    "preset": "demo",
+    "save": None,
+    "resume": False,
+    "overwrite": False,
+    "evalmode": None,
+    "evaluate_from": None,
+    "pretrained": None,
+    "seed": 1,
+    "deterministic": False,
+    "gpu": None,
+    "print_freq": 100,
+    "save_every_steps": None,
+    "data_root": Path("data"),
+    "image_size": None,
+    "val_size": 5000,
+    "split_seed": 0,
+    "limit_train": None,
+    "limit_test": None,
+    "workers": 4,
+    "augment": "standard",
+    "num_blocks": 5,
+    "base": 1,
+    "step": 1,
+    "step_mode": "even",
+    "num_channels": 16,
+    "growth_rate": 6,
+    "growth_factors": (1, 2, 4),
+    "bottleneck_factors": (1, 2, 4),
+    "bottleneck": True,
+    "prune": "max",
+    "reduction": 0.5,
+    "small_inputs": None,
+    "gradient_equilibrium": True,
+    "gradient_equilibrium_scales": "trunk",
+    "initialization": "pytorch",
+    "temperature": 1.0,
+    "gamma": 0.1,
+    "isc": True,
+    "ofa": True,
+    "isc_gradient": "cut",
+    "kl_reduction": "sum",
+    "backbone_bn": "frozen",
+    "single_stage": False,
+    "released": False,
+    "epochs": 300,
+    "batch_size": 64,
+    "lr": 0.1,
+    "lr_type": "multistep",
+    "lr_milestones": None,
+    "decay_rate": 0.1,
+    "warmup_epochs": 0.0,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.0,
+    "clip_grad": None,
+    "amp": "auto",
+}
+
+_CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
+_CIFAR_7_EXITS = {"num_blocks": 7, "step_mode": "even", "step": 2, "base": 4, "num_channels": 16, "growth_rate": 6}
+_BATCH_512_COSINE = {"batch_size": 512, "lr": 0.8, "lr_type": "cosine"}
+_BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
+
+# Published settings (shared by both stages, then those of each). Sources: kalviny/MSDNet-PyTorch for CIFAR-10 and the 7-exit network,
+# yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet.
+PRESETS = {
+    "demo": {
+        "both": {"data": "demo", "val_size": 1000, "augment": "none", "num_blocks": 5, "num_channels": 8, "lr_type": "cosine"},
+        "GE": {"epochs": 10, "batch_size": 64},
+        "IMTA": {"epochs": 5, "batch_size": 64},
+    },
+    "cifar10": {
+        "both": {"data": "cifar10", **_CIFAR_5_EXITS},
+        "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "cifar100": {
+        "both": {"data": "cifar100", **_CIFAR_5_EXITS},
+        "GE": {"epochs": 300, **_BATCH_512_COSINE},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "cifar100-anytime": {
+        "both": {"data": "cifar100", **_CIFAR_7_EXITS},
+        "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "imagenet": {
+        "both": {
+            "data": "imagenet",
+            "val_size": 50000,
+            "num_blocks": 5,
+            "step_mode": "even",
+            "step": 4,
+            "base": 4,
+            "num_channels": 32,
+            "growth_rate": 16,
+            "growth_factors": (1, 2, 4, 4),
+            "bottleneck_factors": (1, 2, 4, 4),
+            "epochs": 90,
+            "batch_size": 256,
+            "lr": 0.1,
+            "lr_milestones": (30.0, 60.0),
+        },
+        "GE": {},
+        "IMTA": {},
+    },
+}
+
+# What a resumed run may change: where and how it runs, never what it computes.
+RUNTIME_OPTIONS = {
+    *("preset", "save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps"),
+    *("data_root", "workers", "limit_test"),
+}
+
+# What stage 2 takes over from stage 1 unless told otherwise.
+INHERITED_OPTIONS = (
+    *("data", "data_root", "image_size", "val_size", "split_seed", "limit_train", "limit_test", "augment", "workers"),
+    *("num_blocks", "base", "step", "step_mode", "num_channels", "growth_rate", "growth_factors", "bottleneck_factors", "bottleneck"),
+    *("prune", "reduction", "small_inputs", "gradient_equilibrium", "gradient_equilibrium_scales", "initialization"),
+)
+
+# --released: the released program's side of every row of the decision table.
+RELEASED_CHOICES = {
+    "gradient_equilibrium_scales": "coarsest",
+    "initialization": "pytorch",
+    "kl_reduction": "mean",
+    "backbone_bn": "moving",
+    "isc_gradient": "flow",
+}
+
+
+class CommandLine:
+    """A parsed command line: what was typed (``explicit``), and the settings that follow from it."""
+
+    def __init__(self, stage: str, explicit: dict):
+        self.stage, self.explicit = stage, explicit
+
+    def settings(self, stored: dict | None = None, inherited: dict | None = None) -> argparse.Namespace:
+        """The settings of a run.
+
+        Args:
+            stored: those of a checkpoint to go on from or to evaluate; they take the place of the preset.
+            inherited: those of the stage-1 run; its preset, data and network options hold here too.
+        """
+        if stored is not None:
+            base = {**DEFAULTS, **stored}
+        else:
+            inherited = inherited or {}
+            base = self._from_preset(inherited.get("preset", DEFAULTS["preset"]))
+            base |= {name: inherited[name] for name in INHERITED_OPTIONS if name in inherited}
+        return argparse.Namespace(**{**base, "data_root": Path(base["data_root"]), **self.explicit})
+
+    def refuse_changes(self, stored: dict) -> None:
+        """A resumed run must go on as it began.
+
+        Raises:
+            UserError: names the first flag that asks for something else.
+        """
+        for name, value in self.explicit.items():
+            if name not in RUNTIME_OPTIONS and name in stored and stored[name] != value:
+                raise UserError(f"the run to resume has {name} = {stored[name]}, the command line says {value}; use a new --save for that")
+
+    @property
+    def save_directory(self) -> Path:
+        """--save; else a neighbour of the --pretrained run; else save/<preset>/<stage>."""
+        if "save" in self.explicit:
+            return self.explicit["save"]
+        if "preset" not in self.explicit and self.explicit.get("pretrained", Path()).is_dir() and "pretrained" in self.explicit:
+            return self.explicit["pretrained"].parent / self.stage
+        return Path("save") / self.explicit.get("preset", DEFAULTS["preset"]) / self.stage
+
+    def _from_preset(self, preset: str) -> dict:
+        chosen = PRESETS[self.explicit.get("preset", preset)]
+        released = RELEASED_CHOICES if self.explicit.get("released") else {}
+        return {**DEFAULTS, "preset": preset, **chosen["both"], **chosen[self.stage], **released}
+
+
+def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
+    """Parse the command line of ``stage`` ("GE" or "IMTA"); ``argv`` None reads ``sys.argv``.
+
+    Raises:
+        SystemExit: with status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
+    """
+    return CommandLine(stage, vars(_build_parser(stage).parse_args(argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+
+
+def _build_parser(stage: str) -> argparse.ArgumentParser:
+    purpose = {
+        "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
+        "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
+    }[stage]
+    parser = _Parser(
+        prog=f"train_{stage}.py",
+        description=purpose + " Without flags: the embedded demo. Defaults shown are those of --preset demo.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    demo = {**DEFAULTS, **PRESETS["demo"]["both"], **PRESETS["demo"][stage]}
+
+    def adder(title: str) -> Callable:
+        group = parser.add_argument_group(title)
+
+        def add(*flags: str, help: str, shown: str | None = None, **options) -> None:
+            name = options.get("dest") or flags[0].lstrip("-").replace("-", "_")
+            default = shown if shown is not None else _shown(demo[name])
+            group.add_argument(*flags, help=f"{help} (default: {default})".replace("%", "%%"), **options)
+
+        return add
+
+    on_off = {"action": argparse.BooleanOptionalAction}
+    switch = {"action": "store_true"}
+
+    add = adder("run")
+    add("--preset", choices=list(PRESETS), help="settings that all other flags change: the demo, or published ones")
+    add("--save", type=Path, metavar="DIR", shown=f"save/PRESET/{stage}", help="directory of this run: checkpoints, log, tables, curves")
+    add("--resume", **switch, help="go on from DIR's last checkpoint, with the settings stored there")
+    add("--overwrite", **switch, help="start anew in a directory that holds a run")
+    add(
+        "--evalmode",
+        "--eval",
+        nargs="?",
+        const="dynamic",
+        choices=["anytime", "dynamic"],
+        shown="train, then evaluate both ways",
+        help="evaluate only: every exit on its own (anytime), or budgeted batch prediction (dynamic, also when no mode is given)",
+    )
+    add("--evaluate-from", type=Path, metavar="FILE", shown="DIR/best.pt", help="checkpoint to evaluate, ours or a released one")
+    if stage == "IMTA":
+        add(
+            "--pretrained",
+            type=Path,
+            metavar="PATH",
+            shown="the directory GE beside DIR",
+            help="stage-1 checkpoint (ours or a released one), or directory of a stage-1 run",
+        )
+    add("--seed", type=_at_least(0), metavar="N", help="seed of initialisation, order and augmentation")
+    add("--deterministic", **switch, help="only operations that repeat bit for bit on the same machine")
+    add("--gpu", type=_int_list(","), metavar="IDS", shown="the first GPU, or the CPU", help="GPU or GPUs of this process, such as 0,1,2,3")
+    add("--print-freq", "-p", type=_at_least(1), metavar="N", help="steps between two lines of the log")
+    add("--save-every-steps", type=_at_least(1), metavar="N", shown="at the end of an epoch", help="also save a checkpoint every N steps")
+
+    add = adder("data")
+    data_sets = ["demo", "cifar10", "cifar100", "imagenet", "folder"]
+    add("--data", type=str.lower, choices=data_sets, help="data set; folder: any images in train/CLASS/")
+    add("--data-root", type=Path, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
+    add("--image-size", type=_at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224", help="height and width of images")
+    add("--val-size", type=_at_least(0), metavar="N", help="training images held out to choose the best epoch and the thresholds")
+    add("--split-seed", type=_at_least(0), metavar="N", help="seed of the choice of held-out images")
+    add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
+    add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
+    add("--workers", "-j", type=_at_least(0), metavar="N", help="processes that decode large images")
+    add("--augment", choices=["standard", "none"], help="standard: padded random crop (small images) or random resized crop, and flip")
+
+    add = adder("network")
+    add("--nBlocks", dest="num_blocks", type=_at_least(1), metavar="K", help="blocks, and so exits")
+    add("--base", type=_at_least(1), metavar="N", help="layers of the first block")
+    add("--step", type=_at_least(1), metavar="N", help="layers of every further block (even), or their growth (lin_grow)")
+    add("--stepmode", dest="step_mode", choices=["even", "lin_grow"], help="block i >= 1 has STEP layers, or STEP * i + 1")
+    add("--nChannels", dest="num_channels", type=_at_least(1), metavar="N", help="channels of the first layer at the finest scale")
+    add("--growthRate", dest="growth_rate", type=_at_least(1), metavar="N", help="new channels of a layer at the finest scale")
+    add("--grFactor", dest="growth_factors", type=_int_list("-"), metavar="1-2-4", help="channel multiple of every scale, finest first")
+    add("--bnFactor", dest="bottleneck_factors", type=_int_list("-"), metavar="1-2-4", help="bottleneck multiple of every scale")
+    add("--bottleneck", **on_off, help="1x1 convolutions before the 3x3 ones")
+    add("--prune", choices=["max", "min"], help="drop fine scales evenly over the depth (max) or in the last layers (min)")
+    add("--reduction", type=_in_range(0, 1), metavar="R", help="share of channels a transition keeps; 0: no transitions")
+    add("--small-inputs", **on_off, shown="up to 64 pixels", help="stem and exits of the CIFAR networks, not of the ImageNet ones")
+    add("--gradient-equilibrium", "--GE", **on_off, help="rescale gradients at the exits; off: plain MSDNet")
+    add(
+        "--ge-scales",
+        dest="gradient_equilibrium_scales",
+        choices=["trunk", "coarsest"],
+        help="scales whose gradients are rescaled: all (paper), or only the exit's (released code)",
+    )
+    add("--init", dest="initialization", choices=["pytorch", "he"], help="PyTorch's default initialisation, or He-normal (Lua program)")
+
+    if stage == "IMTA":
+        add = adder("collaboration and distillation")
+        add("--temperature", "-T", type=_above(0), metavar="T", help="temperature of the distillation")
+        add("--gamma", type=_in_range(0, 1), metavar="G", help="weight of the distillation against the labels")
+        add("--isc", **on_off, help="Inline Subnetwork Collaboration: exits read the logits of the exit before them")
+        add("--ofa", **on_off, help="One-for-all distillation: exits learn from the last exit of stage 1")
+        add("--isc-gradient", choices=["cut", "flow"], help="gradient from an exit into the one before: cut (paper), flow (released code)")
+        add("--kl", dest="kl_reduction", choices=["sum", "mean"], help="over classes: sum (paper), mean (released code, 1/C of the weight)")
+        add("--backbone-bn", choices=["frozen", "moving"], help="BatchNorm of the frozen network: frozen (paper), moving (released code)")
+        add("--single-stage", **switch, help="train network and classifiers at once from scratch (GE + ISC + OFA)")
+    add("--released", **switch, help="every choice the released program's way; a flag given beside it still counts")
+
+    add = adder("optimisation")
+    add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
+    add("--batch-size", "-b", type=_at_least(1), metavar="N", help="images a step, over all processes and GPUs")
+    add("--lr", "--learning-rate", type=_above(0), metavar="LR", help="peak learning rate")
+    add("--lr-type", choices=["multistep", "cosine"], help="schedule after the warm-up")
+    add("--lr-milestones", type=_float_list, metavar="E,E", shown="at 50 %% and 75 %%", help="epochs at which multistep decays")
+    add("--decay-rate", type=_above(0), metavar="R", help="factor of every multistep decay")
+    add("--warmup-epochs", type=_in_range(0, None), metavar="E", help="epochs of linear warm-up")
+    add("--momentum", type=_in_range(0, 1), metavar="M", help="momentum of SGD")
+    add("--nesterov", **on_off, help="Nesterov momentum")
+    add("--weight-decay", "--wd", type=_in_range(0, None), metavar="W", help="weight decay")
+    add("--label-smoothing", type=_in_range(0, 1), metavar="S", help="label smoothing of the cross-entropies")
+    add("--clip-grad", type=_above(0), metavar="NORM", shown="no clipping", help="clip the gradient's norm")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], help="mixed precision; auto: bf16 on GPUs that support it, else off")
+    return parser
+
+
+def _shown(value) -> str:
+    if value is True or value is False:
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return str(value)
+
+
+def _number(text: str, kind: type):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    if value != value or value in (float("inf"), float("-inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = _number(text, int)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; at least {low}")
+        return value
+
+    return convert
+
+
+def _above(low: float) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = _number(text, float)
+        if value <= low:
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; more than {low}")
+        return value
+
+    return convert
+
+
+def _in_range(low: float, high: float | None) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = _number(text, float)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; from {low}" + (f" to {high}" if high is not None else ""))
+        return value
+
+    return convert
+
+
+def _int_list(separator: str) -> Callable[[str], tuple[int, ...]]:
+    def convert(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.split(separator))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0{separator}1{separator}2") from None
+        if min(values) < 0:
+            raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
+        return values
+
+    return convert
+
+
+def _float_list(text: str) -> tuple[float, ...]:
+    return tuple(_number(part, float) for part in text.split(","))

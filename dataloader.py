@@ -1,0 +1,450 @@
+"""Images of every data set, as batches of normalised float tensors on the training device.
+
+    data = load_data(settings, device)
+    for images, targets in data.train.epoch(0): ...   # (N, 3, H, W), (N,)
+    for images, targets in data.test: ...
+
+Small images live on the device as bytes, and a whole batch is cropped and flipped there at once; large ones are decoded by worker
+processes. Order and augmentation are functions of (seed, epoch, step) alone, so a run can go on from any step, on any number of workers.
+"""
+
+import argparse
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+import synthetic
+from utils import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+LARGEST_IN_MEMORY = 64  # pixels; larger images stay files
+CROP_PADDING = 4
+
+DEMO_IMAGES = {"train": 8000, "test": 2000}
+DEMO_SEEDS = {"train": 1, "test": 2}
+
+NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a checkpoint remembers of its data set, in plain types."""
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    num_training_images: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts of a data set. ``held_out`` are the indices of ``val`` among the training images, int64, sorted."""
+
+    info: DataInfo
+    held_out: Tensor
+    train: "Batches"
+    val: "Batches"
+    test: "Batches"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``rank`` of ``world_size`` processes that share every batch."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Batches:
+    """Batches of one part of a data set. ``batch_size`` counts the images over all processes.
+
+    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch; iterating gives this process's images once, in order.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, shard: Shard):
+        if batch_size % shard.world_size:
+            raise UserError(f"--batch-size {batch_size} cannot be shared by {shard.world_size} processes; use a multiple")
+        self.num_images, self.batch_size, self.seed, self.shard = num_images, batch_size, seed, shard
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return self.num_images // self.batch_size
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        # One 64-bit seed out of two numbers, far apart for neighbouring ones.
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def _steps(self, order: Tensor, first_step: int) -> Iterator[Tensor]:
+        """This process's part of every step's images."""
+        share = self.batch_size // self.shard.world_size
+        for step in range(first_step, len(self)):
+            start = step * self.batch_size + self.shard.rank * share
+            yield order[start : start + share]
+
+    def _own(self) -> Tensor:
+        """Indices of the images this process evaluates."""
+        return torch.arange(self.shard.rank, self.num_images, self.shard.world_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        raise NotImplementedError(f"{type(self).__name__} must give batches")
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise NotImplementedError(f"{type(self).__name__} must give batches")
+
+
+class Normalizer:
+    """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation over the data set (of values 0 to 1)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.scale = (1 / (255 * torch.tensor(std))).reshape(1, 3, 1, 1).to(device)
+        self.shift = (-torch.tensor(mean) / torch.tensor(std)).reshape(1, 3, 1, 1).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+class InMemoryBatches(Batches):
+    """Batches of small images, (N, 3, H, W) bytes that live on ``device``."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        normalize: Normalizer,
+        batch_size: int,
+        augment: bool,
+        seed: int,
+        shard: Shard,
+        device: torch.device,
+    ):
+        super().__init__(len(images), batch_size, seed, shard)
+        self.images, self.targets = images.to(device), targets.to(device)
+        self.normalize, self.augment, self.device = normalize, augment, device
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        generator = self._generator(epoch)
+        order = torch.randperm(self.num_images, generator=generator).to(self.device)
+        # Everything random of the epoch is drawn and sent at once: no transfer, and so no waiting, in a step.
+        offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(self.device)
+        flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
+        for chosen in self._steps(order, first_step):
+            images = self.images[chosen]
+            if self.augment:
+                images = crop_and_flip(images, offsets[chosen], flips[chosen])
+            yield self.normalize(images), self.targets[chosen]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chosen in self._own().to(self.device).split(self.batch_size):
+            yield self.normalize(self.images[chosen]), self.targets[chosen]
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Pad with ``CROP_PADDING`` black pixels, cut windows of the old size, mirror some.
+
+    Args:
+        images: (N, C, H, W).
+        offsets: row and column of each window in the padded image, (N, 2), from 0 to 2 * CROP_PADDING.
+        flips: which images to mirror left to right, (N,) bool.
+    """
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, rows, columns, H, W), a strided look without copies
+    cropped = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    return torch.where(flips[:, None, None, None], cropped.flip(-1), cropped)
+
+
+class FileBatches(Batches):
+    """Batches of image files that worker processes decode, augment and resize."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        targets: Tensor,
+        normalize: Normalizer,
+        image_size: int,
+        batch_size: int,
+        augment: bool,
+        seed: int,
+        shard: Shard,
+        device: torch.device,
+        workers: int,
+    ):
+        super().__init__(len(files), batch_size, seed, shard)
+        self.normalize, self.device, self.workers = normalize, device, workers
+        self.plain = _ImageFiles(files, targets, evaluation_transform(image_size))
+        self.augmented = _ImageFiles(files, targets, training_transform(image_size)) if augment else self.plain
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        generator = self._generator(epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        # Every image has a seed of its own, so that its augmentation does not depend on the worker that makes it.
+        seeds = torch.randint(2**62, (self.num_images,), generator=generator)
+        return self._load(self.augmented, [[(int(i), int(seeds[i])) for i in part] for part in self._steps(order, first_step)])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._load(self.plain, [[(int(i), 0) for i in part] for part in self._own().split(self.batch_size)])
+
+    def _load(self, files: "_ImageFiles", steps: list[list[tuple[int, int]]]) -> Iterator[Batch]:
+        loader = DataLoader(
+            files,
+            batch_sampler=steps,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, targets = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self.normalize(images), targets
+
+
+class _ImageFiles(Dataset):
+    def __init__(self, files: list[Path], targets: Tensor, transform: v2.Transform):
+        self.files, self.targets, self.transform = files, targets, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | str:
+        index, seed = key
+        try:
+            image = read_image(self.files[index])
+        except UserError as error:
+            return str(error)  # raised by the main process: a worker's exception arrives wrapped in a trace
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), self.targets[index]
+
+
+def _collate(samples: list) -> Batch | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(targets)
+
+
+def training_transform(image_size: int) -> v2.Transform:
+    """PIL image -> bytes (3, image_size, image_size): random resized crop and flip."""
+    return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def evaluation_transform(image_size: int) -> v2.Transform:
+    """PIL image -> bytes (3, image_size, image_size): the central square, of 7/8 of the shorter side for large images."""
+    resized = image_size if image_size <= LARGEST_IN_MEMORY else round(image_size * 8 / 7)
+    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        UserError: it cannot be read, or is so large that it looks like a decompression bomb; the file is named.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part as found: small images as bytes (N, 3, H, W), or files."""
+
+    targets: Tensor
+    images: Tensor | None = None
+    files: list[Path] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: Tensor) -> "_Part":
+        return _Part(
+            self.targets[indices],
+            None if self.images is None else self.images[indices],
+            None if self.files is None else [self.files[i] for i in indices.tolist()],
+        )
+
+
+def load_data(
+    settings: argparse.Namespace,
+    device: torch.device,
+    shard: Shard | None = None,
+    stored: DataInfo | None = None,
+    held_out: Tensor | None = None,
+) -> Data:
+    """Find, check and split the data set that ``settings`` name.
+
+    Args:
+        stored, held_out: what a checkpoint remembers: the data must be the same, and the split is taken over.
+
+    Raises:
+        UserError: missing or empty folders, unreadable images, classes that differ between the parts, an impossible split, other data
+            than the checkpoint's.
+    """
+    shard = shard or Shard()
+    image_size = settings.image_size or (224 if settings.data in ("imagenet", "folder") else 32)
+    in_memory = image_size <= LARGEST_IN_MEMORY
+    train, test, class_names, names = _find(settings, image_size, in_memory)
+    fingerprint = hashlib.sha256("\n".join([settings.data, *class_names, *names]).encode()).hexdigest()[:16]
+    if stored is not None:
+        _check_same(stored, class_names, len(train), fingerprint)
+    if held_out is None:
+        held_out = choose_held_out(len(train), settings.val_size, settings.split_seed)
+    kept = torch.ones(len(train), dtype=torch.bool)
+    kept[held_out] = False
+    kept = _limited(kept.nonzero().flatten(), settings.limit_train, settings.split_seed)
+    if len(kept) < settings.batch_size and settings.evalmode is None:
+        raise UserError(f"--batch-size {settings.batch_size} is more than the {len(kept)} training images left after the held-out split")
+    tested = _limited(torch.arange(len(test)), settings.limit_test, settings.split_seed)
+    training_part = train.take(kept)
+    mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, training_part)
+    normalize = Normalizer(mean, std, device)
+
+    def batches(part: _Part, augment: bool) -> Batches:
+        shared = {"batch_size": settings.batch_size, "augment": augment, "seed": settings.seed, "shard": shard, "device": device}
+        if part.images is not None:
+            return InMemoryBatches(part.images, part.targets, normalize, **shared)
+        return FileBatches(part.files, part.targets, normalize, image_size, workers=settings.workers, **shared)
+
+    return Data(
+        DataInfo(settings.data, class_names, image_size, list(mean), list(std), len(train), fingerprint),
+        held_out,
+        batches(training_part, settings.augment == "standard"),
+        batches(train.take(held_out), False),
+        batches(test.take(tested), False),
+    )
+
+
+def choose_held_out(num_images: int, val_size: int, split_seed: int) -> Tensor:
+    """Sorted indices of ``val_size`` of ``num_images`` training images.
+
+    Raises:
+        UserError: fewer than one image would be left to train on.
+    """
+    if val_size >= num_images:
+        raise UserError(f"--val-size {val_size} holds out all of the {num_images} training images; it must be smaller")
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(split_seed))[:val_size].sort().values
+
+
+def _limited(indices: Tensor, limit: int | None, split_seed: int) -> Tensor:
+    if limit is None or limit >= len(indices):
+        return indices
+    chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(split_seed + 1))[:limit]
+    return indices[chosen.sort().values]
+
+
+def _check_same(stored: DataInfo, class_names: list[str], num_images: int, fingerprint: str) -> None:
+    if class_names != stored.class_names:
+        raise UserError(f"the checkpoint was trained on {len(stored.class_names)} classes, the data have {len(class_names)} or other names")
+    if (num_images, fingerprint) != (stored.num_training_images, stored.fingerprint):
+        raise UserError(
+            f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of {stored.name}, "
+            f"these are {num_images}, or others; its held-out split would mix with training images"
+        )
+
+
+def _normalization(name: str, training_part: _Part) -> tuple[list[float], list[float]]:
+    if name in NORMALIZATION:
+        return tuple(list(numbers) for numbers in NORMALIZATION[name])
+    if training_part.images is None:
+        return tuple(list(numbers) for numbers in NORMALIZATION["imagenet"])
+    pixels = training_part.images.transpose(0, 1).flatten(1).float() / 255
+    return [round(x, 4) for x in pixels.mean(1).tolist()], [round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()]
+
+
+def _find(settings: argparse.Namespace, image_size: int, in_memory: bool) -> tuple[_Part, _Part, list[str], list[str]]:
+    """Training part, test part, class names, and the training images' names (or a digest of their pixels)."""
+    if settings.data == "demo":
+        train, test = (_demo_part(part, image_size) for part in ("train", "test"))
+        return train, test, list(synthetic.CLASS_NAMES), [_digest(train.images)]
+    root = settings.data_root
+    if not (root / "train").is_dir() and settings.data in ("cifar10", "cifar100"):
+        return _cifar_archive(settings.data, root, image_size)
+    train_folder = root / "train"
+    test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not train_folder.is_dir() or test_folder is None:
+        raise UserError(f"--data-root {root} must hold the folders train/CLASS/ and test/CLASS/ (or val/CLASS/) with images")
+    (train_files, class_names), (test_files, test_classes) = _list_folder(train_folder), _list_folder(test_folder)
+    if class_names != test_classes:
+        only_one = sorted(set(class_names) ^ set(test_classes))
+        raise UserError(f"{train_folder} and {test_folder} must have the same classes; only one of them has: {', '.join(only_one[:5])}")
+    names = [str(path.relative_to(train_folder)) for path, _ in train_files]
+    train, test = (_file_part(files, image_size, in_memory) for files in (train_files, test_files))
+    return train, test, class_names, names
+
+
+def _demo_part(part: str, image_size: int) -> _Part:
+    images, targets = synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size)
+    return _Part(targets, images)
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+
+
+def _cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part, list[str], list[str]]:
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if image_size != 32:
+        raise UserError(f"--image-size {image_size} is not that of {name}, 32")
+    try:
+        train, test = (reader(root, train=is_train, download=True) for is_train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no {name} in --data-root {root}, and no download ({str(error).splitlines()[0]}); "
+            f"put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"
+        ) from None
+    parts = [_Part(torch.tensor(d.targets), torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()) for d in (train, test)]
+    return *parts, list(train.classes), [_digest(parts[0].images)]
+
+
+def _list_folder(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    try:
+        found = datasets.ImageFolder(folder, allow_empty=True)
+    except (FileNotFoundError, OSError) as error:
+        raise UserError(f"{folder} must hold one folder of images a class: {error}") from None
+    empty = set(range(len(found.classes))) - set(found.targets)
+    if empty:
+        raise UserError(f"{folder / found.classes[min(empty)]} holds no image (a file ending with one of {' '.join(IMG_EXTENSIONS)})")
+    return [(Path(path), target) for path, target in found.samples], found.classes
+
+
+def _file_part(files: list[tuple[Path, int]], image_size: int, in_memory: bool) -> _Part:
+    paths = [path for path, _ in files]
+    targets = torch.tensor([target for _, target in files])
+    if not in_memory:
+        return _Part(targets, files=paths)
+    transform = evaluation_transform(image_size)
+
+    def pixels(path: Path) -> np.ndarray:
+        image = read_image(path)
+        return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else transform(image).numpy()
+
+    with ThreadPoolExecutor() as pool:
+        images = np.stack(list(pool.map(pixels, paths, chunksize=256)))
+    return _Part(targets, torch.from_numpy(images))

@@ -1,0 +1,1 @@
+"""What both training stages share: one loop, checkpoints, evaluation, logs, several processes."""

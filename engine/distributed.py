@@ -1,0 +1,92 @@
+"""Processes started by torchrun: found through the environment alone, one process when there is none.
+
+with process_group(settings.gpu) as processes: ...
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dataloader import Shard
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together; ``gpu_ids`` are the GPUs it drives (several: DataParallel), none on a CPU."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    gpu_ids: tuple[int, ...]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and lines."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> Shard:
+        """This process's part of every batch."""
+        return Shard(self.rank, self.world_size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def interleave(self, own: Tensor, total: int) -> Tensor:
+        """Put together what ``Batches._own`` dealt out, along dimension 0: rank r holds rows r, r + world_size, ... of ``total``."""
+        if self.world_size == 1:
+            return own
+        most = -(-total // self.world_size)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in some process."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+
+@contextmanager
+def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
+    """Join the processes torchrun started, or be alone.
+
+    Args:
+        gpu: --gpu; under torchrun every process takes the GPU of its local rank instead.
+
+    Raises:
+        UserError: a GPU that does not exist.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    available = torch.cuda.device_count()
+    if gpu is not None and max(gpu) >= available:
+        raise UserError(f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, counted from 0")
+    if world_size > 1:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        gpu_ids = (local_rank,) if local_rank < available else ()
+    else:
+        gpu_ids = gpu or ((0,) if available else ())
+    device = torch.device("cuda", gpu_ids[0]) if gpu_ids else torch.device("cpu")
+    if gpu_ids:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if gpu_ids else "gloo")
+    try:
+        yield Processes(rank, world_size, device, gpu_ids)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

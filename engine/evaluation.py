@@ -1,0 +1,87 @@
+"""Anytime and budgeted evaluation: the logits of every exit are collected once, and all results are functions of them.
+
+logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (N,)
+rows = anytime_rows(logits, targets, operations)
+"""
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_inference import assign_exits, budgeted_curve
+from dataloader import Batches
+from engine.distributed import Processes
+
+
+@torch.inference_mode()
+def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); every process gets all of them."""
+    network.eval()
+    logits, targets = [], []
+    for images, labels in batches:
+        logits.append(torch.stack(network(images)).float())
+        targets.append(labels)
+    own = torch.cat(logits, dim=1).transpose(0, 1).contiguous()
+    gathered = processes.interleave(own, batches.num_images)
+    return gathered.transpose(0, 1).cpu(), processes.interleave(torch.cat(targets), batches.num_images).cpu()
+
+
+@torch.inference_mode()
+def accuracy_per_exit(network: nn.Module, batches: Batches, processes: Processes) -> tuple[list[float], list[float]]:
+    """Top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
+    network.eval()
+    correct = torch.zeros(2, network.num_exits, dtype=torch.float64, device=processes.device)
+    for images, labels in batches:
+        correct += correct_in_top(torch.stack(network(images)), labels).sum(dim=2)
+    acc1, acc5 = (100 * processes.sum(correct) / batches.num_images).tolist()
+    return acc1, acc5
+
+
+def correct_in_top(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is the best, and among the best five: logits (K, N, C), targets (N,) -> bool (2, K, N)."""
+    best = logits.topk(min(5, logits.shape[2]), dim=2).indices == targets[None, :, None]
+    return torch.stack([best[:, :, 0], best.any(dim=2)])
+
+
+def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list[dict]:
+    """Every exit on its own: ``exit`` (1-based), ``operations``, ``acc1``, ``acc5`` in percent."""
+    # One exit at a time keeps the memory small.
+    accuracies = [correct_in_top(z[None], targets)[:, 0].double().mean(dim=1).mul(100).tolist() for z in logits]
+    return [
+        {"exit": k + 1, "operations": operations[k], "acc1": round(acc1, 4), "acc5": round(acc5, 4)}
+        for k, (acc1, acc5) in enumerate(accuracies)
+    ]
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """Turn logits (K, N, C) into probabilities in place, exit by exit."""
+    for z in logits:
+        torch.softmax(z, dim=1, out=z)
+    return logits
+
+
+def budgeted_rows(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, test_targets: Tensor, operations: list[int]) -> list[dict]:
+    """Rows of ``budgeted.csv``: ``p``, mean ``operations``, ``val_acc1``, ``test_acc1``, ``share_k`` of the test images and
+    ``threshold_k`` of every exit k = 1 .. K."""
+    rows = []
+    test_confidence = torch.stack([probs.amax(dim=1) for probs in test_probs])
+    for row in budgeted_curve(val_probs, val_targets, test_probs, test_targets, operations):
+        thresholds = row["thresholds"]
+        exits = assign_exits(test_confidence, torch.tensor(thresholds))
+        shares = torch.bincount(exits, minlength=len(operations)) / len(exits)
+        rows.append(
+            {
+                "p": row["p"],
+                "operations": round(row["test_flops"]),
+                "val_acc1": round(row["val_acc"], 4),
+                "test_acc1": round(row["test_acc"], 4),
+                **{f"share_{k}": round(share, 6) for k, share in enumerate(shares.tolist(), start=1)},
+                **{f"threshold_{k}": threshold for k, threshold in enumerate(thresholds, start=1)},
+            }
+        )
+    return rows
+
+
+def accuracy_at(rows: list[dict], operations: float) -> dict | None:
+    """The row with the highest held-out accuracy among those that spend at most ``operations``, None if all spend more."""
+    affordable = [row for row in rows if row["operations"] <= operations]
+    return max(affordable, key=lambda row: row["val_acc1"], default=None)

@@ -1,0 +1,78 @@
+"""What a run tells: lines and a progress bar on the terminal, one JSON line an epoch, TensorBoard."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from engine.run_directory import RunDirectory
+from utils import atomic_write
+
+
+class Log:
+    """Output of the main process; the other ones are silent."""
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.writer: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+
+    def line(self, text: str) -> None:
+        """One line on standard output, above a progress bar if there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def open(self, run: RunDirectory, first_step: int) -> None:
+        """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""
+        if self.enabled:
+            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
+
+    def close(self) -> None:
+        """End the bar and the events."""
+        self.end_epoch()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
+        """Show a bar on a terminal; a log file gets lines instead."""
+        if self.enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
+        self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
+
+    def step(self, done: int, batch_size: int, summary: str) -> None:
+        """Report after ``done`` of an epoch's steps."""
+        seconds_a_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
+            self._bar.update(done - self._bar.n)
+        else:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds_a_step * (self._steps - done)))
+            self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")
+
+    def end_epoch(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def write_history(self, path: Path, history: list[dict]) -> None:
+        """Write every epoch's row as a JSON line; the file always agrees with the checkpoint it came with."""
+        if self.enabled:
+            with atomic_write(path) as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in history)
+
+    def scalars(self, row: dict, step: int) -> None:
+        """An epoch's numbers to TensorBoard, lists as one curve an exit."""
+        if self.writer is None:
+            return
+        for name, value in row.items():
+            if isinstance(value, list):
+                for k, element in enumerate(value, start=1):
+                    self.writer.add_scalar(f"{name}/exit_{k}", element, step)
+            elif isinstance(value, (int, float)) and name != "epoch":
+                self.writer.add_scalar(name, value, step)

@@ -1,0 +1,79 @@
+"""Results as people read them: tables on the terminal, CSV files, one picture of accuracy against operations."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils import UserError, atomic_write
+
+COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns under a header and a rule."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows of the same keys."""
+    with atomic_write(path) as stream:
+        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows of numbers that ``write_csv`` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with path.open(newline="") as stream:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}); write it again with --evalmode") from None
+
+
+def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]]) -> Figure:
+    """Accuracy against operations.
+
+    Args:
+        runs: name -> rows of ``anytime.csv`` and of ``budgeted.csv`` (either may be empty): exits are points, budgets a line.
+    """
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, (anytime, budgeted)), color in zip(runs.items(), COLORS, strict=False):
+        if budgeted:
+            curve = sorted((row["operations"] / 1e6, row["test_acc1"]) for row in budgeted)
+            axes.plot(*zip(*curve, strict=True), color=color, label=f"{name}: budgeted")
+        if anytime:
+            points = [(row["operations"] / 1e6, row["acc1"]) for row in anytime]
+            axes.plot(*zip(*points, strict=True), "o--", color=color, linewidth=0.8, markersize=5, alpha=0.8, label=f"{name}: each exit")
+    axes.set_xlabel("operations an image (millions)")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    with atomic_write(path, "wb") as stream, matplotlib.rc_context({"svg.hashsalt": "fixed"}):
+        figure.savefig(stream, format="png", metadata={"Software": None})
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as an image (H, W, 3), bytes, for TensorBoard."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]

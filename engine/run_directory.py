@@ -1,0 +1,45 @@
+"""The directory of a run: what lies where, and that only one process at a time writes there."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils import UserError
+
+
+class RunDirectory:
+    """Names of the files of a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self.log = path / "log.jsonl"
+        self.anytime = path / "anytime.csv"
+        self.budgeted = path / "budgeted.csv"
+        self.curves = path / "curves.png"
+        self.tensorboard = path / "tensorboard"
+
+    def holds_run(self) -> bool:
+        """Whether something was trained here."""
+        return self.last.exists() or self.best.exists() or self.log.exists()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of this directory until the block ends; the system frees the lock of a killed process.
+
+        Raises:
+            UserError: another run writes here, or the directory cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write into --save {self.path}: {error.strerror}") from None
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
+            yield

@@ -1,0 +1,258 @@
+"""The training loop of both stages.
+
+A stage brings an objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))``, and the parameters that learn; everything
+else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints, resuming.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from dataloader import Data
+from engine.checkpoint import save_checkpoint
+from engine.distributed import Processes
+from engine.evaluation import accuracy_per_exit
+from engine.log import Log
+from engine.run_directory import RunDirectory
+from engine.schedule import learning_rate
+from engine.signals import StopRequest, stop_on_signals
+from utils import UserError
+
+
+@dataclass
+class Task:
+    """What a stage trains: ``constants`` is the part of its checkpoints that stays the same."""
+
+    network: nn.Module
+    objective: nn.Module
+    constants: dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``epoch`` epochs are complete, and ``step`` steps of the next one."""
+
+    epoch: int = 0
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it was saved; ``exit_status`` is the one to end with."""
+
+    def __init__(self, exit_status: int):
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+
+
+class Meters:
+    """Sums over an epoch that stay on the device, so that no step waits for them."""
+
+    def __init__(self, num_exits: int, device: torch.device):
+        self.totals = torch.zeros(2 + num_exits, dtype=torch.float64, device=device)  # images, loss, correct by exit
+
+    def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: losses (N,), logits (N, K, C), targets (N,)."""
+        correct = (logits.argmax(dim=2) == targets[:, None]).sum(dim=0)
+        self.totals[0] += len(targets)
+        self.totals[1] += losses.sum()
+        self.totals[2:] += correct
+
+    @staticmethod
+    def means(totals: Tensor) -> tuple[float, list[float]]:
+        """Mean loss, and accuracy of every exit in percent."""
+        images, loss, *correct = totals.tolist()
+        return loss / max(images, 1), [100 * c / max(images, 1) for c in correct]
+
+
+def train(
+    task: Task,
+    data: Data,
+    settings: argparse.Namespace,
+    run: RunDirectory,
+    processes: Processes,
+    log: Log,
+    state: dict[str, Any] | None = None,
+) -> Progress:
+    """Train until ``settings.epochs`` and leave ``last.pt``, ``best.pt`` and ``log.jsonl`` in ``run``.
+
+    The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
+
+    Args:
+        state: the checkpoint to go on from.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; everything is saved.
+        UserError: the loss is not finite, or a file cannot be written.
+    """
+    trainer = _Trainer(task, data, settings, run, processes, log)
+    if state is not None:
+        trainer.restore(state)
+    with stop_on_signals() as stop:
+        while trainer.progress.epoch < settings.epochs:
+            trainer.run_epoch(stop)
+    return trainer.progress
+
+
+class _Trainer:
+    def __init__(self, task: Task, data: Data, settings: argparse.Namespace, run: RunDirectory, processes: Processes, log: Log):
+        self.task, self.data, self.settings, self.run, self.processes, self.log = task, data, settings, run, processes, log
+        self.network = task.network
+        self.parameters = [p for p in task.objective.parameters() if p.requires_grad]
+        self.model = _parallel(task.objective, processes)
+        self.optimizer = torch.optim.SGD(
+            self.parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.nesterov
+        )
+        self.dtype = autocast_dtype(settings.amp, processes.device)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
+        self.meters = Meters(self.network.num_exits, processes.device)
+        self.progress = Progress()
+
+    def run_epoch(self, stop: StopRequest) -> None:
+        settings, progress, log = self.settings, self.progress, self.log
+        steps = len(self.data.train)
+        began = time.monotonic()
+        self.task.objective.train()
+        log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
+        for images, targets in self.data.train.epoch(progress.epoch, progress.step):
+            self._step(images, targets, learning_rate(settings, progress.epoch * steps + progress.step, steps))
+            progress.step += 1
+            if progress.step % settings.print_freq == 0:
+                self._report()
+            if settings.save_every_steps and progress.step % settings.save_every_steps == 0 and progress.step < steps:
+                self._save(began)
+            if self._must_stop(stop) and progress.step < steps:
+                self._save(began)
+                raise Interrupted(stop.exit_status)
+        log.end_epoch()
+        self._finish_epoch(began)
+        if self.processes.any(bool(stop)) and progress.epoch < settings.epochs:
+            raise Interrupted(stop.exit_status)
+
+    def _step(self, images: Tensor, targets: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(self.processes.device, self.dtype):
+            losses, logits = self.model(images, targets)
+        self.scaler.scale(losses.mean()).backward()
+        if self.settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.meters.update(losses.detach(), logits, targets)
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        """All processes stop at the same step; asking each other costs a wait, so they do it only now and then."""
+        if self.processes.world_size == 1:
+            return bool(stop)
+        return self.progress.step % self.settings.print_freq == 0 and self.processes.any(bool(stop))
+
+    def _report(self) -> None:
+        loss, accuracies = Meters.means(self.meters.totals)
+        self._refuse_divergence(loss)
+        self.log.step(self.progress.step, self.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            last = f"last good checkpoint: {self.run.last}" if self.run.last.exists() else "nothing was saved yet"
+            raise UserError(
+                f"the loss is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
+            )
+
+    def _finish_epoch(self, began: float) -> None:
+        progress = self.progress
+        totals = self.processes.sum(self.meters.totals)
+        loss, train_acc1 = Meters.means(totals)
+        self._refuse_divergence(loss)
+        trained = time.monotonic()
+        row = {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "train_acc1": train_acc1}
+        score = progress.epoch + 1.0
+        if self.data.val.num_images:
+            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(self.network, self.data.val, self.processes)
+            score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
+        is_best = score > progress.best_accuracy
+        row["best"] = is_best
+        row["images_per_second"] = totals[0].item() / (progress.seconds + trained - began)
+        row["seconds"] = progress.seconds + time.monotonic() - began
+        row = {name: _rounded(value) for name, value in row.items()}
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+        if is_best:
+            progress.best_accuracy, progress.best_epoch = score, progress.epoch
+        self.meters.totals.zero_()
+        self._write(is_best)
+        held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
+        self.log.line(
+            f"epoch {progress.epoch}/{self.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
+            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s"
+        )
+        self.log.scalars(row, progress.epoch)
+
+    def _save(self, began: float) -> None:
+        """Save in the middle of an epoch; the meters of all processes go into one."""
+        totals = self.processes.sum(self.meters.totals.clone())
+        self._refuse_divergence(Meters.means(totals)[0])
+        self.progress.seconds += time.monotonic() - began
+        self._write(is_best=False, totals=totals)
+
+    def _write(self, is_best: bool, totals: Tensor | None = None) -> None:
+        if not self.processes.is_main:
+            return
+        result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(self.progress)}
+        if is_best:
+            save_checkpoint(self.run.best, result)
+        running = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random_state": torch.get_rng_state()}
+        save_checkpoint(self.run.last, {**result, **running, "totals": self.meters.totals if totals is None else totals})
+        self.log.write_history(self.run.log, self.progress.history)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random_state"])
+        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
+        if self.processes.is_main:  # it holds the sums of all
+            self.meters.totals.copy_(state["totals"])
+        self.log.write_history(self.run.log, self.progress.history)
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision that --amp asks for on this device, None for none."""
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Mixed precision for a block of code, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
+    if processes.world_size > 1:
+        # static_graph: parameters no exit depends on (several scales left in the last layer) are found once, not in every step.
+        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None, static_graph=True)
+    if len(processes.gpu_ids) > 1:
+        return DataParallel(objective, device_ids=list(processes.gpu_ids))
+    return objective
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_rounded(v) for v in value] if isinstance(value, Iterable) and not isinstance(value, str) else value

@@ -1,0 +1,130 @@
+"""Stage 2: new classifiers with Inline Subnetwork Collaboration and One-for-all distillation on a frozen stage-1 network.
+
+    python train_IMTA.py                                                # the embedded demo, after train_GE.py
+    python train_IMTA.py --pretrained save/cifar100/GE --save save/cifar100/IMTA
+    python train_IMTA.py --evalmode                                     # budgeted evaluation of the demo
+
+Network, data and held-out split are those of the stage-1 checkpoint.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from args import CommandLine
+from dataloader import DataInfo
+from engine.checkpoint import data_info_from, load_checkpoint, network_from
+from engine.run_directory import RunDirectory
+from engine.stage import Origin, Stage, run_stage
+from models import IMTA, MSDNet, one_for_all_loss
+from train_GE import make_msdnet
+from utils import UserError
+
+
+class Distillation(nn.Module):
+    """Images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
+
+    def __init__(self, network: IMTA, settings: argparse.Namespace):
+        super().__init__()
+        self.network = network
+        self.loss_options = {
+            "temperature": settings.temperature,
+            "gamma": settings.gamma if settings.ofa else 0.0,
+            "kl_mean_over_classes": settings.kl_reduction == "mean",
+            "label_smoothing": settings.label_smoothing,
+        }
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.network.features(images)
+        logits = self.network.classify(features)
+        teacher_logits = self.network.teacher_logits(features, logits)
+        return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(logits, dim=1)
+
+
+def find_stage_1(command: CommandLine) -> Origin | None:
+    """The checkpoint --pretrained names, or that of the run in the directory GE beside this one's.
+
+    Raises:
+        UserError: there is none, or it is of another network than the flags say.
+    """
+    if command.explicit.get("single_stage"):
+        return None
+    path = command.explicit.get("pretrained") or command.save_directory.parent / "GE"
+    if path.is_dir() or not path.exists():
+        path = path if path.suffix == ".pt" else RunDirectory(path).best
+    if not path.exists():
+        raise UserError(
+            f"there is no stage-1 checkpoint {path}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
+        )
+    state = load_checkpoint(path)
+    network = network_from(state, path)
+    if not isinstance(network, MSDNet):
+        raise UserError(f"{path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
+    for name, value in command.explicit.items():
+        if name in network.config and network.config[name] != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(f"{path} has {name} = {network.config[name]}, the command line says {value}")
+    return Origin(path, network, state["settings"], data_info_from(state), state["held_out"])
+
+
+def make_imta(settings: argparse.Namespace, data: DataInfo, origin: Origin | None) -> IMTA:
+    """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
+    return IMTA(
+        origin.network if origin else make_msdnet(settings, data),
+        isc=settings.isc,
+        cut_isc_gradient=settings.isc_gradient == "cut",
+        freeze_backbone=origin is not None,
+        freeze_batchnorm=settings.backbone_bn == "frozen",
+    )
+
+
+def frozen_digest(network: IMTA) -> dict[str, Any]:
+    """Fingerprint of everything that must not move: the frozen backbone's parameters, and its buffers unless BatchNorm may move."""
+    if not network.freeze_backbone:
+        return {"frozen_digest": None}
+    tensors = network.backbone.state_dict() if network.freeze_batchnorm else dict(network.backbone.named_parameters())
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {"frozen_digest": digest.hexdigest()}
+
+
+def check_frozen(network: IMTA, constants: dict[str, Any]) -> None:
+    """Compare the backbone with the stage-1 network it was.
+
+    Raises:
+        UserError: something frozen moved.
+    """
+    if frozen_digest(network)["frozen_digest"] != constants["frozen_digest"]:
+        raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
+
+
+def title(settings: argparse.Namespace) -> str:
+    """Name of this run in a plot."""
+    parts = [name for name, used in (("ISC", settings.isc), ("OFA", settings.ofa and settings.gamma > 0)) if used]
+    return " + ".join(["single stage" if settings.single_stage else "stage 2", *parts])
+
+
+STAGE = Stage(
+    name="IMTA",
+    find_origin=find_stage_1,
+    make_network=make_imta,
+    make_objective=Distillation,
+    constants=frozen_digest,
+    check_result=check_frozen,
+    title=title,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run stage 2 with these arguments (None: those of the process) and return the exit status."""
+    return run_stage(STAGE, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
