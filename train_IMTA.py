@@ -10,7 +10,6 @@ Network, data and held-out split are those of the stage-1 checkpoint.
 import argparse
 import hashlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -58,7 +58,8 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"there is no checkpoint {path}") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is not a readable checkpoint of tensors and plain types; if you trust its source, load it there and save its state_dict alone"
+            f"{path} holds more than tensors and plain types, and is not loaded; "
+            f"if you trust its source, load it there and save its state_dict alone"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read; it is truncated or no checkpoint ({type(error).__name__})") from None

@@ -12,7 +12,7 @@ from dataloader import Batches
 from engine.distributed import Processes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor]:
     """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); every process gets all of them."""
     network.eval()
@@ -25,7 +25,7 @@ def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -
     return gathered.transpose(0, 1).cpu(), processes.interleave(torch.cat(targets), batches.num_images).cpu()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy_per_exit(network: nn.Module, batches: Batches, processes: Processes) -> tuple[list[float], list[float]]:
     """Top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
     network.eval()

@@ -277,8 +277,8 @@ def _read(path: Path) -> Mapping:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise ValueError(
-                f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run code. If you trust its origin, save "
-                "its 'state_dict' alone on the machine it comes from, or allow that class with torch.serialization.safe_globals"
+                f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run code. If you trust its origin, "
+                "save its 'state_dict' alone on the machine it comes from, or allow that class with torch.serialization.safe_globals"
             ) from error
         raise ValueError(f"{path}: it is no PyTorch checkpoint, or a damaged one ({type(error).__name__} while reading it)") from error
     if not isinstance(checkpoint, Mapping):
