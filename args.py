@@ -68,6 +68,7 @@ DEFAULTS = {
     "label_smoothing": 0.0,
     "clip_grad": None,
     "amp": "auto",
+    "channels_last": True,
 }
 
 _CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
@@ -318,6 +319,7 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--label-smoothing", type=_in_range(0, 1), metavar="S", help="label smoothing of the cross-entropies")
     add("--clip-grad", type=_above(0), metavar="NORM", shown="no clipping", help="clip the gradient's norm")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], help="mixed precision; auto: bf16 on GPUs that support it, else off")
+    add("--channels-last", **on_off, help="memory layout NHWC, in which convolutions are faster")
     return parser
 
 

@@ -116,12 +116,13 @@ class Batches:
 class Normalizer:
     """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation over the data set (of values 0 to 1)."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool = False):
         self.scale = (1 / (255 * torch.tensor(std))).reshape(1, 3, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).reshape(1, 3, 1, 1).to(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        return torch.addcmul(self.shift, images.to(torch.float32, memory_format=self.memory_format), self.scale)
 
 
 class InMemoryBatches(Batches):
@@ -324,7 +325,7 @@ def load_data(
     tested = _limited(torch.arange(len(test)), settings.limit_test, settings.split_seed)
     training_part = train.take(kept)
     mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, training_part)
-    normalize = Normalizer(mean, std, device)
+    normalize = Normalizer(mean, std, device, settings.channels_last)
 
     def batches(part: _Part, augment: bool) -> Batches:
         shared = {"batch_size": settings.batch_size, "augment": augment, "seed": settings.seed, "shard": shard, "device": device}

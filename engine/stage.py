@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from args import CommandLine, parse
@@ -103,7 +104,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             constants = _constants(stage, settings, data, network, origin)
         seed_everything(settings.seed, settings.deterministic)
         operations = _operations(network, data.info.image_size)
-        network.to(processes.device)
+        _place(network, settings, processes)
         _describe(network, data, operations, run, processes, log)
         if state is None and processes.is_main:
             _clear(run)
@@ -156,6 +157,10 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
+def _place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+    network.to(processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+
+
 def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDirectory, processes: Processes, log: Log) -> None:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
@@ -187,7 +192,7 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
     network = build_network(state["network"])
     load_weights(network, state["state_dict"], source)
     operations = _operations(network, data.info.image_size)
-    network.to(processes.device)
+    _place(network, settings, processes)
     run = RunDirectory(command.explicit.get("save") or source.parent)
     _describe(network, data, operations, run, processes, log)
     _evaluate(network, data, operations, (settings.evalmode,), run, state, processes, log)

@@ -1,0 +1,199 @@
+"""Our networks and losses against outputs of the released ones: ``tests/fixtures``, and the golden files where they are at hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.make_fixtures import SEEDS, restore, sketch
+from torch import Tensor
+
+from models import IMTA, MSDNet, count_operations, load_released, measure_cost, one_for_all_loss, sum_of_cross_entropies, to_released
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+FOLDERS = [FIXTURES] + ([GOLDEN] if GOLDEN.is_dir() else [])
+STAGE_1 = [name for name in SEEDS if not name.startswith("imta")]
+STAGE_2 = "imta_cifar100_even"
+
+
+@pytest.fixture(scope="module")
+def read():
+    """A golden case by folder and name, each read once."""
+    cases = {}
+
+    def read(folder: Path, name: str) -> dict:
+        path = folder / f"{name}.pt"
+        if path not in cases:
+            cases[path] = restore(path) if folder == FIXTURES else torch.load(path, weights_only=True)
+        return cases[path]
+
+    return read
+
+
+def in_folders(names: list[str]):
+    """Parametrize with every folder at hand and these cases."""
+    pairs = [pytest.param(folder, name, id=f"{folder.name}-{name}") for folder in FOLDERS for name in names]
+    return pytest.mark.parametrize(("folder", "name"), pairs)
+
+
+def assert_same(ours: Tensor | float, golden: Tensor | float) -> None:
+    torch.testing.assert_close(ours, golden, rtol=1e-9, atol=1e-9)
+
+
+def assert_same_gradients(ours: dict[str, Tensor | None], golden: dict[str, Tensor | list[float] | None]) -> None:
+    """Both by released name. Golden ones are float32 tensors or sketches of them, and None where no gradient reaches."""
+    assert {name for name, gradient in ours.items() if gradient is not None} == {name for name, g in golden.items() if g is not None}
+    assert golden.keys() <= ours.keys()
+    for name, expected in golden.items():
+        if expected is None:
+            continue
+        found = ours[name]
+        if isinstance(expected, list):
+            expected, found = torch.tensor(expected, dtype=torch.float64), torch.tensor(sketch(name, found), dtype=torch.float64)
+        else:
+            found = found.float()
+        # float32 rounds at 6e-8 of an element; a sum in a sketch may cancel, so that its first element, the norm, is the measure.
+        size = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * size, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def five_steps(
+    network: MSDNet | IMTA, settings: dict, forward: Callable[[], tuple[Tensor, list[Tensor]]]
+) -> tuple[list[float], list[Tensor], dict[str, Tensor | None]]:
+    """Losses of five SGD steps on one batch; logits and gradients (by released name) of the first. ``forward`` gives (loss, logits)."""
+    names = {tensor.data_ptr(): name for name, tensor in to_released(network).items()}
+    parameters = {names[p.data_ptr()]: p for p in network.parameters()}
+    optimizer = torch.optim.SGD([p for p in parameters.values() if p.requires_grad], **settings)
+    losses = []
+    for step in range(5):
+        loss, logits = forward()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            first_logits = [z.detach() for z in logits]
+            first_gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, first_logits, first_gradients
+
+
+@in_folders(STAGE_1)
+def test_stage_1_evaluation(folder, name, read):
+    case = read(folder, name)
+    network = load_released(case["checkpoint"], **case["config"]).double()
+    images = case["images"].double()
+    with torch.no_grad():
+        assert_same(network(images), case["eval_logits"])
+        assert_same(network.features(images), case["eval_features"])
+    assert network.gradient_equilibrium == case["gradient_equilibrium"]
+
+
+@in_folders(STAGE_1)
+def test_stage_1_training(folder, name, read):
+    case = read(folder, name)
+    network = load_released(case["checkpoint"]).double().train()
+    images, targets = case["images"].double(), case["targets"]
+
+    def forward() -> tuple[Tensor, list[Tensor]]:
+        logits = network(images)
+        return sum_of_cross_entropies(logits, targets).mean(), logits
+
+    losses, first_logits, first_gradients = five_steps(network, case["sgd"], forward)
+    assert_same(first_logits, case["train_logits"])
+    assert_same_gradients(first_gradients, case["gradients"])
+    assert_same(losses, case["sgd_losses"])
+
+
+@in_folders([STAGE_2])
+def test_stage_2_evaluation(folder, name, read):
+    case = read(folder, name)
+    network = load_released(case["checkpoint"], **case["config"]).double()
+    with torch.no_grad():
+        features = network.features(case["images"].double())
+        logits = network.classify(features)
+        assert_same(features, case["eval_features"])
+        assert_same(logits, case["eval_logits"])
+        assert_same(network.teacher_logits(features, logits), case["eval_teacher_logits"])
+
+
+@pytest.mark.parametrize("run", [0, 1])
+@in_folders([STAGE_2])
+def test_stage_2_training_as_released(folder, name, run, read):
+    case = read(folder, name)
+    golden = case["released_runs"][run]
+    network = load_released(case["checkpoint"]).double().train()
+    images, targets = case["images"].double(), case["targets"]
+    options = {"temperature": golden["temperature"], "gamma": golden["gamma"]}
+    teachers, batchmean_losses = [], []
+
+    def forward() -> tuple[Tensor, list[Tensor]]:
+        features = network.features(images)
+        logits = network.classify(features)
+        teachers.append(network.teacher_logits(features, logits))
+        batchmean_losses.append(one_for_all_loss(logits, targets, teachers[-1], **options).mean().item())
+        return one_for_all_loss(logits, targets, teachers[-1], kl_mean_over_classes=True, **options).mean(), logits
+
+    losses, first_logits, first_gradients = five_steps(network, case["sgd"], forward)
+    assert_same(first_logits, golden["train_logits"])
+    assert_same(teachers[0], golden["teacher_logits"])
+    assert_same_gradients(first_gradients, golden["gradients"])
+    assert_same(losses, golden["losses"])
+    assert_same(batchmean_losses[0], golden["loss_batchmean"])
+
+
+LIN_GROW = {"base": 1, "step": 1, "step_mode": "lin_grow"}
+IMAGENET = {
+    "num_blocks": 5,
+    "num_classes": 1000,
+    "num_channels": 32,
+    "growth_rate": 16,
+    "growth_factors": (1, 2, 4, 4),
+    "bottleneck_factors": (1, 2, 4, 4),
+    "small_inputs": False,
+}
+PUBLISHED = {
+    "cifar100_any_7x2": {"num_blocks": 7, "base": 4, "step": 2},
+    "cifar100_batch_lin5": {"num_blocks": 5, **LIN_GROW},
+    "cifar100_batch_lin7": {"num_blocks": 7, **LIN_GROW},
+    "cifar10_10x2": {"num_blocks": 10, "base": 4, "step": 2, "num_classes": 10},
+    "cifar100_min_5": {"num_blocks": 5, "base": 4, "step": 2, "prune": "min"},
+    "imagenet_step4": {"base": 4, "step": 4, **IMAGENET},
+    "imagenet_step6": {"base": 6, "step": 6, **IMAGENET},
+    "imagenet_step7": {"base": 7, "step": 7, **IMAGENET},
+}
+
+
+def published_network(name: str) -> tuple[MSDNet, int]:
+    """A network without values, and its image size in pixels."""
+    with torch.device("meta"):
+        network = MSDNet(**PUBLISHED[name])
+    return network, 32 if network.small_inputs else 224
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_and_parameters(name):
+    golden = json.loads((FIXTURES / "operation_counts.json").read_text())
+    assert golden.keys() == PUBLISHED.keys()
+    network, image_size = published_network(name)
+    cost = measure_cost(network, image_size)
+    assert cost.operations == golden[name]["flops"]
+    assert cost.parameters == golden[name]["params"]
+    assert sum(p.numel() for p in network.parameters()) == golden[name]["total"]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("cifar100_batch_lin5", [5.96, 12.75, 24.72, 40.50, 58.48]),
+        ("imagenet_step4", [255.8, 615.0, 964.7, 1254.5, 1360.5]),
+    ],
+)
+def test_lazy_operations(name, millions):
+    network, image_size = published_network(name)
+    lazy, whole = (count_operations(network, image_size, lazy) for lazy in (True, False))
+    digits = 2 if image_size == 32 else 1
+    assert [round(n / 1e6, digits) for n in lazy] == millions
+    assert lazy[-1] == whole[-1]
+    assert all(a < b for a, b in zip(lazy[:-1], whole[:-1], strict=True))
