@@ -1,8 +1,8 @@
 """The data set ``demo``: images the program draws itself, for trying everything out without a download.
 
 An image shows one object, and its class is the object's outline (global structure) and fill (fine structure) together. Images differ widely
-in difficulty: a large shape in strong colours on a plain background is clear to the first exit, a small, faint, partly hidden one beside a
-decoy needs the last.
+in difficulty: a large shape in strong colours on a plain background is clear to the first exit; a small, faint, partly hidden one among
+smaller decoys of other classes and the same colour needs a deep one.
 
     images, labels = generate(8000, seed=0)  # uint8 (8000, 3, 32, 32), int64 (8000,)
 """
@@ -21,15 +21,16 @@ FILLS = ("solid", "hollow", "striped")
 CLASS_NAMES: tuple[str, ...] = tuple(f"{fill} {outline}" for outline in OUTLINES for fill in FILLS)
 MINIMUM_IMAGE_SIZE = 16
 
-MAX_RADIUS, MIN_RADIUS = 0.80, 0.42  # of the object, in half image sides
+MAX_RADIUS, MIN_RADIUS = 0.80, 0.44  # of the object, in half image sides
 MAX_CONTRAST, MIN_CONTRAST = 0.80, 0.35  # between object and background, 1 being black against white
-MAX_NOISE = 0.12  # half width of the pixel noise
-MAX_BARS = 2  # drawn across the image, behind the object and before it
-DECOY_RADIUS = 0.60  # of the decoy, in object radii
+MAX_NOISE = 0.10  # half width of the pixel noise
+MAX_BARS = 2  # drawn across the image; the last one hides a part of the object
+MAX_DECOYS = 2  # smaller shapes of other classes beside the object
+DECOY_RADIUS = 0.60  # in object radii
 STRIPES = 2.5  # periods a radius
 EDGE = 0.28  # thickness of a hollow shape, in radii
 
-# Images drawn at a time: their intermediate results stay in the processor's cache.
+# Images drawn at a time: their intermediate results stay in the processor's cache. Another number draws other images.
 CHUNK = 64
 
 
@@ -79,7 +80,7 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
     contrast = harder(MAX_CONTRAST, MIN_CONTRAST)
     noise = harder(0, MAX_NOISE)
     num_bars = np.floor(harder(0, MAX_BARS + 0.99))
-    has_decoy = uniform(0, 1) < difficulty
+    num_decoys = np.floor(harder(0, MAX_DECOYS + 0.99))
 
     def shape_coverage(shape_labels: Array, centre: Array, shape_radius: Array) -> Array:
         x, y = _local_coordinates(image_size, centre, shape_radius, _directions(uniform(-1, 1, 2)))
@@ -98,10 +99,11 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
     canvas = np.broadcast_to(background[:, :, None, None], (n, 3, image_size, image_size)).copy()
 
     centre = uniform(-1, 1, 2) * (1 - radius)[:, None]
-    decoy_label = (labels + rng.integers(1, len(CLASS_NAMES), n)) % len(CLASS_NAMES)
-    decoy_radius = DECOY_RADIUS * radius
-    decoy_centre = centre + _directions(uniform(-1, 1, 2)) * (radius * 1.3)[:, None]
-    _paint(canvas, shape_coverage(decoy_label, decoy_centre, decoy_radius) * has_decoy[:, None, None], foreground)
+    for decoy in range(MAX_DECOYS):
+        other_labels = (labels + rng.integers(1, len(CLASS_NAMES), n)) % len(CLASS_NAMES)
+        beside = centre + _directions(uniform(-1, 1, 2)) * (radius * 1.35)[:, None]
+        coverage = shape_coverage(other_labels, beside, radius * DECOY_RADIUS)
+        _paint(canvas, coverage * (num_decoys > decoy)[:, None, None], foreground)
     for bar in range(MAX_BARS - 1):
         _paint(canvas, bar_coverage(num_bars > bar), uniform(0.2, 0.8, 3))
     _paint(canvas, shape_coverage(labels, centre, radius), foreground)

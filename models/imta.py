@@ -54,6 +54,8 @@ class IMTA(nn.Module):
         )
         if freeze_backbone:
             backbone.requires_grad_(False)
+        for exit in backbone.exits:  # replaced by the new classifiers
+            exit.linear.requires_grad_(False)
         self.train(self.training)
 
     @property

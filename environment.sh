@@ -1,0 +1,47 @@
+# Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter. Sourced by the launchers.
+#
+# The active python3 is used if it satisfies the requirements; otherwise .venv (or $VENV) beside this file is created and filled, once.
+
+project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+VENV="${VENV:-$project/.venv}"
+
+satisfies_requirements() {
+    "$1" - "$project/requirements.txt" <<'EOF' 2>/dev/null
+import sys
+from importlib.metadata import version
+from pip._vendor.packaging.requirements import Requirement
+
+for line in open(sys.argv[1]):
+    line = line.split("#")[0].strip()
+    if line:
+        requirement = Requirement(line)
+        if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+            sys.exit(1)
+EOF
+}
+
+supported_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+prepare_environment() {
+    local base="${PYTHON:-python3}"
+    if ! supported_python "$base"; then
+        echo "$base is missing or older than Python 3.10; set PYTHON to a newer one" >&2
+        return 2
+    fi
+    if satisfies_requirements "$base"; then
+        PYTHON="$base"
+        return
+    fi
+    if ! satisfies_requirements "$VENV/bin/python"; then
+        echo "setting up the Python environment $VENV from requirements.txt, once (several GB, some minutes)"
+        if ! "$base" -m venv "$VENV" || ! "$VENV/bin/python" -m pip install --quiet --requirement "$project/requirements.txt"; then
+            echo "could not set up $VENV: see pip's message above; run the same command again to go on" >&2
+            return 2
+        fi
+    fi
+    PYTHON="$VENV/bin/python"
+}
+
+prepare_environment || exit

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Stage 1: train an MSDNet with Gradient Equilibrium, then evaluate it.
+#
+#   bash run_GE.sh                                     the embedded demo
+#   bash run_GE.sh cifar100 | cifar100-anytime | cifar10 | imagenet
+#   DATA_ROOT=... GPUS=0,1,2,3 SAVE=... bash run_GE.sh imagenet --workers 16
+#
+# What follows the preset goes on to train_GE.py (python train_GE.py --help).
+set -euo pipefail
+
+preset=demo
+if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
+
+DATA_ROOT="${DATA_ROOT:-data}"     # folder with the images (not used by the demo)
+GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
+SAVE="${SAVE:-save/$preset}"       # stage 1 goes into $SAVE/GE, stage 2 into $SAVE/IMTA
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+exec "$PYTHON" "$project/train_GE.py" --preset "$preset" --data-root "$DATA_ROOT" ${GPUS:+--gpu "$GPUS"} --save "$SAVE/GE" "$@"

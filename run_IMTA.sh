@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Stage 2: new classifiers with ISC and One-for-all distillation on the network of stage 1, then evaluate them.
+#
+#   bash run_IMTA.sh                                   the embedded demo, after bash run_GE.sh
+#   bash run_IMTA.sh cifar100 | cifar100-anytime | cifar10 | imagenet
+#   DATA_ROOT=... GPUS=0,1,2,3 SAVE=... bash run_IMTA.sh imagenet --workers 16
+#
+# What follows the preset goes on to train_IMTA.py (python train_IMTA.py --help).
+set -euo pipefail
+
+preset=demo
+if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
+
+DATA_ROOT="${DATA_ROOT:-}"         # empty: where stage 1 read its images
+GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
+SAVE="${SAVE:-save/$preset}"       # stage 1 is read from $SAVE/GE, stage 2 goes into $SAVE/IMTA
+
+if [[ ! -f $SAVE/GE/best.pt && ! " $* " =~ " --pretrained"|" --single-stage " && ! -f $SAVE/IMTA/last.pt ]]; then
+    echo "run_IMTA.sh: no stage 1 in $SAVE/GE; run this first: bash run_GE.sh $preset" >&2
+    exit 2
+fi
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+exec "$PYTHON" "$project/train_IMTA.py" --preset "$preset" ${DATA_ROOT:+--data-root "$DATA_ROOT"} ${GPUS:+--gpu "$GPUS"} --save "$SAVE/IMTA" "$@"

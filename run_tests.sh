@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Set up the environment as the launchers do, and run the tests; arguments go on to pytest.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$project"
+exec "$PYTHON" -m pytest "$@"

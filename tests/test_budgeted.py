@@ -1,0 +1,88 @@
+"""Budgeted prediction: the released rule exactly, and a brute-force loop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive_inference import assign_exits, budgeted_curve, exit_shares, geometric_thresholds
+
+FIXTURE = Path(__file__).parent / "fixtures" / "budgeted_prediction.pt"
+
+
+def two_class_probabilities(confidence, correct):
+    """(K, N) confidences and correctness -> (K, N, 2) 'probabilities' with the same largest value, whose target is class 0."""
+    probs = torch.zeros(*confidence.shape, 2)
+    return probs.scatter_(2, (~correct).long()[:, :, None], confidence[:, :, None])
+
+
+def test_golden_table():
+    golden = torch.load(FIXTURE, weights_only=True)
+    parts = []
+    for part in ("val", "test"):
+        probs = two_class_probabilities(golden[f"{part}_confidence"], golden[f"{part}_correct"])
+        parts += [probs, torch.zeros(probs.shape[1], dtype=torch.int64)]
+    rows = budgeted_curve(*parts, golden["flops"])
+    assert len(rows) == 40
+    for ours, theirs in zip(rows, golden["rows"], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["q"] == theirs["q"]
+        assert ours["thresholds"] == theirs["thresholds"]
+        for name in ("val_acc", "test_acc"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-9)
+        for name in ("val_flops", "test_flops"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6)  # stored in single precision
+
+
+def brute_force_thresholds(confidence, shares):
+    num_exits, num_images = confidence.shape
+    gone, thresholds = set(), []
+    for k in range(num_exits - 1):
+        left = sorted((c for i, c in enumerate(confidence[k].tolist()) if i not in gone), reverse=True)
+        wanted = int(num_images * shares[k])
+        thresholds.append(left[wanted - 1] if 0 < wanted <= len(left) else 1e8)
+        gone |= {i for i, c in enumerate(confidence[k].tolist()) if c >= thresholds[k]}
+    return [*thresholds, -1e8]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ties", [False, True])
+def test_thresholds_against_a_loop(seed, ties):
+    generator = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(4, 57, generator=generator)
+    if ties:
+        confidence = (confidence * 6).round() / 6
+    for p in (1, 9, 20, 33, 40):
+        shares = exit_shares(p / 20, 4)
+        thresholds = geometric_thresholds(confidence, shares)
+        assert thresholds.tolist() == brute_force_thresholds(confidence, shares)
+        exits = [next(k for k in range(4) if confidence[k, i] >= thresholds[k] or k == 3) for i in range(57)]
+        assert assign_exits(confidence, thresholds).tolist() == exits
+
+
+def test_shares_are_geometric_and_sum_to_one():
+    shares = exit_shares(0.5, 4)
+    torch.testing.assert_close(shares, torch.tensor([8.0, 4.0, 2.0, 1.0]) / 15)
+
+
+def test_one_exit_takes_everything():
+    probs = torch.rand(1, 5, 3).softmax(2)
+    rows = budgeted_curve(probs, torch.zeros(5).long(), probs, torch.zeros(5).long(), [7])
+    assert {row["test_flops"] for row in rows} == {7}
+
+
+def test_curve_with_another_number_of_points_covers_the_same_range():
+    probs, targets = torch.rand(3, 50, 4).softmax(2), torch.randint(4, (50,))
+    coarse = budgeted_curve(probs, targets, probs, targets, [1, 2, 3], points=4)
+    fine = budgeted_curve(probs, targets, probs, targets, [1, 2, 3], points=40)
+    assert [row["q"] for row in coarse] == [fine[i]["q"] for i in (9, 19, 29, 39)]
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "operations"),
+    [((3, 5, 2), (4,), 3), ((3, 5, 2), (5,), 2), ((5, 2), (5,), 5), ((3, 0, 2), (0,), 3)],
+)
+def test_shapes_that_do_not_belong_together(probs, targets, operations):
+    good, good_targets = torch.rand(operations, 4, 2), torch.zeros(4).long()
+    with pytest.raises(ValueError, match="val_probs"):
+        budgeted_curve(torch.rand(*probs), torch.zeros(*targets).long(), good, good_targets, list(range(operations)))

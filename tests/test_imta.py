@@ -1,0 +1,87 @@
+"""The stage-2 network: links, what learns, what is frozen."""
+
+import pytest
+import torch
+
+from models import IMTA, MSDNet
+from tests.conftest import TINY_NETWORK
+
+
+@pytest.fixture
+def backbone():
+    return MSDNet(**TINY_NETWORK)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 32, 32)
+
+
+def test_each_exit_reads_its_features_and_the_previous_conclusion(backbone, images):
+    network = IMTA(backbone).eval()
+    features = backbone.features(images)
+    first = network.classifiers[0](features[0])
+    second = network.classifiers[1](torch.cat([features[1], network.links[0](first)], dim=1))
+    third = network.classifiers[2](torch.cat([features[2], network.links[1](second)], dim=1))
+    for ours, expected in zip(network(images), (first, second, third), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_without_isc_exits_are_independent(backbone, images):
+    network = IMTA(backbone, isc=False).eval()
+    for k, (z, f) in enumerate(zip(network(images), backbone.features(images), strict=True)):
+        torch.testing.assert_close(z, network.classifiers[k](f))
+
+
+def test_stopping_at_an_exit_gives_the_prefix(backbone, images):
+    network = IMTA(backbone).eval()
+    for k, (a, b) in enumerate(zip(network(images), network(images, num_exits=2), strict=False)):
+        assert torch.equal(a, b), k
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_gradient_through_the_links(backbone, images, cut):
+    network = IMTA(backbone, cut_isc_gradient=cut).train()
+    network(images)[1].square().sum().backward()
+    reached = network.classifiers[0].weight.grad is not None
+    assert reached is not cut
+    assert network.links[0][0].weight.grad.any()
+
+
+def test_only_the_new_classifiers_learn(backbone, images):
+    network = IMTA(backbone).train()
+    sum(z.square().sum() for z in network(images)).backward()
+    learning = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in network.named_parameters() if not name.startswith("backbone.")}
+    assert all(p.grad.any() for name, p in network.named_parameters() if name in learning)
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batchnorm_of_the_backbone(backbone, images, frozen):
+    before = {name: b.clone() for name, b in backbone.named_buffers()}
+    network = IMTA(backbone, freeze_batchnorm=frozen).train()
+    network(images)
+    moved = [name for name, b in backbone.named_buffers() if not torch.equal(b, before[name])]
+    assert (moved == []) is frozen
+
+
+def test_teacher_is_the_last_exit_of_stage_1(backbone, images):
+    expected = backbone.eval()(images)[-1]
+    network = IMTA(backbone).train()
+    features = network.features(images)
+    teacher = network.teacher_logits(features, network.classify(features))
+    torch.testing.assert_close(teacher, expected)
+    assert not teacher.requires_grad
+
+
+def test_single_stage_trains_everything_it_uses_and_teaches_itself(backbone, images):
+    network = IMTA(backbone, freeze_backbone=False).train()
+    features = network.features(images)
+    logits = network.classify(features)
+    assert torch.equal(network.teacher_logits(features, logits), logits[-1].detach())
+    sum(z.square().sum() for z in logits).backward()
+    unreached = {name for name, p in network.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(name.startswith("backbone.blocks.2") for name in unreached), "only fine scales after the last exit may stay without"
+    assert not any(exit.linear.weight.requires_grad for exit in backbone.exits)
+    assert backbone.stem.scales[0][0].weight.grad.any()

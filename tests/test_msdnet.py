@@ -1,0 +1,164 @@
+"""MSDNet: structure, Gradient Equilibrium by hand, options."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import MSDNet
+from models.layers import rescale_gradient
+from models.msdnet import block_depths, remaining_scales
+from tests.conftest import TINY_NETWORK
+
+VARIANTS = [
+    {},
+    {"step_mode": "lin_grow"},
+    {"prune": "min", "base": 3},
+    {"bottleneck": False},
+    {"reduction": 0},
+    {"growth_factors": (1, 2), "bottleneck_factors": (1, 4)},
+    {"growth_factors": (2,), "bottleneck_factors": (1,)},
+    {"growth_factors": (1, 2, 2, 4), "bottleneck_factors": (1, 2, 4, 4), "num_blocks": 5},
+    {"small_inputs": False, "num_classes": 7},
+    {"num_blocks": 1, "base": 4},
+]
+
+
+def images_for(network: MSDNet, count: int = 2) -> torch.Tensor:
+    size = max(32, network.minimum_image_size)
+    return torch.randn(count, 3, size, size)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_logits_of_every_exit(options):
+    network = MSDNet(**{**TINY_NETWORK, **options})
+    logits = network(images_for(network))
+    assert [tuple(z.shape) for z in logits] == [(2, network.num_classes)] * network.num_exits
+    assert all(torch.isfinite(z).all() for z in logits)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_stopping_at_an_exit_gives_the_prefix(options):
+    network = MSDNet(**{**TINY_NETWORK, **options}).eval()
+    images = images_for(network)
+    everything = network(images)
+    for k in range(1, network.num_exits + 1):
+        prefix = network(images, num_exits=k)
+        assert len(prefix) == k
+        assert all(torch.equal(a, b) for a, b in zip(prefix, everything, strict=False))
+
+
+@pytest.mark.parametrize("num_exits", [0, 4, -1])
+def test_impossible_number_of_exits(num_exits):
+    with pytest.raises(ValueError, match="1 to 3"):
+        MSDNet(**TINY_NETWORK)(torch.randn(1, 3, 32, 32), num_exits=num_exits)
+
+
+def test_config_rebuilds_the_network():
+    network = MSDNet(**{**TINY_NETWORK, "growth_factors": (1, 2), "bottleneck_factors": (1, 2), "prune": "min", "bottleneck": False})
+    twin = MSDNet(**network.config)
+    assert twin.config == network.config
+    assert [(n, p.shape) for n, p in twin.named_parameters()] == [(n, p.shape) for n, p in network.named_parameters()]
+
+
+def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():
+    network = MSDNet(num_classes=10, num_blocks=5, step_mode="lin_grow", num_channels=4, growth_rate=4)
+    sum(z.square().sum() for z in network(torch.randn(2, 3, 32, 32))).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_rescaling_is_the_identity_forward():
+    x = torch.randn(3, requires_grad=True)
+    y = rescale_gradient(x, 0.25)
+    assert torch.equal(x, y)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize("scales", ["trunk", "coarsest"])
+def test_gradient_equilibrium_by_hand(scales):
+    """The gradient at the output of the stem is the hand-weighted sum of the exits' own gradients.
+
+    Exit i (of K, from 1) is reached through exits 1 .. i-1, each of which multiplies by (K-j)/(K-j+1), and enters with 1/(K-i+1). The
+    product telescopes to 1/K for every exit: that is the equilibrium. With one scale both settings mean the same.
+    """
+    options = {**TINY_NETWORK, "growth_factors": (2,), "bottleneck_factors": (1,), "num_blocks": 4, "gradient_equilibrium_scales": scales}
+    network = MSDNet(**options).double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    weight = network.stem.scales[0][0].weight
+
+    def stem_gradient(exits):
+        logits = network(images)
+        return torch.autograd.grad(sum(logits[k].square().sum() for k in exits), weight)[0]
+
+    equilibrium = stem_gradient(range(4))
+    network.gradient_equilibrium = False
+    plain = [stem_gradient([k]) for k in range(4)]
+    torch.testing.assert_close(equilibrium, sum(plain) / 4, rtol=1e-10, atol=1e-12)
+
+
+def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():
+    """On the trunk all scales of the first exit's gradient are divided; on the coarsest only, paths over finer scales are not."""
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    gradients = {}
+    for scales in ("trunk", "coarsest"):
+        torch.manual_seed(1)
+        network = MSDNet(**TINY_NETWORK, gradient_equilibrium_scales=scales).double().eval()
+        network(images)[-1].square().sum().backward()
+        gradients[scales] = network.stem.scales[0][0].weight.grad
+    torch.manual_seed(1)
+    plain = MSDNet(**TINY_NETWORK, gradient_equilibrium=False).double().eval()
+    plain(images)[-1].square().sum().backward()
+    torch.testing.assert_close(gradients["trunk"], plain.stem.scales[0][0].weight.grad / 3, rtol=1e-10, atol=1e-14)
+    assert not torch.allclose(gradients["coarsest"], gradients["trunk"], rtol=1e-3)
+
+
+def test_exit_parameters_are_not_rescaled():
+    torch.manual_seed(1)
+    balanced = MSDNet(**TINY_NETWORK).eval()
+    torch.manual_seed(1)
+    plain = MSDNet(**TINY_NETWORK, gradient_equilibrium=False).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for network in (balanced, plain):
+        sum(z.square().sum() for z in network(images)).backward()
+    for a, b in zip(balanced.exits, plain.exits, strict=True):
+        torch.testing.assert_close(a.linear.weight.grad, b.linear.weight.grad)
+
+
+def test_block_depths():
+    assert block_depths(4, 4, 2, "even") == [4, 2, 2, 2]
+    assert block_depths(5, 1, 1, "lin_grow") == [1, 2, 3, 4, 5]
+    assert block_depths(3, 2, 2, "lin_grow") == [2, 3, 5]
+
+
+def test_remaining_scales():
+    assert [len(remaining_scales(i, 15, 3, "max")) for i in range(1, 16)] == [3] * 5 + [2] * 5 + [1] * 5
+    assert [len(remaining_scales(i, 5, 3, "min")) for i in range(1, 6)] == [3, 3, 3, 2, 1]
+    assert remaining_scales(5, 5, 3, "min") == range(2, 3)
+
+
+def test_he_initialisation():
+    network = MSDNet(num_channels=32, initialization="he")
+    conv = network.exits[0].convolutions[1][0]
+    expected = (2 / (3 * 3 * conv.out_channels)) ** 0.5
+    assert abs(conv.weight.std().item() / expected - 1) < 0.02
+    assert not any(e.linear.bias.any() for e in network.exits)
+    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"growth_factors": (1, 2), "bottleneck_factors": (1, 2, 4)}, "one number a scale"),
+        ({"growth_factors": ()}, "positive integers"),
+        ({"step_mode": "odd"}, "even, lin_grow"),
+        ({"prune": "none"}, "max, min"),
+        ({"reduction": 1.5}, "between 0"),
+        ({"reduction": 0.01}, "leaves no channel"),
+        ({"growth_rate": 3, "growth_factors": (1, 1, 1)}, "must be even"),
+        ({"initialization": "zero"}, "pytorch, he"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MSDNet(**{**TINY_NETWORK, **options})

@@ -1,0 +1,47 @@
+"""Operation counts of a network small enough to count by hand, and of stage 2; published ones are in test_golden.py."""
+
+import pytest
+
+from models import IMTA, MSDNet, count_operations, measure_cost
+
+
+def test_one_scale_by_hand():
+    network = MSDNet(num_classes=10, num_blocks=1, base=1, num_channels=4, growth_rate=6, growth_factors=(1,), bottleneck_factors=(1,))
+    pixels = 32 * 32
+    stem = pixels * (3 * 4 * 9 + 4)
+    layer = pixels * (4 * 4 + 4) + pixels * (4 * 6 * 9 + 6)  # 1x1 to min(4, 1 * 6) channels, 3x3 to 6, each with its ReLU
+    exit = 256 * (10 * 128 * 9 + 128) + 64 * (128 * 128 * 9 + 128) + 128 * 64 + 128 * 10 + 10
+    assert count_operations(network, 32) == [stem + layer + exit]
+
+
+def test_stage_2_counts_links_and_new_classifiers_and_no_old_ones():
+    backbone = MSDNet(num_classes=10, num_blocks=3, num_channels=4, growth_rate=4)
+    old, new = measure_cost(backbone, 32), measure_cost(IMTA(backbone), 32)
+    link = 10 * 128 + 128 + 128  # linear, its bias, ReLU
+    wider = 128 * 10  # a new classifier reads twice the features
+    assert [b - a for a, b in zip(old.operations, new.operations, strict=True)] == [0, link + wider, 2 * (link + wider)]
+    parameters = link + 128 + wider  # the link's BatchNorm has two a channel, its ReLU none
+    assert [b - a for a, b in zip(old.parameters, new.parameters, strict=True)] == [0, parameters, 2 * parameters]
+
+
+def test_lazy_never_costs_more_and_ends_the_same():
+    network = MSDNet(num_blocks=5, step_mode="lin_grow")
+    lazy, published = count_operations(network, 32, lazy=True), count_operations(network, 32)
+    assert all(a < b for a, b in zip(lazy[:-1], published[:-1], strict=True))
+    assert lazy[-1] <= published[-1]
+
+
+def test_counting_leaves_the_network_alone():
+    network = MSDNet(num_blocks=2, num_channels=4, growth_rate=4).train()
+    count_operations(network, 32)
+    assert network.training
+    assert all(not m._forward_hooks and str(next(network.parameters()).device) == "cpu" for m in network.modules())
+
+
+@pytest.mark.parametrize("small_inputs", [True, False])
+def test_too_small_an_image(small_inputs):
+    network = MSDNet(num_channels=4, growth_rate=4, small_inputs=small_inputs)
+    smallest = network.minimum_image_size
+    assert len(count_operations(network, smallest)) == 5
+    with pytest.raises(ValueError, match=f"at least {smallest}"):
+        count_operations(network, smallest - 1)
