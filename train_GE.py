@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from args import CommandLine
 from dataloader import DataInfo
-from engine.stage import Origin, Stage, run_stage
+from engine.checkpoint import Saved
+from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies
 from utils import UserError
 
@@ -33,7 +34,7 @@ class JointTraining(nn.Module):
         return sum_of_cross_entropies(logits, targets, self.label_smoothing), torch.stack(logits, dim=1)
 
 
-def make_msdnet(settings: argparse.Namespace, data: DataInfo, origin: Origin | None = None) -> MSDNet:
+def make_msdnet(settings: argparse.Namespace, data: DataInfo, origin: Saved | None = None) -> MSDNet:
     """The network the flags describe.
 
     Raises:

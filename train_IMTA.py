@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from args import CommandLine
 from dataloader import DataInfo
-from engine.checkpoint import data_info_from, load_checkpoint, network_from
+from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
-from engine.stage import Origin, Stage, run_stage
+from engine.stage import Stage, run_stage
 from models import IMTA, MSDNet, one_for_all_loss
 from train_GE import make_msdnet
 from utils import UserError
@@ -45,7 +45,7 @@ class Distillation(nn.Module):
         return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(logits, dim=1)
 
 
-def find_stage_1(command: CommandLine) -> Origin | None:
+def find_stage_1(command: CommandLine) -> Saved | None:
     """The checkpoint --pretrained names, or that of the run in the directory GE beside this one's.
 
     Raises:
@@ -60,18 +60,16 @@ def find_stage_1(command: CommandLine) -> Origin | None:
         raise UserError(
             f"there is no stage-1 checkpoint {path}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
         )
-    state = load_checkpoint(path)
-    network = network_from(state, path)
-    if not isinstance(network, MSDNet):
+    saved = load_saved(path, command.explicit)
+    if not isinstance(saved.network, MSDNet):
         raise UserError(f"{path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
-    for name, value in command.explicit.items():
-        if name in network.config and network.config[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{path} has {name} = {network.config[name]}, the command line says {value}")
-    return Origin(path, network, state["settings"], data_info_from(state), state["held_out"])
+    return saved
 
 
-def make_imta(settings: argparse.Namespace, data: DataInfo, origin: Origin | None) -> IMTA:
+def make_imta(settings: argparse.Namespace, data: DataInfo, origin: Saved | None) -> IMTA:
     """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
+    if origin and origin.network.num_classes != len(data.class_names):
+        raise UserError(f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}")
     return IMTA(
         origin.network if origin else make_msdnet(settings, data),
         isc=settings.isc,

@@ -8,14 +8,16 @@ network = network_from(state)
 import dataclasses
 import pickle
 import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataloader import DataInfo
-from models import IMTA, MSDNet
+from models import IMTA, MSDNet, load_released
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet checkpoint 1"
@@ -31,16 +33,92 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **state}, stream)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A network from a file, in evaluation mode. Of a released one only the network is known; its ``state`` is empty."""
+
+    path: Path
+    network: MSDNet | IMTA
+    state: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """Settings of the run that wrote it."""
+        return self.state.get("settings")
+
+    @property
+    def data(self) -> DataInfo | None:
+        """What it remembers of its data set."""
+        return data_info_from(self.state) if self.state else None
+
+    @property
+    def held_out(self) -> Tensor | None:
+        """Indices of the held-out training images."""
+        return self.state.get("held_out")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this project, on the CPU.
 
     Raises:
         UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is not a checkpoint of this project.
     """
-    state = read_tensors(path)
+    return _checked(read_tensors(path), path)
+
+
+def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
+    """The network of a checkpoint of this project or of a released program.
+
+    Args:
+        explicit: what the command line says. Network options must agree with the file; where a released file leaves them open, they
+            decide.
+
+    Raises:
+        UserError: one line: as ``load_checkpoint``, or what disagrees.
+    """
+    content = read_tensors(path)
+    if not (isinstance(content, dict) and "format" in content):
+        return Saved(path, _released_network(content, path, explicit), {})
+    state = _checked(content, path)
+    network = build_network(state["network"])
+    load_weights(network, state["state_dict"], path)
+    config = network.backbone.config if isinstance(network, IMTA) else network.config
+    for name, value in explicit.items():
+        if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(f"{path} has {name} = {config[name]}, the command line says {value}")
+    return Saved(path, network.eval(), state)
+
+
+# Our names of network options -> published flags.
+PUBLISHED_FLAGS = {
+    "num_blocks": "nBlocks",
+    "base": "base",
+    "step": "step",
+    "step_mode": "stepmode",
+    "num_channels": "nChannels",
+    "growth_rate": "growthRate",
+    "growth_factors": "grFactor",
+    "bottleneck_factors": "bnFactor",
+    "bottleneck": "bottleneck",
+    "prune": "prune",
+    "reduction": "reduction",
+}
+
+
+def _released_network(content: Any, path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    flags = {flag: explicit[name] for name, flag in PUBLISHED_FLAGS.items() if name in explicit}
+    try:
+        return load_released(content, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('the given checkpoint: ')}") from None
+
+
+def _checked(state: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
-    missing = {"network", "state_dict", "data", "held_out", "settings"} - state.keys()
+    missing = {"stage", "title", "network", "state_dict", "data", "held_out", "settings", "origin"} - state.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
     return state
@@ -100,17 +178,6 @@ def load_weights(network: nn.Module, state_dict: dict[str, torch.Tensor], source
         if ours != theirs:
             raise UserError(f"{source} holds another network: {name} is {theirs} there, {ours} here")
     network.load_state_dict(state_dict)
-
-
-def network_from(state: dict[str, Any], source: Path) -> MSDNet | IMTA:
-    """The network of a checkpoint, with its weights, in evaluation mode.
-
-    Raises:
-        UserError: description and tensors do not fit.
-    """
-    network = build_network(state["network"])
-    load_weights(network, state["state_dict"], source)
-    return network.eval()
 
 
 def data_info_from(state: dict[str, Any]) -> DataInfo:

@@ -4,12 +4,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
 from utils import atomic_write
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
@@ -29,6 +32,9 @@ class Log:
     def open(self, run: RunDirectory, first_step: int) -> None:
         """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""
         if self.enabled:
+            # Takes seconds to import, which evaluation need not wait for.
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
 
     def close(self) -> None:

@@ -10,32 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
-from engine.checkpoint import build_network, data_info_from, load_checkpoint, load_weights, network_config, plain
+from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
 from engine.distributed import Processes, process_group
 from engine.evaluation import accuracy_at, anytime_rows, budgeted_rows, collect_logits, softmax_
 from engine.log import Log
 from engine.report import draw_curves, pixels, read_csv, save_figure, table, write_csv
 from engine.run_directory import RunDirectory
-from engine.training import Interrupted, Progress, Task, train
+from engine.training import Interrupted, Task, train
 from models import count_operations
 from utils import UserError, seed_everything
 
 INTERRUPTED_HINT = "stopped by a signal and saved; go on with --resume"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The stage-1 checkpoint a stage-2 network starts from; of a released one only the network is known."""
-
-    path: Path
-    network: nn.Module
-    settings: dict[str, Any] | None = None
-    data: DataInfo | None = None
-    held_out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +42,8 @@ class Stage:
     """
 
     name: str
-    find_origin: Callable[[CommandLine], Origin | None]
-    make_network: Callable[[argparse.Namespace, DataInfo, Origin | None], nn.Module]
+    find_origin: Callable[[CommandLine], Saved | None]
+    make_network: Callable[[argparse.Namespace, DataInfo, Saved | None], nn.Module]
     make_objective: Callable[[nn.Module, argparse.Namespace], nn.Module]
     constants: Callable[[nn.Module], dict[str, Any]]
     check_result: Callable[[nn.Module, dict[str, Any]], None]
@@ -136,7 +125,7 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
     return state
 
 
-def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Origin | None) -> dict[str, Any]:
+def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Saved | None) -> dict[str, Any]:
     constants = {
         "stage": stage.name,
         "title": stage.title(settings),
@@ -186,16 +175,19 @@ def _clear(run: RunDirectory) -> None:
 
 def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None:
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
-    state = load_checkpoint(source)
-    settings = command.settings(stored=state["settings"])
-    data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
-    network = build_network(state["network"])
-    load_weights(network, state["state_dict"], source)
+    saved = load_saved(source, command.explicit)
+    network, settings = saved.network, command.settings(stored=saved.settings)
+    data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
+    if network.num_classes != len(data.info.class_names):
+        raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
     _place(network, settings, processes)
     run = RunDirectory(command.explicit.get("save") or source.parent)
+    constants = saved.state or {"title": source.stem, "origin": None}
+    if not saved.state:
+        log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
     _describe(network, data, operations, run, processes, log)
-    _evaluate(network, data, operations, (settings.evalmode,), run, state, processes, log)
+    _evaluate(network, data, operations, (settings.evalmode,), run, constants, processes, log)
 
 
 @dataclass(frozen=True)
@@ -271,6 +263,3 @@ def _to_tensorboard(results: Results | None, settings: argparse.Namespace, log: 
     log.writer.add_image("accuracy against operations", pixels(draw_curves(results.curves)), dataformats="HWC")
     options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in vars(settings).items()}
     log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in results.anytime}, run_name=".")
-
-
-__all__ = ["Origin", "Progress", "Stage", "run_stage"]

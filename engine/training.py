@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,11 +118,12 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
         self.meters = Meters(self.network.num_exits, processes.device)
         self.progress = Progress()
+        self.began = 0.0
 
     def run_epoch(self, stop: StopRequest) -> None:
         settings, progress, log = self.settings, self.progress, self.log
         steps = len(self.data.train)
-        began = time.monotonic()
+        self.began = time.monotonic()
         self.task.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
@@ -131,12 +132,12 @@ class _Trainer:
             if progress.step % settings.print_freq == 0:
                 self._report()
             if settings.save_every_steps and progress.step % settings.save_every_steps == 0 and progress.step < steps:
-                self._save(began)
+                self._save()
             if self._must_stop(stop) and progress.step < steps:
-                self._save(began)
+                self._save()
                 raise Interrupted(stop.exit_status)
         log.end_epoch()
-        self._finish_epoch(began)
+        self._finish_epoch()
         if self.processes.any(bool(stop)) and progress.epoch < settings.epochs:
             raise Interrupted(stop.exit_status)
 
@@ -174,12 +175,12 @@ class _Trainer:
                 f"{self.optimizer.param_groups[0]['lr']:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
             )
 
-    def _finish_epoch(self, began: float) -> None:
+    def _finish_epoch(self) -> None:
         progress = self.progress
         totals = self.processes.sum(self.meters.totals)
         loss, train_acc1 = Meters.means(totals)
         self._refuse_divergence(loss)
-        trained = time.monotonic()
+        training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "train_acc1": train_acc1}
         score = progress.epoch + 1.0
         if self.data.val.num_images:
@@ -187,15 +188,15 @@ class _Trainer:
             score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
         is_best = score > progress.best_accuracy
         row["best"] = is_best
-        row["images_per_second"] = totals[0].item() / (progress.seconds + trained - began)
-        row["seconds"] = progress.seconds + time.monotonic() - began
+        row["images_per_second"] = totals[0].item() / training_seconds
+        row["seconds"] = self._seconds()
         row = {name: _rounded(value) for name, value in row.items()}
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         if is_best:
             progress.best_accuracy, progress.best_epoch = score, progress.epoch
         self.meters.totals.zero_()
-        self._write(is_best)
+        self._write(is_best, progress, self.meters.totals)
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
         self.log.line(
             f"epoch {progress.epoch}/{self.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
@@ -203,22 +204,25 @@ class _Trainer:
         )
         self.log.scalars(row, progress.epoch)
 
-    def _save(self, began: float) -> None:
+    def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
         totals = self.processes.sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
-        self.progress.seconds += time.monotonic() - began
-        self._write(is_best=False, totals=totals)
+        self._write(False, replace(self.progress, seconds=self._seconds()), totals)
 
-    def _write(self, is_best: bool, totals: Tensor | None = None) -> None:
+    def _seconds(self) -> float:
+        """Time spent on the present epoch, that before an interruption included."""
+        return self.progress.seconds + time.monotonic() - self.began
+
+    def _write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         if not self.processes.is_main:
             return
-        result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(self.progress)}
+        result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:
             save_checkpoint(self.run.best, result)
         running = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random_state": torch.get_rng_state()}
-        save_checkpoint(self.run.last, {**result, **running, "totals": self.meters.totals if totals is None else totals})
-        self.log.write_history(self.run.log, self.progress.history)
+        save_checkpoint(self.run.last, {**result, **running, "totals": totals})
+        self.log.write_history(self.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["state_dict"])

@@ -6,17 +6,20 @@ run.keep(uncertain)            # a boolean mask or indices: the images that go o
 second = run.next_logits()     # (n, C), exit 2, of those images only
 """
 
-import torch
 from torch import Tensor, nn
 
 from models.imta import IMTA
+
+# (number of stages passed, scale) -> features (n, channels, H, W); the stem's are 0 stages deep.
+Cells = dict[tuple[int, int], Tensor]
 
 
 class Stepwise:
     """One pass over the exits of an ``MSDNet`` or ``IMTA`` network for a batch that may shrink between exits.
 
     Args:
-        network: in evaluation mode; BatchNorm over a shrinking batch would otherwise change what later exits see.
+        network: in evaluation mode; BatchNorm over a shrinking batch would otherwise change what later exits see. A network that has a
+            function ``advance`` of its own, such as a compiled one, is evaluated with that.
         images: (N, 3, H, W).
         lazy: compute a scale of a layer only when an exit depends on it. An exit reads the coarsest scale only, so the finer scales of
             a block's last layers wait until an image goes on. False computes whole blocks, as published operation counts assume.
@@ -29,14 +32,11 @@ class Stepwise:
         if network.training:
             raise ValueError("stepwise evaluation needs a network in evaluation mode: call network.eval() first")
         self.network = network
-        self.trunk = network.backbone if isinstance(network, IMTA) else network
         self.lazy = lazy
         self.exits_done = 0
+        self._advance = getattr(network, "advance", advance)
         self._previous_logits: Tensor | None = None
-        self._stages = [stage for block in self.trunk.blocks for stage in block]
-        self._block_ends = torch.tensor([len(block) for block in self.trunk.blocks]).cumsum(0).tolist()
-        # (number of stages passed, scale) -> features; the stem's are 0 stages deep.
-        self._cells = {(0, scale): x for scale, x in self.trunk.stem(images).items()}
+        self._cells = stem_cells(network, images)
 
     def next_logits(self) -> Tensor:
         """Logits (n, C) of the next exit for the images still here.
@@ -46,38 +46,59 @@ class Stepwise:
         """
         if self.exits_done == self.network.num_exits:
             raise IndexError(f"all {self.network.num_exits} exits are done")
-        k = self.exits_done
-        depth = self._block_ends[k]
-        scales = [self.trunk.num_scales - 1] if self.lazy else self._stages[depth - 1].scales
-        for scale in scales:
-            self._cell(depth, scale)
-        features = self.trunk.exits[k].features(self._cells[depth, self.trunk.num_scales - 1])
-        self._previous_logits = self.network.classify_next(k, features, self._previous_logits)
+        self._previous_logits, self._cells = self._advance(self.network, self.exits_done, self._cells, self._previous_logits, self.lazy)
         self.exits_done += 1
-        self._drop_spent_cells()
         return self._previous_logits
 
     def keep(self, images: Tensor) -> None:
-        """Carry on with these of the present images: a boolean mask (n,) or indices."""
+        """Carry on with these of the present images: a boolean mask (n,) or indices.
+
+        Indices are the better choice on a GPU: a mask makes the host wait for the number of images, once for every tensor kept.
+        """
         self._cells = {key: x[images] for key, x in self._cells.items()}
         if self._previous_logits is not None:
             self._previous_logits = self._previous_logits[images]
 
-    def _cell(self, depth: int, scale: int) -> Tensor:
-        if (depth, scale) not in self._cells:
-            stage = self._stages[depth - 1]
-            self._cells[depth, scale] = stage.compute(scale, lambda s: self._cell(depth - 1, s))
-        return self._cells[depth, scale]
 
-    def _drop_spent_cells(self) -> None:
-        """Forget features whose every reader has been computed, so that ``keep`` copies no more than needed."""
+def stem_cells(network: nn.Module, images: Tensor) -> Cells:
+    """What the first block reads: the stem's features of ``images`` (N, 3, H, W), by scale."""
+    return {(0, scale): x for scale, x in _trunk(network).stem(images).items()}
 
-        def has_waiting_reader(depth: int, scale: int) -> bool:
-            if depth == len(self._stages):
-                return False
-            readers = self._stages[depth].scales
-            return any(s in readers and (depth + 1, s) not in self._cells for s in (scale, scale + 1))
 
-        spent = [key for key in self._cells if not has_waiting_reader(*key)]
-        for key in spent:
-            del self._cells[key]
+def advance(network: nn.Module, k: int, cells: Cells, previous_logits: Tensor | None, lazy: bool) -> tuple[Tensor, Cells]:
+    """Compute block and exit ``k`` (0-based); nothing but the arguments is read, and nothing changed.
+
+    Args:
+        cells: features that were computed before and are still needed.
+        previous_logits: (n, C) of exit k - 1, None for the first exit.
+        lazy: as for ``Stepwise``.
+
+    Returns:
+        Logits (n, C) of the exit, and the features that later exits still need.
+    """
+    trunk = _trunk(network)
+    stages = [stage for block in trunk.blocks for stage in block]
+    depth = sum(len(block) for block in trunk.blocks[: k + 1])
+    coarsest = trunk.num_scales - 1
+    cells = dict(cells)
+
+    def cell(depth: int, scale: int) -> Tensor:
+        if (depth, scale) not in cells:
+            cells[depth, scale] = stages[depth - 1].compute(scale, lambda s: cell(depth - 1, s))
+        return cells[depth, scale]
+
+    def has_waiting_reader(depth: int, scale: int) -> bool:
+        if depth == len(stages):
+            return False
+        readers = stages[depth].scales
+        return any(s in readers and (depth + 1, s) not in cells for s in (scale, scale + 1))
+
+    for scale in [coarsest] if lazy else stages[depth - 1].scales:
+        cell(depth, scale)
+    logits = network.classify_next(k, trunk.exits[k].features(cells[depth, coarsest]), previous_logits)
+    # Features whose every reader has been computed are forgotten, so that leaving images out copies no more than needed.
+    return logits, {key: x for key, x in cells.items() if has_waiting_reader(*key)}
+
+
+def _trunk(network: nn.Module) -> nn.Module:
+    return network.backbone if isinstance(network, IMTA) else network

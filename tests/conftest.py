@@ -5,17 +5,19 @@ import torch
 
 import dataloader
 
+# Networks this small are slower on several threads, much slower beside another busy process.
+torch.set_num_threads(1)
+
 TINY_NETWORK = {"num_blocks": 3, "base": 1, "step": 1, "num_channels": 4, "growth_rate": 4, "num_classes": 10}
-TINY_FLAGS = (
-    "--nBlocks 3 --base 1 --step 1 --nChannels 4 --growthRate 4 --batch-size 32 --val-size 64 --epochs 1 --lr 0.05"
-).split()
+TINY_FLAGS = [
+    *("--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"),
+    *("--batch-size", "32", "--val-size", "64", "--epochs", "1", "--lr", "0.05"),
+]
 
 
 @pytest.fixture(autouse=True)
 def _own_seed_and_settings():
     torch.manual_seed(0)
-    # Networks this small are slower on several threads, much slower beside another busy process.
-    torch.set_num_threads(1)
     yield
     torch.use_deterministic_algorithms(False)
 

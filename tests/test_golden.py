@@ -20,15 +20,6 @@ STAGE_1 = [name for name in SEEDS if not name.startswith("imta")]
 STAGE_2 = "imta_cifar100_even"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These networks are so small that further threads only wait for each other, for long where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def golden_case(name: str) -> dict:
     return restore(FIXTURES / f"{name}.pt")

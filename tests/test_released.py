@@ -18,15 +18,6 @@ STAGE_2 = "imta_cifar100_even"
 GE, PLAIN = "msdnet_ge_cifar100_even", "msdnet_cifar100_lin_grow"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These networks are so small that further threads only wait for each other, for long where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoints() -> dict[str, dict]:
     """Golden checkpoints by name, with the published flags of each as ``config`` besides."""

@@ -1,0 +1,76 @@
+"""The inference form of a network: BatchNorm folded into the convolutions and linear layers before it, channels-last, half precision.
+
+    fast = inference_form(network)          # a copy; the same interface, operation counts and, to rounding, logits
+    logits = fast(images.to(memory_format=torch.channels_last))
+
+Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a convolution with a bias.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from adaptive_inference.policies import network_fingerprint
+from models.stepwise import advance
+
+
+def inference_form(
+    network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None, compile_blocks: bool = False
+) -> nn.Module:
+    """A copy of ``network`` for prediction alone.
+
+    Args:
+        network: ``MSDNet`` or ``IMTA``; it is not changed.
+        channels_last: weights in the memory layout in which convolutions are faster on most devices.
+        dtype: type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
+        compile_blocks: ``torch.compile`` every block with its exit, for ``Stepwise`` and the predictor; the batch size stays free. The
+            first batches take minutes; needs a C++ compiler on a CPU. ``forward`` stays as it is.
+
+    Returns:
+        A network of the same class in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the
+        original (``policies.network_fingerprint``), and cannot be trained or saved as a checkpoint.
+    """
+    form = copy.deepcopy(network).eval().requires_grad_(False)
+    form.fingerprint = network_fingerprint(network)
+    for module in form.modules():
+        if isinstance(module, nn.Sequential):
+            _fold(module)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    form.to(dtype=dtype, memory_format=layout)
+    stem = form.backbone.stem if hasattr(form, "backbone") else form.stem
+    wanted_dtype = next(stem.parameters()).dtype
+
+    def prepare(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].to(dtype=wanted_dtype, memory_format=layout),)
+
+    stem.register_forward_pre_hook(prepare)
+    if compile_blocks:
+        form.advance = torch.compile(advance, dynamic=True)
+    return form
+
+
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """The 16-bit type in which ``device`` is faster, None where it gains nothing.
+
+    GPUs: bfloat16, or float16 before Ampere. A CPU without matrix units for 16-bit numbers converts back and forth, and loses.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return torch.bfloat16
+    return None
+
+
+def _fold(sequence: nn.Sequential) -> None:
+    layers: list[nn.Module] = []
+    for module in sequence:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
+        elif isinstance(module, nn.BatchNorm1d):
+            layers[-1] = fuse_linear_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    sequence._modules.clear()
+    sequence.extend(layers)

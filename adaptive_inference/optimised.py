@@ -1,0 +1,204 @@
+"""Optimised thresholds: the highest held-out accuracy under a cost budget, instead of the paper's geometric shares.
+
+    rows = optimised_curve(val_probs, val_targets, test_probs, test_targets, operations)   # as budgeted_curve
+
+For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda * operations_k. With all other
+thresholds fixed, the best threshold of exit k is found at once: leaving instead of going on gains a known amount for every image that
+reaches k, and the best cut is the largest cumulative gain over the images by falling confidence. Sweeps over the exits, from the last to
+the first, repeat this until nothing changes, starting from the point of the geometric rule that is best at that price. Budgets between the
+prices' costs are reached by interpolation.
+
+Three guards keep it from fitting the accidents of the held-out images. Cuts lie on a grid of quantiles. Every threshold is the mean, in
+quantiles, of fits that each leave out one fold. And the result is shrunk towards the geometric rule as far as cross-validation says: the
+fits are judged on the folds they left out, beside the geometric rule at the same cost, and where they do not win, it stays.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaptive_inference.budgeted import (
+    ALL_LEAVE,
+    NONE_LEAVE,
+    assign_exits,
+    budgeted_result,
+    confidence_and_correctness,
+    exit_shares,
+    geometric_thresholds,
+)
+
+GRID = 100  # cuts an exit
+FOLDS = 5
+PRICES = 40
+SWEEPS = 12
+# Weight of images that are gone before an exit: where all are gone, they alone decide on its threshold, which would be arbitrary otherwise
+# and spoil the means and interpolations it enters.
+ABSENT = 0.02
+SHRINKAGE = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the fits; 0 is the geometric rule
+
+
+def optimised_curve(
+    val_probs: Tensor,
+    val_targets: Tensor,
+    test_probs: Tensor,
+    test_targets: Tensor,
+    operations: Sequence[float],
+    points: int = 40,
+) -> list[dict]:
+    """As ``budgeted.budgeted_curve``, at the same held-out costs, with optimised thresholds.
+
+    Args, returns: those of ``budgeted_curve``; ``q`` holds the shares of the held-out images that leave at each exit.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    for name, probs, targets in (("val", val_probs, val_targets), ("test", test_probs, test_targets)):
+        if probs.dim() != 3 or targets.shape != probs.shape[1:2] or probs.shape[0] != len(operations) or probs.shape[1] == 0:
+            raise ValueError(f"{name}_probs {tuple(probs.shape)} do not belong to targets {tuple(targets.shape)} or to the operations")
+    val = confidence_and_correctness(val_probs, val_targets)
+    test = confidence_and_correctness(test_probs, test_targets)
+    return optimised_rows(*val, *test, operations, points)
+
+
+def optimised_rows(
+    val_confidence: Tensor,
+    val_correct: Tensor,
+    test_confidence: Tensor,
+    test_correct: Tensor,
+    operations: Sequence[float],
+    points: int = 40,
+) -> list[dict]:
+    """As ``optimised_curve``, from any confidence and from correctness (K, N) of every exit."""
+    rows = []
+    for p, thresholds in enumerate(optimised_thresholds(val_confidence, val_correct, operations, points), start=1):
+        val_exits = assign_exits(val_confidence, thresholds)
+        val_acc, val_cost = budgeted_result(val_correct, val_exits, operations)
+        test_acc, test_cost = budgeted_result(test_correct, assign_exits(test_confidence, thresholds), operations)
+        shares = torch.bincount(val_exits, minlength=len(operations)) / len(val_exits)
+        row = {"p": p, "q": shares.tolist(), "thresholds": thresholds.tolist(), "val_acc": val_acc, "val_flops": val_cost}
+        rows.append({**row, "test_acc": test_acc, "test_flops": test_cost})
+    return rows
+
+
+def optimised_thresholds(confidence: Tensor, correct: Tensor, operations: Sequence[float], points: int = 40) -> Tensor:
+    """Thresholds for the budgets at which the geometric rule of ``points`` points spends on the same images.
+
+    Args:
+        confidence, correct: (K, N) of the held-out images.
+        operations: to each exit, K numbers.
+
+    Returns:
+        (points, K), dtype of ``confidence``.
+    """
+    num_exits, num_images = confidence.shape
+    shares = [exit_shares(2 * p / points, num_exits) for p in range(1, points + 1)]
+    geometric = torch.stack([geometric_thresholds(confidence, q) for q in shares])
+    if num_exits == 1 or num_images < 4 * FOLDS:  # nothing to choose, or nothing to judge by
+        return geometric
+    problem = _Problem(confidence, correct, operations)
+    start = problem.to_quantiles(geometric)
+    # Fold by position of the image: deterministic, and held-out images are in no order that matters.
+    fold = torch.arange(num_images) % FOLDS
+    fits = [problem.optimise(fold != f, start) for f in range(FOLDS)]
+    shrinkage = problem.choose_shrinkage(fits, start, fold)
+    return problem.thresholds(problem.curve(torch.stack(fits).mean(dim=0), start, shrinkage))
+
+
+class _Problem:
+    """Thresholds as ``cuts`` (..., K - 1): the share of all held-out images that are at least as confident, 0 to 1."""
+
+    def __init__(self, confidence: Tensor, correct: Tensor, operations: Sequence[float]):
+        self.confidence = confidence
+        self.correct = correct.float()
+        # In units of the full network: prices are then percentages of accuracy for the whole network.
+        self.cost = torch.tensor(list(operations), dtype=torch.float32) / operations[-1]
+        self.descending = confidence[:-1].sort(dim=1, descending=True).values
+        num_images = confidence.shape[1]
+        # Images leave at exit k if grid_index[k] < cut: equal confidences are in the same cell, as thresholds cannot part them.
+        ranks = (torch.arange(1, GRID + 1) * num_images // GRID - 1).clamp(min=0)
+        grid = self.descending[:, ranks]
+        self.grid_index = torch.searchsorted(-grid, -confidence[:-1].contiguous())
+
+    def to_quantiles(self, thresholds: Tensor) -> Tensor:
+        """Thresholds (P, K) -> cuts (P, K - 1)."""
+        num_images = self.confidence.shape[1]
+        at_least = torch.searchsorted(-self.descending, -thresholds[:, :-1].T.contiguous(), right=True)
+        return at_least.T.float() / num_images
+
+    def thresholds(self, cuts: Tensor) -> Tensor:
+        """Cuts (P, K - 1) -> thresholds (P, K)."""
+        num_images = self.confidence.shape[1]
+        ranks = (cuts * num_images).round().long()
+        values = self.descending.gather(1, (ranks.T - 1).clamp(min=0)).T
+        last = torch.full((len(cuts), 1), ALL_LEAVE, dtype=self.confidence.dtype)
+        return torch.cat([torch.where(ranks > 0, values, NONE_LEAVE), last], dim=1)
+
+    def result(self, cuts: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Accuracy and mean cost (P,), both as shares, of the ``chosen`` images (None: all) under cuts (P, K - 1)."""
+        images = slice(None) if chosen is None else chosen
+        thresholds = self.thresholds(cuts)
+        confidence, correct = self.confidence[:, images], self.correct[:, images]
+        answered, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
+        for k in range(len(confidence) - 2, -1, -1):
+            leaves = confidence[k] >= thresholds[:, k : k + 1]
+            answered, cost = torch.where(leaves, correct[k], answered), torch.where(leaves, self.cost[k], cost)
+        return answered.mean(dim=1), cost.mean(dim=1)
+
+    def optimise(self, chosen: Tensor, start: Tensor) -> Tensor:
+        """Cuts (PRICES, K - 1) that are best for the ``chosen`` images at each price, from dear to cheap operations."""
+        num_exits = len(self.confidence)
+        index, correct = self.grid_index[:, chosen], self.correct[:, chosen]
+        prices = torch.logspace(1, -3.5, PRICES)
+        accuracy, cost = self.result(start, chosen)
+        best_start = (accuracy - prices[:, None] * cost).argmax(dim=1)
+        cuts = (start[best_start] * GRID).round()  # (L, K - 1), in cells of the grid
+        reward = correct[:, None] - prices[:, None] * self.cost[:, None, None]  # (K, L, n)
+        cells = [torch.nn.functional.one_hot(i, GRID + 1).float()[:, :GRID] for i in index]
+        for _ in range(SWEEPS):
+            before = cuts.clone()
+            # here[k]: whether an image reaches exit k; the sweep changes later thresholds first, on which it does not depend.
+            here, reaches = [], torch.ones_like(reward[0], dtype=torch.bool)
+            for k in range(num_exits - 1):
+                here.append(reaches)
+                reaches = reaches & (index[k] >= cuts[:, k : k + 1])
+            later = reward[-1]  # what an image earns if it goes on
+            for k in range(num_exits - 2, -1, -1):
+                gain = ((reward[k] - later) * torch.where(here[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
+                total = torch.nn.functional.pad(gain.cumsum(dim=1), (1, 0))
+                cuts[:, k] = total.argmax(dim=1)
+                later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], later)
+            if torch.equal(cuts, before):
+                break
+        return cuts / GRID
+
+    def curve(self, fit: Tensor, start: Tensor, shrinkage: float, chosen: Tensor | None = None) -> Tensor:
+        """Cuts (P, K - 1) between those of the fit (L, K - 1) and of the geometric rule (P, K - 1), at the latter's costs.
+
+        The cost is measured on the ``chosen`` images (None: all).
+        """
+        if shrinkage == 0:
+            return start
+        wanted = self.result(start, chosen)[1]
+        # Fits of neighbouring prices are joined by straight lines; position t = i + fraction lies between fits i and i + 1.
+        low, high = torch.zeros(len(start)), torch.full((len(start),), len(fit) - 1.0)
+        for _ in range(20):
+            middle = (low + high) / 2
+            cost = self.result(self._mixed(fit, start, middle, shrinkage), chosen)[1]
+            low, high = torch.where(cost <= wanted, middle, low), torch.where(cost <= wanted, high, middle)
+        return self._mixed(fit, start, low, shrinkage)
+
+    def _mixed(self, fit: Tensor, start: Tensor, position: Tensor, shrinkage: float) -> Tensor:
+        below = position.long().clamp(max=len(fit) - 2)
+        fraction = (position - below)[:, None]
+        return shrinkage * ((1 - fraction) * fit[below] + fraction * fit[below + 1]) + (1 - shrinkage) * start
+
+    def choose_shrinkage(self, fits: list[Tensor], start: Tensor, fold: Tensor) -> float:
+        """The weight whose fits are most accurate, mean over budgets, on the images they have not seen."""
+        gains = torch.zeros(len(SHRINKAGE), len(fits))
+        for i, weight in enumerate(SHRINKAGE[1:], start=1):
+            for f, fit in enumerate(fits):
+                unseen = fold == f
+                # At equal cost on the unseen images: otherwise a dearer rule would look like a better one.
+                gains[i, f] = (self.result(self.curve(fit, start, weight, unseen), unseen)[0] - self.result(start, unseen)[0]).mean()
+        return SHRINKAGE[int(gains.mean(dim=1).argmax())]

@@ -1,0 +1,135 @@
+"""Command lines: every flag is read, presets are what was published, mistakes end in one line and status 2."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from args import DEFAULTS, INHERITED_OPTIONS, PRESETS, RELEASED_CHOICES, RUNTIME_OPTIONS, parse
+from models import MSDNet
+from models.msdnet import block_depths
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_flag_is_read_somewhere():
+    sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "args.py"] + [p.read_text() for p in ROOT.glob("engine/*.py")]
+    code = "\n".join(sources)
+    options = DEFAULTS.keys() - MSDNet(num_channels=2, growth_rate=2).config.keys() - {"preset", "released"}  # read by args itself
+    unread = {name for name in options if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)}
+    unread -= {"save"}  # CommandLine.save_directory
+    assert unread == set()
+
+
+@pytest.mark.parametrize("stage", ["GE", "IMTA"])
+def test_defaults_and_presets_name_real_options(stage):
+    known = vars(parse(stage, []).settings()).keys()
+    for preset in PRESETS.values():
+        assert {*preset["both"], *preset[stage]} <= known
+    assert RUNTIME_OPTIONS | set(INHERITED_OPTIONS) | RELEASED_CHOICES.keys() <= known
+
+
+def test_help_explains_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("IMTA", ["--help"])
+    assert stop.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    entries = re.split(r" (?=--[a-zA-Z]|-T )", text.split("show this help", 1)[1])
+    explained = [entry for entry in entries if "(default:" in entry]
+    assert len(explained) >= len(DEFAULTS) - 3
+    assert "None" not in text
+
+
+def test_published_presets():
+    cifar100 = parse("GE", ["--preset", "cifar100"]).settings()
+    assert (cifar100.epochs, cifar100.batch_size, cifar100.lr, cifar100.lr_type) == (300, 512, 0.8, "cosine")
+    assert block_depths(cifar100.num_blocks, cifar100.base, cifar100.step, cifar100.step_mode) == [1, 2, 3, 4, 5]
+    assert (cifar100.num_channels, cifar100.growth_rate, cifar100.growth_factors, cifar100.val_size) == (16, 6, (1, 2, 4), 5000)
+    stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
+    assert (stage_2.epochs, stage_2.batch_size, stage_2.temperature, stage_2.gamma) == (180, 512, 1.0, 0.1)
+    imagenet = parse("GE", ["--preset", "imagenet"]).settings()
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.lr, imagenet.lr_milestones, imagenet.val_size) == (
+        90,
+        256,
+        0.1,
+        (30.0, 60.0),
+        50000,
+    )
+    assert imagenet.growth_factors == imagenet.bottleneck_factors == (1, 2, 4, 4)
+    anytime = parse("GE", ["--preset", "cifar100-anytime"]).settings()
+    assert block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode) == [4, 2, 2, 2, 2, 2, 2]
+    assert (anytime.epochs, anytime.batch_size, anytime.lr, anytime.lr_type) == (300, 64, 0.1, "multistep")
+
+
+def test_the_papers_choices_are_the_defaults():
+    settings = parse("IMTA", []).settings()
+    assert (settings.kl_reduction, settings.backbone_bn, settings.isc_gradient) == ("sum", "frozen", "cut")
+    assert settings.gradient_equilibrium_scales == "trunk"
+
+
+def test_released_sets_every_choice_and_explicit_flags_win():
+    settings = parse("IMTA", ["--released"]).settings()
+    assert {name: getattr(settings, name) for name in RELEASED_CHOICES} == RELEASED_CHOICES
+    assert parse("IMTA", ["--released", "--kl", "sum"]).settings().kl_reduction == "sum"
+
+
+def test_typed_values():
+    settings = parse(
+        "GE", ["--grFactor", "1-2-4-4", "--lr-milestones", "30,60", "--gpu", "0,2", "--no-bottleneck", "--data", "ImageNet"]
+    ).settings()
+    assert settings.growth_factors == (1, 2, 4, 4)
+    assert settings.lr_milestones == (30.0, 60.0)
+    assert settings.gpu == (0, 2)
+    assert settings.bottleneck is False
+    assert settings.data == "imagenet"
+
+
+@pytest.mark.parametrize(("flags", "mode"), [(["--evalmode"], "dynamic"), (["--eval", "anytime"], "anytime"), ([], None)])
+def test_evalmode(flags, mode):
+    assert parse("GE", flags).settings().evalmode == mode
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nBlocks", "0"], "at least 1"),
+        (["--nBlocks", "two"], "whole number"),
+        (["--grFactor", "1,2"], "1-2"),
+        (["--lr", "nan"], "finite"),
+        (["--lr", "-1"], "more than 0"),
+        (["--preset", "mnist"], "demo"),
+        (["--evalmode", "both"], "anytime"),
+        (["--epoch", "3"], "unrecognized"),
+        (["--reduction", "2"], "from 0 to 1"),
+        (["-T", "0"], "more than 0"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        parse("IMTA", flags)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert words in message
+
+
+def test_save_directory():
+    assert parse("GE", []).save_directory == Path("save/demo/GE")
+    assert parse("IMTA", ["--preset", "cifar10"]).save_directory == Path("save/cifar10/IMTA")
+    assert parse("GE", ["--save", "x"]).save_directory == Path("x")
+
+
+def test_stage_2_inherits_data_network_and_preset(tmp_path):
+    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", "d", "--val-size", "7", "--nBlocks", "4"]).settings())
+    settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
+    assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", Path("d"), 7, 4)
+    assert (settings.batch_size, settings.epochs) == (512, 3)
+
+
+def test_a_resumed_run_keeps_its_settings():
+    stored = vars(parse("GE", ["--lr", "0.3"]).settings())
+    assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
+    parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
+    with pytest.raises(UserError, match=r"lr = 0\.3, the command line says 0\.5"):
+        parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)

@@ -1,0 +1,312 @@
+"""The loop of both stages through their programs: what they leave behind, what goes on bit by bit, what is refused."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+import train_GE
+import train_IMTA
+from args import parse
+from engine import training
+from engine.checkpoint import FORMAT, load_checkpoint, load_saved
+from engine.report import read_csv
+from engine.schedule import learning_rate
+from models import MSDNet, to_released
+from tests.conftest import TINY_FLAGS, TINY_NETWORK
+
+pytestmark = pytest.mark.usefixtures("tiny_demo")
+
+
+def train_ge(save, *flags):
+    return train_GE.main(["--save", str(save), *TINY_FLAGS, *flags])
+
+
+def train_imta(root, *flags):
+    return train_IMTA.main(["--pretrained", str(root / "GE"), "--epochs", "1", "--batch-size", "32", *flags])
+
+
+@pytest.fixture
+def stage_1(tmp_path):
+    assert train_ge(tmp_path / "GE") == 0
+    return tmp_path
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_both_stages_leave_tables_curves_logs_and_checkpoints(stage_1, capsys):
+    assert train_imta(stage_1) == 0
+    for stage, exits in (("GE", 3), ("IMTA", 3)):
+        run = stage_1 / stage
+        anytime, budgeted = read_csv(run / "anytime.csv"), read_csv(run / "budgeted.csv")
+        assert [row["exit"] for row in anytime] == [1, 2, 3]
+        assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5"]
+        assert len(budgeted) == 40
+        assert all(abs(sum(row[f"share_{k}"] for k in range(1, exits + 1)) - 1) < 1e-5 for row in budgeted)
+        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert any((run / "tensorboard").iterdir())
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1]
+        assert len(rows[0]["val_acc1"]) == 3
+    assert "stage-1" not in capsys.readouterr().err
+
+
+def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen(stage_1):
+    assert train_imta(stage_1) == 0
+    before, after = (load_checkpoint(stage_1 / stage / "best.pt") for stage in ("GE", "IMTA"))
+    assert torch.equal(before["held_out"], after["held_out"])
+    assert after["network"]["backbone"] == {name: value for name, value in before["network"].items() if name != "type"}
+    assert after["data"] == before["data"]
+    backbone = {name.removeprefix("backbone."): t for name, t in after["state_dict"].items() if name.startswith("backbone.")}
+    assert same_tensors(backbone, before["state_dict"])
+
+
+def test_a_moved_backbone_is_noticed(stage_1, monkeypatch, capsys):
+    def disturb(*args, **options):
+        task = args[0]
+        task.network.backbone.stem.scales[0][1].running_mean += 1
+        return real(*args, **options)
+
+    real = training.train
+    monkeypatch.setattr("engine.stage.train", disturb)
+    assert train_imta(stage_1) == 2
+    assert "frozen stage-1 network changed" in capsys.readouterr().err
+
+
+def test_moving_batchnorm_moves_statistics_only(stage_1):
+    assert train_imta(stage_1, "--backbone-bn", "moving") == 0
+    before, after = (load_checkpoint(stage_1 / stage / "best.pt")["state_dict"] for stage in ("GE", "IMTA"))
+    moved = {name for name in before if not torch.equal(before[name], after[f"backbone.{name}"])}
+    assert moved
+    assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in moved)
+
+
+@pytest.mark.parametrize("flags", [["--no-isc"], ["--no-ofa"], ["--released"], ["--single-stage", *TINY_FLAGS]])
+def test_every_arm_of_the_paper_trains(stage_1, flags):
+    assert train_imta(stage_1, *flags) == 0
+    state = load_checkpoint(stage_1 / "IMTA" / "best.pt")
+    assert ("links.0.0.weight" in state["state_dict"]) is ("--no-isc" not in flags)
+
+
+def test_same_seed_same_weights(tmp_path):
+    for name in ("a", "b"):
+        assert train_ge(tmp_path / name, "--deterministic") == 0
+    a, b = (load_checkpoint(tmp_path / name / "last.pt")["state_dict"] for name in ("a", "b"))
+    assert same_tensors(a, b)
+    assert train_ge(tmp_path / "c", "--seed", "2") == 0
+    assert not same_tensors(a, load_checkpoint(tmp_path / "c" / "last.pt")["state_dict"])
+
+
+class StopAt:
+    """Raises a signal in the process after so many steps."""
+
+    def __init__(self, monkeypatch, step, number):
+        real, self.count = training._Trainer._step, 0
+
+        def counted(trainer, *args):
+            real(trainer, *args)
+            self.count += 1
+            if self.count == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(training._Trainer, "_step", counted)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, number, status, step):
+    """4 steps an epoch: in the middle of epoch 1, at its end, in the middle of epoch 2."""
+    flags = ["--epochs", "2", "--augment", "standard"]
+    assert train_ge(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        StopAt(patch, step, number)
+        assert train_ge(tmp_path / "parts", *flags) == status
+    assert train_GE.main(["--save", str(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert same_tensors(whole["state_dict"], parts["state_dict"])
+    momentum = [[s["momentum_buffer"] for s in state["optimizer"]["state"].values()] for state in (whole, parts)]
+    assert all(torch.equal(a, b) for a, b in zip(*momentum, strict=True))
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    for a, b in zip(*logs, strict=True):
+        measured = {"seconds", "images_per_second"}
+        assert {n: v for n, v in a.items() if n not in measured} == {n: v for n, v in b.items() if n not in measured}
+    for name in ("anytime.csv", "budgeted.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch):
+    accuracies = iter([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0], [0.0, 0.0, 90.0]])
+    monkeypatch.setattr(training, "accuracy_per_exit", lambda *args: (next(accuracies), [100.0] * 3))
+    assert train_ge(tmp_path / "GE", "--epochs", "3") == 0
+    best, last = (load_checkpoint(tmp_path / "GE" / name) for name in ("best.pt", "last.pt"))
+    assert (best["epoch"], best["best_accuracy"]) == (2, 50.0)
+    assert (last["epoch"], last["best_epoch"]) == (3, 2)
+
+
+def test_without_held_out_images_the_last_epoch_is_best(tmp_path):
+    assert train_ge(tmp_path / "GE", "--val-size", "0", "--epochs", "2") == 0
+    assert load_checkpoint(tmp_path / "GE" / "best.pt")["epoch"] == 2
+    assert not (tmp_path / "GE" / "budgeted.csv").exists()
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--evalmode"]) == 2
+
+
+@pytest.mark.parametrize(
+    "flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--clip-grad", "1", "--nesterov", "--label-smoothing", "0.1"], ["--no-channels-last"]]
+)
+def test_training_options(tmp_path, flags):
+    assert train_ge(tmp_path / "GE", *flags) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    assert train_ge(tmp_path / "GE", "--lr", "1e30") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "learning rate" in message
+    assert not (tmp_path / "GE" / "last.pt").exists()
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(stage_1, capsys):
+    before = (stage_1 / "GE" / "best.pt").read_bytes()
+    assert train_ge(stage_1 / "GE") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (stage_1 / "GE" / "best.pt").read_bytes() == before
+    assert train_ge(stage_1 / "GE", "--overwrite", "--seed", "5") == 0
+    assert (stage_1 / "GE" / "best.pt").read_bytes() != before
+
+
+def test_a_mistake_with_overwrite_loses_nothing(stage_1, capsys):
+    before = (stage_1 / "GE" / "best.pt").read_bytes()
+    assert train_ge(stage_1 / "GE", "--overwrite", "--image-size", "16") == 2
+    assert "at least 17" in capsys.readouterr().err
+    assert (stage_1 / "GE" / "best.pt").read_bytes() == before
+
+
+def test_two_runs_in_one_directory(stage_1, capsys):
+    from engine.run_directory import RunDirectory
+
+    with RunDirectory(stage_1 / "GE").lock():
+        assert train_ge(stage_1 / "GE", "--overwrite") == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_or_another_program(stage_1, capsys):
+    assert train_ge(stage_1 / "GE", "--resume", "--lr", "0.7") == 2
+    assert "lr = 0.05" in capsys.readouterr().err
+    assert train_IMTA.main(["--save", str(stage_1 / "GE"), "--resume"]) == 2
+    assert "train_GE.py" in capsys.readouterr().err
+
+
+def test_stage_2_without_stage_1(tmp_path, capsys):
+    assert train_IMTA.main(["--save", str(tmp_path / "IMTA")]) == 2
+    message = capsys.readouterr().err
+    assert "run stage 1 first" in message
+    assert message.count("\n") == 1
+
+
+def test_stage_2_of_another_network(stage_1, capsys):
+    assert train_imta(stage_1, "--nBlocks", "5") == 2
+    assert "num_blocks = 3, the command line says 5" in capsys.readouterr().err
+
+
+def test_a_gpu_that_does_not_exist(tmp_path, capsys):
+    assert train_ge(tmp_path / "GE", "--gpu", "99") == 2
+    assert "this machine has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [train_GE, train_IMTA])
+def test_evaluation_alone_repeats_the_tables(stage_1, program):
+    assert train_imta(stage_1) == 0
+    run = stage_1 / ("GE" if program is train_GE else "IMTA")
+    for mode, table in ((["anytime"], "anytime.csv"), ([], "budgeted.csv"), (["dynamic"], "budgeted.csv")):
+        before = (run / table).read_bytes()
+        (run / table).unlink()
+        assert program.main(["--save", str(run), "--evalmode", *mode]) == 0
+        assert (run / table).read_bytes() == before
+
+
+def test_evaluate_from_a_file_into_another_directory(stage_1, tmp_path):
+    source = stage_1 / "GE" / "last.pt"
+    assert train_GE.main(["--evaluate-from", str(source), "--evalmode", "anytime", "--save", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "anytime.csv").exists()
+
+
+def test_a_released_checkpoint_is_evaluated_and_starts_stage_2(stage_1, capsys):
+    saved = load_saved(stage_1 / "GE" / "best.pt", {})
+    released = stage_1 / "released.pth.tar"
+    torch.save({"epoch": 3, "arch": "msdnet_ge", "state_dict": to_released(saved.network), "best_acc1": 1.0}, released)
+    assert train_GE.main(["--evaluate-from", str(released), "--evalmode", "--val-size", "64", "--save", str(stage_1 / "again")]) == 0
+    flags = ["--evalmode", "anytime", "--val-size", "64", "--save", str(stage_1 / "again")]
+    assert train_GE.main(["--evaluate-from", str(released), *flags]) == 0
+    assert (stage_1 / "again" / "anytime.csv").read_bytes() == (stage_1 / "GE" / "anytime.csv").read_bytes()
+    flags = ["--epochs", "1", "--batch-size", "32", "--val-size", "64", "--save", str(stage_1 / "IMTA")]
+    assert train_IMTA.main(["--pretrained", str(released), *flags]) == 0
+    assert train_GE.main(["--evaluate-from", str(released), "--evalmode", "anytime", "--nBlocks", "7"]) == 2
+    assert "the file has 3 exits, --nBlocks says 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing", "incomplete", "other network"])
+def test_damaged_checkpoints_end_in_one_line(stage_1, capsys, damage):
+    path = stage_1 / "GE" / "best.pt"
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        path.write_text("not a checkpoint at all")
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "incomplete":
+        torch.save({"format": FORMAT, "state_dict": {}}, path)
+    else:
+        state = load_checkpoint(path)
+        state["state_dict"] = MSDNet(**{**TINY_NETWORK, "num_blocks": 2}).state_dict()
+        torch.save(state, path)
+    capsys.readouterr()
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode"]) == 2
+    assert train_imta(stage_1) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("best.pt" in line for line in lines)
+
+
+def test_a_pickle_that_would_run_code_does_not(stage_1, capsys):
+    marker = stage_1 / "ran"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"format": FORMAT, "state_dict": Malicious()}, stage_1 / "GE" / "best.pt")
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode"]) == 2
+    assert "is not loaded" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert train_ge(tmp_path / "file" / "GE") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_image_folders_of_another_size_and_number_of_classes(image_folder, tmp_path):
+    flags = ["--data", "folder", "--data-root", str(image_folder), "--val-size", "12", "--batch-size", "16", "--workers", "0"]
+    assert train_ge(tmp_path / "GE", *flags, "--image-size", "72", "--no-small-inputs") == 0
+    assert len(read_csv(tmp_path / "GE" / "anytime.csv")) == 3
+    assert load_checkpoint(tmp_path / "GE" / "best.pt")["data"]["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_learning_rates():
+    cosine = parse("GE", ["--lr", "0.8", "--lr-type", "cosine", "--epochs", "10"]).settings()
+    assert learning_rate(cosine, 0, 5) == 0.8
+    assert learning_rate(cosine, 25, 5) == pytest.approx(0.4)
+    assert learning_rate(cosine, 49, 5) == pytest.approx(0.8 * 0.5 * (1 + torch.tensor(torch.pi * 0.98).cos().item()), rel=1e-4)
+    steps = parse("GE", ["--lr", "1", "--lr-type", "multistep", "--epochs", "8", "--warmup-epochs", "2"]).settings()
+    assert [round(learning_rate(steps, s, 1), 4) for s in range(8)] == [0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    given = parse(
+        "GE", ["--lr", "1", "--lr-type", "multistep", "--lr-milestones", "1,3", "--decay-rate", "0.5", "--warmup-epochs", "0"]
+    ).settings()
+    assert [learning_rate(given, s, 2) for s in range(8)] == [1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]
