@@ -1,0 +1,48 @@
+"""The commands of the README as processes: both launchers, and two processes under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from engine.report import read_csv
+from tests.conftest import TINY_FLAGS
+
+ROOT = Path(__file__).parent.parent
+SMALL = [*TINY_FLAGS, "--limit-train", "96", "--limit-test", "100"]
+
+
+def run(command, folder, **environment):
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=170, check=False)
+
+
+def test_launchers_end_to_end(tmp_path):
+    """From another directory, as a user would: stage 2 before stage 1 is refused, then both run, and evaluation repeats."""
+    early = run(["bash", ROOT / "run_IMTA.sh"], tmp_path)
+    assert (early.returncode, early.stderr.count("\n")) == (2, 1)
+    assert "bash run_GE.sh demo" in early.stderr
+    stage_1 = run(["bash", ROOT / "run_GE.sh", "demo", *SMALL], tmp_path)
+    assert stage_1.returncode == 0, stage_1.stderr
+    stage_2 = run(["bash", ROOT / "run_IMTA.sh", "--epochs", "1", "--batch-size", "32"], tmp_path)
+    assert stage_2.returncode == 0, stage_2.stderr
+    evaluation = run([sys.executable, ROOT / "train_IMTA.py", "--evalmode"], tmp_path)
+    assert evaluation.returncode == 0, evaluation.stderr
+    for output in (stage_1.stdout, stage_2.stdout, evaluation.stdout):
+        assert "within half of the full operations" in output
+    for stage in ("GE", "IMTA"):
+        assert len(read_csv(tmp_path / "save" / "demo" / stage / "anytime.csv")) == 3
+        assert len(read_csv(tmp_path / "save" / "demo" / stage / "budgeted.csv")) == 40
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    """They share the work, one of them writes, and the gathered evaluation equals that of one process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    together = run([*torchrun, ROOT / "train_GE.py", "--save", "run", *SMALL, "--limit-test", "99"], tmp_path)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("evaluating the best epoch") == 1
+    assert "2 processes" in together.stdout
+    gathered = read_csv(tmp_path / "run" / "anytime.csv")
+    alone = run([sys.executable, ROOT / "train_GE.py", "--save", "run", "--evalmode", "anytime"], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert read_csv(tmp_path / "run" / "anytime.csv") == gathered
