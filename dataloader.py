@@ -10,6 +10,7 @@ processes. Order and augmentation are functions of (seed, epoch, step) alone, so
 
 import argparse
 import hashlib
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,11 @@ class Batches:
         for step in range(first_step, len(self)):
             start = step * self.batch_size + self.shard.rank * share
             yield order[start : start + share]
+
+    @property
+    def num_own(self) -> int:
+        """Images this process evaluates."""
+        return len(self._own())
 
     def _own(self) -> Tensor:
         """Indices of the images this process evaluates."""
@@ -212,6 +218,7 @@ class FileBatches(Batches):
             batch_sampler=steps,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_ignore_interrupt,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
@@ -237,6 +244,11 @@ class _ImageFiles(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), self.targets[index]
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one finishes its step first and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list) -> Batch | str:

@@ -1,6 +1,6 @@
 """Easy and hard images, as in the MSDNet paper's figure 5: those that left first and right, and those only the last exit got right.
 
-    figure = examples_figure(images, targets, logits, policy, class_names)
+figure = examples_figure(images, targets, logits, policy, class_names)
 """
 
 import torch

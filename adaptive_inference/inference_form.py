@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.policies import network_fingerprint
+from models.imta import IMTA
 from models.stepwise import advance
 
 
@@ -34,12 +35,14 @@ def inference_form(
     """
     form = copy.deepcopy(network).eval().requires_grad_(False)
     form.fingerprint = network_fingerprint(network)
+    trunk = form.backbone if isinstance(form, IMTA) else form
+    trunk.gradient_equilibrium = False  # the identity in prediction, and a function call a scale
     for module in form.modules():
         if isinstance(module, nn.Sequential):
             _fold(module)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     form.to(dtype=dtype, memory_format=layout)
-    stem = form.backbone.stem if hasattr(form, "backbone") else form.stem
+    stem = trunk.stem
     wanted_dtype = next(stem.parameters()).dtype
 
     def prepare(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

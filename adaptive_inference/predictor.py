@@ -71,7 +71,6 @@ class AdaptivePredictor:
             # Every present image is answered; a later exit overrules. That needs no list of those that leave.
             if here is None:
                 classes, confidence = answer
-                exits = torch.full_like(classes, k)
             else:
                 classes[here], confidence[here], exits[here] = answer.classes, answer.confidence, k
             if k == last:
@@ -86,9 +85,11 @@ class AdaptivePredictor:
                 break
             if len(going_on) < len(leaves):
                 run.keep(going_on)
+                if here is None:
+                    exits = torch.full_like(classes, k)
                 here = going_on if here is None else here[going_on]
                 answer = Answer(answer.classes[going_on], answer.confidence[going_on])
-        return Prediction(classes, confidence, exits)
+        return Prediction(classes, confidence, torch.full_like(classes, k) if exits is None else exits)
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:

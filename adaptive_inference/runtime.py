@@ -100,9 +100,13 @@ def draw_runtime(rows: list[dict]) -> Figure:
     axes = figure.add_subplot()
     most = max(row["operations"] for row in rows) / 1e6
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
-        line = sorted((row["operations"] / 1e6, row["milliseconds"], row["full_milliseconds"]) for row in rows if row["batch_size"] == batch_size)
+        line = sorted(
+            (row["operations"] / 1e6, row["milliseconds"], row["full_milliseconds"]) for row in rows if row["batch_size"] == batch_size
+        )
         share = [100 * milliseconds / full for _, milliseconds, full in line]
-        axes.plot([x for x, _, _ in line], share, "o-", markersize=4, label=f"batch {batch_size:.0f}: every exit {line[0][2]:.3g} ms an image")
+        axes.plot(
+            [x for x, _, _ in line], share, "o-", markersize=4, label=f"batch {batch_size:.0f}: every exit {line[0][2]:.3g} ms an image"
+        )
     axes.set_xlim(0, 1.05 * most)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("operations an image (millions)")

@@ -41,16 +41,18 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def interleave(self, own: Tensor, total: int) -> Tensor:
-        """Put together what ``Batches._own`` dealt out, along dimension 0: rank r holds rows r, r + world_size, ... of ``total``."""
+    def interleave(self, own: Tensor, dim: int, total: int) -> Tensor:
+        """Put together on the CPU what ``Batches`` dealt out for evaluation: of ``total`` entries along ``dim`` process r holds the
+        entries r, r + world_size, ..."""
         if self.world_size == 1:
             return own
         most = -(-total // self.world_size)
-        padded = own.new_zeros(most, *own.shape[1:])
-        padded[: len(own)] = own
+        padding = [*own.shape]
+        padding[dim] = most - own.shape[dim]
+        padded = torch.cat([own, own.new_zeros(padding)], dim).to(self.device)
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
-        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+        return torch.stack(parts, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, total).cpu()
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in some process."""

@@ -16,13 +16,16 @@ from engine.distributed import Processes
 def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor]:
     """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); every process gets all of them."""
     network.eval()
-    logits, targets = [], []
+    count = batches.num_own
+    logits = torch.empty(network.num_exits, count, network.num_classes)
+    targets = torch.empty(count, dtype=torch.int64)
+    start = 0
     for images, labels in batches:
-        logits.append(torch.stack(network(images)).float())
-        targets.append(labels)
-    own = torch.cat(logits, dim=1).transpose(0, 1).contiguous()
-    gathered = processes.interleave(own, batches.num_images)
-    return gathered.transpose(0, 1).cpu(), processes.interleave(torch.cat(targets), batches.num_images).cpu()
+        part = slice(start, start + len(labels))
+        logits[:, part] = torch.stack(network(images)).float().cpu()
+        targets[part] = labels.cpu()
+        start += len(labels)
+    return processes.interleave(logits, 1, batches.num_images), processes.interleave(targets, 0, batches.num_images)
 
 
 @torch.no_grad()

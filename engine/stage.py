@@ -69,6 +69,9 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
     except Interrupted as interrupted:
         sys.stderr.write(f"train_{stage.name}.py: {INTERRUPTED_HINT}\n")
         return interrupted.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write(f"train_{stage.name}.py: interrupted; what was saved before stays\n")
+        return 130
     return 0
 
 

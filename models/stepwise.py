@@ -6,9 +6,12 @@ run.keep(uncertain)            # a boolean mask or indices: the images that go o
 second = run.next_logits()     # (n, C), exit 2, of those images only
 """
 
+import functools
+
 from torch import Tensor, nn
 
 from models.imta import IMTA
+from models.layers import Layer
 
 # (number of stages passed, scale) -> features (n, channels, H, W); the stem's are 0 stages deep.
 Cells = dict[tuple[int, int], Tensor]
@@ -80,24 +83,48 @@ def advance(network: nn.Module, k: int, cells: Cells, previous_logits: Tensor | 
     stages = [stage for block in trunk.blocks for stage in block]
     depth = sum(len(block) for block in trunk.blocks[: k + 1])
     coarsest = trunk.num_scales - 1
+    computed, kept = _plan(tuple((stage.scales, isinstance(stage, Layer)) for stage in stages), depth, tuple(cells), lazy)
     cells = dict(cells)
+    for cell_depth, scale in computed:
+        below = cell_depth - 1
+        cells[cell_depth, scale] = stages[below].compute(scale, lambda s, below=below: cells[below, s])
+    logits = network.classify_next(k, trunk.exits[k].features(cells[depth, coarsest]), previous_logits)
+    return logits, {key: cells[key] for key in kept}
 
-    def cell(depth: int, scale: int) -> Tensor:
-        if (depth, scale) not in cells:
-            cells[depth, scale] = stages[depth - 1].compute(scale, lambda s: cell(depth - 1, s))
-        return cells[depth, scale]
+
+@functools.lru_cache(maxsize=1024)  # planning would cost more time than a small convolution
+def _plan(
+    stages: tuple[tuple[range, bool], ...], depth: int, present: tuple[tuple[int, int], ...], lazy: bool
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Cells to compute, in order, for an exit after ``depth`` stages, and those to keep then.
+
+    Args:
+        stages: the scales of every stage, and whether a cell of it also reads the next finer scale of the stage before.
+        present: cells that were computed before.
+    """
+    computed: dict[tuple[int, int], None] = dict.fromkeys(present)
+
+    def need(depth: int, scale: int) -> None:
+        if (depth, scale) in computed:
+            return
+        reads_finer = stages[depth - 1][1]
+        for source in (scale, scale - 1) if reads_finer else (scale,):
+            if depth > 1 and source in stages[depth - 2][0]:
+                need(depth - 1, source)
+        computed[depth, scale] = None
 
     def has_waiting_reader(depth: int, scale: int) -> bool:
         if depth == len(stages):
             return False
-        readers = stages[depth].scales
-        return any(s in readers and (depth + 1, s) not in cells for s in (scale, scale + 1))
+        scales, reads_finer = stages[depth]
+        readers = (scale, scale + 1) if reads_finer else (scale,)
+        return any(s in scales and (depth + 1, s) not in computed for s in readers)
 
-    for scale in [coarsest] if lazy else stages[depth - 1].scales:
-        cell(depth, scale)
-    logits = network.classify_next(k, trunk.exits[k].features(cells[depth, coarsest]), previous_logits)
+    scales = stages[depth - 1][0]
+    for scale in scales[-1:] if lazy else scales:
+        need(depth, scale)
     # Features whose every reader has been computed are forgotten, so that leaving images out copies no more than needed.
-    return logits, {key: x for key, x in cells.items() if has_waiting_reader(*key)}
+    return list(computed)[len(present) :], [cell for cell in computed if has_waiting_reader(*cell)]
 
 
 def _trunk(network: nn.Module) -> nn.Module:

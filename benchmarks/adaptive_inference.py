@@ -1,0 +1,190 @@
+"""What early exit saves in time, not only in counted operations: ratios measured in one run.
+
+    python -m benchmarks.adaptive_inference                      # random weights, two threads
+    python -m benchmarks.adaptive_inference --checkpoint save/cifar100/IMTA/best.pt --device cuda
+
+Every ratio compares medians of functions that were called in turn, so that another program on the machine slows both alike. With random
+weights, thresholds are quantiles of the confidences on the same images: shares, and so operations, are as wanted, answers mean nothing.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_inference.budgeted import exit_shares, geometric_thresholds
+from adaptive_inference.inference_form import half_precision, inference_form
+from adaptive_inference.policies import Policy, confidence_by_exit
+from adaptive_inference.predictor import AdaptivePredictor
+from adaptive_inference.runtime import interleaved_seconds
+from models import IMTA, MSDNet, count_operations
+from utils import UserError
+
+SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growth_rate": 6, "num_classes": 100}
+SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
+ALLOWANCE = 0.10  # on top of the share of operations
+ONNX_LIMIT, FIRST_EXIT_LIMIT, FOLDED_LIMIT = 1 / 4, 1 / 3, 0.65
+LEAST_SECONDS = 0.05  # of one measurement
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the ratios; the exit status is 0 whatever they are, and 2 after a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.adaptive_inference", description="Ratios of adaptive inference, measured in one run.", allow_abbrev=False
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch and ONNX Runtime (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network to measure (default: 7 exits, random weights)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of every comparison (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the large batch (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also measure blocks compiled by torch.compile")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    try:
+        with torch.inference_mode():
+            Benchmark(arguments).run()
+    except UserError as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
+    return 0
+
+
+class Benchmark:
+    """One network on one device."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.device = arguments, torch.device(arguments.device)
+        self.network, self.image_size = _network(arguments.checkpoint)
+        self.network.to(self.device)
+        self.operations = count_operations(self.network, self.image_size)
+        self.lazy_operations = count_operations(self.network, self.image_size, lazy=True)
+
+    def run(self) -> None:
+        """Print everything."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.arguments.threads} CPU threads"
+        _print(
+            f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}, PyTorch {torch.__version__}"
+        )
+        _print(f"operations to each exit: {_millions(self.operations)} M; lazy: {_millions(self.lazy_operations)} M\n")
+        self.budgeted("folded", inference_form(self.network))
+        half = half_precision(self.device)
+        if half is not None:
+            self.budgeted(f"folded, {half}", inference_form(self.network, dtype=half))
+        if self.arguments.compile:
+            self.budgeted("folded, compiled blocks", inference_form(self.network, compile_blocks=True))
+        self.folded()
+        if self.device.type == "cpu":
+            self.onnx()
+
+    def budgeted(self, title: str, network: nn.Module) -> None:
+        """Budgeted prediction against running every exit of the same network."""
+        _print(f"{title}: time of budgeted prediction / time of running every exit (limit: share of operations + {ALLOWANCE:.2f})")
+        for batch_size in (self.arguments.batch_size, 1):
+            images = self.images(max(batch_size, 64))
+            batches = images.split(batch_size)
+            confidence, _ = confidence_by_exit(torch.stack(network(images)).float())
+            predictors, shares = [], []
+            for wanted in SHARES_OF_OPERATIONS:
+                policy, share = _policy_spending(wanted, confidence, self.operations)
+                predictors.append(AdaptivePredictor(network, policy))
+                shares.append(share)
+            functions = [_each(batches, function) for function in (network, *predictors)]
+            full, *seconds = self.seconds(functions)
+            _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms an image")
+            for share, measured in zip(shares, seconds, strict=True):
+                _verdict(f"    {100 * share:.0f} % of the operations", measured / full, share + ALLOWANCE)
+        _print("")
+
+    def folded(self) -> None:
+        """The folded form against the plain network."""
+        images = self.images(64)
+        plain, folded = self.seconds([_each((images,), f) for f in (self.network, inference_form(self.network))])
+        _verdict(f"folded, channels-last / plain, batch 64, every exit ({1e3 * plain:.1f} ms)", folded / plain, FOLDED_LIMIT)
+        _print("")
+
+    def onnx(self) -> None:
+        """ONNX Runtime against the plain network, one image."""
+        from adaptive_inference.export import OnnxNetwork, export_onnx
+
+        image = self.images(1)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                export_onnx(self.network, Path(folder), self.image_size)
+                runner = OnnxNetwork(Path(folder), self.arguments.threads)
+            except UserError as error:
+                _print(f"ONNX Runtime: not measured, {error}")
+                return
+            difference = max((a - b).abs().max().item() for a, b in zip(self.network(image), runner(image), strict=True))
+            at_once = AdaptivePredictor(runner, Policy((-1.0,) * self.network.num_exits))
+            plain, onnx, first = self.seconds([_each((image,), f) for f in (self.network, runner, at_once)])
+            _print(f"ONNX Runtime, one image (largest difference of logits {difference:.1e})")
+            _verdict(f"  every exit / plain network ({1e3 * plain:.2f} ms)", onnx / plain, ONNX_LIMIT)
+            _verdict(f"  leaving at exit 1 / every exit ({1e3 * onnx:.2f} ms)", first / onnx, FIRST_EXIT_LIMIT)
+
+    def images(self, count: int) -> Tensor:
+        """Random images."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(count, 3, self.image_size, self.image_size, generator=generator)
+        # Different contrasts spread the confidences of a random network.
+        return (images * torch.linspace(0.2, 3, count)[:, None, None, None]).to(self.device)
+
+    def seconds(self, functions: list) -> list[float]:
+        """Medians of interleaved rounds."""
+        return interleaved_seconds(functions, self.arguments.repeats, self.device, LEAST_SECONDS)
+
+
+def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
+    if checkpoint is not None:
+        from engine.checkpoint import data_info_from, load_checkpoint, network_from
+
+        state = load_checkpoint(checkpoint)
+        return network_from(state, checkpoint), data_info_from(state).image_size
+    torch.manual_seed(0)
+    network = IMTA(MSDNet(**SEVEN_EXITS)).eval()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.05, 0.5)
+    return network, 32
+
+
+def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:
+    """Geometric thresholds that spend about ``wanted`` of all operations on these images, and the share they do spend."""
+    low, high = 0.01, 100.0
+    for _ in range(40):
+        ratio = (low * high) ** 0.5
+        thresholds = geometric_thresholds(confidence, exit_shares(ratio, len(operations)))
+        leaves = confidence >= thresholds[:, None]
+        leaves[-1] = True
+        exits = leaves.to(torch.uint8).argmax(dim=0)
+        share = torch.tensor(operations, device=exits.device)[exits].double().mean().item() / operations[-1]
+        low, high = (ratio, high) if share < wanted else (low, ratio)
+    return Policy(tuple(thresholds.tolist())), share
+
+
+def _each(batches: tuple[Tensor, ...], function):
+    def run() -> None:
+        for batch in batches:
+            function(batch)
+
+    return run
+
+
+def _verdict(what: str, ratio: float, limit: float) -> None:
+    _print(f"{what}: {ratio:.3f} (limit {limit:.3f}: {'reached' if ratio <= limit else 'not reached'})")
+
+
+def _millions(operations: list[int]) -> str:
+    return " / ".join(f"{n / 1e6:.2f}" for n in operations)
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

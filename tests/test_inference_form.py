@@ -1,0 +1,66 @@
+"""The inference form: same logits, same counts, no BatchNorm left, and the original untouched."""
+
+import copy
+
+import pytest
+import torch
+
+from adaptive_inference.inference_form import half_precision, inference_form
+from models import Stepwise, count_operations
+from tests.test_predictor import make_network
+
+VARIANTS = [
+    {},
+    {"num_blocks": 5, "step_mode": "lin_grow"},
+    {"prune": "min", "base": 2},
+    {"bottleneck": False},
+    {"reduction": 0.0},
+    {"growth_factors": (1, 2), "bottleneck_factors": (1, 2)},
+]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("options", VARIANTS)
+def test_same_logits_and_counts(stage, options):
+    network = make_network(stage, **options)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    form = inference_form(network)
+    with torch.no_grad():
+        expected, run = network(images), Stepwise(form, images)
+        for ours, exit_logits in zip(form(images), expected, strict=True):
+            torch.testing.assert_close(ours, exit_logits)
+            torch.testing.assert_close(run.next_logits(), exit_logits)
+    for lazy in (False, True):
+        assert count_operations(form, 32, lazy) == count_operations(network, 32, lazy)
+
+
+def test_large_images():
+    network = make_network(2, small_inputs=True).float()
+    large = type(network.backbone)(**{**network.backbone.config, "small_inputs": False}).eval()
+    images = torch.randn(2, 3, 70, 70)
+    with torch.no_grad():
+        for ours, expected in zip(inference_form(large)(images), large(images), strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_left_to_normalise_and_the_original_stays():
+    network = make_network(2).train()
+    before = copy.deepcopy(network.state_dict())
+    form = inference_form(network)
+    assert not any(isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for module in form.modules())
+    assert not form.training
+    assert not any(parameter.requires_grad for parameter in form.parameters())
+    assert network.links.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_half_precision_is_close():
+    network = make_network(2).float()
+    form = inference_form(network, dtype=torch.bfloat16)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        exact, rough = network(images)[-1], form(images)[-1]
+    assert rough.dtype == torch.bfloat16
+    assert (exact - rough).abs().max() < 0.1 * exact.abs().max()
+    assert half_precision(torch.device("cpu")) in (None, torch.bfloat16)

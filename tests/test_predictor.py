@@ -1,0 +1,185 @@
+"""Real early exit answers what the simulation answers: same exit, same class, for every image, and launches nothing needlessly."""
+
+import pytest
+import torch
+
+from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
+from adaptive_inference.predictor import AdaptivePredictor, simulate
+from models import IMTA, MSDNet
+from tests.conftest import TINY_NETWORK
+
+NONE, ALL = 1e8, -1e8
+
+
+def make_network(stage, **options):
+    """In double precision, so that no confidence is near a threshold by rounding; statistics that let the logits vary."""
+    network = MSDNet(**{**TINY_NETWORK, **options})
+    if stage == 2:
+        network = IMTA(network)
+    network.train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 1, 3)
+    with torch.no_grad():
+        network.double()(torch.randn(64, 3, 32, 32, dtype=torch.float64))
+    return network.eval()
+
+
+def trained_network():
+    """A few steps on the demo's images, enough for confident answers."""
+    import synthetic
+
+    images, targets = synthetic.generate(128, seed=0)
+    images = (images.float() / 255 - 0.5) * 4
+    network = MSDNet(**{**TINY_NETWORK, "num_classes": 12})
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(8):
+        loss = sum(torch.nn.functional.cross_entropy(z, targets) for z in network(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.double().eval(), images.double()
+
+
+def logits_of(network, images):
+    with torch.no_grad():
+        return torch.stack(network(images))
+
+
+def assert_same(prediction, expected):
+    assert torch.equal(prediction.exits, expected.exits)
+    assert torch.equal(prediction.classes, expected.classes)
+    torch.testing.assert_close(prediction.confidence, expected.confidence)
+
+
+def quantile_policy(logits, share, measure="softmax"):
+    """Thresholds between two neighbouring confidences: ``share`` of all images are above at every exit but the last."""
+    confidence = confidence_by_exit(logits, measure)[0].sort(dim=1).values
+    rank = round((1 - share) * confidence.shape[1])
+    middle = (confidence[:, rank - 1] + confidence[:, rank]) / 2
+    return Policy(tuple(middle.tolist()), measure)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("measure", ["softmax", "entropy", "margin"])
+def test_same_as_simulation(stage, lazy, measure):
+    network = make_network(stage)
+    images = torch.randn(97, 3, 32, 32, dtype=torch.float64)
+    logits = logits_of(network, images)
+    for share in (0.1, 0.5, 0.9):
+        policy = quantile_policy(logits, share, measure)
+        expected = simulate(logits, policy)
+        assert len(expected.exits.unique()) > 1
+        assert_same(AdaptivePredictor(network, policy, lazy)(images), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 33, 128])
+def test_trained_network_in_any_batches(batch_size):
+    network, images = trained_network()
+    logits = logits_of(network, images)
+    policy = quantile_policy(logits, 0.4)
+    predictor = AdaptivePredictor(network, policy)
+    parts = [predictor(batch) for batch in images.split(batch_size)]
+    assert_same(type(parts[0])(*(torch.cat(values) for values in zip(*parts, strict=True))), simulate(logits, policy))
+
+
+def test_batch_of_1024():
+    network = make_network(2)
+    images = torch.randn(1024, 3, 17, 17, dtype=torch.float64)
+    logits = logits_of(network, images)
+    policy = quantile_policy(logits, 0.5)
+    assert_same(AdaptivePredictor(network, policy)(images), simulate(logits, policy))
+
+
+@pytest.mark.parametrize("threshold", [1.0, 2.0, 3.0])
+def test_patience(threshold):
+    network = make_network(2, num_blocks=5)
+    images = torch.randn(40, 3, 32, 32, dtype=torch.float64)
+    logits = logits_of(network, images)
+    policy = Policy((threshold,) * 5, "patience")
+    prediction = AdaptivePredictor(network, policy)(images)
+    assert_same(prediction, simulate(logits, policy))
+    classes = logits.argmax(dim=2)
+    for i in range(40):
+        agreeing, k = 1, 0
+        while agreeing < threshold and k < 4:
+            k += 1
+            agreeing = agreeing + 1 if classes[k, i] == classes[k - 1, i] else 1
+        assert (prediction.exits[i], prediction.confidence[i]) == (k, agreeing)
+
+
+class Counting:
+    """A network that counts how many images every exit sees."""
+
+    def __init__(self, network):
+        self.network, self.num_exits, self.seen = network, network.num_exits, []
+
+    def begin(self, images):
+        from models import Stepwise
+
+        run, seen = Stepwise(self.network, images), self.seen
+
+        class Run:
+            def next_logits(self):
+                logits = run.next_logits()
+                seen.append(len(logits))
+                return logits
+
+            keep = staticmethod(run.keep)
+
+        return Run()
+
+
+@pytest.mark.parametrize("num_images", [1, 20])
+@pytest.mark.parametrize(
+    ("thresholds", "exit", "exits_run"), [((ALL, ALL, ALL), 0, 1), ((NONE, ALL, ALL), 1, 2), ((NONE, NONE, ALL), 2, 3), ((NONE,) * 3, 2, 3)]
+)
+def test_extreme_thresholds(num_images, thresholds, exit, exits_run):
+    network = make_network(1)
+    images = torch.randn(num_images, 3, 32, 32, dtype=torch.float64)
+    counting = Counting(network)
+    policy = Policy(thresholds)
+    prediction = AdaptivePredictor(counting, policy)(images)
+    assert prediction.exits.tolist() == [exit] * num_images
+    assert counting.seen == [num_images] * exits_run
+    assert_same(prediction, simulate(logits_of(network, images), policy))
+
+
+def test_later_exits_see_only_the_images_that_stayed():
+    network = make_network(1)
+    images = torch.randn(50, 3, 32, 32, dtype=torch.float64)
+    logits = logits_of(network, images)
+    policy = quantile_policy(logits, 0.4)
+    counting = Counting(network)
+    AdaptivePredictor(counting, policy)(images)
+    exits = simulate(logits, policy).exits
+    assert counting.seen == [int((exits >= k).sum()) for k in range(3)]
+
+
+def test_ties_leave_together():
+    """Equal images have equal confidence, and a threshold of just that confidence lets all of them go."""
+    network = make_network(1)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64).expand(6, -1, -1, -1).contiguous()
+    threshold = simulate(logits_of(network, images), Policy((ALL,) * 3)).confidence.min().item()
+    prediction = AdaptivePredictor(network, Policy((threshold, NONE, ALL)))(images)
+    assert prediction.exits.tolist() == [0] * 6
+
+
+def test_no_image():
+    prediction = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))(torch.empty(0, 3, 32, 32, dtype=torch.float64))
+    assert [len(values) for values in prediction] == [0, 0, 0]
+
+
+def test_policy_of_other_length_is_refused():
+    with pytest.raises(ValueError, match="4 thresholds"):
+        AdaptivePredictor(make_network(1), Policy((ALL,) * 4))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_confidence_orders_sure_before_unsure(measure):
+    sure, unsure = torch.tensor([[9.0, 0, 0]]), torch.tensor([[0.2, 0.1, 0]])
+    logits = torch.stack([torch.cat([sure, unsure]), torch.cat([sure, unsure.flip(1)])])
+    confidence, classes = confidence_by_exit(logits, measure)
+    assert confidence[-1, 0] > confidence[-1, 1]
+    assert classes.tolist() == [[0, 0], [0, 2]]
