@@ -7,7 +7,8 @@ An image leaves at the first exit whose confidence, the largest softmax probabil
 set on held-out images so that a wanted share leaves at every exit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,9 +59,11 @@ def _thresholds(confidence: Tensor, shares: Tensor, order: Tensor) -> Tensor:
 
 def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """Exit (0-based) at which each image leaves: confidence (K, N), thresholds (K,) -> (N,), int64."""
-    leaves = confidence >= thresholds.to(confidence)[:, None]
-    leaves[-1] = True
-    return leaves.to(torch.uint8).argmax(dim=0)
+    last = len(confidence) - 1
+    exits = torch.full(confidence.shape[1:], last, device=confidence.device)
+    for k in reversed(range(last)):
+        exits.masked_fill_(confidence[k] >= thresholds[k], k)
+    return exits
 
 
 def budgeted_result(correct: Tensor, exits: Tensor, operations: Sequence[float]) -> tuple[float, float]:
@@ -71,9 +74,10 @@ def budgeted_result(correct: Tensor, exits: Tensor, operations: Sequence[float])
         exits: (N,), 0-based.
         operations: to each exit, K numbers.
     """
-    accuracy = correct.gather(0, exits[None]).double().mean().item() * 100
-    cost = torch.as_tensor(operations, dtype=torch.float64, device=exits.device)
-    return accuracy, cost[exits].mean().item()
+    num_correct = correct.gather(0, exits[None]).sum().item()
+    counts = torch.bincount(exits, minlength=len(operations)).tolist()
+    cost = sum(count * to_exit for count, to_exit in zip(counts, operations, strict=True))
+    return 100 * num_correct / len(exits), cost / len(exits)
 
 
 def confidence_and_correctness(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,24 +116,33 @@ def budgeted_curve(
                 f"{name}_probs {tuple(probs.shape)} must be (exits, images, classes), with one target an image (given: "
                 f"{tuple(targets.shape)}) and one operation count an exit (given: {len(operations)})"
             )
-    val_confidence, val_correct = confidence_and_correctness(val_probs, val_targets)
-    test_confidence, test_correct = confidence_and_correctness(test_probs, test_targets)
+    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
+    return [point.row for point in budget_points(*val, *test, operations, points)]
+
+
+class BudgetPoint(NamedTuple):
+    """A row of ``budgeted_curve``, and the exits (N,), 0-based, at which the test images leave."""
+
+    row: dict
+    test_exits: Tensor
+
+
+def budget_points(
+    val_confidence: Tensor,
+    val_correct: Tensor,
+    test_confidence: Tensor,
+    test_correct: Tensor,
+    operations: Sequence[float],
+    points: int = 40,
+) -> Iterator[BudgetPoint]:
+    """The points of ``budgeted_curve``, from confidence and correctness (K, N) of every exit."""
     order = val_confidence.argsort(dim=1, descending=True)
-    rows = []
     for p in range(1, points + 1):
         shares = exit_shares(2 * p / points, len(operations))
         thresholds = _thresholds(val_confidence, shares, order)
+        test_exits = assign_exits(test_confidence, thresholds)
         val_acc, val_cost = budgeted_result(val_correct, assign_exits(val_confidence, thresholds), operations)
-        test_acc, test_cost = budgeted_result(test_correct, assign_exits(test_confidence, thresholds), operations)
-        rows.append(
-            {
-                "p": p,
-                "q": shares.tolist(),
-                "thresholds": thresholds.tolist(),
-                "val_acc": val_acc,
-                "val_flops": val_cost,
-                "test_acc": test_acc,
-                "test_flops": test_cost,
-            }
-        )
-    return rows
+        test_acc, test_cost = budgeted_result(test_correct, test_exits, operations)
+        row = {"p": p, "q": shares.tolist(), "thresholds": thresholds.tolist()}
+        accuracies = {"val_acc": val_acc, "val_flops": val_cost, "test_acc": test_acc, "test_flops": test_cost}
+        yield BudgetPoint({**row, **accuracies}, test_exits)

@@ -7,7 +7,7 @@ rows = anytime_rows(logits, targets, operations)
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import assign_exits, budgeted_curve
+from adaptive_inference.budgeted import budget_points, confidence_and_correctness
 from dataloader import Batches
 from engine.distributed import Processes
 
@@ -66,10 +66,8 @@ def budgeted_rows(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, te
     """Rows of ``budgeted.csv``: ``p``, mean ``operations``, ``val_acc1``, ``test_acc1``, ``share_k`` of the test images and
     ``threshold_k`` of every exit k = 1 .. K."""
     rows = []
-    test_confidence = torch.stack([probs.amax(dim=1) for probs in test_probs])
-    for row in budgeted_curve(val_probs, val_targets, test_probs, test_targets, operations):
-        thresholds = row["thresholds"]
-        exits = assign_exits(test_confidence, torch.tensor(thresholds))
+    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
+    for row, exits in budget_points(*val, *test, operations):
         shares = torch.bincount(exits, minlength=len(operations)) / len(exits)
         rows.append(
             {
@@ -78,7 +76,7 @@ def budgeted_rows(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, te
                 "val_acc1": round(row["val_acc"], 4),
                 "test_acc1": round(row["test_acc"], 4),
                 **{f"share_{k}": round(share, 6) for k, share in enumerate(shares.tolist(), start=1)},
-                **{f"threshold_{k}": threshold for k, threshold in enumerate(thresholds, start=1)},
+                **{f"threshold_{k}": threshold for k, threshold in enumerate(row["thresholds"], start=1)},
             }
         )
     return rows

@@ -1,0 +1,43 @@
+"""Easy and hard images are what their names say, and the picture shows them."""
+
+import torch
+
+from adaptive_inference.examples import easy_and_hard, examples_figure
+from adaptive_inference.policies import Policy
+
+POLICY = Policy((0.8, 0.8, -1e8))
+
+
+def logits_from(answers):
+    """(class, logit) of every exit for every image -> logits (K, N, 3)."""
+    logits = torch.zeros(3, len(answers), 3)
+    for i, exits in enumerate(answers):
+        for k, (label, size) in enumerate(exits):
+            logits[k, i, label] = size
+    return logits
+
+
+ANSWERS = [
+    [(0, 5.0), (0, 5.0), (0, 5.0)],  # easy
+    [(0, 9.0), (0, 5.0), (0, 5.0)],  # easier
+    [(1, 9.0), (0, 5.0), (0, 5.0)],  # left first, and wrong
+    [(1, 1.0), (2, 1.0), (0, 1.0)],  # hard
+    [(1, 1.5), (2, 1.0), (0, 1.0)],  # harder
+    [(1, 1.0), (0, 1.0), (0, 1.0)],  # the second exit has it right too
+    [(1, 1.0), (2, 9.0), (0, 5.0)],  # left at the second exit
+]
+
+
+def test_easy_and_hard():
+    easy, hard = easy_and_hard(logits_from(ANSWERS), torch.zeros(7, dtype=torch.int64), POLICY)
+    assert easy.tolist() == [1, 0]
+    assert hard.tolist() == [4, 3]
+
+
+def test_figure():
+    images = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
+    figure = examples_figure(images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], columns=3)
+    assert len(figure.axes) == 3 * 7
+    assert sum(len(axes.images) for axes in figure.axes) == 4
+    one_class = examples_figure(images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], classes=[0], columns=1)
+    assert sum(len(axes.images) for axes in one_class.axes) == 2
