@@ -27,7 +27,7 @@ from adaptive_inference.inference_form import half_precision, inference_form
 from adaptive_inference.policies import Policy, PolicyCurve, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import DataInfo, Normalizer, evaluation_transform, read_image
-from engine.checkpoint import data_info_from, load_checkpoint, network_from
+from engine.checkpoint import load_saved
 from engine.report import table
 from utils import UserError, atomic_write
 
@@ -75,11 +75,13 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _answer_all(arguments: argparse.Namespace) -> tuple[list[dict], int]:
-    state = load_checkpoint(arguments.checkpoint)
-    network, info = network_from(state, arguments.checkpoint), data_info_from(state)
-    curve = read_policy(arguments.policy or arguments.checkpoint.parent / POLICY_NAME, network)
+    saved = load_saved(arguments.checkpoint, {})
+    info = saved.data
+    if info is None:
+        raise UserError(f"{arguments.checkpoint} is of the released program, which stores neither class names nor image size")
+    curve = read_policy(arguments.policy or arguments.checkpoint.parent / POLICY_NAME, saved.network)
     device = _device(arguments.device)
-    form = inference_form(network, dtype=half_precision(device) if arguments.half else None).to(device)
+    form = inference_form(saved.network, dtype=half_precision(device) if arguments.half else None).to(device)
     predictor = AdaptivePredictor(form, choose_policy(curve, arguments.budget))
     normalize = Normalizer(info.mean, info.std, device, channels_last=True)
     files, complaints = find_images(arguments.paths)
@@ -155,8 +157,10 @@ def _formatted(rows: list[dict], format: str) -> str:
         writer.writerows(rows)
         return text.getvalue()
     cells = [
-        [_printable(row["file"]), _printable(row["class"]), f"{row['confidence']:.3f}", str(row["exit"])]
-        + [f"{row['operations'] / 1e6:.2f} M", f"{row['milliseconds']:.2f}"]
+        [
+            *(_printable(row["file"]), _printable(row["class"]), f"{row['confidence']:.3f}"),
+            *(str(row["exit"]), f"{row['operations'] / 1e6:.2f} M", f"{row['milliseconds']:.2f}"),
+        ]
         for row in rows
     ]
     return table(["file", "class", "confidence", "exit", "operations", "ms"], cells) + "\n"

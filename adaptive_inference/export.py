@@ -5,9 +5,9 @@
     network = OnnxNetwork(Path("exported"))
     prediction = AdaptivePredictor(network, policy)(images)
 
-Needs the packages onnx and onnxruntime (requirements-export.txt), which nothing else does. Model k reads what earlier models left (the first
-one: the images) and gives the logits of exit k and what later models need; the number of images is free. Graphs are recorded from the
-folded network node by node, so they do not depend on PyTorch's exporter or its version.
+Needs the packages onnx and onnxruntime (requirements-export.txt), which nothing else does. Model k reads what earlier models left (the
+first one, the images) and gives the logits of exit k and what later models need; the number of images is free. The folded network is recorded
+node by node, so nothing depends on PyTorch's exporter or its version.
 """
 
 import argparse
@@ -297,23 +297,26 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Export the checkpoint these arguments name (None: those of the process) and return the exit status."""
     # Here, as the runner alone needs no checkpoints.
-    from engine.checkpoint import data_info_from, load_checkpoint, network_from
+    from engine.checkpoint import load_saved
 
     parser = _Parser(prog="adaptive_inference.export", description="Write each block of a network with its exit as an ONNX model.")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of either stage")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the models")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width (default: as in training)")
     parser.add_argument(
         "--lazy", action=argparse.BooleanOptionalAction, default=True, help="compute only what each exit reads (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     try:
-        state = load_checkpoint(arguments.checkpoint)
-        network, image_size = network_from(state, arguments.checkpoint), data_info_from(state).image_size
-        paths = export_onnx(network, arguments.output, image_size, arguments.lazy)
+        saved = load_saved(arguments.checkpoint, {})
+        image_size = arguments.image_size or (saved.data.image_size if saved.data else None)
+        if image_size is None:
+            raise UserError(f"{arguments.checkpoint} is of the released program, which stores no image size; give --image-size")
+        paths = export_onnx(saved.network, arguments.output, image_size, arguments.lazy)
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    sys.stdout.write(f"{len(paths)} models of {describe(network)} for images of {image_size} pixels: {arguments.output}\n")
+    sys.stdout.write(f"{len(paths)} models of {describe(saved.network)} for images of {image_size} pixels: {arguments.output}\n")
     return 0
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,13 +243,8 @@ def read_policy(path: Path, network: nn.Module | None = None) -> PolicyCurve:
         raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no policy file of this project: {_one_line(error)}") from None
-    if network is not None:
-        if len(curve.operations) != network.num_exits:
-            raise UserError(f"{path} is the policy of another network: {curve.network}, not of this {describe(network)}")
-        if curve.fingerprint != network_fingerprint(network):
-            raise UserError(
-                f"{path} is the policy of another network: it has {curve.network} but other weights; evaluate this one with --evalmode dynamic"
-            )
+    if network is not None and (len(curve.operations), curve.fingerprint) != (network.num_exits, network_fingerprint(network)):
+        raise UserError(f"{path} is the policy of another network ({curve.network}); --evalmode dynamic makes one for this network")
     return curve
 
 
@@ -268,7 +264,7 @@ def _parsed(content: Any) -> PolicyCurve:
     operations = _numbers(_entry(content, "operations", list), "operations")
     if not 1 <= len(operations) <= MOST_EXITS:
         raise ValueError(f"it has {len(operations)} exits, where 1 to {MOST_EXITS} are allowed")
-    if operations[0] <= 0 or any(a > b for a, b in zip(operations, operations[1:], strict=False)):
+    if operations[0] <= 0 or any(a > b for a, b in pairwise(operations)):
         raise ValueError("its operations do not grow from exit to exit")
     rows = _entry(content, "points", list)
     if not 1 <= len(rows) <= MOST_POINTS:

@@ -95,7 +95,7 @@ def interleaved_seconds(
 
 
 def draw_runtime(rows: list[dict]) -> Figure:
-    """Share of the full time against share of the full operations, a line a batch size; on the diagonal, operations saved are time saved."""
+    """Share of the full time against share of the full operations, a line a batch size."""
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     most = max(row["operations"] for row in rows) / 1e6

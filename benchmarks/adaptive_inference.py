@@ -65,9 +65,7 @@ class Benchmark:
     def run(self) -> None:
         """Print everything."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.arguments.threads} CPU threads"
-        _print(
-            f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}, PyTorch {torch.__version__}"
-        )
+        _print(f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
         _print(f"operations to each exit: {_millions(self.operations)} M; lazy: {_millions(self.lazy_operations)} M\n")
         self.budgeted("folded", inference_form(self.network))
         half = half_precision(self.device)
@@ -138,10 +136,10 @@ class Benchmark:
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
-        from engine.checkpoint import data_info_from, load_checkpoint, network_from
+        from engine.checkpoint import load_saved
 
-        state = load_checkpoint(checkpoint)
-        return network_from(state, checkpoint), data_info_from(state).image_size
+        saved = load_saved(checkpoint, {})
+        return saved.network, saved.data.image_size if saved.data else max(32, saved.network.minimum_image_size)
     torch.manual_seed(0)
     network = IMTA(MSDNet(**SEVEN_EXITS)).eval()
     for module in network.modules():

@@ -39,5 +39,7 @@ def test_figure():
     figure = examples_figure(images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], columns=3)
     assert len(figure.axes) == 3 * 7
     assert sum(len(axes.images) for axes in figure.axes) == 4
-    one_class = examples_figure(images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], classes=[0], columns=1)
+    one_class = examples_figure(
+        images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], classes=[0], columns=1
+    )
     assert sum(len(axes.images) for axes in one_class.axes) == 2

@@ -18,14 +18,14 @@ from utils import UserError
 INSTALLED = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_missing_package_is_one_line(package, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [("onnx", lambda folder: export.export_onnx(MSDNet(**TINY_NETWORK).eval(), folder, 32)), ("onnxruntime", export.OnnxNetwork)],
+)
+def test_missing_package_is_one_line(package, use, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # what importing a missing package comes to
     with pytest.raises(UserError, match=rf"needs the package {package}: pip install -r requirements-export\.txt") as caught:
-        if package == "onnx":
-            export.export_onnx(MSDNet(**TINY_NETWORK).eval(), tmp_path, 32)
-        else:
-            export.OnnxNetwork(tmp_path)
+        use(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

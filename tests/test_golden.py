@@ -12,6 +12,10 @@ import torch
 from fixtures.make_fixtures import SEEDS, compact, restore, sketch
 from torch import Tensor
 
+import train_IMTA
+from args import parse
+from dataloader import DataInfo
+from engine.checkpoint import Saved
 from models import IMTA, MSDNet, count_operations, load_released, measure_cost, one_for_all_loss, sum_of_cross_entropies, to_released
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -201,3 +205,25 @@ def test_lazy_operations(name, millions):
     assert lazy[-1] == whole[-1]
     assert lazy[0] < whole[0]
     assert all(a <= b for a, b in zip(lazy, whole, strict=True))
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_the_flag_released_reproduces_the_released_run(run):
+    """Through the stage's own pieces: --released builds the network on the frozen stage 1 and the loss."""
+    case = golden_case(STAGE_2)
+    golden = case["released_runs"][run]
+    flags = ["--released", "-T", str(golden["temperature"]), "--gamma", str(golden["gamma"])]
+    settings = parse("IMTA", flags).settings()
+    released = load_released(case["checkpoint"])
+    data = DataInfo("cifar100", [str(i) for i in range(100)], 32, [0.5] * 3, [0.5] * 3, 1, "")
+    network = train_IMTA.make_imta(settings, data, Saved(FIXTURES, released.backbone, {}))
+    network.load_state_dict(released.state_dict())
+    objective = train_IMTA.Distillation(network.double(), settings).train()
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], **case["sgd"])
+    images, targets = case["images"].double(), case["targets"]
+    for expected in golden["losses"]:
+        loss = objective(images, targets)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert_same(loss.item(), expected)

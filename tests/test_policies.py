@@ -181,7 +181,8 @@ def test_confidence_without_meaning_is_not_fitted():
         parts = []
         for count in (300, 5000):
             probs = two_class_probabilities(
-                torch.rand(4, count, generator=generator), torch.rand(4, count, generator=generator) < torch.tensor([[0.6], [0.62], [0.64], [0.66]])
+                torch.rand(4, count, generator=generator),
+                torch.rand(4, count, generator=generator) < torch.tensor([[0.6], [0.62], [0.64], [0.66]]),
             )
             parts += [probs, torch.zeros(count, dtype=torch.int64)]
         operations = [10.0, 20.0, 30.0, 40.0]

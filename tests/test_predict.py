@@ -28,6 +28,9 @@ def trained(tmp_path_factory):
     save_checkpoint(
         folder / "best.pt",
         {
+            "stage": "IMTA",
+            "title": "test",
+            "origin": None,
             "network": network_config(network),
             "state_dict": network.state_dict(),
             "data": plain(info),
@@ -64,7 +67,7 @@ def images(tmp_path):
 
 
 def run(trained, *arguments):
-    return predict.main([*map(str, arguments), "--checkpoint", str(trained / "best.pt"), "--device", "cpu"])
+    return predict.main(["--checkpoint", str(trained / "best.pt"), "--device", "cpu", *map(str, arguments)])
 
 
 def test_formats_agree(trained, images, capsys):
@@ -134,7 +137,9 @@ def test_mistakes(trained, images, tmp_path, capsys):
         assert expected in line
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--budget", "nan"], ["x", "--budget", "-3"], ["x", "--batch-size", "0"], ["x", "--format", "xml"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["x", "--budget", "nan"], ["x", "--budget", "-3"], ["x", "--batch-size", "0"], ["x", "--format", "xml"]]
+)
 def test_command_lines_that_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(arguments)
