@@ -196,7 +196,14 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     Raises:
         SystemExit: with status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
     """
-    return CommandLine(stage, vars(_build_parser(stage).parse_args(argv)))
+    parser = _build_parser(stage)
+    explicit = vars(parser.parse_args(argv))
+    for first, second in (("resume", "overwrite"), ("single_stage", "pretrained"), ("evalmode", "resume"), ("evalmode", "overwrite")):
+        if first in explicit and second in explicit:
+            parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
+    if "evaluate_from" in explicit and "evalmode" not in explicit:
+        parser.error("--evaluate-from needs --evalmode (anytime or dynamic)")
+    return CommandLine(stage, explicit)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -310,7 +317,7 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--batch-size", "-b", type=_at_least(1), metavar="N", help="images a step, over all processes and GPUs")
     add("--lr", "--learning-rate", type=_above(0), metavar="LR", help="peak learning rate")
     add("--lr-type", choices=["multistep", "cosine"], help="schedule after the warm-up")
-    add("--lr-milestones", type=_float_list, metavar="E,E", shown="at 50 %% and 75 %%", help="epochs at which multistep decays")
+    add("--lr-milestones", type=_float_list, metavar="E,E", shown="at 50 % and 75 %", help="epochs at which multistep decays")
     add("--decay-rate", type=_above(0), metavar="R", help="factor of every multistep decay")
     add("--warmup-epochs", type=_in_range(0, None), metavar="E", help="epochs of linear warm-up")
     add("--momentum", type=_in_range(0, 1), metavar="M", help="momentum of SGD")

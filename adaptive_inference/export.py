@@ -6,8 +6,8 @@
     prediction = AdaptivePredictor(network, policy)(images)
 
 Needs the packages onnx and onnxruntime (requirements-export.txt), which nothing else does. Model k reads what earlier models left (the
-first one, the images) and gives the logits of exit k and what later models need; the number of images is free. The folded network is recorded
-node by node, so nothing depends on PyTorch's exporter or its version.
+first one, the images) and gives the logits of exit k and what later models need; the number of images is free. The folded network is
+recorded node by node, so nothing depends on PyTorch's exporter or its version.
 """
 
 import argparse

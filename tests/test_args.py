@@ -103,6 +103,9 @@ def test_evalmode(flags, mode):
         (["--epoch", "3"], "unrecognized"),
         (["--reduction", "2"], "from 0 to 1"),
         (["-T", "0"], "more than 0"),
+        (["--resume", "--overwrite"], "do not go together"),
+        (["--single-stage", "--pretrained", "x"], "do not go together"),
+        (["--evaluate-from", "x.pt"], "needs --evalmode"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):

@@ -25,10 +25,12 @@ def make_network(stage, **options):
     return network.eval()
 
 
-def trained_network():
+@pytest.fixture(scope="module")
+def trained():
     """A few steps on the demo's images, enough for confident answers."""
     import synthetic
 
+    torch.manual_seed(0)
     images, targets = synthetic.generate(128, seed=0)
     images = (images.float() / 255 - 0.5) * 4
     network = MSDNet(**{**TINY_NETWORK, "num_classes": 12})
@@ -75,8 +77,8 @@ def test_same_as_simulation(stage, lazy, measure):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 33, 128])
-def test_trained_network_in_any_batches(batch_size):
-    network, images = trained_network()
+def test_trained_network_in_any_batches(batch_size, trained):
+    network, images = trained
     logits = logits_of(network, images)
     policy = quantile_policy(logits, 0.4)
     predictor = AdaptivePredictor(network, policy)
@@ -85,8 +87,8 @@ def test_trained_network_in_any_batches(batch_size):
 
 
 def test_batch_of_1024():
-    network = make_network(2)
-    images = torch.randn(1024, 3, 17, 17, dtype=torch.float64)
+    network = make_network(2, growth_factors=(1, 2), bottleneck_factors=(1, 2))
+    images = torch.randn(1024, 3, 16, 16, dtype=torch.float64)
     logits = logits_of(network, images)
     policy = quantile_policy(logits, 0.5)
     assert_same(AdaptivePredictor(network, policy)(images), simulate(logits, policy))
