@@ -80,9 +80,19 @@ _BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
 # yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet.
 PRESETS = {
     "demo": {
-        "both": {"data": "demo", "val_size": 1000, "augment": "none", "num_blocks": 5, "num_channels": 8, "lr_type": "cosine"},
-        "GE": {"epochs": 10, "batch_size": 64},
-        "IMTA": {"epochs": 5, "batch_size": 64},
+        "both": {
+            "data": "demo",
+            "val_size": 1000,
+            "augment": "none",
+            "num_blocks": 4,
+            "step_mode": "lin_grow",
+            "num_channels": 4,
+            "growth_rate": 4,
+            "batch_size": 32,
+            "lr_type": "cosine",
+        },
+        "GE": {"epochs": 5, "lr": 0.1, "warmup_epochs": 0.5},
+        "IMTA": {"epochs": 3, "lr": 0.02},
     },
     "cifar10": {
         "both": {"data": "cifar10", **_CIFAR_5_EXITS},

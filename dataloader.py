@@ -34,7 +34,7 @@ Batch = tuple[Tensor, Tensor]
 LARGEST_IN_MEMORY = 64  # pixels; larger images stay files
 CROP_PADDING = 4
 
-DEMO_IMAGES = {"train": 8000, "test": 2000}
+DEMO_IMAGES = {"train": 6500, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
 
 NORMALIZATION = {

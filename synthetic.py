@@ -21,6 +21,7 @@ FILLS = ("solid", "hollow", "striped")
 CLASS_NAMES: tuple[str, ...] = tuple(f"{fill} {outline}" for outline in OUTLINES for fill in FILLS)
 MINIMUM_IMAGE_SIZE = 16
 
+EASY_SHARE = 0.62  # of the images
 MAX_RADIUS, MIN_RADIUS = 0.80, 0.44  # of the object, in half image sides
 MAX_CONTRAST, MIN_CONTRAST = 0.80, 0.35  # between object and background, 1 being black against white
 MAX_NOISE = 0.10  # half width of the pixel noise
@@ -75,7 +76,8 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
         mixed = np.clip(difficulty + uniform(-0.2, 0.2), 0, 1)
         return easy + (hard - easy) * mixed
 
-    difficulty = uniform(0, 1)
+    # Most images are easy, the others hard: what is in between would be at home at any exit.
+    difficulty = np.where(rng.random(n) < EASY_SHARE, uniform(0, 0.35), uniform(0.5, 0.9)).astype(np.float32)
     radius = harder(MAX_RADIUS, MIN_RADIUS)
     contrast = harder(MAX_CONTRAST, MIN_CONTRAST)
     noise = harder(0, MAX_NOISE)

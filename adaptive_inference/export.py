@@ -193,9 +193,12 @@ class _Graph:
             return helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, ["images", *tensor.shape[1:]])
 
         used = {name for node in self.nodes for name in node.input}
-        renaming = [helper.make_node("Identity", [value.name], [name]) for name, (value, _) in outputs.items()]
+        final_names = {value.name: name for name, (value, _) in outputs.items()}
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [final_names.get(name, name) for name in names]
         graph = helper.make_graph(
-            [*self.nodes, *renaming],
+            self.nodes,
             "block_with_exit",
             [declare(name, tensor) for name, tensor in inputs.items() if name in used],
             [declare(name, tensor) for name, (_, tensor) in outputs.items()],

@@ -88,7 +88,7 @@ def test_trained_network_in_any_batches(batch_size, trained):
 
 def test_batch_of_1024():
     network = make_network(2, growth_factors=(1, 2), bottleneck_factors=(1, 2))
-    images = torch.randn(1024, 3, 16, 16, dtype=torch.float64)
+    images = torch.randn(1024, 3, 12, 12, dtype=torch.float64)
     logits = logits_of(network, images)
     policy = quantile_policy(logits, 0.5)
     assert_same(AdaptivePredictor(network, policy)(images), simulate(logits, policy))

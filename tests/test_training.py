@@ -86,7 +86,8 @@ def test_moving_batchnorm_moves_statistics_only(stage_1):
 
 @pytest.mark.parametrize("flags", [["--no-isc"], ["--no-ofa"], ["--released"], ["--single-stage", *TINY_FLAGS]])
 def test_every_arm_of_the_paper_trains(stage_1, flags):
-    assert train_imta(stage_1, *flags) == 0
+    origin = [] if "--single-stage" in flags else ["--pretrained", str(stage_1 / "GE")]
+    assert train_IMTA.main([*origin, "--save", str(stage_1 / "IMTA"), "--epochs", "1", "--batch-size", "32", *flags]) == 0
     state = load_checkpoint(stage_1 / "IMTA" / "best.pt")
     assert ("links.0.0.weight" in state["state_dict"]) is ("--no-isc" not in flags)
 
