@@ -90,6 +90,7 @@ PRESETS = {
             "growth_rate": 4,
             "batch_size": 32,
             "lr_type": "cosine",
+            "channels_last": False,  # slower for so few channels
         },
         "GE": {"epochs": 5, "lr": 0.1, "warmup_epochs": 0.5},
         "IMTA": {"epochs": 3, "lr": 0.02},
