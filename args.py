@@ -213,7 +213,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
         if first in explicit and second in explicit:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
-        parser.error("--evaluate-from needs --evalmode (anytime or dynamic)")
+        parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
     return CommandLine(stage, explicit)
 
 
@@ -258,9 +258,10 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
         "--eval",
         nargs="?",
         const="dynamic",
-        choices=["anytime", "dynamic"],
-        shown="train, then evaluate both ways",
-        help="evaluate only: every exit on its own (anytime), or budgeted batch prediction (dynamic, also when no mode is given)",
+        choices=["anytime", "dynamic", "runtime"],
+        shown="train, then anytime and dynamic",
+        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when no mode is given), "
+        "or measured time of the policies that dynamic wrote (runtime)",
     )
     add("--evaluate-from", type=Path, metavar="FILE", shown="DIR/best.pt", help="checkpoint to evaluate, ours or a released one")
     if stage == "IMTA":

@@ -112,6 +112,10 @@ class Batches:
         """Indices of the images this process evaluates."""
         return torch.arange(self.shard.rank, self.num_images, self.shard.world_size)
 
+    def picture(self, index: int) -> Tensor:
+        """One image as the network sees it in evaluation, before normalisation: bytes (3, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} must give images")
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         raise NotImplementedError(f"{type(self).__name__} must give batches")
 
@@ -161,6 +165,9 @@ class InMemoryBatches(Batches):
                 images = crop_and_flip(images, offsets[chosen], flips[chosen])
             yield self.normalize(images), self.targets[chosen]
 
+    def picture(self, index: int) -> Tensor:
+        return self.images[index]
+
     def __iter__(self) -> Iterator[Batch]:
         for chosen in self._own().to(self.device).split(self.batch_size):
             yield self.normalize(self.images[chosen]), self.targets[chosen]
@@ -208,6 +215,9 @@ class FileBatches(Batches):
         # Every image has a seed of its own, so that its augmentation does not depend on the worker that makes it.
         seeds = torch.randint(2**62, (self.num_images,), generator=generator)
         return self._load(self.augmented, [[(int(i), int(seeds[i])) for i in part] for part in self._steps(order, first_step)])
+
+    def picture(self, index: int) -> Tensor:
+        return self.plain.transform(read_image(self.plain.files[index]))
 
     def __iter__(self) -> Iterator[Batch]:
         return self._load(self.plain, [[(int(i), 0) for i in part] for part in self._own().split(self.batch_size)])

@@ -1,42 +1,44 @@
 """Easy and hard images, as in the MSDNet paper's figure 5: those that left first and right, and those only the last exit got right.
 
-figure = examples_figure(images, targets, logits, policy, class_names)
+easy, hard = easy_and_hard(probs, targets, policy)
+figure = examples_figure(lambda i: images[i], targets, easy, hard, class_names)
 """
+
+from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from adaptive_inference.budgeted import assign_exits, confidence_and_correctness
 from adaptive_inference.policies import Policy
-from adaptive_inference.predictor import simulate
 
 
-def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+def easy_and_hard(probs: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Indices of the easy images, the most confident first, and of the hard ones, the least sure first exit first.
 
     Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the last exit, which is right,
     while every other exit is wrong.
 
     Args:
-        logits: of every exit, (K, N, C).
+        probs: softmax outputs of every exit, (K, N, C).
         targets: (N,).
+        policy: thresholds for the softmax confidence.
     """
-    prediction = simulate(logits, policy)
-    correct = logits.argmax(dim=2) == targets
-    first = prediction.exits.min()
-    easy = ((prediction.exits == first) & (prediction.classes == targets)).nonzero().flatten()
-    last = len(logits) - 1
-    only_last = correct[-1] & ~correct[:-1].any(dim=0) & (prediction.exits == last)
-    hard = only_last.nonzero().flatten()
-    target_prob = logits[0].softmax(dim=1).gather(1, targets[:, None])[:, 0]
-    return easy[prediction.confidence[easy].argsort(descending=True, stable=True)], hard[target_prob[hard].argsort(stable=True)]
+    confidence, correct = confidence_and_correctness(probs, targets)
+    exits = assign_exits(confidence, torch.tensor(policy.thresholds))
+    first, last = exits.min(), len(probs) - 1
+    easy = ((exits == first) & correct[first]).nonzero().flatten()
+    hard = (correct[-1] & ~correct[:-1].any(dim=0) & (exits == last)).nonzero().flatten()
+    target_prob = probs[0].gather(1, targets[:, None])[:, 0]
+    return easy[confidence[first, easy].argsort(descending=True, stable=True)], hard[target_prob[hard].argsort(stable=True)]
 
 
 def examples_figure(
-    images: Tensor,
+    picture: Callable[[int], Tensor],
     targets: Tensor,
-    logits: Tensor,
-    policy: Policy,
+    easy: Tensor,
+    hard: Tensor,
     class_names: list[str],
     classes: list[int] | None = None,
     columns: int = 5,
@@ -44,13 +46,12 @@ def examples_figure(
     """A row of images a class: left the easy ones, right the hard ones; a class without examples of a kind has gaps there.
 
     Args:
-        images: bytes, (N, 3, H, W).
-        targets, logits: (N,) and (K, N, C), of the same images.
-        policy: decides which images leave first.
+        picture: image of an index, bytes (3, H, W).
+        targets: (N,).
+        easy, hard: indices, as ``easy_and_hard`` gives.
         classes: class indices of the rows; None: the four with the most pairs of easy and hard images.
         columns: images of each kind.
     """
-    easy, hard = easy_and_hard(logits, targets, policy)
     if classes is None:
         counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=columns) for kind in (easy, hard)]
         order = (torch.minimum(*counts) * (columns + 1) + torch.maximum(*counts)).argsort(descending=True, stable=True)
@@ -64,7 +65,7 @@ def examples_figure(
         grid[row, 0].text(-0.1, 0.5, class_names[label], transform=grid[row, 0].transAxes, ha="right", va="center", fontsize=8)
         for first_column, kind in ((0, easy), (columns + 1, hard)):
             for column, index in enumerate(kind[targets[kind] == label][:columns].tolist(), start=first_column):
-                grid[row, column].imshow(images[index].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+                grid[row, column].imshow(picture(index).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     grid[0, columns // 2].set_title("left at the first exit, right", fontsize=9)
     grid[0, columns + 1 + columns // 2].set_title("only the last exit is right", fontsize=9)
     return figure

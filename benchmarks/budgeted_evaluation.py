@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from engine.evaluation import budgeted_rows, softmax_
+from adaptive_inference import budgeted_curve
+from engine.collect import softmax_
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     began = time.perf_counter()
     val, test = softmax_(val), softmax_(test)
     softmaxed = time.perf_counter()
-    rows = budgeted_rows(val, targets, test, targets, operations)
+    rows = budgeted_curve(val, targets, test, targets, operations)
     done = time.perf_counter()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - gigabytes_before
     one_exit = options.images * options.classes * 4 / 2**30

@@ -42,21 +42,24 @@ def read_csv(path: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); write it again with --evalmode") from None
 
 
-def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]]) -> Figure:
+def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> Figure:
     """Accuracy against operations.
 
     Args:
-        runs: name -> rows of ``anytime.csv`` and of ``budgeted.csv`` (either may be empty): exits are points, budgets a line.
+        runs: name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty): exits are points, budgets of
+            the paper's rule a line, those of the optimised rule a dotted one.
     """
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for (name, (anytime, budgeted)), color in zip(runs.items(), COLORS, strict=False):
-        if budgeted:
-            curve = sorted((row["operations"] / 1e6, row["test_acc1"]) for row in budgeted)
-            axes.plot(*zip(*curve, strict=True), color=color, label=f"{name}: budgeted")
-        if anytime:
-            points = [(row["operations"] / 1e6, row["acc1"]) for row in anytime]
-            axes.plot(*zip(*points, strict=True), "o--", color=color, linewidth=0.8, markersize=5, alpha=0.8, label=f"{name}: each exit")
+    for (name, (anytime, budgeted, optimised)), color in zip(runs.items(), COLORS, strict=False):
+        lines = [
+            ([(row["operations"] / 1e6, row["test_acc1"]) for row in budgeted], "-", f"{name}: budgeted"),
+            ([(row["operations"] / 1e6, row["test_acc1"]) for row in optimised], ":", f"{name}: budgeted, optimised rule"),
+            ([(row["operations"] / 1e6, row["acc1"]) for row in anytime], "o--", f"{name}: each exit"),
+        ]
+        for points, style, label in lines:
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), style, color=color, linewidth=1.2, markersize=5, alpha=0.85, label=label)
     axes.set_xlabel("operations an image (millions)")
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(alpha=0.3)

@@ -18,8 +18,18 @@ class RunDirectory:
         self.log = path / "log.jsonl"
         self.anytime = path / "anytime.csv"
         self.budgeted = path / "budgeted.csv"
+        self.optimised = path / "optimised.csv"
+        self.policy = path / "policy.json"
+        self.runtime = path / "runtime.csv"
+        self.runtime_picture = path / "runtime.png"
+        self.examples = path / "examples.png"
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"
+
+    @property
+    def results(self) -> list[Path]:
+        """Everything a run writes but its events."""
+        return [value for name, value in vars(self).items() if name not in ("path", "tensorboard")]
 
     def holds_run(self) -> bool:
         """Whether something was trained here."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
 from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
 from engine.distributed import Processes, process_group
-from engine.evaluation import accuracy_at, anytime_rows, budgeted_rows, collect_logits, softmax_
+from engine.evaluate import Evaluation, known_curves
 from engine.log import Log
-from engine.report import draw_curves, pixels, read_csv, save_figure, table, write_csv
+from engine.report import draw_curves, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.training import Interrupted, Task, train
 from models import count_operations
@@ -108,8 +107,10 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         best = load_checkpoint(run.best)
         load_weights(network, best["state_dict"], run.best)
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
-        results = _evaluate(network, data, operations, ("anytime", "dynamic"), run, constants, processes, log)
-        _to_tensorboard(results, settings, log)
+        evaluation = Evaluation(network, data, operations, run, constants, processes, log)
+        evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
+        if processes.is_main:
+            _to_tensorboard(run, constants, settings, log)
 
 
 def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
@@ -171,7 +172,7 @@ def _millions(operations: list[int]) -> str:
 
 
 def _clear(run: RunDirectory) -> None:
-    for path in (run.last, run.best, run.log, run.anytime, run.budgeted, run.curves):
+    for path in run.results:
         path.unlink(missing_ok=True)
     shutil.rmtree(run.tensorboard, ignore_errors=True)
 
@@ -190,79 +191,10 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
     if not saved.state:
         log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
     _describe(network, data, operations, run, processes, log)
-    _evaluate(network, data, operations, (settings.evalmode,), run, constants, processes, log)
+    Evaluation(network, data, operations, run, constants, processes, log).run([settings.evalmode])
 
 
-@dataclass(frozen=True)
-class Results:
-    """Rows of the tables that were made, and the picture of them."""
-
-    anytime: list[dict]
-    budgeted: list[dict]
-    curves: dict[str, tuple[list[dict], list[dict]]]
-
-
-def _evaluate(
-    network: nn.Module,
-    data: Data,
-    operations: list[int],
-    modes: tuple[str, ...],
-    run: RunDirectory,
-    constants: dict[str, Any],
-    processes: Processes,
-    log: Log,
-) -> Results | None:
-    """Write and print the tables of ``modes`` and draw all that the directory holds; only the main process has results."""
-    if "dynamic" in modes and data.val.num_images == 0:
-        if modes == ("dynamic",):
-            raise UserError("budgeted evaluation sets its thresholds on held-out images; this run has none (--val-size 0)")
-        modes = ("anytime",)
-    test_logits, test_targets = collect_logits(network, data.test, processes)
-    val_logits, val_targets = collect_logits(network, data.val, processes) if "dynamic" in modes else (None, None)
-    if not processes.is_main:
-        return None
-    if "anytime" in modes:
-        rows = anytime_rows(test_logits, test_targets, operations)
-        write_csv(run.anytime, rows)
-        log.line(f"\nevery exit on the {data.test.num_images:,} test images ({run.anytime})")
-        cells = [[str(r["exit"]), f"{r['operations'] / 1e6:.2f} M", f"{r['acc1']:.2f}", f"{r['acc5']:.2f}"] for r in rows]
-        log.line(table(["exit", "operations", "top-1 %", "top-5 %"], cells))
-    if "dynamic" in modes:
-        full = operations[-1]
-        last_exit = anytime_rows(test_logits[-1:], test_targets, operations[-1:])[0]["acc1"]
-        rows = budgeted_rows(softmax_(val_logits), val_targets, softmax_(test_logits), test_targets, operations)
-        write_csv(run.budgeted, rows)
-        log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted})")
-        cells = [
-            [str(r["p"]), f"{r['operations'] / 1e6:.2f} M", f"{100 * r['operations'] / full:.0f}", f"{r['test_acc1']:.2f}"]
-            + [f"{100 * r[f'share_{k}']:.0f}" for k in range(1, len(operations) + 1)]
-            for r in rows[3::4]
-        ]
-        log.line(table(["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in range(1, len(operations) + 1))], cells))
-        half = accuracy_at(rows, full / 2)
-        if half is not None:
-            log.line(f"within half of the full operations: {half['test_acc1']:.2f} %; last exit for every image: {last_exit:.2f} %")
-    curves = _known_curves(run, constants)
-    save_figure(draw_curves(curves), run.curves)
-    log.line(f"accuracy against operations: {run.curves}")
-    return Results(*curves[constants["title"]], curves)
-
-
-def _known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Curves of this run, after those of the run it started from."""
-    directories = {constants["title"]: run}
-    if constants["origin"]:
-        directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent), **directories}
-    curves = {
-        title: tuple(read_csv(path) if path.exists() else [] for path in (directory.anytime, directory.budgeted))
-        for title, directory in directories.items()
-    }
-    return {title: rows for title, rows in curves.items() if any(rows)}
-
-
-def _to_tensorboard(results: Results | None, settings: argparse.Namespace, log: Log) -> None:
-    if results is None or log.writer is None:
-        return
-    log.writer.add_image("accuracy against operations", pixels(draw_curves(results.curves)), dataformats="HWC")
+def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:
+    log.writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
     options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in vars(settings).items()}
-    log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in results.anytime}, run_name=".")
+    log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

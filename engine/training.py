@@ -18,8 +18,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dataloader import Data
 from engine.checkpoint import save_checkpoint
+from engine.collect import accuracy_per_exit
 from engine.distributed import Processes
-from engine.evaluation import accuracy_per_exit
 from engine.log import Log
 from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate

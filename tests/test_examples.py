@@ -8,13 +8,13 @@ from adaptive_inference.policies import Policy
 POLICY = Policy((0.8, 0.8, -1e8))
 
 
-def logits_from(answers):
-    """(class, logit) of every exit for every image -> logits (K, N, 3)."""
+def probs_from(answers):
+    """(class, logit) of every exit for every image -> probabilities (K, N, 3)."""
     logits = torch.zeros(3, len(answers), 3)
     for i, exits in enumerate(answers):
         for k, (label, size) in enumerate(exits):
             logits[k, i, label] = size
-    return logits
+    return logits.softmax(dim=2)
 
 
 ANSWERS = [
@@ -29,17 +29,17 @@ ANSWERS = [
 
 
 def test_easy_and_hard():
-    easy, hard = easy_and_hard(logits_from(ANSWERS), torch.zeros(7, dtype=torch.int64), POLICY)
+    easy, hard = easy_and_hard(probs_from(ANSWERS), torch.zeros(7, dtype=torch.int64), POLICY)
     assert easy.tolist() == [1, 0]
     assert hard.tolist() == [4, 3]
 
 
 def test_figure():
     images = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
-    figure = examples_figure(images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], columns=3)
+    targets = torch.zeros(7, dtype=torch.int64)
+    easy, hard = easy_and_hard(probs_from(ANSWERS), targets, POLICY)
+    figure = examples_figure(lambda i: images[i], targets, easy, hard, ["a", "b", "c"], columns=3)
     assert len(figure.axes) == 3 * 7
     assert sum(len(axes.images) for axes in figure.axes) == 4
-    one_class = examples_figure(
-        images, torch.zeros(7, dtype=torch.int64), logits_from(ANSWERS), POLICY, ["a", "b", "c"], classes=[0], columns=1
-    )
+    one_class = examples_figure(lambda i: images[i], targets, easy, hard, ["a", "b", "c"], classes=[0], columns=1)
     assert sum(len(axes.images) for axes in one_class.axes) == 2

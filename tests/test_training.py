@@ -46,7 +46,8 @@ def test_both_stages_leave_tables_curves_logs_and_checkpoints(stage_1, capsys):
         assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5"]
         assert len(budgeted) == 40
         assert all(abs(sum(row[f"share_{k}"] for k in range(1, exits + 1)) - 1) < 1e-5 for row in budgeted)
-        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert len(read_csv(run / "optimised.csv")) == 40
+        assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in ("curves.png", "examples.png"))
         assert any((run / "tensorboard").iterdir())
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1]
@@ -228,6 +229,26 @@ def test_evaluation_alone_repeats_the_tables(stage_1, program):
         assert (run / table).read_bytes() == before
 
 
+def test_measured_time_beside_counted_operations(stage_1):
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode", "runtime"]) == 0
+    rows = read_csv(stage_1 / "GE" / "runtime.csv")
+    assert {row["batch_size"] for row in rows} == {1, 256}
+    assert all(0 < row["lazy_operations"] <= row["operations"] for row in rows)
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert (stage_1 / "GE" / "runtime.png").exists()
+
+
+def test_runtime_needs_the_policies_of_this_network(stage_1, capsys):
+    policy = stage_1 / "GE" / "policy.json"
+    assert train_imta(stage_1) == 0
+    policy.write_bytes((stage_1 / "IMTA" / "policy.json").read_bytes())
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode", "runtime"]) == 2
+    assert "policy of another network" in capsys.readouterr().err
+    policy.unlink()
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode", "runtime"]) == 2
+    assert "--evalmode dynamic" in capsys.readouterr().err
+
+
 def test_evaluate_from_a_file_into_another_directory(stage_1, tmp_path):
     source = stage_1 / "GE" / "last.pt"
     assert train_GE.main(["--evaluate-from", str(source), "--evalmode", "anytime", "--save", str(tmp_path / "elsewhere")]) == 0
@@ -301,7 +322,7 @@ def test_image_folders_of_another_size_and_number_of_classes(image_folder, tmp_p
 
 
 def test_learning_rates():
-    cosine = parse("GE", ["--lr", "0.8", "--lr-type", "cosine", "--epochs", "10"]).settings()
+    cosine = parse("GE", ["--lr", "0.8", "--lr-type", "cosine", "--epochs", "10", "--warmup-epochs", "0"]).settings()
     assert learning_rate(cosine, 0, 5) == 0.8
     assert learning_rate(cosine, 25, 5) == pytest.approx(0.4)
     assert learning_rate(cosine, 49, 5) == pytest.approx(0.8 * 0.5 * (1 + torch.tensor(torch.pi * 0.98).cos().item()), rel=1e-4)

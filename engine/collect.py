@@ -4,10 +4,14 @@ logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (
 rows = anytime_rows(logits, targets, operations)
 """
 
+import itertools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.budgeted import budget_points, confidence_and_correctness
+from adaptive_inference import assign_exits, confidence_and_correctness, optimised_rows
+from adaptive_inference.budgeted import budget_points
 from dataloader import Batches
 from engine.distributed import Processes
 
@@ -62,24 +66,43 @@ def softmax_(logits: Tensor) -> Tensor:
     return logits
 
 
-def budgeted_rows(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, test_targets: Tensor, operations: list[int]) -> list[dict]:
+class Curves(NamedTuple):
+    """The two rules for thresholds over all budgets: rows of ``budgeted_curve`` each."""
+
+    geometric: list[dict]
+    optimised: list[dict]
+
+
+def budget_curves(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, test_targets: Tensor, operations: list[int]) -> Curves:
+    """Both rules; each row also has ``shares``, those of the test images that leave at each exit.
+
+    Args:
+        val_probs, test_probs: (K, N, C).
+        val_targets, test_targets: (N,).
+        operations: to each exit.
+    """
+    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
+    curves = Curves([point.row for point in budget_points(*val, *test, operations)], optimised_rows(*val, *test, operations))
+    for row in itertools.chain(*curves):
+        exits = assign_exits(test[0], torch.tensor(row["thresholds"]))
+        row["shares"] = (torch.bincount(exits, minlength=len(operations)) / len(exits)).tolist()
+    return curves
+
+
+def csv_rows(rows: list[dict]) -> list[dict]:
     """Rows of ``budgeted.csv``: ``p``, mean ``operations``, ``val_acc1``, ``test_acc1``, ``share_k`` of the test images and
     ``threshold_k`` of every exit k = 1 .. K."""
-    rows = []
-    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
-    for row, exits in budget_points(*val, *test, operations):
-        shares = torch.bincount(exits, minlength=len(operations)) / len(exits)
-        rows.append(
-            {
-                "p": row["p"],
-                "operations": round(row["test_flops"]),
-                "val_acc1": round(row["val_acc"], 4),
-                "test_acc1": round(row["test_acc"], 4),
-                **{f"share_{k}": round(share, 6) for k, share in enumerate(shares.tolist(), start=1)},
-                **{f"threshold_{k}": threshold for k, threshold in enumerate(row["thresholds"], start=1)},
-            }
-        )
-    return rows
+    return [
+        {
+            "p": row["p"],
+            "operations": round(row["test_flops"]),
+            "val_acc1": round(row["val_acc"], 4),
+            "test_acc1": round(row["test_acc"], 4),
+            **{f"share_{k}": round(share, 6) for k, share in enumerate(row["shares"], start=1)},
+            **{f"threshold_{k}": threshold for k, threshold in enumerate(row["thresholds"], start=1)},
+        }
+        for row in rows
+    ]
 
 
 def accuracy_at(rows: list[dict], operations: float) -> dict | None:

@@ -1,0 +1,169 @@
+"""The evaluations of a network: tables on the terminal, files in its directory.
+
+Evaluation(network, data, operations, run, constants, processes, log).run(["anytime", "dynamic"])
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_inference import half_precision, inference_form, policy_curve, read_policy, write_policy
+from adaptive_inference.examples import easy_and_hard, examples_figure
+from adaptive_inference.runtime import draw_runtime, runtime_rows
+from dataloader import Batch, Batches, Data
+from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows, softmax_
+from engine.distributed import Processes
+from engine.log import Log
+from engine.report import draw_curves, read_csv, save_figure, table, write_csv
+from engine.run_directory import RunDirectory
+from models import count_operations
+from utils import UserError
+
+RUNTIME_IMAGES = 1024
+
+
+class Evaluation:
+    """Evaluates ``network`` on ``data`` and writes into ``run``; only the main process writes and prints.
+
+    Args:
+        operations: to each exit.
+        constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        operations: list[int],
+        run: RunDirectory,
+        constants: dict[str, Any],
+        processes: Processes,
+        log: Log,
+    ):
+        self.network, self.data, self.operations, self.run_directory = network, data, operations, run
+        self.constants, self.processes, self.log = constants, processes, log
+
+    def run(self, modes: list[str]) -> None:
+        """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
+
+        Raises:
+            UserError: a mode lacks what it needs: held-out images, or a policy file.
+        """
+        if "dynamic" in modes and self.data.val.num_images == 0:
+            raise UserError("budgeted evaluation sets its thresholds on held-out images; this run has none (--val-size 0)")
+        if "runtime" in modes:
+            self.runtime()
+            return
+        test_logits, test_targets = collect_logits(self.network, self.data.test, self.processes)
+        val = collect_logits(self.network, self.data.val, self.processes) if "dynamic" in modes else None
+        if not self.processes.is_main:
+            return
+        if "anytime" in modes:
+            self.anytime(test_logits, test_targets)
+        if val is not None:
+            self.budgeted(*val, test_logits, test_targets)
+        save_figure(draw_curves(known_curves(self.run_directory, self.constants)), self.run_directory.curves)
+        self.log.line(f"accuracy against operations: {self.run_directory.curves}")
+
+    def anytime(self, logits: Tensor, targets: Tensor) -> None:
+        """Every exit on its own."""
+        rows = anytime_rows(logits, targets, self.operations)
+        write_csv(self.run_directory.anytime, rows)
+        lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
+        self.log.line(f"\nevery exit on the {len(targets):,} test images ({self.run_directory.anytime})")
+        cells = [
+            [str(row["exit"]), _millions(row["operations"]), _millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
+            for row, n in zip(rows, lazy, strict=True)
+        ]
+        self.log.line(table(["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %"], cells))
+
+    def budgeted(self, val_logits: Tensor, val_targets: Tensor, test_logits: Tensor, test_targets: Tensor) -> None:
+        """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images.
+
+        The logits are overwritten by their softmax.
+        """
+        run, full = self.run_directory, self.operations[-1]
+        last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
+        val_probs, test_probs = softmax_(val_logits), softmax_(test_logits)
+        curves = budget_curves(val_probs, val_targets, test_probs, test_targets, self.operations)
+        rows, optimised = csv_rows(curves.geometric), csv_rows(curves.optimised)
+        write_csv(run.budgeted, rows)
+        write_csv(run.optimised, optimised)
+        curve = policy_curve(self.network, self.operations, curves._asdict())
+        write_policy(run.policy, curve)
+        exits = range(1, len(self.operations) + 1)
+        self.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
+        cells = [
+            [str(row["p"]), _millions(row["operations"]), f"{100 * row['operations'] / full:.0f}", f"{row['test_acc1']:.2f}"]
+            + [f"{100 * row[f'share_{k}']:.0f}" for k in exits]
+            + [f"{best['test_acc1']:.2f} at {100 * best['operations'] / full:.0f} %"]
+            for row, best in list(zip(rows, optimised, strict=True))[3::4]
+        ]
+        self.log.line(table(["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in exits), "optimised rule"], cells))
+        half = accuracy_at(rows, full / 2)
+        if half is not None:
+            self.log.line(f"within half of the full operations: {half['test_acc1']:.2f} %; last exit for every image: {last_exit:.2f} %")
+        self.log.line(f"thresholds for predict.py: {run.policy}")
+        policy = min(curve.points, key=lambda point: abs(point.operations - full / 2)).policy
+        easy, hard = easy_and_hard(test_probs, test_targets, policy)
+        figure = examples_figure(self.data.test.picture, test_targets, easy, hard, self.data.info.class_names)
+        save_figure(figure, run.examples)
+        self.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
+
+    def runtime(self) -> None:
+        """Measured time beside counted operations, at batch 1 and at a large batch."""
+        run, device = self.run_directory, self.processes.device
+        if not self.processes.is_main:
+            return
+        curve = read_policy(run.policy, self.network)
+        images = torch.cat([images for images, _ in _first(self.data.test, RUNTIME_IMAGES)])
+        form = inference_form(self.network, dtype=half_precision(device)).to(device)
+        lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
+        rows = runtime_rows(form, curve, images, self.operations, lazy)
+        write_csv(run.runtime, rows)
+        save_figure(draw_runtime(rows), run.runtime_picture)
+        self.log.line(f"\ntime an image on {device} ({run.runtime}, {run.runtime_picture})")
+        cells = [
+            [
+                str(row["batch_size"]),
+                str(row["p"]),
+                _millions(row["operations"]),
+                _millions(row["lazy_operations"]),
+                f"{row['milliseconds']:.3f}",
+                f"{100 * row['milliseconds'] / row['full_milliseconds']:.0f}",
+                f"{100 * row['operations'] / self.operations[-1]:.0f}",
+            ]
+            for row in rows
+        ]
+        self.log.line(
+            table(["batch", "p", "operations", "evaluated lazily", "ms an image", "% of full time", "% of full operations"], cells)
+        )
+
+
+def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:
+    """Curves of this run, after those of the run it started from: rows of the anytime, budgeted and optimised files, by title."""
+    directories = {constants["title"]: run}
+    if constants["origin"]:
+        directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent), **directories}
+    curves = {
+        title: tuple(read_csv(path) if path.exists() else [] for path in (directory.anytime, directory.budgeted, directory.optimised))
+        for title, directory in directories.items()
+    }
+    return {title: rows for title, rows in curves.items() if any(rows)}
+
+
+def _millions(operations: float) -> str:
+    return f"{operations / 1e6:.2f} M"
+
+
+def _first(batches: Batches, count: int) -> Iterator[Batch]:
+    """The first batches, as many as it takes for ``count`` images."""
+    seen = 0
+    for images, targets in batches:
+        yield images, targets
+        seen += len(images)
+        if seen >= count:
+            return
