@@ -1,7 +1,7 @@
 """What early exit saves in time, not only in counted operations: ratios measured in one run.
 
-    python -m benchmarks.adaptive_inference                      # random weights, two threads
-    python -m benchmarks.adaptive_inference --checkpoint save/cifar100/IMTA/best.pt --device cuda
+    python -m benchmarks.early_exit                      # random weights, two threads
+    python -m benchmarks.early_exit --checkpoint save/cifar100/IMTA/best.pt --device cuda
 
 Every ratio compares medians of functions that were called in turn, so that another program on the machine slows both alike. With random
 weights, thresholds are quantiles of the confidences on the same images: shares, and so operations, are as wanted, answers mean nothing.
@@ -33,7 +33,7 @@ LEAST_SECONDS = 0.05  # of one measurement
 def main(argv: list[str] | None = None) -> int:
     """Print the ratios; the exit status is 0 whatever they are, and 2 after a mistake."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.adaptive_inference", description="Ratios of adaptive inference, measured in one run.", allow_abbrev=False
+        prog="benchmarks.early_exit", description="Ratios of adaptive inference, measured in one run.", allow_abbrev=False
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch and ONNX Runtime (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
