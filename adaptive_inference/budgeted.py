@@ -110,14 +110,27 @@ def budgeted_curve(
     Raises:
         ValueError: shapes that do not belong together.
     """
+    checked = checked_confidences(val_probs, val_targets, test_probs, test_targets, operations)
+    return [point.row for point in budget_points(*checked, operations, points)]
+
+
+def checked_confidences(
+    val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, test_targets: Tensor, operations: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Confidence and correctness (K, N) of the held-out images, then of the test images.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    results = []
     for name, probs, targets in (("val", val_probs, val_targets), ("test", test_probs, test_targets)):
         if probs.dim() != 3 or targets.shape != probs.shape[1:2] or probs.shape[0] != len(operations) or probs.shape[1] == 0:
             raise ValueError(
                 f"{name}_probs {tuple(probs.shape)} must be (exits, images, classes), with one target an image (given: "
                 f"{tuple(targets.shape)}) and one operation count an exit (given: {len(operations)})"
             )
-    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
-    return [point.row for point in budget_points(*val, *test, operations, points)]
+        results += confidence_and_correctness(probs, targets)
+    return tuple(results)
 
 
 class BudgetPoint(NamedTuple):

@@ -23,7 +23,7 @@ from adaptive_inference.budgeted import (
     NONE_LEAVE,
     assign_exits,
     budgeted_result,
-    confidence_and_correctness,
+    checked_confidences,
     exit_shares,
     geometric_thresholds,
 )
@@ -53,12 +53,7 @@ def optimised_curve(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    for name, probs, targets in (("val", val_probs, val_targets), ("test", test_probs, test_targets)):
-        if probs.dim() != 3 or targets.shape != probs.shape[1:2] or probs.shape[0] != len(operations) or probs.shape[1] == 0:
-            raise ValueError(f"{name}_probs {tuple(probs.shape)} do not belong to targets {tuple(targets.shape)} or to the operations")
-    val = confidence_and_correctness(val_probs, val_targets)
-    test = confidence_and_correctness(test_probs, test_targets)
-    return optimised_rows(*val, *test, operations, points)
+    return optimised_rows(*checked_confidences(val_probs, val_targets, test_probs, test_targets, operations), operations, points)
 
 
 def optimised_rows(
