@@ -134,7 +134,7 @@ PRESETS = {
 
 # What a resumed run may change: where and how it runs, never what it computes.
 RUNTIME_OPTIONS = {
-    *("preset", "save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps"),
+    *("save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps"),
     *("data_root", "workers", "limit_test"),
 }
 
@@ -144,6 +144,20 @@ INHERITED_OPTIONS = (
     *("num_blocks", "base", "step", "step_mode", "num_channels", "growth_rate", "growth_factors", "bottleneck_factors", "bottleneck"),
     *("prune", "reduction", "small_inputs", "gradient_equilibrium", "gradient_equilibrium_scales", "initialization"),
 )
+
+# The flag of every option, for messages.
+FLAGS = {
+    **{name: "--" + name.replace("_", "-") for name in ["data", *DEFAULTS]},
+    "num_blocks": "--nBlocks",
+    "step_mode": "--stepmode",
+    "num_channels": "--nChannels",
+    "growth_rate": "--growthRate",
+    "growth_factors": "--grFactor",
+    "bottleneck_factors": "--bnFactor",
+    "gradient_equilibrium_scales": "--ge-scales",
+    "initialization": "--init",
+    "kl_reduction": "--kl",
+}
 
 # --released: the released program's side of every row of the decision table.
 RELEASED_CHOICES = {
@@ -167,11 +181,17 @@ class CommandLine:
         Args:
             stored: those of a checkpoint to go on from or to evaluate; they take the place of the preset.
             inherited: those of the stage-1 run; its preset, data and network options hold here too.
+
+        Raises:
+            UserError: a preset that is not stage 1's.
         """
         if stored is not None:
             base = {**DEFAULTS, **stored}
         else:
             inherited = inherited or {}
+            trained_with = inherited.get("preset")
+            if trained_with and self.explicit.get("preset", trained_with) != trained_with:
+                raise UserError(f"stage 1 was trained with --preset {trained_with}, the command line says {self.explicit['preset']}")
             base = self._from_preset(inherited.get("preset", DEFAULTS["preset"]))
             base |= {name: inherited[name] for name in INHERITED_OPTIONS if name in inherited}
         return argparse.Namespace(**{**base, "data_root": Path(base["data_root"]), **self.explicit})
@@ -183,8 +203,11 @@ class CommandLine:
             UserError: names the first flag that asks for something else.
         """
         for name, value in self.explicit.items():
-            if name not in RUNTIME_OPTIONS and name in stored and stored[name] != value:
-                raise UserError(f"the run to resume has {name} = {stored[name]}, the command line says {value}; use a new --save for that")
+            before = stored.get(name)
+            if name == "pretrained":  # stored as the file that was found
+                value, before = value.resolve(), value.resolve() if str(before).startswith(str(value.resolve())) else before
+            if name not in RUNTIME_OPTIONS and name in stored and before != value:
+                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; use a new --save for that")
 
     @property
     def save_directory(self) -> Path:
@@ -209,6 +232,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     """
     parser = _build_parser(stage)
     explicit = vars(parser.parse_args(argv))
+    if explicit.get("nesterov") and explicit.get("momentum") == 0:
+        parser.error("--nesterov needs a --momentum above 0")
     for first, second in (("resume", "overwrite"), ("single_stage", "pretrained"), ("evalmode", "resume"), ("evalmode", "overwrite")):
         if first in explicit and second in explicit:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
@@ -272,7 +297,7 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
             shown="the directory GE beside DIR",
             help="stage-1 checkpoint (ours or a released one), or directory of a stage-1 run",
         )
-    add("--seed", type=_at_least(0), metavar="N", help="seed of initialisation, order and augmentation")
+    add("--seed", type=_seed, metavar="N", help="seed of initialisation, order and augmentation")
     add("--deterministic", **switch, help="only operations that repeat bit for bit on the same machine")
     add("--gpu", type=_int_list(","), metavar="IDS", shown="the first GPU, or the CPU", help="GPU or GPUs of this process, such as 0,1,2,3")
     add("--print-freq", "-p", type=_at_least(1), metavar="N", help="steps between two lines of the log")
@@ -284,7 +309,7 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--data-root", type=Path, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
     add("--image-size", type=_at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224", help="height and width of images")
     add("--val-size", type=_at_least(0), metavar="N", help="training images held out to choose the best epoch and the thresholds")
-    add("--split-seed", type=_at_least(0), metavar="N", help="seed of the choice of held-out images")
+    add("--split-seed", type=_seed, metavar="N", help="seed of the choice of held-out images")
     add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
     add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
     add("--workers", "-j", type=_at_least(0), metavar="N", help="processes that decode large images")
@@ -368,6 +393,13 @@ def _at_least(low: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def _seed(text: str) -> int:
+    value = _at_least(0)(text)
+    if value >= 2**32 - 1:
+        raise argparse.ArgumentTypeError(f"{value} is not allowed; less than {2**32 - 1}")
+    return value
 
 
 def _above(low: float) -> Callable[[str], float]:

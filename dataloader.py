@@ -214,13 +214,14 @@ class FileBatches(Batches):
         order = torch.randperm(self.num_images, generator=generator)
         # Every image has a seed of its own, so that its augmentation does not depend on the worker that makes it.
         seeds = torch.randint(2**62, (self.num_images,), generator=generator)
-        return self._load(self.augmented, [[(int(i), int(seeds[i])) for i in part] for part in self._steps(order, first_step)])
+        steps = [list(zip(part.tolist(), seeds[part].tolist(), strict=True)) for part in self._steps(order, first_step)]
+        return self._load(self.augmented, steps)
 
     def picture(self, index: int) -> Tensor:
         return self.plain.transform(read_image(self.plain.files[index]))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._load(self.plain, [[(int(i), 0) for i in part] for part in self._own().split(self.batch_size)])
+        return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size)])
 
     def _load(self, files: "_ImageFiles", steps: list[list[tuple[int, int]]]) -> Iterator[Batch]:
         loader = DataLoader(
@@ -291,7 +292,7 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:  # what a decoder raises on damaged bytes depends on the format
         raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
@@ -423,7 +424,10 @@ def _find(settings: argparse.Namespace, image_size: int, in_memory: bool) -> tup
 
 
 def _demo_part(part: str, image_size: int) -> _Part:
-    images, targets = synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size)
+    try:
+        images, targets = synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size)
+    except ValueError as error:
+        raise UserError(f"--image-size: {error}") from None
     return _Part(targets, images)
 
 
@@ -469,5 +473,9 @@ def _file_part(files: list[tuple[Path, int]], image_size: int, in_memory: bool) 
         return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else transform(image).numpy()
 
     with ThreadPoolExecutor() as pool:
-        images = np.stack(list(pool.map(pixels, paths, chunksize=256)))
+        try:
+            images = np.stack(list(pool.map(pixels, paths)))
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
     return _Part(targets, torch.from_numpy(images))

@@ -7,15 +7,20 @@ VENV="${VENV:-$project/.venv}"
 
 satisfies_requirements() {
     "$1" - "$project/requirements.txt" <<'EOF' 2>/dev/null
+import re
 import sys
 from importlib.metadata import version
-from pip._vendor.packaging.requirements import Requirement
+
+
+def numbers(text):
+    return [int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]]
+
 
 for line in open(sys.argv[1]):
     line = line.split("#")[0].strip()
     if line:
-        requirement = Requirement(line)
-        if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+        name, least = line.split(">=")
+        if numbers(version(name)) < numbers(least):
             sys.exit(1)
 EOF
 }
@@ -36,7 +41,9 @@ prepare_environment() {
     fi
     if ! satisfies_requirements "$VENV/bin/python"; then
         echo "setting up the Python environment $VENV from requirements.txt, once (several GB, some minutes)"
-        if ! "$base" -m venv "$VENV" || ! "$VENV/bin/python" -m pip install --quiet --requirement "$project/requirements.txt"; then
+        # Where ensurepip is missing (Debian without python3-venv), the base interpreter's pip fills the environment.
+        if ! { [[ -x $VENV/bin/python ]] || "$base" -m venv "$VENV" 2>/dev/null || "$base" -m venv --without-pip "$VENV"; } ||
+            ! "$base" -m pip --python "$VENV/bin/python" install --quiet --requirement "$project/requirements.txt"; then
             echo "could not set up $VENV: see pip's message above; run the same command again to go on" >&2
             return 2
         fi

@@ -11,9 +11,9 @@ set -euo pipefail
 preset=demo
 if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 
-DATA_ROOT="${DATA_ROOT:-data}"     # folder with the images (not used by the demo)
+DATA_ROOT="${DATA_ROOT:-}"         # folder with the images (not used by the demo); empty: data
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
 SAVE="${SAVE:-save/$preset}"       # stage 1 goes into $SAVE/GE, stage 2 into $SAVE/IMTA
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec "$PYTHON" "$project/train_GE.py" --preset "$preset" --data-root "$DATA_ROOT" ${GPUS:+--gpu "$GPUS"} --save "$SAVE/GE" "$@"
+exec "$PYTHON" "$project/train_GE.py" --preset "$preset" ${DATA_ROOT:+--data-root "$DATA_ROOT"} ${GPUS:+--gpu "$GPUS"} --save "$SAVE/GE" "$@"

@@ -54,8 +54,8 @@ def find_stage_1(command: CommandLine) -> Saved | None:
     if command.explicit.get("single_stage"):
         return None
     path = command.explicit.get("pretrained") or command.save_directory.parent / "GE"
-    if path.is_dir() or not path.exists():
-        path = path if path.suffix == ".pt" else RunDirectory(path).best
+    if path.is_dir() or "pretrained" not in command.explicit:
+        path = RunDirectory(path).best
     if not path.exists():
         raise UserError(
             f"there is no stage-1 checkpoint {path}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
@@ -70,6 +70,8 @@ def make_imta(settings: argparse.Namespace, data: DataInfo, origin: Saved | None
     """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
     if origin and origin.network.num_classes != len(data.class_names):
         raise UserError(f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}")
+    if settings.isc and settings.batch_size < 2:
+        raise UserError("--batch-size 1: the BatchNorm of the ISC links needs at least 2 images a step")
     return IMTA(
         origin.network if origin else make_msdnet(settings, data),
         isc=settings.isc,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from args import FLAGS
 from dataloader import DataInfo
 from models import IMTA, MSDNet, load_released
 from utils import UserError, atomic_write
@@ -29,8 +30,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written; an old one is then untouched.
     """
-    with atomic_write(path, "wb") as stream:
-        torch.save({"format": FORMAT, **state}, stream)
+    try:
+        with atomic_write(path, "wb") as stream:
+            torch.save({"format": FORMAT, **state}, stream)
+    except RuntimeError as error:
+        # The archive writer fails once more while it closes after a full disk, and hides the first error.
+        raise UserError(f"cannot write {path}: {error.__context__ or error}".splitlines()[0]) from None
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,10 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
     state = _checked(content, path)
     network = build_network(state["network"])
     load_weights(network, state["state_dict"], path)
-    config = network.backbone.config if isinstance(network, IMTA) else network.config
+    config = {**network.config["backbone"], **network.config} if isinstance(network, IMTA) else network.config
     for name, value in explicit.items():
         if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{path} has {name} = {config[name]}, the command line says {value}")
+            raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
     return Saved(path, network.eval(), state)
 
 
@@ -134,7 +139,9 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise UserError(f"{path} is no checkpoint") from None
         raise UserError(
             f"{path} holds more than tensors and plain types, and is not loaded; "
             f"if you trust its source, load it there and save its state_dict alone"

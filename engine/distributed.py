@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloader import Shard
 from utils import UserError
@@ -54,13 +54,19 @@ class Processes:
         dist.all_gather(parts, padded)
         return torch.stack(parts, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, total).cpu()
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in some process."""
+    def largest(self, value: int) -> int:
+        """The largest of a number over all processes; everyone waits for everyone."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item())
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared.item())
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give all processes the main one's BatchNorm statistics, which are those that are saved."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
 
 
 @contextmanager
@@ -68,15 +74,21 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     """Join the processes torchrun started, or be alone.
 
     Args:
-        gpu: --gpu; under torchrun every process takes the GPU of its local rank instead.
+        gpu: --gpu; under torchrun every process takes the GPU of its local rank.
 
     Raises:
-        UserError: a GPU that does not exist.
+        UserError: a GPU that does not exist, --gpu under torchrun, or more processes than GPUs.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     available = torch.cuda.device_count()
-    if gpu is not None and max(gpu) >= available:
-        raise UserError(f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, counted from 0")
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if gpu is not None and (max(gpu) >= available or len(set(gpu)) < len(gpu)):
+        one_each = "name each once" if len(set(gpu)) < len(gpu) else "counted from 0"
+        raise UserError(f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, {one_each}")
+    if gpu is not None and world_size > 1:
+        raise UserError("--gpu and torchrun do not go together: every process takes the GPU of its local rank")
+    if world_size > 1 and 0 < available < local_world_size:
+        raise UserError(f"torchrun started {local_world_size} processes here for {available} GPUs; use --nproc_per_node {available}")
     if world_size > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         gpu_ids = (local_rank,) if local_rank < available else ()

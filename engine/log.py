@@ -50,12 +50,16 @@ class Log:
             self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 
+    def advance(self) -> None:
+        """Move the bar by a step."""
+        if self._bar is not None:
+            self._bar.update(1)
+
     def step(self, done: int, batch_size: int, summary: str) -> None:
         """Report after ``done`` of an epoch's steps."""
         seconds_a_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
-            self._bar.update(done - self._bar.n)
         else:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds_a_step * (self._steps - done)))
             self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")

@@ -4,7 +4,6 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -69,7 +68,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> F
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG."""
-    with atomic_write(path, "wb") as stream, matplotlib.rc_context({"svg.hashsalt": "fixed"}):
+    with atomic_write(path, "wb") as stream:
         figure.savefig(stream, format="png", metadata={"Software": None})
 
 

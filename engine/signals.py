@@ -11,14 +11,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
-    def __bool__(self) -> bool:
-        return self.signal_number is not None
-
-    @property
-    def exit_status(self) -> int:
-        """As shells count it: 130 after SIGINT, 143 after SIGTERM."""
-        return 128 + (self.signal_number or 0)
-
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:

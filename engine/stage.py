@@ -106,6 +106,8 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             stage.check_result(network, constants)
         best = load_checkpoint(run.best)
         load_weights(network, best["state_dict"], run.best)
+        if processes.is_main:
+            stage.check_result(network, constants)
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
         evaluation = Evaluation(network, data, operations, run, constants, processes, log)
         evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
@@ -119,12 +121,16 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
     if not run.last.exists():
+        if run.holds_run():
+            raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
         log.line(f"nothing to resume in {run.path}: starting from scratch")
         return None
     state = load_checkpoint(run.last)
     if state["stage"] != stage.name:
         raise UserError(f"{run.last} was written by train_{state['stage']}.py; go on with that program")
-    command.refuse_changes(state["settings"])
+    if not {"optimizer", "scaler", "random_state", "totals", "constant_names", "epoch", "step"} <= state.keys():
+        raise UserError(f"{run.last} lacks what --resume needs; is it a copy of best.pt?")
+    command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
     log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")
     return state
 
@@ -137,7 +143,7 @@ def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: 
         "data": plain(data.info),
         "held_out": data.held_out,
         "settings": {name: plain(value) for name, value in vars(settings).items()},
-        "origin": str(origin.path) if origin else None,
+        "origin": str(origin.path.resolve()) if origin else None,
         **stage.constants(network),
     }
     return {**constants, "constant_names": [*constants, "constant_names"]}
@@ -186,7 +192,11 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
     _place(network, settings, processes)
+    if not saved.state and "save" not in command.explicit:
+        raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
     run = RunDirectory(command.explicit.get("save") or source.parent)
+    if run.holds_run() and source.resolve() not in (run.best.resolve(), run.last.resolve()):
+        raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     constants = saved.state or {"title": source.stem, "origin": None}
     if not saved.state:
         log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")

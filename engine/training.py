@@ -129,17 +129,21 @@ class _Trainer:
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
             self._step(images, targets, learning_rate(settings, progress.epoch * steps + progress.step, steps))
             progress.step += 1
+            log.advance()
             if progress.step % settings.print_freq == 0:
                 self._report()
             if settings.save_every_steps and progress.step % settings.save_every_steps == 0 and progress.step < steps:
                 self._save()
-            if self._must_stop(stop) and progress.step < steps:
+            signal_number = self._asked_to_stop(stop)
+            if signal_number and progress.step < steps:
                 self._save()
-                raise Interrupted(stop.exit_status)
+                raise Interrupted(128 + signal_number)
         log.end_epoch()
         self._finish_epoch()
-        if self.processes.any(bool(stop)) and progress.epoch < settings.epochs:
-            raise Interrupted(stop.exit_status)
+        # In the last epoch too: what is left to do is the evaluation, which --resume does.
+        signal_number = self.processes.largest(stop.signal_number or 0)
+        if signal_number:
+            raise Interrupted(128 + signal_number)
 
     def _step(self, images: Tensor, targets: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -156,11 +160,12 @@ class _Trainer:
         with torch.no_grad():
             self.meters.update(losses.detach(), logits, targets)
 
-    def _must_stop(self, stop: StopRequest) -> bool:
-        """All processes stop at the same step; asking each other costs a wait, so they do it only now and then."""
-        if self.processes.world_size == 1:
-            return bool(stop)
-        return self.progress.step % self.settings.print_freq == 0 and self.processes.any(bool(stop))
+    def _asked_to_stop(self, stop: StopRequest) -> int:
+        """Number of the signal, 0 for none. All processes stop at the same step; asking each other costs a wait, so they do it only now
+        and then."""
+        if self.processes.world_size > 1 and self.progress.step % self.settings.print_freq:
+            return 0
+        return self.processes.largest(stop.signal_number or 0)
 
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.meters.totals)
@@ -184,6 +189,7 @@ class _Trainer:
         row = {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "train_acc1": train_acc1}
         score = progress.epoch + 1.0
         if self.data.val.num_images:
+            self.processes.share_buffers(self.network)
             row["val_acc1"], row["val_acc5"] = accuracy_per_exit(self.network, self.data.val, self.processes)
             score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
         is_best = score > progress.best_accuracy
@@ -198,9 +204,10 @@ class _Trainer:
         self.meters.totals.zero_()
         self._write(is_best, progress, self.meters.totals)
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
+        left = time.strftime("%H:%M:%S", time.gmtime(row["seconds"] * (self.settings.epochs - progress.epoch)))
         self.log.line(
             f"epoch {progress.epoch}/{self.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
-            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s"
+            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
         self.log.scalars(row, progress.epoch)
 
@@ -238,7 +245,7 @@ class _Trainer:
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Type of mixed precision that --amp asks for on this device, None for none."""
     if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 

@@ -106,6 +106,8 @@ def test_evalmode(flags, mode):
         (["--resume", "--overwrite"], "do not go together"),
         (["--single-stage", "--pretrained", "x"], "do not go together"),
         (["--evaluate-from", "x.pt"], "needs --evalmode"),
+        (["--nesterov", "--momentum", "0"], "above 0"),
+        (["--seed", "4294967296"], "less than"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):
@@ -134,5 +136,5 @@ def test_a_resumed_run_keeps_its_settings():
     stored = vars(parse("GE", ["--lr", "0.3"]).settings())
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
     parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
-    with pytest.raises(UserError, match=r"lr = 0\.3, the command line says 0\.5"):
+    with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)

@@ -10,11 +10,12 @@ import train_GE
 import train_IMTA
 from args import parse
 from engine import training
-from engine.checkpoint import FORMAT, load_checkpoint, load_saved
+from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoint
 from engine.report import read_csv
 from engine.schedule import learning_rate
 from models import MSDNet, to_released
 from tests.conftest import TINY_FLAGS, TINY_NETWORK
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
 
@@ -196,9 +197,69 @@ def test_two_runs_in_one_directory(stage_1, capsys):
 
 def test_resuming_with_other_settings_or_another_program(stage_1, capsys):
     assert train_ge(stage_1 / "GE", "--resume", "--lr", "0.7") == 2
-    assert "lr = 0.05" in capsys.readouterr().err
+    assert "--lr 0.05" in capsys.readouterr().err
     assert train_IMTA.main(["--save", str(stage_1 / "GE"), "--resume"]) == 2
     assert "train_GE.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--backbone-bn", "moving"]])
+def test_stage_2_goes_on_with_the_same_command(stage_1, monkeypatch, flags):
+    flags = [*flags, "--epochs", "2"]
+    assert train_imta(stage_1, *flags, "--save", str(stage_1 / "whole")) == 0
+    with monkeypatch.context() as patch:
+        StopAt(patch, 3, signal.SIGTERM)
+        assert train_imta(stage_1, *flags) == 143
+    assert train_imta(stage_1, *flags, "--resume") == 0
+    whole, parts = (load_checkpoint(stage_1 / name / "last.pt")["state_dict"] for name in ("whole", "IMTA"))
+    assert same_tensors(whole, parts)
+
+
+def test_resume_without_a_last_checkpoint_loses_nothing(stage_1, capsys):
+    (stage_1 / "GE" / "last.pt").unlink()
+    before = (stage_1 / "GE" / "best.pt").read_bytes()
+    assert train_ge(stage_1 / "GE", "--resume") == 2
+    assert "without last.pt" in capsys.readouterr().err
+    (stage_1 / "GE" / "last.pt").write_bytes(before)
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--resume"]) == 2
+    assert "copy of best.pt" in capsys.readouterr().err
+    assert (stage_1 / "GE" / "best.pt").read_bytes() == before
+
+
+def test_evaluation_does_not_write_into_another_run(stage_1, capsys):
+    assert train_imta(stage_1) == 0
+    before = (stage_1 / "IMTA" / "anytime.csv").read_bytes()
+    flags = ["--evalmode", "anytime", "--evaluate-from", str(stage_1 / "GE" / "best.pt"), "--save", str(stage_1 / "IMTA")]
+    assert train_IMTA.main(flags) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert (stage_1 / "IMTA" / "anytime.csv").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(stage_1, capsys):
+    import resource
+
+    before = (stage_1 / "GE" / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        with pytest.raises(UserError, match="cannot write"):
+            save_checkpoint(stage_1 / "GE" / "last.pt", load_checkpoint(stage_1 / "GE" / "last.pt"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (stage_1 / "GE" / "last.pt").read_bytes() == before
+    assert not list((stage_1 / "GE").glob(".*.tmp"))
+
+
+def test_stage_2_with_one_image_a_step(stage_1, capsys):
+    assert train_IMTA.main(["--pretrained", str(stage_1 / "GE"), "--batch-size", "1"]) == 2
+    assert "at least 2 images" in capsys.readouterr().err
+
+
+def test_stage_2_with_the_preset_of_another_network(stage_1, capsys):
+    assert train_imta(stage_1, "--preset", "cifar100") == 2
+    assert "trained with --preset demo" in capsys.readouterr().err
 
 
 def test_stage_2_without_stage_1(tmp_path, capsys):
@@ -210,7 +271,7 @@ def test_stage_2_without_stage_1(tmp_path, capsys):
 
 def test_stage_2_of_another_network(stage_1, capsys):
     assert train_imta(stage_1, "--nBlocks", "5") == 2
-    assert "num_blocks = 3, the command line says 5" in capsys.readouterr().err
+    assert "--nBlocks 3, the command line says 5" in capsys.readouterr().err
 
 
 def test_a_gpu_that_does_not_exist(tmp_path, capsys):
@@ -265,7 +326,7 @@ def test_a_released_checkpoint_is_evaluated_and_starts_stage_2(stage_1, capsys):
     assert (stage_1 / "again" / "anytime.csv").read_bytes() == (stage_1 / "GE" / "anytime.csv").read_bytes()
     flags = ["--epochs", "1", "--batch-size", "32", "--val-size", "64", "--save", str(stage_1 / "IMTA")]
     assert train_IMTA.main(["--pretrained", str(released), *flags]) == 0
-    assert train_GE.main(["--evaluate-from", str(released), "--evalmode", "anytime", "--nBlocks", "7"]) == 2
+    assert train_GE.main(["--evaluate-from", str(released), "--evalmode", "anytime", "--nBlocks", "7", "--save", "x"]) == 2
     assert "the file has 3 exits, --nBlocks says 7" in capsys.readouterr().err
 
 
