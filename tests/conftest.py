@@ -9,6 +9,7 @@ import dataloader
 torch.set_num_threads(1)
 
 TINY_NETWORK = {"num_blocks": 3, "base": 1, "step": 1, "num_channels": 4, "growth_rate": 4, "num_classes": 10}
+TINY_DEMO = {"train": 192, "test": 96}
 TINY_FLAGS = [
     *("--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"),
     *("--batch-size", "32", "--val-size", "64", "--epochs", "1", "--lr", "0.05"),
@@ -25,7 +26,7 @@ def _own_seed_and_settings():
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo data set with few images."""
-    monkeypatch.setattr(dataloader, "DEMO_IMAGES", {"train": 192, "test": 96})
+    monkeypatch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
 
 
 @pytest.fixture

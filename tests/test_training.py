@@ -1,11 +1,13 @@
 """The loop of both stages through their programs: what they leave behind, what goes on bit by bit, what is refused."""
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 
+import dataloader
 import train_GE
 import train_IMTA
 from args import parse
@@ -14,7 +16,7 @@ from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoi
 from engine.report import read_csv
 from engine.schedule import learning_rate
 from models import MSDNet, to_released
-from tests.conftest import TINY_FLAGS, TINY_NETWORK
+from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
@@ -28,9 +30,19 @@ def train_imta(root, *flags):
     return train_IMTA.main(["--pretrained", str(root / "GE"), "--epochs", "1", "--batch-size", "32", *flags])
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage_1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+        assert train_ge(folder / "GE") == 0
+    return folder / "GE"
+
+
 @pytest.fixture
-def stage_1(tmp_path):
-    assert train_ge(tmp_path / "GE") == 0
+def stage_1(trained_once, tmp_path):
+    """A folder with a finished stage 1 in GE, of which the test may do what it likes."""
+    shutil.copytree(trained_once, tmp_path / "GE")
     return tmp_path
 
 
@@ -118,8 +130,7 @@ class StopAt:
         monkeypatch.setattr(training._Trainer, "_step", counted)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize(("number", "status", "step"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)])
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, number, status, step):
     """4 steps an epoch: in the middle of epoch 1, at its end, in the middle of epoch 2."""
     flags = ["--epochs", "2", "--augment", "standard"]
