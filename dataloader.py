@@ -439,9 +439,12 @@ def _cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if image_size != 32:
         raise UserError(f"--image-size {image_size} is not that of {name}, 32")
+    is_new = not root.exists()
     try:
         train, test = (reader(root, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
+        if is_new and root.is_dir() and not any(root.iterdir()):  # made by the attempt to download
+            root.rmdir()
         raise UserError(
             f"no {name} in --data-root {root}, and no download ({str(error).splitlines()[0]}); "
             f"put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"

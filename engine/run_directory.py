@@ -42,6 +42,7 @@ class RunDirectory:
         Raises:
             UserError: another run writes here, or the directory cannot be made.
         """
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stream = (self.path / ".lock").open("w")
@@ -52,4 +53,9 @@ class RunDirectory:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
-            yield
+            try:
+                yield
+            finally:
+                if is_new and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()

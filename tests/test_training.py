@@ -285,6 +285,11 @@ def test_stage_2_of_another_network(stage_1, capsys):
     assert "--nBlocks 3, the command line says 5" in capsys.readouterr().err
 
 
+def test_a_refused_run_leaves_no_directory(tmp_path):
+    assert train_ge(tmp_path / "GE", "--data", "folder", "--data-root", str(tmp_path / "nowhere")) == 2
+    assert not (tmp_path / "GE").exists()
+
+
 def test_a_gpu_that_does_not_exist(tmp_path, capsys):
     assert train_ge(tmp_path / "GE", "--gpu", "99") == 2
     assert "this machine has" in capsys.readouterr().err
