@@ -5,6 +5,8 @@ defaults below. Published flag spellings stay; everything behind them is typed a
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,8 +174,11 @@ RELEASED_CHOICES = {
 class CommandLine:
     """A parsed command line: what was typed (``explicit``), and the settings that follow from it."""
 
-    def __init__(self, stage: str, explicit: dict):
-        self.stage, self.explicit = stage, explicit
+    def __init__(self, stage: str, explicit: dict, argv: list[str]):
+        self.stage, self.explicit, self.argv = stage, explicit, argv
+
+    def __str__(self) -> str:
+        return shlex.join(["python", f"train_{self.stage}.py", *self.argv])
 
     def settings(self, stored: dict | None = None, inherited: dict | None = None) -> argparse.Namespace:
         """The settings of a run.
@@ -239,7 +244,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
-    return CommandLine(stage, explicit)
+    return CommandLine(stage, explicit, sys.argv[1:] if argv is None else argv)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,6 +16,7 @@ class RunDirectory:
         self.last = path / "last.pt"
         self.best = path / "best.pt"
         self.log = path / "log.jsonl"
+        self.record = path / "run.json"
         self.anytime = path / "anytime.csv"
         self.budgeted = path / "budgeted.csv"
         self.optimised = path / "optimised.csv"

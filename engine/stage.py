@@ -17,6 +17,7 @@ from engine.checkpoint import Saved, build_network, data_info_from, load_checkpo
 from engine.distributed import Processes, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.log import Log
+from engine.provenance import Provenance
 from engine.report import draw_curves, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.training import Interrupted, Task, train
@@ -97,8 +98,10 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         operations = _operations(network, data.info.image_size)
         _place(network, settings, processes)
         _describe(network, data, operations, run, processes, log)
-        if state is None and processes.is_main:
-            _clear(run)
+        if processes.is_main:
+            if state is None:
+                _clear(run)
+            record = Provenance(run.record, str(command), settings, processes, resumed=state is not None)
         log.open(run, state["epoch"] + 1 if state else 0)
         task = Task(network, stage.make_objective(network, settings), constants)
         progress = train(task, data, settings, run, processes, log, state)
@@ -113,6 +116,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
         if processes.is_main:
             _to_tensorboard(run, constants, settings, log)
+            record.end()
 
 
 def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
