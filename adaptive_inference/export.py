@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from adaptive_inference.inference_form import inference_form
 from adaptive_inference.policies import describe
-from models.stepwise import advance, stem_cells
+from models.stepwise import advance, exit_plans, stem_cells
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet onnx 1"
@@ -60,16 +60,16 @@ def export_onnx(network: nn.Module, folder: Path, image_size: int, lazy: bool = 
     shadow_images = torch.empty(1, 3, image_size, image_size, device="meta")
     shadow_cells, shadow_logits, cell_names = stem_cells(shadow, shadow_images), None, None
     paths = []
-    for k in range(form.num_exits):
+    for k, plan in enumerate(exit_plans(form, lazy)):
         graph = _Graph(onnx, parameter_names)
         inputs = {"images": shadow_images} if k == 0 else {_cell_name(key): x for key, x in shadow_cells.items()}
         values = {name: _Value(graph, name) for name in inputs}
         cells = stem_cells(form, values["images"]) if k == 0 else {key: values[_cell_name(key)] for key in cell_names}
         previous = None if k == 0 else _Value(graph, "previous_logits")
-        logits, cells = advance(form, k, cells, previous, lazy)
+        logits, cells = advance(form, plan, cells, previous)
         if k > 0:
             inputs["previous_logits"] = shadow_logits
-        shadow_logits, shadow_cells = advance(shadow, k, shadow_cells, shadow_logits, lazy)
+        shadow_logits, shadow_cells = advance(shadow, plan, shadow_cells, shadow_logits)
         outputs = {"logits": (logits, shadow_logits)}
         # What a model hands on unchanged, the runner still has.
         outputs |= {_cell_name(key): (x, shadow_cells[key]) for key, x in cells.items() if _cell_name(key) not in inputs}

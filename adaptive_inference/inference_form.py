@@ -7,6 +7,7 @@ Folding is exact in real arithmetic: a convolution followed by a fixed affine ma
 """
 
 import copy
+import types
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.policies import network_fingerprint
 from models.imta import IMTA
-from models.stepwise import advance
+from models.stepwise import Cells, ExitPlan, advance
 
 
 def inference_form(
@@ -50,8 +51,20 @@ def inference_form(
 
     stem.register_forward_pre_hook(prepare)
     if compile_blocks:
-        form.advance = torch.compile(advance, dynamic=True)
+        form.advance = _CompiledBlocks(form.num_exits)
     return form
+
+
+class _CompiledBlocks:
+    """``models.stepwise.advance``, compiled once for every exit."""
+
+    def __init__(self, num_exits: int):
+        # The compiler keeps what it made beside the code object, and gives up after a few versions: every block gets a code object.
+        functions = [types.FunctionType(advance.__code__.replace(), advance.__globals__) for _ in range(num_exits)]
+        self.blocks = [torch.compile(function, dynamic=True) for function in functions]
+
+    def __call__(self, network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
+        return self.blocks[plan.k](network, plan, cells, previous_logits)
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:

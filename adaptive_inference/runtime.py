@@ -68,7 +68,10 @@ def runtime_rows(
 def interleaved_seconds(
     functions: list[Callable[[], object]], repeats: int, device: torch.device, least_seconds: float = 0.0
 ) -> list[float]:
-    """Median seconds of each function over ``repeats`` rounds that call all of them in turn, after one call each to warm up.
+    """Median seconds of each function over ``repeats`` rounds that call all of them in turn.
+
+    Each measurement follows a call that is not counted: the function before it left its own data in the caches, and perhaps threads that
+    still spin.
 
     Args:
         least_seconds: call a function several times a round until it has run so long.
@@ -85,6 +88,7 @@ def interleaved_seconds(
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, count, measured in zip(functions, counts, seconds, strict=True):
+            function()
             wait()
             began = time.perf_counter()
             for _ in range(count):

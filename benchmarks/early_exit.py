@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from adaptive_inference.budgeted import exit_shares, geometric_thresholds
 from adaptive_inference.inference_form import half_precision, inference_form
@@ -27,7 +28,7 @@ SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growt
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
 ALLOWANCE = 0.10  # on top of the share of operations
 ONNX_LIMIT, FIRST_EXIT_LIMIT, FOLDED_LIMIT = 1 / 4, 1 / 3, 0.65
-LEAST_SECONDS = 0.05  # of one measurement
+LEAST_SECONDS = 0.2  # of one measurement
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network to measure (default: 7 exits, random weights)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of every comparison (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the large batch (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also show where the folded network spends its time")
     parser.add_argument("--compile", action="store_true", help="also measure blocks compiled by torch.compile")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -101,6 +103,9 @@ class Benchmark:
         images = self.images(64)
         plain, folded = self.seconds([_each((images,), f) for f in (self.network, inference_form(self.network))])
         _verdict(f"folded, channels-last / plain, batch 64, every exit ({1e3 * plain:.1f} ms)", folded / plain, FOLDED_LIMIT)
+        if self.arguments.profile:
+            for name, network in (("plain", self.network), ("folded", inference_form(self.network))):
+                _print_profile(name, network, images)
         _print("")
 
     def onnx(self) -> None:
@@ -132,6 +137,31 @@ class Benchmark:
     def seconds(self, functions: list) -> list[float]:
         """Medians of interleaved rounds."""
         return interleaved_seconds(functions, self.arguments.repeats, self.device, LEAST_SECONDS)
+
+
+def _print_profile(name: str, network: nn.Module, images: Tensor) -> None:
+    """Shares of the time by operator, and the speed of the convolutions by kernel and map."""
+    network(images)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        network(images)
+    events = recorded.key_averages(group_by_input_shape=True)
+    total = sum(event.self_cpu_time_total for event in events)
+    by_operator: dict[str, float] = {}
+    convolutions: dict[tuple[int, int], tuple[float, float]] = {}
+    for event in events:
+        by_operator[event.key] = by_operator.get(event.key, 0) + event.self_cpu_time_total
+        if event.key == "aten::mkldnn_convolution":
+            (count, _, height, width), (out_channels, in_channels, kernel, _) = event.input_shapes[:2]
+            # At stride 1; strided ones do a quarter of it.
+            operations = event.count * count * height * width * out_channels * in_channels * kernel**2
+            seconds, so_far = convolutions.get((kernel, height), (0.0, 0.0))
+            convolutions[kernel, height] = (seconds + event.self_cpu_time_total / 1e6, so_far + operations)
+    slowest = sorted(by_operator.items(), key=lambda item: -item[1])[:4]
+    _print(f"  {name}: " + ", ".join(f"{key.removeprefix('aten::')} {100 * time / total:.0f} %" for key, time in slowest))
+    for (kernel, size), (seconds, operations) in sorted(convolutions.items(), key=lambda item: -item[1][0]):
+        _print(
+            f"    {kernel}x{kernel} on maps of {size}: {1e3 * seconds:.1f} ms, at most {operations / seconds / 1e9:.0f} G multiply-adds/s"
+        )
 
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:

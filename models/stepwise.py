@@ -7,14 +7,25 @@ second = run.next_logits()     # (n, C), exit 2, of those images only
 """
 
 import functools
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from models.imta import IMTA
 from models.layers import Layer
 
-# (number of stages passed, scale) -> features (n, channels, H, W); the stem's are 0 stages deep.
-Cells = dict[tuple[int, int], Tensor]
+Cell = tuple[int, int]  # (number of stages passed, scale); the stem's are 0 stages deep
+Cells = dict[Cell, Tensor]  # features (n, channels, H, W)
+
+
+class ExitPlan(NamedTuple):
+    """What block and exit ``k`` (0-based) compute: ``computed`` in this order, of which and of earlier cells ``kept`` are needed later.
+    The exit reads ``read``."""
+
+    k: int
+    read: Cell
+    computed: tuple[Cell, ...]
+    kept: tuple[Cell, ...]
 
 
 class Stepwise:
@@ -35,8 +46,8 @@ class Stepwise:
         if network.training:
             raise ValueError("stepwise evaluation needs a network in evaluation mode: call network.eval() first")
         self.network = network
-        self.lazy = lazy
         self.exits_done = 0
+        self._plans = exit_plans(network, lazy)
         self._advance = getattr(network, "advance", advance)
         self._previous_logits: Tensor | None = None
         self._cells = stem_cells(network, images)
@@ -47,9 +58,10 @@ class Stepwise:
         Raises:
             IndexError: all exits are done.
         """
-        if self.exits_done == self.network.num_exits:
-            raise IndexError(f"all {self.network.num_exits} exits are done")
-        self._previous_logits, self._cells = self._advance(self.network, self.exits_done, self._cells, self._previous_logits, self.lazy)
+        if self.exits_done == len(self._plans):
+            raise IndexError(f"all {self.exits_done} exits are done")
+        plan = self._plans[self.exits_done]
+        self._previous_logits, self._cells = self._advance(self.network, plan, self._cells, self._previous_logits)
         self.exits_done += 1
         return self._previous_logits
 
@@ -68,41 +80,45 @@ def stem_cells(network: nn.Module, images: Tensor) -> Cells:
     return {(0, scale): x for scale, x in _trunk(network).stem(images).items()}
 
 
-def advance(network: nn.Module, k: int, cells: Cells, previous_logits: Tensor | None, lazy: bool) -> tuple[Tensor, Cells]:
-    """Compute block and exit ``k`` (0-based); nothing but the arguments is read, and nothing changed.
+def advance(network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
+    """Compute a block and its exit; nothing but the arguments is read, and nothing changed.
 
     Args:
+        plan: of this exit.
         cells: features that were computed before and are still needed.
-        previous_logits: (n, C) of exit k - 1, None for the first exit.
-        lazy: as for ``Stepwise``.
+        previous_logits: (n, C) of the exit before, None for the first exit.
 
     Returns:
         Logits (n, C) of the exit, and the features that later exits still need.
     """
     trunk = _trunk(network)
     stages = [stage for block in trunk.blocks for stage in block]
-    depth = sum(len(block) for block in trunk.blocks[: k + 1])
-    coarsest = trunk.num_scales - 1
-    computed, kept = _plan(tuple((stage.scales, isinstance(stage, Layer)) for stage in stages), depth, tuple(cells), lazy)
     cells = dict(cells)
-    for cell_depth, scale in computed:
-        below = cell_depth - 1
-        cells[cell_depth, scale] = stages[below].compute(scale, lambda s, below=below: cells[below, s])
-    logits = network.classify_next(k, trunk.exits[k].features(cells[depth, coarsest]), previous_logits)
-    return logits, {key: cells[key] for key in kept}
+    for depth, scale in plan.computed:
+        cells[depth, scale] = stages[depth - 1].compute(scale, lambda s, below=depth - 1: cells[below, s])
+    logits = network.classify_next(plan.k, trunk.exits[plan.k].features(cells[plan.read]), previous_logits)
+    return logits, {key: cells[key] for key in plan.kept}
 
 
-@functools.lru_cache(maxsize=1024)  # planning would cost more time than a small convolution
-def _plan(
-    stages: tuple[tuple[range, bool], ...], depth: int, present: tuple[tuple[int, int], ...], lazy: bool
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Cells to compute, in order, for an exit after ``depth`` stages, and those to keep then.
+def exit_plans(network: nn.Module, lazy: bool) -> tuple[ExitPlan, ...]:
+    """The plan of every exit; ``lazy`` as for ``Stepwise``."""
+    trunk = _trunk(network)
+    depths, stages = [], []
+    for block in trunk.blocks:
+        stages += [(stage.scales, isinstance(stage, Layer)) for stage in block]
+        depths.append(len(stages))
+    return _plans(tuple(stages), tuple(depths), trunk.num_scales, lazy)
+
+
+@functools.lru_cache(maxsize=64)  # planning would cost more time than a small network
+def _plans(stages: tuple[tuple[range, bool], ...], depths: tuple[int, ...], num_scales: int, lazy: bool) -> tuple[ExitPlan, ...]:
+    """See ``exit_plans``.
 
     Args:
         stages: the scales of every stage, and whether a cell of it also reads the next finer scale of the stage before.
-        present: cells that were computed before.
+        depths: stages passed before every exit.
     """
-    computed: dict[tuple[int, int], None] = dict.fromkeys(present)
+    computed: dict[Cell, None] = dict.fromkeys((0, scale) for scale in range(num_scales))
 
     def need(depth: int, scale: int) -> None:
         if (depth, scale) in computed:
@@ -120,11 +136,16 @@ def _plan(
         readers = (scale, scale + 1) if reads_finer else (scale,)
         return any(s in scales and (depth + 1, s) not in computed for s in readers)
 
-    scales = stages[depth - 1][0]
-    for scale in scales[-1:] if lazy else scales:
-        need(depth, scale)
-    # Features whose every reader has been computed are forgotten, so that leaving images out copies no more than needed.
-    return list(computed)[len(present) :], [cell for cell in computed if has_waiting_reader(*cell)]
+    plans = []
+    for k, depth in enumerate(depths):
+        before = len(computed)
+        scales = stages[depth - 1][0]
+        for scale in scales[-1:] if lazy else scales:
+            need(depth, scale)
+        # Features whose every reader has been computed are forgotten, so that leaving images out copies no more than needed.
+        kept = tuple(cell for cell in computed if has_waiting_reader(*cell))
+        plans.append(ExitPlan(k, (depth, num_scales - 1), tuple(computed)[before:], kept))
+    return tuple(plans)
 
 
 def _trunk(network: nn.Module) -> nn.Module:

@@ -31,4 +31,4 @@ def test_rows_and_picture():
 def test_functions_take_turns():
     calls = []
     interleaved_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3, torch.device("cpu"))
-    assert "".join(calls) == "aabb" + "ab" * 3
+    assert "".join(calls) == "aabb" + "aabb" * 3
