@@ -25,6 +25,7 @@ DEFAULTS = {
     "gpu": None,
     "print_freq": 100,
     "save_every_steps": None,
+    "save_every_minutes": None,
     "data_root": Path("data"),
     "image_size": None,
     "val_size": 5000,
@@ -69,8 +70,14 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "label_smoothing": 0.0,
     "clip_grad": None,
+    "accumulate": 1,
     "amp": "auto",
+    "tf32": True,
     "channels_last": True,
+    "fused_optimizer": True,
+    "compile": "off",
+    "checkpoint_activations": False,
+    "sync_bn": False,
 }
 
 _CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
@@ -136,7 +143,7 @@ PRESETS = {
 
 # What a resumed run may change: where and how it runs, never what it computes.
 RUNTIME_OPTIONS = {
-    *("save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps"),
+    *("save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps", "save_every_minutes"),
     *("data_root", "workers", "limit_test"),
 }
 
@@ -307,6 +314,7 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--gpu", type=_int_list(","), metavar="IDS", shown="the first GPU, or the CPU", help="GPU or GPUs of this process, such as 0,1,2,3")
     add("--print-freq", "-p", type=_at_least(1), metavar="N", help="steps between two lines of the log")
     add("--save-every-steps", type=_at_least(1), metavar="N", shown="at the end of an epoch", help="also save a checkpoint every N steps")
+    add("--save-every-minutes", type=_above(0), metavar="M", shown="at the end of an epoch", help="also save a checkpoint every M minutes")
 
     add = adder("data")
     data_sets = ["demo", "cifar10", "cifar100", "imagenet", "folder"]
@@ -318,7 +326,12 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
     add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
     add("--workers", "-j", type=_at_least(0), metavar="N", help="processes that decode large images")
-    add("--augment", choices=["standard", "none"], help="standard: padded random crop (small images) or random resized crop, and flip")
+    add(
+        "--augment",
+        choices=["standard", "trivial", "randaugment", "none"],
+        help="standard: padded random crop (small images) or random resized crop, and flip; trivial, randaugment: TrivialAugment or "
+        "RandAugment after that",
+    )
 
     add = adder("network")
     add("--nBlocks", dest="num_blocks", type=_at_least(1), metavar="K", help="blocks, and so exits")
@@ -367,8 +380,20 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
     add("--weight-decay", "--wd", type=_in_range(0, None), metavar="W", help="weight decay")
     add("--label-smoothing", type=_in_range(0, 1), metavar="S", help="label smoothing of the cross-entropies")
     add("--clip-grad", type=_above(0), metavar="NORM", shown="no clipping", help="clip the gradient's norm")
+    add("--accumulate", type=_at_least(1), metavar="N", help="work a step's images off in N parts, for less memory; the batch size stays")
+
+    add = adder("speed and memory")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], help="mixed precision; auto: bf16 on GPUs that support it, else off")
+    add("--tf32", **on_off, help="TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it")
     add("--channels-last", **on_off, help="memory layout NHWC, in which convolutions are faster")
+    add("--fused-optimizer", **on_off, help="update all weights in one kernel (without --amp fp16)")
+    add(
+        "--compile",
+        choices=["off", "default", "reduce-overhead", "max-autotune"],
+        help="torch.compile of the training step; reduce-overhead: with CUDA graphs. The first step takes minutes",
+    )
+    add("--checkpoint-activations", **on_off, help="compute what is inside blocks again in the backward pass: less memory, more time")
+    add("--sync-bn", **on_off, help="batch normalisation over all processes of torchrun together")
     return parser
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive_inference import inference_form
 from args import CommandLine
 from dataloader import DataInfo
 from engine.checkpoint import Saved, load_saved
@@ -31,6 +32,9 @@ class Distillation(nn.Module):
     def __init__(self, network: IMTA, settings: argparse.Namespace):
         super().__init__()
         self.network = network
+        # What stays as it is runs as fast as it can: BatchNorm folded, without a graph.
+        is_constant = network.freeze_backbone and network.freeze_batchnorm
+        self.frozen = inference_form(network.backbone, channels_last=settings.channels_last) if is_constant else None
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,
@@ -39,10 +43,14 @@ class Distillation(nn.Module):
         }
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.network.features(images)
+        features = self.network.features(images) if self.frozen is None else self._frozen_features(images)
         logits = self.network.classify(features)
         teacher_logits = self.network.teacher_logits(features, logits)
         return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(logits, dim=1)
+
+    @torch.no_grad()
+    def _frozen_features(self, images: Tensor) -> list[Tensor]:
+        return self.frozen.features(images)
 
 
 def find_stage_1(command: CommandLine) -> Saved | None:

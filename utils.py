@@ -1,9 +1,10 @@
 """Small tools every script needs: one-line errors, atomic files, seeds."""
 
+import errno
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -16,9 +17,18 @@ class UserError(Exception):
     """A mistake the user can mend. The scripts print its one line and end with status 2."""
 
 
+def set_tf32(enabled: bool) -> None:
+    """Whether float32 convolutions and matrix products on GPUs may round their inputs to TensorFloat-32."""
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
 @contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | None = None) -> Iterator[IO]:
     """Open a temporary file that takes the place of ``path`` when the block ends: readers see the old file or the new one, never half.
+
+    Args:
+        verify: called with the complete temporary file; what it raises keeps the old file in place.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; an old file is then untouched.
@@ -32,13 +42,28 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        if verify is not None:
+            verify(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the file system lets folders be synchronised."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

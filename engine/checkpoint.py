@@ -25,17 +25,24 @@ FORMAT = "imta-msdnet checkpoint 1"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain types only) atomically.
+    """Write ``state`` (tensors and plain types only) atomically; an old file stays until the new one was read back without fault.
 
     Raises:
         UserError: the file cannot be written; an old one is then untouched.
     """
     try:
-        with atomic_write(path, "wb") as stream:
+        with atomic_write(path, "wb", _check_archive) as stream:
             torch.save({"format": FORMAT, **state}, stream)
     except RuntimeError as error:
         # The archive writer fails once more while it closes after a full disk, and hides the first error.
         raise UserError(f"cannot write {path}: {error.__context__ or error}".splitlines()[0]) from None
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise OSError(f"what was written reads back differently ({damaged})")
 
 
 @dataclass(frozen=True)

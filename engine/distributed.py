@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # with a gradient
+from torch.nn import functional as F
 
 from dataloader import Shard
 from utils import UserError
@@ -67,6 +69,42 @@ class Processes:
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+
+
+class _SyncBatchNormOnCPU(nn.SyncBatchNorm):
+    """PyTorch's own works on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        dims = [0, *range(2, x.dim())]
+        count = dist.get_world_size() * x.numel() // x.shape[1]  # every process has as many images
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        mean = all_reduce(x.sum(dims)) / count
+        centred = x - mean.reshape(shape)
+        variance = all_reduce(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.reshape(shape) + self.bias.reshape(shape)
+
+
+def synchronised_batchnorm(module: nn.Module, processes: Processes) -> None:
+    """Make the batch normalisation in ``module`` use the statistics of the whole batch, not those of each process's share."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if processes.device.type == "cpu":
+        for layer in module.modules():
+            if isinstance(layer, nn.SyncBatchNorm):
+                layer.__class__ = _SyncBatchNormOnCPU
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process of the run is gone."""
+    network_errors = (getattr(dist, "DistNetworkError", ()), getattr(dist, "DistBackendError", ()))
+    return isinstance(error, network_errors) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer"))
 
 
 @contextmanager

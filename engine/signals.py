@@ -1,34 +1,38 @@
-"""SIGINT and SIGTERM ask a run to stop: it ends the step, saves, and says how to go on. A second one stops at once."""
+"""SIGINT and SIGTERM ask a run to stop: it ends the step, saves, and says how to go on. A second one stops at once. SIGUSR1 asks it to
+save and go on."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class StopRequest:
-    """Which signal asked to stop, if any."""
+class Requests:
+    """What signals asked for: ``stop`` is the number of the first one that asked to stop, 0 for none."""
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
+        self.stop = 0
+        self.save = False
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block the first SIGINT or SIGTERM is only noted; the next one acts as it did before."""
-    request = StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def note_signals() -> Iterator[Requests]:
+    """Within the block the first SIGINT or SIGTERM is only noted, and the next one acts as it did before; SIGUSR1 is always noted."""
+    requests = Requests()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
-    def note(number: int, frame: object) -> None:
-        request.signal_number = number
-        restore()
+    def note_stop(number: int, frame: object) -> None:
+        requests.stop = number
+        for stopping in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stopping, before[stopping])
 
-    def restore() -> None:
+    def note_save(number: int, frame: object) -> None:
+        requests.save = True
+
+    signal.signal(signal.SIGINT, note_stop)
+    signal.signal(signal.SIGTERM, note_stop)
+    signal.signal(signal.SIGUSR1, note_save)
+    try:
+        yield requests
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield request
-    finally:
-        restore()

@@ -1,6 +1,7 @@
 """A stage from its command line to its tables: check, load, train or go on, evaluate."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,15 +15,15 @@ from torch import nn
 from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
 from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
-from engine.distributed import Processes, process_group
+from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.log import Log
 from engine.provenance import Provenance
 from engine.report import draw_curves, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.training import Interrupted, Task, train
-from models import count_operations
-from utils import UserError, seed_everything
+from models import IMTA, count_operations
+from utils import UserError, seed_everything, set_tf32
 
 INTERRUPTED_HINT = "stopped by a signal and saved; go on with --resume"
 
@@ -51,7 +52,11 @@ class Stage:
 
 
 def run_stage(stage: Stage, argv: list[str] | None) -> int:
-    """Do what the command line says; returns the exit status: 0, 2 after a mistake, 130 or 143 after SIGINT or SIGTERM."""
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0; 1 when a process the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
+    """
     command = parse(stage.name, argv)
     try:
         with process_group(command.explicit.get("gpu")) as processes:
@@ -69,10 +74,24 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
     except Interrupted as interrupted:
         sys.stderr.write(f"train_{stage.name}.py: {INTERRUPTED_HINT}\n")
         return interrupted.exit_status
+    except RuntimeError as error:
+        lost = _lost_process(error)
+        if lost is None:
+            raise
+        sys.stderr.write(f"train_{stage.name}.py: {lost}; go on with --resume\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"train_{stage.name}.py: interrupted; what was saved before stays\n")
         return 130
     return 0
+
+
+def _lost_process(error: RuntimeError) -> str | None:
+    if "DataLoader worker" in str(error):
+        return f"a process that loads images was lost ({str(error).splitlines()[0]}); if memory is short, use fewer --workers"
+    if is_lost_peer(error):
+        return "another process of this run was lost"
+    return None
 
 
 def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes, log: Log) -> None:
@@ -120,7 +139,9 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
 
 
 def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
-    if not command.explicit.get("resume"):
+    # torchrun starts all processes again after one was lost (--max-restarts).
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not command.explicit.get("resume") and not (is_restart and run.last.exists()):
         if run.holds_run() and not command.explicit.get("overwrite"):
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
@@ -161,7 +182,10 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
 
 
 def _place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+    set_tf32(settings.tf32)
     network.to(processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+    trunk = network.backbone if isinstance(network, IMTA) else network
+    trunk.checkpoint_activations = settings.checkpoint_activations
 
 
 def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDirectory, processes: Processes, log: Log) -> None:

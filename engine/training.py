@@ -8,13 +8,11 @@ import argparse
 import math
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dataloader import Data
 from engine.checkpoint import save_checkpoint
@@ -23,7 +21,8 @@ from engine.distributed import Processes
 from engine.log import Log
 from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate
-from engine.signals import StopRequest, stop_on_signals
+from engine.signals import Requests, note_signals
+from engine.stepper import Stepper
 from utils import UserError
 
 
@@ -38,14 +37,20 @@ class Task:
 
 @dataclass
 class Progress:
-    """Where a run is: ``epoch`` epochs are complete, and ``step`` steps of the next one."""
+    """Where a run is: ``epoch`` epochs are complete, and ``step`` steps of the next one. ``skipped_steps`` counts those of the whole run
+    that fp16 scaling left out, as a gradient was not finite."""
 
     epoch: int = 0
     step: int = 0
     best_accuracy: float = -1.0
     best_epoch: int = 0
     seconds: float = 0.0
+    skipped_steps: int = 0
     history: list[dict] = field(default_factory=list)
+
+
+# What a process asks the others for at a step; numbers of signals that stop the run are added to it.
+_SAVE = 1
 
 
 class Interrupted(Exception):
@@ -57,23 +62,33 @@ class Interrupted(Exception):
 
 
 class Meters:
-    """Sums over an epoch that stay on the device, so that no step waits for them."""
+    """Sums over an epoch that stay on the device, so that no step waits for them.
 
-    def __init__(self, num_exits: int, device: torch.device):
+    Args:
+        only_finite: leave out images whose loss is not finite.
+    """
+
+    def __init__(self, num_exits: int, device: torch.device, only_finite: bool = False):
+        self.only_finite = only_finite
         self.totals = torch.zeros(2 + num_exits, dtype=torch.float64, device=device)  # images, loss, correct by exit
 
     def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: losses (N,), logits (N, K, C), targets (N,)."""
-        correct = (logits.argmax(dim=2) == targets[:, None]).sum(dim=0)
-        self.totals[0] += len(targets)
+        correct = logits.argmax(dim=2) == targets[:, None]
+        if self.only_finite:
+            finite = losses.isfinite()
+            self.totals[0] += finite.sum()
+            losses, correct = losses.where(finite, 0), correct & finite[:, None]
+        else:
+            self.totals[0] += len(targets)
         self.totals[1] += losses.sum()
-        self.totals[2:] += correct
+        self.totals[2:] += correct.sum(dim=0)
 
     @staticmethod
     def means(totals: Tensor) -> tuple[float, list[float]]:
         """Mean loss, and accuracy of every exit in percent."""
         images, loss, *correct = totals.tolist()
-        return loss / max(images, 1), [100 * c / max(images, 1) for c in correct]
+        return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
 
 def train(
@@ -99,9 +114,9 @@ def train(
     trainer = _Trainer(task, data, settings, run, processes, log)
     if state is not None:
         trainer.restore(state)
-    with stop_on_signals() as stop:
+    with note_signals() as requests:
         while trainer.progress.epoch < settings.epochs:
-            trainer.run_epoch(stop)
+            trainer.run_epoch(requests)
     return trainer.progress
 
 
@@ -109,63 +124,48 @@ class _Trainer:
     def __init__(self, task: Task, data: Data, settings: argparse.Namespace, run: RunDirectory, processes: Processes, log: Log):
         self.task, self.data, self.settings, self.run, self.processes, self.log = task, data, settings, run, processes, log
         self.network = task.network
-        self.parameters = [p for p in task.objective.parameters() if p.requires_grad]
-        self.model = _parallel(task.objective, processes)
-        self.optimizer = torch.optim.SGD(
-            self.parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.nesterov
-        )
-        self.dtype = autocast_dtype(settings.amp, processes.device)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
-        self.meters = Meters(self.network.num_exits, processes.device)
+        self.stepper = Stepper(task.objective, settings, processes)
+        self.meters = Meters(self.network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled())
         self.progress = Progress()
-        self.began = 0.0
+        self.began = self.saved = 0.0
 
-    def run_epoch(self, stop: StopRequest) -> None:
+    def run_epoch(self, requests: Requests) -> None:
         settings, progress, log = self.settings, self.progress, self.log
         steps = len(self.data.train)
-        self.began = time.monotonic()
+        self.began = self.saved = time.monotonic()
         self.task.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
-            self._step(images, targets, learning_rate(settings, progress.epoch * steps + progress.step, steps))
+            rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
+            self.stepper.step(images, targets, rate, self.meters.update)
             progress.step += 1
+            progress.skipped_steps += self.stepper.was_skipped
             log.advance()
             if progress.step % settings.print_freq == 0:
                 self._report()
-            if settings.save_every_steps and progress.step % settings.save_every_steps == 0 and progress.step < steps:
-                self._save()
-            signal_number = self._asked_to_stop(stop)
-            if signal_number and progress.step < steps:
-                self._save()
-                raise Interrupted(128 + signal_number)
+            request = self._requested(requests)
+            if progress.step < steps:
+                if request or (settings.save_every_steps and progress.step % settings.save_every_steps == 0):
+                    self._save()
+                if request > _SAVE:
+                    raise Interrupted(128 + request - _SAVE)
         log.end_epoch()
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
-        signal_number = self.processes.largest(stop.signal_number or 0)
+        signal_number = self.processes.largest(requests.stop)
         if signal_number:
             raise Interrupted(128 + signal_number)
 
-    def _step(self, images: Tensor, targets: Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(self.processes.device, self.dtype):
-            losses, logits = self.model(images, targets)
-        self.scaler.scale(losses.mean()).backward()
-        if self.settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            self.meters.update(losses.detach(), logits, targets)
-
-    def _asked_to_stop(self, stop: StopRequest) -> int:
-        """Number of the signal, 0 for none. All processes stop at the same step; asking each other costs a wait, so they do it only now
-        and then."""
+    def _requested(self, requests: Requests) -> int:
+        """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
+        costs a wait, so they do it only now and then."""
         if self.processes.world_size > 1 and self.progress.step % self.settings.print_freq:
             return 0
-        return self.processes.largest(stop.signal_number or 0)
+        minutes = self.settings.save_every_minutes
+        is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+        request = _SAVE + requests.stop if requests.stop else _SAVE * (requests.save or is_time)
+        requests.save = False
+        return self.processes.largest(request)
 
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.meters.totals)
@@ -177,7 +177,7 @@ class _Trainer:
             last = f"last good checkpoint: {self.run.last}" if self.run.last.exists() else "nothing was saved yet"
             raise UserError(
                 f"the loss is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
+                f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
             )
 
     def _finish_epoch(self) -> None:
@@ -186,7 +186,7 @@ class _Trainer:
         loss, train_acc1 = Meters.means(totals)
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
-        row = {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "train_acc1": train_acc1}
+        row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
         score = progress.epoch + 1.0
         if self.data.val.num_images:
             self.processes.share_buffers(self.network)
@@ -196,6 +196,8 @@ class _Trainer:
         row["best"] = is_best
         row["images_per_second"] = totals[0].item() / training_seconds
         row["seconds"] = self._seconds()
+        if self.stepper.scaler.is_enabled():
+            row["skipped_steps"] = progress.skipped_steps
         row = {name: _rounded(value) for name, value in row.items()}
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
@@ -216,6 +218,7 @@ class _Trainer:
         totals = self.processes.sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
         self._write(False, replace(self.progress, seconds=self._seconds()), totals)
+        self.saved = time.monotonic()
 
     def _seconds(self) -> float:
         """Time spent on the present epoch, that before an interruption included."""
@@ -227,40 +230,18 @@ class _Trainer:
         result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:
             save_checkpoint(self.run.best, result)
-        running = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random_state": torch.get_rng_state()}
+        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state()}
         save_checkpoint(self.run.last, {**result, **running, "totals": totals})
         self.log.write_history(self.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.load_state_dict(state)
         torch.set_rng_state(state["random_state"])
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
+        self.progress = Progress(**{name: state[name] for name in vars(self.progress) if name in state})
         if self.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.log.write_history(self.run.log, self.progress.history)
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Type of mixed precision that --amp asks for on this device, None for none."""
-    if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision for a block of code, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
-    if processes.world_size > 1:
-        # static_graph: parameters no exit depends on (several scales left in the last layer) are found once, not in every step.
-        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None, static_graph=True)
-    if len(processes.gpu_ids) > 1:
-        return DataParallel(objective, device_ids=list(processes.gpu_ids))
-    return objective
 
 
 def _rounded(value: Any) -> Any:

@@ -6,7 +6,8 @@ the features of the stage before. Evaluating all scales at once (training) and o
 therefore the same code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,19 @@ class Exit(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Coarsest scale (N, in_channels, H, W) -> pooled features (N, feature_channels)."""
         return self.pool(self.convolutions(x)).flatten(1)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the block, batch normalisation in ``module`` works as before but leaves its running statistics alone."""
+    tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
+    for layer in tracking:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True
 
 
 class _GradientRescale(torch.autograd.Function):

@@ -10,10 +10,13 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, rescale_gradient
+from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -77,6 +80,8 @@ class MSDNet(nn.Module):
         self.small_inputs = small_inputs
         self.gradient_equilibrium = gradient_equilibrium
         self.gradient_equilibrium_scales = gradient_equilibrium_scales
+        # Keep only what passes between blocks for the backward pass, and compute the rest again there: less memory, more time.
+        self.checkpoint_activations = False
 
         def per_scale(multiple: int) -> list[int]:
             return [multiple * factor for factor in growth_factors]
@@ -119,7 +124,7 @@ class MSDNet(nn.Module):
         features = []
         grid = self.stem(images)
         for k in range(self._checked(num_exits)):
-            grid = self.blocks[k](grid)
+            grid = self._run_block(k, grid)
             remaining_exits = self.num_exits - k
             grid = self._rescale(grid, 1 / remaining_exits)
             features.append(self.exits[k].features(grid[self.num_scales - 1]))
@@ -137,6 +142,14 @@ class MSDNet(nn.Module):
     def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
         return self.classify(self.features(images, num_exits))
+
+    def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
+        block = self.blocks[k]
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(grid)
+        return checkpoint(
+            block, grid, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
+        )
 
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
         """Gradient Equilibrium. Before exit i of K (1-based) by 1 / (K-i+1) and after it by K-i: the exit's own gradient reaches the

@@ -71,6 +71,6 @@ def _operations_of(module: nn.Module, x: Tensor, output: Tensor) -> int:
         return output.numel() * module.kernel_size**2
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return x.numel()
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
         return 0
     raise TypeError(f"no operation count for a layer of type {type(module).__name__}")

@@ -15,6 +15,7 @@ from engine import training
 from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoint
 from engine.report import read_csv
 from engine.schedule import learning_rate
+from engine.stepper import Stepper
 from models import MSDNet, to_released
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK
 from utils import UserError
@@ -119,15 +120,15 @@ class StopAt:
     """Raises a signal in the process after so many steps."""
 
     def __init__(self, monkeypatch, step, number):
-        real, self.count = training._Trainer._step, 0
+        real, self.count = Stepper.step, 0
 
-        def counted(trainer, *args):
-            real(trainer, *args)
+        def counted(stepper, *args):
+            real(stepper, *args)
             self.count += 1
             if self.count == step:
                 signal.raise_signal(number)
 
-        monkeypatch.setattr(training._Trainer, "_step", counted)
+        monkeypatch.setattr(Stepper, "step", counted)
 
 
 @pytest.mark.parametrize(("number", "status", "step"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)])

@@ -1,0 +1,132 @@
+"""One optimisation step: mixed precision, accumulation over parts of the batch, several devices, the optimiser.
+
+    stepper = Stepper(objective, settings, processes)
+    stepper.step(images, targets, rate, meters.update)
+
+An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` whose parameters that require a gradient learn.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from engine.distributed import Processes, synchronised_batchnorm
+from utils import UserError
+
+
+class Stepper:
+    """Trains ``objective`` with SGD, step by step.
+
+    Args:
+        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer, sync_bn.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+
+    def __init__(self, objective: nn.Module, settings: argparse.Namespace, processes: Processes):
+        self.settings, self.processes = settings, processes
+        self.dtype = autocast_dtype(settings.amp, processes.device)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
+        if settings.sync_bn and len(processes.gpu_ids) > 1:
+            raise UserError("--sync-bn needs one process a GPU: start with torchrun instead of --gpu")
+        share = settings.batch_size // processes.world_size
+        if settings.accumulate > share:
+            raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
+        if settings.sync_bn and processes.world_size > 1:
+            synchronised_batchnorm(objective, processes)
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+            # With fp16 scaling the fused one does not tell whether a step was skipped.
+            fused=settings.fused_optimizer and not self.scaler.is_enabled(),
+        )
+        self.steps_done = 0
+        self.was_skipped = False
+        if self.scaler.is_enabled():
+            self.optimizer.register_step_post_hook(self._note_step)
+        self.model = _parallel(_compiled(objective, settings), processes)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """One step on this process's share of a batch; nothing waits for the device, unless fp16 scaling does.
+
+        With ``accumulate`` the batch is worked off in parts. They count by their sizes, so the gradient is that of the mean loss over the
+        whole batch; batch normalisation sees one part at a time.
+
+        Args:
+            images, targets: (N, 3, H, W) and (N,).
+            observe: is called with losses (n,), logits (n, K, C) and targets (n,) of every part.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = list(zip(images.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate), strict=True))
+        for i, (part_images, part_targets) in enumerate(parts):
+            # Processes exchange gradients once, with the last part.
+            waits = i + 1 < len(parts) and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waits else nullcontext():
+                with autocast(self.processes.device, self.dtype):
+                    losses, logits = self.model(part_images, part_targets)
+                self.scaler.scale(losses.sum() / len(targets)).backward()
+            # At once: the next part may use the memory of a compiled graph's results.
+            observe(losses.detach(), logits.detach(), part_targets)
+        if self.settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        done_before = self.steps_done
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.was_skipped = self.scaler.is_enabled() and self.steps_done == done_before
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on: ``optimizer`` and ``scaler``."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the entries that ``state_dict`` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _note_step(self, *_: object) -> None:
+        self.steps_done += 1
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision that --amp asks for on this device, None for none."""
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Mixed precision for a block of code, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _compiled(objective: nn.Module, settings: argparse.Namespace) -> nn.Module:
+    if settings.compile == "off":
+        return objective
+    return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
+
+
+def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
+    if processes.world_size > 1:
+        # static_graph: parameters no exit depends on (several scales left in the last layer) are found once, not in every step.
+        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None, static_graph=True)
+    if len(processes.gpu_ids) > 1:
+        return DataParallel(objective, device_ids=list(processes.gpu_ids))
+    return objective
