@@ -9,13 +9,17 @@ processes. Order and augmentation are functions of (seed, epoch, step) alone, so
 """
 
 import argparse
+import fcntl
 import hashlib
+import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,14 +148,15 @@ class InMemoryBatches(Batches):
         targets: Tensor,
         normalize: Normalizer,
         batch_size: int,
-        augment: bool,
+        augment: str,
         seed: int,
         shard: Shard,
         device: torch.device,
     ):
         super().__init__(len(images), batch_size, seed, shard)
         self.images, self.targets = images.to(device), targets.to(device)
-        self.normalize, self.augment, self.device = normalize, augment, device
+        self.normalize, self.device = normalize, device
+        self.crops, self.policy = augment != "none", _augmentation_policy(augment)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         generator = self._generator(epoch)
@@ -159,10 +164,14 @@ class InMemoryBatches(Batches):
         # Everything random of the epoch is drawn and sent at once: no transfer, and so no waiting, in a step.
         offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(self.device)
         flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
+        seeds = _image_seeds(self.num_images, generator)
         for chosen in self._steps(order, first_step):
             images = self.images[chosen]
-            if self.augment:
+            if self.crops:
                 images = crop_and_flip(images, offsets[chosen], flips[chosen])
+            if self.policy is not None:
+                # One image at a time, as torchvision draws one operation for everything it is given.
+                images = torch.stack([_seeded(self.policy, x, s) for x, s in zip(images, seeds[chosen.cpu()].tolist(), strict=True)])
             yield self.normalize(images), self.targets[chosen]
 
     def picture(self, index: int) -> Tensor:
@@ -198,7 +207,7 @@ class FileBatches(Batches):
         normalize: Normalizer,
         image_size: int,
         batch_size: int,
-        augment: bool,
+        augment: str,
         seed: int,
         shard: Shard,
         device: torch.device,
@@ -207,13 +216,14 @@ class FileBatches(Batches):
         super().__init__(len(files), batch_size, seed, shard)
         self.normalize, self.device, self.workers = normalize, device, workers
         self.plain = _ImageFiles(files, targets, evaluation_transform(image_size))
-        self.augmented = _ImageFiles(files, targets, training_transform(image_size)) if augment else self.plain
+        self.augmented = self.plain if augment == "none" else _ImageFiles(files, targets, training_transform(image_size, augment))
+        self._steps_to_load: list[list[tuple[int, int]]] = []
+        self._loader: DataLoader | None = None
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         generator = self._generator(epoch)
         order = torch.randperm(self.num_images, generator=generator)
-        # Every image has a seed of its own, so that its augmentation does not depend on the worker that makes it.
-        seeds = torch.randint(2**62, (self.num_images,), generator=generator)
+        seeds = _image_seeds(self.num_images, generator)
         steps = [list(zip(part.tolist(), seeds[part].tolist(), strict=True)) for part in self._steps(order, first_step)]
         return self._load(self.augmented, steps)
 
@@ -224,15 +234,19 @@ class FileBatches(Batches):
         return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size)])
 
     def _load(self, files: "_ImageFiles", steps: list[list[tuple[int, int]]]) -> Iterator[Batch]:
-        loader = DataLoader(
-            files,
-            batch_sampler=steps,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_ignore_interrupt,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in loader:
+        # The same loader every epoch keeps its processes; it reads the list of steps anew.
+        self._steps_to_load[:] = steps
+        if self._loader is None or self._loader.dataset is not files:
+            self._loader = DataLoader(
+                files,
+                batch_sampler=self._steps_to_load,
+                num_workers=self.workers,
+                collate_fn=_collate,
+                worker_init_fn=_ignore_interrupt,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self.workers > 0,
+            )
+        for batch in self._loader:
             if isinstance(batch, str):
                 raise UserError(batch)
             images, targets = (part.to(self.device, non_blocking=True) for part in batch)
@@ -252,9 +266,18 @@ class _ImageFiles(Dataset):
             image = read_image(self.files[index])
         except UserError as error:
             return str(error)  # raised by the main process: a worker's exception arrives wrapped in a trace
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(image), self.targets[index]
+        return _seeded(self.transform, image, seed), self.targets[index]
+
+
+def _image_seeds(num_images: int, generator: torch.Generator) -> Tensor:
+    """Every image of an epoch has a seed of its own, so that its augmentation does not depend on who makes it, or when."""
+    return torch.randint(2**62, (num_images,), generator=generator)
+
+
+def _seeded(transform: Callable[[Any], Tensor], image: Any, seed: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return transform(image)
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -270,9 +293,15 @@ def _collate(samples: list) -> Batch | str:
     return torch.stack(images), torch.stack(targets)
 
 
-def training_transform(image_size: int) -> v2.Transform:
-    """PIL image -> bytes (3, image_size, image_size): random resized crop and flip."""
-    return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+def training_transform(image_size: int, augment: str = "standard") -> v2.Transform:
+    """PIL image -> bytes (3, image_size, image_size): random resized crop and flip, then the policy that ``augment`` names."""
+    policy = _augmentation_policy(augment)
+    steps = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    return v2.Compose(steps if policy is None else [*steps, policy])
+
+
+def _augmentation_policy(augment: str) -> v2.Transform | None:
+    return {"trivial": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}.get(augment, lambda: None)()
 
 
 def evaluation_transform(image_size: int) -> v2.Transform:
@@ -350,7 +379,7 @@ def load_data(
     mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, training_part)
     normalize = Normalizer(mean, std, device, settings.channels_last)
 
-    def batches(part: _Part, augment: bool) -> Batches:
+    def batches(part: _Part, augment: str) -> Batches:
         shared = {"batch_size": settings.batch_size, "augment": augment, "seed": settings.seed, "shard": shard, "device": device}
         if part.images is not None:
             return InMemoryBatches(part.images, part.targets, normalize, **shared)
@@ -359,9 +388,9 @@ def load_data(
     return Data(
         DataInfo(settings.data, class_names, image_size, list(mean), list(std), len(train), fingerprint),
         held_out,
-        batches(training_part, settings.augment == "standard"),
-        batches(train.take(held_out), False),
-        batches(test.take(tested), False),
+        batches(training_part, settings.augment),
+        batches(train.take(held_out), "none"),
+        batches(test.take(tested), "none"),
     )
 
 
@@ -441,7 +470,8 @@ def _cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part
         raise UserError(f"--image-size {image_size} is not that of {name}, 32")
     is_new = not root.exists()
     try:
-        train, test = (reader(root, train=is_train, download=True) for is_train in (True, False))
+        with _one_process_at_a_time(root):
+            train, test = (reader(root, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         if is_new and root.is_dir() and not any(root.iterdir()):  # made by the attempt to download
             root.rmdir()
@@ -451,6 +481,18 @@ def _cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part
         ) from None
     parts = [_Part(torch.tensor(d.targets), torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()) for d in (train, test)]
     return *parts, list(train.classes), [_digest(parts[0].images)]
+
+
+@contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Of the processes torchrun started on this machine one downloads, the others then find the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _list_folder(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:

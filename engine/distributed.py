@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # with a gradient
 from torch.nn import functional as F
 
 from dataloader import Shard
@@ -71,34 +70,54 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
 
-class _SyncBatchNormOnCPU(nn.SyncBatchNorm):
-    """PyTorch's own works on GPUs only."""
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        dims = [0, *range(2, x.dim())]
-        count = dist.get_world_size() * x.numel() // x.shape[1]  # every process has as many images
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        mean = all_reduce(x.sum(dims)) / count
-        centred = x - mean.reshape(shape)
-        variance = all_reduce(centred.square().sum(dims)) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.reshape(shape) + self.bias.reshape(shape)
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Every process's loss depends on every process's x.
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def _synchronised_forward(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if not layer.training:
+        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+    dims = [0, *range(2, x.dim())]
+    count = dist.get_world_size() * x.numel() // x.shape[1]  # every process has as many images
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    mean = _SumOverProcesses.apply(x.sum(dims)) / count
+    centred = x - mean.reshape(shape)
+    variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
+    with torch.no_grad():
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked += 1
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    return centred * scale.reshape(shape) + layer.bias.reshape(shape)
+
+
+class _SyncBatchNorm1d(nn.BatchNorm1d):
+    forward = _synchronised_forward
+
+
+class _SyncBatchNorm2d(nn.BatchNorm2d):
+    forward = _synchronised_forward
 
 
 def synchronised_batchnorm(module: nn.Module, processes: Processes) -> None:
     """Make the batch normalisation in ``module`` use the statistics of the whole batch, not those of each process's share."""
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if processes.device.type == "cpu":
-        for layer in module.modules():
-            if isinstance(layer, nn.SyncBatchNorm):
-                layer.__class__ = _SyncBatchNormOnCPU
+    if processes.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return
+    # PyTorch's own works on GPUs only.
+    for layer in module.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.__class__ = _SyncBatchNorm1d if isinstance(layer, nn.BatchNorm1d) else _SyncBatchNorm2d
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

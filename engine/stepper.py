@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from engine.distributed import Processes, synchronised_batchnorm
+from models.layers import frozen_statistics
 from utils import UserError
 
 
@@ -54,7 +55,8 @@ class Stepper:
         self.was_skipped = False
         if self.scaler.is_enabled():
             self.optimizer.register_step_post_hook(self._note_step)
-        self.model = _parallel(_compiled(objective, settings), processes)
+        self.objective = objective
+        self._model: nn.Module | None = None
 
     @property
     def rate(self) -> float:
@@ -71,15 +73,16 @@ class Stepper:
             images, targets: (N, 3, H, W) and (N,).
             observe: is called with losses (n,), logits (n, K, C) and targets (n,) of every part.
         """
+        model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = list(zip(images.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate), strict=True))
         for i, (part_images, part_targets) in enumerate(parts):
             # Processes exchange gradients once, with the last part.
-            waits = i + 1 < len(parts) and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if waits else nullcontext():
+            waits = i + 1 < len(parts) and isinstance(model, DistributedDataParallel)
+            with model.no_sync() if waits else nullcontext():
                 with autocast(self.processes.device, self.dtype):
-                    losses, logits = self.model(part_images, part_targets)
+                    losses, logits = model(part_images, part_targets)
                 self.scaler.scale(losses.sum() / len(targets)).backward()
             # At once: the next part may use the memory of a compiled graph's results.
             observe(losses.detach(), logits.detach(), part_targets)
@@ -100,6 +103,15 @@ class Stepper:
         """Take over the entries that ``state_dict`` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def _prepared(self, images: Tensor, targets: Tensor) -> nn.Module:
+        if self._model is None:
+            if self.processes.world_size > 1:
+                # Those no exit depends on, such as finer scales of the last layer, have no gradient to exchange.
+                for parameter in _parameters_without_gradient(self.objective, self.parameters, images[:2], targets[:2]):
+                    parameter.requires_grad_(False)
+            self._model = _parallel(_compiled(self.objective, self.settings), self.processes)
+        return self._model
 
     def _note_step(self, *_: object) -> None:
         self.steps_done += 1
@@ -123,10 +135,16 @@ def _compiled(objective: nn.Module, settings: argparse.Namespace) -> nn.Module:
     return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
 
 
+def _parameters_without_gradient(objective: nn.Module, parameters: list[Tensor], images: Tensor, targets: Tensor) -> list[Tensor]:
+    with frozen_statistics(objective):
+        losses, _ = objective(images, targets)
+    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
 def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size > 1:
-        # static_graph: parameters no exit depends on (several scales left in the last layer) are found once, not in every step.
-        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None, static_graph=True)
+        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
     if len(processes.gpu_ids) > 1:
         return DataParallel(objective, device_ids=list(processes.gpu_ids))
     return objective

@@ -81,7 +81,7 @@ class Meters:
             losses, correct = losses.where(finite, 0), correct & finite[:, None]
         else:
             self.totals[0] += len(targets)
-        self.totals[1] += losses.sum()
+        self.totals[1] += losses.sum(dtype=torch.float64)
         self.totals[2:] += correct.sum(dim=0)
 
     @staticmethod

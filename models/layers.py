@@ -151,13 +151,14 @@ class Exit(nn.Module):
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Within the block, batch normalisation in ``module`` works as before but leaves its running statistics alone."""
     tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
+    kept = [(layer.momentum, layer.num_batches_tracked) for layer in tracking]
     for layer in tracking:
-        layer.track_running_stats = False
+        layer.momentum, layer.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for layer in tracking:
-            layer.track_running_stats = True
+        for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
 
 
 class _GradientRescale(torch.autograd.Function):

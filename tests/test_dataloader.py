@@ -40,9 +40,9 @@ def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):
     held_out = {image.numpy().tobytes() for image in data.val.images}
     assert len(held_out) == 12
     assert not trained & held_out
-    assert data.train.augment
-    assert not data.val.augment
-    assert not data.test.augment
+    assert data.train.crops
+    assert not data.val.crops
+    assert not data.test.crops
 
 
 def test_split_depends_on_its_own_seed_alone():
@@ -88,7 +88,7 @@ def test_every_offset_and_flip_equally_likely(monkeypatch):
         torch.zeros(count, dtype=torch.int64),
         dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU),
         batch_size=1000,
-        augment=True,
+        augment="standard",
         seed=0,
         shard=Shard(),
         device=CPU,
@@ -107,10 +107,10 @@ def epoch_targets(batches, epoch, first_step=0):
     return [(images, targets) for images, targets in batches.epoch(epoch, first_step)]
 
 
-@pytest.mark.parametrize("size", ["32", "80"])
-def test_order_is_a_function_of_seed_epoch_and_step(image_folder, size):
+@pytest.mark.parametrize(("size", "augment"), [("32", "standard"), ("80", "standard"), ("32", "trivial"), ("80", "randaugment")])
+def test_order_is_a_function_of_seed_epoch_and_step(image_folder, size, augment):
     """In memory (32 pixels) and decoded by two workers (80 pixels): a fresh loader that starts at step 2 gives the rest, bit by bit."""
-    flags = ["--image-size", size]
+    flags = ["--image-size", size, "--augment", augment]
     first = load_data(folder_settings(image_folder, *flags, "--workers", "2"), CPU).train
     again = load_data(folder_settings(image_folder, *flags, "--workers", "0"), CPU).train
     whole, rest = epoch_targets(first, 3), epoch_targets(again, 3, first_step=2)
@@ -132,6 +132,16 @@ def test_processes_share_every_batch_and_every_evaluation(image_folder, size):
         assert torch.equal(whole[1], torch.cat([targets for _, targets in shares]))
     counts = [sum(len(t) for _, t in part.test) for part in parts]
     assert counts == [8, 7]
+
+
+@pytest.mark.parametrize("size", ["32", "80"])
+def test_stronger_augmentation_changes_images_one_by_one(image_folder, size):
+    flags = ["--image-size", size, "--workers", "0"]
+    standard, stronger = (
+        load_data(folder_settings(image_folder, *flags, "--augment", name), CPU).train for name in ("standard", "trivial")
+    )
+    changed = torch.cat([(a != b).flatten(1).any(dim=1) for (a, _), (b, _) in zip(standard.epoch(0), stronger.epoch(0), strict=True)])
+    assert changed.float().mean() > 0.5  # one of TrivialAugment's operations, and the weakest of some others, is the identity
 
 
 def test_batch_that_processes_cannot_share(image_folder):

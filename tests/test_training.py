@@ -199,6 +199,70 @@ def test_a_mistake_with_overwrite_loses_nothing(stage_1, capsys):
     assert (stage_1 / "GE" / "best.pt").read_bytes() == before
 
 
+def saved_positions(monkeypatch):
+    """(epoch, step) of everything that is saved as last.pt."""
+    real, positions = training.save_checkpoint, []
+
+    def noted(path, state):
+        real(path, state)
+        if path.name == "last.pt":
+            positions.append((state["epoch"], state["step"]))
+
+    monkeypatch.setattr(training, "save_checkpoint", noted)
+    return positions
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path, monkeypatch):
+    positions = saved_positions(monkeypatch)
+    StopAt(monkeypatch, 2, signal.SIGUSR1)
+    assert train_ge(tmp_path / "GE") == 0
+    assert positions == [(0, 2), (1, 0)]
+
+
+def test_saves_after_some_minutes(tmp_path, monkeypatch):
+    positions = saved_positions(monkeypatch)
+    assert train_ge(tmp_path / "GE", "--save-every-minutes", "1e-9") == 0
+    assert positions == [(0, 1), (0, 2), (0, 3), (1, 0)]
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_reads_back(stage_1, monkeypatch):
+    path = stage_1 / "GE" / "last.pt"
+    state, before = load_checkpoint(path), path.read_bytes()
+    real = torch.save
+
+    def damaged(content, stream):
+        real(content, stream)
+        stream.seek(1000)
+        stream.write(b"\xff" * 500)
+
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(UserError, match="cannot write"):
+        save_checkpoint(path, state)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*.tmp"))
+
+
+def test_a_run_records_how_it_was_made(stage_1):
+    record = json.loads((stage_1 / "GE" / "run.json").read_text())
+    (piece,) = record["pieces"]
+    assert piece["command"].startswith("python train_GE.py --save ")
+    assert piece["torch"] == torch.__version__
+    assert piece["ended"] > piece["began"]
+    assert record["settings"]["num_blocks"] == 3
+    assert train_ge(stage_1 / "GE", "--resume") == 0
+    assert len(json.loads((stage_1 / "GE" / "run.json").read_text())["pieces"]) == 2
+
+
+def test_folded_backbone_trains_the_same_classifiers(stage_1, monkeypatch):
+    assert train_imta(stage_1) == 0
+    folded = load_checkpoint(stage_1 / "IMTA" / "best.pt")["state_dict"]
+    monkeypatch.setattr(train_IMTA.Distillation, "_frozen_features", lambda objective, images: objective.network.features(images))
+    assert train_imta(stage_1, "--save", str(stage_1 / "plain")) == 0
+    plain = load_checkpoint(stage_1 / "plain" / "best.pt")["state_dict"]
+    for name, tensor in plain.items():
+        torch.testing.assert_close(folded[name], tensor, atol=1e-4, rtol=1e-3)
+
+
 def test_two_runs_in_one_directory(stage_1, capsys):
     from engine.run_directory import RunDirectory
 

@@ -1,0 +1,181 @@
+"""A training step gives the same gradient however it is computed: in parts, in two processes, with less memory, fused or compiled."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from args import parse
+from engine.distributed import Processes
+from engine.stepper import Stepper
+from engine.training import Meters
+from models import IMTA, MSDNet
+from tests.conftest import TINY_NETWORK
+from train_GE import JointTraining
+from train_IMTA import Distillation
+
+ROOT = Path(__file__).parent.parent
+ALONE = Processes(0, 1, torch.device("cpu"), ())
+PLAIN_SGD = ["--momentum", "0", "--weight-decay", "0", "--batch-size", "12"]  # a step of rate 1 moves weights by their gradients
+
+
+def settings(*flags, stage="GE"):
+    return parse(stage, [*PLAIN_SGD, *flags]).settings()
+
+
+def make_objective(stage, chosen, **options):
+    torch.manual_seed(0)
+    network = MSDNet(**{**TINY_NETWORK, **options})
+    if stage == "GE":
+        return JointTraining(network, chosen).double().train()
+    return Distillation(IMTA(network.double()).double(), chosen).train()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=generator), torch.randint(10, (12,), generator=generator)
+
+
+def one_step(objective, chosen, processes=ALONE, observe=lambda *_: None):
+    images, targets = batch()
+    share = slice(processes.rank, None, processes.world_size)
+    Stepper(objective, chosen, processes).step(images[share], targets[share], 1.0, observe)
+    return {name: tensor.double() for name, tensor in objective.state_dict().items()}
+
+
+def assert_close(ours, expected, tolerance=1e-9):
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class WithoutNormalisation(nn.Module):
+    """Batch normalisation sees the parts of a batch one by one; without it parts and whole must agree."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3 * 32 * 32, 10).double()
+
+    def forward(self, images, targets):
+        logits = self.linear(images.flatten(1))
+        return nn.functional.cross_entropy(logits, targets, reduction="none"), logits[:, None]
+
+
+@pytest.mark.parametrize("parts", ["2", "5", "12"])
+def test_parts_of_a_batch_add_up(parts):
+    whole = one_step(WithoutNormalisation(), settings())
+    meters = Meters(1, torch.device("cpu"))
+    chosen = settings("--accumulate", parts)
+    assert_close(one_step(WithoutNormalisation(), chosen, observe=meters.update), whole, 1e-12)
+    assert meters.totals[0] == 12
+
+
+def test_more_parts_than_images():
+    from utils import UserError
+
+    with pytest.raises(UserError, match="only 12 images"):
+        Stepper(WithoutNormalisation(), settings("--accumulate", "13"), ALONE)
+
+
+def test_checkpointed_activations_change_neither_gradients_nor_statistics():
+    chosen = settings()
+    objective = make_objective("GE", chosen)
+    objective.network.checkpoint_activations = True
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    objective.network.blocks[0][0].register_forward_pre_hook(count)
+    assert_close(one_step(objective, chosen), one_step(make_objective("GE", chosen), chosen), 1e-12)
+    assert calls == 2  # and once more in the backward pass
+
+
+def test_fused_optimiser_agrees():
+    chosen = ["--momentum", "0.9", "--weight-decay", "0.01", "--nesterov"]
+    results = []
+    for flag in ("--fused-optimizer", "--no-fused-optimizer"):
+        objective = make_objective("GE", settings())
+        stepper = Stepper(objective, settings(flag, *chosen), ALONE)
+        for _ in range(3):
+            stepper.step(*batch(), 0.1, lambda *_: None)
+        results.append(objective.state_dict())
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("stage", ["GE", "IMTA"])
+def test_compiled_step_agrees(stage, monkeypatch):
+    # Tracing is what can fail on our networks; generating code takes minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled, plain = settings("--compile", "default", stage=stage), settings(stage=stage)
+    ours, expected = (one_step(make_objective(stage, chosen, num_blocks=2), chosen) for chosen in (compiled, plain))
+    assert_close(ours, expected)
+
+
+def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
+    class Overflowing(WithoutNormalisation):
+        factor = 1e38
+
+        def forward(self, images, targets):
+            losses, logits = super().forward(images, targets)
+            return losses * self.factor, logits
+
+    chosen = settings("--amp", "fp16")
+    objective = Overflowing().float()
+    stepper, meters = Stepper(objective, chosen, ALONE), Meters(1, torch.device("cpu"), only_finite=True)
+    before = objective.linear.weight.clone()
+    images, targets = batch()
+    stepper.step(images.float(), targets, 0.1, meters.update)
+    assert stepper.was_skipped
+    assert torch.equal(objective.linear.weight, before)
+    objective.factor = 1.0
+    stepper.step(images.float(), targets, 0.1, meters.update)
+    assert not stepper.was_skipped
+    assert not torch.equal(objective.linear.weight, before)
+    objective.factor = float("inf")
+    images_before = meters.totals[0].item()
+    stepper.step(images.float(), targets, 0.1, meters.update)
+    assert stepper.was_skipped
+    assert meters.totals[0] == images_before
+    assert meters.totals.isfinite().all()
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from engine.distributed import Processes
+from tests import test_stepper as t
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+processes = Processes(rank, 2, torch.device("cpu"), ())
+results = {}
+for stage in ("GE", "IMTA"):
+    chosen = t.settings("--sync-bn", stage=stage)
+    results[stage] = t.one_step(t.make_objective(stage, chosen), chosen, processes)
+chosen = t.settings("--accumulate", "3")
+results["accumulated"] = t.one_step(t.WithoutNormalisation(), chosen, processes)
+torch.save(results, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    """The same global batch, float64, gloo, batch statistics shared: weights and running statistics after a step of SGD."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKER]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, cwd=ROOT) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    ours = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for stage in ("GE", "IMTA"):
+        chosen = settings(stage=stage)
+        expected = one_step(make_objective(stage, chosen), chosen)
+        for rank in range(2):
+            assert_close(ours[rank][stage], expected)
+    for rank in range(2):
+        assert_close(ours[rank]["accumulated"], one_step(WithoutNormalisation(), settings()))
