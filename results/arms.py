@@ -1,6 +1,6 @@
 """Train and evaluate every arm of the comparison on a shortened schedule, for every seed; run it again and it goes on.
 
-    python results/arms.py --data-root data/cifar100 --work save/arms
+    python -m results.arms --data-root data/cifar100 --work save/arms
 
 ``--data-root`` holds ``train/CLASS/`` and ``test/CLASS/`` with the images of CIFAR-100. Small result files are copied into
 ``results/cifar100_arms/seed_N/ARM/``; checkpoints stay in ``--work``. ``results/tables.py`` makes the tables and plots.
@@ -64,7 +64,7 @@ def link_classes(source: Path, target: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="results/arms.py", description="Train every arm of the comparison for every seed.")
+    parser = argparse.ArgumentParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
     parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="CIFAR-100 as folders train/CLASS and test/CLASS")
     parser.add_argument("--work", type=Path, default=Path("save/arms"), metavar="DIR", help="runs and checkpoints (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")

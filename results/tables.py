@@ -1,22 +1,50 @@
-"""The README's result tables, from the CSV files beside this program.
+"""The result tables of the project's README and the plots beside them, from the CSV files in this folder.
 
-python results/tables.py
+python -m results.tables            # prints the tables
+python -m results.tables --write    # puts them into README.md, between their markers, and draws the plots again
 """
 
-import csv
+import argparse
+import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from engine.collect import accuracy_at
+from engine.report import read_csv, save_figure
+from results.arms import RESULTS as ARM_RESULTS
+from utils import atomic_write
+
 HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+SHORT = HERE / "cifar100_short"
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
+NUM_EXITS = 5
 
 # Top-1 by exit (from 1) of the CIFAR-100 network with 5 exits after the whole schedule: notes on tables 2 and 3 of the paper.
 PAPER = {"MSDNet": {2: 63.73, 5: 71.81}, "IMTA": {2: 65.54, 5: 73.45}}
+# The same network, plain MSDNet, budgeted prediction by mean operations: Liuyang829/testMSDNet.
+REPORT_BUDGETED = ((7.2e6, 59.1), (11.6e6, 63.9), (17.2e6, 67.3), (27.2e6, 69.8))
 
-
-def rows_of(path: Path) -> list[dict[str, float]]:
-    with path.open(newline="") as stream:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+ARM_TITLES = {
+    "MSDNet": "MSDNet",
+    "GE": "GE",
+    "GE_ISC": "GE + ISC",
+    "GE_OFA": "GE + OFA",
+    "GE_ISC_OFA": "GE + ISC + OFA",
+    "GE_classifiers": "GE, new classifiers alone",
+    "released_GE": "GE, released way",
+    "released_IMTA": "GE + ISC + OFA, released way",
+}
+DIFFERENCES = (
+    ("MSDNet", "GE"),
+    ("GE", "GE_ISC_OFA"),
+    ("GE", "GE_classifiers"),
+    ("GE_classifiers", "GE_ISC"),
+    ("GE_classifiers", "GE_OFA"),
+    ("released_GE", "released_IMTA"),
+)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -24,31 +52,144 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def anytime_table(run: Path) -> str:
-    stages = [rows_of(run / stage / "anytime.csv") for stage in ("GE", "IMTA")]
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean +- sample standard deviation, and how many values there are if not three."""
+    if not values:
+        return ""
+    count = "" if len(values) == 3 else f" (n = {len(values)})"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{deviation}{count}"
+
+
+def seeds_of(arm: str) -> list[Path]:
+    """Folders of the seeds an arm was run with."""
+    return sorted(path.parent for path in ARM_RESULTS.glob(f"seed_*/{arm}/anytime.csv"))
+
+
+def exit_accuracies(folder: Path) -> list[float]:
+    return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
+
+
+def budget_accuracies(folder: Path, file: str) -> list[float]:
+    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``BUDGETS``."""
+    rows = read_csv(folder / file)
+    return [accuracy_at(rows, budget)["test_acc1"] for budget in BUDGETS]
+
+
+def spread_columns(rows: list[list[float]]) -> list[str]:
+    return [spread(list(column)) for column in zip(*rows, strict=True)]
+
+
+def short_table() -> str:
+    stages = [read_csv(SHORT / stage / "anytime.csv") for stage in ("GE", "IMTA")]
     rows = []
     for ge, imta in zip(*stages, strict=True):
         k = int(ge["exit"])
         paper = [f"{PAPER[name][k]:.2f}" if k in PAPER[name] else "" for name in PAPER]
-        rows.append([str(k), f"{ge['operations'] / 1e6:.2f} M", *paper, f"{ge['acc1']:.2f}", f"{imta['acc1']:.2f}"])
-    return markdown(["exit", "operations", "paper: MSDNet", "paper: IMTA", "ours: GE", "ours: GE + ISC + OFA"], rows)
+        rows.append([str(k), f"{ge['operations'] / 1e6:.2f} M", *paper, "", f"{ge['acc1']:.2f}", f"{imta['acc1']:.2f}"])
+    ours = ["ours, 300 + 180 epochs", "ours, 6 epochs: GE", "ours, 6 + 3 epochs: GE + ISC + OFA"]
+    return markdown(["exit", "operations", "paper: MSDNet", "paper: IMTA", *ours], rows)
 
 
-def best_within(rows: list[dict[str, float]], operations: float) -> str:
-    """Test accuracy of the budget that is best on held-out images among those that spend at most ``operations``."""
-    affordable = [row for row in rows if row["operations"] <= operations]
-    return f"{max(affordable, key=lambda row: row['val_acc1'])['test_acc1']:.2f}" if affordable else ""
+def short_budget_table() -> str:
+    stages = [budget_accuracies(SHORT / stage, "budgeted.csv") for stage in ("GE", "IMTA")]
+    rows = []
+    for budget, *accuracies in zip(BUDGETS, *stages, strict=True):
+        reported = [f"{accuracy:.1f} at {spent / 1e6:.1f} M" for spent, accuracy in REPORT_BUDGETED if budget - 1e7 < spent <= budget]
+        rows.append([f"{budget / 1e6:.0f} M", ", ".join(reported), "", *(f"{a:.2f}" for a in accuracies)])
+    ours = ["ours, 300 + 180 epochs", "ours, 6 epochs: GE", "ours, 6 + 3 epochs: GE + ISC + OFA"]
+    return markdown(["mean operations at most", "report: MSDNet", *ours], rows)
 
 
-def budgeted_table(run: Path) -> str:
-    stages = [rows_of(run / stage / "budgeted.csv") for stage in ("GE", "IMTA")]
-    rows = [[f"{budget / 1e6:.0f} M", *(best_within(rows, budget) for rows in stages)] for budget in BUDGETS]
-    return markdown(["mean operations at most", "ours: GE", "ours: GE + ISC + OFA"], rows)
+def arms_table() -> str:
+    rows = []
+    for arm, title in ARM_TITLES.items():
+        if seeds := seeds_of(arm):
+            rows.append([title, *spread_columns([exit_accuracies(folder) for folder in seeds])])
+    return markdown(["arm", *(f"exit {k}" for k in range(1, NUM_EXITS + 1))], rows)
+
+
+def arms_budget_table() -> str:
+    rows = []
+    for arm, title in ARM_TITLES.items():
+        for file, rule in (("budgeted.csv", ""), ("optimised.csv", ", optimised thresholds")):
+            if seeds := seeds_of(arm):
+                rows.append([title + rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds])])
+    return markdown(["arm", *(f"{budget / 1e6:.0f} M" for budget in BUDGETS)], rows)
+
+
+def differences_table() -> str:
+    """Of the same seed, and so of the same order of images; of the rule, over all arms."""
+    rows = []
+    for before, after in DIFFERENCES:
+        pairs = [(folder, folder.parent / before) for folder in seeds_of(after) if (folder.parent / before / "anytime.csv").exists()]
+        gains = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
+        if gains:
+            means = [statistics.mean(gain) for gain in gains]
+            columns = [spread(list(column), "+") for column in zip(*gains, strict=True)]
+            rows.append([f"{ARM_TITLES[after]} less {ARM_TITLES[before]}", *columns, spread(means, "+")])
+    return markdown(["difference", *(f"exit {k}" for k in range(1, NUM_EXITS + 1)), "mean of exits"], rows)
+
+
+def draw_arms() -> Figure:
+    """Mean over seeds of every arm's exits (points) and budgets (lines), with the standard deviation as a band."""
+    figure = Figure(figsize=(6.8, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for arm in ("MSDNet", "GE", "GE_ISC_OFA"):
+        seeds = seeds_of(arm)
+        if not seeds:
+            continue
+        tables = [read_csv(folder / "anytime.csv") for folder in seeds]
+        operations = [row["operations"] / 1e6 for row in tables[0]]
+        columns = list(zip(*([row["acc1"] for row in rows] for rows in tables), strict=True))
+        means = [statistics.mean(column) for column in columns]
+        (line,) = axes.plot(operations, means, "o--", markersize=5, linewidth=1.2, label=f"{ARM_TITLES[arm]}: each exit")
+        if len(seeds) > 1:
+            widths = [statistics.stdev(column) for column in columns]
+            low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+            axes.fill_between(operations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        curves = [read_csv(folder / "budgeted.csv") for folder in seeds]
+        points = [
+            (statistics.mean(r["operations"] for r in rows) / 1e6, statistics.mean(r["test_acc1"] for r in rows))
+            for rows in zip(*curves, strict=True)
+        ]
+        axes.plot(*zip(*sorted(points), strict=True), "-", color=line.get_color(), linewidth=1.2, label=f"{ARM_TITLES[arm]}: budgeted")
+    axes.set_xlabel("operations an image (millions)")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    return figure
+
+
+TABLES = {
+    "short": short_table,
+    "short-budgets": short_budget_table,
+    "arms": arms_table,
+    "arms-budgets": arms_budget_table,
+    "arms-differences": differences_table,
+}
+
+
+def with_tables(text: str) -> str:
+    """``text`` with every table between its markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    for name, make in TABLES.items():
+        begin = f"<!-- table {name} -->\n"
+        if begin in text:
+            before, after = text.split(begin)
+            text = f"{before}{begin}{make()}\n{after[after.index('<!-- end -->') :]}"
+    return text
 
 
 def main() -> None:
-    run = HERE / "cifar100_short"
-    sys.stdout.write("\n\n".join([anytime_table(run), budgeted_table(run)]) + "\n")
+    parser = argparse.ArgumentParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
+    parser.add_argument("--write", action="store_true", help="into README.md and the pictures")
+    if parser.parse_args().write:
+        text = with_tables(README.read_text(encoding="utf-8"))
+        with atomic_write(README) as stream:
+            stream.write(text)
+        save_figure(draw_arms(), ARM_RESULTS / "arms.png")
+    else:
+        sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
 
 
 if __name__ == "__main__":
