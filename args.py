@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from adaptive_inference.policies import MEASURES
 from utils import UserError
 
 DEFAULTS = {
@@ -19,6 +20,7 @@ DEFAULTS = {
     "overwrite": False,
     "evalmode": None,
     "evaluate_from": None,
+    "confidence": "softmax",
     "pretrained": None,
     "seed": 1,
     "deterministic": False,
@@ -143,7 +145,18 @@ PRESETS = {
 
 # What a resumed run may change: where and how it runs, never what it computes.
 RUNTIME_OPTIONS = {
-    *("save", "resume", "overwrite", "evalmode", "evaluate_from", "gpu", "print_freq", "save_every_steps", "save_every_minutes"),
+    *(
+        "save",
+        "resume",
+        "overwrite",
+        "evalmode",
+        "evaluate_from",
+        "confidence",
+        "gpu",
+        "print_freq",
+        "save_every_steps",
+        "save_every_minutes",
+    ),
     *("data_root", "workers", "limit_test"),
 }
 
@@ -301,6 +314,12 @@ def _build_parser(stage: str) -> argparse.ArgumentParser:
         "or measured time of the policies that dynamic wrote (runtime)",
     )
     add("--evaluate-from", type=Path, metavar="FILE", shown="DIR/best.pt", help="checkpoint to evaluate, ours or a released one")
+    add(
+        "--confidence",
+        choices=list(MEASURES),
+        help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin of the two largest, or how "
+        "many exits in a row agree (patience)",
+    )
     if stage == "IMTA":
         add(
             "--pretrained",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adaptive_inference.inference_form import half_precision, inference_form
-from adaptive_inference.policies import Policy, PolicyCurve, read_policy
+from adaptive_inference.policies import RULES, Policy, PolicyCurve, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import DataInfo, Normalizer, evaluation_transform, read_image
 from engine.checkpoint import load_saved
@@ -50,14 +50,18 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if skipped else 0
 
 
-def choose_policy(curve: PolicyCurve, budget: tuple[float, bool]) -> Policy:
-    """The policy for a budget: millions of operations an image, or (second entry True) percent of the whole network's.
+def choose_policy(arguments: argparse.Namespace, curve: PolicyCurve) -> Policy:
+    """The policy that --accuracy, --point or --budget ask for.
 
     Raises:
-        UserError: the cheapest policy spends more.
+        UserError: no point of the curve does.
     """
-    amount, is_percent = budget
-    return curve.for_operations(amount / 100 * curve.operations[-1] if is_percent else amount * 1e6).policy
+    if arguments.accuracy is not None:
+        return curve.for_accuracy(arguments.accuracy, arguments.rule).policy
+    if arguments.point is not None:
+        return curve.point(arguments.point, arguments.rule).policy
+    amount, is_percent = arguments.budget
+    return curve.for_operations(amount / 100 * curve.operations[-1] if is_percent else amount * 1e6, arguments.rule).policy
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
@@ -82,7 +86,7 @@ def _answer_all(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     curve = read_policy(arguments.policy or arguments.checkpoint.parent / POLICY_NAME, saved.network)
     device = _device(arguments.device)
     form = inference_form(saved.network, dtype=half_precision(device) if arguments.half else None).to(device)
-    predictor = AdaptivePredictor(form, choose_policy(curve, arguments.budget))
+    predictor = AdaptivePredictor(form, choose_policy(arguments, curve))
     normalize = Normalizer(info.mean, info.std, device, channels_last=True)
     files, complaints = find_images(arguments.paths)
     for complaint in complaints:
@@ -193,13 +197,17 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", type=Path, metavar="FILE", help=f"thresholds for this network (default: {POLICY_NAME} beside the checkpoint)"
     )
-    parser.add_argument(
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument(
         "--budget",
         type=_budget,
         default=DEFAULT_BUDGET,
         metavar="OPERATIONS",
         help="mean operations an image, in millions (12.5) or in percent of the whole network (40%%) (default: 50%%)",
     )
+    wanted.add_argument("--accuracy", type=_percentage, metavar="PERCENT", help="the cheapest policy with this accuracy on held-out images")
+    wanted.add_argument("--point", type=_positive, metavar="P", help="the policy of this number on the curve")
+    parser.add_argument("--rule", choices=list(RULES), help="only thresholds found by this rule (default: optimised ones if there are any)")
     parser.add_argument("--format", choices=["table", "csv", "json"], default="table", help="of the answers (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers there (default: standard output)")
     parser.add_argument(
@@ -223,6 +231,16 @@ def _budget(text: str) -> tuple[float, bool]:
     if not 0 < amount < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is neither millions of operations (12.5) nor a percentage (40%)")
     return amount, is_percent
+
+
+def _percentage(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -14,7 +14,7 @@ from adaptive_inference.budgeted import (
 )
 from adaptive_inference.inference_form import half_precision, inference_form
 from adaptive_inference.optimised import optimised_curve, optimised_rows, optimised_thresholds
-from adaptive_inference.policies import Policy, PolicyCurve, policy_curve, read_policy, write_policy
+from adaptive_inference.policies import Policy, PolicyCurve, confidence_and_answers, policy_curve, read_policy, write_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction, simulate
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "assign_exits",
     "budgeted_curve",
     "budgeted_result",
+    "confidence_and_answers",
     "confidence_and_correctness",
     "exit_shares",
     "geometric_thresholds",

@@ -1,6 +1,6 @@
 """Easy and hard images, as in the MSDNet paper's figure 5: those that left first and right, and those only the last exit got right.
 
-easy, hard = easy_and_hard(probs, targets, policy)
+easy, hard = easy_and_hard(logits, targets, policy)
 figure = examples_figure(lambda i: images[i], targets, easy, hard, class_names)
 """
 
@@ -10,27 +10,26 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from adaptive_inference.budgeted import assign_exits, confidence_and_correctness
-from adaptive_inference.policies import Policy
+from adaptive_inference.budgeted import assign_exits
+from adaptive_inference.policies import Policy, confidence_and_answers
 
 
-def easy_and_hard(probs: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Indices of the easy images, the most confident first, and of the hard ones, the least sure first exit first.
 
     Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the last exit, which is right,
     while every other exit is wrong.
 
     Args:
-        probs: softmax outputs of every exit, (K, N, C).
+        logits: of every exit, (K, N, C).
         targets: (N,).
-        policy: thresholds for the softmax confidence.
     """
-    confidence, correct = confidence_and_correctness(probs, targets)
+    confidence, correct = confidence_and_answers(logits, targets, policy.confidence)
     exits = assign_exits(confidence, torch.tensor(policy.thresholds))
-    first, last = exits.min(), len(probs) - 1
+    first, last = exits.min(), len(logits) - 1
     easy = ((exits == first) & correct[first]).nonzero().flatten()
     hard = (correct[-1] & ~correct[:-1].any(dim=0) & (exits == last)).nonzero().flatten()
-    target_prob = probs[0].gather(1, targets[:, None])[:, 0]
+    target_prob = logits[0].softmax(dim=1).gather(1, targets[:, None])[:, 0]
     return easy[confidence[first, easy].argsort(descending=True, stable=True)], hard[target_prob[hard].argsort(stable=True)]
 
 

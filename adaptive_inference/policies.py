@@ -72,6 +72,12 @@ def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor
     return torch.stack([a.confidence for a in answers]), torch.stack([a.classes for a in answers])
 
 
+def confidence_and_answers(logits: Tensor, targets: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:
+    """Logits (K, N, C) of every exit, class indices (N,) -> confidence (K, N), and whether the exit's class is right (K, N)."""
+    confidence, classes = confidence_by_exit(logits, measure)
+    return confidence, classes == targets
+
+
 @dataclass(frozen=True)
 class Policy:
     """When images leave: ``thresholds``, one an exit, compared with the measure ``confidence``.

@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from adaptive_inference import budgeted_curve
-from engine.collect import softmax_
+from adaptive_inference import confidence_and_answers
+from adaptive_inference.budgeted import budget_points
 
 
 def main() -> None:
@@ -25,14 +25,14 @@ def main() -> None:
     operations = list(range(1, options.exits + 1))
     gigabytes_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     began = time.perf_counter()
-    val, test = softmax_(val), softmax_(test)
-    softmaxed = time.perf_counter()
-    rows = budgeted_curve(val, targets, test, targets, operations)
+    val, test = confidence_and_answers(val, targets), confidence_and_answers(test, targets)
+    scored = time.perf_counter()
+    rows = list(budget_points(*val, *test, operations))
     done = time.perf_counter()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - gigabytes_before
     one_exit = options.images * options.classes * 4 / 2**30
     print(f"{len(rows)} budgets, {options.images:,} + {options.images:,} images, {options.exits} exits, {options.classes:,} classes")
-    print(f"softmax {softmaxed - began:.2f} s, budgets {done - softmaxed:.2f} s, together {done - began:.2f} s")
+    print(f"softmax and confidence {scored - began:.2f} s, budgets {done - scored:.2f} s, together {done - began:.2f} s")
     print(f"memory beside the logits: {gigabytes:.2f} GiB, {gigabytes / one_exit:.1f} times one exit's probabilities")
 
 

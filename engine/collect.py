@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import assign_exits, confidence_and_correctness, optimised_rows
+from adaptive_inference import assign_exits, optimised_rows
 from adaptive_inference.budgeted import budget_points
 from dataloader import Batches
 from engine.distributed import Processes
@@ -59,13 +59,6 @@ def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list
     ]
 
 
-def softmax_(logits: Tensor) -> Tensor:
-    """Turn logits (K, N, C) into probabilities in place, exit by exit."""
-    for z in logits:
-        torch.softmax(z, dim=1, out=z)
-    return logits
-
-
 class Curves(NamedTuple):
     """The two rules for thresholds over all budgets: rows of ``budgeted_curve`` each."""
 
@@ -73,15 +66,13 @@ class Curves(NamedTuple):
     optimised: list[dict]
 
 
-def budget_curves(val_probs: Tensor, val_targets: Tensor, test_probs: Tensor, test_targets: Tensor, operations: list[int]) -> Curves:
+def budget_curves(val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], operations: list[int]) -> Curves:
     """Both rules; each row also has ``shares``, those of the test images that leave at each exit.
 
     Args:
-        val_probs, test_probs: (K, N, C).
-        val_targets, test_targets: (N,).
+        val, test: confidence and correctness (K, N) of every exit, as ``confidence_and_answers`` gives them.
         operations: to each exit.
     """
-    val, test = confidence_and_correctness(val_probs, val_targets), confidence_and_correctness(test_probs, test_targets)
     curves = Curves([point.row for point in budget_points(*val, *test, operations)], optimised_rows(*val, *test, operations))
     for row in itertools.chain(*curves):
         exits = assign_exits(test[0], torch.tensor(row["thresholds"]))

@@ -1,6 +1,6 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
-Evaluation(network, data, operations, run, constants, processes, log).run(["anytime", "dynamic"])
+Evaluation(network, data, operations, "softmax", run, constants, processes, log).run(["anytime", "dynamic"])
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import half_precision, inference_form, policy_curve, read_policy, write_policy
+from adaptive_inference import confidence_and_answers, half_precision, inference_form, policy_curve, read_policy, write_policy
 from adaptive_inference.examples import easy_and_hard, examples_figure
 from adaptive_inference.runtime import draw_runtime, runtime_rows
 from dataloader import Batch, Batches, Data
-from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows, softmax_
+from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows
 from engine.distributed import Processes
 from engine.log import Log
 from engine.report import draw_curves, read_csv, save_figure, table, write_csv
@@ -30,6 +30,7 @@ class Evaluation:
 
     Args:
         operations: to each exit.
+        confidence: measure that decides who leaves, as in ``adaptive_inference.policies``.
         constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
     """
 
@@ -38,13 +39,14 @@ class Evaluation:
         network: nn.Module,
         data: Data,
         operations: list[int],
+        confidence: str,
         run: RunDirectory,
         constants: dict[str, Any],
         processes: Processes,
         log: Log,
     ):
         self.network, self.data, self.operations, self.run_directory = network, data, operations, run
-        self.constants, self.processes, self.log = constants, processes, log
+        self.confidence, self.constants, self.processes, self.log = confidence, constants, processes, log
 
     def run(self, modes: list[str]) -> None:
         """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -81,18 +83,16 @@ class Evaluation:
         self.log.line(table(["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %"], cells))
 
     def budgeted(self, val_logits: Tensor, val_targets: Tensor, test_logits: Tensor, test_targets: Tensor) -> None:
-        """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images.
-
-        The logits are overwritten by their softmax.
-        """
+        """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images."""
         run, full = self.run_directory, self.operations[-1]
         last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
-        val_probs, test_probs = softmax_(val_logits), softmax_(test_logits)
-        curves = budget_curves(val_probs, val_targets, test_probs, test_targets, self.operations)
+        val = confidence_and_answers(val_logits, val_targets, self.confidence)
+        test = confidence_and_answers(test_logits, test_targets, self.confidence)
+        curves = budget_curves(val, test, self.operations)
         rows, optimised = csv_rows(curves.geometric), csv_rows(curves.optimised)
         write_csv(run.budgeted, rows)
         write_csv(run.optimised, optimised)
-        curve = policy_curve(self.network, self.operations, curves._asdict())
+        curve = policy_curve(self.network, self.operations, curves._asdict(), self.confidence)
         write_policy(run.policy, curve)
         exits = range(1, len(self.operations) + 1)
         self.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
@@ -108,7 +108,7 @@ class Evaluation:
             self.log.line(f"within half of the full operations: {half['test_acc1']:.2f} %; last exit for every image: {last_exit:.2f} %")
         self.log.line(f"thresholds for predict.py: {run.policy}")
         policy = min(curve.points, key=lambda point: abs(point.operations - full / 2)).policy
-        easy, hard = easy_and_hard(test_probs, test_targets, policy)
+        easy, hard = easy_and_hard(test_logits, test_targets, policy)
         figure = examples_figure(self.data.test.picture, test_targets, easy, hard, self.data.info.class_names)
         save_figure(figure, run.examples)
         self.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")

@@ -131,7 +131,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         if processes.is_main:
             stage.check_result(network, constants)
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
-        evaluation = Evaluation(network, data, operations, run, constants, processes, log)
+        evaluation = Evaluation(network, data, operations, settings.confidence, run, constants, processes, log)
         evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
         if processes.is_main:
             _to_tensorboard(run, constants, settings, log)
@@ -229,7 +229,7 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
     if not saved.state:
         log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
     _describe(network, data, operations, run, processes, log)
-    Evaluation(network, data, operations, run, constants, processes, log).run([settings.evalmode])
+    Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])
 
 
 def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:

@@ -29,7 +29,7 @@ ANSWERS = [
 
 
 def test_easy_and_hard():
-    easy, hard = easy_and_hard(probs_from(ANSWERS), torch.zeros(7, dtype=torch.int64), POLICY)
+    easy, hard = easy_and_hard(probs_from(ANSWERS).log(), torch.zeros(7, dtype=torch.int64), POLICY)
     assert easy.tolist() == [1, 0]
     assert hard.tolist() == [4, 3]
 
@@ -37,7 +37,7 @@ def test_easy_and_hard():
 def test_figure():
     images = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
     targets = torch.zeros(7, dtype=torch.int64)
-    easy, hard = easy_and_hard(probs_from(ANSWERS), targets, POLICY)
+    easy, hard = easy_and_hard(probs_from(ANSWERS).log(), targets, POLICY)
     figure = examples_figure(lambda i: images[i], targets, easy, hard, ["a", "b", "c"], columns=3)
     assert len(figure.axes) == 3 * 7
     assert sum(len(axes.images) for axes in figure.axes) == 4

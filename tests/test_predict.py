@@ -145,3 +145,23 @@ def test_command_lines_that_are_refused(arguments, capsys):
         predict.main(arguments)
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def exits_of(trained, images, capsys, *flags):
+    assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), "--format", "json", *flags]) == 0
+    return [row["exit"] for row in json.loads(capsys.readouterr().out)]
+
+
+def test_wanted_accuracy_and_points_choose_policies(trained, images, capsys):
+    """Point 1 is the most accurate one here, and point 10 the cheapest."""
+    first, last = exits_of(trained, images, capsys, "--point", "1"), exits_of(trained, images, capsys, "--point", "10")
+    assert exits_of(trained, images, capsys, "--accuracy", "88.5") == first
+    assert exits_of(trained, images, capsys, "--accuracy", "75%") == last
+    assert sum(last) <= sum(first)
+    for flags, message in (
+        (["--accuracy", "95"], "reaches 95 %"),
+        (["--point", "2"], "no point 2"),
+        (["--rule", "optimised"], "optimised"),
+    ):
+        assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), *flags]) == 2
+        assert message in capsys.readouterr().err

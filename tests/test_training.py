@@ -10,6 +10,7 @@ import torch
 import dataloader
 import train_GE
 import train_IMTA
+from adaptive_inference import AdaptivePredictor, read_policy
 from args import parse
 from engine import training
 from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoint
@@ -369,6 +370,23 @@ def test_evaluation_alone_repeats_the_tables(stage_1, program):
         (run / table).unlink()
         assert program.main(["--save", str(run), "--evalmode", *mode]) == 0
         assert (run / table).read_bytes() == before
+
+
+@pytest.mark.parametrize("measure", ["entropy", "margin", "patience"])
+def test_policies_of_every_measure_answer_as_the_evaluation_says(stage_1, measure):
+    run = stage_1 / "GE"
+    assert train_GE.main(["--save", str(run), "--evalmode", "dynamic", "--confidence", measure]) == 0
+    saved = load_saved(run / "best.pt", {})
+    curve = read_policy(run / "policy.json", saved.network)
+    data = dataloader.load_data(
+        parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.held_out
+    )
+    images, targets = (torch.cat(parts) for parts in zip(*data.test, strict=True))
+    for row, point in zip(read_csv(run / "budgeted.csv"), curve.of_rule("geometric"), strict=True):
+        if row["p"] in (1, 20, 40):
+            assert point.policy.confidence == measure
+            prediction = AdaptivePredictor(saved.network, point.policy)(images)
+            assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(row["test_acc1"], abs=0.01)
 
 
 def test_measured_time_beside_counted_operations(stage_1):
