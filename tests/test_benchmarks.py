@@ -1,0 +1,52 @@
+"""The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
+
+import pytest
+import torch
+
+from benchmarks import training_speed
+
+TINY = ["--threads", "1", "--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _own_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_training_speed(capsys):
+    """Both sides of both stages in one process."""
+    assert training_speed.main([*TINY, "--what", "stage2", "loading", "scaling", "schedule"]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "stage 1: plain loop",
+        "stage 2: plain loop",
+        "ours / plain loop",
+        "stage 2 / stage 1, both ours",
+        "stage 2: augmentation and loading / step",
+        "slowest / fastest",
+        "published schedule at batch 48",
+    ):
+        assert line in printed
+
+
+def test_training_speed_in_processes_of_their_own(capsys):
+    """Peak memory, and the start of the program itself."""
+    assert training_speed.main([*TINY, "--what", "stage1", "memory", "startup"]) == 0
+    printed = capsys.readouterr().out
+    assert "  stage 1, ours: " in printed
+    assert "start-up to the first step, 48 images, in seconds" in printed
+
+
+def test_training_speed_passes_flags_on(capsys):
+    """What follows -- reaches our side, a mistake in it ends as in the training programs."""
+    with pytest.raises(SystemExit) as stopped:
+        training_speed.main([*TINY, "--what", "stage1", "--", "--no-such-flag"])
+    assert stopped.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+def test_training_speed_refuses_what_it_cannot_measure(capsys):
+    assert training_speed.main(["--images", "8", "--batch-size", "16"]) == 2
+    assert "--batch-size 16" in capsys.readouterr().err
