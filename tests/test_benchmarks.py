@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import training_speed
+from benchmarks import image_decoding, training_speed
 
 TINY = ["--threads", "1", "--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
 
@@ -50,3 +51,20 @@ def test_training_speed_passes_flags_on(capsys):
 def test_training_speed_refuses_what_it_cannot_measure(capsys):
     assert training_speed.main(["--images", "8", "--batch-size", "16"]) == 2
     assert "--batch-size 16" in capsys.readouterr().err
+
+
+def test_image_decoding(tmp_path, capsys):
+    """Made-up photographs, then a folder's own; a way that a library is missing for is left out."""
+    assert image_decoding.main(["--size", "300", "250", "--limit", "2", "--repeat", "1"]) == 0
+    Image.new("RGB", (240, 600)).save(tmp_path / "long.JPEG")
+    Image.new("L", (500, 480)).save(tmp_path / "grey.jpg")
+    assert image_decoding.main(["--images", str(tmp_path), "--repeat", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 JPEGs of " in printed
+    assert printed.count("PIL, transforms v1 to normalised floats (plain)") == 2
+    assert printed.count("ours: dataloader.FileBatches, bytes") == 2
+
+
+def test_image_decoding_names_an_empty_folder(tmp_path, capsys):
+    assert image_decoding.main(["--images", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
