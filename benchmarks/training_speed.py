@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -40,13 +39,11 @@ from benchmarks.plain_loop import PlainLoop, PlainStage2
 from dataloader import NORMALIZATION, Batch, Batches, DataInfo, load_data
 from engine.checkpoint import Saved
 from engine.distributed import Processes
-from engine.log import Log
-from engine.run_directory import RunDirectory
-from engine.signals import StopRequest
 from engine.stage import _place
-from engine.training import Task, _Trainer
+from engine.stepper import Stepper
+from engine.training import Meters
 from models import count_operations
-from utils import UserError, seed_everything
+from utils import UserError, seed_everything, set_tf32
 
 PARTS = ("stage1", "stage2", "memory", "loading", "scaling", "startup", "schedule")
 CIFAR_IMAGES = 50_000
@@ -119,52 +116,36 @@ class Ours:
             stage = train_IMTA.STAGE
             settings = parse("IMTA", _flags(archive, options, batch_size)).settings(inherited=vars(settings_1))
         with known_archive(archive):
-            data = load_data(settings, device)
+            self.batches = load_data(settings, device).train
         seed_everything(settings.seed, settings.deterministic)
-        self.network = train_GE.STAGE.make_network(settings_1, data.info, None)
+        info = _data_info(options)
+        self.network = train_GE.STAGE.make_network(settings_1, info, None)
         if stage_number == 2:
-            stage_1 = Saved(Path("random weights"), self.network.eval(), {})
-            self.network = stage.make_network(settings, data.info, stage_1)
+            self.network = stage.make_network(settings, info, Saved(Path("random weights"), self.network.eval(), {}))
         _place(self.network, settings, processes)
-        self.batches = _Rounds(data.train)
-        self.folder = tempfile.TemporaryDirectory()
-        task = Task(self.network, stage.make_objective(self.network, settings), {})
-        run = RunDirectory(Path(self.folder.name))
-        self.trainer = _Trainer(task, replace(data, train=self.batches), settings, run, processes, Log(False))
-
-    def run(self, steps: int) -> tuple[int, float]:
-        """Images and seconds of the next ``steps`` steps, as the trainer takes them from its data to its logged sums."""
-        self.batches.steps = steps
-        self.trainer.run_epoch(StopRequest())
-        return self.batches.images, self.batches.seconds
-
-
-class _Rounds(Batches):
-    """Deals a round's batches as if they were an epoch's, going on where the last round ended, and times them.
-
-    What the trainer does after an epoch, writing checkpoints, is not timed.
-    """
-
-    def __init__(self, source: Batches):
-        super().__init__(source.num_images, source.batch_size, source.seed, source.shard)
-        self.source, self.steps, self.images, self.seconds = source, 1, 0, 0.0
+        objective = stage.make_objective(self.network, settings).train()
+        self.settings = settings
+        self.stepper = Stepper(objective, settings, processes)
+        self.meters = Meters(self.network.num_exits, device, only_finite=self.stepper.scaler.is_enabled())
         self._epoch, self._rest = 0, iter(())
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self.images = 0
+    def run(self, steps: int) -> tuple[int, float]:
+        """Images and seconds of the next ``steps`` steps; a new epoch begins when one ends."""
+        set_tf32(self.settings.tf32)  # of the whole process, and the plain loop has its own
+        images_done = 0
         _wait()
         began = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(steps):
             images, targets = self._next_batch()
-            self.images += len(targets)
-            yield images, targets
+            images_done += len(targets)
+            self.stepper.step(images, targets, LEARNING_RATE, self.meters.update)
         _wait()
-        self.seconds = time.perf_counter() - began
+        return images_done, time.perf_counter() - began
 
     def _next_batch(self) -> Batch:
         batch = next(self._rest, None)
         if batch is None:
-            self._rest = self.source.epoch(self._epoch)
+            self._rest = self.batches.epoch(self._epoch)
             self._epoch += 1
             batch = next(self._rest)
         return batch
@@ -180,13 +161,19 @@ def plain(stage_number: int, archive: Path, options: argparse.Namespace) -> Plai
     """The plain loop of a stage, on the same network."""
     settings = parse("GE", _flags(archive, options, None)).settings()
     seed_everything(settings.seed, settings.deterministic)
-    mean, std = NORMALIZATION["cifar100"]
-    info = DataInfo("cifar100", _class_names(), 32, list(mean), list(std), options.images, "")
+    info = _data_info(options)
     network = train_GE.STAGE.make_network(settings, info, None)
     if stage_number == 2:
         network = PlainStage2(network)
     with known_archive(archive):
-        return PlainLoop(network, archive, (mean, std), options.batch_size, options.workers, LEARNING_RATE, torch.device(options.device))
+        return PlainLoop(
+            network, archive, (info.mean, info.std), options.batch_size, options.workers, LEARNING_RATE, torch.device(options.device)
+        )
+
+
+def _data_info(options: argparse.Namespace) -> DataInfo:
+    mean, std = NORMALIZATION["cifar100"]
+    return DataInfo("cifar100", _class_names(), 32, list(mean), list(std), options.images, "")
 
 
 SIDES = {"plain loop": plain, "ours": Ours}
@@ -245,7 +232,7 @@ class Benchmark:
         """Share of a step that its batch takes: crop, flip and normalisation, and the epoch's order spread over its steps."""
         for number in self.stages:
             loop = Ours(number, self.archive, self.options)
-            batches, share = loop.batches.source, []
+            batches, share = loop.batches, []
             for _ in range(self.options.rounds + 1):
                 images, seconds = loop.run(self.options.steps)
                 share.append(_seconds_to_load(batches, self.options.steps) / (seconds / (images / batches.batch_size)))

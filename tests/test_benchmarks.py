@@ -32,8 +32,9 @@ def test_training_speed(capsys):
         assert line in printed
 
 
-def test_training_speed_in_processes_of_their_own(capsys):
-    """Peak memory, and the start of the program itself."""
+def test_training_speed_memory_and_startup(capsys, monkeypatch):
+    """Peak memory, here without processes of their own, and the start of the program itself."""
+    monkeypatch.setattr(training_speed, "_in_new_process", lambda function, *arguments: function(*arguments))
     assert training_speed.main([*TINY, "--what", "stage1", "memory", "startup"]) == 0
     printed = capsys.readouterr().out
     assert "  stage 1, ours: " in printed
