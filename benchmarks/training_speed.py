@@ -39,7 +39,7 @@ from benchmarks.plain_loop import PlainLoop, PlainStage2
 from dataloader import NORMALIZATION, Batch, Batches, DataInfo, load_data
 from engine.checkpoint import Saved
 from engine.distributed import Processes
-from engine.stage import _place
+from engine.stage import place
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import count_operations
@@ -122,7 +122,7 @@ class Ours:
         self.network = train_GE.STAGE.make_network(settings_1, info, None)
         if stage_number == 2:
             self.network = stage.make_network(settings, info, Saved(Path("random weights"), self.network.eval(), {}))
-        _place(self.network, settings, processes)
+        place(self.network, settings, processes)
         objective = stage.make_objective(self.network, settings).train()
         self.settings = settings
         self.stepper = Stepper(objective, settings, processes)

@@ -115,7 +115,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             constants = _constants(stage, settings, data, network, origin)
         seed_everything(settings.seed, settings.deterministic)
         operations = _operations(network, data.info.image_size)
-        _place(network, settings, processes)
+        place(network, settings, processes)
         _describe(network, data, operations, run, processes, log)
         if processes.is_main:
             if state is None:
@@ -181,7 +181,8 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
-def _place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+def place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+    """Move a network to its device, in the memory layout and precision that the settings ask for."""
     set_tf32(settings.tf32)
     network.to(processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
     trunk = network.backbone if isinstance(network, IMTA) else network
@@ -219,7 +220,7 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
     if network.num_classes != len(data.info.class_names):
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
-    _place(network, settings, processes)
+    place(network, settings, processes)
     if not saved.state and "save" not in command.explicit:
         raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
     run = RunDirectory(command.explicit.get("save") or source.parent)
