@@ -11,6 +11,7 @@ processes. Order and augmentation are functions of (seed, epoch, step) alone, so
 import argparse
 import fcntl
 import hashlib
+import math
 import os
 import signal
 import warnings
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
+from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -37,6 +38,7 @@ Batch = tuple[Tensor, Tensor]
 
 LARGEST_IN_MEMORY = 64  # pixels; larger images stay files
 CROP_PADDING = 4
+CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops: share of the image, width by height
 
 DEMO_IMAGES = {"train": 6500, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
@@ -216,7 +218,7 @@ class FileBatches(Batches):
         super().__init__(len(files), batch_size, seed, shard)
         self.normalize, self.device, self.workers = normalize, device, workers
         self.plain = _ImageFiles(files, targets, evaluation_transform(image_size))
-        self.augmented = self.plain if augment == "none" else _ImageFiles(files, targets, training_transform(image_size, augment))
+        self.augmented = self.plain if augment == "none" else _ImageFiles(files, targets, TrainingTransform(image_size, augment))
         self._steps_to_load: list[list[tuple[int, int]]] = []
         self._loader: DataLoader | None = None
 
@@ -228,7 +230,7 @@ class FileBatches(Batches):
         return self._load(self.augmented, steps)
 
     def picture(self, index: int) -> Tensor:
-        return self.plain.transform(read_image(self.plain.files[index]))
+        return read_image(self.plain.files[index], self.plain.transform)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size)])
@@ -254,7 +256,7 @@ class FileBatches(Batches):
 
 
 class _ImageFiles(Dataset):
-    def __init__(self, files: list[Path], targets: Tensor, transform: v2.Transform):
+    def __init__(self, files: list[Path], targets: Tensor, transform: Callable[[Image.Image], Tensor]):
         self.files, self.targets, self.transform = files, targets, transform
 
     def __len__(self) -> int:
@@ -263,10 +265,10 @@ class _ImageFiles(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | str:
         index, seed = key
         try:
-            image = read_image(self.files[index])
+            image = _seeded(lambda path: read_image(path, self.transform), self.files[index], seed)
         except UserError as error:
             return str(error)  # raised by the main process: a worker's exception arrives wrapped in a trace
-        return _seeded(self.transform, image, seed), self.targets[index]
+        return image, self.targets[index]
 
 
 def _image_seeds(num_images: int, generator: torch.Generator) -> Tensor:
@@ -293,11 +295,26 @@ def _collate(samples: list) -> Batch | str:
     return torch.stack(images), torch.stack(targets)
 
 
-def training_transform(image_size: int, augment: str = "standard") -> v2.Transform:
-    """PIL image -> bytes (3, image_size, image_size): random resized crop and flip, then the policy that ``augment`` names."""
-    policy = _augmentation_policy(augment)
-    steps = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    return v2.Compose(steps if policy is None else [*steps, policy])
+class TrainingTransform:
+    """Opened image -> bytes (3, image_size, image_size): random resized crop and flip, then the policy that ``augment`` names.
+
+    Only what a crop needs is decoded, and PyTorch resizes bytes faster than PIL does (``benchmarks/image_decoding.py``).
+    """
+
+    def __init__(self, image_size: int, augment: str = "standard"):
+        self.image_size, self.flip, self.policy = image_size, v2.RandomHorizontalFlip(), _augmentation_policy(augment)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
+        full_width, full_height = image.size
+        # A JPEG is decoded at the largest reduction that leaves the crop its final size; other formats come as they are.
+        image.draft("RGB", (math.ceil(full_width * self.image_size / width), math.ceil(full_height * self.image_size / height)))
+        reduction = round(full_width / image.size[0])
+        top, left, height, width = (n // reduction for n in (top, left, height, width))
+        pixels = np.array(_rgb(image.crop((left, top, left + width, top + height))))
+        crop = v2.functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), [self.image_size] * 2, antialias=True)
+        crop = self.flip(crop)
+        return (crop if self.policy is None else self.policy(crop)).contiguous()
 
 
 def _augmentation_policy(augment: str) -> v2.Transform | None:
@@ -305,13 +322,13 @@ def _augmentation_policy(augment: str) -> v2.Transform | None:
 
 
 def evaluation_transform(image_size: int) -> v2.Transform:
-    """PIL image -> bytes (3, image_size, image_size): the central square, of 7/8 of the shorter side for large images."""
+    """Opened image -> bytes (3, image_size, image_size): the central square, of 7/8 of the shorter side for large images."""
     resized = image_size if image_size <= LARGEST_IN_MEMORY else round(image_size * 8 / 7)
-    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
+    return v2.Compose([_rgb, v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
+def read_image(path: Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
+    """What ``transform`` makes of an image file that was opened and not decoded yet; None: the image in RGB.
 
     Raises:
         UserError: it cannot be read, or is so large that it looks like a decompression bomb; the file is named.
@@ -320,9 +337,13 @@ def read_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return (transform or _rgb)(image)
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
         raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

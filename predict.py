@@ -126,7 +126,7 @@ def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tu
     names, images = [], []
     for path in files:
         try:
-            image = transform(read_image(path))
+            image = read_image(path, transform)
         except UserError as error:
             sys.stderr.write(f"predict.py: {error}; skipped\n")
             yield [path], None

@@ -97,7 +97,7 @@ def ways_with_required_libraries(files: list[Path]) -> dict[str, Way]:
     )
     normalize = Normalizer(*mean_and_std, torch.device("cpu"))
     targets = torch.zeros(len(files), dtype=torch.int64)
-    batches = FileBatches(files, targets, normalize, SIZE, 1, True, 1, Shard(), torch.device("cpu"), 0)
+    batches = FileBatches(files, targets, normalize, SIZE, 1, "standard", 1, Shard(), torch.device("cpu"), 0)
     index = {file: i for i, file in enumerate(files)}
 
     def ours(file: Path) -> Tensor:
@@ -106,11 +106,11 @@ def ways_with_required_libraries(files: list[Path]) -> dict[str, Way]:
 
     return {
         "PIL, transforms v1 to normalised floats (plain)": lambda file: plain(_decode(file)),
-        "ours: dataloader.FileBatches, bytes": ours,
+        "ours: PIL reduced to the crop, PyTorch resizes its bytes": ours,
         "ours, made floats on the same core": lambda file: normalize(ours(file)[None]),
         "PIL reduced to the crop (draft), PIL resizes the crop": lambda file: _crop(file, True, _resize_by_pil),
         "PIL, PyTorch resizes the crop's bytes": lambda file: _crop(file, False, _resize_by_torch),
-        "PIL reduced to the crop (draft), PyTorch resizes its bytes": lambda file: _crop(file, True, _resize_by_torch),
+        "PIL, PIL resizes the crop": lambda file: _crop(file, False, _resize_by_pil),
     }
 
 

@@ -1,12 +1,14 @@
 """Splits, augmentation, order, image folders, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 import dataloader
 from args import parse
-from dataloader import CROP_PADDING, Shard, choose_held_out, crop_and_flip, load_data, read_image
+from dataloader import CROP_PADDING, Shard, TrainingTransform, choose_held_out, crop_and_flip, load_data, read_image
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -142,6 +144,27 @@ def test_stronger_augmentation_changes_images_one_by_one(image_folder, size):
     )
     changed = torch.cat([(a != b).flatten(1).any(dim=1) for (a, _), (b, _) in zip(standard.epoch(0), stronger.epoch(0), strict=True)])
     assert changed.float().mean() > 0.5  # one of TrivialAugment's operations, and the weakest of some others, is the identity
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_training_crops_agree_with_torchvisions(tmp_path, large):
+    """The same windows as torchvision's transform draws; of a JPEG that is decoded reduced, to a pixel of the reduced image."""
+    size, tolerance = ((1200, 900), 4.0) if large else ((100, 80), 1.0)
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(256, size=(2, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "image.jpg", quality=95)
+    ours, theirs = (
+        TrainingTransform(64),
+        v2.Compose([v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]),
+    )
+    for seed in range(20):
+        torch.manual_seed(seed)
+        crop = read_image(tmp_path / "image.jpg", ours)
+        torch.manual_seed(seed)
+        expected = theirs(read_image(tmp_path / "image.jpg"))
+        assert crop.shape == expected.shape == (3, 64, 64)
+        assert crop.dtype == torch.uint8
+        assert (crop.int() - expected.int()).abs().float().mean() < tolerance
 
 
 def test_batch_that_processes_cannot_share(image_folder):
