@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
 
 SMALL_INPUT_EXIT_CHANNELS = 128
+MOST_LAYERS = 1000
 
 
 class MSDNet(nn.Module):
@@ -201,6 +202,10 @@ def _check_options(config: dict) -> None:
     for name in ("num_classes", "num_blocks", "base", "step", "num_channels", "growth_rate"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}; it must be at least 1")
+    # To build millions of layers would take forever; the published networks have tens.
+    counts = {name: config[name] for name in ("num_blocks", "base", "step")}
+    if max(counts.values()) > MOST_LAYERS or sum(block_depths(*counts.values(), config["step_mode"])) > MOST_LAYERS:
+        raise ValueError(f"{', '.join(f'{name} {n}' for name, n in counts.items())} make more than {MOST_LAYERS} layers")
     growth, bottleneck = config["growth_factors"], config["bottleneck_factors"]
     if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
         raise ValueError(f"growth_factors {growth} and bottleneck_factors {bottleneck} must be lists of positive integers")
