@@ -7,6 +7,7 @@ network = network_from(state)
 
 import dataclasses
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from args import FLAGS
 from dataloader import DataInfo
+from engine.validation import check_state, describe_network
 from models import IMTA, MSDNet, load_released
 from utils import UserError, atomic_write
 
@@ -133,7 +135,16 @@ def _checked(state: Any, path: Path) -> dict[str, Any]:
     missing = {"stage", "title", "network", "state_dict", "data", "held_out", "settings", "origin"} - state.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    try:
+        check_state(state)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of this project: {_printable(str(error))}") from None
     return state
+
+
+def _printable(text: str) -> str:
+    """What comes from a file must not steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def read_tensors(path: Path) -> Any:
@@ -143,7 +154,15 @@ def read_tensors(path: Path) -> Any:
         UserError: the file is missing, truncated, or needs more than tensors and plain types.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # PyTorch does not compare the archive's checksums: flipped bits would become weights.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: the checksum of {_printable(damaged)} is another")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except pickle.UnpicklingError as error:
@@ -153,7 +172,9 @@ def read_tensors(path: Path) -> Any:
             f"{path} holds more than tensors and plain types, and is not loaded; "
             f"if you trust its source, load it there and save its state_dict alone"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what the readers raise on damaged bytes depends on where the damage is
         raise UserError(f"{path} cannot be read; it is truncated or no checkpoint ({type(error).__name__})") from None
 
 
@@ -168,16 +189,14 @@ def build_network(config: dict[str, Any]) -> MSDNet | IMTA:
     Raises:
         UserError: the description is of no network of this project.
     """
-    options = dict(config)
-    kind = options.pop("type", None)
     try:
-        if kind == "MSDNet":
-            return MSDNet(**options)
-        if kind == "IMTA":
-            return IMTA(MSDNet(**options.pop("backbone")), **options)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint describes an impossible network: {error}") from None
-    raise UserError(f"the checkpoint describes a network of unknown type {kind!r}")
+        describe_network(config)
+    except ValueError as error:
+        raise UserError(f"the checkpoint is damaged: {error}") from None
+    options = {name: value for name, value in config.items() if name != "type"}
+    if config["type"] == "MSDNet":
+        return MSDNet(**options)
+    return IMTA(MSDNet(**options.pop("backbone")), **options)
 
 
 def load_weights(network: nn.Module, state_dict: dict[str, torch.Tensor], source: Path) -> None:

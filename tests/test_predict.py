@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
             "state_dict": network.state_dict(),
             "data": plain(info),
             "held_out": torch.arange(3),
-            "settings": {},
+            "settings": {"data": "demo"},
         },
     )
     with torch.no_grad():
