@@ -148,10 +148,12 @@ def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tupl
     directories = {constants["title"]: run}
     if constants["origin"]:
         directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent), **directories}
-    curves = {
-        title: tuple(read_csv(path) if path.exists() else [] for path in (directory.anytime, directory.budgeted, directory.optimised))
-        for title, directory in directories.items()
-    }
+
+    def tables(directory: RunDirectory) -> tuple[list[dict], list[dict], list[dict]]:
+        shown = {directory.anytime: "acc1", directory.budgeted: "test_acc1", directory.optimised: "test_acc1"}
+        return tuple(read_csv(path, ("operations", accuracy)) if path.exists() else [] for path, accuracy in shown.items())
+
+    curves = {title: tables(directory) for title, directory in directories.items()}
     return {title: rows for title, rows in curves.items() if any(rows)}
 
 

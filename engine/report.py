@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from utils import UserError, atomic_write
 
+LARGEST_NUMBER = 1e15  # operations have fewer digits
 COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange")
 
 
@@ -28,15 +29,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read_csv(path: Path) -> list[dict]:
+def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
     """Rows of numbers that ``write_csv`` wrote.
+
+    Args:
+        columns: names that every row must have.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        with path.open(newline="") as stream:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+        for row in rows:
+            if not all(abs(value) <= LARGEST_NUMBER for value in row.values()):
+                raise ValueError("a number is out of range")
+            if not row.keys() >= set(columns):
+                raise ValueError(f"a column is missing: {', '.join(sorted(set(columns) - row.keys()))}")
+        return rows
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); write it again with --evalmode") from None
 
