@@ -66,7 +66,7 @@ def _pieces(path: Path) -> list[dict[str, Any]]:
     # A record that was lost or damaged is no reason to lose the run.
     try:
         return [piece for piece in json.loads(path.read_text(encoding="utf-8"))["pieces"] if isinstance(piece, dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
