@@ -36,6 +36,12 @@ class RunDirectory:
         """Whether something was trained here."""
         return self.last.exists() or self.best.exists() or self.log.exists()
 
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed run was writing."""
+        for path in self.results:
+            for leftover in self.path.glob(f".{path.name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other runs out of this directory until the block ends; the system frees the lock of a killed process.
@@ -43,17 +49,21 @@ class RunDirectory:
         Raises:
             UserError: another run writes here, or the directory cannot be made.
         """
-        is_new = not self.path.exists()
         try:
+            str(self.path).encode()  # TensorBoard writes into no other folders
+            is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             stream = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"cannot write into --save {self.path}: {error.strerror}") from None
+        except UnicodeEncodeError:
+            raise UserError(f"cannot write into --save {str(self.path)!a}: its name is no text") from None
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
+            self._clear_leftovers()
             try:
                 yield
             finally:
