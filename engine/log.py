@@ -26,7 +26,8 @@ class Log:
     def line(self, text: str) -> None:
         """One line on standard output, above a progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
+            # A file's name may hold bytes that are no text.
+            tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
             sys.stdout.flush()
 
     def open(self, run: RunDirectory, first_step: int) -> None:
