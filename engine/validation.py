@@ -33,7 +33,7 @@ def check_state(state: dict[str, Any]) -> None:
         _check_plain(str(name), value, DEEPEST)
     for name, is_right in _ENTRIES.items():
         if name in state and not is_right(state[name]):
-            raise ValueError(f"{name} is {_shown(state[name])}")
+            raise ValueError(f"{name} is {_shown(state[name])}, of the wrong kind or content")
     _check_data(state["data"])
     _check_settings(state["settings"])
     _check_held_out(state["held_out"], state["data"]["num_training_images"])
@@ -138,7 +138,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "stage": lambda value: value in ("GE", "IMTA"),
     "title": _is_text,
     "network": _is_dict,
-    "state_dict": lambda value: isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values()),
+    "state_dict": _is_dict,
     "data": _is_dict,
     "held_out": lambda value: isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 1,
     "settings": _is_dict,
@@ -239,6 +239,9 @@ def _check_held_out(held_out: Tensor, num_images: int) -> None:
 
 def _check_weights(network: MSDNet | IMTA, state_dict: dict[str, Tensor]) -> None:
     expected = network.state_dict()
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is {_shown(value)}, where a tensor belongs")
     for name in [*expected, *state_dict]:
         ours, theirs = (list(d[name].shape) if name in d else "nothing" for d in (expected, state_dict))
         if ours != theirs:
