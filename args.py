@@ -255,7 +255,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     Raises:
         SystemExit: with status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
     """
-    parser = _build_parser(stage)
+    parser = build_parser(stage)
     explicit = vars(parser.parse_args(argv))
     if explicit.get("nesterov") and explicit.get("momentum") == 0:
         parser.error("--nesterov needs a --momentum above 0")
@@ -272,7 +272,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
 
 
-def _build_parser(stage: str) -> argparse.ArgumentParser:
+def build_parser(stage: str) -> argparse.ArgumentParser:
+    """The parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
     purpose = {
         "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
         "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",

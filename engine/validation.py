@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
-from args import DEFAULTS, _build_parser
+from args import DEFAULTS, build_parser
 from dataloader import DataInfo
 from models import IMTA, MSDNet
 
@@ -149,6 +149,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "best_accuracy": _is_number,
     "best_epoch": _is_count,
+    "skipped_steps": _is_count,
     "seconds": lambda value: _is_number(value) and value >= 0,
     "history": _is_rows,
     "optimizer": lambda value: _is_optimizer(value),
@@ -197,7 +198,7 @@ def _check_data(data: dict[str, Any]) -> None:
 @cache
 def _flags() -> dict[str, argparse.Action]:
     # Stage 2 has every flag that stage 1 has.
-    return {action.dest: action for action in _build_parser("IMTA")._actions if action.dest != "help"}
+    return {action.dest: action for action in build_parser("IMTA")._actions if action.dest != "help"}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
