@@ -21,6 +21,7 @@ from args import FLAGS
 from dataloader import DataInfo
 from engine.validation import check_state, describe_network
 from models import IMTA, MSDNet, load_released
+from models.released import PUBLISHED_NAMES
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet checkpoint 1"
@@ -103,30 +104,18 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
     return Saved(path, network.eval(), state)
 
 
-# Our names of network options -> published flags.
-PUBLISHED_FLAGS = {
-    "num_blocks": "nBlocks",
-    "base": "base",
-    "step": "step",
-    "step_mode": "stepmode",
-    "num_channels": "nChannels",
-    "growth_rate": "growthRate",
-    "growth_factors": "grFactor",
-    "bottleneck_factors": "bnFactor",
-    "bottleneck": "bottleneck",
-    "prune": "prune",
-    "reduction": "reduction",
-}
-
-
 def _released_network(content: Any, path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    flags = {flag: explicit[name] for name, flag in PUBLISHED_FLAGS.items() if name in explicit}
+    flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
     try:
-        return load_released(content, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
+        network = load_released(content, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
     except ValueError as error:
         raise UserError(f"{path}: {str(error).removeprefix('the given checkpoint: ')}") from None
+    trunk = network.backbone if isinstance(network, IMTA) else network
+    if explicit.get("small_inputs", trunk.small_inputs) != trunk.small_inputs:
+        raise UserError(f"{path} has {'small' if trunk.small_inputs else 'large'} inputs, the command line says otherwise")
+    return network
 
 
 def _checked(state: Any, path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataloader import Batch, Batches, Data
 from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows
 from engine.distributed import Processes
 from engine.log import Log
-from engine.report import draw_curves, read_csv, save_figure, table, write_csv
+from engine.report import draw_curves, millions, read_csv, save_figure, table, write_csv
 from engine.run_directory import RunDirectory
 from models import count_operations
 from utils import UserError
@@ -77,7 +77,7 @@ class Evaluation:
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
         self.log.line(f"\nevery exit on the {len(targets):,} test images ({self.run_directory.anytime})")
         cells = [
-            [str(row["exit"]), _millions(row["operations"]), _millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
+            [str(row["exit"]), millions(row["operations"]), millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
             for row, n in zip(rows, lazy, strict=True)
         ]
         self.log.line(table(["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %"], cells))
@@ -97,7 +97,7 @@ class Evaluation:
         exits = range(1, len(self.operations) + 1)
         self.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
         cells = [
-            [str(row["p"]), _millions(row["operations"]), f"{100 * row['operations'] / full:.0f}", f"{row['test_acc1']:.2f}"]
+            [str(row["p"]), millions(row["operations"]), f"{100 * row['operations'] / full:.0f}", f"{row['test_acc1']:.2f}"]
             + [f"{100 * row[f'share_{k}']:.0f}" for k in exits]
             + [f"{best['test_acc1']:.2f} at {100 * best['operations'] / full:.0f} %"]
             for row, best in list(zip(rows, optimised, strict=True))[3::4]
@@ -130,8 +130,8 @@ class Evaluation:
             [
                 str(row["batch_size"]),
                 str(row["p"]),
-                _millions(row["operations"]),
-                _millions(row["lazy_operations"]),
+                millions(row["operations"]),
+                millions(row["lazy_operations"]),
                 f"{row['milliseconds']:.3f}",
                 f"{100 * row['milliseconds'] / row['full_milliseconds']:.0f}",
                 f"{100 * row['operations'] / self.operations[-1]:.0f}",
@@ -155,10 +155,6 @@ def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tupl
 
     curves = {title: tables(directory) for title, directory in directories.items()}
     return {title: rows for title, rows in curves.items() if any(rows)}
-
-
-def _millions(operations: float) -> str:
-    return f"{operations / 1e6:.2f} M"
 
 
 def _first(batches: Batches, count: int) -> Iterator[Batch]:

@@ -21,6 +21,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def millions(operations: float) -> str:
+    """As ``7.94 M``."""
+    return f"{operations / 1e6:.2f} M"
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows of the same keys."""
     with atomic_write(path) as stream:

@@ -29,8 +29,8 @@ Flags = dict[str, Any]
 
 STAGE_1_ARCHS = ("msdnet", "msdnet_ge")
 STAGE_2_ARCH = "IMTA_MSDNet"
-# flag -> option of MSDNet
-_CONFIG_NAMES = {
+# Published flag -> option of MSDNet.
+PUBLISHED_NAMES = {
     "num_classes": "num_classes",
     "nBlocks": "num_blocks",
     "base": "base",
@@ -114,7 +114,7 @@ def released_flags(network: MSDNet | IMTA) -> Flags:
     _check_representable(network)
     stage_2 = isinstance(network, IMTA)
     config = network.config["backbone"] if stage_2 else network.config
-    flags = {flag: config[name] for flag, name in _CONFIG_NAMES.items()}
+    flags = {flag: config[name] for flag, name in PUBLISHED_NAMES.items()}
     for flag in ("grFactor", "bnFactor"):
         flags[flag] = "-".join(map(str, flags[flag]))
     small_data = "cifar10" if config["num_classes"] == 10 else "cifar100"
@@ -365,7 +365,7 @@ def _not_released(reason: str) -> ValueError:
 
 def _build(candidate: Flags, rescale: bool) -> MSDNet:
     return MSDNet(
-        **{name: candidate[flag] for flag, name in _CONFIG_NAMES.items()},
+        **{name: candidate[flag] for flag, name in PUBLISHED_NAMES.items()},
         small_inputs=candidate["data"] != "imagenet",
         gradient_equilibrium=rescale,
         gradient_equilibrium_scales="coarsest",

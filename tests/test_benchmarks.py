@@ -63,7 +63,7 @@ def test_image_decoding(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 JPEGs of " in printed
     assert printed.count("PIL, transforms v1 to normalised floats (plain)") == 2
-    assert printed.count("ours: dataloader.FileBatches, bytes") == 2
+    assert printed.count("ours: PIL reduced to the crop, PyTorch resizes its bytes") == 2
 
 
 def test_image_decoding_names_an_empty_folder(tmp_path, capsys):
