@@ -2,17 +2,16 @@
 
 import json
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
-from utils import atomic_write
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from utils import UserError, atomic_write
 
 
 class Log:
@@ -20,7 +19,7 @@ class Log:
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
-        self.writer: SummaryWriter | None = None
+        self.writer: _Events | None = None
         self._bar: tqdm | None = None
 
     def line(self, text: str) -> None:
@@ -33,17 +32,14 @@ class Log:
     def open(self, run: RunDirectory, first_step: int) -> None:
         """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""
         if self.enabled:
-            # Takes seconds to import, which evaluation need not wait for.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
+            self.writer = _Events(run.tensorboard, first_step)
 
     def close(self) -> None:
         """End the bar and the events."""
         self.end_epoch()
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
@@ -87,3 +83,42 @@ class Log:
                     self.writer.add_scalar(f"{name}/exit_{k}", element, step)
             elif isinstance(value, (int, float)) and name != "epoch":
                 self.writer.add_scalar(name, value, step)
+
+
+class _Events:
+    """TensorBoard's ``SummaryWriter``, with the same methods; what it cannot write is a UserError."""
+
+    def __init__(self, folder: Path, first_step: int):
+        # Takes seconds to import, which evaluation need not wait for.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        # Its thread leaves an error to the next call, and would print it with a trace as well.
+        self._hook, threading.excepthook = threading.excepthook, self._keep_quiet
+        try:
+            self._writer = self._guarded(SummaryWriter)(str(folder), purge_step=first_step or None)
+        except UserError:
+            threading.excepthook = self._hook
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return self._guarded(getattr(self._writer, name))
+
+    def close(self) -> None:
+        try:
+            self._guarded(self._writer.close)()
+        finally:
+            threading.excepthook = self._hook
+
+    def _guarded(self, function: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except OSError as error:
+                raise UserError(f"cannot write TensorBoard's events into {self._folder}: {error.strerror or error}") from None
+
+        return call
+
+    def _keep_quiet(self, failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
