@@ -408,8 +408,8 @@ def _run_code_in(rng: random.Random, folder: Path, path: Path) -> str:
 # Images.
 
 
-def _picture(rng: random.Random, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
-    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3)).convert(mode)
+def _picture(rng: random.Random, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
 
 
 def _png_of(width: int, height: int, data: bytes = b"") -> bytes:
@@ -462,8 +462,7 @@ def _broken_image(rng: random.Random, folder: Path, stem: str) -> str:
         path.write_bytes(_png_of(1, long, bytes(4 * long)) if rng.random() < 0.5 else _png_of(long, 1, bytes(1 + 3 * long)))
     elif choice == "odd mode":
         mode, form = rng.choice([("CMYK", "jpg"), ("L", "png"), ("P", "gif"), ("1", "png"), ("I;16", "png"), ("LA", "png"), ("F", "tif")])
-        image = _picture(rng, mode="RGB" if mode in ("I;16", "F", "LA") else mode)
-        (image if image.mode == mode else image.convert("L").convert({"I;16": "I"}.get(mode, mode))).save(folder / f"{stem}.{form}")
+        Image.new(mode, (32, 32)).save(folder / f"{stem}.{form}")
     else:
         path.with_suffix(rng.choice([".gif", ".pgm", ".tiff"])).write_bytes(content)
     return choice

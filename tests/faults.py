@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -228,6 +229,9 @@ class Harness:
             problems = {"kill": self._kill, "term": self._term, "disk": self._disk, "input": self._input}[kind](
                 random.Random(f"{self.seed} {name}"), folder, int(number)
             )
+        except Exception as error:  # one case must not lose the others' results
+            traceback.print_exc()
+            problems = [f"the harness itself: {type(error).__name__}: {error}"]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for problem in problems:
