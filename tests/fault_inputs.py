@@ -556,7 +556,7 @@ def _training_flags(stage: str) -> Callable:
         shutil.copytree(runs.training("GE"), folder / "GE")
         target = rng.choice(["../new"] * 6 + ["../GE", "../GE/best.pt", "../GE/best.pt/x", "../" + "x" * 300, "../\udcff", "../two\nlines"])
         start = SETUP if stage == "GE" else ["--pretrained", "../GE", "--epochs", "1", "--batch-size", "32"]
-        argv = [*start, "--save", target, *_random_flags(rng, args._build_parser(stage), rng.choice([1, 1, 2, 3, 6]))]
+        argv = [*start, "--save", target, *_random_flags(rng, args.build_parser(stage), rng.choice([1, 1, 2, 3, 6]))]
         # What --overwrite and --resume are for.
         name = target.removeprefix("../").split("/")[0]
         return Case("", folder, f"train_{stage}", argv, "flags", writes=("new", name))

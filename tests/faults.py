@@ -447,6 +447,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="CASE", help="one case, such as kill-3 or input-17, as it was printed")
     parser.add_argument("--self-check", action="store_true", help="then break the programs on purpose, and see that it is noticed")
     options = parser.parse_args(argv)
+    # Leave no file system mounted and no folder behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare()
     dataloader.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
