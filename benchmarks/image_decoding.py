@@ -145,10 +145,9 @@ def _crop(file: Path, reduced: bool, resize: Callable[[Image.Image], Tensor]) ->
     with Image.open(file) as image:
         top, left, height, width = _window(image)
         if reduced:
-            full_width, full_height = image.size
-            # The decoder takes the largest reduction that leaves the image at least this size, and so the crop SIZE pixels, if it has them.
-            image.draft("RGB", (math.ceil(full_width * SIZE / width), math.ceil(full_height * SIZE / height)))
-            reduction = round(full_width / image.size[0])
+            # The decoder takes the largest power of two that leaves the image at least this size, which is this one.
+            reduction = _reduction(height, width)
+            image.draft(None, tuple(side // reduction for side in image.size))
             top, left, height, width = (n // reduction for n in (top, left, height, width))
         crop = image.crop((left, top, left + width, top + height))
         crop = resize(crop if crop.mode == "RGB" else crop.convert("RGB"))
@@ -163,8 +162,7 @@ def _augment(pixels: Tensor) -> Tensor:
 def _augment_reduced(simplejpeg: ModuleType, content: bytes) -> Tensor:
     full_height, full_width, *_ = simplejpeg.decode_jpeg_header(content)
     top, left, height, width = _window(torch.empty(0, full_height, full_width))
-    # Reductions by other factors are possible, but slower than none: the decoder has fast code for powers of two alone.
-    reduction = next((n for n in (8, 4, 2) if min(height, width) >= n * SIZE), 1)
+    reduction = _reduction(height, width)
     smallest = {"min_height": -(-full_height // reduction), "min_width": -(-full_width // reduction), "min_factor": 1}
     pixels = _channels_first(simplejpeg.decode_jpeg(content, "RGB", **(smallest if reduction > 1 else {})))
     top, left, height, width = (n // reduction for n in (top, left, height, width))
@@ -173,6 +171,11 @@ def _augment_reduced(simplejpeg: ModuleType, content: bytes) -> Tensor:
 
 def _window(image: Image.Image | Tensor) -> tuple[int, int, int, int]:
     return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+
+
+def _reduction(height: int, width: int) -> int:
+    # Other factors are possible, but slower than none: the decoder has fast code for powers of two alone.
+    return next((n for n in (8, 4, 2) if min(height, width) >= n * SIZE), 1)
 
 
 def _finish(crop: Tensor) -> Tensor:
