@@ -244,7 +244,7 @@ class FileBatches(Batches):
                 batch_sampler=self._steps_to_load,
                 num_workers=self.workers,
                 collate_fn=_collate,
-                worker_init_fn=_ignore_interrupt,
+                worker_init_fn=_ignore_stopping,
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=self.workers > 0,
             )
@@ -282,9 +282,11 @@ def _seeded(transform: Callable[[Any], Tensor], image: Any, seed: int) -> Tensor
         return transform(image)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one finishes its step first and needs its workers for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stopping(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and a scheduler's SIGTERM often every process of a job; the main process finishes its
+    step first, needs its workers for that, and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(samples: list) -> Batch | str:

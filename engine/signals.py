@@ -1,9 +1,32 @@
-"""SIGINT and SIGTERM ask a run to stop: it ends the step, saves, and says how to go on. A second one stops at once. SIGUSR1 asks it to
-save and go on."""
+"""SIGINT and SIGTERM ask a run to stop: in training it ends the step, saves, and says how to go on; elsewhere, and at a second signal, it
+stops at once. SIGUSR1 asks it to save and go on."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+class Interrupted(BaseException):
+    """A signal stopped the run; ``exit_status`` is the one to end with. No handler of other errors catches it."""
+
+    def __init__(self, signal_number: int, is_saved: bool = False):
+        super().__init__(signal_number)
+        self.exit_status, self.is_saved = 128 + signal_number, is_saved
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM raise ``Interrupted``."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Requests:

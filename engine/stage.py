@@ -21,11 +21,10 @@ from engine.log import Log
 from engine.provenance import Provenance
 from engine.report import draw_curves, pixels, read_csv
 from engine.run_directory import RunDirectory
-from engine.training import Interrupted, Task, train
+from engine.signals import Interrupted, stop_on_signals
+from engine.training import Task, train
 from models import IMTA, count_operations
 from utils import UserError, seed_everything, set_tf32
-
-INTERRUPTED_HINT = "stopped by a signal and saved; go on with --resume"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
     """
     command = parse(stage.name, argv)
     try:
-        with process_group(command.explicit.get("gpu")) as processes:
+        with stop_on_signals(), process_group(command.explicit.get("gpu")) as processes:
             log = Log(processes.is_main)
             try:
                 if "evalmode" in command.explicit:
@@ -72,7 +71,9 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
         sys.stderr.write(f"train_{stage.name}.py: {error}\n")
         return 2
     except Interrupted as interrupted:
-        sys.stderr.write(f"train_{stage.name}.py: {INTERRUPTED_HINT}\n")
+        saved = "saved" if interrupted.is_saved else "what was saved before stays"
+        way_on = "" if "evalmode" in command.explicit else "; go on with --resume"
+        sys.stderr.write(f"train_{stage.name}.py: stopped by a signal, {saved}{way_on}\n")
         return interrupted.exit_status
     except RuntimeError as error:
         lost = _lost_process(error)
@@ -80,9 +81,6 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
             raise
         sys.stderr.write(f"train_{stage.name}.py: {lost}; go on with --resume\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"train_{stage.name}.py: interrupted; what was saved before stays\n")
-        return 130
     return 0
 
 
@@ -146,7 +144,8 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
     if not run.last.exists():
-        if run.holds_run():
+        # The log comes after last.pt, best.pt before it: without both the run was killed while it saved for the first time.
+        if run.log.exists():
             raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
         log.line(f"nothing to resume in {run.path}: starting from scratch")
         return None

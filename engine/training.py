@@ -21,7 +21,7 @@ from engine.distributed import Processes
 from engine.log import Log
 from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate
-from engine.signals import Requests, note_signals
+from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
 from utils import UserError
 
@@ -51,14 +51,6 @@ class Progress:
 
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
 _SAVE = 1
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after it was saved; ``exit_status`` is the one to end with."""
-
-    def __init__(self, exit_status: int):
-        super().__init__(exit_status)
-        self.exit_status = exit_status
 
 
 class Meters:
@@ -148,13 +140,13 @@ class _Trainer:
                 if request or (settings.save_every_steps and progress.step % settings.save_every_steps == 0):
                     self._save()
                 if request > _SAVE:
-                    raise Interrupted(128 + request - _SAVE)
+                    raise Interrupted(request - _SAVE, is_saved=True)
         log.end_epoch()
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
         signal_number = self.processes.largest(requests.stop)
         if signal_number:
-            raise Interrupted(128 + signal_number)
+            raise Interrupted(signal_number, is_saved=True)
 
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
