@@ -53,7 +53,8 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
                 raise ValueError(f"a column is missing: {', '.join(sorted(set(columns) - row.keys()))}")
         return rows
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}); write it again with --evalmode") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({reason}); write it again with --evalmode") from None
 
 
 def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> Figure:
