@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adaptive_inference.policies import MEASURES
-from utils import UserError
+from utils import CommandLineParser, UserError
 
 DEFAULTS = {
     "preset": "demo",
@@ -81,6 +81,8 @@ DEFAULTS = {
     "checkpoint_activations": False,
     "sync_bn": False,
 }
+
+MOST_WORKERS, MOST_EPOCHS = 1024, 10**6
 
 _CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
 _CIFAR_7_EXITS = {"num_blocks": 7, "step_mode": "even", "step": 2, "base": 4, "num_channels": 16, "growth_rate": 6}
@@ -267,18 +269,13 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     return CommandLine(stage, explicit, sys.argv[1:] if argv is None else argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
-
-
 def build_parser(stage: str) -> argparse.ArgumentParser:
     """The parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
     purpose = {
         "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
         "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
     }[stage]
-    parser = _Parser(
+    parser = CommandLineParser(
         prog=f"train_{stage}.py",
         description=purpose + " Without flags: the embedded demo. Defaults shown are those of --preset demo.",
         argument_default=argparse.SUPPRESS,
@@ -329,7 +326,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
             shown="the directory GE beside DIR",
             help="stage-1 checkpoint (ours or a released one), or directory of a stage-1 run",
         )
-    add("--seed", type=_seed, metavar="N", help="seed of initialisation, order and augmentation")
+    add("--seed", type=_at_least(0, 2**32 - 2), metavar="N", help="seed of initialisation, order and augmentation")
     add("--deterministic", **switch, help="only operations that repeat bit for bit on the same machine")
     add("--gpu", type=_int_list(","), metavar="IDS", shown="the first GPU, or the CPU", help="GPU or GPUs of this process, such as 0,1,2,3")
     add("--print-freq", "-p", type=_at_least(1), metavar="N", help="steps between two lines of the log")
@@ -342,10 +339,10 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add("--data-root", type=Path, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
     add("--image-size", type=_at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224", help="height and width of images")
     add("--val-size", type=_at_least(0), metavar="N", help="training images held out to choose the best epoch and the thresholds")
-    add("--split-seed", type=_seed, metavar="N", help="seed of the choice of held-out images")
+    add("--split-seed", type=_at_least(0, 2**32 - 2), metavar="N", help="seed of the choice of held-out images")
     add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
     add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
-    add("--workers", "-j", type=_at_least(0), metavar="N", help="processes that decode large images")
+    add("--workers", "-j", type=_at_least(0, MOST_WORKERS), metavar="N", help="processes that decode large images")
     add(
         "--augment",
         choices=["standard", "trivial", "randaugment", "none"],
@@ -388,7 +385,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add("--released", **switch, help="every choice the released program's way; a flag given beside it still counts")
 
     add = adder("optimisation")
-    add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
+    add("--epochs", type=_at_least(1, MOST_EPOCHS), metavar="N", help="passes over the training images")
     add("--batch-size", "-b", type=_at_least(1), metavar="N", help="images a step, over all processes and GPUs")
     add("--lr", "--learning-rate", type=_above(0), metavar="LR", help="peak learning rate")
     add("--lr-type", choices=["multistep", "cosine"], help="schedule after the warm-up")
@@ -435,21 +432,14 @@ def _number(text: str, kind: type):
     return value
 
 
-def _at_least(low: int) -> Callable[[str], int]:
+def _at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     def convert(text: str) -> int:
         value = _number(text, int)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is not allowed; at least {low}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; at least {low}" + (f", at most {high}" if value > high else ""))
         return value
 
     return convert
-
-
-def _seed(text: str) -> int:
-    value = _at_least(0)(text)
-    if value >= 2**32 - 1:
-        raise argparse.ArgumentTypeError(f"{value} is not allowed; less than {2**32 - 1}")
-    return value
 
 
 def _above(low: float) -> Callable[[str], float]:

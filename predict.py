@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import DataInfo, Normalizer, evaluation_transform, read_image
 from engine.checkpoint import load_saved
 from engine.report import table
-from utils import UserError, atomic_write
+from utils import CommandLineParser, UserError, atomic_write
 
 DEFAULT_CHECKPOINT = Path("save/demo/IMTA/best.pt")
 POLICY_NAME = "policy.json"
@@ -183,13 +182,10 @@ def _write(text: str, output: Path | None) -> None:
         stream.write(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="predict.py", description="Classify images, each with as much of the network as it needs.", allow_abbrev=False)
+    parser = CommandLineParser(
+        prog="predict.py", description="Classify images, each with as much of the network as it needs.", allow_abbrev=False
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of images")
     parser.add_argument(
         "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="FILE", help="of either stage (default: %(default)s)"

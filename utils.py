@@ -1,20 +1,45 @@
 """Small tools every script needs: one-line errors, atomic files, seeds."""
 
+import argparse
 import errno
 import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
 
+LONGEST_MESSAGE = 600  # characters
+
 
 class UserError(Exception):
     """A mistake the user can mend. The scripts print its one line and end with status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """``text`` fit for one line of a terminal, whatever names or values it quotes."""
+    text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+
+
+def duration(seconds: float) -> str:
+    """As ``1 day, 2:03:04``."""
+    return str(timedelta(seconds=round(min(max(seconds, 0), 1e9))))
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """Answers a mistake with one line and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")
 
 
 def set_tf32(enabled: bool) -> None:
@@ -34,11 +59,16 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
         UserError: the folder cannot be written or the disk is full; an old file is then untouched.
     """
     temporary = None
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device, such as /dev/null, is not for replacing
+            with path.open(mode, **options) as stream:
+                yield stream
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as stream:
+        with os.fdopen(handle, mode, **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

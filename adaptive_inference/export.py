@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from adaptive_inference.inference_form import inference_form
 from adaptive_inference.policies import describe
 from models.stepwise import advance, exit_plans, stem_cells
-from utils import UserError, atomic_write
+from utils import CommandLineParser, UserError, atomic_write
 
 FORMAT = "imta-msdnet onnx 1"
 DESCRIPTION = "network.json"
@@ -292,17 +292,14 @@ def _optional(name: str) -> ModuleType:
         raise UserError(f"this needs the package {name}: pip install -r requirements-export.txt") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Export the checkpoint these arguments name (None: those of the process) and return the exit status."""
     # Here, as the runner alone needs no checkpoints.
     from engine.checkpoint import load_saved
 
-    parser = _Parser(prog="adaptive_inference.export", description="Write each block of a network with its exit as an ONNX model.")
+    parser = CommandLineParser(
+        prog="adaptive_inference.export", description="Write each block of a network with its exit as an ONNX model."
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of either stage")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the models")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width (default: as in training)")

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, duration
 
 
 class Log:
@@ -58,7 +58,7 @@ class Log:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
         else:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds_a_step * (self._steps - done)))
+            left = duration(seconds_a_step * (self._steps - done))
             self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")
 
     def end_epoch(self) -> None:

@@ -75,13 +75,21 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
         way_on = "" if "evalmode" in command.explicit else "; go on with --resume"
         sys.stderr.write(f"train_{stage.name}.py: stopped by a signal, {saved}{way_on}\n")
         return interrupted.exit_status
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            hint = "try a smaller --batch-size, --accumulate or --checkpoint-activations"
+            sys.stderr.write(f"train_{stage.name}.py: there is not enough memory; {hint}\n")
+            return 2
         lost = _lost_process(error)
         if lost is None:
             raise
         sys.stderr.write(f"train_{stage.name}.py: {lost}; go on with --resume\n")
         return 1
     return 0
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _lost_process(error: RuntimeError) -> str | None:
@@ -103,6 +111,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
             network = build_network(state["network"])
             load_weights(network, state["state_dict"], run.last)
+            _check_best(run, state)
             constants = {name: state[name] for name in state["constant_names"]}
         else:
             settings = command.settings(inherited=origin.settings if origin else None)
@@ -157,6 +166,12 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
     command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
     log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")
     return state
+
+
+def _check_best(run: RunDirectory, state: dict[str, Any]) -> None:
+    """The best epoch is needed at the end; that its file is of another run should be known before."""
+    if state["best_epoch"] and load_checkpoint(run.best)["network"] != state["network"]:
+        raise UserError(f"{run.best} holds another network than {run.last}")
 
 
 def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Saved | None) -> dict[str, Any]:
@@ -229,7 +244,8 @@ def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None
     if not saved.state:
         log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
     _describe(network, data, operations, run, processes, log)
-    Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])
+    with run.lock() if processes.is_main else nullcontext():
+        Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])
 
 
 def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:

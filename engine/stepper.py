@@ -100,7 +100,16 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the entries that ``state_dict`` gave."""
+        """Take over the entries that ``state_dict`` gave.
+
+        Raises:
+            UserError: they are of other parameters.
+        """
+        shapes = {i: parameter.shape for i, parameter in enumerate(self.parameters)}
+        for i, entry in state["optimizer"]["state"].items():
+            momentum = entry["momentum_buffer"]
+            if momentum is not None and shapes.get(i) != momentum.shape:
+                raise UserError("the checkpoint's optimiser has learned other parameters than those of its network")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 

@@ -23,7 +23,7 @@ from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate
 from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
-from utils import UserError
+from utils import UserError, duration
 
 
 @dataclass
@@ -198,7 +198,7 @@ class _Trainer:
         self.meters.totals.zero_()
         self._write(is_best, progress, self.meters.totals)
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
-        left = time.strftime("%H:%M:%S", time.gmtime(row["seconds"] * (self.settings.epochs - progress.epoch)))
+        left = duration(row["seconds"] * (self.settings.epochs - progress.epoch))
         self.log.line(
             f"epoch {progress.epoch}/{self.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
             f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"

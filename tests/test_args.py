@@ -107,7 +107,7 @@ def test_evalmode(flags, mode):
         (["--single-stage", "--pretrained", "x"], "do not go together"),
         (["--evaluate-from", "x.pt"], "needs --evalmode"),
         (["--nesterov", "--momentum", "0"], "above 0"),
-        (["--seed", "4294967296"], "less than"),
+        (["--seed", "4294967296"], "at most"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -165,3 +166,21 @@ def test_wanted_accuracy_and_points_choose_policies(trained, images, capsys):
     ):
         assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_skipped_at_once(trained, images, tmp_path, capsys):
+    """A pipe that nobody writes into, and a line of pixels that resizing would make enormous."""
+    os.mkfifo(images / "pipe.png")
+    Image.new("RGB", (40_000, 2)).save(images / "line.png")
+    assert predict.main([str(images / "pipe.png"), str(images / "line.png"), "--checkpoint", str(trained / "best.pt")]) == 1
+    errors = capsys.readouterr().err
+    assert "pipe.png: there is no such file; skipped" in errors
+    assert "differ too much; skipped" in errors
+
+
+def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):
+    device = tmp_path / "null"
+    device.symlink_to(os.devnull)
+    assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), "--output", str(device)]) in (0, 1)
+    assert device.is_char_device()
+    assert device.is_symlink()
