@@ -162,18 +162,19 @@ class InMemoryBatches(Batches):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         generator = self._generator(epoch)
-        order = torch.randperm(self.num_images, generator=generator).to(self.device)
+        order = torch.randperm(self.num_images, generator=generator)
         # Everything random of the epoch is drawn and sent at once: no transfer, and so no waiting, in a step.
         offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(self.device)
         flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
         seeds = _image_seeds(self.num_images, generator)
-        for chosen in self._steps(order, first_step):
+        numbers = self._steps(order, first_step)  # on the host, for the seeds
+        for chosen, own in zip(self._steps(order.to(self.device), first_step), numbers, strict=True):
             images = self.images[chosen]
             if self.crops:
                 images = crop_and_flip(images, offsets[chosen], flips[chosen])
             if self.policy is not None:
                 # One image at a time, as torchvision draws one operation for everything it is given.
-                images = torch.stack([_seeded(self.policy, x, s) for x, s in zip(images, seeds[chosen.cpu()].tolist(), strict=True)])
+                images = torch.stack([_seeded(self.policy, x, s) for x, s in zip(images, seeds[own].tolist(), strict=True)])
             yield self.normalize(images), self.targets[chosen]
 
     def picture(self, index: int) -> Tensor:
@@ -233,7 +234,7 @@ class FileBatches(Batches):
         return read_image(self.plain.files[index], self.plain.transform)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size)])
+        return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size) if len(part)])
 
     def _load(self, files: "_ImageFiles", steps: list[list[tuple[int, int]]]) -> Iterator[Batch]:
         # The same loader every epoch keeps its processes; it reads the list of steps anew.

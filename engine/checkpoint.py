@@ -2,7 +2,7 @@
 
 save_checkpoint(path, state)
 state = load_checkpoint(path)
-network = network_from(state)
+network = build_network(state["network"])
 """
 
 import dataclasses
@@ -146,6 +146,9 @@ def read_tensors(path: Path) -> Any:
         # PyTorch does not compare the archive's checksums: flipped bits would become weights.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                # PyTorch compresses nothing: what is packed small would unpack into more memory than its file tells.
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path} is no checkpoint: its archive is compressed")
                 damaged = archive.testzip()
             if damaged is not None:
                 raise UserError(f"{path} is damaged: the checksum of {_printable(damaged)} is another")

@@ -93,8 +93,7 @@ def _synchronised_forward(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> 
     centred = x - mean.reshape(shape)
     variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
     with torch.no_grad():
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked += 1
+        layer.num_batches_tracked += 1
         layer.running_mean.lerp_(mean, layer.momentum)
         layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
     scale = layer.weight * (variance + layer.eps).rsqrt()
@@ -156,8 +155,7 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if gpu_ids else "gloo")
-    try:
-        yield Processes(rank, world_size, device, gpu_ids)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Processes(rank, world_size, device, gpu_ids)
+    # Only when all went well: the others would wait for a process that failed, and it for them.
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -61,8 +61,10 @@ class RunDirectory:
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
+            except OSError as error:
+                raise UserError(f"cannot lock --save {self.path}: {error.strerror}; its file system must support locks") from None
             self._clear_leftovers()
             try:
                 yield

@@ -57,6 +57,16 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
         The exit status: 0; 1 when a process the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
     """
     command = parse(stage.name, argv)
+    status = _status_of(stage, command)
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Leaving the process group in good order would wait for processes that in turn wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _status_of(stage: Stage, command: CommandLine) -> int:
     try:
         with stop_on_signals(), process_group(command.explicit.get("gpu")) as processes:
             log = Log(processes.is_main)
@@ -96,7 +106,7 @@ def _lost_process(error: RuntimeError) -> str | None:
     if "DataLoader worker" in str(error):
         return f"a process that loads images was lost ({str(error).splitlines()[0]}); if memory is short, use fewer --workers"
     if is_lost_peer(error):
-        return "another process of this run was lost"
+        return f"another process of this run was lost ({str(error).splitlines()[0][:200]})"
     return None
 
 
@@ -104,7 +114,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with run.lock() if processes.is_main else nullcontext():
-        state = _state_to_resume(stage, command, run, log)
+        state = _state_to_resume(stage, command, run, processes, log)
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
             settings = command.settings(stored=state["settings"])
@@ -145,10 +155,16 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             record.end()
 
 
-def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
-    # torchrun starts all processes again after one was lost (--max-restarts).
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if not command.explicit.get("resume") and not (is_restart and run.last.exists()):
+def _is_restart(run: RunDirectory, processes: Processes) -> bool:
+    """Whether torchrun starts all processes again after one was lost (--max-restarts), and the run here is the one they began."""
+    # Each machine counts its own restarts.
+    if not processes.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
+        return False
+    return run.last.exists() and load_checkpoint(run.last).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, processes: Processes, log: Log) -> dict[str, Any] | None:
+    if not command.explicit.get("resume") and not _is_restart(run, processes):
         if run.holds_run() and not command.explicit.get("overwrite"):
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
@@ -183,6 +199,7 @@ def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: 
         "held_out": data.held_out,
         "settings": {name: plain(value) for name, value in vars(settings).items()},
         "origin": str(origin.path.resolve()) if origin else None,
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         **stage.constants(network),
     }
     return {**constants, "constant_names": [*constants, "constant_names"]}

@@ -31,14 +31,10 @@ class Stepper:
     """
 
     def __init__(self, objective: nn.Module, settings: argparse.Namespace, processes: Processes):
+        _refuse_combinations(objective, settings, processes)
         self.settings, self.processes = settings, processes
         self.dtype = autocast_dtype(settings.amp, processes.device)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
-        if settings.sync_bn and len(processes.gpu_ids) > 1:
-            raise UserError("--sync-bn needs one process a GPU: start with torchrun instead of --gpu")
-        share = settings.batch_size // processes.world_size
-        if settings.accumulate > share:
-            raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
         if settings.sync_bn and processes.world_size > 1:
             synchronised_batchnorm(objective, processes)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -76,13 +72,12 @@ class Stepper:
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parts = list(zip(images.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate), strict=True))
+        parts = list(zip(images.tensor_split(self.settings.accumulate), targets.tensor_split(self.settings.accumulate), strict=True))
         for i, (part_images, part_targets) in enumerate(parts):
             # Processes exchange gradients once, with the last part.
             waits = i + 1 < len(parts) and isinstance(model, DistributedDataParallel)
             with model.no_sync() if waits else nullcontext():
-                with autocast(self.processes.device, self.dtype):
-                    losses, logits = model(part_images, part_targets)
+                losses, logits = model(part_images, part_targets)
                 self.scaler.scale(losses.sum() / len(targets)).backward()
             # At once: the next part may use the memory of a compiled graph's results.
             observe(losses.detach(), logits.detach(), part_targets)
@@ -119,7 +114,8 @@ class Stepper:
                 # Those no exit depends on, such as finer scales of the last layer, have no gradient to exchange.
                 for parameter in _parameters_without_gradient(self.objective, self.parameters, images[:2], targets[:2]):
                     parameter.requires_grad_(False)
-            self._model = _parallel(_compiled(self.objective, self.settings), self.processes)
+            inner = _InPrecision(_compiled(self.objective, self.settings), self.processes.device, self.dtype)
+            self._model = _parallel(inner, self.processes)
         return self._model
 
     def _note_step(self, *_: object) -> None:
@@ -136,6 +132,35 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Mixed precision for a block of code, or nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class _InPrecision(nn.Module):
+    """Mixed precision inside the module: DataParallel's threads would not take it over from outside."""
+
+    def __init__(self, objective: nn.Module, device: torch.device, dtype: torch.dtype | None):
+        super().__init__()
+        self.objective, self.device, self.dtype = objective, device, dtype
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.dtype):
+            return self.objective(images, targets)
+
+
+def _refuse_combinations(objective: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+    several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
+    if several_gpus and (settings.sync_bn or settings.compile != "off"):
+        raise UserError(f"{'--sync-bn' if settings.sync_bn else '--compile'} needs one process a GPU: start with torchrun instead of --gpu")
+    if settings.compile != "off" and settings.checkpoint_activations:
+        raise UserError("--compile and --checkpoint-activations do not go together")
+    if settings.compile not in ("off", "default") and settings.accumulate > 1:
+        raise UserError(f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate needs; use default")
+    if settings.accumulate > share:
+        raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
+    smallest = share // settings.accumulate // max(len(processes.gpu_ids), 1)
+    if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in objective.modules()):
+        raise UserError(
+            f"the BatchNorm of the ISC links needs at least 2 images at a time; --batch-size {settings.batch_size} gives {smallest}"
+        )
 
 
 def _compiled(objective: nn.Module, settings: argparse.Namespace) -> nn.Module:

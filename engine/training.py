@@ -49,6 +49,8 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
+LONGEST_DEAF = 10  # steps; a process that is asked to stop has perhaps half a minute
+
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
 _SAVE = 1
 
@@ -142,6 +144,8 @@ class _Trainer:
                 if request > _SAVE:
                     raise Interrupted(request - _SAVE, is_saved=True)
         log.end_epoch()
+        if self.processes.largest(requests.stop):
+            self._save()  # the evaluation may take longer than whoever asks is willing to wait
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
         signal_number = self.processes.largest(requests.stop)
@@ -151,7 +155,7 @@ class _Trainer:
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
         costs a wait, so they do it only now and then."""
-        if self.processes.world_size > 1 and self.progress.step % self.settings.print_freq:
+        if self.processes.world_size > 1 and self.progress.step % min(self.settings.print_freq, LONGEST_DEAF):
             return 0
         minutes = self.settings.save_every_minutes
         is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
@@ -160,7 +164,7 @@ class _Trainer:
         return self.processes.largest(request)
 
     def _report(self) -> None:
-        loss, accuracies = Meters.means(self.meters.totals)
+        loss, accuracies = Meters.means(self.processes.sum(self.meters.totals.clone()))
         self._refuse_divergence(loss)
         self.log.step(self.progress.step, self.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
 
@@ -219,6 +223,8 @@ class _Trainer:
     def _write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         if not self.processes.is_main:
             return
+        if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
+            self._refuse_divergence(math.nan)
         result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:
             save_checkpoint(self.run.best, result)

@@ -5,8 +5,9 @@ check_state(state)     # ValueError: "settings: lr is 'x'"
 
 import argparse
 import inspect
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
 from typing import Any, get_args, get_origin
@@ -19,6 +20,7 @@ from dataloader import DataInfo
 from models import IMTA, MSDNet
 
 DEEPEST = 8  # dictionaries and lists within each other
+MOST_ENTRIES = 10**6
 LONGEST_TEXT = 10_000
 LARGEST_IMAGE = 10_000  # pixels, height and width
 
@@ -29,8 +31,9 @@ def check_state(state: dict[str, Any]) -> None:
     Raises:
         ValueError: the first wrong entry, in one line.
     """
+    visits = itertools.count()
     for name, value in state.items():
-        _check_plain(str(name), value, DEEPEST)
+        _check_plain(str(name), value, DEEPEST, visits)
     for name, is_right in _ENTRIES.items():
         if name in state and not is_right(state[name]):
             raise ValueError(f"{name} is {_shown(state[name])}, of the wrong kind or content")
@@ -65,9 +68,10 @@ def describe_network(config: dict[str, Any]) -> MSDNet | IMTA:
         raise ValueError(f"it describes an impossible network: {str(error).splitlines()[0][:200]}") from None
 
 
-def _check_plain(name: str, value: Any, depth: int) -> None:
-    if depth == 0:
-        raise ValueError(f"{name} is nested too deep")
+def _check_plain(name: str, value: Any, depth: int, visits: Iterator[int]) -> None:
+    # The same list may stand in many places: a small file can hold a walk without end.
+    if depth == 0 or next(visits) > MOST_ENTRIES:
+        raise ValueError(f"{name} is nested too deep or too wide")
     if isinstance(value, Tensor):
         # A tensor may repeat one number along a dimension of any claimed length.
         if value.layout != torch.strided or value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -76,10 +80,10 @@ def _check_plain(name: str, value: Any, depth: int) -> None:
         for key, inner in value.items():
             if not isinstance(key, (str, int)) or len(str(key)) > 200:
                 raise ValueError(f"{name} has the key {_shown(key)}")
-            _check_plain(f"{name}.{key}", inner, depth - 1)
+            _check_plain(f"{name}.{key}", inner, depth - 1, visits)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _check_plain(name, inner, depth - 1)
+            _check_plain(name, inner, depth - 1, visits)
     elif isinstance(value, str) and len(value) > LONGEST_TEXT:
         raise ValueError(f"{name} is {_shown(value)}")
     elif not isinstance(value, (str, int, float, type(None))):

@@ -153,7 +153,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in tracking]
     for layer in tracking:
-        layer.momentum, layer.num_batches_tracked = 0.0, None
+        # A counter to be thrown away: some kinds of batch normalisation insist on one.
+        counter = None if layer.num_batches_tracked is None else torch.zeros_like(layer.num_batches_tracked)
+        layer.momentum, layer.num_batches_tracked = 0.0, counter
     try:
         yield
     finally:
