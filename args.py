@@ -75,7 +75,7 @@ DEFAULTS = {
     "accumulate": 1,
     "amp": "auto",
     "tf32": True,
-    "channels_last": True,
+    "channels_last": None,
     "fused_optimizer": True,
     "compile": "off",
     "checkpoint_activations": False,
@@ -402,7 +402,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add = adder("speed and memory")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], help="mixed precision; auto: bf16 on GPUs that support it, else off")
     add("--tf32", **on_off, help="TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it")
-    add("--channels-last", **on_off, help="memory layout NHWC, in which convolutions are faster")
+    add("--channels-last", **on_off, shown="on, but off for stage 1 on several CPU threads, and for the demo", help="memory layout NHWC")
     add("--fused-optimizer", **on_off, help="update all weights in one kernel (without --amp fp16)")
     add(
         "--compile",

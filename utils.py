@@ -1,6 +1,7 @@
 """Small tools every script needs: one-line errors, atomic files, seeds."""
 
 import argparse
+import ctypes
 import errno
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 LONGEST_MESSAGE = 600  # characters
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
@@ -40,6 +42,17 @@ class CommandLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a training step frees for the next one. By default it hands large blocks back to the system, which has to
+    clear them when it gives them out again. Does nothing where the library is not glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def set_tf32(enabled: bool) -> None:

@@ -7,7 +7,8 @@
 
 The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do. Ours is the trainer of this project with the settings
 of ``--preset cifar100``. Both train the same network on the same images: random bytes in the format of torchvision's archive. They take
-turns, a round of steps each, and medians over the rounds are compared, so that another program on the machine slows both alike.
+turns, each in a process of its own, a round of steps each, and medians over the rounds are compared, so that another program on the machine
+slows both alike.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +41,7 @@ from benchmarks.plain_loop import PlainLoop, PlainStage2
 from dataloader import NORMALIZATION, Batch, Batches, DataInfo, load_data
 from engine.checkpoint import Saved
 from engine.distributed import Processes
-from engine.stage import place
+from engine.stage import choose_for_device, place
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import count_operations
@@ -115,6 +117,7 @@ class Ours:
         if stage_number == 2:
             stage = train_IMTA.STAGE
             settings = parse("IMTA", _flags(archive, options, batch_size)).settings(inherited=vars(settings_1))
+        choose_for_device(stage, settings, device)
         with known_archive(archive):
             self.batches = load_data(settings, device).train
         seed_everything(settings.seed, settings.deterministic)
@@ -179,6 +182,41 @@ def _data_info(options: argparse.Namespace) -> DataInfo:
 SIDES = {"plain loop": plain, "ours": Ours}
 
 
+class ElsewhereLoop:
+    """A side in a process of its own, which does what it is told: memory and settings of one side do not reach the other."""
+
+    def __init__(self, side: str, stage_number: int, archive: Path, options: argparse.Namespace):
+        self.connection, other_end = multiprocessing.Pipe()
+        arguments = (other_end, side, stage_number, archive, options)
+        # Started afresh: a fork would bring this process's threads and memory along. Not a daemon: it may have workers.
+        self.process = multiprocessing.get_context("spawn").Process(target=_obey, args=arguments)
+
+    def __enter__(self) -> "ElsewhereLoop":
+        self.process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.send(0)
+        self.process.join()
+
+    def run(self, steps: int) -> tuple[int, float]:
+        """As of the side itself."""
+        self.connection.send(steps)
+        while not self.connection.poll(1):
+            if not self.process.is_alive():
+                raise UserError("one side of the comparison ended before it was done")
+        return self.connection.recv()
+
+
+def _obey(connection: Connection, side: str, stage_number: int, archive: Path, options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    # The workers of the plain loop start as those of a plain program do.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    loop = SIDES[side](stage_number, archive, options)
+    while steps := connection.recv():
+        connection.send(loop.run(steps))
+
+
 class Benchmark:
     """All parts on one device; ``folder`` takes the images."""
 
@@ -203,9 +241,14 @@ class Benchmark:
     def speed(self) -> None:
         """Images a second of both sides; where stage 2 is measured, stage 1 is too."""
         numbers = sorted({1, *self.stages})
-        loops = {(side, number): make(number, self.archive, self.options) for number in numbers for side, make in SIDES.items()}
-        rates = self.rates(loops)
-        operations = count_operations(loops["ours", 1].network, 32)
+        network = train_GE.STAGE.make_network(
+            parse("GE", _flags(self.archive, self.options, None)).settings(), _data_info(self.options), None
+        )
+        operations = count_operations(network, 32)
+        sides = [(side, number) for number in numbers for side in SIDES]
+        with ExitStack() as stack:
+            loops = {key: stack.enter_context(ElsewhereLoop(*key, self.archive, self.options)) for key in sides}
+            rates = self.rates(loops)
         _print(f"{len(operations)} exits, {operations[-1] / 1e6:.2f} million operations; images a second:")
         for number in numbers:
             ours, other = rates["ours", number], rates["plain loop", number]

@@ -72,7 +72,7 @@ def _status_of(stage: Stage, command: CommandLine) -> int:
             log = Log(processes.is_main)
             try:
                 if "evalmode" in command.explicit:
-                    _evaluate_only(command, processes, log)
+                    _evaluate_only(stage, command, processes, log)
                 else:
                     _train_and_evaluate(stage, command, processes, log)
             finally:
@@ -118,6 +118,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
             settings = command.settings(stored=state["settings"])
+            choose_for_device(stage, settings, processes.device)
             data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
             network = build_network(state["network"])
             load_weights(network, state["state_dict"], run.last)
@@ -125,6 +126,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             constants = {name: state[name] for name in state["constant_names"]}
         else:
             settings = command.settings(inherited=origin.settings if origin else None)
+            choose_for_device(stage, settings, processes.device)
             stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
             data = load_data(settings, processes.device, processes.shard, stored, held_out)
             seed_everything(settings.seed, settings.deterministic)
@@ -212,6 +214,14 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
+def choose_for_device(stage: Stage, settings: argparse.Namespace, device: torch.device) -> None:
+    """Settle what was left open, by what is fastest on ``device`` (``benchmarks/training_speed.py``)."""
+    if settings.channels_last is None:
+        # With several threads of a CPU it is faster forwards, and slower backwards.
+        is_frozen = stage.name == "IMTA" and not settings.single_stage and settings.backbone_bn == "frozen"
+        settings.channels_last = device.type != "cpu" or torch.get_num_threads() == 1 or is_frozen
+
+
 def place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
     """Move a network to its device, in the memory layout and precision that the settings ask for."""
     set_tf32(settings.tf32)
@@ -243,10 +253,11 @@ def _clear(run: RunDirectory) -> None:
     shutil.rmtree(run.tensorboard, ignore_errors=True)
 
 
-def _evaluate_only(command: CommandLine, processes: Processes, log: Log) -> None:
+def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log: Log) -> None:
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source, command.explicit)
     network, settings = saved.network, command.settings(stored=saved.settings)
+    choose_for_device(stage, settings, processes.device)
     data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
     if network.num_classes != len(data.info.class_names):
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from engine.distributed import Processes, synchronised_batchnorm
 from models.layers import frozen_statistics
-from utils import UserError
+from utils import UserError, keep_freed_memory
 
 
 class Stepper:
@@ -33,6 +33,8 @@ class Stepper:
     def __init__(self, objective: nn.Module, settings: argparse.Namespace, processes: Processes):
         _refuse_combinations(objective, settings, processes)
         self.settings, self.processes = settings, processes
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = autocast_dtype(settings.amp, processes.device)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
         if settings.sync_bn and processes.world_size > 1:
