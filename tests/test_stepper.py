@@ -15,9 +15,11 @@ from engine.distributed import Processes
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import IMTA, MSDNet
+from models.layers import frozen_statistics
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
 from train_IMTA import Distillation
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"), ())
@@ -77,10 +79,37 @@ def test_parts_of_a_batch_add_up(parts):
 
 
 def test_more_parts_than_images():
-    from utils import UserError
-
     with pytest.raises(UserError, match="only 12 images"):
         Stepper(WithoutNormalisation(), settings("--accumulate", "13"), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "gpus", "message"),
+    [
+        ("GE", ["--compile", "default"], (0, 1), "--compile needs one process a GPU"),
+        ("GE", ["--sync-bn"], (0, 1), "--sync-bn needs one process a GPU"),
+        ("GE", ["--compile", "default", "--checkpoint-activations"], (), "do not go together"),
+        ("GE", ["--compile", "reduce-overhead", "--accumulate", "2"], (), "--accumulate"),
+        ("IMTA", ["--accumulate", "12"], (), "at least 2 images"),
+        ("IMTA", ["--accumulate", "4"], (0, 1), "at least 2 images"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(stage, flags, gpus, message):
+    chosen = settings(*flags, stage=stage)
+    objective = make_objective(stage, chosen)
+    with pytest.raises(UserError, match=message):
+        Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), gpus))
+
+
+def test_statistics_are_frozen_and_come_back():
+    """Also of PyTorch's synchronised kind, which works on GPUs only and insists on a counter."""
+    layers = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    with frozen_statistics(layers):
+        layers[0](torch.randn(4, 3, 5, 5))
+        assert all(layer.momentum == 0 and layer.num_batches_tracked is not None for layer in layers)
+    assert all(layer.momentum == 0.1 for layer in layers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layers.state_dict().items())
 
 
 def test_checkpointed_activations_change_neither_gradients_nor_statistics():

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import zipfile
 
 import pytest
 import torch
@@ -453,6 +454,25 @@ def test_damaged_checkpoints_end_in_one_line(stage_1, capsys, damage):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all("best.pt" in line for line in lines)
+
+
+def test_archives_and_lists_larger_than_their_files_are_refused(stage_1, capsys):
+    path = stage_1 / "GE" / "best.pt"
+    state = load_checkpoint(path)
+    wide = [0] * 100
+    for _ in range(6):
+        wide = [wide] * 100
+    torch.save({**state, "more": wide}, path)
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode"]) == 2
+    assert "too wide" in capsys.readouterr().err
+    torch.save({**state, "more": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode"]) == 2
+    assert "compressed" in capsys.readouterr().err
 
 
 def test_a_pickle_that_would_run_code_does_not(stage_1, capsys):
