@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 from dataloader import Shard
@@ -154,7 +155,11 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     if gpu_ids:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if gpu_ids else "gloo")
+        store, _, _ = next(rendezvous("env://", rank, world_size))
+        if local_world_size == world_size:
+            # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if gpu_ids else "gloo", store=store, rank=rank, world_size=world_size)
     yield Processes(rank, world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
     if world_size > 1:

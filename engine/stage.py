@@ -114,7 +114,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with run.lock() if processes.is_main else nullcontext():
-        state = _state_to_resume(stage, command, run, processes, log)
+        state = _state_to_resume(stage, command, run, log)
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
             settings = command.settings(stored=state["settings"])
@@ -157,16 +157,16 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             record.end()
 
 
-def _is_restart(run: RunDirectory, processes: Processes) -> bool:
+def _is_restart(run: RunDirectory) -> bool:
     """Whether torchrun starts all processes again after one was lost (--max-restarts), and the run here is the one they began."""
-    # Each machine counts its own restarts.
-    if not processes.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
-        return False
-    return run.last.exists() and load_checkpoint(run.last).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone, and the name tells.
+    may_be = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or launch not in (None, "none")
+    return may_be and run.last.exists() and load_checkpoint(run.last).get("launch") == launch
 
 
-def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, processes: Processes, log: Log) -> dict[str, Any] | None:
-    if not command.explicit.get("resume") and not _is_restart(run, processes):
+def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
+    if not command.explicit.get("resume") and not _is_restart(run):
         if run.holds_run() and not command.explicit.get("overwrite"):
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
@@ -179,7 +179,8 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, proc
     state = load_checkpoint(run.last)
     if state["stage"] != stage.name:
         raise UserError(f"{run.last} was written by train_{state['stage']}.py; go on with that program")
-    if not {"optimizer", "scaler", "random_state", "totals", "constant_names", "epoch", "step"} <= state.keys():
+    needed = {"optimizer", "scaler", "random_state", "totals", "constant_names", "epoch", "step", "best_epoch", "best_accuracy", "history"}
+    if not needed <= state.keys():
         raise UserError(f"{run.last} lacks what --resume needs; is it a copy of best.pt?")
     command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
     log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")

@@ -261,9 +261,10 @@ class Harness:
         name, program, flags, wanted = self._training(rng, number)
         problems, path = [], folder / "run"
         resume: list[str] = []
-        for _ in range(50):
+        for attempt in range(50):
             number = signal.SIGKILL if kind == "kill" else rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
-            instant = rng.random() * self.undisturbed.seconds[name]
+            # Later and later, for the day that the machine is slower than when it was left undisturbed.
+            instant = rng.random() * self.undisturbed.seconds[name] * (1 + attempt / 10)
             strike = partial(_send, number) if self.tried[kind] < self.wanted.get(kind, math.inf) else None
             outcome = run(program, [*flags, *resume, "--save", str(path)], folder, strike, instant)
             where = f"{name} after {instant:.3f} s {' '.join(resume)}"
@@ -271,7 +272,7 @@ class Harness:
             if outcome.status == 0:
                 break
             self.tried[kind] += outcome.struck
-            self.instants[kind][int(10 * instant / self.undisturbed.seconds[name])] += outcome.struck
+            self.instants[kind][min(9, int(10 * instant / self.undisturbed.seconds[name]))] += outcome.struck
             problems += [f"{where}: {problem}" for problem in self._wrong_end(kind, outcome, number)]
             damage, leftovers = unreadable(path)
             problems += [f"{where}: {problem}" for problem in damage]
