@@ -393,6 +393,10 @@ def fill(path: Path) -> None:
                     pass
 
 
+# One kill may come before anything is saved, or after the end.
+KILLS_TO_NOTICE = [f"kill-{i}" for i in range(12)]
+
+
 # Ways to break the programs, each with the cases that must notice it.
 @contextmanager
 def _write_in_place(path: Path, mode: str = "w", *verification: Any) -> Iterator[Any]:
@@ -407,9 +411,9 @@ def _write_in_place(path: Path, mode: str = "w", *verification: Any) -> Iterator
 MUTANTS = {
     "a resumed run forgets the momentum": (
         [(torch.optim.SGD, "load_state_dict", lambda optimizer, state: None)],
-        ["kill-0", "kill-1", "kill-3"],
+        KILLS_TO_NOTICE,
     ),
-    "checkpoints are written in place": ([(engine.checkpoint, "atomic_write", _write_in_place)], ["kill-0", "kill-1", "kill-3"]),
+    "checkpoints are written in place": ([(engine.checkpoint, "atomic_write", _write_in_place)], KILLS_TO_NOTICE),
     "pickles run code": (
         [(engine.checkpoint, "read_tensors", lambda path: torch.load(path, weights_only=False))],
         [f"input-{fault_inputs.KINDS.index('code')}"],
