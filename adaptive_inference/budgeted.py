@@ -7,8 +7,7 @@ An image leaves at the first exit whose confidence, the largest softmax probabil
 set on held-out images so that a wanted share leaves at every exit.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ def budgeted_curve(
         ValueError: shapes that do not belong together.
     """
     checked = checked_confidences(val_probs, val_targets, test_probs, test_targets, operations)
-    return [point.row for point in budget_points(*checked, operations, points)]
+    return budget_points(*checked, operations, points)
 
 
 def checked_confidences(
@@ -133,13 +132,6 @@ def checked_confidences(
     return tuple(results)
 
 
-class BudgetPoint(NamedTuple):
-    """A row of ``budgeted_curve``, and the exits (N,), 0-based, at which the test images leave."""
-
-    row: dict
-    test_exits: Tensor
-
-
 def budget_points(
     val_confidence: Tensor,
     val_correct: Tensor,
@@ -147,15 +139,24 @@ def budget_points(
     test_correct: Tensor,
     operations: Sequence[float],
     points: int = 40,
-) -> Iterator[BudgetPoint]:
-    """The points of ``budgeted_curve``, from confidence and correctness (K, N) of every exit."""
+) -> list[dict]:
+    """The rows of ``budgeted_curve``, from confidence and correctness (K, N) of every exit."""
     order = val_confidence.argsort(dim=1, descending=True)
+    rows = []
     for p in range(1, points + 1):
         shares = exit_shares(2 * p / points, len(operations))
         thresholds = _thresholds(val_confidence, shares, order)
-        test_exits = assign_exits(test_confidence, thresholds)
-        val_acc, val_cost = budgeted_result(val_correct, assign_exits(val_confidence, thresholds), operations)
-        test_acc, test_cost = budgeted_result(test_correct, test_exits, operations)
-        row = {"p": p, "q": shares.tolist(), "thresholds": thresholds.tolist()}
-        accuracies = {"val_acc": val_acc, "val_flops": val_cost, "test_acc": test_acc, "test_flops": test_cost}
-        yield BudgetPoint({**row, **accuracies}, test_exits)
+        accuracies = accuracies_and_costs(thresholds, (val_confidence, val_correct), (test_confidence, test_correct), operations)
+        rows.append({"p": p, "q": shares.tolist(), **accuracies})
+    return rows
+
+
+def accuracies_and_costs(
+    thresholds: Tensor, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], operations: Sequence[float]
+) -> dict[str, list[float] | float]:
+    """``thresholds`` (K,) and what they reach: those entries of a row of ``budgeted_curve``. ``val`` and ``test`` are confidence and
+    correctness (K, N) each."""
+    row: dict[str, list[float] | float] = {"thresholds": thresholds.tolist()}
+    for name, (confidence, correct) in (("val", val), ("test", test)):
+        row[f"{name}_acc"], row[f"{name}_flops"] = budgeted_result(correct, assign_exits(confidence, thresholds), operations)
+    return row

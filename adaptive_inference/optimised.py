@@ -21,8 +21,8 @@ from torch import Tensor
 from adaptive_inference.budgeted import (
     ALL_LEAVE,
     NONE_LEAVE,
+    accuracies_and_costs,
     assign_exits,
-    budgeted_result,
     checked_confidences,
     exit_shares,
     geometric_thresholds,
@@ -68,11 +68,9 @@ def optimised_rows(
     rows = []
     for p, thresholds in enumerate(optimised_thresholds(val_confidence, val_correct, operations, points), start=1):
         val_exits = assign_exits(val_confidence, thresholds)
-        val_acc, val_cost = budgeted_result(val_correct, val_exits, operations)
-        test_acc, test_cost = budgeted_result(test_correct, assign_exits(test_confidence, thresholds), operations)
         shares = torch.bincount(val_exits, minlength=len(operations)) / len(val_exits)
-        row = {"p": p, "q": shares.tolist(), "thresholds": thresholds.tolist(), "val_acc": val_acc, "val_flops": val_cost}
-        rows.append({**row, "test_acc": test_acc, "test_flops": test_cost})
+        accuracies = accuracies_and_costs(thresholds, (val_confidence, val_correct), (test_confidence, test_correct), operations)
+        rows.append({"p": p, "q": shares.tolist(), **accuracies})
     return rows
 
 

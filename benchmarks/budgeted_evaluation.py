@@ -27,7 +27,7 @@ def main() -> None:
     began = time.perf_counter()
     val, test = confidence_and_answers(val, targets), confidence_and_answers(test, targets)
     scored = time.perf_counter()
-    rows = list(budget_points(*val, *test, operations))
+    rows = budget_points(*val, *test, operations)
     done = time.perf_counter()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - gigabytes_before
     one_exit = options.images * options.classes * 4 / 2**30

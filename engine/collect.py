@@ -73,7 +73,7 @@ def budget_curves(val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], opera
         val, test: confidence and correctness (K, N) of every exit, as ``confidence_and_answers`` gives them.
         operations: to each exit.
     """
-    curves = Curves([point.row for point in budget_points(*val, *test, operations)], optimised_rows(*val, *test, operations))
+    curves = Curves(budget_points(*val, *test, operations), optimised_rows(*val, *test, operations))
     for row in itertools.chain(*curves):
         exits = assign_exits(test[0], torch.tensor(row["thresholds"]))
         row["shares"] = (torch.bincount(exits, minlength=len(operations)) / len(exits)).tolist()

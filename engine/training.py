@@ -168,11 +168,11 @@ class _Trainer:
         self._refuse_divergence(loss)
         self.log.step(self.progress.step, self.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
 
-    def _refuse_divergence(self, loss: float) -> None:
+    def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
         if not math.isfinite(loss):
             last = f"last good checkpoint: {self.run.last}" if self.run.last.exists() else "nothing was saved yet"
             raise UserError(
-                f"the loss is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
+                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
                 f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
             )
 
@@ -224,7 +224,7 @@ class _Trainer:
         if not self.processes.is_main:
             return
         if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
-            self._refuse_divergence(math.nan)
+            self._refuse_divergence(math.nan, "sum of the weights")
         result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:
             save_checkpoint(self.run.best, result)

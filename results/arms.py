@@ -40,6 +40,10 @@ ARMS = {
     "GE_classifiers": Arm("GE", ["--no-isc", "--no-ofa"]),
     "released_GE": Arm(None, ["--released"]),
     "released_IMTA": Arm("released_GE", ["--released"]),
+    "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
+    "MSDNet_7": Arm(None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
+    "GE_7": Arm(None, ["--preset", "cifar100-anytime"]),
+    "GE_ISC_OFA_7": Arm("GE_7", []),
 }
 
 

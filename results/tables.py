@@ -36,7 +36,9 @@ ARM_TITLES = {
     "GE_classifiers": "GE, new classifiers alone",
     "released_GE": "GE, released way",
     "released_IMTA": "GE + ISC + OFA, released way",
+    "GE_plain_engine": "GE, fast settings off",
 }
+ARM_TITLES_7 = {"MSDNet_7": "MSDNet", "GE_7": "GE", "GE_ISC_OFA_7": "GE + ISC + OFA"}
 DIFFERENCES = (
     ("MSDNet", "GE"),
     ("GE", "GE_ISC_OFA"),
