@@ -321,25 +321,30 @@ ODD_VALUES: list[Any] = [
 def _odd_field(rng: random.Random, path: Path) -> str:
     """Another value, or none, in the place of one anywhere in the state."""
     state = torch.load(path, weights_only=True)
-    holder, trail = state, []
+    described = _oddly_changed(rng, state, ODD_VALUES)
+    torch.save(state, path)
+    return described
+
+
+def _oddly_changed(rng: random.Random, content: dict | list, values: list) -> str:
+    """Put one of ``values``, or nothing, in the place of an entry anywhere in ``content``; what was done, for people."""
+    holder, trail = content, []
     while True:
-        keys = [*holder] if isinstance(holder, dict) else range(len(holder))
         # Tensors are many; everything else should have its turn.
-        key = rng.choice([*keys])
+        key = rng.choice([*holder] if isinstance(holder, dict) else range(len(holder)))
         trail.append(str(key))
         inner = holder[key]
         if not (isinstance(inner, (dict, list)) and inner and rng.random() < 0.75):
             break
         holder = inner
     # To train for billions of epochs is no damage that could be seen.
-    value = rng.choice([v for v in ODD_VALUES if key != "epochs" or not isinstance(v, int) or v <= 2])
+    value = rng.choice([v for v in values if key != "epochs" or not isinstance(v, int) or v <= 2])
     if rng.random() < 0.15:
         del holder[key]
         shown = "gone"
     else:
         holder[key] = value
         shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
-    torch.save(state, path)
     return f"{'.'.join(trail)[:80]}: {shown}"
 
 
@@ -592,22 +597,9 @@ def _predict_flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
 
 def _odd_json(rng: random.Random, path: Path) -> str:
     content = json.loads(path.read_text().splitlines()[0] if path.suffix == ".jsonl" else path.read_text())
-    holder, trail = content, []
-    while True:
-        keys = [*holder] if isinstance(holder, dict) else range(len(holder))
-        key = rng.choice([*keys])
-        trail.append(str(key))
-        inner = holder[key]
-        if not (isinstance(inner, (dict, list)) and inner and rng.random() < 0.75):
-            break
-        holder = inner
-    value = rng.choice([v for v in ODD_VALUES if not isinstance(v, (torch.Tensor, bytes))])
-    if rng.random() < 0.15:
-        del holder[key]
-    else:
-        holder[key] = value
+    described = _oddly_changed(rng, content, [v for v in ODD_VALUES if not isinstance(v, (torch.Tensor, bytes))])
     path.write_text(json.dumps(content) + "\n")
-    return f"{'.'.join(trail)}: {value!r:.40}"
+    return described
 
 
 def _absurd_json(rng: random.Random, path: Path) -> str:
