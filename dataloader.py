@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -248,6 +249,8 @@ class FileBatches(Batches):
                 worker_init_fn=_ignore_stopping,
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=self.workers > 0,
+                # Forked, they are this process's own children, and notice when it is killed; a fork server would keep them alive for ever.
+                multiprocessing_context="fork" if self.workers > 0 and sys.platform == "linux" else None,
             )
         for batch in self._loader:
             if isinstance(batch, str):

@@ -1,11 +1,24 @@
 """The directory of a run: what lies where, and that only one process at a time writes there."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from utils import UserError
+
+_locks: set[IO] = set()
+
+
+def _let_go_of_locks() -> None:
+    for stream in _locks:
+        stream.close()
+
+
+# A process that loads images outlives a killed run by seconds, in which a lock it had inherited would keep the run from going on.
+os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class RunDirectory:
@@ -66,9 +79,11 @@ class RunDirectory:
             except OSError as error:
                 raise UserError(f"cannot lock --save {self.path}: {error.strerror}; its file system must support locks") from None
             self._clear_leftovers()
+            _locks.add(stream)
             try:
                 yield
             finally:
+                _locks.discard(stream)
                 if is_new and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
                     (self.path / ".lock").unlink()
                     self.path.rmdir()

@@ -1,61 +1,79 @@
 """Lost processes end a run with one line and no orphans, and several processes go on exactly where they were."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from engine.checkpoint import load_checkpoint
+from tests import disturbed
 from tests.conftest import TINY_FLAGS
 
 ROOT = Path(__file__).parent.parent
-SMALL = [*TINY_FLAGS, "--limit-train", "96", "--limit-test", "50", "--print-freq", "1"]
+SMALL = ["--save", "run", *TINY_FLAGS, "--limit-train", "96", "--limit-test", "50", "--print-freq", "1"]
+FOLDER = ["--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12", "--batch-size", "12", "--epochs", "2"]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 
-# Trains, and once sends this process a signal after two steps.
-DISTURBED = """
-import os, sys
-from pathlib import Path
-import train_GE
-from engine.stepper import Stepper
-
-real, marker, count = Stepper.step, Path(os.environ["MARKER"]), 0
-
-def step(stepper, *arguments):
-    global count
-    real(stepper, *arguments)
-    count += 1
-    if os.environ.get("RANK", "1") == "1" and count == 2 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-
-Stepper.step = step
-sys.exit(train_GE.main(sys.argv[1:]))
-"""
+# Forks from a process that has imported PyTorch and done nothing with it: an import costs each program seconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.disturbed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"])
 
 
-def start(folder, *flags, torchrun=(), number=None):
-    """Run the program above in ``folder``; without ``number`` nobody is disturbed."""
-    (folder / "program.py").write_text(DISTURBED)
-    marker = folder / f"marker_{number}"
-    if number is None:
-        marker.touch()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *torchrun]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MARKER": str(marker)}
-    return subprocess.run(
-        [*(launcher if torchrun != "alone" else [sys.executable]), str(folder / "program.py"), "--save", "run", *SMALL, *flags],
-        cwd=folder,
-        env={**os.environ, **environment, "SIGNAL": str(int(number or 0))},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
+class Ended(NamedTuple):
+    """How every process of a run ended, by rank: exit status, -N after death by signal N; and what all of them wrote."""
+
+    statuses: list[int]
+    output: str
+    errors: str
+
+
+def run(folder, *flags, processes=2, **environment):
+    """``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        everything = {**(of_rank if processes > 1 else {}), **environment}
+        texts = {str(k): str(v) for k, v in everything.items()}
+        children.append(CONTEXT.Process(target=_be_a_rank, args=(folder, rank, [*SMALL, *flags], texts)))
+    for child in children:
+        child.start()
+    last = time.monotonic() + 2 * LONGEST
+    for child in children:
+        child.join(max(0, last - time.monotonic()))
+        child.kill()
+        child.join()
+    output, errors = ("".join((folder / f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("stdout", "stderr"))
+    return Ended([child.exitcode for child in children], output, errors)
+
+
+def _be_a_rank(folder, rank, argv, environment):
+    status = 1
+    os.environ |= environment
+    os.chdir(folder)
+    for target, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+    torch.set_num_threads(1)
+    sys.argv = ["train_GE.py", *argv]
+    try:
+        status = disturbed.main(argv)
+    except SystemExit as error:
+        status = error.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def final_state(folder):
@@ -68,27 +86,37 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def processes_of(folder):
-    """Command lines of the processes that still work for a run in ``folder``."""
+def processes_in(folder):
+    """Processes that still work in ``folder``."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in found if str(folder) in line]
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").readlink().is_relative_to(folder):
+                found.append(path.name)
+    return found
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = start(folder)
-    assert result.returncode == 0, result.stderr
+    ended = run(folder)
+    assert ended.statuses == [0, 0], ended.errors
     return final_state(folder)
 
 
 def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path):
-    result = start(tmp_path, "--save-every-steps", "1", torchrun=["--max-restarts", "1"], number=signal.SIGKILL)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL))}
+    result = subprocess.run(
+        [*launcher, str(Path(disturbed.__file__)), *SMALL, "--save-every-steps", "1"],
+        cwd=tmp_path,
+        env={**os.environ, **environment, **disturbance},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert "going on with" in result.stdout
     assert_same(final_state(tmp_path), undisturbed)
@@ -96,82 +124,43 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
 
 def test_a_killed_process_ends_the_others(undisturbed, tmp_path):
     began = time.monotonic()
-    result = start(tmp_path, "--save-every-steps", "1", number=signal.SIGKILL)
-    assert result.returncode == 1
+    ended = run(tmp_path, "--save-every-steps", "1", SIGNAL=int(signal.SIGKILL), MARKER="marker")
+    assert ended.statuses == [1, -signal.SIGKILL]
     assert time.monotonic() - began < LONGEST
-    assert "train_GE.py: another process of this run was lost (" in result.stderr
-    assert "; go on with --resume" in result.stderr
-    assert processes_of(tmp_path) == []
-    assert start(tmp_path, "--resume").returncode == 0
+    assert "train_GE.py: another process of this run was lost (" in ended.errors
+    assert "; go on with --resume" in ended.errors
+    assert processes_in(tmp_path) == []
+    assert run(tmp_path, "--resume").statuses == [0, 0]
     assert_same(final_state(tmp_path), undisturbed)
 
 
 def test_two_processes_stop_together_and_go_on_exactly(undisturbed, tmp_path):
-    result = start(tmp_path, number=signal.SIGTERM)
-    assert result.returncode != 0
-    assert result.stderr.count("go on with --resume") == 2
+    ended = run(tmp_path, SIGNAL=int(signal.SIGTERM), MARKER="marker")
+    assert ended.statuses == [143, 143]
+    assert ended.errors.count("go on with --resume") == 2
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 2)
-    assert start(tmp_path, "--resume").returncode == 0
+    assert run(tmp_path, "--resume").statuses == [0, 0]
     assert_same(final_state(tmp_path), undisturbed)
-
-
-FOLDER = ["--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12", "--batch-size", "12", "--epochs", "2"]
 
 
 def test_several_workers_go_on_exactly(image_folder, tmp_path):
     flags = [*FOLDER, "--data-root", str(image_folder), "--workers", "2", "--save-every-steps", "1"]
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
-    assert start(tmp_path / "whole", *flags, torchrun="alone").returncode == 0
-    assert start(tmp_path / "parts", *flags, torchrun="alone", number=signal.SIGKILL).returncode == -signal.SIGKILL
-    result = start(tmp_path / "parts", *flags, "--resume", torchrun="alone")
-    assert result.returncode == 0, result.stderr
-    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
-
-
-KILLED_WORKER = """
-import os, signal, sys
-import dataloader, train_GE
-
-real = dataloader._ImageFiles.__getitem__
-
-def getitem(files, key):
-    if os.getpid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(files, key)
-
-parent = os.getpid()
-dataloader._ImageFiles.__getitem__ = getitem
-sys.exit(train_GE.main(sys.argv[1:]))
-"""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    assert run(whole, *flags, processes=1).statuses == [0]
+    assert run(parts, *flags, processes=1, SIGNAL=int(signal.SIGKILL), MARKER="marker").statuses == [-signal.SIGKILL]
+    ended = run(parts, *flags, "--resume", processes=1)
+    assert ended.statuses == [0], ended.errors
+    assert_same(final_state(parts), final_state(whole))
 
 
 def test_a_killed_worker_ends_the_run(image_folder, tmp_path):
-    (tmp_path / "program.py").write_text(KILLED_WORKER)
     began = time.monotonic()
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(tmp_path / "program.py"),
-            "--save",
-            "run",
-            *SMALL,
-            *FOLDER,
-            "--data-root",
-            str(image_folder),
-            "--workers",
-            "2",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    ended = run(tmp_path, *FOLDER, "--data-root", str(image_folder), "--workers", "2", processes=1, KILL_LOADERS=1)
     assert time.monotonic() - began < LONGEST
-    assert result.returncode == 1
-    assert "a process that loads images was lost" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert processes_of(tmp_path) == []
+    assert ended.statuses == [1]
+    assert "a process that loads images was lost" in ended.errors
+    assert ended.errors.count("\n") == 1
+    assert processes_in(tmp_path) == []
