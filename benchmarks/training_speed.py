@@ -7,8 +7,8 @@
 
 The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do. Ours is the trainer of this project with the settings
 of ``--preset cifar100``. Both train the same network on the same images: random bytes in the format of torchvision's archive. They take
-turns, each in a process of its own, a round of steps each, and medians over the rounds are compared, so that another program on the machine
-slows both alike.
+turns, each in a process of its own, a round of steps each, and are compared within the rounds, so that another program on the machine slows
+both alike; medians over the rounds are printed.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -59,6 +60,10 @@ FIRST_STEP = re.compile(r"epoch 1/\d+ 1/")
 SPEED_GOALS = {"cpu": {1: 1.2}, "cuda": {1: 4.0, 2: 10.0}}
 STAGE_2_GOAL = {"cpu": 3.0}
 MEMORY_GOAL, LOADING_GOAL, SCALING_GOAL, STARTUP_GOAL = 1.0, 0.05, 0.95, 15.0
+
+# Forked from a process that has imported everything and done nothing: a fork of this one would bring its threads and memory along.
+AFRESH = multiprocessing.get_context("forkserver")
+AFRESH.set_forkserver_preload(["benchmarks.training_speed"])
 
 PROGRAM = """\
 import sys
@@ -188,8 +193,8 @@ class ElsewhereLoop:
     def __init__(self, side: str, stage_number: int, archive: Path, options: argparse.Namespace):
         self.connection, other_end = multiprocessing.Pipe()
         arguments = (other_end, side, stage_number, archive, options)
-        # Started afresh: a fork would bring this process's threads and memory along. Not a daemon: it may have workers.
-        self.process = multiprocessing.get_context("spawn").Process(target=_obey, args=arguments)
+        # Not a daemon: it may have workers.
+        self.process = AFRESH.Process(target=_obey, args=arguments)
 
     def __enter__(self) -> "ElsewhereLoop":
         self.process.start()
@@ -252,10 +257,10 @@ class Benchmark:
         _print(f"{len(operations)} exits, {operations[-1] / 1e6:.2f} million operations; images a second:")
         for number in numbers:
             ours, other = rates["ours", number], rates["plain loop", number]
-            _print(f"stage {number}: plain loop {other:,.1f}, ours {ours:,.1f}")
-            _verdict("  ours / plain loop", ours / other, at_least=SPEED_GOALS[self.options.device].get(number))
+            _print(f"stage {number}: plain loop {statistics.median(other):,.1f}, ours {statistics.median(ours):,.1f}")
+            _verdict("  ours / plain loop", _ratio(ours, other), at_least=SPEED_GOALS[self.options.device].get(number))
         if 2 in numbers:
-            ratio = rates["ours", 2] / rates["ours", 1]
+            ratio = _ratio(rates["ours", 2], rates["ours", 1])
             _verdict("  stage 2 / stage 1, both ours", ratio, at_least=STAGE_2_GOAL.get(self.options.device))
 
     def memory(self) -> None:
@@ -285,7 +290,7 @@ class Benchmark:
         """Whether an image costs the same in large data sets."""
         sizes = sorted({min(size, self.options.images) for size in SCALING_IMAGES})
         loops = {size: Ours(1, write_archive(self.folder / str(size), size), self.options) for size in sizes}
-        rates = self.rates(loops)
+        rates = {size: statistics.median(rounds) for size, rounds in self.rates(loops).items()}
         figures = ", ".join(f"{rate:,.1f} with {size:,}" for size, rate in rates.items())
         _print(f"stage 1, images a second by images of the data set: {figures}")
         _verdict("  slowest / fastest", min(rates.values()) / max(rates.values()), at_least=SCALING_GOAL)
@@ -298,7 +303,9 @@ class Benchmark:
         """How long the published schedule would take, without its evaluations."""
         batch_size = min(SCHEDULE_BATCH, self.options.images)
         loops = {number: Ours(number, self.archive, self.options, batch_size) for number in SCHEDULE_EPOCHS}
-        minutes = {number: SCHEDULE_EPOCHS[number] * SCHEDULE_IMAGES / rate / 60 for number, rate in self.rates(loops).items()}
+        minutes = {
+            number: SCHEDULE_EPOCHS[number] * SCHEDULE_IMAGES / statistics.median(rates) / 60 for number, rates in self.rates(loops).items()
+        }
         parts = ", ".join(f"stage {n} ({SCHEDULE_EPOCHS[n]} epochs) {m:,.1f}" for n, m in minutes.items())
         _print(f"published schedule at batch {batch_size}, steps alone, in minutes: {parts}, together {sum(minutes.values()):,.1f}")
 
@@ -317,14 +324,14 @@ class Benchmark:
             _print(f"a step of stage {number}, ours:")
             _print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=48))
 
-    def rates(self, loops: dict) -> dict:
-        """Images a second of every loop: medians over rounds in which they take turns."""
+    def rates(self, loops: dict) -> dict[Any, list[float]]:
+        """Images a second of every loop in every round; they take turns."""
         measured: dict = {name: [] for name in loops}
         for _ in range(self.options.rounds + 1):
             for name, loop in loops.items():
                 images, seconds = loop.run(self.options.steps)
                 measured[name].append(images / seconds)
-        return {name: statistics.median(rates[1:]) for name, rates in measured.items()}
+        return {name: rates[1:] for name, rates in measured.items()}
 
     def _startup_seconds(self) -> float:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads)}
@@ -394,8 +401,7 @@ def _seconds_to_load(batches: Batches, count: int) -> float:
 
 
 def _in_new_process(function, *arguments):
-    # Started afresh: a fork would bring this process's memory along.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=AFRESH) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -423,6 +429,11 @@ def _memory(file: str, entry: str) -> int:
 def _wait() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def _ratio(rates: list[float], others: list[float]) -> float:
+    """Median over rounds: what else the machine does slows both sides of a round alike."""
+    return statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
 
 
 def _verdict(what: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
