@@ -7,6 +7,7 @@ python -m results.tables --write    # puts them into README.md, between their ma
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -46,6 +47,9 @@ DIFFERENCES = (
     ("GE_classifiers", "GE_ISC"),
     ("GE_classifiers", "GE_OFA"),
     ("released_GE", "released_IMTA"),
+    ("GE", "released_GE"),
+    ("GE_ISC_OFA", "released_IMTA"),
+    ("GE_plain_engine", "GE"),
 )
 
 
@@ -103,12 +107,12 @@ def short_budget_table() -> str:
     return markdown(["mean operations at most", "report: MSDNet", *ours], rows)
 
 
-def arms_table() -> str:
+def arms_table(titles: dict[str, str] = ARM_TITLES, num_exits: int = NUM_EXITS) -> str:
     rows = []
-    for arm, title in ARM_TITLES.items():
+    for arm, title in titles.items():
         if seeds := seeds_of(arm):
             rows.append([title, *spread_columns([exit_accuracies(folder) for folder in seeds])])
-    return markdown(["arm", *(f"exit {k}" for k in range(1, NUM_EXITS + 1))], rows)
+    return markdown(["arm", *(f"exit {k}" for k in range(1, num_exits + 1))], rows)
 
 
 def arms_budget_table() -> str:
@@ -167,6 +171,7 @@ TABLES = {
     "short": short_table,
     "short-budgets": short_budget_table,
     "arms": arms_table,
+    "arms-7-exits": partial(arms_table, ARM_TITLES_7, 7),
     "arms-budgets": arms_budget_table,
     "arms-differences": differences_table,
 }
