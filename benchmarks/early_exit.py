@@ -21,6 +21,7 @@ from adaptive_inference.inference_form import half_precision, inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor
 from adaptive_inference.runtime import interleaved_seconds
+from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import UserError
 
@@ -68,7 +69,7 @@ class Benchmark:
         """Print everything."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.arguments.threads} CPU threads"
         _print(f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
-        _print(f"operations to each exit: {_millions(self.operations)} M; lazy: {_millions(self.lazy_operations)} M\n")
+        _print(f"operations to each exit: {millions(*self.operations)}; lazy: {millions(*self.lazy_operations)}\n")
         self.budgeted("folded", inference_form(self.network))
         half = half_precision(self.device)
         if half is not None:
@@ -203,10 +204,6 @@ def _each(batches: tuple[Tensor, ...], function):
 
 def _verdict(what: str, ratio: float, limit: float) -> None:
     _print(f"{what}: {ratio:.3f} (limit {limit:.3f}: {'reached' if ratio <= limit else 'not reached'})")
-
-
-def _millions(operations: list[int]) -> str:
-    return " / ".join(f"{n / 1e6:.2f}" for n in operations)
 
 
 def _print(line: str) -> None:

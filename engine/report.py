@@ -21,9 +21,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def millions(operations: float) -> str:
-    """As ``7.94 M``."""
-    return f"{operations / 1e6:.2f} M"
+def millions(*operations: float) -> str:
+    """As ``7.94 M``, several as ``1.92 / 5.27 / 7.94 M``."""
+    return " / ".join(f"{number / 1e6:.2f}" for number in operations) + " M"
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -19,7 +19,7 @@ from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.log import Log
 from engine.provenance import Provenance
-from engine.report import draw_curves, pixels, read_csv
+from engine.report import draw_curves, millions, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted, stop_on_signals
 from engine.training import Task, train
@@ -240,12 +240,8 @@ def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDir
     log.line(
         f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
     )
-    log.line(f"{type(network).__name__}: {network.num_exits} exits at {_millions(operations)} million operations")
+    log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
     log.line(f"{total:,} parameters, {trained:,} of them learn; on {device}; into {run.path}")
-
-
-def _millions(operations: list[int]) -> str:
-    return " / ".join(f"{n / 1e6:.2f}" for n in operations)
 
 
 def _clear(run: RunDirectory) -> None:
