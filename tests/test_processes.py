@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from engine.checkpoint import load_checkpoint
+from engine.report import read_csv
 from tests import disturbed
 from tests.conftest import TINY_FLAGS
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--save", "run", *TINY_FLAGS, "--limit-train", "96", "--limit-test", "50", "--print-freq", "1"]
+# An odd number of test images: two processes cannot have equally many.
+SMALL = ["--save", "run", *TINY_FLAGS, "--limit-train", "96", "--limit-test", "99", "--print-freq", "1"]
 FOLDER = ["--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12", "--batch-size", "12", "--epochs", "2"]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 
@@ -101,10 +103,23 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = run(folder)
     assert ended.statuses == [0, 0], ended.errors
-    return final_state(folder)
+    assert ended.output.count("evaluating the best epoch") == 1
+    assert "2 processes" in ended.output
+    return folder
 
 
-def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed_state(undisturbed):
+    return final_state(undisturbed)
+
+
+def test_evaluation_gathered_from_two_processes_equals_that_of_one(undisturbed):
+    gathered = read_csv(undisturbed / "run" / "anytime.csv")
+    assert run(undisturbed, "--evalmode", "anytime", processes=1).statuses == [0]
+    assert read_csv(undisturbed / "run" / "anytime.csv") == gathered
+
+
+def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed_state, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL))}
@@ -119,10 +134,10 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
     )
     assert result.returncode == 0, result.stderr
     assert "going on with" in result.stdout
-    assert_same(final_state(tmp_path), undisturbed)
+    assert_same(final_state(tmp_path), undisturbed_state)
 
 
-def test_a_killed_process_ends_the_others(undisturbed, tmp_path):
+def test_a_killed_process_ends_the_others(undisturbed_state, tmp_path):
     began = time.monotonic()
     ended = run(tmp_path, "--save-every-steps", "1", SIGNAL=int(signal.SIGKILL), MARKER="marker")
     assert ended.statuses == [1, -signal.SIGKILL]
@@ -131,17 +146,17 @@ def test_a_killed_process_ends_the_others(undisturbed, tmp_path):
     assert "; go on with --resume" in ended.errors
     assert processes_in(tmp_path) == []
     assert run(tmp_path, "--resume").statuses == [0, 0]
-    assert_same(final_state(tmp_path), undisturbed)
+    assert_same(final_state(tmp_path), undisturbed_state)
 
 
-def test_two_processes_stop_together_and_go_on_exactly(undisturbed, tmp_path):
+def test_two_processes_stop_together_and_go_on_exactly(undisturbed_state, tmp_path):
     ended = run(tmp_path, SIGNAL=int(signal.SIGTERM), MARKER="marker")
     assert ended.statuses == [143, 143]
     assert ended.errors.count("go on with --resume") == 2
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 2)
     assert run(tmp_path, "--resume").statuses == [0, 0]
-    assert_same(final_state(tmp_path), undisturbed)
+    assert_same(final_state(tmp_path), undisturbed_state)
 
 
 def test_several_workers_go_on_exactly(image_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands of the README as processes: both launchers, and two processes under torchrun."""
+"""The commands of the README as processes: both launchers, and evaluation again."""
 
 import os
 import subprocess
@@ -33,16 +33,3 @@ def test_launchers_end_to_end(tmp_path):
     for stage in ("GE", "IMTA"):
         assert len(read_csv(tmp_path / "save" / "demo" / stage / "anytime.csv")) == 3
         assert len(read_csv(tmp_path / "save" / "demo" / stage / "budgeted.csv")) == 40
-
-
-def test_two_processes_under_torchrun(tmp_path):
-    """They share the work, one of them writes, and the gathered evaluation equals that of one process."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    together = run([*torchrun, ROOT / "train_GE.py", "--save", "run", *SMALL, "--limit-test", "99"], tmp_path)
-    assert together.returncode == 0, together.stderr
-    assert together.stdout.count("evaluating the best epoch") == 1
-    assert "2 processes" in together.stdout
-    gathered = read_csv(tmp_path / "run" / "anytime.csv")
-    alone = run([sys.executable, ROOT / "train_GE.py", "--save", "run", "--evalmode", "anytime"], tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    assert read_csv(tmp_path / "run" / "anytime.csv") == gathered
