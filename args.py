@@ -348,7 +348,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         "--augment",
         choices=["standard", "trivial", "randaugment", "none"],
         help="standard: padded random crop (small images) or random resized crop, and flip; trivial, randaugment: TrivialAugment or "
-        "RandAugment after that",
+        "RandAugment after that, image by image: on a GPU that is slow for small images",
     )
 
     add = adder("network")
@@ -401,17 +401,31 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add("--accumulate", type=_at_least(1), metavar="N", help="work a step's images off in N parts, for less memory; the batch size stays")
 
     add = adder("speed and memory")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], help="mixed precision; auto: bf16 on GPUs that support it, else off")
+    add(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        help="mixed precision; auto: on GPUs bf16, or fp16 where that is not supported; off on CPUs",
+    )
     add("--tf32", **on_off, help="TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it")
-    add("--channels-last", **on_off, shown="on, but off for stage 1 on several CPU threads, and for the demo", help="memory layout NHWC")
-    add("--fused-optimizer", **on_off, help="update all weights in one kernel (without --amp fp16)")
+    add(
+        "--channels-last",
+        **on_off,
+        shown="on, but off where a network is trained on several CPU threads, and for the demo",
+        help="memory layout NHWC",
+    )
+    add("--fused-optimizer", **on_off, help="update all weights in one kernel; not with --amp fp16")
     add(
         "--compile",
         choices=["off", "default", "reduce-overhead", "max-autotune"],
         help="torch.compile of the training step; reduce-overhead: with CUDA graphs. The first step takes minutes",
     )
     add("--checkpoint-activations", **on_off, help="compute what is inside blocks again in the backward pass: less memory, more time")
-    add("--sync-bn", **on_off, help="batch normalisation over all processes of torchrun together")
+    add(
+        "--sync-bn",
+        **on_off,
+        help="batch normalisation over all processes of torchrun together; GPUs wait for each other, and the program for them, at every "
+        "layer",
+    )
     return parser
 
 

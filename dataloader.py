@@ -219,8 +219,10 @@ class FileBatches(Batches):
     ):
         super().__init__(len(files), batch_size, seed, shard)
         self.normalize, self.device, self.workers = normalize, device, workers
-        self.plain = _ImageFiles(files, targets, evaluation_transform(image_size))
-        self.augmented = self.plain if augment == "none" else _ImageFiles(files, targets, TrainingTransform(image_size, augment))
+        # An array, as a million Path objects would be copied bit by bit into every worker that counts references to them.
+        names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+        self.plain = _ImageFiles(names, targets, evaluation_transform(image_size))
+        self.augmented = self.plain if augment == "none" else _ImageFiles(names, targets, TrainingTransform(image_size, augment))
         self._steps_to_load: list[list[tuple[int, int]]] = []
         self._loader: DataLoader | None = None
 
@@ -232,7 +234,7 @@ class FileBatches(Batches):
         return self._load(self.augmented, steps)
 
     def picture(self, index: int) -> Tensor:
-        return read_image(self.plain.files[index], self.plain.transform)
+        return read_image(self.plain.path(index), self.plain.transform)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self._own().split(self.batch_size) if len(part)])
@@ -260,16 +262,19 @@ class FileBatches(Batches):
 
 
 class _ImageFiles(Dataset):
-    def __init__(self, files: list[Path], targets: Tensor, transform: Callable[[Image.Image], Tensor]):
-        self.files, self.targets, self.transform = files, targets, transform
+    def __init__(self, names: np.ndarray, targets: Tensor, transform: Callable[[Image.Image], Tensor]):
+        self.names, self.targets, self.transform = names, targets, transform
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return Path(os.fsdecode(self.names[index]))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | str:
         index, seed = key
         try:
-            image = _seeded(lambda path: read_image(path, self.transform), self.files[index], seed)
+            image = _seeded(lambda path: read_image(path, self.transform), self.path(index), seed)
         except UserError as error:
             return str(error)  # raised by the main process: a worker's exception arrives wrapped in a trace
         return image, self.targets[index]
@@ -313,8 +318,8 @@ class TrainingTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
-        # A JPEG is decoded at a half, a quarter or an eighth of its size if the crop keeps its final size; other formats come as they are.
-        wanted = next((n for n in (8, 4, 2) if min(height, width) >= n * self.image_size), 1)
+        # Of a JPEG; other formats come as they are.
+        wanted = decoded_fraction(height, width, self.image_size)
         full_width = image.width
         image.draft(None, tuple(side // wanted for side in image.size))
         reduction = round(full_width / image.width)
@@ -327,6 +332,13 @@ class TrainingTransform:
         if torch.rand(()) < 0.5:
             crop = crop.flip(-1)
         return crop if self.policy is None else self.policy(crop)
+
+
+def decoded_fraction(height: int, width: int, size: int) -> int:
+    """The n = 1, 2, 4 or 8 for which a crop (height, width) decoded at a 1/n of its size still has ``size`` pixels a side.
+
+    Decoders have fast code for powers of two alone."""
+    return next((n for n in (8, 4, 2) if min(height, width) >= n * size), 1)
 
 
 def _augmentation_policy(augment: str) -> v2.Transform | None:

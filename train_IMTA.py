@@ -21,6 +21,7 @@ from dataloader import DataInfo
 from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage
+from engine.stepper import autocast_dtype
 from models import IMTA, MSDNet, one_for_all_loss
 from train_GE import make_msdnet
 from utils import UserError
@@ -34,7 +35,9 @@ class Distillation(nn.Module):
         self.network = network
         # What stays as it is runs as fast as it can: BatchNorm folded, without a graph.
         is_constant = network.freeze_backbone and network.freeze_batchnorm
-        self.frozen = inference_form(network.backbone, channels_last=settings.channels_last) if is_constant else None
+        # In the type that mixed precision would cast it to in every step.
+        dtype = autocast_dtype(settings.amp, next(network.parameters()).device)
+        self.frozen = inference_form(network.backbone, channels_last=settings.channels_last, dtype=dtype) if is_constant else None
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dataloader import NORMALIZATION, FileBatches, Normalizer, Shard
+from dataloader import CROP_AREAS, CROP_RATIOS, NORMALIZATION, FileBatches, Normalizer, Shard, decoded_fraction
 from utils import UserError
 
 SIZE = 224
@@ -146,7 +146,7 @@ def _crop(file: Path, reduced: bool, resize: Callable[[Image.Image], Tensor]) ->
         top, left, height, width = _window(image)
         if reduced:
             # The decoder takes the largest power of two that leaves the image at least this size, which is this one.
-            reduction = _reduction(height, width)
+            reduction = decoded_fraction(height, width, SIZE)
             image.draft(None, tuple(side // reduction for side in image.size))
             top, left, height, width = (n // reduction for n in (top, left, height, width))
         crop = image.crop((left, top, left + width, top + height))
@@ -162,7 +162,7 @@ def _augment(pixels: Tensor) -> Tensor:
 def _augment_reduced(simplejpeg: ModuleType, content: bytes) -> Tensor:
     full_height, full_width, *_ = simplejpeg.decode_jpeg_header(content)
     top, left, height, width = _window(torch.empty(0, full_height, full_width))
-    reduction = _reduction(height, width)
+    reduction = decoded_fraction(height, width, SIZE)
     smallest = {"min_height": -(-full_height // reduction), "min_width": -(-full_width // reduction), "min_factor": 1}
     pixels = _channels_first(simplejpeg.decode_jpeg(content, "RGB", **(smallest if reduction > 1 else {})))
     top, left, height, width = (n // reduction for n in (top, left, height, width))
@@ -170,12 +170,7 @@ def _augment_reduced(simplejpeg: ModuleType, content: bytes) -> Tensor:
 
 
 def _window(image: Image.Image | Tensor) -> tuple[int, int, int, int]:
-    return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-
-
-def _reduction(height: int, width: int) -> int:
-    # Other factors are possible, but slower than none: the decoder has fast code for powers of two alone.
-    return next((n for n in (8, 4, 2) if min(height, width) >= n * SIZE), 1)
+    return transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
 
 
 def _finish(crop: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
     python -m benchmarks.training_speed                                # everything, on two CPU threads
     python -m benchmarks.training_speed --device cuda
     python -m benchmarks.training_speed --what stage2 --profile
-    python -m benchmarks.training_speed --what stage1 -- --amp bf16    # flags of train_GE.py and train_IMTA.py, for our side
+    python -m benchmarks.training_speed --what stage1 -- --amp bf16    # flags of train_GE.py, for our side
 
 The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do. Ours is the trainer of this project with the settings
 of ``--preset cifar100``. Both train the same network on the same images: random bytes in the format of torchvision's archive. They take
 turns, each in a process of its own, a round of steps each, and are compared within the rounds, so that another program on the machine slows
-both alike; medians over the rounds are printed.
+both alike; medians over the rounds are printed. Workers of the plain loop load up to four
+batches while it is not its turn, which favours it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the figures; the exit status is 0 whatever they are, and 2 after a mistake."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.training_speed",
-        description="Speed and memory of training beside a plain loop. Flags after -- are those of the training programs, for our side.",
+        description="Speed and memory of training beside a plain loop. Flags after -- are those of train_GE.py, for our side; flags of the "
+        "network are for both.",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
@@ -191,26 +193,28 @@ class ElsewhereLoop:
     """A side in a process of its own, which does what it is told: memory and settings of one side do not reach the other."""
 
     def __init__(self, side: str, stage_number: int, archive: Path, options: argparse.Namespace):
-        self.connection, other_end = multiprocessing.Pipe()
-        arguments = (other_end, side, stage_number, archive, options)
+        self.connection, self.other_end = multiprocessing.Pipe()
+        arguments = (self.other_end, side, stage_number, archive, options)
         # Not a daemon: it may have workers.
         self.process = AFRESH.Process(target=_obey, args=arguments)
 
     def __enter__(self) -> "ElsewhereLoop":
         self.process.start()
+        self.other_end.close()  # so that the connection ends with the process
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.connection.send(0)
+        with suppress(OSError):  # it is gone
+            self.connection.send(0)
         self.process.join()
 
     def run(self, steps: int) -> tuple[int, float]:
         """As of the side itself."""
-        self.connection.send(steps)
-        while not self.connection.poll(1):
-            if not self.process.is_alive():
-                raise UserError("one side of the comparison ended before it was done")
-        return self.connection.recv()
+        try:
+            self.connection.send(steps)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            raise UserError("one side of the comparison ended before it was done") from None
 
 
 def _obey(connection: Connection, side: str, stage_number: int, archive: Path, options: argparse.Namespace) -> None:

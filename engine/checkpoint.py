@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from args import FLAGS
 from dataloader import DataInfo
-from engine.validation import check_state, describe_network
+from engine.validation import check_state, describe_network, first_mismatch
 from models import IMTA, MSDNet, load_released
 from models.released import PUBLISHED_NAMES
 from utils import UserError, atomic_write
@@ -197,11 +197,9 @@ def load_weights(network: nn.Module, state_dict: dict[str, torch.Tensor], source
     Raises:
         UserError: one line with the first tensor that does not fit.
     """
-    expected = network.state_dict()
-    for name in [*expected, *state_dict]:
-        ours, theirs = (list(d[name].shape) if name in d else "nothing" for d in (expected, state_dict))
-        if ours != theirs:
-            raise UserError(f"{source} holds another network: {name} is {theirs} there, {ours} here")
+    if mismatch := first_mismatch(network.state_dict(), state_dict):
+        name, ours, theirs = mismatch
+        raise UserError(f"{source} holds another network: {name} is {theirs} there, {ours} here")
     network.load_state_dict(state_dict)
 
 

@@ -17,19 +17,20 @@ from engine.distributed import Processes
 
 
 @torch.no_grad()
-def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); every process gets all of them."""
+def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor] | None:
+    """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); the main process gets them, others None."""
     network.eval()
     count = batches.num_own
-    logits = torch.empty(network.num_exits, count, network.num_classes)
+    logits = torch.empty(count, network.num_exits, network.num_classes)
     targets = torch.empty(count, dtype=torch.int64)
     start = 0
     for images, labels in batches:
         part = slice(start, start + len(labels))
-        logits[:, part] = torch.stack(network(images)).float().cpu()
+        logits[part] = torch.stack(network(images), dim=1).float().cpu()
         targets[part] = labels.cpu()
         start += len(labels)
-    return processes.interleave(logits, 1, batches.num_images), processes.interleave(targets, 0, batches.num_images)
+    logits, targets = (processes.interleave(own, batches.num_images) for own in (logits, targets))
+    return (logits.transpose(0, 1).contiguous(), targets) if processes.is_main else None
 
 
 @torch.no_grad()

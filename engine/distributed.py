@@ -43,26 +43,34 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def interleave(self, own: Tensor, dim: int, total: int) -> Tensor:
-        """Put together on the CPU what ``Batches`` dealt out for evaluation: of ``total`` entries along ``dim`` process r holds the
-        entries r, r + world_size, ..."""
+    def interleave(self, own: Tensor, total: int) -> Tensor | None:
+        """What ``Batches`` dealt out for evaluation, put together by the main process; None in the others.
+
+        Args:
+            own: of ``total`` entries, process r holds r, r + world_size, ...; on the CPU.
+        """
         if self.world_size == 1:
             return own
         most = -(-total // self.world_size)
-        padding = [*own.shape]
-        padding[dim] = most - own.shape[dim]
-        padded = torch.cat([own, own.new_zeros(padding)], dim).to(self.device)
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
-        return torch.stack(parts, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, total).cpu()
+        # All parts must have one size.
+        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return None
+        whole = own.new_empty(total, *own.shape[1:])
+        for rank, part in enumerate(parts):
+            entries = whole[rank :: self.world_size]
+            entries.copy_(part[: len(entries)])
+        return whole
 
     def largest(self, value: int) -> int:
-        """The largest of a number over all processes; everyone waits for everyone."""
+        """The largest of a number over all processes; they wait for each other, but not for their GPUs."""
         if self.world_size == 1:
             return value
-        shared = torch.tensor(value, device=self.device)
+        shared = torch.tensor(value)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return int(shared.item())
+        return int(shared)
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give all processes the main one's BatchNorm statistics, which are those that are saved."""
@@ -87,6 +95,7 @@ class _SumOverProcesses(torch.autograd.Function):
 def _synchronised_forward(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     if not layer.training:
         return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+    kind, x = x.dtype, x.float() if x.dtype.itemsize < 4 else x  # sums over a batch need more digits than mixed precision has
     dims = [0, *range(2, x.dim())]
     count = dist.get_world_size() * x.numel() // x.shape[1]  # every process has as many images
     shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -98,7 +107,7 @@ def _synchronised_forward(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> 
         layer.running_mean.lerp_(mean, layer.momentum)
         layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
     scale = layer.weight * (variance + layer.eps).rsqrt()
-    return centred * scale.reshape(shape) + layer.bias.reshape(shape)
+    return (centred * scale.reshape(shape) + layer.bias.reshape(shape)).to(kind)
 
 
 class _SyncBatchNorm1d(nn.BatchNorm1d):
@@ -159,7 +168,8 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         if local_world_size == world_size:
             # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone.
             store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if gpu_ids else "gloo", store=store, rank=rank, world_size=world_size)
+        # What lies in main memory, as signals and results do, is exchanged without the GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_ids else "gloo", store=store, rank=rank, world_size=world_size)
     yield Processes(rank, world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
     if world_size > 1:

@@ -59,14 +59,14 @@ class Evaluation:
         if "runtime" in modes:
             self.runtime()
             return
-        test_logits, test_targets = collect_logits(self.network, self.data.test, self.processes)
+        test = collect_logits(self.network, self.data.test, self.processes)
         val = collect_logits(self.network, self.data.val, self.processes) if "dynamic" in modes else None
         if not self.processes.is_main:
             return
         if "anytime" in modes:
-            self.anytime(test_logits, test_targets)
+            self.anytime(*test)
         if val is not None:
-            self.budgeted(*val, test_logits, test_targets)
+            self.budgeted(*val, *test)
         save_figure(draw_curves(known_curves(self.run_directory, self.constants)), self.run_directory.curves)
         self.log.line(f"accuracy against operations: {self.run_directory.curves}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from adaptive_inference import half_precision
 from engine.distributed import Processes, synchronised_batchnorm
 from models.layers import frozen_statistics
 from utils import UserError, keep_freed_memory
@@ -127,7 +128,7 @@ class Stepper:
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Type of mixed precision that --amp asks for on this device, None for none."""
     if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+        return half_precision(device) if device.type == "cuda" else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -156,13 +157,26 @@ def _refuse_combinations(objective: nn.Module, settings: argparse.Namespace, pro
         raise UserError("--compile and --checkpoint-activations do not go together")
     if settings.compile not in ("off", "default") and settings.accumulate > 1:
         raise UserError(f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate needs; use default")
+    if settings.compile != "off" and share % settings.accumulate:
+        raise UserError(f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide {share} images")
     if settings.accumulate > share:
         raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
-    smallest = share // settings.accumulate // max(len(processes.gpu_ids), 1)
+    smallest = min(_smallest_chunk(part, max(len(processes.gpu_ids), 1)) for part in _part_sizes(share, settings.accumulate))
     if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in objective.modules()):
         raise UserError(
             f"the BatchNorm of the ISC links needs at least 2 images at a time; --batch-size {settings.batch_size} gives {smallest}"
         )
+
+
+def _part_sizes(share: int, parts: int) -> set[int]:
+    """Sizes of the parts of ``Tensor.tensor_split``."""
+    return {share // parts, -(-share // parts)}
+
+
+def _smallest_chunk(images: int, gpus: int) -> int:
+    """Images of the GPU that gets fewest: DataParallel rounds up, so the last one has what is left."""
+    most = -(-images // gpus)
+    return images - most * (-(-images // most) - 1)
 
 
 def _compiled(objective: nn.Module, settings: argparse.Namespace) -> nn.Module:
@@ -180,7 +194,10 @@ def _parameters_without_gradient(objective: nn.Module, parameters: list[Tensor],
 
 def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size > 1:
-        return DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
+        model = DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
+        # Running statistics are not read in training, and shared before they are (``Processes.share_buffers``).
+        model.broadcast_buffers = False
+        return model
     if len(processes.gpu_ids) > 1:
         return DataParallel(objective, device_ids=list(processes.gpu_ids))
     return objective

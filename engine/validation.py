@@ -242,15 +242,23 @@ def _check_held_out(held_out: Tensor, num_images: int) -> None:
         raise ValueError(f"held_out are not sorted numbers of {num_images} training images")
 
 
+def first_mismatch(expected: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[str, Any, Any] | None:
+    """Name of the first tensor that is of another shape in ``given``, or in one of the two only, and both shapes; None if all fit."""
+    for name in [*expected, *given]:
+        shapes = [list(tensors[name].shape) if name in tensors else "nothing" for tensors in (expected, given)]
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
+
+
 def _check_weights(network: MSDNet | IMTA, state_dict: dict[str, Tensor]) -> None:
     expected = network.state_dict()
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is {_shown(value)}, where a tensor belongs")
-    for name in [*expected, *state_dict]:
-        ours, theirs = (list(d[name].shape) if name in d else "nothing" for d in (expected, state_dict))
-        if ours != theirs:
-            raise ValueError(f"it describes a network with {name} {ours}, and holds {theirs}")
+    if mismatch := first_mismatch(expected, state_dict):
+        raise ValueError("it describes a network with {} {}, and holds {}".format(*mismatch))
+    for name in expected:
         if state_dict[name].dtype != expected[name].dtype:
             raise ValueError(f"{name} is {state_dict[name].dtype}, where {expected[name].dtype} belongs")
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from args import parse
-from engine.distributed import Processes
+from engine.distributed import Processes, synchronised_batchnorm
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import IMTA, MSDNet
@@ -90,7 +91,9 @@ def test_more_parts_than_images():
         ("GE", ["--sync-bn"], (0, 1), "--sync-bn needs one process a GPU"),
         ("GE", ["--compile", "default", "--checkpoint-activations"], (), "do not go together"),
         ("GE", ["--compile", "reduce-overhead", "--accumulate", "2"], (), "--accumulate"),
+        ("GE", ["--compile", "default", "--accumulate", "5"], (), "does not divide 12 images"),
         ("IMTA", ["--accumulate", "12"], (), "at least 2 images"),
+        ("IMTA", ["--batch-size", "13"], (0, 1, 2, 3), "at least 2 images"),  # 4, 4, 4 and 1
         ("IMTA", ["--accumulate", "4"], (0, 1), "at least 2 images"),
     ],
 )
@@ -174,6 +177,20 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     assert stepper.was_skipped
     assert meters.totals[0] == images_before
     assert meters.totals.isfinite().all()
+
+
+def test_synchronised_statistics_in_mixed_precision(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        plain, ours = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        synchronised_batchnorm(ours, ALONE)
+        x = torch.randn(8, 3, 5, 5).bfloat16()
+        y = ours(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), plain(x.float()), atol=0.02, rtol=0.01)
+        assert_close(ours.state_dict(), plain.state_dict(), 1e-5)
+    finally:
+        dist.destroy_process_group()
 
 
 WORKER = """
