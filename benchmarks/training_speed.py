@@ -64,7 +64,7 @@ MEMORY_GOAL, LOADING_GOAL, SCALING_GOAL, STARTUP_GOAL = 1.0, 0.05, 0.95, 15.0
 
 # Forked from a process that has imported everything and done nothing: a fork of this one would bring its threads and memory along.
 AFRESH = multiprocessing.get_context("forkserver")
-AFRESH.set_forkserver_preload(["benchmarks.training_speed"])
+AFRESH.set_forkserver_preload(["train_GE", "train_IMTA", "benchmarks.plain_loop"])
 
 PROGRAM = """\
 import sys
