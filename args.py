@@ -267,6 +267,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
+    if "preset" not in explicit and explicit.get("data") in PRESETS and (stage == "GE" or "single_stage" in explicit):
+        explicit["preset"] = explicit["data"]  # not the demo's small network
     return CommandLine(stage, explicit, sys.argv[1:] if argv is None else argv)
 
 
@@ -298,9 +300,14 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     switch = {"action": "store_true"}
 
     add = adder("run")
-    add("--preset", choices=list(PRESETS), help="settings that all other flags change: the demo, or published ones")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        shown="that of --data, else demo",
+        help="settings that all other flags change: the demo, or published ones",
+    )
     add("--save", type=Path, metavar="DIR", shown=f"save/PRESET/{stage}", help="directory of this run: checkpoints, log, tables, curves")
-    add("--resume", **switch, help="go on from DIR's last checkpoint, with the settings stored there")
+    add("--resume", **switch, help="go on from DIR's last checkpoint, with the settings stored there; start where none is")
     add("--overwrite", **switch, help="start anew in a directory that holds a run")
     add(
         "--evalmode",

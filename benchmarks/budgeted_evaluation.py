@@ -11,10 +11,11 @@ import torch
 
 from adaptive_inference import confidence_and_answers
 from adaptive_inference.budgeted import budget_points
+from utils import CommandLineParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000, help="held-out images, and test images")
     parser.add_argument("--exits", type=int, default=5)
     parser.add_argument("--classes", type=int, default=1000)

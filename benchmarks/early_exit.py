@@ -23,7 +23,7 @@ from adaptive_inference.predictor import AdaptivePredictor
 from adaptive_inference.runtime import interleaved_seconds
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
-from utils import UserError
+from utils import CommandLineParser, UserError
 
 SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growth_rate": 6, "num_classes": 100}
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
@@ -34,7 +34,7 @@ LEAST_SECONDS = 0.2  # of one measurement
 
 def main(argv: list[str] | None = None) -> int:
     """Print the ratios; the exit status is 0 whatever they are, and 2 after a mistake."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="benchmarks.early_exit", description="Ratios of adaptive inference, measured in one run.", allow_abbrev=False
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch and ONNX Runtime (default: %(default)s)")

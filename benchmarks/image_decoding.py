@@ -8,7 +8,6 @@ Processor time is measured, not time on the clock, so that other programs on the
 the rounds are compared. Libraries that the project does not require are measured where they are installed.
 """
 
-import argparse
 import importlib
 import math
 import statistics
@@ -28,7 +27,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from dataloader import CROP_AREAS, CROP_RATIOS, NORMALIZATION, FileBatches, Normalizer, Shard, decoded_fraction
-from utils import UserError
+from utils import CommandLineParser, UserError
 
 SIZE = 224
 MADE_UP_IMAGES = 16
@@ -38,7 +37,7 @@ Way = Callable[[Path], Tensor]
 
 def main(argv: list[str] | None = None) -> int:
     """Print the figures; the exit status is 0 whatever they are, and 2 after a mistake."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="benchmarks.image_decoding", description="Images a second of one core, from file to training image.", allow_abbrev=False
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs at any depth (default: made up)")

@@ -47,7 +47,7 @@ from engine.stage import choose_for_device, place
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import count_operations
-from utils import UserError, seed_everything, set_tf32
+from utils import CommandLineParser, UserError, seed_everything, set_tf32
 
 PARTS = ("stage1", "stage2", "memory", "loading", "scaling", "startup", "schedule")
 CIFAR_IMAGES = 50_000
@@ -78,7 +78,7 @@ with known_archive(Path(sys.argv[1])):
 
 def main(argv: list[str] | None = None) -> int:
     """Print the figures; the exit status is 0 whatever they are, and 2 after a mistake."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="benchmarks.training_speed",
         description="Speed and memory of training beside a plain loop. Flags after -- are those of train_GE.py, for our side; flags of the "
         "network are for both.",

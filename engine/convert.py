@@ -3,7 +3,6 @@
 python -m engine.convert save/cifar100/GE/best.pt msdnet_ge.pth.tar
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 
 from engine.checkpoint import load_saved
 from models import released_flags, to_released
-from utils import UserError, atomic_write
+from utils import CommandLineParser, UserError, atomic_write
 
 
 def main(argv: list[str] | None = None) -> int:
     """Convert a file; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write a checkpoint under the released programs' names.")
+    parser = CommandLineParser(description="Write a checkpoint under the released programs' names.")
     parser.add_argument("checkpoint", type=Path, help="file of train_GE.py or train_IMTA.py")
     parser.add_argument("output", type=Path, help="file to write")
     options = parser.parse_args(argv)

@@ -105,7 +105,10 @@ class Evaluation:
         self.log.line(table(["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in exits), "optimised rule"], cells))
         half = accuracy_at(rows, full / 2)
         if half is not None:
-            self.log.line(f"within half of the full operations: {half['test_acc1']:.2f} %; last exit for every image: {last_exit:.2f} %")
+            self.log.line(
+                f"within half of the full operations: {half['test_acc1']:.2f} % (p = {half['p']}, the best on held-out images); "
+                f"last exit for every image: {last_exit:.2f} %"
+            )
         self.log.line(f"thresholds for predict.py: {run.policy}")
         policy = min(curve.points, key=lambda point: abs(point.operations - full / 2)).policy
         easy, hard = easy_and_hard(test_logits, test_targets, policy)

@@ -8,12 +8,13 @@
 tables and plots.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from utils import CommandLineParser
 
 HERE = Path(__file__).resolve().parent
 KEPT_FILES = ("run.json", "log.jsonl", "anytime.csv", "budgeted.csv", "optimised.csv", "curves.png")
@@ -91,7 +92,7 @@ def link_classes(source: Path, target: Path, every: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
+    parser = CommandLineParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
     parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="CIFAR-100 as folders train/CLASS and test/CLASS")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(

@@ -4,7 +4,6 @@ python -m results.tables            # prints the tables
 python -m results.tables --write    # puts them into README.md, between their markers, and draws the plots again
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from engine.collect import accuracy_at
 from engine.report import read_csv, save_figure
 from results.arms import SCHEDULES
-from utils import atomic_write
+from utils import CommandLineParser, atomic_write
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -208,7 +207,7 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
+    parser = CommandLineParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
     parser.add_argument("--write", action="store_true", help="into README.md and the pictures")
     if parser.parse_args().write:
         text = with_tables(README.read_text(encoding="utf-8"))

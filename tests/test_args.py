@@ -138,3 +138,13 @@ def test_a_resumed_run_keeps_its_settings():
     parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
     with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)
+
+
+def test_a_data_set_has_its_own_preset():
+    """Not the demo's small network."""
+    command = parse("GE", ["--data", "cifar100"])
+    assert (command.settings().preset, command.settings().num_blocks, command.settings().batch_size) == ("cifar100", 5, 512)
+    assert command.save_directory == Path("save/cifar100/GE")
+    assert parse("GE", ["--data", "cifar100", "--preset", "demo"]).settings().preset == "demo"
+    assert parse("GE", ["--data", "folder"]).settings().preset == "demo"
+    assert parse("IMTA", ["--data", "cifar100"]).settings(inherited={"preset": "demo"}).preset == "demo"
