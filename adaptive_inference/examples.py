@@ -13,6 +13,8 @@ from torch import Tensor
 from adaptive_inference.budgeted import assign_exits
 from adaptive_inference.policies import Policy, confidence_and_answers
 
+GAP, WIDE_GAP = 0.08, 0.4  # between images, and between the two kinds, in image widths
+
 
 def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Indices of the easy images, the most confident first, and of the hard ones, the least sure first exit first.
@@ -55,16 +57,21 @@ def examples_figure(
         counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=columns) for kind in (easy, hard)]
         order = (torch.minimum(*counts) * (columns + 1) + torch.maximum(*counts)).argsort(descending=True, stable=True)
         classes = sorted(order[:4].tolist())
-    figure = Figure(figsize=(1.1 * (2 * columns + 1.2), 1.1 * len(classes) + 0.5), dpi=150, layout="constrained")
-    ratios = [1.0] * columns + [0.3] + [1.0] * columns
-    grid = figure.subplots(len(classes), 2 * columns + 1, squeeze=False, gridspec_kw={"width_ratios": ratios})
-    for axes in grid.flat:
-        axes.set_axis_off()
+    step, right_half = 1 + GAP, columns * (1 + GAP) + WIDE_GAP
+    width, height = right_half + columns * step, len(classes) * step
+    figure = Figure(figsize=(width + 1.2, height + 0.4), dpi=150, layout="constrained")
+    # A single coordinate system: one an image would take longer to draw than an evaluation of small images takes.
+    axes = figure.add_subplot()
+    axes.set_axis_off()
     for row, label in enumerate(classes):
-        grid[row, 0].text(-0.1, 0.5, class_names[label], transform=grid[row, 0].transAxes, ha="right", va="center", fontsize=8)
-        for first_column, kind in ((0, easy), (columns + 1, hard)):
-            for column, index in enumerate(kind[targets[kind] == label][:columns].tolist(), start=first_column):
-                grid[row, column].imshow(picture(index).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    grid[0, columns // 2].set_title("left at the first exit, right", fontsize=9)
-    grid[0, columns + 1 + columns // 2].set_title("only the last exit is right", fontsize=9)
+        top = row * step
+        axes.text(-0.1, top + 0.5, class_names[label], ha="right", va="center", fontsize=8)
+        for left_edge, kind in ((0.0, easy), (right_half, hard)):
+            for column, index in enumerate(kind[targets[kind] == label][:columns].tolist()):
+                left = left_edge + column * step
+                pixels = picture(index).permute(1, 2, 0).cpu().numpy()
+                axes.imshow(pixels, interpolation="nearest", extent=(left, left + 1, top + 1, top))
+    for left_edge, title in ((0.0, "left at the first exit, right"), (right_half, "only the last exit is right")):
+        axes.text(left_edge + columns * step / 2, -0.1, title, ha="center", va="bottom", fontsize=9)
+    axes.set(xlim=(-0.1, width), ylim=(height, -0.1), aspect="equal")
     return figure
