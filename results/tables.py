@@ -49,6 +49,7 @@ ARM_TITLES = {
     "GE_multistep": "GE, batch 64, lr 0.1 multistep",
 }
 ARM_TITLES_7 = {"MSDNet_7": "MSDNet", "GE_7": "GE", "GE_ISC_OFA_7": "GE + ISC + OFA"}
+BUDGETED_ARMS = ("MSDNet", "GE", "GE_ISC", "GE_OFA", "GE_ISC_OFA", "released_IMTA")
 DIFFERENCES = (
     ("MSDNet", "GE"),
     ("GE", "GE_ISC_OFA"),
@@ -136,10 +137,10 @@ def arms_table(titles: dict[str, str] = ARM_TITLES, num_exits: int = NUM_EXITS) 
 
 def arms_budget_table() -> str:
     rows = []
-    for arm, title in ARM_TITLES.items():
+    for arm in BUDGETED_ARMS:
         for file, rule in (("budgeted.csv", ""), ("optimised.csv", ", optimised thresholds")):
             if seeds := seeds_of(arm):
-                rows.append([title + rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds])])
+                rows.append([ARM_TITLES[arm] + rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds])])
     return markdown(["arm", *(f"{budget / 1e6:.0f} M" for budget in BUDGETS)], rows)
 
 
