@@ -60,7 +60,6 @@ ARMS = {
     "GE_ISC_OFA_kl_mean": Arm("GE", ["--kl", "mean"]),
     "GE_ISC_OFA_flow": Arm("GE", ["--isc-gradient", "flow"]),
     "GE_ISC_OFA_moving": Arm("GE", ["--backbone-bn", "moving"]),
-    "GE_coarsest": Arm(None, ["--ge-scales", "coarsest"]),
     "released_GE": Arm(None, ["--released"]),
     "released_IMTA": Arm("released_GE", ["--released"]),
     "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
