@@ -267,7 +267,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
-    if "preset" not in explicit and explicit.get("data") in PRESETS and (stage == "GE" or "single_stage" in explicit):
+    has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
+    if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
     return CommandLine(stage, explicit, sys.argv[1:] if argv is None else argv)
 

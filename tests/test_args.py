@@ -147,4 +147,5 @@ def test_a_data_set_has_its_own_preset():
     assert command.save_directory == Path("save/cifar100/GE")
     assert parse("GE", ["--data", "cifar100", "--preset", "demo"]).settings().preset == "demo"
     assert parse("GE", ["--data", "folder"]).settings().preset == "demo"
-    assert parse("IMTA", ["--data", "cifar100"]).settings(inherited={"preset": "demo"}).preset == "demo"
+    assert parse("IMTA", ["--data", "cifar100"]).save_directory == Path("save/cifar100/IMTA")
+    assert parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset == "demo"
