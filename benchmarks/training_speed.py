@@ -8,8 +8,8 @@
 The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do. Ours is the trainer of this project with the settings
 of ``--preset cifar100``. Both train the same network on the same images: random bytes in the format of torchvision's archive. They take
 turns, each in a process of its own, a round of steps each, and are compared within the rounds, so that another program on the machine slows
-both alike; medians over the rounds are printed. Workers of the plain loop load up to four
-batches while it is not its turn, which favours it.
+both alike; medians over the rounds are printed. Workers of the plain loop load up to four batches while it is not its turn, which favours
+it.
 """
 
 import argparse

@@ -46,7 +46,8 @@ def run(folder, *flags, processes=2, **environment):
     children = []
     for rank in range(processes):
         of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        everything = {**(of_rank if processes > 1 else {}), **environment}
+        # Two processes may not share the one GPU that a machine has.
+        everything = {"CUDA_VISIBLE_DEVICES": "", **(of_rank if processes > 1 else {}), **environment}
         texts = {str(k): str(v) for k, v in everything.items()}
         children.append(CONTEXT.Process(target=_be_a_rank, args=(folder, rank, [*SMALL, *flags], texts)))
     for child in children:
