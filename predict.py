@@ -227,8 +227,8 @@ def _budget(text: str) -> tuple[float, bool]:
         amount = float(text.removesuffix("%"))
     except ValueError:
         amount = math.nan
-    if not 0 < amount < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither millions of operations (12.5) nor a percentage (40%)")
+    if not 0 < amount <= (100 if is_percent else sys.float_info.max):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither millions of operations (12.5) nor a percentage up to 100 (40%)")
     return amount, is_percent
 
 

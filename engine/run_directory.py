@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -64,7 +64,7 @@ class RunDirectory:
         """
         try:
             str(self.path).encode()  # TensorBoard writes into no other folders
-            is_new = not self.path.exists()
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             stream = (self.path / ".lock").open("w")
         except OSError as error:
@@ -84,6 +84,8 @@ class RunDirectory:
                 yield
             finally:
                 _locks.discard(stream)
-                if is_new and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                if missing and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
                     (self.path / ".lock").unlink()
-                    self.path.rmdir()
+                    with suppress(OSError):  # another run has come into one of the folders above
+                        for folder in missing:
+                            folder.rmdir()

@@ -216,7 +216,10 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
 
 
 def choose_for_device(stage: Stage, settings: argparse.Namespace, device: torch.device) -> None:
-    """Settle what was left open, by what was fastest (``benchmarks/training_speed.py``); on GPUs, not measured yet, as is usual there."""
+    """Settle the memory layout where the flags leave it open.
+
+    The choice for CPUs is the faster one of ``benchmarks/training_speed.py``; that for GPUs has not been measured.
+    """
     if settings.channels_last is None:
         # With several threads of a CPU it is faster forwards, and slower backwards.
         is_frozen = stage.name == "IMTA" and not settings.single_stage and settings.backbone_bn == "frozen"

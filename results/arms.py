@@ -62,11 +62,12 @@ ARMS = {
     "GE_ISC_OFA_moving": Arm("GE", ["--backbone-bn", "moving"]),
     "released_GE": Arm(None, ["--released"]),
     "released_IMTA": Arm("released_GE", ["--released"]),
+    "GE_he": Arm(None, ["--init", "he"]),
+    "GE_multistep": Arm(None, ["--batch-size", "64", "--lr", "0.1", "--lr-type", "multistep"]),
     "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
     "MSDNet_7": Arm(None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
     "GE_7": Arm(None, ["--preset", "cifar100-anytime"]),
     "GE_ISC_OFA_7": Arm("GE_7", ["--preset", "cifar100-anytime"]),
-    "GE_multistep": Arm(None, ["--batch-size", "64", "--lr", "0.1", "--lr-type", "multistep"]),
 }
 
 

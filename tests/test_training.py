@@ -267,6 +267,11 @@ def test_folded_backbone_trains_the_same_classifiers(stage_1, monkeypatch):
         torch.testing.assert_close(folded[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+def test_refused_run_leaves_no_folder(tmp_path):
+    assert train_ge(tmp_path / "new" / "GE", "--val-size", "1000000") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_in_one_directory(stage_1, capsys):
     from engine.run_directory import RunDirectory
 
