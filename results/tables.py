@@ -4,6 +4,7 @@ python -m results.tables            # prints the tables
 python -m results.tables --write    # puts them into README.md, between their markers, and draws the plots again
 """
 
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
-from engine.report import read_csv, save_figure
+from engine.report import draw_curves, read_csv, save_figure
 from results.arms import SCHEDULES
 from utils import CommandLineParser, atomic_write
 
@@ -28,8 +29,17 @@ NUM_EXITS = 5
 PAPER = {"MSDNet": {2: 63.73, 5: 71.81}, "IMTA": {2: 65.54, 5: 73.45}}
 # The same network, plain MSDNet, budgeted prediction by mean operations: Liuyang829/testMSDNet.
 REPORT_BUDGETED = ((7.2e6, 59.1), (11.6e6, 63.9), (17.2e6, 67.3), (27.2e6, 69.8))
+# The network with 7 exits, read off a figure: arXiv 2306.02652.
+REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7)}
 
-OURS = ["ours, 300 + 180 epochs: GE + ISC + OFA", "ours, 6 epochs: GE", "ours, 6 + 3 epochs: GE + ISC + OFA"]
+# Columns on all classes: arms of the published schedule, and the runs of ``SHORT`` by folder.
+WHOLE_ARMS = {
+    "MSDNet": "300 epochs: MSDNet",
+    "GE": "300 epochs: GE",
+    "GE_ISC_OFA": "300 + 180 epochs: GE + ISC + OFA",
+}
+SHORT_RUNS = {"GE": "6 epochs: GE", "IMTA": "6 + 3 epochs: GE + ISC + OFA"}
+OURS = [f"ours, {run}" for run in (*WHOLE_ARMS.values(), *SHORT_RUNS.values())]
 
 ARM_TITLES = {
     "MSDNet": "MSDNet",
@@ -44,10 +54,12 @@ ARM_TITLES = {
     "GE_ISC_OFA_moving": "GE + ISC + OFA, `--backbone-bn moving`",
     "released_GE": "GE, released way (`--ge-scales coarsest`)",
     "released_IMTA": "GE + ISC + OFA, released way",
+    "GE_he": "GE, `--init he`",
+    "GE_multistep": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
-    "GE_multistep": "GE, batch 64, lr 0.1 multistep",
 }
 ARM_TITLES_7 = {"MSDNet_7": "MSDNet", "GE_7": "GE", "GE_ISC_OFA_7": "GE + ISC + OFA"}
+NUM_EXITS_7 = 7
 BUDGETED_ARMS = ("MSDNet", "GE", "GE_ISC", "GE_OFA", "GE_ISC_OFA", "released_IMTA")
 DIFFERENCES = (
     ("MSDNet", "GE"),
@@ -62,7 +74,9 @@ DIFFERENCES = (
     ("released_GE", "released_IMTA"),
     ("GE", "released_GE"),
     ("GE_ISC_OFA", "released_IMTA"),
-    ("GE_plain_engine", "GE"),
+    ("GE", "GE_he"),
+    ("GE", "GE_multistep"),
+    ("GE", "GE_plain_engine"),
 )
 
 
@@ -95,42 +109,56 @@ def budget_accuracies(folder: Path, file: str) -> list[float]:
     return [accuracy_at(rows, budget)["test_acc1"] for budget in BUDGETS]
 
 
-def spread_columns(rows: list[list[float]]) -> list[str]:
-    return [spread(list(column)) for column in zip(*rows, strict=True)]
+def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
+    return [spread(list(column), sign) for column in zip(*rows, strict=True)]
+
+
+def exit_names(count: int) -> list[str]:
+    return [f"exit {k}" for k in range(1, count + 1)]
+
+
+def whole_schedule(accuracies: Callable[[Path], list[float]], count: int) -> list[list[str]]:
+    """``count`` rows, a column for every arm on the published schedule, over its seeds; blank where it has not been run."""
+    columns = [spread_columns([accuracies(folder) for folder in seeds_of(arm, PUBLISHED_RESULTS)]) for arm in WHOLE_ARMS]
+    return [list(row) for row in zip(*(column or [""] * count for column in columns), strict=True)]
 
 
 def short_table() -> str:
-    stages = [read_csv(SHORT / stage / "anytime.csv") for stage in ("GE", "IMTA")]
-    published = whole_schedule(exit_accuracies)
+    stages = [read_csv(SHORT / stage / "anytime.csv") for stage in SHORT_RUNS]
     rows = []
-    for ge, imta, whole in zip(*stages, published or [""] * NUM_EXITS, strict=True):
-        k = int(ge["exit"])
+    for whole, *exits in zip(whole_schedule(exit_accuracies, NUM_EXITS), *stages, strict=True):
+        k = int(exits[0]["exit"])
         paper = [f"{PAPER[name][k]:.2f}" if k in PAPER[name] else "" for name in PAPER]
-        rows.append([str(k), f"{ge['operations'] / 1e6:.2f} M", *paper, whole, f"{ge['acc1']:.2f}", f"{imta['acc1']:.2f}"])
+        operations = f"{exits[0]['operations'] / 1e6:.2f} M"
+        rows.append([str(k), operations, *paper, *whole, *(f"{row['acc1']:.2f}" for row in exits)])
     return markdown(["exit", "operations", "paper: MSDNet", "paper: IMTA", *OURS], rows)
 
 
-def whole_schedule(accuracies: Callable[[Path], list[float]]) -> list[str]:
-    """GE + ISC + OFA on the published schedule, over its seeds; nothing where it has not been run."""
-    return spread_columns([accuracies(folder) for folder in seeds_of("GE_ISC_OFA", PUBLISHED_RESULTS)])
-
-
 def short_budget_table() -> str:
-    stages = [budget_accuracies(SHORT / stage, "budgeted.csv") for stage in ("GE", "IMTA")]
+    accuracies_at_budgets = partial(budget_accuracies, file="budgeted.csv")
+    stages = [accuracies_at_budgets(SHORT / stage) for stage in SHORT_RUNS]
     rows = []
-    published = whole_schedule(partial(budget_accuracies, file="budgeted.csv"))
-    for budget, whole, *accuracies in zip(BUDGETS, published or [""] * len(BUDGETS), *stages, strict=True):
+    for budget, whole, *accuracies in zip(BUDGETS, whole_schedule(accuracies_at_budgets, len(BUDGETS)), *stages, strict=True):
         reported = [f"{accuracy:.1f} at {spent / 1e6:.1f} M" for spent, accuracy in REPORT_BUDGETED if budget - 1e7 < spent <= budget]
-        rows.append([f"{budget / 1e6:.0f} M", ", ".join(reported), whole, *(f"{a:.2f}" for a in accuracies)])
+        rows.append([f"{budget / 1e6:.0f} M", ", ".join(reported), *whole, *(f"{accuracy:.2f}" for accuracy in accuracies)])
     return markdown(["mean operations at most", "report: MSDNet", *OURS], rows)
 
 
 def arms_table(titles: dict[str, str] = ARM_TITLES, num_exits: int = NUM_EXITS) -> str:
     rows = []
     for arm, title in titles.items():
-        if seeds := seeds_of(arm):
-            rows.append([title, *spread_columns([exit_accuracies(folder) for folder in seeds])])
-    return markdown(["arm", *(f"exit {k}" for k in range(1, num_exits + 1))], rows)
+        if columns := spread_columns([exit_accuracies(folder) for folder in seeds_of(arm)]):
+            rows.append([title, *columns])
+    return markdown(["arm", *exit_names(num_exits)], rows)
+
+
+def report_7_table() -> str:
+    """The network with 7 exits on all classes: what others report and, where it has been run, ours."""
+    rows = [[f"report: {name}", *(f"{accuracy:.1f}" for accuracy in accuracies)] for name, accuracies in REPORT_7.items()]
+    for arm, title in ARM_TITLES_7.items():
+        columns = spread_columns([exit_accuracies(folder) for folder in seeds_of(arm, PUBLISHED_RESULTS)])
+        rows.append([f"ours: {title}", *(columns or [""] * NUM_EXITS_7)])
+    return markdown(["100 classes, published schedule", *exit_names(NUM_EXITS_7)], rows)
 
 
 def arms_budget_table() -> str:
@@ -144,26 +172,33 @@ def arms_budget_table() -> str:
 
 def rules_table() -> str:
     """Optimised thresholds less those of the paper's rule, over all runs of arms with this network."""
-    gains = []
+    differences = []
     for folder in (folder for arm in ARM_TITLES for folder in seeds_of(arm)):
         optimised, geometric = (budget_accuracies(folder, file) for file in ("optimised.csv", "budgeted.csv"))
-        differences = [a - b for a, b in zip(optimised, geometric, strict=True)]
-        gains.append([*differences, statistics.mean(differences)])
-    columns = [spread(list(column), "+") for column in zip(*gains, strict=True)]
+        gain = [a - b for a, b in zip(optimised, geometric, strict=True)]
+        differences.append([*gain, statistics.mean(gain)])
+    columns = spread_columns(differences, "+")
     return markdown(["difference", *(f"{budget / 1e6:.0f} M" for budget in BUDGETS), "mean"], [["optimised less paper's rule", *columns]])
 
 
+def gains(before: str, after: str) -> list[list[float]]:
+    """By seed, what ``after`` gains on ``before`` with the same seed, and so the same order of images: every exit, then their mean."""
+    pairs = [(folder, folder.parent / before) for folder in seeds_of(after) if (folder.parent / before / "anytime.csv").exists()]
+    by_exit = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
+    return [[*gain, statistics.mean(gain)] for gain in by_exit]
+
+
 def differences_table() -> str:
-    """Of the same seed, and so of the same order of images."""
     rows = []
     for before, after in DIFFERENCES:
-        pairs = [(folder, folder.parent / before) for folder in seeds_of(after) if (folder.parent / before / "anytime.csv").exists()]
-        gains = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
-        if gains:
-            means = [statistics.mean(gain) for gain in gains]
-            columns = [spread(list(column), "+") for column in zip(*gains, strict=True)]
-            rows.append([f"{ARM_TITLES[after]} less {ARM_TITLES[before]}", *columns, spread(means, "+")])
-    return markdown(["difference", *(f"exit {k}" for k in range(1, NUM_EXITS + 1)), "mean of exits"], rows)
+        if columns := spread_columns(gains(before, after), "+"):
+            rows.append([f"{ARM_TITLES[after]} less {ARM_TITLES[before]}", *columns])
+    return markdown(["difference", *exit_names(NUM_EXITS), "mean of exits"], rows)
+
+
+def effect(before: str, after: str) -> str:
+    """Mean over exits of what ``after`` gains on ``before``."""
+    return spread([gain[-1] for gain in gains(before, after)], "+")
 
 
 def draw_arms() -> Figure:
@@ -196,11 +231,18 @@ def draw_arms() -> Figure:
     return figure
 
 
+def draw_short() -> Figure:
+    """The runs on all classes."""
+    files = ("anytime.csv", "budgeted.csv", "optimised.csv")
+    return draw_curves({title: tuple(read_csv(SHORT / run / file) for file in files) for run, title in SHORT_RUNS.items()})
+
+
 TABLES = {
     "short": short_table,
     "short-budgets": short_budget_table,
     "arms": arms_table,
-    "arms-7-exits": partial(arms_table, ARM_TITLES_7, 7),
+    "arms-7-exits": partial(arms_table, ARM_TITLES_7, NUM_EXITS_7),
+    "report-7-exits": report_7_table,
     "arms-budgets": arms_budget_table,
     "arms-differences": differences_table,
     "arms-rules": rules_table,
@@ -208,13 +250,13 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """``text`` with every table between its markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    for name, make in TABLES.items():
-        begin = f"<!-- table {name} -->\n"
-        if begin in text:
-            before, after = text.split(begin)
-            text = f"{before}{begin}{make()}\n{after[after.index('<!-- end -->') :]}"
-    return text
+    """``text`` with its tables and effects: between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER -->`` and ``<!-- end -->``."""
+    text = re.sub(
+        r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text, flags=re.DOTALL
+    )
+    return re.sub(
+        r"(<!-- effect (\S+) (\S+) -->).*?(<!-- end -->)", lambda match: f"{match[1]}{effect(match[2], match[3])}{match[4]}", text
+    )
 
 
 def main() -> None:
@@ -225,6 +267,7 @@ def main() -> None:
         with atomic_write(README) as stream:
             stream.write(text)
         save_figure(draw_arms(), ARM_RESULTS / "arms.png")
+        save_figure(draw_short(), SHORT / "curves.png")
     else:
         sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
 

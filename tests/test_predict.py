@@ -139,7 +139,13 @@ def test_mistakes(trained, images, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["x", "--budget", "nan"], ["x", "--budget", "-3"], ["x", "--budget", "200%"], ["x", "--batch-size", "0"], ["x", "--format", "xml"]]
+    "arguments",
+    [
+        [],
+        *(["x", "--budget", budget] for budget in ("nan", "-3", "200%")),
+        ["x", "--batch-size", "0"],
+        ["x", "--format", "xml"],
+    ],
 )
 def test_command_lines_that_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
