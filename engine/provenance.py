@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,33 +16,43 @@ import torchvision
 
 from engine.checkpoint import plain
 from engine.distributed import Processes
-from utils import atomic_write
+from utils import UserError, atomic_write
 
 
 class Provenance:
     """The record of a run; only the main process should have one.
 
+    Used as a context, it notes when the piece ended, and whether the run was then complete.
+
     Args:
         path: the file.
         command: the command line of this piece.
         resumed: whether the run goes on, and the pieces that are in the file stay.
+        frozen_digest: of the network that stage 2 keeps frozen.
     """
 
-    def __init__(self, path: Path, command: str, settings: argparse.Namespace, processes: Processes, resumed: bool):
+    def __init__(
+        self, path: Path, command: str, settings: argparse.Namespace, processes: Processes, resumed: bool, frozen_digest: str | None
+    ):
         self.path = path
-        self.settings = {name: plain(value) for name, value in vars(settings).items()}
+        self.run = {"settings": {name: plain(value) for name, value in vars(settings).items()}, "frozen_digest": frozen_digest}
         self.pieces = _pieces(path) if resumed else []
-        self.pieces.append({"command": command, "began": _now(), "ended": None, **hardware(processes), **versions()})
+        self.pieces.append(
+            {"command": command, "began": _now(), "ended": None, "complete": False, **hardware(processes), **versions(), "commit": commit()}
+        )
         self._write()
 
-    def end(self) -> None:
-        """Note that the work is done."""
-        self.pieces[-1]["ended"] = _now()
-        self._write()
+    def __enter__(self) -> "Provenance":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pieces[-1].update(ended=_now(), complete=kind is None)
+        with nullcontext() if kind is None else suppress(UserError):  # a full disk must not hide what went wrong before
+            self._write()
 
     def _write(self) -> None:
         with atomic_write(self.path) as stream:
-            json.dump({"settings": self.settings, "pieces": self.pieces}, stream, indent=1)
+            json.dump({**self.run, "pieces": self.pieces}, stream, indent=1)
             stream.write("\n")
 
 
@@ -60,6 +72,17 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute."""
     libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
     return {"python": platform.python_version(), **libraries, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def commit() -> str | None:
+    """Of the code, with ``-dirty`` if it was changed since; None outside a git clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False, timeout=60).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return name + "-dirty" * (changed != 0)
 
 
 def _pieces(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,25 +136,36 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         operations = _operations(network, data.info.image_size)
         place(network, settings, processes)
         _describe(network, data, operations, run, processes, log)
-        if processes.is_main:
-            if state is None:
-                _clear(run)
-            record = Provenance(run.record, str(command), settings, processes, resumed=state is not None)
-        log.open(run, state["epoch"] + 1 if state else 0)
-        task = Task(network, stage.make_objective(network, settings), constants)
-        progress = train(task, data, settings, run, processes, log, state)
-        if processes.is_main:
-            stage.check_result(network, constants)
-        best = load_checkpoint(run.best)
-        load_weights(network, best["state_dict"], run.best)
-        if processes.is_main:
-            stage.check_result(network, constants)
-        log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
-        evaluation = Evaluation(network, data, operations, settings.confidence, run, constants, processes, log)
-        evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
-        if processes.is_main:
-            _to_tensorboard(run, constants, settings, log)
-            record.end()
+        if processes.is_main and state is None:
+            _clear(run)
+        with _record(command, settings, run, processes, state, constants):
+            log.open(run, state["epoch"] + 1 if state else 0)
+            task = Task(network, stage.make_objective(network, settings), constants)
+            progress = train(task, data, settings, run, processes, log, state)
+            if processes.is_main:
+                stage.check_result(network, constants)
+            best = load_checkpoint(run.best)
+            load_weights(network, best["state_dict"], run.best)
+            if processes.is_main:
+                stage.check_result(network, constants)
+            log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
+            evaluation = Evaluation(network, data, operations, settings.confidence, run, constants, processes, log)
+            evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
+            if processes.is_main:
+                _to_tensorboard(run, constants, settings, log)
+
+
+def _record(
+    command: CommandLine,
+    settings: argparse.Namespace,
+    run: RunDirectory,
+    processes: Processes,
+    state: dict[str, Any] | None,
+    constants: dict[str, Any],
+) -> AbstractContextManager:
+    if not processes.is_main:
+        return nullcontext()
+    return Provenance(run.record, str(command), settings, processes, state is not None, constants.get("frozen_digest"))
 
 
 def _is_restart(run: RunDirectory) -> bool:

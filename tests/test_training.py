@@ -252,9 +252,21 @@ def test_a_run_records_how_it_was_made(stage_1):
     assert piece["command"].startswith("python train_GE.py --save ")
     assert piece["torch"] == torch.__version__
     assert piece["ended"] > piece["began"]
+    assert piece["complete"]
     assert record["settings"]["num_blocks"] == 3
     assert train_ge(stage_1 / "GE", "--resume") == 0
     assert len(json.loads((stage_1 / "GE" / "run.json").read_text())["pieces"]) == 2
+
+
+def test_the_record_of_a_stopped_run_tells_when_it_ended(stage_1, monkeypatch):
+    with monkeypatch.context() as patch:
+        StopAt(patch, 3, signal.SIGTERM)
+        assert train_imta(stage_1) == 143
+    assert train_imta(stage_1, "--resume") == 0
+    record = json.loads((stage_1 / "IMTA" / "run.json").read_text())
+    assert [piece["complete"] for piece in record["pieces"]] == [False, True]
+    assert all(piece["ended"] for piece in record["pieces"])
+    assert record["frozen_digest"] == load_checkpoint(stage_1 / "IMTA" / "best.pt")["frozen_digest"]
 
 
 def test_folded_backbone_trains_the_same_classifiers(stage_1, monkeypatch):
