@@ -55,7 +55,8 @@ ARM_TITLES = {
     "released_GE": "GE, released way (`--ge-scales coarsest`)",
     "released_IMTA": "GE + ISC + OFA, released way",
     "GE_he": "GE, `--init he`",
-    "GE_multistep": "GE, batch 64, lr 0.1, multistep",
+    "GE_multistep": "GE, `--lr-type multistep`",
+    "GE_batch_64": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
 }
 ARM_TITLES_7 = {"MSDNet_7": "MSDNet", "GE_7": "GE", "GE_ISC_OFA_7": "GE + ISC + OFA"}
