@@ -184,7 +184,7 @@ FLAGS = {
     "kl_reduction": "--kl",
 }
 
-# --released: the released program's side of every row of the decision table.
+# --released: the released program's side of the decision table, but for its bugs.
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
     "initialization": "pytorch",
@@ -211,8 +211,14 @@ class CommandLine:
             inherited: those of the stage-1 run; its preset, data and network options hold here too.
 
         Raises:
-            UserError: a preset that is not stage 1's.
+            UserError: a preset that is not stage 1's, or another held-out split than the checkpoint's.
         """
+        for name in ("val_size", "split_seed"):
+            before = (stored or inherited or {}).get(name)
+            if before is not None and self.explicit.get(name, before) != before:
+                raise UserError(
+                    f"the checkpoint's images were held out with {FLAGS[name]} {before}, not {self.explicit[name]}; they stay so"
+                )
         if stored is not None:
             base = {**DEFAULTS, **stored}
         else:
@@ -242,8 +248,12 @@ class CommandLine:
         """--save; else a neighbour of the --pretrained run; else save/<preset>/<stage>."""
         if "save" in self.explicit:
             return self.explicit["save"]
-        if "preset" not in self.explicit and self.explicit.get("pretrained", Path()).is_dir() and "pretrained" in self.explicit:
-            return self.explicit["pretrained"].parent / self.stage
+        origin = self.explicit.get("pretrained")
+        if "preset" not in self.explicit and origin is not None:
+            if origin.is_dir():
+                return origin.parent / self.stage
+            if origin.name in ("best.pt", "last.pt"):
+                return origin.parent.parent / self.stage
         return Path("save") / self.explicit.get("preset", DEFAULTS["preset"]) / self.stage
 
     def _from_preset(self, preset: str) -> dict:
@@ -391,7 +401,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         add("--kl", dest="kl_reduction", choices=["sum", "mean"], help="over classes: sum (paper), mean (released code, 1/C of the weight)")
         add("--backbone-bn", choices=["frozen", "moving"], help="BatchNorm of the frozen network: frozen (paper), moving (released code)")
         add("--single-stage", **switch, help="train network and classifiers at once from scratch (GE + ISC + OFA)")
-    add("--released", **switch, help="every choice the released program's way; a flag given beside it still counts")
+    choices = [FLAGS[name] for name in RELEASED_CHOICES if stage == "IMTA" or name in INHERITED_OPTIONS]
+    add("--released", **switch, help=f"{', '.join(choices)} as in the released program; such a flag beside it still counts")
 
     add = adder("optimisation")
     add("--epochs", type=_at_least(1, MOST_EPOCHS), metavar="N", help="passes over the training images")

@@ -490,7 +490,7 @@ def _find(settings: argparse.Namespace, image_size: int, in_memory: bool) -> tup
         return train, test, list(synthetic.CLASS_NAMES), [_digest(train.images)]
     root = settings.data_root
     if not (root / "train").is_dir() and settings.data in ("cifar10", "cifar100"):
-        return _cifar_archive(settings.data, root, image_size)
+        return cifar_archive(settings.data, root, image_size)
     train_folder = root / "train"
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not train_folder.is_dir() or test_folder is None:
@@ -516,7 +516,7 @@ def _digest(images: Tensor) -> str:
     return hashlib.sha256(images.numpy()).hexdigest()
 
 
-def _cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part, list[str], list[str]]:
+def cifar_archive(name: str, root: Path, image_size: int) -> tuple[_Part, _Part, list[str], list[str]]:
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if image_size != 32:
         raise UserError(f"--image-size {image_size} is not that of {name}, 32")

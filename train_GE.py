@@ -66,6 +66,7 @@ STAGE = Stage(
     constants=lambda network: {},
     check_result=lambda network, constants: None,
     title=title,
+    trains_backbone=lambda settings: True,
 )
 
 

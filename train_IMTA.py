@@ -128,6 +128,7 @@ STAGE = Stage(
     constants=frozen_digest,
     check_result=check_frozen,
     title=title,
+    trains_backbone=lambda settings: settings.single_stage or settings.backbone_bn == "moving",
 )
 
 

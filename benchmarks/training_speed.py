@@ -43,7 +43,7 @@ from benchmarks.plain_loop import PlainLoop, PlainStage2
 from dataloader import NORMALIZATION, Batch, Batches, DataInfo, load_data
 from engine.checkpoint import Saved
 from engine.distributed import Processes
-from engine.stage import choose_for_device, place
+from engine.stage import for_device, place
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import count_operations
@@ -124,7 +124,7 @@ class Ours:
         if stage_number == 2:
             stage = train_IMTA.STAGE
             settings = parse("IMTA", _flags(archive, options, batch_size)).settings(inherited=vars(settings_1))
-        choose_for_device(stage, settings, device)
+        settings = for_device(stage, settings, device)
         with known_archive(archive):
             self.batches = load_data(settings, device).train
         seed_everything(settings.seed, settings.deterministic)

@@ -39,6 +39,7 @@ class Stage:
         constants: further entries of the checkpoints.
         check_result: raises a UserError if training did what it must not.
         title: of the stage's curves.
+        trains_backbone: whether gradients go, or batch statistics are taken, through the whole network.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stage:
     constants: Callable[[nn.Module], dict[str, Any]]
     check_result: Callable[[nn.Module, dict[str, Any]], None]
     title: Callable[[argparse.Namespace], str]
+    trains_backbone: Callable[[argparse.Namespace], bool]
 
 
 def run_stage(stage: Stage, argv: list[str] | None) -> int:
@@ -117,16 +119,14 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         state = _state_to_resume(stage, command, run, log)
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
-            settings = command.settings(stored=state["settings"])
-            choose_for_device(stage, settings, processes.device)
+            settings = for_device(stage, command.settings(stored=state["settings"]), processes.device)
             data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
             network = build_network(state["network"])
             load_weights(network, state["state_dict"], run.last)
             _check_best(run, state)
             constants = {name: state[name] for name in state["constant_names"]}
         else:
-            settings = command.settings(inherited=origin.settings if origin else None)
-            choose_for_device(stage, settings, processes.device)
+            settings = for_device(stage, command.settings(inherited=origin.settings if origin else None), processes.device)
             stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
             data = load_data(settings, processes.device, processes.shard, stored, held_out)
             seed_everything(settings.seed, settings.deterministic)
@@ -226,15 +226,16 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
-def choose_for_device(stage: Stage, settings: argparse.Namespace, device: torch.device) -> None:
-    """Settle the memory layout where the flags leave it open.
+def for_device(stage: Stage, settings: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """``settings`` with the memory layout chosen, where the flags leave it open.
 
     The choice for CPUs is the faster one of ``benchmarks/training_speed.py``; that for GPUs has not been measured.
     """
-    if settings.channels_last is None:
-        # With several threads of a CPU it is faster forwards, and slower backwards.
-        is_frozen = stage.name == "IMTA" and not settings.single_stage and settings.backbone_bn == "frozen"
-        settings.channels_last = device.type != "cpu" or torch.get_num_threads() == 1 or is_frozen
+    if settings.channels_last is not None:
+        return settings
+    # With several threads of a CPU it is faster forwards, and slower backwards.
+    channels_last = device.type != "cpu" or torch.get_num_threads() == 1 or not stage.trains_backbone(settings)
+    return argparse.Namespace(**{**vars(settings), "channels_last": channels_last})
 
 
 def place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
@@ -267,8 +268,7 @@ def _clear(run: RunDirectory) -> None:
 def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log: Log) -> None:
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source, command.explicit)
-    network, settings = saved.network, command.settings(stored=saved.settings)
-    choose_for_device(stage, settings, processes.device)
+    network, settings = saved.network, for_device(stage, command.settings(stored=saved.settings), processes.device)
     data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
     if network.num_classes != len(data.info.class_names):
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")

@@ -3,18 +3,24 @@
     python -m results.arms --data-root data/cifar100                           # the shortened schedule: hours on a CPU
     python -m results.arms --data-root data/cifar100 --schedule published      # 300 + 180 epochs on all classes
 
-``--data-root`` holds ``train/CLASS/`` and ``test/CLASS/`` with the images of CIFAR-100. Small result files are copied into
-``results/cifar100_arms/seed_N/ARM/``, or ``results/cifar100_published/``; checkpoints stay in ``--work``. ``results/tables.py`` makes the
-tables and plots.
+``--data-root`` is that of ``train_GE.py --data cifar100``: torchvision's archive, downloaded when missing, or the folders ``train/CLASS/``
+and ``test/CLASS/``. Runs and checkpoints lie in ``--work``; when a run is complete, its small files are copied into
+``results/cifar100_arms/seed_N/ARM/``, or ``results/cifar100_published/``, from which ``results/tables.py`` makes the tables and plots.
 """
 
+import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import CommandLineParser
+from PIL import Image
+
+from dataloader import cifar_archive
+from utils import CommandLineParser, UserError
 
 HERE = Path(__file__).resolve().parent
 KEPT_FILES = ("run.json", "log.jsonl", "anytime.csv", "budgeted.csv", "optimised.csv", "curves.png")
@@ -82,44 +88,101 @@ def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path
     return ["train_IMTA.py", "--pretrained", str(work / f"seed_{seed}" / origin), *schedule.stage_2, *common]
 
 
-def link_classes(source: Path, target: Path, every: int) -> None:
-    """A data set of every ``every``-th class, without copies."""
-    for part in ("train", "test"):
-        (target / part).mkdir(parents=True, exist_ok=True)
-        for folder in sorted(path for path in (source / part).iterdir() if path.is_dir())[::every]:
-            link = target / part / folder.name
-            if not link.exists():
-                link.symlink_to(folder.resolve())
+def choose_classes(source: Path, target: Path, every: int) -> Path:
+    """The data set of every ``every``-th class by name, made in ``target`` of links to the folders in ``source`` or from its archive.
+
+    Raises:
+        UserError: ``source`` holds no CIFAR-100.
+    """
+    if every == 1:
+        return source
+    if (source / "train").is_dir():
+        for part in ("train", "test"):
+            (target / part).mkdir(parents=True, exist_ok=True)
+            for folder in sorted(path for path in (source / part).iterdir() if path.is_dir())[::every]:
+                link = target / part / folder.name
+                if link.is_symlink() and link.resolve() != folder.resolve():
+                    link.unlink()
+                if not link.is_symlink():
+                    link.symlink_to(folder.resolve())
+    elif not target.is_dir():
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        train, test, class_names, _ = cifar_archive("cifar100", source, image_size=32)
+        for name, part in (("train", train), ("test", test)):
+            for label in range(0, len(class_names), every):
+                folder = unfinished / name / class_names[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in (part.targets == label).nonzero().flatten().tolist():
+                    Image.fromarray(part.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+        unfinished.rename(target)
+    return target
+
+
+def with_origins(arms: Iterable[str]) -> list[str]:
+    """``arms``, each after the one it starts from."""
+    ordered = []
+    for arm in arms:
+        ordered += [name for name in (ARMS[arm].origin, arm) if name is not None and name not in ordered]
+    return ordered
+
+
+def is_complete(run: Path) -> bool:
+    """Whether a run has been trained and evaluated."""
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))["pieces"][-1]["complete"]
+    except FileNotFoundError:
+        return False
+
+
+def run_command(words: list[str]) -> int:
+    """Run one of the programs, let it save when a signal asks to stop, and return its exit status."""
+    process = subprocess.Popen([sys.executable, *words], cwd=HERE.parent)
+    # A terminal sends Ctrl-C to both; SIGTERM comes to this process alone.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int], arms: list[str]) -> int:
+    """Run what is not complete yet, and return the exit status of the last run."""
+    classes = choose_classes(data_root, work / "classes", schedule.every_nth_class)
+    for seed in seeds:
+        for arm in with_origins(arms):
+            run, kept = work / f"seed_{seed}" / arm, schedule.results / f"seed_{seed}" / arm
+            if is_complete(run):
+                sys.stdout.write(f"seed {seed}, {arm}: complete in {run}\n")
+            elif status := run_command(command(arm, schedule, seed, classes, work)):
+                return status
+            kept.mkdir(parents=True, exist_ok=True)
+            for name in KEPT_FILES:
+                shutil.copy(run / name, kept / name)
+    return 0
 
 
 def main() -> int:
     parser = CommandLineParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="CIFAR-100 as folders train/CLASS and test/CLASS")
+    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/cifar100_arms, or save/cifar100_published)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="(default: all)")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="with those they start from (default: all)"
+    )
     arguments = parser.parse_args()
-    if not (arguments.data_root / "train").is_dir():
-        parser.error(f"{arguments.data_root} has no folder train")
     schedule = SCHEDULES[arguments.schedule]
     work = arguments.work or Path("save") / schedule.results.name
-    classes = work / "classes"
-    link_classes(arguments.data_root, classes, schedule.every_nth_class)
-    for seed in arguments.seeds:
-        for arm in arguments.arms:
-            kept = schedule.results / f"seed_{seed}" / arm
-            if not (kept / "anytime.csv").exists():
-                words = command(arm, schedule, seed, classes, work)
-                status = subprocess.run([sys.executable, *words], cwd=HERE.parent, check=False).returncode
-                if status != 0:
-                    return status
-                kept.mkdir(parents=True, exist_ok=True)
-                for name in KEPT_FILES:
-                    shutil.copy(work / f"seed_{seed}" / arm / name, kept / name)
-    return 0
+    try:
+        return train_all(schedule, arguments.data_root, work, arguments.seeds, arguments.arms)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

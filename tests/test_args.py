@@ -123,6 +123,8 @@ def test_save_directory():
     assert parse("GE", []).save_directory == Path("save/demo/GE")
     assert parse("IMTA", ["--preset", "cifar10"]).save_directory == Path("save/cifar10/IMTA")
     assert parse("GE", ["--save", "x"]).save_directory == Path("x")
+    assert parse("IMTA", ["--pretrained", "runs/GE/best.pt"]).save_directory == Path("runs/IMTA")
+    assert parse("IMTA", ["--pretrained", "model.pth.tar"]).save_directory == Path("save/demo/IMTA")
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
@@ -130,6 +132,16 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
     settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
     assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", Path("d"), 7, 4)
     assert (settings.batch_size, settings.epochs) == (512, 3)
+
+
+@pytest.mark.parametrize("flags", [["--val-size", "8"], ["--split-seed", "1"]])
+def test_held_out_images_stay_those_of_stage_1(flags):
+    stage_1 = vars(parse("GE", ["--val-size", "7"]).settings())
+    with pytest.raises(UserError, match="the checkpoint's images were held out with"):
+        parse("IMTA", flags).settings(inherited=stage_1)
+    with pytest.raises(UserError, match="they stay so"):
+        parse("GE", ["--evalmode", *flags]).settings(stored=stage_1)
+    assert parse("IMTA", ["--val-size", "7"]).settings(inherited=stage_1).val_size == 7
 
 
 def test_a_resumed_run_keeps_its_settings():

@@ -1,10 +1,17 @@
 """The tables of the README are those of the files they are made from, and the runs that make these are commands of the programs."""
 
+import importlib
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import TINY_FLAGS
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from args import parse
+from dataloader import read_image
 from results import arms, tables
 
 
@@ -28,3 +35,44 @@ def test_commands_of_the_arms_are_understood(arm, schedule):
     command = parse(program.removeprefix("train_").removesuffix(".py"), flags)
     assert command.settings().seed == 2
     assert command.save_directory == Path("work/seed_2") / arm
+
+
+def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_path, monkeypatch, capsys):
+    flags = [*TINY_FLAGS, "--val-size", "12", "--batch-size", "16"]
+    stage_1 = ["--data", "folder", "--image-size", "32", *flags]
+    schedule = arms.Schedule(2, stage_1, flags, tmp_path / "results")
+    trained = []
+
+    def in_this_process(words):
+        trained.append(words[0])
+        return importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
+
+    monkeypatch.setattr(arms, "run_command", in_this_process)
+    for _ in range(2):
+        assert arms.train_all(schedule, image_folder, tmp_path / "work", [5], ["GE_ISC"]) == 0
+    assert trained == ["train_GE.py", "train_IMTA.py"]
+    assert "seed 5, GE: complete" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
+    assert tables.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
+    assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
+
+
+def test_a_run_that_fails_ends_the_series(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(arms, "run_command", lambda words: 143)
+    assert arms.train_all(arms.SCHEDULES["published"], image_folder, tmp_path / "work", [1], ["GE"]) == 143
+
+
+def test_classes_from_an_archive(tmp_path, monkeypatch):
+    part = SimpleNamespace(targets=torch.tensor([0, 1, 2, 2]), images=torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).reshape(4, 3, 8, 8))
+    monkeypatch.setattr(arms, "cifar_archive", lambda *_, **__: (part, part, ["a", "b", "c"], []))
+    found = arms.choose_classes(tmp_path, tmp_path / "work" / "classes", 2)
+    files = sorted(path.relative_to(found / "train") for path in (found / "train").rglob("*.png"))
+    assert files == [Path("a/00000.png"), Path("c/00002.png"), Path("c/00003.png")]
+    torch.testing.assert_close(read_image(found / "test" / files[1], pil_to_tensor), part.images[2])
+
+
+def test_a_program_that_is_asked_to_stop_may_save_first():
+    stopping = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+    assert arms.run_command(["-c", f"import os, signal, sys, time; {stopping}"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
