@@ -1,13 +1,14 @@
-"""The result tables of the project's README and the plots beside them, from the CSV files in this folder.
+"""The result tables of the project's README and of the one in this folder, and the plots beside them, from the CSV files in this folder.
 
 python -m results.tables            # prints the tables
-python -m results.tables --write    # puts them into README.md, between their markers, and draws the plots again
+python -m results.tables --write    # puts them into both README.md, between their markers, and draws the plots again
 """
 
+import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -15,73 +16,57 @@ from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
 from engine.report import draw_curves, read_csv, save_figure
-from results.arms import SCHEDULES
-from utils import CommandLineParser, atomic_write
+from results.arms import ARMS, SCHEDULES
+from utils import CommandLineParser, UserError, atomic_write
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-SHORT = HERE / "cifar100_short"
-ARM_RESULTS, PUBLISHED_RESULTS = (SCHEDULES[name].results for name in ("short", "published"))
+DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
+SHORT, ALL_CLASSES, PUBLISHED = (SCHEDULES[name].results for name in ("short", "all-classes", "published"))
+TRAINING = {PUBLISHED: "100 classes, 300 + 180 epochs", ALL_CLASSES: "100 classes, 6 + 3 epochs", SHORT: "20 classes, 5 + 3 epochs"}
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
-NUM_EXITS = 5
 
-# Top-1 by exit (from 1) of the CIFAR-100 network with 5 exits after the whole schedule: notes on tables 2 and 3 of the paper.
-PAPER = {"MSDNet": {2: 63.73, 5: 71.81}, "IMTA": {2: 65.54, 5: 73.45}}
-# The same network, plain MSDNet, budgeted prediction by mean operations: Liuyang829/testMSDNet.
-REPORT_BUDGETED = ((7.2e6, 59.1), (11.6e6, 63.9), (17.2e6, 67.3), (27.2e6, 69.8))
-# The network with 7 exits, read off a figure: arXiv 2306.02652.
+# Top-1 by exit of the CIFAR-100 network with 5 exits: notes on tables 2 and 3 of the paper.
+PAPER = {"MSDNet": ("", "63.73", "", "", "71.81"), "IMTA": ("", "65.54", "", "", "73.45")}
+# The same network, plain MSDNet, budgeted prediction, by mean operations: Liuyang829/testMSDNet.
+REPORT_BUDGETED = ("59.1 at 7.2 M", "63.9 at 11.6 M, 67.3 at 17.2 M", "69.8 at 27.2 M", "", "")
+# A network with 7 exits and growth rate 6, read off a figure: arXiv 2306.02652.
 REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7)}
 
-# Columns on all classes: arms of the published schedule, and the runs of ``SHORT`` by folder.
-WHOLE_ARMS = {
-    "MSDNet": "300 epochs: MSDNet",
-    "GE": "300 epochs: GE",
-    "GE_ISC_OFA": "300 + 180 epochs: GE + ISC + OFA",
-}
-SHORT_RUNS = {"GE": "6 epochs: GE", "IMTA": "6 + 3 epochs: GE + ISC + OFA"}
-OURS = [f"ours, {run}" for run in (*WHOLE_ARMS.values(), *SHORT_RUNS.values())]
-
-ARM_TITLES = {
+TITLES = {
     "MSDNet": "MSDNet",
     "GE": "GE",
+    "GE_ISC_OFA": "GE + ISC + OFA",
     "GE_ISC": "GE + ISC",
     "GE_OFA": "GE + OFA",
-    "GE_ISC_OFA": "GE + ISC + OFA",
-    "GE_ISC_OFA_T4": "GE + ISC + OFA, T = 4, gamma = 0.5",
     "GE_classifiers": "GE, new classifiers alone",
+    "GE_ISC_OFA_T4": "GE + ISC + OFA, T = 4, gamma = 0.5",
     "GE_ISC_OFA_kl_mean": "GE + ISC + OFA, `--kl mean`",
     "GE_ISC_OFA_flow": "GE + ISC + OFA, `--isc-gradient flow`",
     "GE_ISC_OFA_moving": "GE + ISC + OFA, `--backbone-bn moving`",
-    "released_GE": "GE, released way (`--ge-scales coarsest`)",
-    "released_IMTA": "GE + ISC + OFA, released way",
+    "released_GE": "GE, `--released`",
+    "released_IMTA": "GE + ISC + OFA, `--released` in both stages",
     "GE_he": "GE, `--init he`",
     "GE_multistep": "GE, `--lr-type multistep`",
     "GE_batch_64": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
 }
-ARM_TITLES_7 = {"MSDNet_7": "MSDNet", "GE_7": "GE", "GE_ISC_OFA_7": "GE + ISC + OFA"}
-NUM_EXITS_7 = 7
-BUDGETED_ARMS = ("MSDNet", "GE", "GE_ISC", "GE_OFA", "GE_ISC_OFA", "released_IMTA")
-DIFFERENCES = (
-    ("MSDNet", "GE"),
+MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
+TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
+BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
+
+# Less ... is what another arm gains on it. In stage 2 both start from the same network of stage 1.
+DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64")))
+DIFFERENCES_2 = (
     ("GE", "GE_ISC_OFA"),
     ("GE", "GE_classifiers"),
     ("GE_classifiers", "GE_ISC"),
     ("GE_classifiers", "GE_OFA"),
-    ("GE_ISC_OFA", "GE_ISC_OFA_T4"),
-    ("GE_ISC_OFA", "GE_ISC_OFA_kl_mean"),
-    ("GE_ISC_OFA", "GE_ISC_OFA_flow"),
-    ("GE_ISC_OFA", "GE_ISC_OFA_moving"),
+    *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
     ("released_GE", "released_IMTA"),
-    ("GE", "released_GE"),
-    ("GE_ISC_OFA", "released_IMTA"),
-    ("GE", "GE_he"),
-    ("GE", "GE_multistep"),
-    ("GE", "GE_plain_engine"),
 )
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -95,21 +80,6 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.2f}{deviation}{count}"
 
 
-def seeds_of(arm: str, results: Path = ARM_RESULTS) -> list[Path]:
-    """Folders of the seeds an arm was run with."""
-    return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
-
-
-def exit_accuracies(folder: Path) -> list[float]:
-    return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
-
-
-def budget_accuracies(folder: Path, file: str) -> list[float]:
-    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``BUDGETS``."""
-    rows = read_csv(folder / file)
-    return [accuracy_at(rows, budget)["test_acc1"] for budget in BUDGETS]
-
-
 def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
     return [spread(list(column), sign) for column in zip(*rows, strict=True)]
 
@@ -118,83 +88,108 @@ def exit_names(count: int) -> list[str]:
     return [f"exit {k}" for k in range(1, count + 1)]
 
 
-def whole_schedule(accuracies: Callable[[Path], list[float]], count: int) -> list[list[str]]:
-    """``count`` rows, a column for every arm on the published schedule, over its seeds; blank where it has not been run."""
-    columns = [spread_columns([accuracies(folder) for folder in seeds_of(arm, PUBLISHED_RESULTS)]) for arm in WHOLE_ARMS]
-    return [list(row) for row in zip(*(column or [""] * count for column in columns), strict=True)]
+def budget_names() -> list[str]:
+    return [f"{budget / 1e6:.0f} M" for budget in BUDGETS]
 
 
-def short_table() -> str:
-    stages = [read_csv(SHORT / stage / "anytime.csv") for stage in SHORT_RUNS]
-    rows = []
-    for whole, *exits in zip(whole_schedule(exit_accuracies, NUM_EXITS), *stages, strict=True):
-        k = int(exits[0]["exit"])
-        paper = [f"{PAPER[name][k]:.2f}" if k in PAPER[name] else "" for name in PAPER]
-        operations = f"{exits[0]['operations'] / 1e6:.2f} M"
-        rows.append([str(k), operations, *paper, *whole, *(f"{row['acc1']:.2f}" for row in exits)])
-    return markdown(["exit", "operations", "paper: MSDNet", "paper: IMTA", *OURS], rows)
+def seeds_of(arm: str, results: Path = SHORT) -> list[Path]:
+    """Folders of the seeds an arm was run with."""
+    return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
 
 
-def short_budget_table() -> str:
-    accuracies_at_budgets = partial(budget_accuracies, file="budgeted.csv")
-    stages = [accuracies_at_budgets(SHORT / stage) for stage in SHORT_RUNS]
-    rows = []
-    for budget, whole, *accuracies in zip(BUDGETS, whole_schedule(accuracies_at_budgets, len(BUDGETS)), *stages, strict=True):
-        reported = [f"{accuracy:.1f} at {spent / 1e6:.1f} M" for spent, accuracy in REPORT_BUDGETED if budget - 1e7 < spent <= budget]
-        rows.append([f"{budget / 1e6:.0f} M", ", ".join(reported), *whole, *(f"{accuracy:.2f}" for accuracy in accuracies)])
-    return markdown(["mean operations at most", "report: MSDNet", *OURS], rows)
+def exit_accuracies(folder: Path) -> list[float]:
+    return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
 
-def arms_table(titles: dict[str, str] = ARM_TITLES, num_exits: int = NUM_EXITS) -> str:
+def budget_accuracies(folder: Path, file: str = "budgeted.csv") -> list[float]:
+    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``BUDGETS``."""
+    rows = read_csv(folder / file)
+    return [accuracy_at(rows, budget)["test_acc1"] for budget in BUDGETS]
+
+
+def epochs(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def ours(results: Path, titles: dict[str, str], accuracies: Callable[[Path], list[float]], width: int) -> list[list[str]]:
+    """A row for every arm, over its seeds; blank where nothing was run."""
     rows = []
     for arm, title in titles.items():
-        if columns := spread_columns([exit_accuracies(folder) for folder in seeds_of(arm)]):
-            rows.append([title, *columns])
-    return markdown(["arm", *exit_names(num_exits)], rows)
+        columns = spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
+        rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * width)])
+    return rows
 
 
-def report_7_table() -> str:
-    """The network with 7 exits on all classes: what others report and, where it has been run, ours."""
-    rows = [[f"report: {name}", *(f"{accuracy:.1f}" for accuracy in accuracies)] for name, accuracies in REPORT_7.items()]
-    for arm, title in ARM_TITLES_7.items():
-        columns = spread_columns([exit_accuracies(folder) for folder in seeds_of(arm, PUBLISHED_RESULTS)])
-        rows.append([f"ours: {title}", *(columns or [""] * NUM_EXITS_7)])
-    return markdown(["100 classes, published schedule", *exit_names(NUM_EXITS_7)], rows)
+def comparison(
+    published: list[list[str]],
+    names: list[str],
+    titles: dict[str, str],
+    accuracies: Callable[[Path], list[float]],
+    schedules: Iterable[Path] = TRAINING,
+) -> str:
+    """What others report, then our runs, from the longest training to the shortest."""
+    rows = [["100 classes, as published", *row] for row in published]
+    rows += [row for results in schedules for row in ours(results, titles, accuracies, len(names))]
+    return markdown(["training", "network", *names], rows)
 
 
-def arms_budget_table() -> str:
+def exits_table() -> str:
+    operations = [f"{row['operations'] / 1e6:.2f} M" for row in read_csv(ALL_CLASSES / "seed_1" / "GE" / "anytime.csv")]
+    titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
+    paper = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
+    table = comparison(paper, exit_names(len(operations)), titles, exit_accuracies)
+    return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(operations)} |"
+
+
+def budgets_table() -> str:
+    titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
+    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), titles, budget_accuracies)
+
+
+def exits_7_table() -> str:
+    reported = [[f"report: {name}", *map(str, accuracies)] for name, accuracies in REPORT_7.items()]
+    return comparison(reported, exit_names(7), TITLES_7, exit_accuracies, (PUBLISHED, SHORT))
+
+
+def arms_table() -> str:
+    """Every arm of the short schedule with 5 exits."""
+    rows = [row[1:] for row in ours(SHORT, TITLES, exit_accuracies, 0) if len(row) > 2]
+    return markdown(["arm", *exit_names(5)], [[title.removeprefix("ours: "), *cells] for title, *cells in rows])
+
+
+def arms_budgets_table() -> str:
     rows = []
     for arm in BUDGETED_ARMS:
-        for file, rule in (("budgeted.csv", ""), ("optimised.csv", ", optimised thresholds")):
-            if seeds := seeds_of(arm):
-                rows.append([ARM_TITLES[arm] + rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds])])
-    return markdown(["arm", *(f"{budget / 1e6:.0f} M" for budget in BUDGETS)], rows)
+        for file, rule in (("budgeted.csv", "paper's"), ("optimised.csv", "optimised")):
+            rows.append([TITLES[arm], rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds_of(arm)])])
+    return markdown(["arm", "thresholds", *budget_names()], rows)
 
 
 def rules_table() -> str:
-    """Optimised thresholds less those of the paper's rule, over all runs of arms with this network."""
-    differences = []
-    for folder in (folder for arm in ARM_TITLES for folder in seeds_of(arm)):
+    """Optimised thresholds less those of the paper's rule; the arms of a seed are averaged, as most of them share a network."""
+    by_seed: dict[str, list[list[float]]] = {}
+    for folder in (folder for arm in TITLES for folder in seeds_of(arm)):
         optimised, geometric = (budget_accuracies(folder, file) for file in ("optimised.csv", "budgeted.csv"))
-        gain = [a - b for a, b in zip(optimised, geometric, strict=True)]
-        differences.append([*gain, statistics.mean(gain)])
-    columns = spread_columns(differences, "+")
-    return markdown(["difference", *(f"{budget / 1e6:.0f} M" for budget in BUDGETS), "mean"], [["optimised less paper's rule", *columns]])
+        by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in zip(optimised, geometric, strict=True)])
+    gains = [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in by_seed.values()]
+    columns = spread_columns([[*gain, statistics.mean(gain)] for gain in gains], "+")
+    return markdown(["difference", *budget_names(), "mean"], [["optimised less paper's rule", *columns]])
 
 
 def gains(before: str, after: str) -> list[list[float]]:
-    """By seed, what ``after`` gains on ``before`` with the same seed, and so the same order of images: every exit, then their mean."""
+    """By seed, what ``after`` gains on ``before`` with the same seed: at every exit, then their mean."""
     pairs = [(folder, folder.parent / before) for folder in seeds_of(after) if (folder.parent / before / "anytime.csv").exists()]
     by_exit = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
 
-def differences_table() -> str:
+def differences_table(differences: Iterable[tuple[str, str]]) -> str:
     rows = []
-    for before, after in DIFFERENCES:
-        if columns := spread_columns(gains(before, after), "+"):
-            rows.append([f"{ARM_TITLES[after]} less {ARM_TITLES[before]}", *columns])
-    return markdown(["difference", *exit_names(NUM_EXITS), "mean of exits"], rows)
+    for before, after in differences:
+        if by_seed := gains(before, after):
+            each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
+            rows.append([f"{TITLES[after]} less {TITLES[before]}", *spread_columns(by_seed, "+"), each])
+    return markdown(["difference", *exit_names(5), "mean of exits", "seed by seed"], rows)
 
 
 def effect(before: str, after: str) -> str:
@@ -202,29 +197,51 @@ def effect(before: str, after: str) -> str:
     return spread([gain[-1] for gain in gains(before, after)], "+")
 
 
+def epochs_table() -> str:
+    """What the logs of all runs of stage 1 on the short schedule say of the choice of an epoch, and of the length of training."""
+    logs = [epochs(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm)]
+    accuracies = [[epoch["val_mean_acc1"] for epoch in log] for log in logs]
+    is_last = sum(max(log) == log[-1] for log in accuracies)
+    rows = [
+        ["the best epoch is the last one", f"in {is_last} of {len(logs)} runs"],
+        ["lowest epoch less best one, as the released stage 1 chooses", spread([min(log) - max(log) for log in accuracies], "+")],
+        ["last epoch less the one before", spread([log[-1] - log[-2] for log in accuracies], "+")],
+    ]
+    return markdown(["held-out accuracy, mean of exits, points", "measured"], rows)
+
+
+def runs_table() -> str:
+    """How every arm of the short schedule was trained."""
+    rows = []
+    for arm in (*TITLES, *TITLES_7):
+        if folders := seeds_of(arm):
+            minutes = [sum(epoch["seconds"] for epoch in epochs(folder)) / 60 for folder in folders]
+            flags = " ".join(ARMS[arm].flags)
+            seeds = ", ".join(folder.parent.name.removeprefix("seed_") for folder in folders)
+            rows.append([arm, f"`{flags}`" if flags else "", seeds, ", ".join(f"{number:.0f}" for number in minutes)])
+    return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
+
+
 def draw_arms() -> Figure:
     """Mean over seeds of every arm's exits (points) and budgets (lines), with the standard deviation as a band."""
     figure = Figure(figsize=(6.8, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for arm in ("MSDNet", "GE", "GE_ISC_OFA"):
-        seeds = seeds_of(arm)
-        if not seeds:
-            continue
-        tables = [read_csv(folder / "anytime.csv") for folder in seeds]
+    for arm in MAIN_ARMS:
+        tables = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm)]
         operations = [row["operations"] / 1e6 for row in tables[0]]
         columns = list(zip(*([row["acc1"] for row in rows] for rows in tables), strict=True))
         means = [statistics.mean(column) for column in columns]
-        (line,) = axes.plot(operations, means, "o--", markersize=5, linewidth=1.2, label=f"{ARM_TITLES[arm]}: each exit")
-        if len(seeds) > 1:
+        (line,) = axes.plot(operations, means, "o--", markersize=5, linewidth=1.2, label=f"{TITLES[arm]}: each exit")
+        if len(tables) > 1:
             widths = [statistics.stdev(column) for column in columns]
             low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
             axes.fill_between(operations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        curves = [read_csv(folder / "budgeted.csv") for folder in seeds]
+        curves = [read_csv(folder / "budgeted.csv") for folder in seeds_of(arm)]
         points = [
             (statistics.mean(r["operations"] for r in rows) / 1e6, statistics.mean(r["test_acc1"] for r in rows))
             for rows in zip(*curves, strict=True)
         ]
-        axes.plot(*zip(*sorted(points), strict=True), "-", color=line.get_color(), linewidth=1.2, label=f"{ARM_TITLES[arm]}: budgeted")
+        axes.plot(*zip(*sorted(points), strict=True), "-", color=line.get_color(), linewidth=1.2, label=f"{TITLES[arm]}: budgeted")
     axes.set_xlabel("operations an image (millions)")
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(alpha=0.3)
@@ -232,21 +249,40 @@ def draw_arms() -> Figure:
     return figure
 
 
-def draw_short() -> Figure:
-    """The runs on all classes."""
+def draw_all_classes() -> Figure:
+    """The runs of seed 1 on all classes."""
     files = ("anytime.csv", "budgeted.csv", "optimised.csv")
-    return draw_curves({title: tuple(read_csv(SHORT / run / file) for file in files) for run, title in SHORT_RUNS.items()})
+    folders = {TITLES[arm]: ALL_CLASSES / "seed_1" / arm for arm in MAIN_ARMS}
+    curves = {title: tuple(read_csv(folder / file) for file in files) for title, folder in folders.items() if folder.is_dir()}
+    return draw_curves(curves)
+
+
+def check_backbones() -> None:
+    """Differences within stage 2 mean something only between arms on the same network.
+
+    Raises:
+        UserError: arms of one seed froze different networks of the same arm of stage 1.
+    """
+    frozen: dict[tuple[Path, str], str] = {}
+    for record in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
+        digest, arm = json.loads(record.read_text(encoding="utf-8")).get("frozen_digest"), ARMS[record.parent.name]
+        if digest is None or "moving" in arm.flags:  # where BatchNorm moves, the digest leaves its statistics out
+            continue
+        if frozen.setdefault((record.parent.parent, arm.origin), digest) != digest:
+            raise UserError(f"{record.parent} started from another {arm.origin} than its neighbours; run them again from one")
 
 
 TABLES = {
-    "short": short_table,
-    "short-budgets": short_budget_table,
+    "exits": exits_table,
+    "budgets": budgets_table,
+    "exits-7": exits_7_table,
     "arms": arms_table,
-    "arms-7-exits": partial(arms_table, ARM_TITLES_7, NUM_EXITS_7),
-    "report-7-exits": report_7_table,
-    "arms-budgets": arms_budget_table,
-    "arms-differences": differences_table,
-    "arms-rules": rules_table,
+    "arms-budgets": arms_budgets_table,
+    "differences-1": partial(differences_table, DIFFERENCES_1),
+    "differences-2": partial(differences_table, DIFFERENCES_2),
+    "rules": rules_table,
+    "epochs": epochs_table,
+    "runs": runs_table,
 }
 
 
@@ -262,15 +298,21 @@ def with_tables(text: str) -> str:
 
 def main() -> None:
     parser = CommandLineParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
-    parser.add_argument("--write", action="store_true", help="into README.md and the pictures")
-    if parser.parse_args().write:
-        text = with_tables(README.read_text(encoding="utf-8"))
-        with atomic_write(README) as stream:
-            stream.write(text)
-        save_figure(draw_arms(), ARM_RESULTS / "arms.png")
-        save_figure(draw_short(), SHORT / "curves.png")
-    else:
-        sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
+    parser.add_argument("--write", action="store_true", help="into both README.md and the pictures")
+    arguments = parser.parse_args()
+    try:
+        check_backbones()
+        if arguments.write:
+            for document in DOCUMENTS:
+                text = with_tables(document.read_text(encoding="utf-8"))
+                with atomic_write(document) as stream:
+                    stream.write(text)
+            save_figure(draw_arms(), SHORT / "arms.png")
+            save_figure(draw_all_classes(), ALL_CLASSES / "curves.png")
+        else:
+            sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,40 @@
 """The tables of the README are those of the files they are made from, and the runs that make these are commands of the programs."""
 
 import importlib
+import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from args import parse
 from dataloader import read_image
 from results import arms, tables
+from tests.conftest import TINY_FLAGS
+from utils import UserError
 
 
-def test_readme_agrees_with_the_result_files():
-    text = tables.README.read_text(encoding="utf-8")
-    assert all(f"<!-- table {name} -->" in text for name in tables.TABLES)
-    assert tables.with_tables(text) == text
-    assert tables.with_tables(text.replace("| 1 | 6.86 M |", "| 1 | 0.00 M |")) == text
+def test_documents_agree_with_the_result_files():
+    texts = [document.read_text(encoding="utf-8") for document in tables.DOCUMENTS]
+    assert all(f"<!-- table {name} -->" in "".join(texts) for name in tables.TABLES)
+    for text in texts:
+        assert tables.with_tables(text) == text
+    tables.check_backbones()
+    assert tables.with_tables(texts[0].replace("| 63.73 |", "| 99.99 |")) == texts[0]
+
+
+def test_arms_on_different_backbones_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "TRAINING", {tmp_path: "short"})
+    for arm, digest in {"GE": None, "GE_ISC": "a", "GE_ISC_OFA_moving": "b", "released_IMTA": "c", "GE_OFA": "a"}.items():
+        (tmp_path / "seed_1" / arm).mkdir(parents=True)
+        (tmp_path / "seed_1" / arm / "run.json").write_text(json.dumps({"frozen_digest": digest}))
+    tables.check_backbones()
+    (tmp_path / "seed_1" / "GE_OFA" / "run.json").write_text(json.dumps({"frozen_digest": "d"}))
+    with pytest.raises(UserError, match="GE_OFA started from another GE"):
+        tables.check_backbones()
 
 
 def test_spread_is_the_sample_standard_deviation():
