@@ -12,7 +12,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from args import parse
 from dataloader import read_image
-from results import arms, tables
+from engine.report import read_csv
+from results import arms, held_out, tables
 from tests.conftest import TINY_FLAGS
 from utils import UserError
 
@@ -70,6 +71,10 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
     assert tables.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
+    plain = read_csv(tmp_path / "results" / "seed_5" / "GE" / "budgeted.csv")
+    augmented = held_out.augmented_rows(tmp_path / "work" / "seed_5" / "GE" / "best.pt")
+    assert augmented[0].keys() == plain[0].keys()
+    assert [row["threshold_1"] for row in augmented] != [row["threshold_1"] for row in plain]
 
 
 def test_a_run_that_fails_ends_the_series(tmp_path, image_folder, monkeypatch):

@@ -1,0 +1,74 @@
+"""What it does to budgeted prediction when thresholds are set on held-out images seen as in training, as the released program sees them.
+
+    python -m results.held_out --work save/cifar100_arms
+
+For the runs that ``results.arms`` left in ``--work``, held-out images are cropped and mirrored at random before thresholds are set by the
+paper's rule; ``budgeted_augmented.csv`` beside a run's other results then has the columns of its ``budgeted.csv``.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from adaptive_inference import confidence_and_answers
+from args import parse
+from dataloader import CROP_PADDING, crop_and_flip, load_data
+from engine.checkpoint import load_saved
+from engine.collect import budget_curves, collect_logits, csv_rows
+from engine.distributed import Processes
+from engine.report import write_csv
+from models import count_operations
+from results.arms import ARMS, SCHEDULES
+from utils import CommandLineParser, UserError
+
+AUGMENTED = "budgeted_augmented.csv"
+
+
+def augmented_rows(checkpoint: Path) -> list[dict]:
+    """Rows of ``budgeted.csv`` for thresholds from augmented held-out images.
+
+    Raises:
+        UserError: the checkpoint or its data cannot be read.
+    """
+    processes = Processes(0, 1, torch.device("cpu"), ())
+    saved = load_saved(checkpoint, {})
+    settings = parse("GE", ["--evalmode"]).settings(stored=saved.settings)
+    data = load_data(settings, processes.device, None, saved.data, saved.held_out)
+    generator = torch.Generator().manual_seed(settings.seed)
+    offsets = torch.randint(2 * CROP_PADDING + 1, (data.val.num_images, 2), generator=generator)
+    flips = torch.randint(2, (data.val.num_images,), generator=generator, dtype=torch.bool)
+    val = copy.copy(data.val)
+    val.images = crop_and_flip(val.images, offsets, flips)
+    answers = [confidence_and_answers(*collect_logits(saved.network, part, processes), "softmax") for part in (val, data.test)]
+    return csv_rows(budget_curves(*answers, count_operations(saved.network, data.info.image_size)).geometric)
+
+
+def main() -> None:
+    parser = CommandLineParser(prog="results.held_out", description="Budgeted prediction with thresholds from augmented held-out images.")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="of results.arms")
+    parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        default=["MSDNet", "GE", "GE_ISC_OFA"],
+        metavar="ARM",
+        help="(default: MSDNet GE GE_ISC_OFA)",
+    )
+    arguments = parser.parse_args()
+    checkpoints = sorted(path for arm in arguments.arms for path in arguments.work.glob(f"seed_*/{arm}/best.pt"))
+    if not checkpoints:
+        parser.error(f"{arguments.work} holds no seed_N/ARM/best.pt of these arms")
+    try:
+        for checkpoint in checkpoints:
+            run = checkpoint.parent.relative_to(arguments.work)
+            write_csv(SCHEDULES[arguments.schedule].results / run / AUGMENTED, augmented_rows(checkpoint))
+            sys.stdout.write(f"{run}\n")
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
