@@ -84,6 +84,8 @@ ARMS = {
     "GE_ISC_OFA_7": Arm("GE_7", ["--preset", "cifar100-anytime"]),
 }
 
+MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
+
 
 def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path) -> list[str]:
     """The command line of one run."""

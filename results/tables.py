@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
 from engine.report import draw_curves, read_csv, save_figure
-from results.arms import ARMS, SCHEDULES
+from results.arms import ARMS, MAIN_ARMS, SCHEDULES
 from results.held_out import AUGMENTED
 from utils import CommandLineParser, UserError, atomic_write
 
@@ -51,7 +51,6 @@ TITLES = {
     "GE_batch_64": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
 }
-MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
 TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
