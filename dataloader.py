@@ -403,7 +403,7 @@ def load_data(
     stored: DataInfo | None = None,
     held_out: Tensor | None = None,
 ) -> Data:
-    """Find, check and split the data set that ``settings`` name.
+    """Find, check and split the data set that ``settings`` name. Anytime evaluation needs no training images.
 
     Args:
         stored, held_out: what a checkpoint remembers: the data must be the same, and the split is taken over.
@@ -419,7 +419,9 @@ def load_data(
     fingerprint = hashlib.sha256("\n".join([settings.data, *class_names, *names]).encode()).hexdigest()[:16]
     if stored is not None:
         _check_same(stored, class_names, len(train), fingerprint)
-    if held_out is None:
+    if len(train) == 0:
+        held_out = torch.empty(0, dtype=torch.int64)
+    elif held_out is None:
         held_out = choose_held_out(len(train), settings.val_size, settings.split_seed)
     kept = torch.ones(len(train), dtype=torch.bool)
     kept[held_out] = False
@@ -467,7 +469,7 @@ def _limited(indices: Tensor, limit: int | None, split_seed: int) -> Tensor:
 def _check_same(stored: DataInfo, class_names: list[str], num_images: int, fingerprint: str) -> None:
     if class_names != stored.class_names:
         raise UserError(f"the checkpoint was trained on {len(stored.class_names)} classes, the data have {len(class_names)} or other names")
-    if (num_images, fingerprint) != (stored.num_training_images, stored.fingerprint):
+    if num_images and (num_images, fingerprint) != (stored.num_training_images, stored.fingerprint):
         raise UserError(
             f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of {stored.name}, "
             f"these are {num_images}, or others; its held-out split would mix with training images"
@@ -479,6 +481,8 @@ def _normalization(name: str, training_part: _Part) -> tuple[list[float], list[f
         return tuple(list(numbers) for numbers in NORMALIZATION[name])
     if training_part.images is None:
         return tuple(list(numbers) for numbers in NORMALIZATION["imagenet"])
+    if len(training_part) == 0:
+        raise UserError(f"--data {name} of small images is normalised by its training images; --data-root must hold train/CLASS/ too")
     pixels = training_part.images.transpose(0, 1).flatten(1).float() / 255
     return [round(x, 4) for x in pixels.mean(1).tolist()], [round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()]
 
@@ -489,10 +493,14 @@ def _find(settings: argparse.Namespace, image_size: int, in_memory: bool) -> tup
         train, test = (_demo_part(part, image_size) for part in ("train", "test"))
         return train, test, list(synthetic.CLASS_NAMES), [_digest(train.images)]
     root = settings.data_root
-    if not (root / "train").is_dir() and settings.data in ("cifar10", "cifar100"):
-        return cifar_archive(settings.data, root, image_size)
     train_folder = root / "train"
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not train_folder.is_dir() and test_folder is not None and settings.evalmode == "anytime":
+        test_files, class_names = _list_folder(test_folder)
+        test = _file_part(test_files, image_size, in_memory)
+        return test.take(torch.empty(0, dtype=torch.int64)), test, class_names, []
+    if not train_folder.is_dir() and settings.data in ("cifar10", "cifar100"):
+        return cifar_archive(settings.data, root, image_size)
     if not train_folder.is_dir() or test_folder is None:
         raise UserError(f"--data-root {root} must hold the folders train/CLASS/ and test/CLASS/ (or val/CLASS/) with images")
     (train_files, class_names), (test_files, test_classes) = _list_folder(train_folder), _list_folder(test_folder)

@@ -521,6 +521,21 @@ def test_image_folders_of_another_size_and_number_of_classes(image_folder, tmp_p
     assert load_checkpoint(tmp_path / "GE" / "best.pt")["data"]["class_names"] == ["ant", "bee", "cat"]
 
 
+@pytest.mark.parametrize("size", [["--image-size", "72", "--no-small-inputs", "--workers", "0"], ["--image-size", "32"]])
+def test_anytime_evaluation_needs_test_images_only(image_folder, tmp_path, size, capsys):
+    flags = ["--data", "folder", "--data-root", str(image_folder), "--val-size", "12", "--batch-size", "16", *size]
+    assert train_ge(tmp_path / "GE", *flags) == 0
+    before = read_csv(tmp_path / "GE" / "anytime.csv")
+    (image_folder / "train").rename(image_folder / "elsewhere")
+    (tmp_path / "GE" / "anytime.csv").unlink()
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--evalmode", "anytime"]) == 0
+    assert read_csv(tmp_path / "GE" / "anytime.csv") == before
+    capsys.readouterr()
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--evalmode", "dynamic"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert train_ge(tmp_path / "new", *flags) == 2
+
+
 def test_learning_rates():
     cosine = parse("GE", ["--lr", "0.8", "--lr-type", "cosine", "--epochs", "10", "--warmup-epochs", "0"]).settings()
     assert learning_rate(cosine, 0, 5) == 0.8
