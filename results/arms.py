@@ -76,6 +76,7 @@ ARMS = {
     "released_GE": Arm(None, ["--released"]),
     "released_IMTA": Arm("released_GE", ["--released"]),
     "GE_he": Arm(None, ["--init", "he"]),
+    "GE_10_epochs": Arm(None, ["--epochs", "10"]),
     "GE_multistep": Arm(None, ["--lr-type", "multistep"]),
     "GE_batch_64": Arm(None, ["--batch-size", "64", "--lr", "0.1", "--lr-type", "multistep"]),
     "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
@@ -136,10 +137,10 @@ def with_origins(arms: Iterable[str]) -> list[str]:
 
 
 def is_complete(run: Path) -> bool:
-    """Whether a run has been trained and evaluated."""
+    """Whether a run has been trained and evaluated. One whose record is lost goes on from its last checkpoint, to its end."""
     try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))["pieces"][-1]["complete"]
-    except FileNotFoundError:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))["pieces"][-1]["complete"] is True
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 

@@ -47,6 +47,7 @@ TITLES = {
     "released_GE": "GE, `--released`",
     "released_IMTA": "GE + ISC + OFA, `--released` in both stages",
     "GE_he": "GE, `--init he`",
+    "GE_10_epochs": "GE, 10 epochs",
     "GE_multistep": "GE, `--lr-type multistep`",
     "GE_batch_64": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
@@ -55,7 +56,10 @@ TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
 # Less ... is what another arm gains on it. In stage 2 both start from the same network of stage 1.
-DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64")))
+DIFFERENCES_1 = (
+    ("MSDNet", "GE"),
+    *(("GE", arm) for arm in ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64", "GE_10_epochs")),
+)
 DIFFERENCES_2 = (
     ("GE", "GE_ISC_OFA"),
     ("GE", "GE_classifiers"),
