@@ -211,10 +211,13 @@ class CommandLine:
             inherited: those of the stage-1 run; its preset, data and network options hold here too.
 
         Raises:
-            UserError: a preset that is not stage 1's, or another held-out split than the checkpoint's.
+            UserError: a preset that is not stage 1's, another held-out split than the checkpoint's, or images that have gone.
         """
+        known = stored or inherited or {}
+        if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not Path(known.get("data_root", "")).is_dir():
+            raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
-            before = (stored or inherited or {}).get(name)
+            before = known.get(name)
             if before is not None and self.explicit.get(name, before) != before:
                 raise UserError(
                     f"the checkpoint's images were held out with {FLAGS[name]} {before}, not {self.explicit[name]}; they stay so"

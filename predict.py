@@ -168,7 +168,9 @@ def _formatted(rows: list[dict], format: str) -> str:
         ]
         for row in rows
     ]
-    return table(["file", "class", "confidence", "exit", "operations", "ms"], cells) + "\n"
+    if not cells:
+        return ""
+    return table(["file", "class", "confidence", "exit", "operations", "mean ms"], cells) + "\n"
 
 
 def _printable(text: str) -> str:
@@ -214,7 +216,7 @@ def _build_parser() -> argparse.ArgumentParser:
         type=_positive,
         default=64,
         metavar="N",
-        help="images at a time; an image's time is its share (default: %(default)s)",
+        help="images at a time; all get their mean time (default: %(default)s)",
     )
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)")
     parser.add_argument("--half", action="store_true", help="16-bit numbers where the device is faster with them")

@@ -15,10 +15,11 @@ DATA_ROOT="${DATA_ROOT:-}"         # empty: where stage 1 read its images
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
 SAVE="${SAVE:-save/$preset}"       # stage 1 is read from $SAVE/GE, stage 2 goes into $SAVE/IMTA
 
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
 if [[ ! -f $SAVE/GE/best.pt && ! -f $SAVE/IMTA/best.pt && ! " $* " =~ " --pretrained"|" --single-stage "|" --eval"|" --help "|" -h " ]]; then
     echo "run_IMTA.sh: no stage 1 in $SAVE/GE; run this first: bash run_GE.sh $preset" >&2
     exit 2
 fi
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 exec "$PYTHON" "$project/train_IMTA.py" --preset "$preset" ${DATA_ROOT:+--data-root "$DATA_ROOT"} ${GPUS:+--gpu "$GPUS"} --save "$SAVE/IMTA" "$@"

@@ -15,7 +15,7 @@ from utils import CommandLineParser, UserError, atomic_write
 
 def main(argv: list[str] | None = None) -> int:
     """Convert a file; returns the exit status."""
-    parser = CommandLineParser(description="Write a checkpoint under the released programs' names.")
+    parser = CommandLineParser(prog="engine.convert", description="Write a checkpoint under the released programs' names.")
     parser.add_argument("checkpoint", type=Path, help="file of train_GE.py or train_IMTA.py")
     parser.add_argument("output", type=Path, help="file to write")
     options = parser.parse_args(argv)

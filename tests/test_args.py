@@ -128,10 +128,17 @@ def test_save_directory():
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
-    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", "d", "--val-size", "7", "--nBlocks", "4"]).settings())
+    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]).settings())
     settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
-    assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", Path("d"), 7, 4)
+    assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", tmp_path, 7, 4)
     assert (settings.batch_size, settings.epochs) == (512, 3)
+
+
+def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
+    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings())
+    with pytest.raises(UserError, match="say with --data-root where they are"):
+        parse("IMTA", []).settings(inherited=stage_1)
+    assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(stored=stage_1).data_root == Path("new")
 
 
 @pytest.mark.parametrize("flags", [["--val-size", "8"], ["--split-seed", "1"]])
