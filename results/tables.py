@@ -39,13 +39,13 @@ TITLES = {
     "GE_ISC_OFA": "GE + ISC + OFA",
     "GE_ISC": "GE + ISC",
     "GE_OFA": "GE + OFA",
-    "GE_classifiers": "GE, new classifiers alone",
+    "GE_classifiers": "new classifiers alone, on GE",
     "GE_ISC_OFA_T4": "GE + ISC + OFA, T = 4, gamma = 0.5",
     "GE_ISC_OFA_kl_mean": "GE + ISC + OFA, `--kl mean`",
     "GE_ISC_OFA_flow": "GE + ISC + OFA, `--isc-gradient flow`",
     "GE_ISC_OFA_moving": "GE + ISC + OFA, `--backbone-bn moving`",
-    "released_GE": "GE, `--released`",
-    "released_IMTA": "GE + ISC + OFA, `--released` in both stages",
+    "released_GE": "GE on the coarsest scale only (`--released`)",
+    "released_IMTA": "GE + ISC + OFA, `--released`, both stages",
     "GE_he": "GE, `--init he`",
     "GE_10_epochs": "GE, 10 epochs",
     "GE_multistep": "GE, `--lr-type multistep`",
@@ -55,11 +55,9 @@ TITLES = {
 TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
-# Less ... is what another arm gains on it. In stage 2 both start from the same network of stage 1.
-DIFFERENCES_1 = (
-    ("MSDNet", "GE"),
-    *(("GE", arm) for arm in ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64", "GE_10_epochs")),
-)
+# (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
+STAGE_1_VARIANTS = ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64", "GE_10_epochs")
+DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in STAGE_1_VARIANTS))
 DIFFERENCES_2 = (
     ("GE", "GE_ISC_OFA"),
     ("GE", "GE_classifiers"),
@@ -179,8 +177,9 @@ def thresholds_table() -> str:
             other, paper = budget_accuracies(folder, file), budget_accuracies(folder)
             by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in zip(other, paper, strict=True)])
         means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
-        rows.append([title, *spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")])
-    return markdown(["less the paper's rule", *budget_names(), "mean"], rows)
+        columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
+        rows.append([title, *(columns or [""] * (len(BUDGETS) + 1))])
+    return markdown(["compared with the paper's rule", *budget_names(), "mean"], rows)
 
 
 def gains(before: str, after: str) -> list[list[float]]:
@@ -195,8 +194,8 @@ def differences_table(differences: Iterable[tuple[str, str]]) -> str:
     for before, after in differences:
         if by_seed := gains(before, after):
             each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
-            rows.append([f"{TITLES[after]} less {TITLES[before]}", *spread_columns(by_seed, "+"), each])
-    return markdown(["difference", *exit_names(5), "mean of exits", "seed by seed"], rows)
+            rows.append([TITLES[after], TITLES[before], *spread_columns(by_seed, "+"), each])
+    return markdown(["arm", "compared with", *exit_names(5), "mean of exits", "seed by seed"], rows)
 
 
 def effect(before: str, after: str) -> str:
@@ -211,8 +210,10 @@ def epochs_table() -> str:
     is_last = sum(max(log) == log[-1] for log in accuracies)
     rows = [
         ["the best epoch is the last one", f"in {is_last} of {len(logs)} runs"],
-        ["lowest epoch less best one, as the released stage 1 chooses", spread([min(log) - max(log) for log in accuracies], "+")],
-        ["last epoch less the one before", spread([log[-1] - log[-2] for log in accuracies], "+")],
+        [
+            "the lowest epoch, as the released stage 1 chooses, against the best one",
+            spread([min(log) - max(log) for log in accuracies], "+"),
+        ],
     ]
     return markdown(["held-out accuracy, mean of exits, points", "measured"], rows)
 
