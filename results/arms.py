@@ -128,6 +128,11 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
     return target
 
 
+def seeds_of(arm: str, results: Path) -> list[Path]:
+    """Folders of an arm's kept results, one a seed."""
+    return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
+
+
 def with_origins(arms: Iterable[str]) -> list[str]:
     """``arms``, each after the one it starts from."""
     ordered = []

@@ -58,13 +58,14 @@ def main() -> None:
         help="(default: MSDNet GE GE_ISC_OFA)",
     )
     arguments = parser.parse_args()
-    checkpoints = sorted(path for arm in arguments.arms for path in arguments.work.glob(f"seed_*/{arm}/best.pt"))
-    if not checkpoints:
+    results = SCHEDULES[arguments.schedule].results
+    kept = [folder.relative_to(results) for arm in arguments.arms for folder in seeds_of(arm, results)]
+    runs = sorted(run for run in kept if (arguments.work / run / "best.pt").exists())
+    if not runs:
         parser.error(f"{arguments.work} holds no seed_N/ARM/best.pt of these arms")
     try:
-        for checkpoint in checkpoints:
-            run = checkpoint.parent.relative_to(arguments.work)
-            write_csv(SCHEDULES[arguments.schedule].results / run / AUGMENTED, augmented_rows(checkpoint))
+        for run in runs:
+            write_csv(results / run / AUGMENTED, augmented_rows(arguments.work / run / "best.pt"))
             sys.stdout.write(f"{run}\n")
     except UserError as error:
         parser.error(str(error))

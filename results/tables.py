@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
 from engine.report import draw_curves, read_csv, save_figure
-from results.arms import ARMS, MAIN_ARMS, SCHEDULES
+from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from results.held_out import AUGMENTED
 from utils import CommandLineParser, UserError, atomic_write
 
@@ -94,11 +94,6 @@ def budget_names() -> list[str]:
     return [f"{budget / 1e6:.0f} M" for budget in BUDGETS]
 
 
-def seeds_of(arm: str, results: Path = SHORT) -> list[Path]:
-    """Folders of the seeds an arm was run with."""
-    return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
-
-
 def exit_accuracies(folder: Path) -> list[float]:
     return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
@@ -163,7 +158,7 @@ def arms_budgets_table() -> str:
     rows = []
     for arm in BUDGETED_ARMS:
         for file, rule in (("budgeted.csv", "paper's"), ("optimised.csv", "optimised")):
-            rows.append([TITLES[arm], rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds_of(arm)])])
+            rows.append([TITLES[arm], rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds_of(arm, SHORT)])])
     return markdown(["arm", "thresholds", *budget_names()], rows)
 
 
@@ -173,7 +168,7 @@ def thresholds_table() -> str:
     rows = []
     for title, file in others.items():
         by_seed: dict[str, list[list[float]]] = {}
-        for folder in (folder for arm in TITLES for folder in seeds_of(arm) if (folder / file).exists()):
+        for folder in (folder for arm in TITLES for folder in seeds_of(arm, SHORT) if (folder / file).exists()):
             other, paper = budget_accuracies(folder, file), budget_accuracies(folder)
             by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in zip(other, paper, strict=True)])
         means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
@@ -184,7 +179,7 @@ def thresholds_table() -> str:
 
 def gains(before: str, after: str) -> list[list[float]]:
     """By seed, what ``after`` gains on ``before`` with the same seed: at every exit, then their mean."""
-    pairs = [(folder, folder.parent / before) for folder in seeds_of(after) if (folder.parent / before / "anytime.csv").exists()]
+    pairs = [(folder, folder.parent / before) for folder in seeds_of(after, SHORT) if (folder.parent / before / "anytime.csv").exists()]
     by_exit = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
@@ -205,7 +200,7 @@ def effect(before: str, after: str) -> str:
 
 def epochs_table() -> str:
     """What the logs of all runs of stage 1 on the short schedule say of the choice of an epoch, and of the length of training."""
-    logs = [epochs(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm)]
+    logs = [epochs(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm, SHORT)]
     accuracies = [[epoch["val_mean_acc1"] for epoch in log] for log in logs]
     is_last = sum(max(log) == log[-1] for log in accuracies)
     rows = [
@@ -222,7 +217,7 @@ def runs_table() -> str:
     """How every arm of the short schedule was trained."""
     rows = []
     for arm in (*TITLES, *TITLES_7):
-        if folders := seeds_of(arm):
+        if folders := seeds_of(arm, SHORT):
             minutes = [sum(epoch["seconds"] for epoch in epochs(folder)) / 60 for folder in folders]
             flags = " ".join(ARMS[arm].flags)
             seeds = ", ".join(folder.parent.name.removeprefix("seed_") for folder in folders)
@@ -235,7 +230,7 @@ def draw_arms() -> Figure:
     figure = Figure(figsize=(6.8, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for arm in MAIN_ARMS:
-        tables = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm)]
+        tables = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, SHORT)]
         operations = [row["operations"] / 1e6 for row in tables[0]]
         columns = list(zip(*([row["acc1"] for row in rows] for rows in tables), strict=True))
         means = [statistics.mean(column) for column in columns]
@@ -244,7 +239,7 @@ def draw_arms() -> Figure:
             widths = [statistics.stdev(column) for column in columns]
             low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
             axes.fill_between(operations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        curves = [read_csv(folder / "budgeted.csv") for folder in seeds_of(arm)]
+        curves = [read_csv(folder / "budgeted.csv") for folder in seeds_of(arm, SHORT)]
         points = [
             (statistics.mean(r["operations"] for r in rows) / 1e6, statistics.mean(r["test_acc1"] for r in rows))
             for rows in zip(*curves, strict=True)

@@ -69,7 +69,7 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     assert trained == ["train_GE.py", "train_IMTA.py"]
     assert "seed 5, GE: complete" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
-    assert tables.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
+    assert arms.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
     plain = read_csv(tmp_path / "results" / "seed_5" / "GE" / "budgeted.csv")
     augmented = held_out.augmented_rows(tmp_path / "work" / "seed_5" / "GE" / "best.pt")
