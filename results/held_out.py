@@ -20,7 +20,7 @@ from engine.collect import budget_curves, collect_logits, csv_rows
 from engine.distributed import Processes
 from engine.report import write_csv
 from models import count_operations
-from results.arms import ARMS, SCHEDULES
+from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from utils import CommandLineParser, UserError
 
 AUGMENTED = "budgeted_augmented.csv"
@@ -45,7 +45,8 @@ def augmented_rows(checkpoint: Path) -> list[dict]:
     return csv_rows(budget_curves(*answers, count_operations(saved.network, data.info.image_size)).geometric)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate the runs these arguments name (None: those of the process)."""
     parser = CommandLineParser(prog="results.held_out", description="Budgeted prediction with thresholds from augmented held-out images.")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="of results.arms")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
@@ -53,11 +54,11 @@ def main() -> None:
         "--arms",
         nargs="+",
         choices=list(ARMS),
-        default=["MSDNet", "GE", "GE_ISC_OFA"],
+        default=list(MAIN_ARMS),
         metavar="ARM",
-        help="(default: MSDNet GE GE_ISC_OFA)",
+        help=f"(default: {' '.join(MAIN_ARMS)})",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     results = SCHEDULES[arguments.schedule].results
     kept = [folder.relative_to(results) for arm in arguments.arms for folder in seeds_of(arm, results)]
     runs = sorted(run for run in kept if (arguments.work / run / "best.pt").exists())

@@ -71,8 +71,9 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
     assert arms.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
-    plain = read_csv(tmp_path / "results" / "seed_5" / "GE" / "budgeted.csv")
-    augmented = held_out.augmented_rows(tmp_path / "work" / "seed_5" / "GE" / "best.pt")
+    monkeypatch.setitem(arms.SCHEDULES, "short", schedule)
+    held_out.main(["--work", str(tmp_path / "work")])
+    plain, augmented = (read_csv(tmp_path / "results" / "seed_5" / "GE" / file) for file in ("budgeted.csv", held_out.AUGMENTED))
     assert augmented[0].keys() == plain[0].keys()
     assert [row["threshold_1"] for row in augmented] != [row["threshold_1"] for row in plain]
 
