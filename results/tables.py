@@ -66,6 +66,7 @@ DIFFERENCES_2 = (
     *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
     ("released_GE", "released_IMTA"),
 )
+DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -184,13 +185,13 @@ def gains(before: str, after: str) -> list[list[float]]:
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
 
-def differences_table(differences: Iterable[tuple[str, str]]) -> str:
-    rows = []
+def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5) -> str:
+    titles, rows = {**TITLES, **TITLES_7}, []
     for before, after in differences:
         if by_seed := gains(before, after):
             each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
-            rows.append([TITLES[after], TITLES[before], *spread_columns(by_seed, "+"), each])
-    return markdown(["arm", "compared with", *exit_names(5), "mean of exits", "seed by seed"], rows)
+            rows.append([titles[after], titles[before], *spread_columns(by_seed, "+"), each])
+    return markdown(["arm", "compared with", *exit_names(num_exits), "mean of exits", "seed by seed"], rows)
 
 
 def effect(before: str, after: str) -> str:
@@ -283,6 +284,7 @@ TABLES = {
     "arms-budgets": arms_budgets_table,
     "differences-1": partial(differences_table, DIFFERENCES_1),
     "differences-2": partial(differences_table, DIFFERENCES_2),
+    "differences-7": partial(differences_table, DIFFERENCES_7, 7),
     "thresholds": thresholds_table,
     "epochs": epochs_table,
     "runs": runs_table,
