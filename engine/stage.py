@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,11 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         _describe(network, data, operations, run, processes, log)
         if processes.is_main and state is None:
             _clear(run)
-        with _record(command, settings, run, processes, state, constants):
+        digest = constants.get("frozen_digest")
+        record = (
+            Provenance(run.record, str(command), settings, processes, state is not None, digest) if processes.is_main else nullcontext()
+        )
+        with record:
             log.open(run, state["epoch"] + 1 if state else 0)
             task = Task(network, stage.make_objective(network, settings), constants)
             progress = train(task, data, settings, run, processes, log, state)
@@ -153,19 +157,6 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
             if processes.is_main:
                 _to_tensorboard(run, constants, settings, log)
-
-
-def _record(
-    command: CommandLine,
-    settings: argparse.Namespace,
-    run: RunDirectory,
-    processes: Processes,
-    state: dict[str, Any] | None,
-    constants: dict[str, Any],
-) -> AbstractContextManager:
-    if not processes.is_main:
-        return nullcontext()
-    return Provenance(run.record, str(command), settings, processes, state is not None, constants.get("frozen_digest"))
 
 
 def _is_restart(run: RunDirectory) -> bool:
