@@ -6,11 +6,9 @@ project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
 
 # The launchers' first word. A mistyped one should not cost the set-up.
-if [[ -n ${preset:-} ]]; then
-    if [[ ! $preset =~ ^(demo|cifar10|cifar100|cifar100-anytime|imagenet)$ || " $* " == *" --preset"* ]]; then
-        echo "$(basename "$0"): the first word is the preset: demo, cifar10, cifar100, cifar100-anytime or imagenet" >&2
-        exit 2
-    fi
+if [[ -n ${preset:-} ]] && [[ ! $preset =~ ^(demo|cifar10|cifar100|cifar100-anytime|imagenet)$ || " $* " == *" --preset"* ]]; then
+    echo "$(basename "$0"): the first word is the preset: demo, cifar10, cifar100, cifar100-anytime or imagenet" >&2
+    exit 2
 fi
 
 satisfies_requirements() {

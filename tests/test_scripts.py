@@ -1,10 +1,12 @@
 """The commands of the README as processes: both launchers, and evaluation again."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from args import PRESETS
 from engine.report import read_csv
 from tests.conftest import TINY_FLAGS
 
@@ -15,6 +17,15 @@ SMALL = [*TINY_FLAGS, "--limit-train", "96", "--limit-test", "100"]
 def run(command, folder, **environment):
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=170, check=False)
+
+
+def test_launchers_know_the_presets_and_refuse_others_before_the_set_up(tmp_path):
+    listed = re.search(r"\^\((.*)\)\$", (ROOT / "environment.sh").read_text(encoding="utf-8"))[1]
+    assert set(listed.split("|")) == set(PRESETS)
+    for words in (["cifar10O"], ["--preset", "cifar100"]):
+        refused = run(["bash", ROOT / "run_GE.sh", *words], tmp_path, PYTHON="no-such-python")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "the first word is the preset" in refused.stderr
 
 
 def test_launchers_end_to_end(tmp_path):
