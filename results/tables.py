@@ -151,8 +151,11 @@ def exits_7_table() -> str:
 
 def arms_table() -> str:
     """Every arm of the short schedule with 5 exits."""
-    rows = [row[1:] for row in ours(SHORT, TITLES, exit_accuracies, 0) if len(row) > 2]
-    return markdown(["arm", *exit_names(5)], [[title.removeprefix("ours: "), *cells] for title, *cells in rows])
+    rows = []
+    for arm, title in TITLES.items():
+        if folders := seeds_of(arm, SHORT):
+            rows.append([title, *spread_columns([exit_accuracies(folder) for folder in folders])])
+    return markdown(["arm", *exit_names(5)], rows)
 
 
 def arms_budgets_table() -> str:
@@ -200,7 +203,7 @@ def effect(before: str, after: str) -> str:
 
 
 def epochs_table() -> str:
-    """What the logs of all runs of stage 1 on the short schedule say of the choice of an epoch, and of the length of training."""
+    """What the logs of all runs of stage 1 on the short schedule say of the choice of an epoch."""
     logs = [epochs(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm, SHORT)]
     accuracies = [[epoch["val_mean_acc1"] for epoch in log] for log in logs]
     is_last = sum(max(log) == log[-1] for log in accuracies)
