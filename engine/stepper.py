@@ -115,7 +115,8 @@ class Stepper:
         if self._model is None:
             if self.processes.world_size > 1:
                 # Those no exit depends on, such as finer scales of the last layer, have no gradient to exchange.
-                for parameter in _parameters_without_gradient(self.objective, self.parameters, images[:2], targets[:2]):
+                eager = _InPrecision(self.objective, self.processes.device, self.dtype)
+                for parameter in _parameters_without_gradient(eager, self.parameters, images[:2], targets[:2]):
                     parameter.requires_grad_(False)
             inner = _InPrecision(_compiled(self.objective, self.settings), self.processes.device, self.dtype)
             self._model = _parallel(inner, self.processes)

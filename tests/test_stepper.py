@@ -204,6 +204,12 @@ results = {}
 for stage in ("GE", "IMTA"):
     chosen = t.settings("--sync-bn", stage=stage)
     results[stage] = t.one_step(t.make_objective(stage, chosen), chosen, processes)
+for stage in ("GE", "IMTA"):
+    chosen = t.settings("--amp", "bf16", stage=stage)
+    objective = t.make_objective(stage, chosen).float()
+    images, targets = (part[rank::2] for part in t.batch())
+    t.Stepper(objective, chosen, processes).step(images.float(), targets, 0.1, lambda *_: None)
+    results[f"{stage} in bf16"] = dict(objective.named_parameters())
 chosen = t.settings("--accumulate", "3")
 results["accumulated"] = t.one_step(t.WithoutNormalisation(), chosen, processes)
 torch.save(results, f"{folder}/{rank}.pt")
@@ -223,5 +229,6 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         expected = one_step(make_objective(stage, chosen), chosen)
         for rank in range(2):
             assert_close(ours[rank][stage], expected)
+        assert_close(*(ours[rank][f"{stage} in bf16"] for rank in range(2)), 0)
     for rank in range(2):
         assert_close(ours[rank]["accumulated"], one_step(WithoutNormalisation(), settings()))
