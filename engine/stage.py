@@ -137,7 +137,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
         with shared_out(beginning.settings.batch_size, beginning.settings.gpu) as processes:
             log = Log(processes.is_main)
             try:
-                settings = _with_precision(beginning.settings, processes)
+                settings = with_precision(beginning.settings, processes)
                 if settings.amp == "bf16" and processes.device.type == "cpu":
                     torch.set_num_threads(1)  # several would wait for each other in every convolution, very long beside another program
                 _Run(stage, command, replace(beginning, settings=settings), Session(run, settings, processes, log)).complete()
@@ -266,7 +266,7 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
-def _with_precision(settings: Settings, processes: Processes) -> Settings:
+def with_precision(settings: Settings, processes: Processes) -> Settings:
     """``--amp auto`` decided, by all processes together: they may run on unlike machines, or measure differently."""
     if settings.amp != "auto":
         return settings
@@ -324,7 +324,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     settings = command.settings(stored=saved.settings)
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
-        settings = _with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
+        settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
         session = Session(run, settings, processes, log)
         data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
