@@ -255,7 +255,7 @@ class CommandLine:
         if "preset" not in self.explicit and origin is not None:
             if origin.is_dir():
                 return origin.parent / self.stage
-            if origin.name in ("best.pt", "last.pt"):
+            if origin.name in ("best.safetensors", "last.pt"):
                 return origin.parent.parent / self.stage
         return Path("save") / self.explicit.get("preset", DEFAULTS["preset"]) / self.stage
 
@@ -333,7 +333,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when no mode is given), "
         "or measured time of the policies that dynamic wrote (runtime)",
     )
-    add("--evaluate-from", type=Path, metavar="FILE", shown="DIR/best.pt", help="checkpoint to evaluate, ours or a released one")
+    add("--evaluate-from", type=Path, metavar="FILE", shown="DIR/best.safetensors", help="checkpoint to evaluate, ours or a released one")
     add(
         "--confidence",
         choices=list(MEASURES),

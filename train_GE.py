@@ -63,8 +63,8 @@ STAGE = Stage(
     find_origin=no_origin,
     make_network=make_msdnet,
     make_objective=JointTraining,
-    constants=lambda network: {},
-    check_result=lambda network, constants: None,
+    frozen_digest=lambda network: None,
+    check_result=lambda network, description: None,
     title=title,
     trains_backbone=lambda settings: True,
 )

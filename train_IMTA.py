@@ -10,7 +10,6 @@ Network, data and held-out split are those of the stage-1 checkpoint.
 import argparse
 import hashlib
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage
 from engine.stepper import autocast_dtype
-from models import IMTA, MSDNet, one_for_all_loss
+from models import IMTA, Description, MSDNet, one_for_all_loss
 from train_GE import make_msdnet
 from utils import UserError
 
@@ -92,25 +91,25 @@ def make_imta(settings: argparse.Namespace, data: DataInfo, origin: Saved | None
     )
 
 
-def frozen_digest(network: IMTA) -> dict[str, Any]:
+def frozen_digest(network: IMTA) -> str | None:
     """Fingerprint of everything that must not move: the frozen backbone's parameters, and its buffers unless BatchNorm may move."""
     if not network.freeze_backbone:
-        return {"frozen_digest": None}
+        return None
     tensors = network.backbone.state_dict() if network.freeze_batchnorm else dict(network.backbone.named_parameters())
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return {"frozen_digest": digest.hexdigest()}
+    return digest.hexdigest()
 
 
-def check_frozen(network: IMTA, constants: dict[str, Any]) -> None:
+def check_frozen(network: IMTA, description: Description) -> None:
     """Compare the backbone with the stage-1 network it was.
 
     Raises:
         UserError: something frozen moved.
     """
-    if frozen_digest(network)["frozen_digest"] != constants["frozen_digest"]:
+    if frozen_digest(network) != description.frozen_digest:
         raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
 
 
@@ -125,7 +124,7 @@ STAGE = Stage(
     find_origin=find_stage_1,
     make_network=make_imta,
     make_objective=Distillation,
-    constants=frozen_digest,
+    frozen_digest=frozen_digest,
     check_result=check_frozen,
     title=title,
     trains_backbone=lambda settings: settings.single_stage or settings.backbone_bn == "moving",

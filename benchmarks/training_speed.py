@@ -131,7 +131,7 @@ class Ours:
         info = _data_info(options)
         self.network = train_GE.STAGE.make_network(settings_1, info, None)
         if stage_number == 2:
-            self.network = stage.make_network(settings, info, Saved(Path("random weights"), self.network.eval(), {}))
+            self.network = stage.make_network(settings, info, Saved(Path("random weights"), self.network.eval()))
         place(self.network, settings, processes)
         objective = stage.make_objective(self.network, settings).train()
         self.settings = settings

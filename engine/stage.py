@@ -14,16 +14,17 @@ from torch import nn
 
 from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
-from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
+from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, plain, settings_of
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.log import Log
-from engine.provenance import Provenance
+from engine.provenance import Provenance, commit
 from engine.report import draw_curves, millions, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted, stop_on_signals
 from engine.training import Task, train
 from models import IMTA, count_operations
+from models.saved import Description, build_network, load_weights, network_options
 from utils import UserError, seed_everything, set_tf32
 
 
@@ -36,7 +37,7 @@ class Stage:
         find_origin: the checkpoint to start from, None to start from scratch.
         make_network: new network for settings, data and origin.
         make_objective: module (images, targets) -> (losses (N,), logits (N, K, C)).
-        constants: further entries of the checkpoints.
+        frozen_digest: fingerprint of what must not change, or None.
         check_result: raises a UserError if training did what it must not.
         title: of the stage's curves.
         trains_backbone: whether gradients go, or batch statistics are taken, through the whole network.
@@ -46,8 +47,8 @@ class Stage:
     find_origin: Callable[[CommandLine], Saved | None]
     make_network: Callable[[argparse.Namespace, DataInfo, Saved | None], nn.Module]
     make_objective: Callable[[nn.Module, argparse.Namespace], nn.Module]
-    constants: Callable[[nn.Module], dict[str, Any]]
-    check_result: Callable[[nn.Module, dict[str, Any]], None]
+    frozen_digest: Callable[[nn.Module], str | None]
+    check_result: Callable[[nn.Module, Description], None]
     title: Callable[[argparse.Namespace], str]
     trains_backbone: Callable[[argparse.Namespace], bool]
 
@@ -119,44 +120,43 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         state = _state_to_resume(stage, command, run, log)
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
-            settings = for_device(stage, command.settings(stored=state["settings"]), processes.device)
-            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
-            network = build_network(state["network"])
-            load_weights(network, state["state_dict"], run.last)
-            _check_best(run, state)
-            constants = {name: state[name] for name in state["constant_names"]}
+            description = state["description"]
+            settings = for_device(stage, command.settings(stored=settings_of(description)), processes.device)
+            data = load_data(settings, processes.device, processes.shard, data_info_of(description), state["held_out"])
+            network = _network_to_resume(run, state)
         else:
             settings = for_device(stage, command.settings(inherited=origin.settings if origin else None), processes.device)
             stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
             data = load_data(settings, processes.device, processes.shard, stored, held_out)
             seed_everything(settings.seed, settings.deterministic)
             network = stage.make_network(settings, data.info, origin)
-            constants = _constants(stage, settings, data, network, origin)
+            description = _describe(stage, settings, data, network, origin)
         seed_everything(settings.seed, settings.deterministic)
-        operations = _operations(network, data.info.image_size)
+        operations = description.operations
         place(network, settings, processes)
-        _describe(network, data, operations, run, processes, log)
+        _introduce(network, data, operations, run, processes, log)
         if processes.is_main and state is None:
             _clear(run)
-        digest = constants.get("frozen_digest")
+        digest = description.frozen_digest
         record = (
             Provenance(run.record, str(command), settings, processes, state is not None, digest) if processes.is_main else nullcontext()
         )
         with record:
             log.open(run, state["epoch"] + 1 if state else 0)
-            task = Task(network, stage.make_objective(network, settings), constants)
+            launch = os.environ.get("TORCHELASTIC_RUN_ID")
+            task = Task(network, stage.make_objective(network, settings), description, data.held_out, launch)
             progress = train(task, data, settings, run, processes, log, state)
             if processes.is_main:
-                stage.check_result(network, constants)
-            best = load_checkpoint(run.best)
-            load_weights(network, best["state_dict"], run.best)
+                stage.check_result(network, description)
+            load_weights(network, load_saved(run.best, {}).network.state_dict())
             if processes.is_main:
-                stage.check_result(network, constants)
+                stage.check_result(network, description)
             log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
-            evaluation = Evaluation(network, data, operations, settings.confidence, run, constants, processes, log)
+            curves = _curves_of(description)
+            evaluation = Evaluation(network, data, operations, settings.confidence, run, curves, processes, log)
             evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
             if processes.is_main:
-                _to_tensorboard(run, constants, settings, log)
+                _to_tensorboard(run, curves, settings, log)
 
 
 def _is_restart(run: RunDirectory) -> bool:
@@ -173,41 +173,54 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
     if not run.last.exists():
-        # The log comes after last.pt, best.pt before it: without both the run was killed while it saved for the first time.
+        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it saved for the first time.
         if run.log.exists():
             raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
         log.line(f"nothing to resume in {run.path}: starting from scratch")
         return None
     state = load_checkpoint(run.last)
-    if state["stage"] != stage.name:
-        raise UserError(f"{run.last} was written by train_{state['stage']}.py; go on with that program")
-    needed = {"optimizer", "scaler", "random_state", "totals", "constant_names", "epoch", "step", "best_epoch", "best_accuracy", "history"}
-    if not needed <= state.keys():
-        raise UserError(f"{run.last} lacks what --resume needs; is it a copy of best.pt?")
-    command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
+    description = state["description"]
+    if description.stage != stage.name:
+        raise UserError(f"{run.last} was written by train_{description.stage}.py; go on with that program")
+    command.refuse_changes({"pretrained": description.origin, **settings_of(description)})
     log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")
     return state
 
 
-def _check_best(run: RunDirectory, state: dict[str, Any]) -> None:
-    """The best epoch is needed at the end; that its file is of another run should be known before."""
-    if state["best_epoch"] and load_checkpoint(run.best)["network"] != state["network"]:
+def _network_to_resume(run: RunDirectory, state: dict[str, Any]) -> nn.Module:
+    try:
+        network = build_network(state["description"].network)
+        load_weights(network, state["state_dict"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run.last} is damaged: {error}") from None
+    # The best epoch is needed at the end; that its file is of another run should be known before.
+    if state["best_epoch"] and load_saved(run.best, {}).network.config != network.config:
         raise UserError(f"{run.best} holds another network than {run.last}")
+    return network
 
 
-def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Saved | None) -> dict[str, Any]:
-    constants = {
-        "stage": stage.name,
-        "title": stage.title(settings),
-        "network": network_config(network),
-        "data": plain(data.info),
-        "held_out": data.held_out,
-        "settings": {name: plain(value) for name, value in vars(settings).items()},
-        "origin": str(origin.path.resolve()) if origin else None,
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-        **stage.constants(network),
-    }
-    return {**constants, "constant_names": [*constants, "constant_names"]}
+def _describe(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Saved | None) -> Description:
+    info = data.info
+    return Description(
+        network=network_options(network),
+        class_names=info.class_names,
+        image_size=info.image_size,
+        mean=info.mean,
+        std=info.std,
+        operations=_operations(network, info.image_size),
+        stage=stage.name,
+        title=stage.title(settings),
+        recipe={name: plain(value) for name, value in vars(settings).items()},
+        seed=settings.seed,
+        commit=commit(),
+        data={"name": info.name, "num_training_images": info.num_training_images, "fingerprint": info.fingerprint},
+        origin=str(origin.path.resolve()) if origin else None,
+        frozen_digest=stage.frozen_digest(network),
+    )
+
+
+def _curves_of(description: Description) -> dict[str, Any]:
+    return {"title": description.title, "origin": description.origin if description.stage == "IMTA" else None}
 
 
 def _operations(network: nn.Module, image_size: int) -> list[int]:
@@ -237,7 +250,7 @@ def place(network: nn.Module, settings: argparse.Namespace, processes: Processes
     trunk.checkpoint_activations = settings.checkpoint_activations
 
 
-def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDirectory, processes: Processes, log: Log) -> None:
+def _introduce(network: nn.Module, data: Data, operations: list[int], run: RunDirectory, processes: Processes, log: Log) -> None:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     device = f"{processes.world_size} processes, " * (processes.world_size > 1) + (
@@ -265,20 +278,20 @@ def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
     place(network, settings, processes)
-    if not saved.state and "save" not in command.explicit:
+    if saved.description is None and "save" not in command.explicit:
         raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
-    run = RunDirectory(command.explicit.get("save") or source.parent)
-    if run.holds_run() and source.resolve() not in (run.best.resolve(), run.last.resolve()):
+    run = RunDirectory(command.explicit.get("save") or saved.path.parent)
+    if run.holds_run() and saved.path.resolve() != run.best.resolve():
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
-    constants = saved.state or {"title": source.stem, "origin": None}
-    if not saved.state:
+    curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
+    if saved.description is None:
         log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
-    _describe(network, data, operations, run, processes, log)
+    _introduce(network, data, operations, run, processes, log)
     with run.lock() if processes.is_main else nullcontext():
-        Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])
+        Evaluation(network, data, operations, settings.confidence, run, curves, processes, log).run([settings.evalmode])
 
 
-def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:
-    log.writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
+def _to_tensorboard(run: RunDirectory, curves: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:
+    log.writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
     options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in vars(settings).items()}
     log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

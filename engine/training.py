@@ -8,7 +8,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,16 +23,19 @@ from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate
 from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
+from models.saved import Description, save_network
 from utils import UserError, duration
 
 
 @dataclass
 class Task:
-    """What a stage trains: ``constants`` is the part of its checkpoints that stays the same."""
+    """What a stage trains; ``description`` and ``held_out`` go into its files, ``launch`` names the launch of torchrun."""
 
     network: nn.Module
     objective: nn.Module
-    constants: dict[str, Any]
+    description: Description
+    held_out: Tensor
+    launch: str | None
 
 
 @dataclass
@@ -94,7 +97,7 @@ def train(
     log: Log,
     state: dict[str, Any] | None = None,
 ) -> Progress:
-    """Train until ``settings.epochs`` and leave ``last.pt``, ``best.pt`` and ``log.jsonl`` in ``run``.
+    """Train until ``settings.epochs`` and leave ``last.pt``, ``best.safetensors`` and ``log.jsonl`` in ``run``.
 
     The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
 
@@ -103,11 +106,14 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
-        UserError: the loss is not finite, or a file cannot be written.
+        UserError: the loss is not finite, a file cannot be written, or ``state`` is damaged.
     """
     trainer = _Trainer(task, data, settings, run, processes, log)
     if state is not None:
-        trainer.restore(state)
+        try:
+            trainer.restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{run.last} is damaged: {type(error).__name__} {error}") from None
     with note_signals() as requests:
         while trainer.progress.epoch < settings.epochs:
             trainer.run_epoch(requests)
@@ -225,11 +231,14 @@ class _Trainer:
             return
         if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
             self._refuse_divergence(math.nan, "sum of the weights")
-        result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
+        task = self.task
         if is_best:
-            save_checkpoint(self.run.best, result)
-        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state()}
-        save_checkpoint(self.run.last, {**result, **running, "totals": totals})
+            accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
+            description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
+            save_network(self.run.best, self.network, description, task.held_out)
+        constants = {"description": asdict(task.description), "held_out": task.held_out, "launch": task.launch}
+        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
+        save_checkpoint(self.run.last, {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running})
         self.log.write_history(self.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:

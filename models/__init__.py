@@ -5,13 +5,16 @@ from models.losses import one_for_all_loss, sum_of_cross_entropies
 from models.msdnet import MSDNet
 from models.operations import count_operations, measure_cost
 from models.released import load_released, released_flags, to_released
+from models.saved import Description, load
 from models.stepwise import Stepwise
 
 __all__ = [
     "IMTA",
+    "Description",
     "MSDNet",
     "Stepwise",
     "count_operations",
+    "load",
     "load_released",
     "measure_cost",
     "one_for_all_loss",

@@ -6,10 +6,15 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from models.msdnet import MSDNet
+
+if TYPE_CHECKING:
+    from models.saved import Description
 
 
 class IMTA(nn.Module):
@@ -24,6 +29,8 @@ class IMTA(nn.Module):
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper); False lets it use and collect
             those of the batches (released code).
     """
+
+    description: "Description | None" = None  # of the file it was read from
 
     def __init__(
         self,

@@ -11,12 +11,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+
+if TYPE_CHECKING:
+    from models.saved import Description
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 MOST_LAYERS = 1000
@@ -47,6 +51,8 @@ class MSDNet(nn.Module):
     Raises:
         ValueError: an impossible combination; the message names what was given and what is allowed.
     """
+
+    description: "Description | None" = None  # of the file it was read from
 
     def __init__(
         self,
