@@ -5,7 +5,6 @@ save_checkpoint(path, state)
 state = load_checkpoint(path)
 """
 
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this version of the project.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = read_checkpoint(path)
+        state = read_checkpoint(path)
         if state.get("format") != FORMAT:
             raise ValueError(f"{path} is no run of this version of the project to go on from")
         return {**state, "description": Description(**state["description"])}

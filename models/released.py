@@ -11,6 +11,7 @@ networks are recognised by the shapes of the tensors; any other needs its publis
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -233,7 +234,9 @@ def read_checkpoint(path: Path) -> Mapping:
                     raise ValueError("its archive is compressed")
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged!a:.80} is another")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged or foreign file can make any part of the readers fail.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:

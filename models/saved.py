@@ -145,12 +145,12 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, T
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     content = path.read_bytes()
-    if content[:2] == b"PK" or content[:1] == b"\x80":
-        raise ValueError(f"{path} is a PyTorch checkpoint; models.load_released reads those of the released programs")
     try:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : _header_end(content)]).get("__metadata__") or {}
     except Exception as error:  # what the readers raise depends on where the damage is
+        if content[:2] == b"PK" or content[:1] == b"\x80":
+            raise ValueError(f"{path} is a PyTorch checkpoint; models.load_released reads those of the released programs") from None
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})") from None
     if header.get("format") != FORMAT:
         found = ascii(header["format"])[:80] if "format" in header else "missing"
@@ -229,7 +229,7 @@ def _check(description: Description, network: MSDNet | IMTA, held_out: Tensor) -
     for name, length in lengths.items():
         if len(getattr(description, name)) != length:
             raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
-    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE or not min(description.std) > 0:
+    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE or not all(x > 0 for x in description.std):
         raise ValueError(f"image_size is {description.image_size}, std {description.std}")
     if description.data.keys() != {"name", "num_training_images", "fingerprint"}:
         raise ValueError(f"data has {', '.join(description.data):.80}")
