@@ -163,11 +163,14 @@ RUNTIME_OPTIONS = {
     *("data_root", "workers", "limit_test"),
 }
 
-# What stage 2 takes over from stage 1 unless told otherwise.
-INHERITED_OPTIONS = (
-    *("data", "data_root", "image_size", "val_size", "split_seed", "limit_train", "limit_test", "augment", "workers"),
+NETWORK_OPTIONS = (
     *("num_blocks", "base", "step", "step_mode", "num_channels", "growth_rate", "growth_factors", "bottleneck_factors", "bottleneck"),
     *("prune", "reduction", "small_inputs", "gradient_equilibrium", "gradient_equilibrium_scales", "initialization"),
+)
+# What a run takes over from the one it starts from unless told otherwise.
+INHERITED_OPTIONS = (
+    *("data", "data_root", "image_size", "val_size", "split_seed", "limit_train", "limit_test", "augment", "workers"),
+    *NETWORK_OPTIONS,
 )
 
 # The flag of every option, for messages.
@@ -208,11 +211,14 @@ class CommandLine:
 
         Args:
             stored: those of a checkpoint to go on from or to evaluate; they take the place of the preset.
-            inherited: those of the stage-1 run; its preset, data and network options hold here too.
+            inherited: those of the run to start from; its preset, data and network options hold here too. Stage 1 may take other data:
+                then only the network's and the size of images do.
 
         Raises:
             UserError: a preset that is not stage 1's, another held-out split than the checkpoint's, or images that have gone.
         """
+        if self.stage == "GE" and inherited and {"preset", "data"} & self.explicit.keys():
+            inherited = {name: inherited[name] for name in (*NETWORK_OPTIONS, "image_size") if name in inherited}
         known = stored or inherited or {}
         if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not Path(known.get("data_root", "")).is_dir():
             raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
@@ -242,9 +248,15 @@ class CommandLine:
         for name, value in self.explicit.items():
             before = stored.get(name)
             if name == "pretrained":  # stored as the file that was found
-                value, before = value.resolve(), value.resolve() if str(before).startswith(str(value.resolve())) else before
+                is_same = str(before).startswith(str(value.resolve())) or Path(str(before)).stem == str(value)
+                before = value if is_same else before
             if name not in RUNTIME_OPTIONS and name in stored and before != value:
-                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; use a new --save for that")
+                way = (
+                    f"--pretrained {self.save_directory} with a new --save starts from its weights"
+                    if self.stage == "GE"
+                    else "use a new --save"
+                )
+                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; {way}")
 
     @property
     def save_directory(self) -> Path:
@@ -280,6 +292,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
             parser.error(f"--{first.replace('_', '-')} and --{second.replace('_', '-')} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
+    if stage == "GE" and "pretrained" in explicit and "save" not in explicit:
+        parser.error("--pretrained needs --save, the directory of the new run")
     has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -340,14 +354,14 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin of the two largest, or how "
         "many exits in a row agree (patience)",
     )
-    if stage == "IMTA":
-        add(
-            "--pretrained",
-            type=Path,
-            metavar="PATH",
-            shown="the directory GE beside DIR",
-            help="stage-1 checkpoint (ours or a released one), or directory of a stage-1 run",
-        )
+    takes = {"GE": "the trunk to start from, with its classifiers where the classes are the same", "IMTA": "the stage-1 network"}[stage]
+    add(
+        "--pretrained",
+        type=Path,
+        metavar="PATH",
+        shown="the directory GE beside DIR" if stage == "IMTA" else "random weights",
+        help=f"{takes}: directory of a run, a file (ours or a released one), or a name in weights/",
+    )
     add("--seed", type=_at_least(0, 2**32 - 2), metavar="N", help="seed of initialisation, order and augmentation")
     add("--deterministic", **switch, help="only operations that repeat bit for bit on the same machine")
     add("--gpu", type=_int_list(","), metavar="IDS", shown="the first GPU, or the CPU", help="GPU or GPUs of this process, such as 0,1,2,3")

@@ -3,6 +3,7 @@
     python train_GE.py                                                  # the embedded demo
     python train_GE.py --preset cifar100 --data-root data --save save/cifar100/GE
     python train_GE.py --preset cifar100 --evalmode anytime
+    python train_GE.py --pretrained imta_cifar100 --data folder --data-root photos --save save/photos/GE    # fine-tuning
 
 Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum of the exits' cross-entropies.
 """
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from args import CommandLine
 from dataloader import DataInfo
-from engine.checkpoint import Saved
+from engine.checkpoint import Saved, load_saved
 from engine.stage import Stage, run_stage
-from models import MSDNet, sum_of_cross_entropies
+from models import IMTA, MSDNet, sum_of_cross_entropies
 from utils import UserError
 
 
@@ -35,11 +36,13 @@ class JointTraining(nn.Module):
 
 
 def make_msdnet(settings: argparse.Namespace, data: DataInfo, origin: Saved | None = None) -> MSDNet:
-    """The network the flags describe.
+    """The network the flags describe; with an ``origin`` its trunk, and its classifiers where the classes are the same.
 
     Raises:
         UserError: an impossible combination of options.
     """
+    if origin is not None:
+        return _started_from(origin, data)
     names = inspect.signature(MSDNet).parameters.keys() - {"num_classes", "small_inputs"}
     options = {name: getattr(settings, name) for name in names}
     small_inputs = data.image_size <= 64 if settings.small_inputs is None else settings.small_inputs
@@ -49,23 +52,40 @@ def make_msdnet(settings: argparse.Namespace, data: DataInfo, origin: Saved | No
         raise UserError(f"impossible network: {error}") from None
 
 
+def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
+    trunk = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
+    num_classes = len(data.class_names)
+    same_classes = origin.data.class_names == data.class_names if origin.data else trunk.num_classes == num_classes
+    network = MSDNet(**{**trunk.config, "num_classes": num_classes})
+    weights = {name: x for name, x in trunk.state_dict().items() if same_classes or ".linear." not in name}
+    network.load_state_dict(weights, strict=False)
+    return network
+
+
 def title(settings: argparse.Namespace) -> str:
     """Name of this run in a plot."""
     return "MSDNet + GE" if settings.gradient_equilibrium else "MSDNet"
 
 
-def no_origin(command: CommandLine) -> None:
-    """Stage 1 starts from scratch."""
+def find_start(command: CommandLine) -> Saved | None:
+    """The network --pretrained names.
+
+    Raises:
+        UserError: it cannot be read, or is another than the flags say.
+    """
+    path = command.explicit.get("pretrained")
+    return None if path is None else load_saved(path, command.explicit)
 
 
 STAGE = Stage(
     name="GE",
-    find_origin=no_origin,
+    find_origin=find_start,
     make_network=make_msdnet,
     make_objective=JointTraining,
     frozen_digest=lambda network: None,
     check_result=lambda network, description: None,
     title=title,
+    may_change_data=True,
     trains_backbone=lambda settings: True,
 )
 

@@ -63,16 +63,14 @@ def find_stage_1(command: CommandLine) -> Saved | None:
     """
     if command.explicit.get("single_stage"):
         return None
-    path = command.explicit.get("pretrained") or command.save_directory.parent / "GE"
-    if path.is_dir() or "pretrained" not in command.explicit:
-        path = RunDirectory(path).best
-    if not path.exists():
+    run = RunDirectory(command.save_directory.parent / "GE")
+    if "pretrained" not in command.explicit and not run.best.exists():
         raise UserError(
-            f"there is no stage-1 checkpoint {path}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
+            f"there is no stage-1 checkpoint {run.best}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
         )
-    saved = load_saved(path, command.explicit)
+    saved = load_saved(command.explicit.get("pretrained", run.best), command.explicit)
     if not isinstance(saved.network, MSDNet):
-        raise UserError(f"{path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
+        raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
     return saved
 
 
@@ -127,6 +125,7 @@ STAGE = Stage(
     frozen_digest=frozen_digest,
     check_result=check_frozen,
     title=title,
+    may_change_data=False,
     trains_backbone=lambda settings: settings.single_stage or settings.backbone_bn == "moving",
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from args import FLAGS
 from dataloader import DataInfo
+from engine.run_directory import RunDirectory
 from models import IMTA, MSDNet, load_released
 from models.released import PUBLISHED_NAMES, read_checkpoint
 from models.saved import Description, find, is_network_file, read_network
@@ -35,7 +36,7 @@ class Saved:
     @property
     def settings(self) -> dict[str, Any] | None:
         """Settings of the run that wrote it."""
-        return settings_of(self.description) if self.description else None
+        return {**settings_of(self.description), "image_size": self.description.image_size} if self.description else None
 
     @property
     def data(self) -> DataInfo | None:
@@ -44,7 +45,7 @@ class Saved:
 
 
 def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
-    """The network of a file or name (``models.load``) of this project, or of a released program's checkpoint.
+    """The network of a run's directory, of a file or name (``models.load``) of this project, or of a released program's checkpoint.
 
     Args:
         explicit: what the command line says. Network options must agree with the file; where a released file leaves them open, they
@@ -54,7 +55,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         UserError: one line: the file is missing, damaged or foreign, or what disagrees.
     """
     try:
-        path = find(path)
+        path = find(RunDirectory(path).best if path.is_dir() else path)
         if not is_network_file(path):
             return Saved(path, _released_network(path, explicit))
         network, description, held_out = read_network(path)

@@ -40,6 +40,7 @@ class Stage:
         frozen_digest: fingerprint of what must not change, or None.
         check_result: raises a UserError if training did what it must not.
         title: of the stage's curves.
+        may_change_data: whether it may train on other data than the network it starts from.
         trains_backbone: whether gradients go, or batch statistics are taken, through the whole network.
     """
 
@@ -50,6 +51,7 @@ class Stage:
     frozen_digest: Callable[[nn.Module], str | None]
     check_result: Callable[[nn.Module, Description], None]
     title: Callable[[argparse.Namespace], str]
+    may_change_data: bool
     trains_backbone: Callable[[argparse.Namespace], bool]
 
 
@@ -126,8 +128,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
             network = _network_to_resume(run, state)
         else:
             settings = for_device(stage, command.settings(inherited=origin.settings if origin else None), processes.device)
-            stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
-            data = load_data(settings, processes.device, processes.shard, stored, held_out)
+            data = _data_to_start(stage, settings, processes, origin)
             seed_everything(settings.seed, settings.deterministic)
             network = stage.make_network(settings, data.info, origin)
             description = _describe(stage, settings, data, network, origin)
@@ -185,6 +186,18 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
     command.refuse_changes({"pretrained": description.origin, **settings_of(description)})
     log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")
     return state
+
+
+def _data_to_start(stage: Stage, settings: argparse.Namespace, processes: Processes, origin: Saved | None) -> Data:
+    """Images that were held out from the network a run starts from stay so: it would know the others already."""
+    if origin is not None and origin.data is not None:
+        if not stage.may_change_data:
+            return load_data(settings, processes.device, processes.shard, origin.data, origin.held_out)
+        data = load_data(settings, processes.device, processes.shard)
+        if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.held_out, origin.held_out):
+            return data
+        return load_data(settings, processes.device, processes.shard, origin.data, origin.held_out)
+    return load_data(settings, processes.device, processes.shard)
 
 
 def _network_to_resume(run: RunDirectory, state: dict[str, Any]) -> nn.Module:

@@ -1,5 +1,6 @@
 """The loop of both stages through their programs: what they leave behind, what goes on bit by bit, what is refused."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -298,6 +299,33 @@ def test_resuming_with_other_settings_or_another_program(stage_1, capsys):
     assert "--lr 0.05" in capsys.readouterr().err
     assert train_IMTA.main(["--save", str(stage_1 / "GE"), "--resume"]) == 2
     assert "train_GE.py" in capsys.readouterr().err
+
+
+def test_stage_1_starts_from_weights(stage_1, image_folder):
+    """With so small a rate, what was taken over is still there."""
+    before = load(stage_1 / "GE" / "best.safetensors")
+    start = ["--pretrained", str(stage_1 / "GE"), "--epochs", "1", "--batch-size", "16", "--lr", "1e-12", "--save"]
+    assert train_GE.main([*start, str(stage_1 / "more")]) == 0
+    assert train_GE.main([*start, str(stage_1 / "again"), "--preset", "demo", "--val-size", "32"]) == 0
+    assert train_GE.main([*start, str(stage_1 / "tuned"), "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]) == 0
+    more, again, tuned = (load_saved(stage_1 / name, {}) for name in ("more", "again", "tuned"))
+    assert more.held_out.tolist() == again.held_out.tolist() == load_saved(stage_1 / "GE", {}).held_out.tolist()
+    assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
+    assert tuned.network.num_classes == 3
+    assert (tuned.description.image_size, tuned.settings["num_blocks"], tuned.settings["epochs"]) == (32, 3, 1)
+    for name, x in before.named_parameters():
+        torch.testing.assert_close(more.network.get_parameter(name), x)
+        if ".linear." not in name:
+            torch.testing.assert_close(tuned.network.get_parameter(name), x)
+
+
+def test_starting_from_weights_that_are_not_there(stage_1, capsys):
+    for flags, words in (([], "--pretrained needs --save"), (["--save", "x"], "there are: ")):
+        with contextlib.suppress(SystemExit):
+            assert train_GE.main(["--pretrained", "resnet", *flags]) == 2
+        assert words in capsys.readouterr().err
+    assert train_GE.main(["--save", str(stage_1 / "GE"), "--resume", "--epochs", "7"]) == 2
+    assert f"--pretrained {stage_1 / 'GE'} with a new --save starts from its weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--backbone-bn", "moving"]])
