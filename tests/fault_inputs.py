@@ -1,4 +1,4 @@
-"""Damaged and absurd inputs for the programs, made from the files of finished runs.
+"""Damaged and absurd files and flags for the programs, made from the files of finished runs.
 
 case = make(17, rng, folder, undisturbed)     # one of KINDS, in turn; everything it may touch lies in ``folder``
 outcome = run(case.program, case.argv, case.cwd)
@@ -7,14 +7,12 @@ case.problems(outcome, before, snapshot(folder))
 
 import argparse
 import hashlib
-import io
 import os
 import pickle
 import random
 import shutil
-import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,10 +48,8 @@ class Case:
     Args:
         writes: where a command that works may write, in the case's folder.
         late: it may be refused after the start, and leave a new run behind.
-        skipped: predict.py may name up to so many files that it skips, and end with status 1.
     """
 
-    kind: str
     folder: Path
     program: str
     argv: list[str]
@@ -61,43 +57,32 @@ class Case:
     writes: tuple[str, ...] = ("new",)
     may_work: bool = True
     late: bool = False
-    skipped: int = 0
-    timeout: float = 30.0
+    kind: str = ""
 
     @property
     def cwd(self) -> Path:
         """Where it runs; nothing should appear there."""
         return self.folder / "cwd"
 
-    @property
-    def marker(self) -> Path:
-        """A file that only code in a pickle would make."""
-        return self.folder / "marker"
-
     def problems(self, outcome: Outcome, before: dict[str, str], after: dict[str, str]) -> list[str]:
         """What is wrong with how it ended; ``before`` and ``after`` are snapshots of the folder."""
         found, lines = [], outcome.errors.splitlines()
-        if outcome.status == 2 and self.skipped:
-            lines = [line for line in lines if not line.endswith("; skipped")]
         if outcome.status is None:
             found.append(f"it hangs: {outcome.seconds:.0f} s")
         elif "Traceback" in outcome.errors:
-            found.append(f"a trace, status {outcome.status}: {_traced(lines)}")
+            found.append(f"a trace, status {outcome.status}: {lines[-1][:200]}")
         elif outcome.status == 2:
             if len(lines) != 1 or not lines[0].startswith(f"{self.program}".replace("engine.convert", "engine.convert:").split(":")[0]):
                 found.append(f"status 2 with {len(lines)} lines on standard error: {outcome.errors[:300]!r}")
             elif len(lines[0]) > LONGEST_LINE:
                 found.append(f"a line of {len(lines[0])} characters: {lines[0][:200]!r}")
-        elif outcome.status == 1 and self.skipped:
-            if not 1 <= len(lines) <= self.skipped or not all(line.endswith("; skipped") for line in lines):
-                found.append(f"status 1 with {lines[:5]} for {self.skipped} damaged files")
         elif outcome.status != 0:
             found.append(f"status {outcome.status}: {outcome.errors[-300:]!r}")
         elif not self.may_work:
             found.append("it works, and should be refused")
         if outcome.memory > MEMORY:
             found.append(f"it took {outcome.memory / 2**30:.1f} GiB")
-        if self.marker.exists():
+        if (self.folder / "marker").exists():
             found.append("code in the file has run")
         # A run that diverges says so after it has begun.
         begun = outcome.status == 2 and (self.late or "the loss is" in outcome.errors)
@@ -108,34 +93,20 @@ class Case:
         return found
 
 
-def _traced(lines: list[str]) -> str:
-    places = [
-        line.strip() for line in lines if line.lstrip().startswith('File "') and "site-packages" not in line and "/lib/python" not in line
-    ]
-    return f"{lines[-1][:200]} at {places[-1].replace(str(Path(__file__).resolve().parents[1]) + '/', '') if places else '?'}"
-
-
 def snapshot(folder: Path) -> dict[str, str]:
-    """What lies in a folder: digests of files, targets of links, kinds of everything else. The lock of a run does not count."""
-    found = {}
-    for path in folder.rglob("*"):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode):
-            what = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            what = str(path.readlink()) if stat.S_ISLNK(mode) else str(stat.S_IFMT(mode))
-        if path.name != ".lock":
-            found[str(path.relative_to(folder))] = what
-    return found
+    """What lies in a folder: digests of files, and other names. The lock of a run does not count."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
 
 
 def make(number: int, rng: random.Random, folder: Path, runs: Runs) -> Case:
     """Case ``number``: its kind goes in turn, everything else by chance."""
     (folder / "cwd").mkdir()
     kind = KINDS[number % len(KINDS)]
-    case = MAKERS[kind](rng, folder, runs)
-    case.kind = kind
-    return case
+    return replace(MAKERS[kind](rng, folder, runs), kind=kind)
 
 
 # Networks and runs.
@@ -167,7 +138,7 @@ def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]
     run = name.split("/")[0]
     if run in ("half", "IMTA"):
         shutil.copytree(runs.half if run == "half" else runs.training("IMTA"), folder / run)
-    return Case("", folder, program, argv, "", writes=("new", run)), folder / name
+    return Case(folder, program, argv, "", writes=("new", run)), folder / name
 
 
 def _damaged(damage: Callable[[random.Random, Path], str], may_work: bool = False) -> Callable:
@@ -210,15 +181,13 @@ def _run_code(rng: random.Random, path: Path) -> str:
         def __reduce__(self) -> tuple:
             return call
 
-    form = rng.choice(["pickle", "torch", "old torch", "field"])
+    form = rng.choice(["pickle", "torch", "old torch"])
+    state = {} if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    content = rng.choice([Payload(), {**state, rng.choice([*state, "state_dict"]): rng.choice([Payload(), [Payload()]])}])
     if form == "pickle":
-        path.write_bytes(pickle.dumps(Payload(), protocol=rng.randrange(5)))
-    elif form == "field" and path.suffix != ".safetensors":
-        state = torch.load(path, weights_only=True)
-        torch.save({**state, rng.choice([*state]): rng.choice([Payload(), [Payload()], {"x": Payload()}])}, path)
+        path.write_bytes(pickle.dumps(content, protocol=rng.randrange(5)))
     else:
-        content = rng.choice([Payload(), {"state_dict": Payload()}])
-        torch.save(content, path, _use_new_zipfile_serialization=form != "old torch")
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     return f"{form} that calls {call[0].__name__}"
 
 
@@ -234,24 +203,21 @@ def _swapped(rng: random.Random, folder: Path, runs: Runs) -> Case:
     for name, path in (("GE", runs.training("GE")), ("IMTA", runs.training("IMTA")), ("half", runs.half), ("other", runs.other)):
         shutil.copytree(path, folder / name)
     _picture(rng).save(folder / "good.png")
-    other_file = rng.choice(["GE/log.jsonl", "GE/policy.json", "GE/last.pt", "GE", "nowhere.pt", "good.png", "cwd/x\ny.pt"])
+    other_file = rng.choice(["GE/log.jsonl", "GE/policy.json", "GE/last.pt", "nowhere.pt", "good.png", "cwd/x\ny.pt"])
     evaluate = ["--evalmode", rng.choice(["anytime", "dynamic"])]
     best = "best.safetensors"
     # file to replace, file to put there, program, arguments
     replaced, by, program, argv = rng.choice(
         [
             ("GE/last.pt", "IMTA/last.pt", "train_GE", ["--save", "../GE", "--resume"]),
-            ("GE/last.pt", f"GE/{best}", "train_GE", ["--save", "../GE", "--resume"]),
             (f"GE/{best}", f"other/{best}", "train_GE", ["--save", "../GE", "--resume"]),
             (f"half/{best}", f"IMTA/{best}", "train_IMTA", ["--save", "../half", "--resume"]),
             ("half/last.pt", "other/last.pt", "train_GE", ["--save", "../half", "--resume", "--nBlocks", "3"]),
             ("GE/policy.json", "IMTA/policy.json", "train_GE", ["--save", "../GE", "--evalmode", "runtime"]),
             ("", "", "predict", ["--checkpoint", f"../IMTA/{best}", "--policy", "../GE/policy.json", "../good.png"]),
             ("", "", "predict", ["--checkpoint", f"../{other_file}", "../good.png"]),
-            ("", "", "engine.convert", [f"../{other_file}", "../new/released.pth.tar"]),
             ("", "", "train_IMTA", ["--pretrained", "../IMTA", *STARTS]),
             ("", "", "train_IMTA", ["--pretrained", "../other", "--nBlocks", "3", *STARTS]),
-            ("", "", "train_IMTA", ["--pretrained", "../GE/log.jsonl", *STARTS]),
             ("", "", "train_GE", ["--evaluate-from", f"../other/{best}", "--save", "../GE", *evaluate]),
             ("", "", "train_GE", ["--evaluate-from", f"../{other_file}", "--save", "../new", *evaluate]),
             ("", "", "train_IMTA", ["--save", "../GE", "--resume"]),
@@ -260,60 +226,14 @@ def _swapped(rng: random.Random, folder: Path, runs: Runs) -> Case:
     )
     if replaced:
         shutil.copyfile(folder / by, folder / replaced)
-    return Case("", folder, program, argv, f"{by} as {replaced}" if replaced else "another file", may_work=False)
+    return Case(folder, program, argv, f"{by} as {replaced}" if replaced else "another file", may_work=False)
 
 
-# Images, flags, tables and records.
+# Flags, tables and records.
 
 
-def _picture(rng: random.Random, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
-
-
-def _broken_image(rng: random.Random, folder: Path, stem: str) -> str:
-    """Make one in ``folder``; some of them can be read all the same."""
-    form, suffix = rng.choice([("PNG", ".png"), ("JPEG", ".jpg"), ("TIFF", ".tif"), ("WEBP", ".webp")])
-    stream, path = io.BytesIO(), folder / f"{stem}{suffix}"
-    _picture(rng, rng.choice([(32, 32), (200, 150), (1, 1), (1, 5000)])).save(stream, form)
-    path.write_bytes(stream.getvalue())
-    choice = rng.choice(["cut", "flipped", "noise", "whole", "directory", "link", "pipe"])
-    if choice in ("cut", "flipped", "noise"):
-        return {"cut": _truncate, "flipped": _flip_bits, "noise": _noise}[choice](rng, path)
-    if choice != "whole":
-        path.unlink()
-        {"directory": path.mkdir, "link": lambda: path.symlink_to(path.name), "pipe": lambda: os.mkfifo(path)}[choice]()
-    return choice
-
-
-def _images_to_predict(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    shutil.copytree(runs.training("GE"), folder / "GE")
-    images = folder / "images"
-    images.mkdir()
-    _picture(rng).save(images / "a.png")
-    count = rng.randrange(1, 4)
-    damage = [_broken_image(rng, images, f"b{i}") for i in range(count)]
-    named = ["../images"] if rng.random() < 0.5 else [f"../images/{path.name}" for path in sorted(images.iterdir())]
-    argv = ["--checkpoint", "../GE/best.safetensors", "--batch-size", rng.choice(["1", "64"]), *named]
-    return Case("", folder, "predict", argv, ", ".join(damage), writes=(), skipped=count)
-
-
-def _images_to_train_on(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    images = folder / "images"
-    for part, count in (("train", 20), ("test", 4)):
-        for name in ("ant", "bee"):
-            (images / part / name).mkdir(parents=True)
-            for i in range(count):
-                _picture(rng).save(images / part / name / f"{i}.png")
-    where = images / rng.choice(["train", "test"]) / "ant"
-    if rng.random() < 0.8:
-        damage = _broken_image(rng, where, "0x")
-    else:
-        damage = "missing"
-        shutil.rmtree(rng.choice([where, where.parent]))
-    large = ["--image-size", "72", "--no-small-inputs", "--workers", rng.choice(["0", "2"])]
-    size = rng.choice([["--image-size", "32"], large])
-    argv = [*SETUP, "--data", "folder", "--data-root", "../images", "--val-size", "8", "--batch-size", "8", *size, "--save", "../new"]
-    return Case("", folder, "train_GE", argv, f"{where.relative_to(folder)}: {damage}", late=size is large)
+def _picture(rng: random.Random) -> Image.Image:
+    return Image.frombytes("RGB", (32, 32), rng.randbytes(32 * 32 * 3))
 
 
 WORDS = [
@@ -366,12 +286,12 @@ def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
             "../good.png",
             *_random_flags(rng, predict._build_parser(), rng.choice([0, 1, 3])),
         ]
-        return Case("", folder, program, [*argv, *output], "flags", skipped=3)
+        return Case(folder, program, [*argv, *output], "flags")
     target = rng.choice(["../new"] * 6 + ["../GE", "../GE/best.safetensors", "../" + "x" * 300, "../\udcff", "../two\nlines"])
     start = SETUP if program == "train_GE" else ["--pretrained", "../GE", "--epochs", "1", "--batch-size", "32"]
     argv = [*start, "--save", target, *_random_flags(rng, args.build_parser(program[6:]), rng.choice([1, 1, 2, 6]))]
     # What --overwrite and --resume are for.
-    return Case("", folder, program, argv, "flags", writes=("new", target.removeprefix("../").split("/")[0]))
+    return Case(folder, program, argv, "flags", writes=("new", target.removeprefix("../").split("/")[0]))
 
 
 def _records(rng: random.Random, folder: Path, runs: Runs) -> Case:
@@ -383,7 +303,7 @@ def _records(rng: random.Random, folder: Path, runs: Runs) -> Case:
     predicts = ("predict", ["--checkpoint", "../GE/best.safetensors", "../good.png"])
     evaluates = ("train_GE", ["--save", "../GE", "--evalmode", rng.choice(["anytime", "dynamic", "runtime"])])
     program, argv = rng.choice([predicts, evaluates, ("train_GE", ["--save", "../GE", "--resume"])])
-    return Case("", folder, program, argv, f"{name}: {damage}", writes=("GE",), late=True)
+    return Case(folder, program, argv, f"{name}: {damage}", writes=("GE",), late=True)
 
 
 MAKERS: dict[str, Callable[[random.Random, Path, Runs], Case]] = {
@@ -393,10 +313,8 @@ MAKERS: dict[str, Callable[[random.Random, Path, Runs], Case]] = {
     "code": _damaged(_run_code),
     "version": _damaged(_other_version, may_work=True),
     "swapped": _swapped,
-    "images to predict": _images_to_predict,
-    "images to train on": _images_to_train_on,
     "flags": _flags,
     "records": _records,
 }
 # What fails in more ways comes more often.
-KINDS = [*MAKERS, "flags", "flags", "code", "images to train on"]
+KINDS = [*MAKERS, "flags", "flags", "code"]

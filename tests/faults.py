@@ -6,7 +6,7 @@
 kill: SIGKILL at random instants of short trainings of both stages; after each one every file is whole or absent, and ``--resume`` ends
 with the weights, the optimiser, the log and the tables of an undisturbed run, bit for bit. term: the same with SIGTERM and SIGINT, which
 must end with status 143 or 130 and one line that names ``--resume``. disk: the same with a disk that is full at a random point: one line,
-status 2. input: damaged or absurd files, images and flags (``tests/fault_inputs.py``): one line and status 2, or work; nothing overwritten.
+status 2. input: damaged or absurd files and flags (``tests/fault_inputs.py``): one line and status 2, or work; nothing overwritten.
 
 The exit status is 1 if anything failed. ``--self-check`` then breaks the programs on purpose and fails unless that is noticed.
 """
@@ -191,7 +191,7 @@ def _last(path: Path) -> dict[str, Any]:
 
 def _best(path: Path) -> dict[str, Any]:
     saved = load_saved(path, {})
-    return {**saved.network.state_dict(), "held_out": saved.held_out, "description": _comparable(saved.description)}
+    return {"state_dict": saved.network.state_dict(), "held_out": saved.held_out, "description": _comparable(saved.description)}
 
 
 def _comparable(description: Description) -> dict[str, Any]:
@@ -353,7 +353,7 @@ class Harness:
         self.tried["input"] += 1
         self.tried[f"input: {case.kind}"] += 1
         before = fault_inputs.snapshot(folder)
-        outcome = run(case.program, case.argv, case.cwd, timeout=case.timeout)
+        outcome = run(case.program, case.argv, case.cwd, timeout=30)
         self._count("input", outcome)
         described = " ".join(word if len(word) < 200 else word[:100] + "..." for word in [case.program, *case.argv]).replace(
             str(folder), ""
