@@ -13,7 +13,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def load_released(
         gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch``, or the flag where the file
             has none, is ``msdnet_ge``; a stage-2 backbone always does.
         published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``, ``grFactor``, ``bnFactor``,
-            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``, ``arch``: as on the released command line or typed. They
+            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``, ``arch``: numbers, lists, and texts such as ``1-2-4``. They
             take the place of those of the published networks; None is a flag not given.
 
     Raises:
@@ -187,32 +187,14 @@ def _stem_name(scale: int, small_inputs: bool) -> str:
     return f"blocks.0.0.layers.{scale}" + (".net" if small_inputs or scale > 0 else "")
 
 
-def _factors(value: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in (value.split("-") if isinstance(value, str) else value))
-
-
-def _truth(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-_PARSERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("nBlocks", "num_classes", "base", "step", "nChannels", "growthRate"), int),
-    **dict.fromkeys(("arch", "stepmode", "prune", "data"), str),
-    **dict.fromkeys(("grFactor", "bnFactor"), _factors),
-    "bottleneck": _truth,
-    "reduction": float,
-}
-
-
 def _parse_flags(given: Flags) -> Flags:
-    flags = {}
-    for flag, value in given.items():
-        if flag not in _PARSERS:
-            raise ValueError(f"--{flag} says nothing about a released network; allowed: {', '.join(_PARSERS)}")
-        try:
-            flags |= {} if value is None else {flag: _PARSERS[flag](value)}
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"--{flag} is {value!r}, which it cannot be") from error
+    allowed = (*PUBLISHED_NAMES, "data", "arch")
+    for flag in given:
+        if flag not in allowed:
+            raise ValueError(f"--{flag} says nothing about a released network; allowed: {', '.join(allowed)}")
+    flags = {flag: value for flag, value in given.items() if value is not None}
+    for flag in {"grFactor", "bnFactor"} & flags.keys():
+        flags[flag] = [int(part) for part in flags[flag].split("-")] if isinstance(flags[flag], str) else flags[flag]
     return flags
 
 
@@ -311,7 +293,7 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
         if flags.get(flag, known[flag]) != known[flag]:
             raise ValueError(f"the file has {known[flag]} {noun}, --{flag} says {flags[flag]}")
     data = flags.pop("data", None)
-    if data is not None and (data.lower() == "imagenet") is small_inputs:
+    if data is not None and (str(data).lower() == "imagenet") is small_inputs:
         raise ValueError(f"the file has {'small' if small_inputs else 'large'} inputs, --data says {data}")
     problems = []
     for published in _PUBLISHED[small_inputs]:
@@ -323,7 +305,7 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
                 )
                 if stage_2:
                     network = IMTA(network, cut_isc_gradient=False, freeze_batchnorm=False)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             problems.append((len(shapes), str(error)))
             continue
         problems.append(_difference(network, shapes))

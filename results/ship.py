@@ -66,8 +66,9 @@ MODEL = """- name: {name}
 SECTION = """
 ## {name}
 
-{title}, trained on {data} ({images:,} training images, {held_out:,} of them held out), {size} x {size} pixels, {classes} classes, seed
-{seed}, epoch {epoch}, commit {commit}. Recipe: {recipe}. Held-out images chose the epoch and the thresholds; test images chose nothing.
+{d.title}, trained on {d.data[name]} ({d.data[num_training_images]} training images, {d.recipe[val_size]} of them held out),
+{d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}. Recipe: {recipe}. Held-out
+images chose the epoch and the thresholds; test images chose nothing.
 
 | exit | operations | top-1 % | top-5 % |
 |---|---|---|---|
@@ -141,21 +142,14 @@ def card(folder: Path) -> str:
 
 
 def _section(name: str, description: Description) -> str:
-    accuracy, recipe = description.accuracy, description.recipe
+    accuracy = description.accuracy
     rows = zip(description.operations, accuracy["test_acc1"], accuracy["test_acc5"], strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
     return SECTION.format(
         name=name,
-        title=description.title,
-        data=description.data["name"],
-        images=description.data["num_training_images"],
-        held_out=recipe["val_size"],
-        size=description.image_size,
+        d=description,
         classes=len(description.class_names),
-        seed=description.seed,
-        epoch=description.epoch,
-        commit=description.commit,
-        recipe=", ".join(f"{option.replace('_', ' ')} {recipe[option]}" for option in RECIPE),
+        recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
         exits="\n".join(f"| {k} | {millions(n)} | {top1:.2f} | {top5:.2f} |" for k, (n, top1, top5) in enumerate(rows, 1)),
         budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
     )

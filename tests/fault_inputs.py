@@ -109,9 +109,6 @@ def make(number: int, rng: random.Random, folder: Path, runs: Runs) -> Case:
     return replace(MAKERS[kind](rng, folder, runs), kind=kind)
 
 
-# Networks and runs.
-
-
 def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]:
     """A command that reads a network or a run, and that file in the case's folder."""
     shutil.copytree(runs.training("GE"), folder / "GE")
@@ -229,9 +226,6 @@ def _swapped(rng: random.Random, folder: Path, runs: Runs) -> Case:
     return Case(folder, program, argv, f"{by} as {replaced}" if replaced else "another file", may_work=False)
 
 
-# Flags, tables and records.
-
-
 def _picture(rng: random.Random) -> Image.Image:
     return Image.frombytes("RGB", (32, 32), rng.randbytes(32 * 32 * 3))
 
@@ -258,10 +252,8 @@ WORDS = [
     ),
     *("1-2-4", "0-0", ",", "%s", "--lr", "None", "\u0663", "x" * 300, "../nowhere/at/all", "../GE/best.safetensors", "../GE", "/"),
 ]
-# The cases choose where to write themselves; to compile takes minutes.
-UNTRIED = ("help", "save", "output", "compile")
-# An epoch takes its time, and so many processes take the machine's; to ask for them is no mistake.
-MODEST = {"--epochs": ("0", "-1", "1", "nan", "x", ""), "--workers": ("0", "-1", "1", "nan", "x", "")}
+# The cases choose where to write themselves; to compile, many epochs and many processes take their time, and are no mistake.
+UNTRIED = ("help", "save", "output", "compile", "epochs", "workers")
 
 
 def _random_flags(rng: random.Random, parser: argparse.ArgumentParser, count: int) -> list[str]:
@@ -270,7 +262,7 @@ def _random_flags(rng: random.Random, parser: argparse.ArgumentParser, count: in
     for action in rng.sample(actions, count):
         words.append(rng.choice(action.option_strings))
         if action.nargs != 0 and (action.nargs != "?" or rng.random() < 0.5):
-            words.append(rng.choice([*(action.choices or ["1", "3", "0.5", "1-2-4"]), *MODEST.get(action.option_strings[0], WORDS)]))
+            words.append(rng.choice([*(action.choices or ["1", "3", "0.5", "1-2-4"]), *WORDS]))
     return words
 
 
@@ -295,7 +287,7 @@ def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
 
 
 def _records(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    """Policy, tables, log and record of a run that goes on, is evaluated or predicts."""
+    """Policy, tables, log and record of a run."""
     name = rng.choice(["policy.json", "policy.json", "anytime.csv", "budgeted.csv", "log.jsonl", "run.json"])
     shutil.copytree(runs.training("GE"), folder / "GE")
     _picture(rng).save(folder / "good.png")
