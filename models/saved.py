@@ -155,8 +155,8 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, T
     if header.get("format") != FORMAT:
         found = ascii(header["format"])[:80] if "format" in header else "missing"
         raise ValueError(f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}")
-    if header.get("crc32") != _crc32(content):
-        raise ValueError(f"{path} is damaged: the checksum of its tensors is another")
+    if header.get("crc32") != _crc32(content, header.get("description", "")):
+        raise ValueError(f"{path} is damaged: its checksum is another")
     try:
         description = Description(**json.loads(header["description"]))
         network = build_network(description.network)
@@ -211,17 +211,18 @@ def _to_bytes(network: MSDNet | IMTA, description: Description, held_out: Tensor
     if half:
         tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
     tensors["held_out"] = held_out.cpu().contiguous()
-    texts = {"format": FORMAT, "description": json.dumps(dataclasses.asdict(description))}
-    return safetensors.torch.save(tensors, {**texts, "crc32": _crc32(safetensors.torch.save(tensors))})
+    text = json.dumps(dataclasses.asdict(description))
+    header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
+    return safetensors.torch.save(tensors, header)
 
 
 def _header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def _crc32(content: bytes) -> str:
-    """Of everything behind the header."""
-    return f"{zlib.crc32(memoryview(content)[_header_end(content) :]):08x}"
+def _crc32(content: bytes, description: str) -> str:
+    """Of the description, and of everything behind the header."""
+    return f"{zlib.crc32(memoryview(content)[_header_end(content) :], zlib.crc32(description.encode())):08x}"
 
 
 def _check(description: Description, network: MSDNet | IMTA, held_out: Tensor) -> None:
