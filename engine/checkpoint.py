@@ -108,6 +108,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = read_checkpoint(path)
         if state.get("format") != FORMAT:
             raise ValueError(f"{path} is no run of this version of the project to go on from")
+        if missing := {"state_dict", "held_out", "launch", "epoch", "step", "best_epoch"} - state.keys():
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return {**state, "description": Description(**state["description"])}
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None

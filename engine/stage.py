@@ -144,8 +144,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         )
         with record:
             log.open(run, state["epoch"] + 1 if state else 0)
-            launch = os.environ.get("TORCHELASTIC_RUN_ID")
-            task = Task(network, stage.make_objective(network, settings), description, data.held_out, launch)
+            task = Task(network, stage.make_objective(network, settings), description, data.held_out)
             progress = train(task, data, settings, run, processes, log, state)
             if processes.is_main:
                 stage.check_result(network, description)
@@ -291,9 +290,9 @@ def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
     place(network, settings, processes)
-    if saved.description is None and "save" not in command.explicit:
-        raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
     run = RunDirectory(command.explicit.get("save") or saved.path.parent)
+    if "save" not in command.explicit and saved.path != run.best:
+        raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
     if run.holds_run() and saved.path.resolve() != run.best.resolve():
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}

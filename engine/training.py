@@ -6,6 +6,7 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -29,13 +30,12 @@ from utils import UserError, duration
 
 @dataclass
 class Task:
-    """What a stage trains; ``description`` and ``held_out`` go into its files, ``launch`` names the launch of torchrun."""
+    """What a stage trains; ``description`` and ``held_out`` go into its files."""
 
     network: nn.Module
     objective: nn.Module
     description: Description
     held_out: Tensor
-    launch: str | None
 
 
 @dataclass
@@ -236,7 +236,8 @@ class _Trainer:
             accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
             description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
             save_network(self.run.best, self.network, description, task.held_out)
-        constants = {"description": asdict(task.description), "held_out": task.held_out, "launch": task.launch}
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        constants = {"description": asdict(task.description), "held_out": task.held_out, "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
         save_checkpoint(self.run.last, {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running})
         self.log.write_history(self.run.log, progress.history)

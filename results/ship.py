@@ -108,9 +108,8 @@ def ship(saved: Saved, output: Path) -> None:
         before, after = (read_csv(run.anytime) for run in (RunDirectory(saved.path.parent), tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
-            raise UserError(
-                f"in half precision exit {lost.index(max(lost)) + 1} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost"
-            )
+            exit = lost.index(max(lost)) + 1
+            raise UserError(f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost")
         budgets = {share: accuracy_at(read_csv(tables.optimised), share / 100 * after[-1]["operations"]) for share in BUDGETS}
         accuracy = {
             **saved.description.accuracy,
@@ -121,9 +120,8 @@ def ship(saved: Saved, output: Path) -> None:
         }
         # Folders of this machine are of no use to others.
         recipe = {name: value for name, value in saved.description.recipe.items() if name not in {*RUNTIME_OPTIONS, "pretrained"}}
-        save_network(
-            output, saved.network, replace(saved.description, accuracy=accuracy, recipe=recipe, origin=None), saved.held_out, half=True
-        )
+        description = replace(saved.description, accuracy=accuracy, recipe=recipe, origin=None, frozen_digest=None)
+        save_network(output, saved.network, description, saved.held_out, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))

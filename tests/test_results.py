@@ -116,6 +116,8 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(tiny_demo, tmp_path, caps
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} |" in card
+    assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
+    assert "say with --save where its tables go" in capsys.readouterr().err
     # It is taken as stage 1 by its path, and goes on from there.
     flags = ["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), "--epochs", "1", "--batch-size", "32"]
     assert train_IMTA.main(flags) == 0
