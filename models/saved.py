@@ -95,11 +95,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
     """
     path = Path(path_or_name).expanduser()
     shipped = WEIGHTS / f"{path}{SUFFIX}"
-    if path.exists() or not shipped.is_file():
-        if not path.exists() and len(path.parts) == 1 and not path.suffix:
-            names = ", ".join(sorted(file.stem for file in WEIGHTS.glob(f"*{SUFFIX}"))) or "none"
-            raise FileNotFoundError(f"there is no checkpoint {path}, and no network of that name; there are: {names}")
+    if path.is_file() or len(path.parts) != 1 or path.suffix:
         return path
+    if not shipped.is_file():
+        names = ", ".join(sorted(file.stem for file in WEIGHTS.glob(f"*{SUFFIX}"))) or "none"
+        raise FileNotFoundError(f"there is no checkpoint {path}, and no network of that name; there are: {names}")
     return shipped
 
 

@@ -67,8 +67,9 @@ SECTION = """
 ## {name}
 
 {d.title}, trained on {d.data[name]} ({d.data[num_training_images]} training images, {d.recipe[val_size]} of them held out),
-{d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}. Recipe: {recipe}. Held-out
-images chose the epoch and the thresholds; test images chose nothing.
+{d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
+Recipe: {recipe}.
+Held-out images chose the epoch and the thresholds; test images chose nothing.
 
 | exit | operations | top-1 % | top-5 % |
 |---|---|---|---|
