@@ -42,11 +42,14 @@ class CommandLine:
 
         Args:
             stored: those of a checkpoint to go on from or to evaluate; they take the place of the preset.
-            inherited: those of the stage-1 run; its preset, data and network options hold here too.
+            inherited: those of the run to start from; its preset, data and network options hold here too. Stage 1 may take other data:
+                then only the network's and the size of images do.
 
         Raises:
             UserError: a preset that is not stage 1's, another held-out split than the checkpoint's, or images that have gone.
         """
+        if self.stage == "GE" and inherited and {"preset", "data"} & self.explicit.keys():
+            inherited = {name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited}
         known = stored or inherited or {}
         if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not Path(known.get("data_root", "")).is_dir():
             raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
@@ -79,11 +82,14 @@ class CommandLine:
         for name, value in self.explicit.items():
             before = stored.get(name)
             if name == "pretrained":  # stored as the file that was found
-                value, before = value.resolve(), value.resolve() if str(before).startswith(str(value.resolve())) else before
+                is_same = str(before).startswith(str(value.resolve())) or Path(str(before)).stem == str(value)
+                before = value if is_same else before
             if isinstance(before, list):  # a tuple, read from a file
                 before = tuple(before)
             if name not in RESUMABLE and name in stored and before != value:
-                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; use a new --save for that")
+                way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
+                way = way if self.stage == "GE" else "use a new --save"
+                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; {way}")
 
     @property
     def save_directory(self) -> Path:
@@ -94,7 +100,7 @@ class CommandLine:
         if "preset" not in self.explicit and origin is not None:
             if origin.is_dir():
                 return origin.parent / self.stage
-            if origin.name in ("best.pt", "last.pt"):
+            if origin.name in ("best.safetensors", "last.pt"):
                 return origin.parent.parent / self.stage
         return Path("save") / self.explicit.get("preset", Settings.preset) / self.stage
 
@@ -119,6 +125,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
             parser.error(f"{FLAGS[first]} and {FLAGS[second]} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
+    if stage == "GE" and "pretrained" in explicit and "save" not in explicit:
+        parser.error("--pretrained needs --save, the directory of the new run")
     has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:

@@ -1,7 +1,7 @@
 """Classify your own images with a trained network that stops as early as a budget allows.
 
     python predict.py photo.jpg folder/                              # the demo's stage-2 network, half of its operations
-    python predict.py folder/ --checkpoint save/cifar100/IMTA/best.pt --budget 30% --format csv --output answers.csv
+    python predict.py folder/ --checkpoint save/cifar100/IMTA/best.safetensors --budget 30% --format csv --output answers.csv
 
 Thresholds come from the file policy.json beside the checkpoint, which ``--evalmode dynamic`` writes. The exit status is 0, 1 if a file was
 skipped (its name is on standard error), or 2 after a mistake.
@@ -32,7 +32,7 @@ from engine.checkpoint import load_saved
 from engine.report import table
 from utils import CommandLineParser, UserError, atomic_write
 
-DEFAULT_CHECKPOINT = Path("save/demo/IMTA/best.pt")
+DEFAULT_CHECKPOINT = Path("save/demo/IMTA/best.safetensors")
 POLICY_NAME = "policy.json"
 DEFAULT_BUDGET = (50.0, True)
 

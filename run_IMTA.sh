@@ -17,7 +17,7 @@ SAVE="${SAVE:-save/$preset}"       # stage 1 is read from $SAVE/GE, stage 2 goes
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-if [[ ! -f $SAVE/GE/best.pt && ! -f $SAVE/IMTA/best.pt && ! " $* " =~ " --pretrained"|" --single-stage "|" --eval"|" --help "|" -h " ]]; then
+if [[ ! -f $SAVE/GE/best.safetensors && ! -f $SAVE/IMTA/best.safetensors && ! " $* " =~ " --pretrained"|" --single-stage "|" --eval"|" --help "|" -h " ]]; then
     echo "run_IMTA.sh: no stage 1 in $SAVE/GE; run this first: bash run_GE.sh $preset" >&2
     exit 2
 fi

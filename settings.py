@@ -98,11 +98,11 @@ class Settings(NetworkOptions):
     pretrained: Path | None = option(
         None,
         "--pretrained",
-        "stage-1 network: a file of ours or a released one, or directory of a run",
+        "stage 1: weights to start from, with their classifiers where the classes are the same; stage 2: the stage-1 network. Directory of "
+        "a run, a file (ours or a released one), or a name in weights/",
         kind=folder,
         metavar="PATH",
-        stage="IMTA",
-        shown="the directory GE beside --save",
+        shown="none; stage 2: the directory GE beside --save",
     )
     seed: int = option(1, "--seed", "seed of initialisation, order and augmentation", kind=_SEED)
     deterministic: bool = option(False, "--deterministic", "only operations that repeat bit for bit on the same machine", switch=True)

@@ -3,13 +3,14 @@
     python train_GE.py                                                  # the embedded demo
     python train_GE.py --preset cifar100 --data-root data --save save/cifar100/GE
     python train_GE.py --preset cifar100 --evalmode anytime
+    python train_GE.py --pretrained imta_cifar100 --data-root photos --save save/photos/GE    # fine-tuning
 
 Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum of the exits' cross-entropies.
 """
 
 import sys
 
-from args import announce
+from args import CommandLine, announce
 from settings import Settings
 
 if __name__ == "__main__":
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloader import DataInfo
-from engine.checkpoint import Saved
+from engine.checkpoint import Saved, load_saved
 from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies
 from models.options import NETWORK_FIELDS
@@ -39,16 +40,28 @@ class JointTraining(nn.Module):
 
 
 class Stage1(Stage):
-    """The whole network learns, from scratch."""
+    """The whole network learns, from scratch or from the weights of another."""
 
     name = "GE"
+    may_change_data = True
+
+    def find_origin(self, command: CommandLine) -> Saved | None:
+        """The network --pretrained names.
+
+        Raises:
+            UserError: it cannot be read, or is another than the flags say.
+        """
+        path = command.explicit.get("pretrained")
+        return None if path is None else load_saved(path, command.explicit)
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:
-        """The network the flags describe.
+        """The network the flags describe; with an ``origin`` its trunk, and its classifiers where the classes are the same.
 
         Raises:
             UserError: an impossible combination of options.
         """
+        if origin is not None:
+            return _started_from(origin, data)
         options = {name: getattr(settings, name) for name in NETWORK_FIELDS}
         if settings.small_inputs is None:
             options["small_inputs"] = data.image_size <= 64
@@ -64,6 +77,15 @@ class Stage1(Stage):
     def title(self, settings: Settings) -> str:
         """Name of this run in a plot."""
         return "MSDNet + GE" if settings.gradient_equilibrium else "MSDNet"
+
+
+def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
+    trunk, num_classes = origin.network.trunk, len(data.class_names)
+    same_classes = origin.data.class_names == data.class_names if origin.data else trunk.num_classes == num_classes
+    network = MSDNet(**{**trunk.config, "num_classes": num_classes})
+    weights = {name: x for name, x in trunk.state_dict().items() if same_classes or ".linear." not in name}
+    network.load_state_dict(weights, strict=False)
+    return network
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ Network, data and held-out split are those of the stage-1 checkpoint.
 
 import hashlib
 import sys
-from typing import Any
 
 from args import CommandLine, announce
 from settings import Settings
@@ -26,7 +25,7 @@ from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
-from models import IMTA, MSDNet, one_for_all_loss
+from models import IMTA, Description, MSDNet, one_for_all_loss
 from train_GE import Stage1
 from utils import UserError
 
@@ -72,16 +71,14 @@ class Stage2(Stage):
         """
         if command.explicit.get("single_stage"):
             return None
-        path = command.explicit.get("pretrained") or command.save_directory.parent / "GE"
-        if path.is_dir() or "pretrained" not in command.explicit:
-            path = RunDirectory(path).best
-        if not path.exists():
+        run = RunDirectory(command.save_directory.parent / "GE")
+        if "pretrained" not in command.explicit and not run.best.exists():
             raise UserError(
-                f"there is no stage-1 checkpoint {path}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
+                f"there is no stage-1 checkpoint {run.best}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
             )
-        saved = load_saved(path, command.explicit)
+        saved = load_saved(command.explicit.get("pretrained", run.best), command.explicit)
         if not isinstance(saved.network, MSDNet):
-            raise UserError(f"{path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
+            raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> IMTA:
@@ -102,17 +99,17 @@ class Stage2(Stage):
         """The loss of One-for-all distillation."""
         return Distillation(network, settings)
 
-    def constants(self, network: IMTA) -> dict[str, Any]:
-        """The fingerprint of everything that must not move."""
-        return {"frozen_digest": frozen_digest(network)}
+    def frozen_digest(self, network: IMTA) -> str | None:
+        """Fingerprint of everything that must not move."""
+        return frozen_digest(network)
 
-    def check_result(self, network: IMTA, constants: dict[str, Any]) -> None:
+    def check_result(self, network: IMTA, description: Description) -> None:
         """Compare the backbone with the stage-1 network it was.
 
         Raises:
             UserError: something frozen moved.
         """
-        if frozen_digest(network) != constants["frozen_digest"]:
+        if frozen_digest(network) != description.frozen_digest:
             raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
 
     def title(self, settings: Settings) -> str:

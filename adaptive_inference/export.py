@@ -1,6 +1,6 @@
 """Export to ONNX, each block with its exit as a model of its own, and a runner on ONNX Runtime that stops early.
 
-    python -m adaptive_inference.export --checkpoint save/demo/IMTA/best.pt --output exported/
+    python -m adaptive_inference.export --checkpoint save/demo/IMTA/best.safetensors --output exported/
 
     network = OnnxNetwork(Path("exported"))
     prediction = AdaptivePredictor(network, policy)(images)

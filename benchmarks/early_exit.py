@@ -1,7 +1,7 @@
 """What early exit saves in time, not only in counted operations: ratios measured in one run.
 
     python -m benchmarks.early_exit                      # random weights, two threads
-    python -m benchmarks.early_exit --checkpoint save/cifar100/IMTA/best.pt --device cuda
+    python -m benchmarks.early_exit --checkpoint save/cifar100/IMTA/best.safetensors --device cuda
 
 Every ratio compares medians of functions that were called in turn, so that another program on the machine slows both alike. With random
 weights, thresholds are quantiles of the confidences on the same images: shares, and so operations, are as wanted, answers mean nothing.

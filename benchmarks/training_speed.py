@@ -187,7 +187,7 @@ class Ours:
         # As in a training of the published length.
         settings = with_compilation(settings, stage, operations)
         if stage_number == 2:
-            network = stage.make_network(settings, data.info, Saved(Path("random weights"), network.eval(), {}))
+            network = stage.make_network(settings, data.info, Saved(Path("random weights"), network.eval()))
         place(network, Session(RunDirectory(Path("none")), settings, processes, Log(False)))
         self.settings = settings
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)

@@ -1,29 +1,80 @@
-"""Checkpoints that describe themselves: network configuration, data set, split, settings, and all a run needs to go on.
+"""The files of a run: ``best.safetensors`` (``models.saved``), and ``last.pt``, from which the run itself goes on.
 
+saved = load_saved(path, {})       # of this project, or of a released program
 save_checkpoint(path, state)
 state = load_checkpoint(path)
-network = build_network(state["network"])
 """
 
-import pickle
-import warnings
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataloader import DataInfo
-from engine.validation import check_state, describe_network, first_mismatch
+from engine.run_directory import RunDirectory
 from models import IMTA, MSDNet, load_released
-from models.released import PUBLISHED_NAMES
+from models.released import PUBLISHED_NAMES, read_checkpoint
+from models.saved import Description, find, is_network_file, read_network
 from settings import FLAGS
 from utils import UserError, atomic_write
 
-FORMAT = "imta-msdnet checkpoint 1"
+FORMAT = "imta-msdnet run 2"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A network from a file, in evaluation mode. Of a released one only the network is known."""
+
+    path: Path
+    network: MSDNet | IMTA
+    description: Description | None = None
+    held_out: Tensor | None = None
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """Settings of the run that wrote it."""
+        return {**settings_of(self.description), "image_size": self.description.image_size} if self.description else None
+
+    @property
+    def data(self) -> DataInfo | None:
+        """What it remembers of its data set."""
+        return data_info_of(self.description) if self.description else None
+
+
+def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
+    """The network of a run's directory, of a file or name (``models.load``) of this project, or of a released program's checkpoint.
+
+    Args:
+        explicit: what the command line says. Network options must agree with the file; where a released file leaves them open, they
+            decide.
+
+    Raises:
+        UserError: one line: the file is missing, damaged or foreign, or what disagrees.
+    """
+    try:
+        path = find(RunDirectory(path).best if path.is_dir() else path)
+        if not is_network_file(path):
+            return Saved(path, _released_network(path, explicit))
+        network, description, held_out = read_network(path)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    config = {**network.config["backbone"], **network.config} if isinstance(network, IMTA) else network.config
+    for name, value in explicit.items():
+        if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
+    return Saved(path, network, description, held_out)
+
+
+def _released_network(path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
+    flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
+    network = load_released(path, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
+    trunk = network.backbone if isinstance(network, IMTA) else network
+    if explicit.get("small_inputs", trunk.small_inputs) != trunk.small_inputs:
+        raise UserError(f"{path} has {'small' if trunk.small_inputs else 'large'} inputs, the command line says otherwise")
+    return network
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -47,161 +98,31 @@ def _check_archive(path: Path) -> None:
         raise OSError(f"what was written reads back differently ({damaged})")
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A network from a file, in evaluation mode. Of a released one only the network is known; its ``state`` is empty."""
-
-    path: Path
-    network: MSDNet | IMTA
-    state: dict[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Any] | None:
-        """Settings of the run that wrote it."""
-        return self.state.get("settings")
-
-    @property
-    def data(self) -> DataInfo | None:
-        """What it remembers of its data set."""
-        return data_info_from(self.state) if self.state else None
-
-    @property
-    def held_out(self) -> Tensor | None:
-        """Indices of the held-out training images."""
-        return self.state.get("held_out")
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project, on the CPU.
+    """What ``save_checkpoint`` wrote, on the CPU, its ``description`` as a ``Description``.
 
     Raises:
-        UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is not a checkpoint of this project.
-    """
-    return _checked(read_tensors(path), path)
-
-
-def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
-    """The network of a checkpoint of this project or of a released program.
-
-    Args:
-        explicit: what the command line says. Network options must agree with the file; where a released file leaves them open, they
-            decide.
-
-    Raises:
-        UserError: one line: as ``load_checkpoint``, or what disagrees.
-    """
-    content = read_tensors(path)
-    if not (isinstance(content, dict) and "format" in content):
-        return Saved(path, _released_network(content, path, explicit), {})
-    state = _checked(content, path)
-    network = build_network(state["network"])
-    load_weights(network, state["state_dict"], path)
-    config = {**network.config["backbone"], **network.config} if isinstance(network, IMTA) else network.config
-    for name, value in explicit.items():
-        if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
-    return Saved(path, network.eval(), state)
-
-
-def _released_network(content: Any, path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
-    try:
-        network = load_released(content, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
-    except ValueError as error:
-        raise UserError(f"{path}: {str(error).removeprefix('the given checkpoint: ')}") from None
-    trunk = network.backbone if isinstance(network, IMTA) else network
-    if explicit.get("small_inputs", trunk.small_inputs) != trunk.small_inputs:
-        raise UserError(f"{path} has {'small' if trunk.small_inputs else 'large'} inputs, the command line says otherwise")
-    return network
-
-
-def _checked(state: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project")
-    missing = {"stage", "title", "network", "state_dict", "data", "held_out", "settings", "origin"} - state.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-    try:
-        check_state(state)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of this project: {_printable(str(error))}") from None
-    return state
-
-
-def _printable(text: str) -> str:
-    """What comes from a file must not steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def read_tensors(path: Path) -> Any:
-    """``torch.load`` of tensors and plain types only, with one-line errors.
-
-    Raises:
-        UserError: the file is missing, truncated, or needs more than tensors and plain types.
+        UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this version of the project.
     """
     try:
-        # PyTorch does not compare the archive's checksums: flipped bits would become weights.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # PyTorch compresses nothing: what is packed small would unpack into more memory than its file tells.
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise UserError(f"{path} is no checkpoint: its archive is compressed")
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(f"{path} is damaged: the checksum of {_printable(damaged)} is another")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise UserError(f"{path} is no checkpoint") from None
-        raise UserError(
-            f"{path} holds more than tensors and plain types, and is not loaded; "
-            f"if you trust its source, load it there and save its state_dict alone"
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:  # what the readers raise on damaged bytes depends on where the damage is
-        raise UserError(f"{path} cannot be read; it is truncated or no checkpoint ({type(error).__name__})") from None
+        state = read_checkpoint(path)
+        if state.get("format") != FORMAT:
+            raise ValueError(f"{path} is no run of this version of the project to go on from")
+        if missing := {"state_dict", "held_out", "launch", "epoch", "step", "best_epoch"} - state.keys():
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        return {**state, "description": Description(**state["description"])}
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 
-def network_config(network: nn.Module) -> dict[str, Any]:
-    """Plain description from which ``build_network`` makes the same network."""
-    return {"type": type(network).__name__, **network.config}
+def settings_of(description: Description) -> dict[str, Any]:
+    """The settings a run had; lists are tuples again, as the command line gives them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in description.recipe.items()}
 
 
-def build_network(config: dict[str, Any]) -> MSDNet | IMTA:
-    """The network that ``network_config`` described.
-
-    Raises:
-        UserError: the description is of no network of this project.
-    """
-    try:
-        describe_network(config)
-    except ValueError as error:
-        raise UserError(f"the checkpoint is damaged: {error}") from None
-    options = {name: value for name, value in config.items() if name != "type"}
-    if config["type"] == "MSDNet":
-        return MSDNet(**options)
-    return IMTA(MSDNet(**options.pop("backbone")), **options)
-
-
-def load_weights(network: nn.Module, state_dict: dict[str, torch.Tensor], source: Path) -> None:
-    """Strict ``load_state_dict``.
-
-    Raises:
-        UserError: one line with the first tensor that does not fit.
-    """
-    if mismatch := first_mismatch(network.state_dict(), state_dict):
-        name, ours, theirs = mismatch
-        raise UserError(f"{source} holds another network: {name} is {theirs} there, {ours} here")
-    network.load_state_dict(state_dict)
-
-
-def data_info_from(state: dict[str, Any]) -> DataInfo:
-    """What the checkpoint remembers of its data set."""
-    return DataInfo(**state["data"])
+def data_info_of(description: Description) -> DataInfo:
+    """What a run remembers of its data set."""
+    preprocessing = {name: getattr(description, name) for name in ("class_names", "image_size", "mean", "std")}
+    return DataInfo(**description.data, **preprocessing)

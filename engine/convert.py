@@ -1,6 +1,6 @@
 """Write a checkpoint of this project as the released programs write theirs, so that they can read it.
 
-python -m engine.convert save/cifar100/GE/best.pt msdnet_ge.pth.tar
+python -m engine.convert save/cifar100/GE/best.safetensors msdnet_ge.pth.tar
 """
 
 import sys
@@ -22,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load_saved(options.checkpoint, {})
         flags = released_flags(saved.network)
-        state = {"epoch": saved.state.get("epoch", 0), "arch": flags["arch"], "state_dict": to_released(saved.network)}
+        state = {
+            "epoch": saved.description.epoch if saved.description else 0,
+            "arch": flags["arch"],
+            "state_dict": to_released(saved.network),
+        }
         with atomic_write(options.output, "wb") as stream:
             torch.save(state, stream)
     except (UserError, ValueError) as error:

@@ -27,7 +27,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.last = path / "last.pt"
-        self.best = path / "best.pt"
+        self.best = path / "best.safetensors"
         self.log = path / "log.jsonl"
         self.record = path / "run.json"
         self.anytime = path / "anytime.csv"

@@ -4,28 +4,29 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive_inference import half_precision
 from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
-from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config
+from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, settings_of
 from engine.device import seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import is_copy, leave_copy, shared_out
 from engine.log import Log
-from engine.provenance import Provenance
+from engine.provenance import Provenance, commit
 from engine.report import draw_curves, millions, pixels, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
 from engine.training import Task, train
-from models import count_operations
+from models import Description, count_operations
+from models.saved import build_network, load_weights, network_options
 from settings import Settings, plain
 from utils import UserError
 
@@ -34,9 +35,14 @@ COMPILING_PAYS = 5e12
 
 
 class Stage:
-    """What distinguishes a stage; ``name`` as in ``args`` and in directory names."""
+    """What distinguishes a stage.
+
+    ``name`` is that of ``args`` and of directories; ``may_change_data`` says whether it may train on other data than the network it starts
+    from.
+    """
 
     name: str
+    may_change_data = False
 
     def find_origin(self, command: CommandLine) -> Saved | None:
         """The checkpoint to start from, None to start from scratch."""
@@ -54,11 +60,11 @@ class Stage:
         """Name of a run's curves."""
         raise NotImplementedError(f"{type(self).__name__} must have a title")
 
-    def constants(self, network: nn.Module) -> dict[str, Any]:
-        """Further entries of the checkpoints."""
-        return {}
+    def frozen_digest(self, network: nn.Module) -> str | None:
+        """Fingerprint of what must not change, None if everything may."""
+        return None
 
-    def check_result(self, network: nn.Module, constants: dict[str, Any]) -> None:
+    def check_result(self, network: nn.Module, description: Description) -> None:
         """Raise a ``UserError`` if training did what it must not."""
 
     def share_of_work(self, settings: Settings) -> float:
@@ -148,7 +154,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
 def _beginning(stage: Stage, command: CommandLine, run: RunDirectory) -> _Beginning:
     state = _state_to_resume(stage, command, run)
     if state is not None:
-        return _Beginning(command.settings(stored=state["settings"]), state, None)
+        return _Beginning(command.settings(stored=settings_of(state["description"])), state, None)
     origin = stage.find_origin(command)
     return _Beginning(command.settings(inherited=origin.settings if origin else None), None, origin)
 
@@ -168,59 +174,75 @@ class _Run:
         operations = _operations(network, data.info.image_size)
         settings = with_compilation(session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size)
         self.session = session = replace(session, settings=settings)
-        constants = {name: state[name] for name in state["constant_names"]} if state else self._constants(data, network)
+        description = state["description"] if state else self._description(data.info, network, operations)
         place(network, session)
-        _describe(network, data, operations, session)
+        _introduce(network, data, operations, session)
         if not session.processes.is_main:
-            self._train_and_evaluate(network, data, operations, constants)
+            self._train_and_evaluate(network, data, description)
             return
         if state is None:
             _clear(session.run)
-        with Provenance(session, str(self.command), state is not None, constants.get("frozen_digest")):
+        with Provenance(session, str(self.command), state is not None, description.frozen_digest):
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
-            self._train_and_evaluate(network, data, operations, constants)
-            _to_tensorboard(session, constants)
+            self._train_and_evaluate(network, data, description)
+            _to_tensorboard(session, _curves_of(description))
 
     def _load(self) -> tuple[Data, nn.Module]:
-        settings, processes, state, origin = self.session.settings, self.session.processes, self.state, self.origin
+        settings, state = self.session.settings, self.state
         self.session.log.line(f"reading the images of {settings.data}")
         if state is not None:
-            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
-            network = build_network(state["network"])
-            load_weights(network, state["state_dict"], self.session.run.last)
-            _check_best(self.session.run, state)
+            data = self._read(data_info_of(state["description"]), state["held_out"])
+            network = _network_to_resume(self.session.run, state)
         else:
-            stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
-            data = load_data(settings, processes.device, processes.shard, stored, held_out)
+            data = self._data_to_start()
             seed_everything(settings.seed, settings.deterministic)
-            network = self.stage.make_network(settings, data.info, origin)
+            network = self.stage.make_network(settings, data.info, self.origin)
         seed_everything(settings.seed, settings.deterministic)
         return data, network
 
-    def _constants(self, data: Data, network: nn.Module) -> dict[str, Any]:
-        constants = {
-            "stage": self.stage.name,
-            "title": self.stage.title(self.session.settings),
-            "network": network_config(network),
-            "data": asdict(data.info),
-            "held_out": data.held_out,
-            "settings": plain(self.session.settings),
-            "origin": str(self.origin.path.resolve()) if self.origin else None,
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-            **self.stage.constants(network),
-        }
-        return {**constants, "constant_names": [*constants, "constant_names"]}
+    def _read(self, stored: DataInfo | None = None, held_out: Tensor | None = None) -> Data:
+        return load_data(self.session.settings, self.session.processes.device, self.session.processes.shard, stored, held_out)
 
-    def _train_and_evaluate(self, network: nn.Module, data: Data, operations: list[int], constants: dict[str, Any]) -> None:
+    def _data_to_start(self) -> Data:
+        """Images that were held out from the network a run starts from stay so: it would know the others already."""
+        origin = self.origin
+        if origin is None or origin.data is None:
+            return self._read()
+        if self.stage.may_change_data:
+            data = self._read()
+            if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.held_out, origin.held_out):
+                return data
+        return self._read(origin.data, origin.held_out)
+
+    def _description(self, data: DataInfo, network: nn.Module, operations: list[int]) -> Description:
+        settings = self.session.settings
+        return Description(
+            network=network_options(network),
+            class_names=data.class_names,
+            image_size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            operations=operations,
+            stage=self.stage.name,
+            title=self.stage.title(settings),
+            recipe=plain(settings),
+            seed=settings.seed,
+            commit=commit(),
+            data={"name": data.name, "num_training_images": data.num_training_images, "fingerprint": data.fingerprint},
+            origin=str(self.origin.path.resolve()) if self.origin else None,
+            frozen_digest=self.stage.frozen_digest(network),
+        )
+
+    def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
-        task = Task(network, stage.make_objective(network, session.settings), constants)
+        task = Task(network, stage.make_objective(network, session.settings), description, data.held_out)
         progress = train(task, data, session, self.state)
-        stage.check_result(network, constants)
-        best = load_checkpoint(session.run.best)
-        load_weights(network, best["state_dict"], session.run.best)
-        stage.check_result(network, constants)
+        stage.check_result(network, description)
+        load_weights(network, load_saved(session.run.best, {}).network.state_dict())
+        stage.check_result(network, description)
         session.log.line(f"evaluating the best epoch, {progress.best_epoch} of {session.settings.epochs}: {session.run.best}")
-        Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
+        evaluation = Evaluation(session, network, data, description.operations, _curves_of(description))
+        evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
 
 
 def _is_restart(run: RunDirectory) -> bool:
@@ -237,26 +259,34 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> d
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
         return None
     if not run.last.exists():
-        # The log comes after last.pt, best.pt before it: without both the run was killed while it saved for the first time.
+        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it saved for the first time.
         if run.log.exists():
             raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
         if int(os.environ.get("RANK", "0")) == 0:
             Log(True).line(f"nothing to resume in {run.path}: starting from scratch")
         return None
     state = load_checkpoint(run.last)
-    if state["stage"] != stage.name:
-        raise UserError(f"{run.last} was written by train_{state['stage']}.py; go on with that program")
-    needed = {"optimizer", "scaler", "random_state", "totals", "constant_names", "epoch", "step", "best_epoch", "best_accuracy", "history"}
-    if not needed <= state.keys():
-        raise UserError(f"{run.last} lacks what --resume needs; is it a copy of best.pt?")
-    command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
+    description = state["description"]
+    if description.stage != stage.name:
+        raise UserError(f"{run.last} was written by train_{description.stage}.py; go on with that program")
+    command.refuse_changes({"pretrained": description.origin, **settings_of(description)})
     return state
 
 
-def _check_best(run: RunDirectory, state: dict[str, Any]) -> None:
-    """The best epoch is needed at the end; that its file is of another run should be known before."""
-    if state["best_epoch"] and load_checkpoint(run.best)["network"] != state["network"]:
+def _network_to_resume(run: RunDirectory, state: dict[str, Any]) -> nn.Module:
+    try:
+        network = build_network(state["description"].network)
+        load_weights(network, state["state_dict"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run.last} is damaged: {error}") from None
+    # The best epoch is needed at the end; that its file is of another run should be known before.
+    if state["best_epoch"] and load_saved(run.best, {}).network.config != network.config:
         raise UserError(f"{run.best} holds another network than {run.last}")
+    return network
+
+
+def _curves_of(description: Description) -> dict[str, Any]:
+    return {"title": description.title, "origin": description.origin if description.stage == "IMTA" else None}
 
 
 def _operations(network: nn.Module, image_size: int) -> list[int]:
@@ -293,7 +323,7 @@ def place(network: nn.Module, session: Session) -> None:
     network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
-def _describe(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
+def _introduce(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
     processes, settings = session.processes, session.settings
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
@@ -316,10 +346,10 @@ def _clear(run: RunDirectory) -> None:
 def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source, command.explicit)
-    if not saved.state and "save" not in command.explicit:
+    run = RunDirectory(command.explicit.get("save") or saved.path.parent)
+    if "save" not in command.explicit and saved.path != run.best:
         raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
-    run = RunDirectory(command.explicit.get("save") or source.parent)
-    if run.holds_run() and source.resolve() not in (run.best.resolve(), run.last.resolve()):
+    if run.holds_run() and saved.path.resolve() != run.best.resolve():
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     settings = command.settings(stored=saved.settings)
     with process_group(settings.gpu) as processes:
@@ -332,15 +362,16 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
         place(network, session)
-        if not saved.state:
+        if saved.description is None:
             log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
-        _describe(network, data, operations, session)
+        _introduce(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
-            Evaluation(session, network, data, operations, saved.state or {"title": source.stem, "origin": None}).run([settings.evalmode])
+            curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
+            Evaluation(session, network, data, operations, curves).run([settings.evalmode])
 
 
-def _to_tensorboard(session: Session, constants: dict[str, Any]) -> None:
+def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
-    writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
+    writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
     options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(session.settings).items()}
     writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

@@ -5,10 +5,11 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 """
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,16 +23,18 @@ from engine.schedule import learning_rate
 from engine.session import Session
 from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
+from models.saved import Description, save_network
 from utils import UserError, duration
 
 
 @dataclass
 class Task:
-    """What a stage trains: ``constants`` is the part of its checkpoints that stays the same."""
+    """What a stage trains; ``description`` and ``held_out`` go into its files."""
 
     network: nn.Module
     objective: nn.Module
-    constants: dict[str, Any]
+    description: Description
+    held_out: Tensor
 
 
 @dataclass
@@ -94,11 +97,14 @@ def train(task: Task, data: Data, session: Session, state: dict[str, Any] | None
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
-        UserError: the loss is not finite, or a file cannot be written.
+        UserError: the loss is not finite, a file cannot be written, or ``state`` is damaged.
     """
     trainer = _Trainer(task, data, session)
     if state is not None:
-        trainer.restore(state)
+        try:
+            trainer.restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{session.run.last} is damaged: {type(error).__name__} {error}") from None
     with note_signals() as requests:
         while trainer.progress.epoch < session.settings.epochs:
             trainer.run_epoch(requests)
@@ -226,11 +232,16 @@ class _Trainer:
         # One question to the device, not one a tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
             self._refuse_divergence(math.nan, "sum of the weights")
-        result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
+        task = self.task
         if is_best:
-            save_checkpoint(self.session.run.best, result)
-        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state()}
-        save_checkpoint(self.session.run.last, {**result, **running, "totals": totals})
+            accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
+            description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
+            save_network(self.session.run.best, self.network, description, task.held_out)
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        constants = {"description": asdict(task.description), "held_out": task.held_out, "launch": launch}
+        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
+        state = {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running}
+        save_checkpoint(self.session.run.last, state)
         self.session.log.write_history(self.session.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "Description": "saved",
     "IMTA": "imta",
     "MSDNet": "msdnet",
     "NetworkOptions": "options",
     "Stepwise": "stepwise",
     "count_operations": "operations",
+    "load": "saved",
     "load_released": "released",
     "measure_cost": "operations",
     "one_for_all_loss": "losses",

@@ -61,12 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results = SCHEDULES[arguments.schedule].results
     kept = [folder.relative_to(results) for arm in arguments.arms for folder in seeds_of(arm, results)]
-    runs = sorted(run for run in kept if (arguments.work / run / "best.pt").exists())
+    runs = sorted(run for run in kept if (arguments.work / run / "best.safetensors").exists())
     if not runs:
-        parser.error(f"{arguments.work} holds no seed_N/ARM/best.pt of these arms")
+        parser.error(f"{arguments.work} holds no seed_N/ARM/best.safetensors of these arms")
     try:
         for run in runs:
-            write_csv(results / run / AUGMENTED, augmented_rows(arguments.work / run / "best.pt"))
+            write_csv(results / run / AUGMENTED, augmented_rows(arguments.work / run / "best.safetensors"))
             sys.stdout.write(f"{run}\n")
     except UserError as error:
         parser.error(str(error))

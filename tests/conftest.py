@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import dataloader
+from models import IMTA, Description, MSDNet, count_operations
+from models.saved import network_options
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
@@ -18,6 +20,30 @@ TINY_FLAGS = [
     *("--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"),
     *("--batch-size", "32", "--val-size", "64", "--epochs", "1", "--lr", "0.05", "--amp", "off"),
 ]
+
+
+def describe(network: MSDNet | IMTA) -> Description:
+    """A description of a small network of ten classes."""
+    operations = count_operations(network, 32)
+    data = {"name": "demo", "num_training_images": 100, "fingerprint": "0" * 16}
+    names = [f"class {i}" for i in range(10)]
+    recipe = {"data": "demo", "epochs": 1, "growth_factors": [1, 2, 4]}
+    return Description(
+        network_options(network),
+        names,
+        32,
+        [0.5] * 3,
+        [0.25] * 3,
+        operations,
+        "IMTA",
+        "test",
+        recipe,
+        1,
+        None,
+        data,
+        3,
+        {"val_acc1": [50.0]},
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,7 @@ def test_save_directory():
     assert parse("GE", []).save_directory == Path("save/demo/GE")
     assert parse("IMTA", ["--preset", "cifar10"]).save_directory == Path("save/cifar10/IMTA")
     assert parse("GE", ["--save", "x"]).save_directory == Path("x")
-    assert parse("IMTA", ["--pretrained", "runs/GE/best.pt"]).save_directory == Path("runs/IMTA")
+    assert parse("IMTA", ["--pretrained", "runs/GE/best.safetensors"]).save_directory == Path("runs/IMTA")
     assert parse("IMTA", ["--pretrained", "model.pth.tar"]).save_directory == Path("save/demo/IMTA")
 
 

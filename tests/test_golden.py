@@ -102,7 +102,7 @@ def test_stage_1_evaluation(name):
 @pytest.mark.parametrize("name", STAGE_1)
 def test_stage_1_training(name):
     case = golden_case(name)
-    network = load_released(case["checkpoint"]).double().train()
+    network = load_released(case["checkpoint"], **case["config"]).double().train()
     images, targets = case["images"].double(), case["targets"]
 
     def forward() -> tuple[Tensor, list[Tensor]]:
@@ -130,7 +130,7 @@ def test_stage_2_evaluation():
 def test_stage_2_training_as_released(run):
     case = golden_case(STAGE_2)
     golden = case["released_runs"][run]
-    network = load_released(case["checkpoint"]).double().train()
+    network = load_released(case["checkpoint"], **case["config"]).double().train()
     images, targets = case["images"].double(), case["targets"]
     options = {"temperature": golden["temperature"], "gamma": golden["gamma"]}
     teachers, batchmean_losses = [], []
@@ -214,9 +214,9 @@ def test_the_flag_released_reproduces_the_released_run(run):
     golden = case["released_runs"][run]
     flags = ["--released", "--amp", "off", "-T", str(golden["temperature"]), "--gamma", str(golden["gamma"])]
     settings = parse("IMTA", flags).settings()
-    released = load_released(case["checkpoint"])
+    released = load_released(case["checkpoint"], **case["config"])
     data = DataInfo("cifar100", [str(i) for i in range(100)], 32, [0.5] * 3, [0.5] * 3, 1, "")
-    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone, {}))
+    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone))
     network.load_state_dict(released.state_dict())
     objective = train_IMTA.Distillation(network.double(), settings).train()
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], **case["sgd"])

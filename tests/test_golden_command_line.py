@@ -29,19 +29,30 @@ def hundred_classes(tmp_path):
     return tmp_path / "images"
 
 
+def network_flags(case):
+    """Flags of the network of a golden case, which is smaller than the published ones."""
+    names = ("nBlocks", "base", "step", "stepmode", "nChannels", "growthRate")
+    return [word for name in names for word in (f"--{name}", str(case["config"][name]))]
+
+
 @pytest.mark.parametrize(
     ("name", "program"),
     [("msdnet_cifar100_lin_grow", train_GE), ("msdnet_ge_cifar100_even", train_GE), ("imta_cifar100_even", train_IMTA)],
 )
 def test_evaluated_as_it_is(hundred_classes, tmp_path, name, program):
-    checkpoint = restore(FIXTURES / f"{name}.pt")["checkpoint"]
+    case = restore(FIXTURES / f"{name}.pt")
     file = tmp_path / "released.pth.tar"
-    torch.save(checkpoint, file)
+    torch.save(case["checkpoint"], file)
     data_flags = ["--data", "cifar100", "--data-root", str(hundred_classes), "--val-size", "20", "--batch-size", "16"]
     for mode in ("anytime", "dynamic"):
-        assert program.main(["--evaluate-from", str(file), "--evalmode", mode, *data_flags, "--save", str(tmp_path / "out")]) == 0
+        assert (
+            program.main(
+                ["--evaluate-from", str(file), "--evalmode", mode, *data_flags, *network_flags(case), "--save", str(tmp_path / "out")]
+            )
+            == 0
+        )
     data = load_data(parse("GE", data_flags).settings(), torch.device("cpu"))
-    network = load_released(checkpoint)
+    network = load_released(case["checkpoint"], **case["config"])
     with torch.no_grad():
         correct = sum(torch.stack(network(images)).argmax(2).eq(targets).sum(1) for images, targets in data.test)
     assert [row["acc1"] for row in read_csv(tmp_path / "out" / "anytime.csv")] == correct.tolist()  # of 100 images, so in percent
@@ -50,9 +61,10 @@ def test_evaluated_as_it_is(hundred_classes, tmp_path, name, program):
 
 def test_starts_stage_2(hundred_classes, tmp_path):
     file = tmp_path / "msdnet_ge.pth.tar"
-    torch.save(restore(FIXTURES / "msdnet_ge_cifar100_even.pt")["checkpoint"], file)
+    case = restore(FIXTURES / "msdnet_ge_cifar100_even.pt")
+    torch.save(case["checkpoint"], file)
     flags = ["--data", "cifar100", "--data-root", str(hundred_classes), "--val-size", "20", "--batch-size", "16", "--epochs", "1"]
-    assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *flags]) == 0
+    assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *flags, *network_flags(case)]) == 0
     assert len(read_csv(tmp_path / "IMTA" / "anytime.csv")) == 3
 
 

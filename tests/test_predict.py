@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ from PIL import Image
 
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
-from dataloader import DataInfo
-from engine.checkpoint import network_config, save_checkpoint
 from models import IMTA, MSDNet, count_operations
-from tests.conftest import TINY_NETWORK
+from models.saved import save_network
+from tests.conftest import TINY_NETWORK, describe
 
 CLASS_NAMES = [f"class {i}" for i in range(10)]
 
@@ -26,20 +24,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     network = IMTA(MSDNet(**TINY_NETWORK)).eval()
-    info = DataInfo("demo", CLASS_NAMES, 32, [0.5] * 3, [0.25] * 3, 100, "0" * 16)
-    save_checkpoint(
-        folder / "best.pt",
-        {
-            "stage": "IMTA",
-            "title": "test",
-            "origin": None,
-            "network": network_config(network),
-            "state_dict": network.state_dict(),
-            "data": asdict(info),
-            "held_out": torch.arange(3),
-            "settings": {"data": "demo"},
-        },
-    )
+    save_network(folder / "best.safetensors", network, describe(network), torch.arange(3))
     with torch.no_grad():
         confidence, _ = confidence_by_exit(torch.stack(network(torch.randn(50, 3, 32, 32))))
     operations = count_operations(network, 32)
@@ -69,7 +54,7 @@ def images(tmp_path):
 
 
 def run(trained, *arguments):
-    return predict.main(["--checkpoint", str(trained / "best.pt"), "--device", "cpu", *map(str, arguments)])
+    return predict.main(["--checkpoint", str(trained / "best.safetensors"), "--device", "cpu", *map(str, arguments)])
 
 
 def test_formats_agree(trained, images, capsys):
@@ -156,7 +141,7 @@ def test_command_lines_that_are_refused(arguments, capsys):
 
 
 def exits_of(trained, images, capsys, *flags):
-    assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), "--format", "json", *flags]) == 0
+    assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), "--format", "json", *flags]) == 0
     return [row["exit"] for row in json.loads(capsys.readouterr().out)]
 
 
@@ -171,7 +156,7 @@ def test_wanted_accuracy_and_points_choose_policies(trained, images, capsys):
         (["--point", "2"], "no point 2"),
         (["--rule", "optimised"], "optimised"),
     ):
-        assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), *flags]) == 2
+        assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), *flags]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -179,7 +164,7 @@ def test_what_is_no_file_is_skipped_at_once(trained, images, tmp_path, capsys):
     """A pipe that nobody writes into, and a line of pixels that resizing would make enormous."""
     os.mkfifo(images / "pipe.png")
     Image.new("RGB", (40_000, 2)).save(images / "line.png")
-    assert predict.main([str(images / "pipe.png"), str(images / "line.png"), "--checkpoint", str(trained / "best.pt")]) == 1
+    assert predict.main([str(images / "pipe.png"), str(images / "line.png"), "--checkpoint", str(trained / "best.safetensors")]) == 1
     errors = capsys.readouterr().err
     assert "pipe.png: there is no such file; skipped" in errors
     assert "differ too much; skipped" in errors
@@ -188,6 +173,6 @@ def test_what_is_no_file_is_skipped_at_once(trained, images, tmp_path, capsys):
 def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):
     device = tmp_path / "null"
     device.symlink_to(os.devnull)
-    assert predict.main([str(images), "--checkpoint", str(trained / "best.pt"), "--output", str(device)]) in (0, 1)
+    assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), "--output", str(device)]) in (0, 1)
     assert device.is_char_device()
     assert device.is_symlink()

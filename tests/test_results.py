@@ -10,10 +10,14 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import train_GE
+import train_IMTA
+from adaptive_inference import read_policy
 from args import parse
 from dataloader import read_image
-from engine.report import read_csv
-from results import arms, held_out, tables
+from engine.report import millions, read_csv, write_csv
+from models import load
+from results import arms, held_out, ship, tables
 from tests.conftest import TINY_FLAGS
 from utils import UserError
 
@@ -97,3 +101,32 @@ def test_a_program_that_is_asked_to_stop_may_save_first():
     before = signal.getsignal(signal.SIGTERM)
     assert arms.run_command(["-c", f"import os, signal, sys, time; {stopping}"]) == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_becomes_a_file_with_policies_and_a_card(tiny_demo, tmp_path, capsys):
+    assert train_GE.main(["--save", str(tmp_path / "GE"), *TINY_FLAGS]) == 0
+    file = tmp_path / "weights" / "tiny.safetensors"
+    assert ship.main([str(tmp_path / "GE"), str(file)]) == 0
+    network, before = load(file), load(tmp_path / "GE" / "best.safetensors")
+    assert file.stat().st_size < 0.7 * (tmp_path / "GE" / "best.safetensors").stat().st_size
+    assert network.description.accuracy["val_acc1"] == before.description.accuracy["val_acc1"]
+    assert len(network.description.accuracy["test_acc1"]) == 3
+    assert str(tmp_path) not in str(network.description)
+    assert len(read_policy(file.with_suffix(".policy.json"), network).points) > 0
+    card = (file.parent / "README.md").read_text()
+    assert "- name: tiny\n" in card
+    assert f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} |" in card
+    assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
+    assert "say with --save where its tables go" in capsys.readouterr().err
+    # It is taken as stage 1 by its path, and goes on from there.
+    flags = ["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), "--epochs", "1", "--batch-size", "32"]
+    assert train_IMTA.main(flags) == 0
+
+
+def test_a_file_that_loses_accuracy_is_not_shipped(tiny_demo, tmp_path, capsys):
+    assert train_GE.main(["--save", str(tmp_path / "GE"), *TINY_FLAGS]) == 0
+    rows = read_csv(tmp_path / "GE" / "anytime.csv")
+    write_csv(tmp_path / "GE" / "anytime.csv", [{**row, "acc1": row["acc1"] + 0.2} for row in rows])
+    assert ship.main([str(tmp_path / "GE"), str(tmp_path / "tiny.safetensors")]) == 2
+    assert "points; at most 0.05 may be lost" in capsys.readouterr().err
+    assert not (tmp_path / "tiny.safetensors").exists()

@@ -1,0 +1,176 @@
+"""Make a file for the folder weights/ from a finished run, with the policies and the model card that belong to it.
+
+    python -m results.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
+
+Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``. ``NAME.policy.json`` beside the file holds
+the thresholds of the rounded network, README.md the card of all networks in the folder, with the fields that Hugging Face reads.
+"""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import train_GE
+import train_IMTA
+from engine.checkpoint import Saved, load_saved
+from engine.collect import accuracy_at
+from engine.report import millions, read_csv
+from engine.run_directory import RunDirectory
+from models import Description, load
+from models.saved import SUFFIX, save_network
+from settings import RESUMABLE
+from utils import CommandLineParser, UserError, atomic_write
+
+MAX_LOSS = 0.05  # points of top-1
+BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
+RECIPE = ("epochs", "batch_size", "lr", "lr_type", "warmup_epochs", "weight_decay", "augment", "label_smoothing")
+
+FRONT = """---
+license: mit
+library_name: pytorch
+pipeline_tag: image-classification
+tags: [early-exit, adaptive-inference, anytime-prediction, msdnet, imta]
+datasets: [{datasets}]
+metrics: [accuracy]
+model-index:
+{models}
+---
+# Networks that stop early: MSDNet and IMTA
+
+A classifier after every block: an image leaves at the first one that is confident enough. Method: Li et al., "Improved Techniques for
+Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), on MSDNet (Huang et al., ICLR 2018, arXiv 1703.09844). The files are
+safetensors; the header of each holds its classes, preprocessing, operations, recipe, accuracies, seed and commit.
+
+**Intended use.** Research on early exits and budgeted prediction, and a start for fine-tuning (`train_GE.py --pretrained NAME`). Images of
+the data set's kind and size; nothing was tested on others.
+
+```python
+import torch
+
+network = torch.hub.load(REPOSITORY, "{name}")  # source="local" for a clone
+network.description.class_names, network.description.mean, network.description.std
+logits = network(images)  # normalised (N, 3, H, W) -> a list of (N, classes), one for every exit
+```
+
+**Limits.** Confidences are not calibrated for images unlike those of training. The thresholds in `NAME.policy.json` were chosen on held-out
+training images. One seed a file; the spread over seeds is in `results/README.md` of the repository.
+"""
+MODEL = """- name: {name}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{name: {data}, type: {data}, split: test}}
+    metrics:
+    - {{type: accuracy, value: {accuracy:.2f}}}"""
+SECTION = """
+## {name}
+
+{d.title}, trained on {d.data[name]} ({d.data[num_training_images]} training images, {d.recipe[val_size]} of them held out),
+{d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
+Recipe: {recipe}.
+Held-out images chose the epoch and the thresholds; test images chose nothing.
+
+| exit | operations | top-1 % | top-5 % |
+|---|---|---|---|
+{exits}
+
+| budget, % of all operations | test top-1 % |
+|---|---|
+{budgets}
+"""
+CITATION = """
+## Citation
+
+```bibtex
+@inproceedings{li2019improved,
+  title = {Improved Techniques for Training Adaptive Deep Networks},
+  author = {Li, Hao and Zhang, Hong and Qi, Xiaojuan and Yang, Ruigang and Huang, Gao},
+  booktitle = {ICCV},
+  year = {2019}
+}
+```
+"""
+
+
+def ship(saved: Saved, output: Path) -> None:
+    """Write the file, its policies and the folder's card.
+
+    Raises:
+        UserError: the rounded network cannot be evaluated, or an exit loses too much.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rounded, tables = Path(folder) / output.name, RunDirectory(Path(folder) / "tables")
+        save_network(rounded, saved.network, saved.description, saved.held_out, half=True)
+        program = {"GE": train_GE, "IMTA": train_IMTA}[saved.description.stage]
+        for mode in ("anytime", "dynamic"):
+            if program.main(["--evaluate-from", str(rounded), "--evalmode", mode, "--save", str(tables.path)]):
+                raise UserError(f"{saved.path} cannot be evaluated")
+        before, after = (read_csv(run.anytime) for run in (RunDirectory(saved.path.parent), tables))
+        lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
+        if max(lost) > MAX_LOSS:
+            exit = lost.index(max(lost)) + 1
+            raise UserError(f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost")
+        budgets = {share: accuracy_at(read_csv(tables.optimised), share / 100 * after[-1]["operations"]) for share in BUDGETS}
+        accuracy = {
+            **saved.description.accuracy,
+            "test_acc1": [row["acc1"] for row in after],
+            "test_acc5": [row["acc5"] for row in after],
+            "budgets": [share for share, row in budgets.items() if row],
+            "budgets_test_acc1": [row["test_acc1"] for row in budgets.values() if row],
+        }
+        # Folders of this machine are of no use to others.
+        recipe = {name: value for name, value in saved.description.recipe.items() if name not in {*RESUMABLE, "pretrained"}}
+        description = replace(saved.description, accuracy=accuracy, recipe=recipe, origin=None, frozen_digest=None)
+        save_network(output, saved.network, description, saved.held_out, half=True)
+        shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
+    with atomic_write(output.parent / "README.md") as stream:
+        stream.write(card(output.parent))
+
+
+def card(folder: Path) -> str:
+    """The model card of all shipped networks in ``folder``."""
+    described = {path.stem: load(path).description for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    data = sorted({description.data["name"] for description in described.values()})
+    models = "\n".join(
+        MODEL.format(name=name, data=description.data["name"], accuracy=description.accuracy["test_acc1"][-1])
+        for name, description in described.items()
+    )
+    sections = "".join(_section(name, description) for name, description in described.items())
+    return FRONT.format(datasets=", ".join(data), models=models, name=next(iter(described))) + sections + CITATION
+
+
+def _section(name: str, description: Description) -> str:
+    accuracy = description.accuracy
+    rows = zip(description.operations, accuracy["test_acc1"], accuracy["test_acc5"], strict=True)
+    budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
+    return SECTION.format(
+        name=name,
+        d=description,
+        classes=len(description.class_names),
+        recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
+        exits="\n".join(f"| {k} | {millions(n)} | {top1:.2f} | {top5:.2f} |" for k, (n, top1, top5) in enumerate(rows, 1)),
+        budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ship the run these arguments name (None: those of the process) and return the exit status."""
+    parser = CommandLineParser(prog="results.ship", description="A file for weights/ from a finished run.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a finished run, whose images are still there")
+    parser.add_argument("output", type=Path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}")
+    arguments = parser.parse_args(argv)
+    try:
+        saved = load_saved(arguments.run, {})
+        if saved.description is None or arguments.output.suffix != SUFFIX:
+            raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
+        ship(saved, arguments.output)
+    except UserError as error:
+        sys.stderr.write(f"results.ship: {error}\n")
+        return 2
+    sys.stdout.write(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.2f} MB\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Network files: what comes back, what is refused in one line, and that loading needs torch and safetensors alone."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import IMTA, MSDNet, load, load_released, saved
+from models.saved import network_options, read_network, save_network
+from tests.conftest import TINY_NETWORK, describe
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def network():
+    return IMTA(MSDNet(**TINY_NETWORK, gradient_equilibrium_scales="coarsest"), cut_isc_gradient=False)
+
+
+@pytest.fixture
+def path(network, tmp_path):
+    save_network(tmp_path / "best.safetensors", network, describe(network), torch.tensor([3, 5]))
+    return tmp_path / "best.safetensors"
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_what_was_saved_comes_back(network, path):
+    random_state = torch.get_rng_state()
+    again, description, held_out = read_network(path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert same_tensors(again.state_dict(), network.state_dict())
+    assert network_options(again) == network_options(network)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in network.parameters()]
+    assert description == again.description == describe(network)
+    assert held_out.tolist() == [3, 5]
+    assert not any(module.training for module in again.modules())
+    assert network.description is MSDNet.description is None
+
+
+def test_half_precision_on_disk_is_float32_in_memory(network, path):
+    size = path.stat().st_size
+    save_network(path, network, describe(network), torch.tensor([0]), half=True)
+    again = load(path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    for name, x in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x.half().float() if x.dim() > 1 else x)
+    assert path.stat().st_size < 0.8 * size
+
+
+def test_names_are_those_of_the_weights_folder(path, monkeypatch):
+    monkeypatch.setattr(saved, "WEIGHTS", path.parent)
+    assert load("best").num_exits == 3
+    with pytest.raises(FileNotFoundError, match="no network of that name; there are: best"):
+        load("resnet")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load("elsewhere/best.safetensors")
+
+
+def rewritten(path, **changes):
+    """The same file with other texts in its header, or (``tensors``) other tensors."""
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = changes.pop("tensors", safetensors.torch.load(content))
+    header |= changes
+    header["crc32"] = saved._crc32(safetensors.torch.save(tensors), header["description"])
+    path.write_bytes(safetensors.torch.save(tensors, header))
+
+
+def changed(network, /, **changes):
+    return json.dumps({**dataclasses.asdict(describe(network)), **changes})
+
+
+@pytest.mark.parametrize("damage", ["cut", "header cut", "empty", "bit", "bit of a name", "text", "other safetensors", "pickle", "zip"])
+def test_damaged_and_foreign_files_are_named_in_one_line(network, path, damage):
+    content = path.read_bytes()
+    if damage.startswith("bit"):
+        place = content.index(b"class 3") + 6 if damage == "bit of a name" else len(content) - 50
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    elif damage == "other safetensors":
+        safetensors.torch.save_file({"weight": torch.ones(3)}, path)
+    elif damage in ("pickle", "zip"):
+        torch.save({"state_dict": network.state_dict()}, path, _use_new_zipfile_serialization=damage == "zip")
+    else:
+        path.write_bytes({"cut": content[:-1000], "header cut": content[:100], "empty": b"", "text": b"not weights at all"}[damage])
+    with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+    assert ("load_released" in str(raised.value)) is (damage in ("pickle", "zip"))
+
+
+def test_contents_that_do_not_belong_together(network, path):
+    content, tensors = path.read_bytes(), safetensors.torch.load(path.read_bytes())
+    options = network_options(network)
+    for changes, words in [
+        ({"format": "imta-msdnet network 3"}, "its format is 'imta-msdnet network 3'"),
+        ({"description": changed(network, seed="1")}, "seed is '1'"),
+        ({"description": changed(network, class_names=["a"])}, "class_names has 1 entries, where 10 belong"),
+        ({"description": changed(network, operations=["x"])}, "operations is"),
+        ({"description": changed(network, std=[0.5, 0.5, float("nan")])}, "std"),
+        ({"description": changed(network, data={})}, "data has"),
+        ({"description": changed(network, surplus=1)}, "surplus"),
+        ({"description": changed(network, network={**options, "type": "ResNet"})}, "impossible network"),
+        ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_channels": 10**30}})}, "impossible"),
+        ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_blocks": 2}})}, "another network"),
+        ({"description": "[" * 10**5}, "damaged"),
+        ({"tensors": {**tensors, "classifiers.0.bias": torch.zeros(3)}}, "classifiers.0.bias is [3] there, [10] here"),
+        ({"tensors": {**tensors, "held_out": torch.tensor([100])}}, "held_out are not numbers of 100"),
+    ]:
+        path.write_bytes(content)
+        rewritten(path, **changes)
+        with pytest.raises(ValueError, match=re.escape(words)) as raised:
+            load(path)
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_load_released_says_what_to_call(path):
+    with pytest.raises(ValueError, match=r"best\.safetensors: it is a safetensors file; models\.load reads"):
+        load_released(path)
+
+
+def test_the_old_file_stays_until_the_new_one_reads_back(network, path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"other bytes")
+    with pytest.raises(UserError, match="reads back differently"):
+        save_network(path, network, describe(network), torch.tensor([0]))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_torch_hub_needs_torch_and_safetensors_alone(path, tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "clone" / "models")
+    shutil.copyfile(ROOT / "hubconf.py", tmp_path / "clone" / "hubconf.py")
+    (tmp_path / "clone" / "weights").mkdir()
+    shutil.copyfile(path, tmp_path / "clone" / "weights" / "imta_cifar100.safetensors")
+    program = f"""
+import sys, warnings
+warnings.simplefilter("ignore")  # PyTorch misses NumPy
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {{"matplotlib", "tensorboard", "torchvision", "PIL", "tqdm", "numpy", "args", "utils", "engine"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+network = torch.hub.load({str(tmp_path / "clone")!r}, "imta_cifar100", source="local")
+with torch.no_grad():
+    print(network.description.class_names[network(torch.zeros(1, 3, 32, 32))[-1].argmax()])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
+    assert ended.stdout.startswith("class ")
