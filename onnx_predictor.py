@@ -6,6 +6,7 @@ prediction = predictor.predict(images, predictor.choose(operations=20e6))    # i
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -55,24 +56,16 @@ class OnnxPredictor:
         self.class_names, self.image_size, self.operations, self.points = (json.loads(metadata[name]) for name in names)
         self.num_exits, self.num_classes = len(self.operations), len(self.class_names)
 
-    def choose(self, operations: float | None = None, accuracy: float | None = None) -> np.ndarray:
-        """Thresholds (K,) of the policy that was best on held-out images.
-
-        Args:
-            operations: an image, the mean at most; the most accurate policy of those.
-            accuracy: in percent, at least; the cheapest policy of those.
+    def choose(self, operations: float = math.inf) -> np.ndarray:
+        """Thresholds (K,) of the policy most accurate on held-out images, of those whose mean is at most ``operations`` an image.
 
         Raises:
-            ValueError: no policy does, or the file has none.
+            ValueError: every policy spends more, or the file has none.
         """
-        most, least = np.inf if operations is None else operations, 0 if accuracy is None else accuracy
-        points = [point for point in self.points if point["operations"] <= most and point["val_acc1"] >= least]
+        points = [point for point in self.points if point["operations"] <= operations]
         if not points:
-            raise ValueError(f"none of this file's {len(self.points)} policies spends at most {most} operations and reaches {least} %")
-        if accuracy is None:
-            best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
-        else:
-            best = min(points, key=lambda point: (point["operations"], -point["val_acc1"]))
+            raise ValueError(f"none of this file's {len(self.points)} policies spends at most {operations} operations")
+        best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
         return np.array(best["thresholds"], np.float32)
 
     def predict(self, images: np.ndarray, thresholds: Sequence[float] | np.ndarray | None = None) -> Prediction:

@@ -29,6 +29,7 @@ from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet onnx 2"
 OPSET, IR_VERSION = 17, 8  # read by every ONNX Runtime since 1.12
+POINT = ("rule", "p", "val_acc1", "operations")
 OUTPUTS = {"classes": "INT64", "confidence": "FLOAT", "exits": "INT64", "logits": "FLOAT"}
 
 
@@ -62,7 +63,7 @@ def export_onnx(network: nn.Module, path: Path, description: ImageDescription, c
     if any(point.policy.confidence != "softmax" for point in points):
         raise UserError(f"an ONNX file compares softmax alone; these policies are of {points[0].policy.confidence}")
     form = inference_form(network, channels_last=False, dtype=torch.float32).cpu()
-    graph = _Graph(onnx, {id(parameter): name for name, parameter in form.named_parameters()})
+    graph = _Graph(onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count())
     mean, std = (255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std))
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
@@ -80,16 +81,7 @@ def export_onnx(network: nn.Module, path: Path, description: ImageDescription, c
         "class_names": list(description.class_names),
         "image_size": size,
         "operations": count_operations(network, size),
-        "points": [
-            {
-                "rule": point.rule,
-                "p": point.p,
-                "thresholds": point.policy.thresholds,
-                "val_acc1": point.val_acc1,
-                "operations": point.operations,
-            }
-            for point in points
-        ],
+        "points": [{name: getattr(point, name) for name in POINT} | {"thresholds": point.policy.thresholds} for point in points],
     }
     texts = {"format": FORMAT, "network": describe(form), "fingerprint": form.fingerprint, "confidence": "softmax"}
     onnx.helper.set_model_props(model, texts | {name: json.dumps(value) for name, value in metadata.items()})
@@ -112,37 +104,32 @@ def _record_exits(graph: "_Graph", form: nn.Module, plans: tuple[ExitPlan, ...],
     probs = graph.add("Softmax", [logits], axis=1)
     classes = graph.add("ArgMax", [probs], axis=1, keepdims=0)
     confidence = graph.add("ReduceMax", [probs], axes=[1], keepdims=0)
-    exits = graph.add("Expand", [np.array([k]), graph.add("Shape", [classes])])
+    exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
     answer = [classes, confidence, exits, logits]
     if len(plans) == 1:
         return answer
-    threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k)])
+    threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k, np.int64)])
     stays = graph.add("Not", [graph.add("GreaterOrEqual", [confidence, threshold])])
     rows = graph.add("Transpose", [graph.add("NonZero", [stays])])  # (n', 1)
     some_stay = graph.add("Cast", [graph.add("Size", [rows])], to=graph.onnx.TensorProto.BOOL)
 
-    stop = graph.nested()
-    answer_here = [stop.add("Identity", [x]) for x in answer]
-    go_on = graph.nested()
+    stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
+    unchanged = [stop.add("Identity", [x]) for x in answer]
     cells = {key: go_on.add("GatherND", [x, rows]) for key, x in cells.items()}
     later = _record_exits(go_on, form, plans[1:], cells, go_on.add("GatherND", [logits, rows]))
     merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
-    branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(answer_here)}
+    branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
     return graph.record("If", [some_stay], [f"{name}_of_exit_{k}" for name in OUTPUTS], **branches)
 
 
 class _Graph:
     """Nodes and weights as they are recorded, of the model or of a branch, which may also read what the graphs around it hold."""
 
-    def __init__(self, onnx: ModuleType, parameter_names: dict[int, str], numbers: "itertools.count | None" = None):
+    def __init__(self, onnx: ModuleType, parameter_names: dict[int, str], numbers: "itertools.count"):
         self.onnx, self.parameter_names = onnx, parameter_names
-        self.numbers = numbers or itertools.count()  # names must differ between branches, too
+        self.numbers = numbers  # for names, which must differ between branches, too
         self.nodes: list[Any] = []
         self.weights: dict[str, Any] = {}
-
-    def nested(self) -> "_Graph":
-        """A graph for a branch."""
-        return _Graph(self.onnx, self.parameter_names, self.numbers)
 
     def record(self, operator: str, inputs: list[Any], outputs: list[str], **attributes: Any) -> list["_Value"]:
         """Add a node; inputs are values, parameters and constants, None where there is none."""
