@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adaptive_inference.inference_form import half_precision, inference_form
-from adaptive_inference.policies import RULES, Policy, PolicyCurve, read_policy
+from adaptive_inference.form import inference_form
+from adaptive_inference.measures import RULES
+from adaptive_inference.policies import Policy, PolicyCurve, read_policy
+from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import DataInfo, Normalizer, evaluation_transform, read_image
 from engine.checkpoint import load_saved

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.inference_form import inference_form
+from adaptive_inference.form import inference_form
 from adaptive_inference.policies import PolicyCurve, describe
 from models.operations import count_operations
 from models.stepwise import Cells, ExitPlan, advance, exit_plans, stem_cells
