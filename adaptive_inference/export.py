@@ -187,19 +187,11 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
 
 
 def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> _Value:
-    pads = _pair(padding) * 2
-    sizes = {"kernel_shape": list(weight.shape[2:]), "strides": _pair(stride), "pads": pads, "dilations": _pair(dilation), "group": groups}
-    return x.graph.add("Conv", [x, weight, bias], **sizes)
+    return x.graph.add("Conv", [x, weight, bias], strides=_pair(stride), pads=_pair(padding) * 2, dilations=_pair(dilation), group=groups)
 
 
 def _max_pool(x: _Value, kernel_size: Any, stride: Any, padding: Any, *_: Any, **__: Any) -> _Value:
     return x.graph.add("MaxPool", [x], kernel_shape=_pair(kernel_size), strides=_pair(stride), pads=_pair(padding) * 2)
-
-
-def _mean_of_map(x: _Value, output_size: int) -> _Value:
-    if output_size != 1:
-        raise TypeError(f"no ONNX operator is known for adaptive pooling to {output_size}")
-    return x.graph.add("GlobalAveragePool", [x])
 
 
 _OPERATORS: dict[str, Callable[..., _Value]] = {
@@ -208,5 +200,5 @@ _OPERATORS: dict[str, Callable[..., _Value]] = {
     "relu": lambda x, inplace=False: x.graph.add("Relu", [x]),
     "cat": lambda tensors, dim: tensors[0].graph.add("Concat", list(tensors), axis=dim),
     "max_pool2d": _max_pool,
-    "adaptive_avg_pool2d": _mean_of_map,
+    "adaptive_avg_pool2d": lambda x, output_size: x.graph.add("GlobalAveragePool", [x]),  # to 1x1, in every exit
 }

@@ -14,7 +14,7 @@ import torch
 
 import export_onnx as program
 from adaptive_inference.export import export_onnx
-from adaptive_inference.policies import Policy, policy_curve
+from adaptive_inference.policies import Policy, policy_curve, write_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
@@ -107,6 +107,14 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.5, 0.6, 0.7]).exits)
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
             runner.choose(operations=10)
+
+    def test_command_line(exported, tmp_path, monkeypatch, capsys):
+        saved = SimpleNamespace(network=exported[0], data=description())
+        monkeypatch.setattr(program, "load_saved", lambda path, explicit: saved)
+        write_policy(tmp_path / "policy.json", exported[1])
+        assert program.main(["--model", str(tmp_path / "best.pt"), "--output", str(tmp_path / "x.onnx")]) == 0
+        assert "3 policies" in capsys.readouterr().out
+        assert [point["p"] for point in OnnxPredictor(tmp_path / "x.onnx", 1).points] == [1, 2, 3]
 
     def test_no_images(exported):
         assert OnnxPredictor(exported[2], threads=1).predict(random_pixels(0).numpy()).logits.shape == (0, 10)
