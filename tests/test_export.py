@@ -1,57 +1,71 @@
-"""Export: ONNX Runtime gives PyTorch's logits and stops where PyTorch stops; without the optional packages, one line."""
+"""Export: one ONNX file answers what the PyTorch predictor answers, image by image; what it cannot use is refused in one line."""
 
 import importlib.util
-import json
+import math
+import shutil
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import export
-from adaptive_inference.policies import policy_curve, read_policy, write_policy
-from adaptive_inference.predictor import AdaptivePredictor, simulate
+import export_onnx as program
+from adaptive_inference.export import export_onnx
+from adaptive_inference.policies import Policy, policy_curve, write_policy
+from adaptive_inference.predictor import AdaptivePredictor
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
-from tests.test_predictor import logits_of, make_network, quantile_policy
+from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+ROOT = Path(__file__).resolve().parents[1]
+MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.35]
 
 
-@pytest.mark.parametrize(
-    ("package", "use"),
-    [("onnx", lambda folder: export.export_onnx(MSDNet(**TINY_NETWORK).eval(), folder, 32)), ("onnxruntime", export.OnnxNetwork)],
-)
-def test_missing_package_is_one_line(package, use, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)  # what importing a missing package comes to
-    with pytest.raises(UserError, match=rf"needs the package {package}: pip install -r requirements-export\.txt") as caught:
-        use(tmp_path)
-    assert "\n" not in str(caught.value)
+def description(size=32, num_classes=10):
+    return SimpleNamespace(class_names=[f"class {c}" for c in range(num_classes)], image_size=size, mean=MEAN, std=STD)
+
+
+def random_pixels(count, size=32):
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def normalised(pixels):
+    return (pixels / 255 - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1)
+
+
+def test_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)  # what importing a missing package comes to
+    with pytest.raises(UserError, match=r"needs the package onnx: pip install -r requirements-export\.txt"):
+        export_onnx(MSDNet(**TINY_NETWORK).eval(), tmp_path / "x.onnx", description())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_without_a_checkpoint(tmp_path, capsys):
-    assert export.main(["--checkpoint", str(tmp_path / "missing.pt"), "--output", str(tmp_path)]) == 2
+    assert program.main(["--model", str(tmp_path / "missing.pt"), "--output", str(tmp_path / "x.onnx")]) == 2
     assert "no checkpoint" in capsys.readouterr().err
 
 
-def test_impossible_descriptions(tmp_path):
-    path = tmp_path / export.DESCRIPTION
-    with pytest.raises(UserError, match="holds no exported network"):
-        export._read_description(path)
-    good = {"format": export.FORMAT, "network": {"fingerprint": "x"}, "num_exits": 2, "num_classes": 3, "image_size": 32}
-    for damage in ({"format": "other"}, {"num_exits": 10**6}, {"num_exits": "2"}, {"network": None}, {"image_size": True}):
-        path.write_text(json.dumps({**good, **damage}))
-        with pytest.raises(UserError, match="describes no exported network"):
-            export._read_description(path)
-    path.write_text("[1]")
-    with pytest.raises(UserError, match="describes no exported network"):
-        export._read_description(path)
-
-
 if INSTALLED:  # an optional install: elsewhere there is nothing to test
+    import onnx
 
-    @pytest.mark.parametrize("lazy", [True, False])
+    from onnx_predictor import OnnxPredictor
+
+    @pytest.fixture(scope="module")
+    def exported(tmp_path_factory):
+        """A network, its policies, and its file."""
+        torch.manual_seed(0)
+        network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
+        points = [(1, [0.2, 0.3, 0.4], 40.0, 1e5), (2, [0.5, 0.6, 0.7], 60.0, 2e5), (3, [0.8, 0.8, 0.8], 60.0, 3e5)]
+        rows = [{"p": p, "thresholds": thresholds, "val_acc": acc, "val_flops": cost} for p, thresholds, acc, cost in points]
+        curve = policy_curve(network, [1, 2, 3], {"geometric": rows})
+        export_onnx(network, path, description(), curve)
+        return network, curve, path
+
     @pytest.mark.parametrize(
         ("stage", "options", "size"),
         [
@@ -59,50 +73,108 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             (2, {"num_blocks": 4, "step_mode": "lin_grow"}, 32),
             (2, {"bottleneck": False, "prune": "min", "base": 2}, 24),
             (1, {"reduction": 0.0}, 33),
+            (1, {"num_blocks": 1}, 32),
+            (1, {"small_inputs": False}, 65),
         ],
     )
-    def test_same_answers(stage, options, size, lazy, tmp_path):
+    def test_same_answers(stage, options, size, tmp_path):
         network = make_network(stage, **options).float()
-        export.export_onnx(network, tmp_path, size, lazy)
-        runner = export.OnnxNetwork(tmp_path, threads=1)
-        for count in (1, 13):
-            images = torch.randn(count, 3, size, size)
-            for ours, expected in zip(runner(images), logits_of(network, images), strict=True):
-                torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        export_onnx(network, tmp_path / "network.onnx", description(size))
+        runner = OnnxPredictor(tmp_path / "network.onnx", threads=1)
+        pixels = random_pixels(40, size)
+        images = normalised(pixels)
         logits = logits_of(network, images)
-        policy = quantile_policy(logits, 0.4)
-        expected, prediction = simulate(logits, policy), AdaptivePredictor(runner, policy)(images)
-        assert torch.equal(prediction.exits, expected.exits)
-        assert torch.equal(prediction.classes, expected.classes)
+        none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
+        for count, policy in ((40, quantile_policy(logits, 0.4)), (40, none), (40, every), (1, none), (1, every)):
+            ours = runner.predict(pixels[:count].numpy(), policy.thresholds)
+            expected = AdaptivePredictor(network, policy)(images[:count])
+            assert ours.exits.tolist() == expected.exits.tolist()
+            assert ours.classes.tolist() == expected.classes.tolist()
+            torch.testing.assert_close(torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4)
+            answered = logits[expected.exits, torch.arange(count)]
+            torch.testing.assert_close(torch.from_numpy(ours.logits), answered, atol=1e-4, rtol=1e-4)
 
-    def test_imagenet_stem(tmp_path):
-        network = MSDNet(**{**TINY_NETWORK, "small_inputs": False}).eval()
-        size = network.minimum_image_size
-        export.export_onnx(network, tmp_path, size)
-        images = torch.randn(2, 3, size, size)
-        for ours, expected in zip(export.OnnxNetwork(tmp_path, 1)(images), logits_of(network, images), strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    def test_the_file_describes_itself(exported):
+        _, curve, path = exported
+        runner = OnnxPredictor(path, threads=1)
+        assert (runner.class_names[3], runner.image_size, runner.num_exits, runner.num_classes) == ("class 3", 32, 3, 10)
+        assert runner.operations == sorted(runner.operations)
+        metadata = runner.session.get_modelmeta().custom_metadata_map
+        assert metadata["fingerprint"] == curve.fingerprint
+        for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2)):
+            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p).policy.thresholds, np.float32))
+        pixels = random_pixels(20).numpy()
+        np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.5, 0.6, 0.7]).exits)
+        with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
+            runner.choose(operations=10)
 
-    def test_the_network_s_policies_are_accepted_and_no_others(tmp_path):
-        network = make_network(2).float()
-        export.export_onnx(network, tmp_path, 32)
-        runner = export.OnnxNetwork(tmp_path, 1)
-        rows = [{"p": 1, "thresholds": [0.5] * 3, "val_acc": 50.0, "val_flops": 2.0}]
-        for source in (network, make_network(2).float()):
-            write_policy(tmp_path / "policy.json", policy_curve(source, [1, 2, 3], {"geometric": rows}))
-            if source is network:
-                assert read_policy(tmp_path / "policy.json", runner).points[0].operations == 2.0
-            else:
-                with pytest.raises(UserError, match="another network"):
-                    read_policy(tmp_path / "policy.json", runner)
+    def test_command_line(exported, tmp_path, monkeypatch, capsys):
+        saved = SimpleNamespace(network=exported[0], data=description())
+        monkeypatch.setattr(program, "load_saved", lambda path, explicit: saved)
+        write_policy(tmp_path / "policy.json", exported[1])
+        assert program.main(["--model", str(tmp_path / "best.pt"), "--output", str(tmp_path / "x.onnx")]) == 0
+        assert "3 policies" in capsys.readouterr().out
+        assert [point["p"] for point in OnnxPredictor(tmp_path / "x.onnx", 1).points] == [1, 2, 3]
 
-    def test_damaged_model_is_one_line(tmp_path):
-        export.export_onnx(make_network(1).float(), tmp_path, 32)
-        (tmp_path / "exit_2.onnx").write_bytes(b"nothing")
-        with pytest.raises(UserError, match=r"cannot load the model .*exit_2\.onnx") as caught:
-            export.OnnxNetwork(tmp_path)
+    def test_no_images(exported):
+        assert OnnxPredictor(exported[2], threads=1).predict(random_pixels(0).numpy()).logits.shape == (0, 10)
+
+    def test_bad_calls_are_one_line(exported):
+        runner, good = OnnxPredictor(exported[2], threads=1), random_pixels(2).numpy()
+        for images, thresholds, message in (
+            (good, [0.5] * 4, r"thresholds are \(4,\); this network has 3 exits"),
+            (good.astype(np.float32), [0.5] * 3, r"images are float32 \(2, 3, 32, 32\); this network wants uint8 \(N, 3, 32, 32\)"),
+            (good[:, :, :31], [0.5] * 3, r"images are uint8 \(2, 3, 31, 32\)"),
+            (good[0], [0.5] * 3, r"images are uint8 \(3, 32, 32\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                runner.predict(images, thresholds)
+            # The file itself refuses them, too, in any language.
+            with pytest.raises(Exception, match=r"(?i)invalid|unexpected"):
+                runner.session.run(None, {"images": images, "thresholds": np.array(thresholds, np.float32)})
+
+    def test_bad_files_are_one_line(exported, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            OnnxPredictor(tmp_path / "missing.onnx")
+        (tmp_path / "cut.onnx").write_bytes(exported[2].read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=r"cannot load the model .*cut\.onnx") as caught:
+            OnnxPredictor(tmp_path / "cut.onnx")
         assert "\n" not in str(caught.value)
+        model = onnx.load(exported[2])
+        del model.metadata_props[:]
+        onnx.save(model, tmp_path / "foreign.onnx")
+        with pytest.raises(ValueError, match="its format is None"):
+            OnnxPredictor(tmp_path / "foreign.onnx")
 
-    def test_too_small_images(tmp_path):
+    def test_what_cannot_be_exported(exported, tmp_path):
+        network = exported[0]
         with pytest.raises(UserError, match="too small"):
-            export.export_onnx(MSDNet(**TINY_NETWORK).eval(), tmp_path, 8)
+            export_onnx(network, tmp_path / "x.onnx", description(8))
+        rows = [{"p": 1, "thresholds": [0.5] * 3, "val_acc": 50.0, "val_flops": 2.0}]
+        with pytest.raises(UserError, match="softmax alone; these policies are of margin"):
+            export_onnx(network, tmp_path / "x.onnx", description(), policy_curve(network, [1, 2, 3], {"geometric": rows}, "margin"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_runner_needs_no_pytorch(exported):
+        code = f"import sys, onnx_predictor as o; o.OnnxPredictor({str(exported[2])!r}, 1); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+    def _has_javascript():
+        found = shutil.which("node") and subprocess.run(["node", "-e", "require('onnxruntime-node')"], capture_output=True, cwd=ROOT)
+        return bool(found) and found.returncode == 0
+
+    @pytest.mark.skipif(not _has_javascript(), reason="node finds no onnxruntime-node (NODE_PATH)")
+    def test_javascript_gives_the_same_answers(exported, tmp_path):
+        network, _, path = exported
+        pixels = random_pixels(10)
+        policy = quantile_policy(logits_of(network, normalised(pixels)), 0.4)
+        prediction = OnnxPredictor(path, threads=1).predict(pixels.numpy(), policy.thresholds)
+        assert len(set(prediction.exits)) > 1
+        lines, files = [], [tmp_path / f"{n}.ppm" for n in range(10)]
+        for image, file, c, p, k in zip(pixels, files, prediction.classes, prediction.confidence, prediction.exits, strict=True):
+            file.write_bytes(b"P6 32 32 255\n" + image.permute(1, 2, 0).numpy().tobytes())
+            lines.append(f"{file}: class {c}, {p:.4f}, exit {k}")
+        thresholds = ",".join(str(t) for t in policy.thresholds)
+        command = ["node", str(ROOT / "examples/classify.js"), str(path), thresholds, *map(str, files)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.stdout.splitlines() == lines, result.stderr

@@ -1,0 +1,43 @@
+"""Write a trained network as one ONNX file that stops early.
+
+    python export_onnx.py --model save/demo/IMTA/best.safetensors --output network.onnx
+
+The file knows its classes, its preprocessing, and the policies of ``policy.json`` beside the checkpoint; ``onnx_predictor.py`` and
+``examples/classify.js`` run it.
+"""
+
+import sys
+from pathlib import Path
+
+from adaptive_inference.export import export_onnx
+from adaptive_inference.policies import describe, read_policy
+from engine.checkpoint import load_saved
+from utils import CommandLineParser, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export what these arguments name (None: those of the process) and return the exit status."""
+    parser = CommandLineParser(prog="export_onnx.py", description="Write a trained network as one ONNX file that stops early.")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="of either stage: a file, directory of a run, or name in weights/"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="its policies (default: policy.json beside the checkpoint, if any)")
+    arguments = parser.parse_args(argv)
+    try:
+        saved = load_saved(arguments.model, {})
+        if saved.description is None:
+            raise UserError(f"{arguments.model} is of the released program, which stores neither classes nor preprocessing")
+        policy = arguments.policy or saved.path.with_name("policy.json")
+        curve = read_policy(policy, saved.network) if arguments.policy or policy.exists() else None
+        export_onnx(saved.network, arguments.output, saved.description, curve)
+    except UserError as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
+    count = f"{len(curve.points)} policies" if curve else "no policies"
+    sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
