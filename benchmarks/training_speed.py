@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, metavar="N", help="steps a round (default: 6, on CUDA 50)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="after one to warm up (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of the plain loop (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=available_cores(), metavar="N", help="of the plain loop (default: a core each)")
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="training images (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="also print the operations that take most of a step of ours, in one process")
     argv = sys.argv[1:] if argv is None else argv
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """Print everything that was asked for; ``folder`` takes the images."""
+    parse("GE", _flags(options, folder))  # a mistake in the flags for our side
     options.data_root = (write_archive if options.network == "cifar100" else write_folder)(folder / "images", options.images)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{available_cores()} CPU cores"
     _print(f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, torch {torch.__version__}")
@@ -215,8 +217,8 @@ class Ours:
         return batch
 
 
-def _flags(options: argparse.Namespace) -> list[str]:
-    given = {"--preset": options.network, "--data-root": options.data_root, "--val-size": 0, "--lr": LEARNING_RATE}
+def _flags(options: argparse.Namespace, data_root: Path | None = None) -> list[str]:
+    given = {"--preset": options.network, "--data-root": data_root or options.data_root, "--val-size": 0, "--lr": LEARNING_RATE}
     given["--batch-size"] = options.batch_size
     return [str(word) for flag in given.items() for word in flag] + options.flags
 
@@ -273,14 +275,14 @@ class Elsewhere:
         finally:
             ended.set()
             watcher.join()
-        return images, seconds, peak
+        return images, seconds, max(peak, _memory_of_family(self.process.pid))
 
 
 def _obey(connection: Connection, side: str, stage_number: int, options: argparse.Namespace) -> None:
     # The workers of the plain loop start as those of a plain program do.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     if side == "plain loop":
-        torch.set_num_threads(available_cores())
+        torch.set_num_threads(options.threads)
         loop = plain(stage_number, options)
         while steps := connection.recv():
             connection.send(loop.run(steps))

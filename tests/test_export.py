@@ -109,10 +109,10 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             runner.choose(operations=10)
 
     def test_command_line(exported, tmp_path, monkeypatch, capsys):
-        saved = SimpleNamespace(network=exported[0], data=description())
+        saved = SimpleNamespace(network=exported[0], description=description(), path=tmp_path / "best.safetensors")
         monkeypatch.setattr(program, "load_saved", lambda path, explicit: saved)
         write_policy(tmp_path / "policy.json", exported[1])
-        assert program.main(["--model", str(tmp_path / "best.pt"), "--output", str(tmp_path / "x.onnx")]) == 0
+        assert program.main(["--model", str(tmp_path / "best.safetensors"), "--output", str(tmp_path / "x.onnx")]) == 0
         assert "3 policies" in capsys.readouterr().out
         assert [point["p"] for point in OnnxPredictor(tmp_path / "x.onnx", 1).points] == [1, 2, 3]
 
