@@ -30,11 +30,12 @@ DEFAULTS = {
     "save_every_minutes": None,
     "data_root": Path("data"),
     "image_size": None,
-    "val_size": 5000,
+    "val_size": None,
     "split_seed": 0,
     "limit_train": None,
     "limit_test": None,
-    "workers": 4,
+    "workers": None,
+    "skip_unreadable": False,
     "augment": "standard",
     "num_blocks": 5,
     "base": 1,
@@ -110,17 +111,17 @@ PRESETS = {
         "IMTA": {"epochs": 3, "lr": 0.02},
     },
     "cifar10": {
-        "both": {"data": "cifar10", **_CIFAR_5_EXITS},
+        "both": {"data": "cifar10", "val_size": 5000, **_CIFAR_5_EXITS},
         "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "cifar100": {
-        "both": {"data": "cifar100", **_CIFAR_5_EXITS},
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_5_EXITS},
         "GE": {"epochs": 300, **_BATCH_512_COSINE},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "cifar100-anytime": {
-        "both": {"data": "cifar100", **_CIFAR_7_EXITS},
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_7_EXITS},
         "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
@@ -160,12 +161,12 @@ RUNTIME_OPTIONS = {
         "save_every_steps",
         "save_every_minutes",
     ),
-    *("data_root", "workers", "limit_test"),
+    *("data_root", "workers", "limit_test", "skip_unreadable"),
 }
 
 # What stage 2 takes over from stage 1 unless told otherwise.
 INHERITED_OPTIONS = (
-    *("data", "data_root", "image_size", "val_size", "split_seed", "limit_train", "limit_test", "augment", "workers"),
+    *("data", "data_root", "image_size", "val_size", "split_seed", "limit_train", "limit_test", "augment", "workers", "skip_unreadable"),
     *("num_blocks", "base", "step", "step_mode", "num_channels", "growth_rate", "growth_factors", "bottleneck_factors", "bottleneck"),
     *("prune", "reduction", "small_inputs", "gradient_equilibrium", "gradient_equilibrium_scales", "initialization"),
 )
@@ -218,10 +219,9 @@ class CommandLine:
             raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
-            if before is not None and self.explicit.get(name, before) != before:
-                raise UserError(
-                    f"the checkpoint's images were held out with {FLAGS[name]} {before}, not {self.explicit[name]}; they stay so"
-                )
+            if name in known and self.explicit.get(name, before) != before:
+                given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"
+                raise UserError(f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so")
         if stored is not None:
             base = {**DEFAULTS, **stored}
         else:
@@ -262,7 +262,8 @@ class CommandLine:
     def _from_preset(self, preset: str) -> dict:
         chosen = PRESETS[self.explicit.get("preset", preset)]
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
-        return {**DEFAULTS, "preset": preset, **chosen["both"], **chosen[self.stage], **released}
+        share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset knows nothing of its number of images
+        return {**DEFAULTS, "preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -358,13 +359,26 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add = adder("data")
     data_sets = ["demo", "cifar10", "cifar100", "imagenet", "folder"]
     add("--data", type=str.lower, choices=data_sets, help="data set; folder: any images in train/CLASS/")
-    add("--data-root", type=Path, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
+    add("--data-root", type=_folder, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
     add("--image-size", type=_at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224", help="height and width of images")
-    add("--val-size", type=_at_least(0), metavar="N", help="training images held out to choose the best epoch and the thresholds")
+    add(
+        "--val-size",
+        type=_at_least(0),
+        metavar="N",
+        shown="1000, CIFAR 5000, ImageNet 50000, of folders 10 %",
+        help="training images held out to choose the best epoch and the thresholds",
+    )
     add("--split-seed", type=_at_least(0, 2**32 - 2), metavar="N", help="seed of the choice of held-out images")
     add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
     add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
-    add("--workers", "-j", type=_at_least(0, MOST_WORKERS), metavar="N", help="processes that decode large images")
+    add(
+        *("--workers", "-j"),
+        type=_at_least(0, MOST_WORKERS),
+        metavar="N",
+        shown="one a core, at most 4",
+        help="processes that decode large images",
+    )
+    add("--skip-unreadable", **switch, help="read every image once at the start, and go on without those that cannot be read")
     add(
         "--augment",
         choices=["standard", "trivial", "randaugment", "none"],
@@ -457,6 +471,13 @@ def _shown(value) -> str:
     if isinstance(value, tuple):
         return "-".join(map(str, value))
     return str(value)
+
+
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is in the home of a user who is not known here") from None
 
 
 def _number(text: str, kind: type):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from args import CommandLine
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import inference_form
 from args import CommandLine
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage

@@ -40,7 +40,8 @@ import train_GE
 import train_IMTA
 from args import parse
 from benchmarks.plain_loop import PlainLoop, PlainStage2
-from dataloader import NORMALIZATION, Batch, Batches, DataInfo, load_data
+from dataloader import Batch, Batches, load_data
+from datasets import NORMALIZATION, DataInfo
 from engine.checkpoint import Saved
 from engine.distributed import Processes
 from engine.stage import for_device, place

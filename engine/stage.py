@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from args import CommandLine, parse
-from dataloader import Data, DataInfo, load_data
+from dataloader import Data, load_data
+from datasets import DataInfo
 from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
@@ -120,15 +121,17 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes
         origin = stage.find_origin(command) if state is None else None
         if state is not None:
             settings = for_device(stage, command.settings(stored=state["settings"]), processes.device)
-            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
+            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"], state.get("names"))
             network = build_network(state["network"])
             load_weights(network, state["state_dict"], run.last)
             _check_best(run, state)
             constants = {name: state[name] for name in state["constant_names"]}
         else:
             settings = for_device(stage, command.settings(inherited=origin.settings if origin else None), processes.device)
-            stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
-            data = load_data(settings, processes.device, processes.shard, stored, held_out)
+            stored, held_out, names = (origin.data, origin.held_out, origin.names) if origin else (None, None, None)
+            data = load_data(settings, processes.device, processes.shard, stored, held_out, names)
+            if origin and stored is None:
+                _say_class_order(origin, data, log)
             seed_everything(settings.seed, settings.deterministic)
             network = stage.make_network(settings, data.info, origin)
             constants = _constants(stage, settings, data, network, origin)
@@ -202,6 +205,7 @@ def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: 
         "network": network_config(network),
         "data": plain(data.info),
         "held_out": data.held_out,
+        "names": data.names,
         "settings": {name: plain(value) for name, value in vars(settings).items()},
         "origin": str(origin.path.resolve()) if origin else None,
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
@@ -243,11 +247,19 @@ def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDir
     device = f"{processes.world_size} processes, " * (processes.world_size > 1) + (
         "GPU " + ",".join(map(str, processes.gpu_ids)) if processes.gpu_ids else "CPU"
     )
+    for note in data.notes:
+        log.line(note)
     log.line(
         f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
     )
     log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
     log.line(f"{total:,} parameters, {trained:,} of them learn; on {device}; into {run.path}")
+
+
+def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
+    if data.sorted_by_name:
+        names = ", ".join(data.info.class_names[:3])
+        log.line(f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)")
 
 
 def _clear(run: RunDirectory) -> None:
@@ -260,7 +272,7 @@ def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source, command.explicit)
     network, settings = saved.network, for_device(stage, command.settings(stored=saved.settings), processes.device)
-    data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
+    data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out, saved.names)
     if network.num_classes != len(data.info.class_names):
         raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
     operations = _operations(network, data.info.image_size)
@@ -272,7 +284,9 @@ def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     constants = saved.state or {"title": source.stem, "origin": None}
     if not saved.state:
-        log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
+        _say_class_order(saved, data, log)
+        if settings.evalmode == "dynamic":
+            log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
     _describe(network, data, operations, run, processes, log)
     with run.lock() if processes.is_main else nullcontext():
         Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from args import DEFAULTS, build_parser
-from dataloader import DataInfo
+from datasets import DataInfo
 from models import IMTA, MSDNet
 
 DEEPEST = 8  # dictionaries and lists within each other

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import dataloader
+import datasets
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ def _own_seed_and_settings():
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo data set with few images."""
-    monkeypatch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-import dataloader
+import datasets
 import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
@@ -455,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     # Leave no file system mounted and no folder behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare()
-    dataloader.DEMO_IMAGES = TINY_DEMO
+    datasets.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
     engine.evaluate.runtime_rows = partial(runtime_rows, images_at_batch_1=2, repeats=1)
     began = time.monotonic()

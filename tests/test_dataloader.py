@@ -7,8 +7,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import dataloader
+import datasets
 from args import parse
-from dataloader import CROP_PADDING, Shard, TrainingTransform, choose_held_out, crop_and_flip, load_data, read_image
+from dataloader import CROP_PADDING, Delivery, Shard, TrainingTransform, crop_and_flip, load_data
+from datasets import choose_held_out, read_image
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -88,12 +90,7 @@ def test_every_offset_and_flip_equally_likely(monkeypatch):
     batches = dataloader.InMemoryBatches(
         torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
         torch.zeros(count, dtype=torch.int64),
-        dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU),
-        batch_size=1000,
-        augment="standard",
-        seed=0,
-        shard=Shard(),
-        device=CPU,
+        Delivery(1000, "standard", 0, dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU), CPU),
     )
     list(batches.epoch(0))
     offsets, flips = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -181,7 +178,7 @@ def test_cifar_without_archive_folders_or_network(tmp_path, monkeypatch):
     def offline(*args, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(dataloader.datasets, "CIFAR100", offline)
+    monkeypatch.setattr(datasets, "CIFAR100", offline)
     with pytest.raises(UserError, match="no cifar100 in --data-root"):
         load_data(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path)]).settings(), CPU)
 
@@ -213,7 +210,7 @@ def test_unreadable_image_is_named(image_folder, size):
 
 
 def test_decompression_bomb_is_refused(image_folder, monkeypatch):
-    monkeypatch.setattr(dataloader.Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(datasets, "MAX_PIXELS", 100)
     with pytest.raises(UserError, match="decompression bomb"):
         read_image(next((image_folder / "train" / "ant").iterdir()))
 
@@ -222,7 +219,7 @@ def test_other_data_than_the_checkpoints(image_folder):
     data = load_data(folder_settings(image_folder), CPU)
     same = load_data(folder_settings(image_folder), CPU, stored=data.info, held_out=data.held_out)
     assert same.info == data.info
-    next((image_folder / "train" / "ant").iterdir()).unlink()
+    (image_folder / "train" / "ant" / "0.png").unlink()
     with pytest.raises(UserError, match="not those of the checkpoint"):
         load_data(folder_settings(image_folder), CPU, stored=data.info, held_out=data.held_out)
 

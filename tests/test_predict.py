@@ -11,7 +11,7 @@ from PIL import Image
 
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import network_config, plain, save_checkpoint
 from models import IMTA, MSDNet, count_operations
 from tests.conftest import TINY_NETWORK
