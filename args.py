@@ -361,23 +361,13 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     add("--data", type=str.lower, choices=data_sets, help="data set; folder: any images in train/CLASS/")
     add("--data-root", type=_folder, metavar="DIR", help="folder with train/ and test/ or val/, or torchvision's CIFAR archive")
     add("--image-size", type=_at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224", help="height and width of images")
-    add(
-        "--val-size",
-        type=_at_least(0),
-        metavar="N",
-        shown="1000, CIFAR 5000, ImageNet 50000, of folders 10 %",
-        help="training images held out to choose the best epoch and the thresholds",
-    )
+    held_out = "training images held out to choose the best epoch and the thresholds"
+    add("--val-size", type=_at_least(0), metavar="N", shown="1000, CIFAR 5000, ImageNet 50000, folders 10 %", help=held_out)
     add("--split-seed", type=_at_least(0, 2**32 - 2), metavar="N", help="seed of the choice of held-out images")
     add("--limit-train", type=_at_least(1), metavar="N", shown="all", help="train on N images only, chosen by --split-seed")
     add("--limit-test", type=_at_least(1), metavar="N", shown="all", help="test on N images only, chosen by --split-seed")
-    add(
-        *("--workers", "-j"),
-        type=_at_least(0, MOST_WORKERS),
-        metavar="N",
-        shown="one a core, at most 4",
-        help="processes that decode large images",
-    )
+    workers = {"type": _at_least(0, MOST_WORKERS), "metavar": "N", "shown": "one a core, at most 4"}
+    add("--workers", "-j", **workers, help="processes that decode large images")
     add("--skip-unreadable", **switch, help="read every image once at the start, and go on without those that cannot be read")
     add(
         "--augment",

@@ -332,9 +332,8 @@ class TrainingTransform:
         image.draft(None, tuple(side // wanted for side in image.size))
         reduction = round(full_width / image.width)
         top, left, height, width = (n // reduction for n in (top, left, height, width))
-        crop = datasets.rgb(
-            image.crop((left, top, left + width, top + height))
-        )  # turned upright after the crop, whose shape is as likely either way
+        # Turned upright after the crop, whose shape is as likely either way.
+        crop = datasets.rgb(image.crop((left, top, left + width, top + height)))
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # without these, PIL is twice as fast
             crop = crop.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
@@ -384,8 +383,8 @@ def load_data(
         most = max(len(found.train) - 1, 0) if test_alone else None
         held_out = datasets.choose_held_out(len(found.train), settings.val_size, settings.split_seed, most)
         if settings.val_size is None and not test_alone:
-            share = f"{HELD_OUT_SHARE} % of the training images"
-            found.notes.append(f"{share} are held out to choose the best epoch and the thresholds; --val-size N changes that")
+            purpose = "to choose the best epoch and the thresholds"
+            found.notes.append(f"{HELD_OUT_SHARE} % of the training images are held out {purpose}; --val-size N changes that")
     is_held_out = torch.isin(known, held_out)
     kept = (~is_held_out & (known >= 0)).nonzero().flatten()
     parts = {
@@ -397,8 +396,8 @@ def load_data(
         if (in_memory or settings.skip_unreadable) and (name != "train" or trains or not has_mean):
             parts[name] = datasets.read_files(part, image_size, settings.skip_unreadable, found.notes)
     if trains and len(parts["train"]) < settings.batch_size:
-        left = f"{len(parts['train'])} training images left after the held-out split"
-        raise UserError(f"--batch-size {settings.batch_size} is more than the {left}")
+        left = f"the {len(parts['train'])} training images left after the held-out split"
+        raise UserError(f"--batch-size {settings.batch_size} is more than {left}")
     mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, parts["train"])
     normalize = Normalizer(mean, std, device, settings.channels_last)
     workers = default_workers() if settings.workers is None else settings.workers

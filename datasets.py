@@ -10,6 +10,7 @@ any bytes; what is remembered of them is the same text on every system.
 import argparse
 import fcntl
 import hashlib
+import itertools
 import os
 import unicodedata
 import warnings
@@ -122,49 +123,44 @@ def find(settings: argparse.Namespace, image_size: int, stored: DataInfo | None,
         train, test = (_demo_part(part, image_size) for part in ("train", "test"))
         return Found("demo", train, test, list(synthetic.CLASS_NAMES), [_digest(train.images)], [])
     root = settings.data_root
-    has_folders = (root / "train").is_dir() or (only_test and any((root / name).is_dir() for name in ("test", "val")))
+    has_folders = any(is_folder(root / name) for name in (("test", "val") if only_test else ("train",)))
     if settings.data in ("cifar10", "cifar100") and not has_folders:
         return Found(settings.data, *cifar_archive(settings.data, root, image_size), notes=[])
     return _find_folders(settings, stored, only_test)
 
 
 def _find_folders(settings: argparse.Namespace, stored: DataInfo | None, only_test: bool) -> Found:
-    root, survey, notes = settings.data_root, _Survey(), []
-    train_folder = root / "train"
-    train = survey.classes(train_folder) if train_folder.is_dir() and not only_test else {}
+    root, survey = settings.data_root, _Survey()
+    train = {} if only_test else survey.classes(root / "train")
     known = set(train) or set(stored.class_names if stored else ())
-    folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val")) if (root / name).is_dir()]
-    found = [survey.classes(folder) for folder in folders]
+    folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]
+    found = {folder: survey.classes(folder) for folder in folders}
     # A test folder may be empty or without labels; the other one then serves.
-    fitting = [i for i, classes in enumerate(found) if any(files for name, files in classes.items() if not known or name in known)]
-    fitting = fitting or [i for i, classes in enumerate(found) if classes]
+    fitting = [folder for folder in folders if any(files for name, files in found[folder].items() if not known or name in known)]
+    fitting = fitting or [folder for folder in folders if found[folder]]
+    if survey.closed:
+        raise UserError(survey.complaints()[0])
     if not fitting or not (train or only_test):
         raise UserError(f"--data-root {root} must hold the folders train/CLASS/ and test/CLASS/ (or val/CLASS/) with images")
-    test, test_folder = found[fitting[0]], folders[fitting[0]]
-    if survey.closed:
-        raise UserError(survey.closed[0])
-    if fitting[0] > 0:
-        notes.append(f"the test images are those of {test_folder}, as {folders[0]} has no images in folders of the classes")
+    test = found[fitting[0]]
     if not only_test and set(train) != set(test):
-        only_one = sorted(set(train) ^ set(test))
-        raise UserError(f"{train_folder} and {test_folder} must have the same classes; only one of them has: {', '.join(only_one[:5])}")
-    for folder, classes in ((train_folder, train), (test_folder, test)):
-        empty = [name for name, files in classes.items() if not files]
-        if empty:
+        names = ", ".join(sorted(set(train) ^ set(test))[:5])
+        raise UserError(f"{root / 'train'} and {fitting[0]} must have the same classes; only one of them has: {names}")
+    for folder, classes in ((root / "train", train), (fitting[0], test)):
+        if empty := [name for name, files in classes.items() if not files]:
             raise UserError(f"{folder / empty[0]} holds no image (a file ending with one of {' '.join(SUFFIXES)})")
-    class_names = stored.class_names if stored and set(stored.class_names) == set(test) else _sorted_classes(list(test))
-    notes += survey.left_out_line()
-    names = [text_of(path.relative_to(train_folder)) for name in class_names for path in train.get(name, [])]
-    # Whoever writes such names takes them from the same list.
+    notes = survey.complaints()
+    if is_folder(folders[0]) and folders[0] != fitting[0]:
+        notes.append(f"the test images are those of {fitting[0]}, as {folders[0]} has none in folders of the classes")
+    are_numbers = all(name.isascii() and name.isdecimal() for name in test)
+    class_names = sorted(test, key=lambda name: (int(name) if are_numbers else 0, name))
+    if stored and set(stored.class_names) == set(test):
+        class_names = stored.class_names
+    # Whoever uses WordNet's names has them in the same order.
     is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
+    names = [text_of(path.relative_to(root / "train")) for name in class_names for path in train.get(name, [])]
     parts = (_file_part(classes, class_names) for classes in (train, test))
     return Found(settings.data, *parts, class_names, names, notes, sorted_by_name=not is_wordnet)
-
-
-def _sorted_classes(names: list[str]) -> list[str]:
-    if all(name.isascii() and name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
 
 
 def _file_part(classes: dict[str, list[Path]], class_names: list[str]) -> Part:
@@ -173,58 +169,43 @@ def _file_part(classes: dict[str, list[Path]], class_names: list[str]) -> Part:
 
 
 class _Survey:
-    """Walks through folders, and notes what it does not read: ``left_out`` counts files by their suffix, ``closed`` are complaints."""
+    """Walks through folders; counts by suffix the files that it leaves out, and remembers what may not be entered."""
 
     def __init__(self) -> None:
         self.left_out: Counter[str] = Counter()
-        self.closed: list[str] = []
+        self.closed: list[OSError] = []
 
     def classes(self, folder: Path) -> dict[str, list[Path]]:
         """The images of every class. Names that differ only in how Unicode composes their letters are those of one class."""
         classes = defaultdict(list)
-        try:
-            for path in folder.iterdir():
-                if path.is_dir() and not _is_hidden(path.name):
-                    classes[text_of(path.name)].append(path)
-        except OSError as error:
-            self._complain(error)
+        for _, names, _ in itertools.islice(os.walk(folder, onerror=self.closed.append) if is_folder(folder) else (), 1):
+            for name in itertools.filterfalse(_is_hidden, names):
+                classes[text_of(name)].append(folder / name)
         return {name: self.images(folders) for name, folders in classes.items()}
 
     def images(self, folders: list[Path]) -> list[Path]:
         """Image files anywhere below, folder by folder in order of their names."""
         seen, found = set(), []
-        for folder in folders:
-            self._is_new(folder, seen)
-            for root, inner, names in os.walk(folder, followlinks=True, onerror=self._complain):
-                inner[:] = [name for name in sorted(inner) if not _is_hidden(name) and self._is_new(Path(root, name), seen)]
-                root_text = text_of(root)
-                for name in names:
-                    suffix = Path(name).suffix.lower()
-                    if suffix in SUFFIXES and not _is_hidden(name):
-                        found.append((root_text, text_of(name), Path(root, name)))
-                    elif not _is_hidden(name):
-                        self.left_out[text_of(suffix) or "without extension"] += 1
+        for root, inner, names in itertools.chain(*(os.walk(f, followlinks=True, onerror=self.closed.append) for f in folders)):
+            real = Path(root).resolve()
+            if real in seen:  # a link led here before; a loop of links would have no end
+                inner.clear()
+                continue
+            seen.add(real)
+            inner[:] = sorted(itertools.filterfalse(_is_hidden, inner))
+            for name in itertools.filterfalse(_is_hidden, names):
+                suffix = Path(name).suffix.lower()
+                if suffix in SUFFIXES:
+                    found.append((text_of(root), text_of(name), Path(root, name)))
+                else:
+                    self.left_out[text_of(suffix) or "without extension"] += 1
         return [path for _, _, path in sorted(found)]
 
-    @staticmethod
-    def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
-        """Whether no link has led here before; a loop of links would have no end."""
-        try:
-            status = folder.stat()
-        except OSError:
-            return True  # walking says what is wrong
-        identity = (status.st_dev, status.st_ino)
-        is_new = identity not in seen
-        seen.add(identity)
-        return is_new
-
-    def _complain(self, error: OSError) -> None:
-        self.closed.append(f"cannot enter the folder {error.filename}: {error.strerror}")
-
-    def left_out_line(self) -> list[str]:
-        """One line about files that are no images, none if there are none."""
+    def complaints(self) -> list[str]:
+        """A line about every folder that may not be entered, and one about all files left out."""
+        closed = [f"cannot enter the folder {error.filename}: {error.strerror}" for error in self.closed]
         kinds = [f"{count:,} {kind}" for kind, count in self.left_out.most_common()]
-        return [f"left out: {', '.join(kinds)}"] if kinds else []
+        return [*closed, *([f"left out: {', '.join(kinds)}"] if kinds else [])]
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
@@ -232,11 +213,18 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     without images, folders that may not be entered, and files that are no images."""
     survey, files, complaints = _Survey(), [], []
     for path in paths:
-        found = survey.images([path]) if path.is_dir() else [path]
+        found = survey.images([path]) if is_folder(path) else [path]
         if not found:
             complaints.append(f"the folder {path} holds no image (a file ending with one of {' '.join(SUFFIXES)})")
         files += found
-    return files, complaints + survey.closed + survey.left_out_line()
+    return files, complaints + survey.complaints()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is one, as far as can be seen; ``Path.is_dir`` fails below a folder that may not be entered."""
+    with suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def text_of(name: str | Path) -> str:
@@ -372,17 +360,17 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
     """
     if part.files is None:
         return part
-    square = _square(image_size)
-
-    def attempt(path: Path) -> np.ndarray | UserError | None:
-        try:
-            return read_image(path, pixels if image_size <= LARGEST_IN_MEMORY else _decode_quickly)
-        except UserError as error:
-            return error
+    square, is_small = _square(image_size), image_size <= LARGEST_IN_MEMORY
 
     def pixels(image: Image.Image) -> np.ndarray:
         image = rgb(image)
         return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else square(image).numpy()
+
+    def attempt(path: Path) -> np.ndarray | UserError | None:
+        try:
+            return read_image(path, pixels if is_small else _decode_quickly)
+        except UserError as error:
+            return error
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(attempt, part.files))
@@ -392,12 +380,13 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
         if not skip:
             raise UserError(f"{summary}; {WAYS_ON}")
         notes.append(f"skipped: {summary}")
-        part = part.take(torch.tensor([i for i, result in enumerate(results) if not isinstance(result, UserError)], dtype=torch.int64))
-        results = [result for result in results if not isinstance(result, UserError)]
-    if image_size > LARGEST_IN_MEMORY:
+        part = part.take(torch.tensor([not isinstance(result, UserError) for result in results]).nonzero().flatten())
+    if not is_small:
         return part
-    images = np.stack(results) if results else np.empty((0, 3, image_size, image_size), np.uint8)
-    return Part(part.targets, torch.from_numpy(images))
+    images = [result for result in results if not isinstance(result, UserError)]
+    return Part(
+        part.targets, torch.from_numpy(np.stack(images)) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    )
 
 
 def _decode_quickly(image: Image.Image) -> None:

@@ -294,5 +294,6 @@ def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log
 
 def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:
     log.writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
-    options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in vars(settings).items()}
+    texts = {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in vars(settings).items()}
+    options = {name: value if isinstance(value, (int, float, bool)) else texts[name] for name, value in vars(settings).items()}
     log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")
