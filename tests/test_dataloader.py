@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,6 +389,7 @@ def test_workers_end_with_the_run(image_folder):
     program = "import sys, torch; from args import parse; from dataloader import load_data\n"
     program += "data = load_data(parse('GE', sys.argv[1:]).settings(), torch.device('cpu'))\n"
     program += "for images, targets in data.train.epoch(0): raise BrokenPipeError"
-    ended = subprocess.run([sys.executable, "-c", program, *flags, "--workers", "1"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", program, *flags, "--workers", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent.parent)
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("BrokenPipeError")
