@@ -44,6 +44,7 @@ MAX_JPEG_PIXELS = 16384 * 12288  # of the largest phone cameras; beyond MAX_PIXE
 REDUCED_SIDE = 1024  # pixels that such a JPEG keeps at least
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 WAYS_ON = "mend or remove it, or leave it out with --skip-unreadable"
+LEFT_OUT = "left out: "  # begins the line that counts files which are no images; no mistake
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
 DEMO_IMAGES = {"train": 6500, "test": 2000}
@@ -205,7 +206,7 @@ class _Survey:
         """A line about every folder that may not be entered, and one about all files left out."""
         closed = [f"cannot enter the folder {error.filename}: {error.strerror}" for error in self.closed]
         kinds = [f"{count:,} {kind}" for kind, count in self.left_out.most_common()]
-        return [*closed, *([f"left out: {', '.join(kinds)}"] if kinds else [])]
+        return [*closed, *([LEFT_OUT + ", ".join(kinds)] if kinds else [])]
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:

@@ -25,7 +25,7 @@ from adaptive_inference.inference_form import half_precision, inference_form
 from adaptive_inference.policies import RULES, Policy, PolicyCurve, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import Normalizer
-from datasets import DataInfo, evaluation_transform, find_images, read_image
+from datasets import LEFT_OUT, DataInfo, evaluation_transform, find_images, read_image
 from engine.checkpoint import load_saved
 from engine.report import table
 from utils import CommandLineParser, UserError, atomic_write
@@ -80,7 +80,7 @@ def _answer_all(arguments: argparse.Namespace) -> tuple[list[dict], int]:
         sys.stderr.write(f"predict.py: {complaint}\n")
     # The first pass pays for memory and the choice of kernels.
     predictor(torch.zeros(1, 3, info.image_size, info.image_size, device=device))
-    skipped, rows = len(complaints), []
+    skipped, rows = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), []
     for names, images in _batches(files, info.image_size, arguments.batch_size):
         if images is not None:
             rows += _answer(predictor, normalize(images.to(device)), names, info, curve)
