@@ -8,7 +8,6 @@ Small images live on the device as bytes, and a whole batch is cropped and flipp
 processes. Order and augmentation are functions of (seed, epoch, step) alone, so a run can go on from any step, on any number of workers.
 """
 
-import argparse
 import atexit
 import hashlib
 import os
@@ -31,13 +30,13 @@ from torchvision.transforms import v2
 
 import datasets
 from datasets import HELD_OUT_SHARE, LARGEST_IN_MEMORY, NORMALIZATION, DataInfo, Part, evaluation_transform, read_image
+from settings import Settings
 from utils import UserError
 
 Batch = tuple[Tensor, Tensor]
 
 CROP_PADDING = 4
 CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops: share of the image, width by height
-MOST_DEFAULT_WORKERS = 4
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no others
 
 
@@ -263,12 +262,6 @@ def _end_workers() -> None:
         batches.close()
 
 
-def default_workers() -> int:
-    """As many processes as this one may use cores, but not more than ``MOST_DEFAULT_WORKERS``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_DEFAULT_WORKERS)
-
-
 class _ImageFiles(Dataset):
     def __init__(self, names: np.ndarray, targets: Tensor, transform: Callable[[Image.Image], Tensor]):
         self.names, self.targets, self.transform = names, targets, transform
@@ -355,7 +348,7 @@ def _augmentation_policy(augment: str) -> v2.Transform | None:
 
 
 def load_data(
-    settings: argparse.Namespace,
+    settings: Settings,
     device: torch.device,
     shard: Shard | None = None,
     stored: DataInfo | None = None,
@@ -400,11 +393,10 @@ def load_data(
         raise UserError(f"--batch-size {settings.batch_size} is more than {left}")
     mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, parts["train"])
     normalize = Normalizer(mean, std, device, settings.channels_last)
-    workers = default_workers() if settings.workers is None else settings.workers
 
     def batches(name: str) -> Batches:
         part, augment = parts[name], settings.augment if name == "train" else "none"
-        delivery = Delivery(settings.batch_size, augment, settings.seed, normalize, device, shard, workers)
+        delivery = Delivery(settings.batch_size, augment, settings.seed, normalize, device, shard, settings.workers)
         if part.images is not None:
             return InMemoryBatches(part.images, part.targets, delivery)
         return FileBatches(part.files, part.targets, image_size, delivery)

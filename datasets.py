@@ -7,7 +7,6 @@ Hidden files and folders are neither images nor classes, symbolic links are foll
 any bytes; what is remembered of them is the same text on every system.
 """
 
-import argparse
 import fcntl
 import hashlib
 import itertools
@@ -31,6 +30,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 import synthetic
+from settings import Settings
 from utils import UserError
 
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif")
@@ -111,7 +111,7 @@ class Found:
         return hashlib.sha256("\n".join([self.name, *self.class_names, *self.names]).encode()).hexdigest()[:16]
 
 
-def find(settings: argparse.Namespace, image_size: int, stored: DataInfo | None, only_test: bool) -> Found:
+def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test: bool) -> Found:
     """The data set that ``settings`` name; with ``only_test`` folders of training images are left alone.
 
     Args:
@@ -130,7 +130,7 @@ def find(settings: argparse.Namespace, image_size: int, stored: DataInfo | None,
     return _find_folders(settings, stored, only_test)
 
 
-def _find_folders(settings: argparse.Namespace, stored: DataInfo | None, only_test: bool) -> Found:
+def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) -> Found:
     root, survey = settings.data_root, _Survey()
     train = {} if only_test else survey.classes(root / "train")
     known = set(train) or set(stored.class_names if stored else ())

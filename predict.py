@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptive_inference.inference_form import half_precision, inference_form
-from adaptive_inference.policies import RULES, Policy, PolicyCurve, read_policy
+from adaptive_inference.form import inference_form
+from adaptive_inference.measures import RULES
+from adaptive_inference.policies import Policy, PolicyCurve, read_policy
+from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
 from dataloader import Normalizer
 from datasets import LEFT_OUT, DataInfo, evaluation_transform, find_images, read_image

@@ -2,40 +2,39 @@
 
 ``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them, ``predictor`` stops early
 with them, on networks in their ``inference_form`` or on ONNX Runtime (``export``); ``runtime`` measures time, ``examples`` draws images.
+
+Names are imported when they are first used, so that ``adaptive_inference.measures`` alone does not load PyTorch.
 """
 
-from adaptive_inference.budgeted import (
-    assign_exits,
-    budgeted_curve,
-    budgeted_result,
-    confidence_and_correctness,
-    exit_shares,
-    geometric_thresholds,
-)
-from adaptive_inference.inference_form import half_precision, inference_form
-from adaptive_inference.optimised import optimised_curve, optimised_rows, optimised_thresholds
-from adaptive_inference.policies import Policy, PolicyCurve, confidence_and_answers, policy_curve, read_policy, write_policy
-from adaptive_inference.predictor import AdaptivePredictor, Prediction, simulate
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "AdaptivePredictor",
-    "Policy",
-    "PolicyCurve",
-    "Prediction",
-    "assign_exits",
-    "budgeted_curve",
-    "budgeted_result",
-    "confidence_and_answers",
-    "confidence_and_correctness",
-    "exit_shares",
-    "geometric_thresholds",
-    "half_precision",
-    "inference_form",
-    "optimised_curve",
-    "optimised_rows",
-    "optimised_thresholds",
-    "policy_curve",
-    "read_policy",
-    "simulate",
-    "write_policy",
-]
+_MODULES = {
+    "AdaptivePredictor": "predictor",
+    "Policy": "policies",
+    "PolicyCurve": "policies",
+    "Prediction": "predictor",
+    "assign_exits": "budgeted",
+    "budgeted_curve": "budgeted",
+    "budgeted_result": "budgeted",
+    "confidence_and_answers": "policies",
+    "confidence_and_correctness": "budgeted",
+    "exit_shares": "budgeted",
+    "geometric_thresholds": "budgeted",
+    "half_precision": "precision",
+    "inference_form": "form",
+    "optimised_curve": "optimised",
+    "optimised_rows": "optimised",
+    "optimised_thresholds": "optimised",
+    "policy_curve": "policies",
+    "read_policy": "policies",
+    "simulate": "predictor",
+    "write_policy": "policies",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.inference_form import inference_form
+from adaptive_inference.form import inference_form
 from adaptive_inference.policies import describe
 from models.stepwise import advance, exit_plans, stem_cells
 from utils import CommandLineParser, UserError, atomic_write

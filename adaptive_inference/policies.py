@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adaptive_inference.measures import MEASURES, RULES
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet policy 1"
 LARGEST_FILE = 4 * 2**20  # bytes
 MOST_EXITS, MOST_POINTS = 100, 10_000
-
-MEASURES = ("softmax", "entropy", "margin", "patience")
-RULES = ("geometric", "optimised")
 
 
 class Answer(NamedTuple):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
 from datasets import DataInfo
-from engine.checkpoint import network_config, plain, save_checkpoint
+from engine.checkpoint import network_config, save_checkpoint
 from models import IMTA, MSDNet, count_operations
 from tests.conftest import TINY_NETWORK
 
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
             "origin": None,
             "network": network_config(network),
             "state_dict": network.state_dict(),
-            "data": plain(info),
+            "data": asdict(info),
             "held_out": torch.arange(3),
             "settings": {"data": "demo"},
         },

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.policies import network_fingerprint
-from models.imta import IMTA
 from models.stepwise import Cells, ExitPlan, advance
 
 
@@ -36,7 +35,7 @@ def inference_form(
     """
     form = copy.deepcopy(network).eval().requires_grad_(False)
     form.fingerprint = network_fingerprint(network)
-    trunk = form.backbone if isinstance(form, IMTA) else form
+    trunk = form.trunk
     trunk.gradient_equilibrium = False  # the identity in prediction, and a function call a scale
     for module in form.modules():
         if isinstance(module, nn.Sequential):
@@ -65,18 +64,6 @@ class _CompiledBlocks:
 
     def __call__(self, network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
         return self.blocks[plan.k](network, plan, cells, previous_logits)
-
-
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type in which ``device`` is faster, None where it gains nothing.
-
-    GPUs: bfloat16, or float16 before Ampere. A CPU without matrix units for 16-bit numbers converts back and forth, and loses.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return torch.bfloat16
-    return None
 
 
 def _fold(sequence: nn.Sequential) -> None:
