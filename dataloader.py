@@ -92,10 +92,8 @@ class Delivery:
 
 
 class Batches:
-    """Batches of one part of a data set.
-
-    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch; iterating gives this process's images once, in order.
-    """
+    """Batches of one part of a data set: ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch; iterating gives this
+    process's images once, in order."""
 
     def __init__(self, num_images: int, delivery: Delivery):
         self.batch_size, self.shard = delivery.batch_size, delivery.shard
@@ -389,8 +387,9 @@ def load_data(
         if (in_memory or settings.skip_unreadable) and (name != "train" or trains or not has_mean):
             parts[name] = datasets.read_files(part, image_size, settings.skip_unreadable, found.notes)
     if trains and len(parts["train"]) < settings.batch_size:
-        left = f"the {len(parts['train'])} training images left after the held-out split"
-        raise UserError(f"--batch-size {settings.batch_size} is more than {left}")
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {len(parts['train'])} training images without the held-out ones"
+        )
     mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, parts["train"])
     normalize = Normalizer(mean, std, device, settings.channels_last)
 

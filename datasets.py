@@ -121,8 +121,12 @@ def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test
         UserError: missing, empty or closed folders, or classes that differ between training and test images.
     """
     if settings.data == "demo":
-        train, test = (_demo_part(part, image_size) for part in ("train", "test"))
-        return Found("demo", train, test, list(synthetic.CLASS_NAMES), [_digest(train.images)], [])
+        try:
+            drawn = [synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size) for part in ("train", "test")]
+        except ValueError as error:
+            raise UserError(f"--image-size: {error}") from None
+        train, test = (Part(targets, images) for images, targets in drawn)
+        return Found("demo", train, test, list(synthetic.CLASS_NAMES), [hashlib.sha256(train.images.numpy()).hexdigest()], [])
     root = settings.data_root
     has_folders = any(is_folder(root / name) for name in (("test", "val") if only_test else ("train",)))
     if settings.data in ("cifar10", "cifar100") and not has_folders:
@@ -237,18 +241,6 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in NO_CONTENT
 
 
-def _demo_part(part: str, image_size: int) -> Part:
-    try:
-        images, targets = synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size)
-    except ValueError as error:
-        raise UserError(f"--image-size: {error}") from None
-    return Part(targets, images)
-
-
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.numpy()).hexdigest()
-
-
 def cifar_archive(name: str, root: Path, image_size: int) -> tuple[Part, Part, list[str], list[str]]:
     """Training and test part, class names, and a digest of the training images, of torchvision's archive in ``root``, or downloaded.
 
@@ -274,7 +266,7 @@ def cifar_archive(name: str, root: Path, image_size: int) -> tuple[Part, Part, l
             f"put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"
         ) from None
     parts = [Part(torch.tensor(d.targets), torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()) for d in (train, test)]
-    return *parts, list(train.classes), [_digest(parts[0].images)]
+    return *parts, list(train.classes), [hashlib.sha256(parts[0].images.numpy()).hexdigest()]
 
 
 @contextmanager
@@ -311,8 +303,8 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
     if stored is None:
         return numbers
     if found.class_names != stored.class_names:
-        classes = f"{len(stored.class_names)} classes, the data have {len(found.class_names)} or other names"
-        raise UserError(f"the checkpoint was trained on {classes}")
+        others = f"the data have {len(found.class_names)} or other names"
+        raise UserError(f"the checkpoint was trained on {len(stored.class_names)} classes, {others}")
     if count == 0 or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint):
         return numbers
     if digests is not None and len(digests) == stored.num_training_images and len(found.names) == count:
@@ -363,13 +355,17 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
         return part
     square, is_small = _square(image_size), image_size <= LARGEST_IN_MEMORY
 
-    def pixels(image: Image.Image) -> np.ndarray:
+    def pixels(image: Image.Image) -> np.ndarray | None:
+        if not is_small:
+            image.draft(None, (1, 1))  # all of a JPEG is read, but an eighth of its pixels a side made
+            image.load()
+            return None
         image = rgb(image)
         return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else square(image).numpy()
 
     def attempt(path: Path) -> np.ndarray | UserError | None:
         try:
-            return read_image(path, pixels if is_small else _decode_quickly)
+            return read_image(path, pixels)
         except UserError as error:
             return error
 
@@ -382,18 +378,8 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
             raise UserError(f"{summary}; {WAYS_ON}")
         notes.append(f"skipped: {summary}")
         part = part.take(torch.tensor([not isinstance(result, UserError) for result in results]).nonzero().flatten())
-    if not is_small:
-        return part
-    images = [result for result in results if not isinstance(result, UserError)]
-    return Part(
-        part.targets, torch.from_numpy(np.stack(images)) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-    )
-
-
-def _decode_quickly(image: Image.Image) -> None:
-    """Read all of the file, but make only an eighth of a JPEG's pixels a side."""
-    image.draft(None, (1, 1))
-    image.load()
+    images = [result for result in results if isinstance(result, np.ndarray)] or np.empty((0, 3, image_size, image_size), np.uint8)
+    return Part(part.targets, torch.from_numpy(np.stack(images) if len(images) else images)) if is_small else part
 
 
 def evaluation_transform(image_size: int) -> v2.Transform:
