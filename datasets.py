@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -44,6 +44,7 @@ MAX_JPEG_PIXELS = 16384 * 12288  # of the largest phone cameras; beyond MAX_PIXE
 REDUCED_SIDE = 1024  # pixels that such a JPEG keeps at least
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 WAYS_ON = "mend or remove it, or leave it out with --skip-unreadable"
+is_folder = os.path.isdir  # also below a folder that may not be entered, where Path.is_dir fails
 LEFT_OUT = "left out: "  # begins the line that counts files which are no images; no mistake
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
@@ -127,10 +128,9 @@ def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test
             raise UserError(f"--image-size: {error}") from None
         train, test = (Part(targets, images) for images, targets in drawn)
         return Found("demo", train, test, list(synthetic.CLASS_NAMES), [hashlib.sha256(train.images.numpy()).hexdigest()], [])
-    root = settings.data_root
-    has_folders = any(is_folder(root / name) for name in (("test", "val") if only_test else ("train",)))
+    has_folders = any(is_folder(settings.data_root / name) for name in (("test", "val") if only_test else ("train",)))
     if settings.data in ("cifar10", "cifar100") and not has_folders:
-        return Found(settings.data, *cifar_archive(settings.data, root, image_size), notes=[])
+        return Found(settings.data, *cifar_archive(settings.data, settings.data_root, image_size), notes=[])
     return _find_folders(settings, stored, only_test)
 
 
@@ -158,9 +158,8 @@ def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) 
     if is_folder(folders[0]) and folders[0] != fitting[0]:
         notes.append(f"the test images are those of {fitting[0]}, as {folders[0]} has none in folders of the classes")
     are_numbers = all(name.isascii() and name.isdecimal() for name in test)
-    class_names = sorted(test, key=lambda name: (int(name) if are_numbers else 0, name))
-    if stored and set(stored.class_names) == set(test):
-        class_names = stored.class_names
+    in_order = sorted(test, key=lambda name: (int(name) if are_numbers else 0, name))
+    class_names = stored.class_names if stored and set(stored.class_names) == set(test) else in_order
     # Whoever uses WordNet's names has them in the same order.
     is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
     names = [text_of(path.relative_to(root / "train")) for name in class_names for path in train.get(name, [])]
@@ -225,15 +224,8 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     return files, complaints + survey.complaints()
 
 
-def is_folder(path: Path) -> bool:
-    """Whether it is one, as far as can be seen; ``Path.is_dir`` fails below a folder that may not be entered."""
-    with suppress(OSError):
-        return path.is_dir()
-    return False
-
-
 def text_of(name: str | Path) -> str:
-    """A file's name as the same text on every system: letters composed (NFC), bytes that are not UTF-8 written as ``\\xe9``."""
+    """A name as the same text on every system: letters composed (NFC), bytes that are not UTF-8 written as ``\\xe9``."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
@@ -250,7 +242,7 @@ def cifar_archive(name: str, root: Path, image_size: int) -> tuple[Part, Part, l
     reader = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     if image_size != 32:
         raise UserError(f"--image-size {image_size} is not that of {name}, 32")
-    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    missing = [folder for folder in (root, *root.parents) if not is_folder(folder)]
     try:
         try:
             train, test = (reader(root, train=is_train) for is_train in (True, False))
@@ -284,28 +276,24 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
 
 def name_digests(names: list[str]) -> Tensor:
     """64 bits of every name, int64 (N,): enough to find the images of a checkpoint again."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 
 def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
     """Number of every training image among those that a checkpoint knows, -1 for one it does not know.
 
-    Images may have gone or come since: the split of the others stays, and what is unknown belongs to no part of it.
-
-    Args:
-        digests: ``name_digests`` of the checkpoint's training images; None where it has none.
+    Images may have gone or come since: the split of the others stays, and what is unknown belongs to no part of it. ``digests`` are the
+    ``name_digests`` of the checkpoint's training images; without them, all must be there.
 
     Raises:
         UserError: the classes are others, or so are too many of the images.
     """
     numbers, count = torch.arange(len(found.train)), len(found.train)
-    if stored is None:
-        return numbers
-    if found.class_names != stored.class_names:
+    if stored is not None and found.class_names != stored.class_names:
         others = f"the data have {len(found.class_names)} or other names"
         raise UserError(f"the checkpoint was trained on {len(stored.class_names)} classes, {others}")
-    if count == 0 or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint):
+    if stored is None or count == 0 or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint):
         return numbers
     if digests is not None and len(digests) == stored.num_training_images and len(found.names) == count:
         known = {digest: i for i, digest in enumerate(digests.flatten().tolist())}
@@ -353,7 +341,7 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
     """
     if part.files is None:
         return part
-    square, is_small = _square(image_size), image_size <= LARGEST_IN_MEMORY
+    transform, is_small = evaluation_transform(image_size), image_size <= LARGEST_IN_MEMORY
 
     def pixels(image: Image.Image) -> np.ndarray | None:
         if not is_small:
@@ -361,7 +349,7 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
             image.load()
             return None
         image = rgb(image)
-        return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else square(image).numpy()
+        return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else transform(image).numpy()
 
     def attempt(path: Path) -> np.ndarray | UserError | None:
         try:
@@ -384,12 +372,8 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
 
 def evaluation_transform(image_size: int) -> v2.Transform:
     """Opened image -> bytes (3, image_size, image_size): the central square, of 7/8 of the shorter side for large images."""
-    return v2.Compose([rgb, _square(image_size)])
-
-
-def _square(image_size: int) -> v2.Transform:
     resized = image_size if image_size <= LARGEST_IN_MEMORY else round(image_size * 8 / 7)
-    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
+    return v2.Compose([rgb, v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
 def read_image(path: Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
@@ -431,5 +415,6 @@ def rgb(image: Image.Image) -> Image.Image:
         image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
     image = image.convert("RGB")
     with suppress(Exception):  # damaged EXIF data are no reason to lose the image
-        ImageOps.exif_transpose(image, in_place=True)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     return image

@@ -180,25 +180,10 @@ def test_missing_folders(tmp_path):
         load_data(folder_settings(tmp_path), CPU)
 
 
-def test_cifar_without_archive_folders_or_network(tmp_path, monkeypatch):
-    def offline(*args, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(datasets, "CIFAR100", offline)
-    with pytest.raises(UserError, match="no cifar100 in --data-root"):
-        load_data(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path)]).settings(), CPU)
-
-
 def test_empty_class_folder(image_folder):
     for path in (image_folder / "train" / "bee").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="bee holds no image"):
-        load_data(folder_settings(image_folder), CPU)
-
-
-def test_classes_that_differ(image_folder):
-    (image_folder / "test" / "cat").rename(image_folder / "test" / "dog")
-    with pytest.raises(UserError, match="cat, dog"):
         load_data(folder_settings(image_folder), CPU)
 
 
