@@ -14,7 +14,7 @@ from typing import Any
 
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
-from utils import CommandLineParser, UserError, at_least, in_range, int_list
+from utils import CommandLineParser, UserError, at_least, in_range, int_list, tell
 
 EXAMPLES = """\
 examples:
@@ -22,6 +22,10 @@ examples:
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
   python train_{stage}.py --data-root photos                  your own images: photos/train/CLASS/*.jpg, photos/test/CLASS/*.jpg
 """
+
+
+# What a checkpoint stored of these says nothing about another start.
+_OF_THIS_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
 
 
 class CommandLine:
@@ -52,7 +56,7 @@ class CommandLine:
                 given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"
                 raise UserError(f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so")
         if stored is not None:
-            base = dict(stored)
+            base = {name: value for name, value in stored.items() if name not in _OF_THIS_START}
         else:
             inherited = inherited or {}
             trained_with = inherited.get("preset")
@@ -131,8 +135,7 @@ def announce(stage: str) -> None:
     command = parse(stage)
     if int(os.environ.get("RANK", "0")) == 0:
         what = f"evaluating {command.save_directory}" if "evalmode" in command.explicit else f"training into {command.save_directory}"
-        sys.stdout.write(f"train_{stage}.py: {what}; loading PyTorch\n")
-        sys.stdout.flush()
+        tell(f"train_{stage}.py: {what}; loading PyTorch")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:

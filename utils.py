@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,20 @@ def one_line(text: str) -> str:
     """``text`` fit for one line of a terminal, whatever names or values it quotes."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+
+
+def tell(text: str) -> None:
+    """A line on standard output, at once. One that nobody can read any more, as the reader left or the disk is full, is lost in silence,
+    and so is all that follows."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8") + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What is left in the buffer would fail once more when the program ends.
+        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def duration(seconds: float) -> str:

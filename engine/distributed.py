@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from dataloader import Shard
 from utils import UserError
+
+# After which a process gives up waiting for the others; the longest of them may evaluate or compile meanwhile.
+TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
             # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone.
             store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # What lies in main memory, as signals and results do, is exchanged without the GPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_ids else "gloo", store=store, rank=rank, world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if gpu_ids else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     yield Processes(rank, world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
     if world_size > 1:

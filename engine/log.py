@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
-from utils import UserError, atomic_write, duration
+from utils import UserError, atomic_write, duration, tell
 
 SECONDS_TO_REMIND = 8
 
@@ -27,11 +27,13 @@ class Log:
 
     def line(self, text: str) -> None:
         """One line on standard output, above a progress bar if there is one."""
-        if self.enabled:
-            # A file's name may hold bytes that are no text, or letters that the terminal lacks.
-            encoding = sys.stdout.encoding or "utf-8"
-            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-            sys.stdout.flush()
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        tell(text)
+        if self._bar is not None:
+            self._bar.refresh()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

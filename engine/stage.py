@@ -337,6 +337,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
         settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
+        seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
         data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out, saved.names)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)

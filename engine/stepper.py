@@ -7,6 +7,7 @@ An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -116,7 +117,8 @@ class Stepper:
             if momentum is not None and shapes.get(i) != momentum.shape:
                 raise UserError("the checkpoint's optimiser has learned other parameters than those of its network")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run did not need one before
+            self.scaler.load_state_dict(state["scaler"])
 
     def _prepared(self, images: Tensor, targets: Tensor) -> nn.Module:
         if self._model is None:
@@ -206,6 +208,8 @@ def _parameters_without_gradient(objective: nn.Module, parameters: list[Tensor],
 
 def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size > 1:
+        # Of 1x1 convolutions, whose channels-last layout has two names.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         model = DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
         # Running statistics are not read in training, and shared before they are (``Processes.share_buffers``).
         model.broadcast_buffers = False

@@ -223,7 +223,8 @@ class _Trainer:
     def _write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         if not self.session.processes.is_main:
             return
-        if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
+        # One question to the device, not one a tensor.
+        if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
             self._refuse_divergence(math.nan, "sum of the weights")
         result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:

@@ -43,7 +43,8 @@ class Outcome:
 
 
 def prepare() -> None:
-    """Import everything once; keep every child from the network and from a second thread."""
+    """Import everything once; keep every child from the network, from GPUs and from a second thread."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PROCESSES": "1"}
     import torch
     from PIL import Image
 

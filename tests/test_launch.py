@@ -1,0 +1,107 @@
+"""What a training chooses for itself: its precision, whether it compiles, how many processes; and that several agree."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive_inference import precision
+from args import parse
+from engine import launch
+from engine.distributed import Processes
+from engine.stage import with_compilation, with_precision
+from tests.conftest import TINY_FLAGS
+from train_GE import Stage1
+from train_IMTA import Stage2
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+CPU = Processes(0, 1, torch.device("cpu"), ())
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "seconds", "expected"),
+    [(True, {torch.bfloat16: 1, None: 2}, torch.bfloat16), (True, {torch.bfloat16: 3, None: 2}, None), (False, {}, None)],
+)
+def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instructions, seconds, expected):
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
+    monkeypatch.setattr(precision, "_convolution_seconds", lambda dtype: seconds[dtype])
+    assert precision.half_precision(torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision.half_precision(torch.device("cuda")) is expected
+
+
+def test_measured_convolutions_take_time():
+    assert all(0 < precision._convolution_seconds(dtype) < 5 for dtype in (None, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
+def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
+    monkeypatch.setattr("engine.stage.half_precision", lambda device: dtype)
+    settings = parse("GE", []).settings()
+    assert with_precision(settings, CPU).amp == amp
+    assert with_precision(replace(settings, amp="fp16"), CPU).amp == "fp16"
+
+
+def test_long_trainings_compile_their_steps():
+    demo, cifar = parse("GE", []).settings(), parse("GE", ["--preset", "cifar100"]).settings()
+    assert with_compilation(demo, Stage1(), 5_500 * 16e6).compile == "off"
+    assert with_compilation(cifar, Stage1(), 45_000 * 58e6 / 2).compile == "default"
+    assert with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile == "off"
+    assert with_compilation(replace(demo, compile="default"), Stage1(), 1).compile == "default"
+    least = parse("IMTA", ["--preset", "cifar100", "--epochs", "1"]).settings()
+    assert with_compilation(least, Stage2(), 45_000 * 58e6 / 2).compile == "off"
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch", "processes"), [(1, 128, 1), (2, 128, 2), (2, 63, 1), (2, 32, 1), (8, 128, 4), (64, 512, 16), (3, 128, 2)]
+)
+def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, processes):
+    monkeypatch.delenv("PROCESSES")
+    monkeypatch.setattr(launch, "available_cores", lambda: cores)
+    assert launch.process_count(batch) == processes
+
+
+def test_processes_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("PROCESSES", "3")
+    assert launch.process_count(32) == 3
+    monkeypatch.setenv("PROCESSES", "many")
+    with pytest.raises(UserError, match="PROCESSES=many"):
+        launch.process_count(32)
+
+
+def train(folder, *flags, processes=2):
+    """``train_GE.py`` as a user starts it, on few images of the demo."""
+    command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "128", "--limit-test", "99", *flags]
+    environment = {**os.environ, "PROCESSES": str(processes)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_forked_processes_train_together_and_speak_once(tmp_path):
+    result = train(tmp_path, "--save", "run", "--amp", "bf16", "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert "CPU, 2 processes, bf16" in result.stdout
+    assert result.stdout.count("evaluating the best epoch") == 1
+    assert result.stderr == ""
+    again = train(tmp_path, "--save", "run")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    mistake = train(tmp_path, "--save", "other", "--val-size", "100000")
+    assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
+
+
+def test_a_reader_who_leaves_ends_no_training(tmp_path):
+    command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "64", "--limit-test", "32", "--save", "run"]
+    with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command, cwd=tmp_path, stdin=nothing, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "run" / "anytime.csv").exists()
