@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adaptive_inference.form import inference_form
 from adaptive_inference.measures import RULES
 from adaptive_inference.policies import Policy, PolicyCurve, read_policy
 from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
-from dataloader import DataInfo, Normalizer, evaluation_transform, read_image
+from dataloader import Normalizer
+from datasets import LEFT_OUT, DataInfo, evaluation_transform, find_images, read_image
 from engine.checkpoint import load_saved
 from engine.report import table
 from utils import CommandLineParser, UserError, atomic_write
@@ -67,20 +67,6 @@ def choose_policy(arguments: argparse.Namespace, curve: PolicyCurve) -> Policy:
     return curve.for_operations(amount / 100 * curve.operations[-1] if is_percent else amount * 1e6, arguments.rule).policy
 
 
-def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Image files, folders replaced by the images anywhere below them in order of their names, and complaints about empty folders."""
-    files, complaints = [], []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-        if not found:
-            complaints.append(f"the folder {path} holds no image (a file ending with one of {' '.join(IMG_EXTENSIONS)})")
-        files += found
-    return files, complaints
-
-
 def _answer_all(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     saved = load_saved(arguments.checkpoint, {})
     info = saved.data
@@ -93,10 +79,10 @@ def _answer_all(arguments: argparse.Namespace) -> tuple[list[dict], int]:
     normalize = Normalizer(info.mean, info.std, device, channels_last=True)
     files, complaints = find_images(arguments.paths)
     for complaint in complaints:
-        sys.stderr.write(f"predict.py: {complaint}; skipped\n")
+        sys.stderr.write(f"predict.py: {complaint}\n")
     # The first pass pays for memory and the choice of kernels.
     predictor(torch.zeros(1, 3, info.image_size, info.image_size, device=device))
-    skipped, rows = len(complaints), []
+    skipped, rows = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), []
     for names, images in _batches(files, info.image_size, arguments.batch_size):
         if images is not None:
             rows += _answer(predictor, normalize(images.to(device)), names, info, curve)

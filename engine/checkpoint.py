@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.run_directory import RunDirectory
 from models import IMTA, MSDNet, load_released
 from models.released import PUBLISHED_NAMES, read_checkpoint
-from models.saved import Description, find, is_network_file, read_network
+from models.saved import Description, Split, find, is_network_file, read_network
 from settings import FLAGS
 from utils import UserError, atomic_write
 
@@ -31,7 +30,7 @@ class Saved:
     path: Path
     network: MSDNet | IMTA
     description: Description | None = None
-    held_out: Tensor | None = None
+    split: Split | None = None
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -58,14 +57,14 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         path = find(RunDirectory(path).best if path.is_dir() else path)
         if not is_network_file(path):
             return Saved(path, _released_network(path, explicit))
-        network, description, held_out = read_network(path)
+        network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     config = {**network.config["backbone"], **network.config} if isinstance(network, IMTA) else network.config
     for name, value in explicit.items():
         if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
-    return Saved(path, network, description, held_out)
+    return Saved(path, network, description, split)
 
 
 def _released_network(path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
@@ -99,7 +98,7 @@ def _check_archive(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote, on the CPU, its ``description`` as a ``Description``.
+    """What ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
 
     Raises:
         UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this version of the project.
@@ -108,9 +107,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = read_checkpoint(path)
         if state.get("format") != FORMAT:
             raise ValueError(f"{path} is no run of this version of the project to go on from")
-        if missing := {"state_dict", "held_out", "launch", "epoch", "step", "best_epoch"} - state.keys():
+        if missing := {"state_dict", "held_out", "names", "launch", "epoch", "step", "best_epoch"} - state.keys():
             raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-        return {**state, "description": Description(**state["description"])}
+        split = Split(state["held_out"], state["names"])
+        return {**state, "description": Description(**state["description"]), "split": split}
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
     except (KeyError, TypeError) as error:

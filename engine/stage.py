@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adaptive_inference import half_precision
 from args import CommandLine, parse
-from dataloader import Data, DataInfo, load_data
+from dataloader import Data, load_data
+from datasets import DataInfo
 from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, settings_of
 from engine.device import seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
@@ -26,7 +27,7 @@ from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
 from engine.training import Task, train
 from models import Description, count_operations
-from models.saved import build_network, load_weights, network_options
+from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
 from utils import UserError
 
@@ -191,17 +192,19 @@ class _Run:
         settings, state = self.session.settings, self.state
         self.session.log.line(f"reading the images of {settings.data}")
         if state is not None:
-            data = self._read(data_info_of(state["description"]), state["held_out"])
+            data = self._read(data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
         else:
             data = self._data_to_start()
+            if self.origin and self.origin.description is None:
+                _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
             network = self.stage.make_network(settings, data.info, self.origin)
         seed_everything(settings.seed, settings.deterministic)
         return data, network
 
-    def _read(self, stored: DataInfo | None = None, held_out: Tensor | None = None) -> Data:
-        return load_data(self.session.settings, self.session.processes.device, self.session.processes.shard, stored, held_out)
+    def _read(self, stored: DataInfo | None = None, split: Split | None = None) -> Data:
+        return load_data(self.session.settings, self.session.processes.device, self.session.processes.shard, stored, split)
 
     def _data_to_start(self) -> Data:
         """Images that were held out from the network a run starts from stay so: it would know the others already."""
@@ -210,9 +213,9 @@ class _Run:
             return self._read()
         if self.stage.may_change_data:
             data = self._read()
-            if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.held_out, origin.held_out):
+            if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.split.held_out, origin.split.held_out):
                 return data
-        return self._read(origin.data, origin.held_out)
+        return self._read(origin.data, origin.split)
 
     def _description(self, data: DataInfo, network: nn.Module, operations: list[int]) -> Description:
         settings = self.session.settings
@@ -235,7 +238,7 @@ class _Run:
 
     def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
-        task = Task(network, stage.make_objective(network, session.settings), description, data.held_out)
+        task = Task(network, stage.make_objective(network, session.settings), description, data.split)
         progress = train(task, data, session, self.state)
         stage.check_result(network, description)
         load_weights(network, load_saved(session.run.best, {}).network.state_dict())
@@ -330,11 +333,19 @@ def _introduce(network: nn.Module, data: Data, operations: list[int], session: S
     device = f"GPU {','.join(map(str, processes.gpu_ids))}" if processes.gpu_ids else "CPU"
     number = f"{processes.world_size} processes" if processes.world_size > 1 else "1 process"
     precision = {"off": "float32"}.get(settings.amp, settings.amp)
+    for note in data.notes:
+        session.log.line(note)
     session.log.line(
         f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
     )
     session.log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
     session.log.line(f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}")
+
+
+def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
+    if data.sorted_by_name:
+        names = ", ".join(data.info.class_names[:3])
+        log.line(f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)")
 
 
 def _clear(run: RunDirectory) -> None:
@@ -357,13 +368,15 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
-        data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
+        data = load_data(settings, processes.device, processes.shard, saved.data, saved.split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
         place(network, session)
         if saved.description is None:
-            log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
+            _say_class_order(saved, data, log)
+            if settings.evalmode == "dynamic":
+                log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
         _introduce(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
             curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
@@ -373,5 +386,6 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
     writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
-    options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(session.settings).items()}
+    texts = {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in plain(session.settings).items()}
+    options = {name: value if isinstance(value, (int, float, bool)) else texts[name] for name, value in plain(session.settings).items()}
     writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

@@ -23,18 +23,18 @@ from engine.schedule import learning_rate
 from engine.session import Session
 from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
-from models.saved import Description, save_network
+from models.saved import Description, Split, save_network
 from utils import UserError, duration
 
 
 @dataclass
 class Task:
-    """What a stage trains; ``description`` and ``held_out`` go into its files."""
+    """What a stage trains; ``description`` and ``split`` go into its files."""
 
     network: nn.Module
     objective: nn.Module
     description: Description
-    held_out: Tensor
+    split: Split
 
 
 @dataclass
@@ -236,9 +236,9 @@ class _Trainer:
         if is_best:
             accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
             description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.run.best, self.network, description, task.held_out)
+            save_network(self.session.run.best, self.network, description, task.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        constants = {"description": asdict(task.description), "held_out": task.held_out, "launch": launch}
+        constants = {"description": asdict(task.description), **task.split._asdict(), "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
         state = {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running}
         save_checkpoint(self.session.run.last, state)

@@ -2,7 +2,7 @@
 
     network = load("imta_cifar100")    # of the folder weights/, or any such file
     network.description.class_names, network.description.mean
-    save_network(path, network, description, held_out)
+    save_network(path, network, description, split)
 
 The ``safetensors`` library checks sizes and runs no code, and a checksum tells damage.
 """
@@ -13,7 +13,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
@@ -77,6 +77,17 @@ class Description:
                 raise ValueError(f"{name} is {value!a:.60}")
 
 
+class Split(NamedTuple):
+    """The training images a network learned from, and those it did not.
+
+    ``held_out`` (N,) int64: indices of the images that were held out, sorted; ``names`` (M,) int64: digests of the names of all training
+    images, by which files that came or went are told apart; empty for an archive.
+    """
+
+    held_out: Tensor
+    names: Tensor
+
+
 def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
     """The network of a file, or of a name in ``weights/``: float32, on the CPU, in evaluation mode; its ``description`` tells the rest.
 
@@ -111,11 +122,10 @@ def is_network_file(path: Path) -> bool:
         return stream.read(9)[8:] == b"{"
 
 
-def save_network(path: Path, network: MSDNet | IMTA, description: Description, held_out: Tensor, half: bool = False) -> None:
+def save_network(path: Path, network: MSDNet | IMTA, description: Description, split: Split, half: bool = False) -> None:
     """Write a file atomically; an old one stays until the new one has been read back.
 
     Args:
-        held_out: indices of the training images that were held out, (N,) int64.
         half: weights of convolutions and linear layers in float16; all others stay as they are.
 
     Raises:
@@ -124,7 +134,7 @@ def save_network(path: Path, network: MSDNet | IMTA, description: Description, h
     # Here, as loading alone, by torch.hub, must not import a module of so common a name.
     from utils import atomic_write
 
-    content = _to_bytes(network, description, held_out, half)
+    content = _to_bytes(network, description, split, half)
 
     def check(written: Path) -> None:
         if written.read_bytes() != content:
@@ -134,8 +144,8 @@ def save_network(path: Path, network: MSDNet | IMTA, description: Description, h
         stream.write(content)
 
 
-def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, Tensor]:
-    """Network (float32, on the CPU, in evaluation mode), description and held-out indices (N,) of a file.
+def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, Split]:
+    """Network (float32, on the CPU, in evaluation mode), description and split of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,13 +170,13 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, T
     try:
         description = Description(**json.loads(header["description"]))
         network = build_network(description.network)
-        held_out = tensors.pop("held_out")
+        split = Split(*(tensors.pop(name) for name in Split._fields))
         load_weights(network, tensors)
-        _check(description, network, held_out)
+        _check(description, network, split)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
     network.description = description
-    return network.eval(), description, held_out
+    return network.eval(), description, split
 
 
 def network_options(network: MSDNet | IMTA) -> dict[str, Any]:
@@ -206,11 +216,11 @@ def load_weights(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> None:
     network.load_state_dict({name: x.to(expected[name].dtype) for name, x in tensors.items()}, assign=assign)
 
 
-def _to_bytes(network: MSDNet | IMTA, description: Description, held_out: Tensor, half: bool) -> bytes:
+def _to_bytes(network: MSDNet | IMTA, description: Description, split: Split, half: bool) -> bytes:
     tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     if half:
         tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
-    tensors["held_out"] = held_out.cpu().contiguous()
+    tensors |= {name: x.cpu().contiguous() for name, x in split._asdict().items()}
     text = json.dumps(dataclasses.asdict(description))
     header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
     return safetensors.torch.save(tensors, header)
@@ -225,7 +235,7 @@ def _crc32(content: bytes, description: str) -> str:
     return f"{zlib.crc32(memoryview(content)[_header_end(content) :], zlib.crc32(description.encode())):08x}"
 
 
-def _check(description: Description, network: MSDNet | IMTA, held_out: Tensor) -> None:
+def _check(description: Description, network: MSDNet | IMTA, split: Split) -> None:
     lengths = {"class_names": network.num_classes, "operations": network.num_exits, "mean": 3, "std": 3}
     for name, length in lengths.items():
         if len(getattr(description, name)) != length:
@@ -235,6 +245,6 @@ def _check(description: Description, network: MSDNet | IMTA, held_out: Tensor) -
     if description.data.keys() != {"name", "num_training_images", "fingerprint"}:
         raise ValueError(f"data has {', '.join(description.data):.80}")
     num_images = description.data["num_training_images"]
-    is_list = held_out.dtype == torch.int64 and held_out.dim() == 1
+    held_out, is_list = split.held_out, all(x.dtype == torch.int64 and x.dim() == 1 for x in split)
     if not is_list or (len(held_out) and not 0 <= held_out.min() <= held_out.max() < num_images):
         raise ValueError(f"held_out are not numbers of {num_images} training images")

@@ -99,9 +99,11 @@ def ship(saved: Saved, output: Path) -> None:
     Raises:
         UserError: the rounded network cannot be evaluated, or an exit loses too much.
     """
+    # Names are many, and of use to the run alone.
+    split = saved.split._replace(names=saved.split.names[:0])
     with tempfile.TemporaryDirectory() as folder:
         rounded, tables = Path(folder) / output.name, RunDirectory(Path(folder) / "tables")
-        save_network(rounded, saved.network, saved.description, saved.held_out, half=True)
+        save_network(rounded, saved.network, saved.description, split, half=True)
         program = {"GE": train_GE, "IMTA": train_IMTA}[saved.description.stage]
         for mode in ("anytime", "dynamic"):
             if program.main(["--evaluate-from", str(rounded), "--evalmode", mode, "--save", str(tables.path)]):
@@ -122,7 +124,7 @@ def ship(saved: Saved, output: Path) -> None:
         # Folders of this machine are of no use to others.
         recipe = {name: value for name, value in saved.description.recipe.items() if name not in {*RESUMABLE, "pretrained"}}
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, origin=None, frozen_digest=None)
-        save_network(output, saved.network, description, saved.held_out, half=True)
+        save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))

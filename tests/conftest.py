@@ -7,7 +7,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PROCESSES": "1"}  # before PyTorch l
 import pytest
 import torch
 
-import dataloader
+import datasets
 from models import IMTA, Description, MSDNet, count_operations
 from models.saved import network_options
 
@@ -58,7 +58,7 @@ def _own_seed_and_settings(monkeypatch):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo data set with few images."""
-    monkeypatch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
 
 
 @pytest.fixture

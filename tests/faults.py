@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-import dataloader
+import datasets
 import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
@@ -191,7 +191,7 @@ def _last(path: Path) -> dict[str, Any]:
 
 def _best(path: Path) -> dict[str, Any]:
     saved = load_saved(path, {})
-    return {"state_dict": saved.network.state_dict(), "held_out": saved.held_out, "description": _comparable(saved.description)}
+    return {"state_dict": saved.network.state_dict(), **saved.split._asdict(), "description": _comparable(saved.description)}
 
 
 def _comparable(description: Description) -> dict[str, Any]:
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     # Leave no file system mounted and no folder behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare()
-    dataloader.DEMO_IMAGES = TINY_DEMO
+    datasets.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
     engine.evaluate.runtime_rows = partial(runtime_rows, images_at_batch_1=2, repeats=1)
     began = time.monotonic()

@@ -12,7 +12,7 @@ from PIL import Image
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
 from models import IMTA, MSDNet, count_operations
-from models.saved import save_network
+from models.saved import Split, save_network
 from tests.conftest import TINY_NETWORK, describe
 
 CLASS_NAMES = [f"class {i}" for i in range(10)]
@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     network = IMTA(MSDNet(**TINY_NETWORK)).eval()
-    save_network(folder / "best.safetensors", network, describe(network), torch.arange(3))
+    save_network(folder / "best.safetensors", network, describe(network), Split(torch.arange(3), torch.empty(0, dtype=torch.int64)))
     with torch.no_grad():
         confidence, _ = confidence_by_exit(torch.stack(network(torch.randn(50, 3, 32, 32))))
     operations = count_operations(network, 32)
@@ -97,9 +97,9 @@ def test_unreadable_files_are_named_and_skipped(trained, images, capsys):
     output = capsys.readouterr()
     assert len(json.loads(output.out)) == 4
     errors = output.err.splitlines()
-    assert len(errors) == 2
-    assert "broken.png" in errors[0]
-    assert "missing.png" in errors[1]
+    assert errors[0].endswith("left out: 1 .txt")
+    assert "broken.png" in errors[1]
+    assert "missing.png" in errors[2]
 
 
 @pytest.mark.parametrize("format", ["table", "csv", "json"])

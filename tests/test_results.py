@@ -14,7 +14,7 @@ import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
 from args import parse
-from dataloader import read_image
+from datasets import read_image
 from engine.report import millions, read_csv, write_csv
 from models import load
 from results import arms, held_out, ship, tables

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from models import IMTA, MSDNet, load, load_released, saved
-from models.saved import network_options, read_network, save_network
+from models.saved import Split, network_options, read_network, save_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 
@@ -27,7 +27,7 @@ def network():
 
 @pytest.fixture
 def path(network, tmp_path):
-    save_network(tmp_path / "best.safetensors", network, describe(network), torch.tensor([3, 5]))
+    save_network(tmp_path / "best.safetensors", network, describe(network), Split(torch.tensor([3, 5]), torch.empty(0, dtype=torch.int64)))
     return tmp_path / "best.safetensors"
 
 
@@ -37,20 +37,20 @@ def same_tensors(a, b):
 
 def test_what_was_saved_comes_back(network, path):
     random_state = torch.get_rng_state()
-    again, description, held_out = read_network(path)
+    again, description, split = read_network(path)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert same_tensors(again.state_dict(), network.state_dict())
     assert network_options(again) == network_options(network)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in network.parameters()]
     assert description == again.description == describe(network)
-    assert held_out.tolist() == [3, 5]
+    assert split.held_out.tolist() == [3, 5]
     assert not any(module.training for module in again.modules())
     assert network.description is MSDNet.description is None
 
 
 def test_half_precision_on_disk_is_float32_in_memory(network, path):
     size = path.stat().st_size
-    save_network(path, network, describe(network), torch.tensor([0]), half=True)
+    save_network(path, network, describe(network), Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64)), half=True)
     again = load(path)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     for name, x in network.state_dict().items():
@@ -134,7 +134,7 @@ def test_the_old_file_stays_until_the_new_one_reads_back(network, path, monkeypa
     before = path.read_bytes()
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"other bytes")
     with pytest.raises(UserError, match="reads back differently"):
-        save_network(path, network, describe(network), torch.tensor([0]))
+        save_network(path, network, describe(network), Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64)))
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]

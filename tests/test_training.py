@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dataloader
+import datasets
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
@@ -39,7 +40,7 @@ def train_imta(root, *flags):
 def trained_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage_1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+        patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
         assert train_ge(folder / "GE") == 0
     return folder / "GE"
 
@@ -80,7 +81,7 @@ def test_both_stages_leave_tables_curves_logs_and_checkpoints(stage_1, capsys):
 def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen(stage_1):
     assert train_imta(stage_1) == 0
     before, after = (load_saved(stage_1 / stage / "best.safetensors", {}) for stage in ("GE", "IMTA"))
-    assert torch.equal(before.held_out, after.held_out)
+    assert torch.equal(before.split.held_out, after.split.held_out)
     assert after.data == before.data
     assert after.network.backbone.config == before.network.config
     assert same_tensors(after.network.backbone.state_dict(), before.network.state_dict())
@@ -308,7 +309,7 @@ def test_stage_1_starts_from_weights(stage_1, image_folder):
     assert train_GE.main([*start, str(stage_1 / "again"), "--preset", "demo", "--val-size", "32"]) == 0
     assert train_GE.main([*start, str(stage_1 / "tuned"), "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]) == 0
     more, again, tuned = (load_saved(stage_1 / name, {}) for name in ("more", "again", "tuned"))
-    assert more.held_out.tolist() == again.held_out.tolist() == load_saved(stage_1 / "GE", {}).held_out.tolist()
+    assert more.split.held_out.tolist() == again.split.held_out.tolist() == load_saved(stage_1 / "GE", {}).split.held_out.tolist()
     assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
     assert tuned.network.num_classes == 3
     assert (tuned.description.image_size, tuned.settings["num_blocks"], tuned.settings["epochs"]) == (32, 3, 1)
@@ -426,9 +427,7 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(stage_1, measur
     assert train_GE.main(["--save", str(run), "--evalmode", "dynamic", "--confidence", measure]) == 0
     saved = load_saved(run / "best.safetensors", {})
     curve = read_policy(run / "policy.json", saved.network)
-    data = dataloader.load_data(
-        parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.held_out
-    )
+    data = dataloader.load_data(parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.split)
     images, targets = (torch.cat(parts) for parts in zip(*data.test, strict=True))
     for row, point in zip(read_csv(run / "budgeted.csv"), curve.of_rule("geometric"), strict=True):
         if row["p"] in (1, 20, 40):
