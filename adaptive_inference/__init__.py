@@ -1,41 +1,45 @@
 """What adaptive networks are for: less computation on easy images.
 
-``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them, ``predictor`` stops early
-with them, on networks in their ``inference_form`` or on ONNX Runtime (``export``); ``runtime`` measures time, ``examples`` draws images.
+``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them and chooses, ``risk`` bounds
+what they lose, ``calibration`` makes confidences probabilities. ``predictor`` stops early, on networks in their ``inference_form`` or on
+ONNX Runtime (``export``); ``timing`` measures time, ``examples`` draws images.
+
+Names are imported when they are first used, so that ``adaptive_inference.measures`` alone does not load PyTorch.
 """
 
-from adaptive_inference.budgeted import (
-    assign_exits,
-    budgeted_curve,
-    budgeted_result,
-    confidence_and_correctness,
-    exit_shares,
-    geometric_thresholds,
-)
-from adaptive_inference.inference_form import half_precision, inference_form
-from adaptive_inference.optimised import optimised_curve, optimised_rows, optimised_thresholds
-from adaptive_inference.policies import Policy, PolicyCurve, confidence_and_answers, policy_curve, read_policy, write_policy
-from adaptive_inference.predictor import AdaptivePredictor, Prediction, simulate
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "AdaptivePredictor",
-    "Policy",
-    "PolicyCurve",
-    "Prediction",
-    "assign_exits",
-    "budgeted_curve",
-    "budgeted_result",
-    "confidence_and_answers",
-    "confidence_and_correctness",
-    "exit_shares",
-    "geometric_thresholds",
-    "half_precision",
-    "inference_form",
-    "optimised_curve",
-    "optimised_rows",
-    "optimised_thresholds",
-    "policy_curve",
-    "read_policy",
-    "simulate",
-    "write_policy",
-]
+_MODULES = {
+    "AdaptivePredictor": "predictor",
+    "AnytimePredictor": "predictor",
+    "MaxLoss": "risk",
+    "Policy": "policies",
+    "PolicyCurve": "policies",
+    "Prediction": "predictor",
+    "assign_exits": "budgeted",
+    "budgeted_curve": "budgeted",
+    "budgeted_result": "budgeted",
+    "choose": "policies",
+    "confidence_and_answers": "policies",
+    "confidence_and_correctness": "budgeted",
+    "exit_shares": "budgeted",
+    "geometric_thresholds": "budgeted",
+    "half_precision": "form",
+    "inference_form": "form",
+    "measure_blocks": "timing",
+    "optimised_curve": "optimised",
+    "optimised_rows": "optimised",
+    "optimised_thresholds": "optimised",
+    "policy_curve": "policies",
+    "read_policy": "policies",
+    "simulate": "predictor",
+    "write_policy": "policies",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from adaptive_inference.budgeted import exit_shares, geometric_thresholds
-from adaptive_inference.inference_form import half_precision, inference_form
+from adaptive_inference.form import half_precision, inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor
-from adaptive_inference.runtime import interleaved_seconds
+from adaptive_inference.timing import interleaved_seconds
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError

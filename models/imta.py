@@ -6,10 +6,17 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from models.msdnet import MSDNet
+from models.stepwise import Stepwise
+
+if TYPE_CHECKING:
+    from models.saved import Description
 
 
 class IMTA(nn.Module):
@@ -24,6 +31,11 @@ class IMTA(nn.Module):
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper); False lets it use and collect
             those of the batches (released code).
     """
+
+    # As of ``MSDNet``.
+    description: "Description | None" = None
+    fingerprint: str | None = None
+    advance: Callable | None = None
 
     def __init__(
         self,
@@ -57,6 +69,15 @@ class IMTA(nn.Module):
         for exit in backbone.exits:  # replaced by the new classifiers
             exit.linear.requires_grad_(False)
         self.train(self.training)
+
+    @property
+    def trunk(self) -> MSDNet:
+        """The multi-scale network whose features the classifiers read."""
+        return self.backbone
+
+    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
+        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
+        return Stepwise(self, images, lazy)
 
     @property
     def minimum_image_size(self) -> int:

@@ -9,14 +9,19 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+from models.stepwise import Stepwise
+
+if TYPE_CHECKING:
+    from models.saved import Description
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 MOST_LAYERS = 1000
@@ -47,6 +52,12 @@ class MSDNet(nn.Module):
     Raises:
         ValueError: an impossible combination; the message names what was given and what is allowed.
     """
+
+    # What ``models.load`` read beside the weights.
+    description: "Description | None" = None
+    # Of an ``adaptive_inference.form``: digest of the network it was made from, and its compiled ``stepwise.advance``.
+    fingerprint: str | None = None
+    advance: Callable | None = None
 
     def __init__(
         self,
@@ -113,6 +124,15 @@ class MSDNet(nn.Module):
             self.exits.append(Exit(coarsest_channels, exit_channels, num_classes))
         if initialization == "he":
             self.apply(_he_normal)
+
+    @property
+    def trunk(self) -> "MSDNet":
+        """The multi-scale network itself, as ``IMTA.trunk`` is."""
+        return self
+
+    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
+        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
+        return Stepwise(self, images, lazy)
 
     @property
     def minimum_image_size(self) -> int:

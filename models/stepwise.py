@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from models.imta import IMTA
 from models.layers import Layer
 
 Cell = tuple[int, int]  # (number of stages passed, scale); the stem's are 0 stages deep
@@ -48,7 +47,7 @@ class Stepwise:
         self.network = network
         self.exits_done = 0
         self._plans = exit_plans(network, lazy)
-        self._advance = getattr(network, "advance", advance)
+        self._advance = network.advance or advance
         self._previous_logits: Tensor | None = None
         self._cells = stem_cells(network, images)
 
@@ -77,7 +76,7 @@ class Stepwise:
 
 def stem_cells(network: nn.Module, images: Tensor) -> Cells:
     """What the first block reads: the stem's features of ``images`` (N, 3, H, W), by scale."""
-    return {(0, scale): x for scale, x in _trunk(network).stem(images).items()}
+    return {(0, scale): x for scale, x in network.trunk.stem(images).items()}
 
 
 def advance(network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
@@ -91,7 +90,7 @@ def advance(network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: T
     Returns:
         Logits (n, C) of the exit, and the features that later exits still need.
     """
-    trunk = _trunk(network)
+    trunk = network.trunk
     stages = [stage for block in trunk.blocks for stage in block]
     cells = dict(cells)
     for depth, scale in plan.computed:
@@ -102,7 +101,7 @@ def advance(network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: T
 
 def exit_plans(network: nn.Module, lazy: bool) -> tuple[ExitPlan, ...]:
     """The plan of every exit; ``lazy`` as for ``Stepwise``."""
-    trunk = _trunk(network)
+    trunk = network.trunk
     depths, stages = [], []
     for block in trunk.blocks:
         stages += [(stage.scales, isinstance(stage, Layer)) for stage in block]
@@ -146,7 +145,3 @@ def _plans(stages: tuple[tuple[range, bool], ...], depths: tuple[int, ...], num_
         kept = tuple(cell for cell in computed if has_waiting_reader(*cell))
         plans.append(ExitPlan(k, (depth, num_scales - 1), tuple(computed)[before:], kept))
     return tuple(plans)
-
-
-def _trunk(network: nn.Module) -> nn.Module:
-    return network.backbone if isinstance(network, IMTA) else network

@@ -42,7 +42,7 @@ import dataloader
 import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
-from adaptive_inference.runtime import runtime_rows
+from adaptive_inference.timing import runtime_rows
 from args import RUNTIME_OPTIONS
 from engine.checkpoint import load_checkpoint
 from engine.log import Log

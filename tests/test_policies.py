@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive_inference import budgeted_curve
-from adaptive_inference.inference_form import inference_form
+from adaptive_inference.form import inference_form
 from adaptive_inference.optimised import optimised_curve, optimised_thresholds
 from adaptive_inference.policies import Policy, network_fingerprint, policy_curve, read_policy, write_policy
 from models import IMTA, MSDNet

@@ -13,7 +13,7 @@ import dataloader
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
-from adaptive_inference.runtime import runtime_rows
+from adaptive_inference.timing import runtime_rows
 from args import parse
 from engine import evaluate, training
 from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoint

@@ -8,13 +8,13 @@ Folding is exact in real arithmetic: a convolution followed by a fixed affine ma
 
 import copy
 import types
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from adaptive_inference.policies import network_fingerprint
-from models.imta import IMTA
+from adaptive_inference.policies import PolicyCurve, network_fingerprint
 from models.stepwise import Cells, ExitPlan, advance
 
 
@@ -36,7 +36,7 @@ def inference_form(
     """
     form = copy.deepcopy(network).eval().requires_grad_(False)
     form.fingerprint = network_fingerprint(network)
-    trunk = form.backbone if isinstance(form, IMTA) else form
+    trunk = form.trunk
     trunk.gradient_equilibrium = False  # the identity in prediction, and a function call a scale
     for module in form.modules():
         if isinstance(module, nn.Sequential):
@@ -52,6 +52,18 @@ def inference_form(
     stem.register_forward_pre_hook(prepare)
     if compile_blocks:
         form.advance = _CompiledBlocks(form.num_exits)
+    return form
+
+
+def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
+    """The inference form of ``network`` that a policy curve was made for.
+
+    Raises:
+        UserError: the curve is of another network, or of ONNX Runtime; ``source`` is named.
+    """
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+    form = inference_form(network, dtype=dtypes.get(curve.form))
+    curve.check(form, source)
     return form
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from adaptive_inference.policies import policy_curve
-from adaptive_inference.runtime import draw_runtime, interleaved_seconds, runtime_rows
+from adaptive_inference.timing import draw_runtime, interleaved_seconds, runtime_rows
 from models import count_operations
 from tests.test_predictor import logits_of, make_network, quantile_policy
 

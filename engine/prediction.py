@@ -1,0 +1,445 @@
+"""What predict.py does: find a network and a policy, answer images as they are read, write rows as they come.
+
+status = answer_all(predict.parse(["folder/", "--budget", "2ms"]))
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.form import form_for, inference_form
+from adaptive_inference.policies import Point, Policy, PolicyCurve, choose, read_policy
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
+from adaptive_inference.risk import CERTIFICATE, MaxLoss
+from adaptive_inference.timing import BlockTimes, measure_blocks
+from dataloader import NORMALIZATION, DataInfo, evaluation_transform, read_image
+from engine.checkpoint import load_saved
+from models import count_operations
+from utils import UserError, atomic_write
+
+RUNS, WEIGHTS = Path("save"), Path(__file__).resolve().parents[1] / "weights"
+SHIPPED = "imta_cifar100"
+POLICY_NAME = "policy.json"
+DEFAULT_SHARE = 0.5  # of all operations
+BATCH_SIZE = 64
+WARM_UP_IMAGES = 8
+BEST_CLASSES = 5
+COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_milliseconds")
+
+
+def answer_all(arguments: argparse.Namespace) -> int:
+    """Answer the images that the command line of predict.py names; returns its exit status.
+
+    Raises:
+        UserError: one line: the network, its policy, a wish or the output is impossible.
+    """
+    path = find_model(arguments.model)
+    network = load_network(path, arguments)
+    device = _device(arguments.device)
+    _say(f"network {path}" + ("" if arguments.model else ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"))
+    session = Session(arguments, path, network, device)
+    _say(session.policy_line)
+    files, complaints = find_images(arguments.paths)
+    for complaint in complaints:
+        _say(f"{complaint}; skipped")
+    skipped, interrupted = len(complaints), False
+    bar = _Bar(len(files), shown=sys.stderr.isatty() and (arguments.output is not None or not _is_terminal(sys.stdout)))
+    with _opened(arguments.output) as stream:
+        writer = WRITERS[arguments.format](stream, session)
+        try:
+            for names, images in _batches(files, network.description.image_size, session.batch_size):
+                if images is not None:
+                    writer.rows(session.answer(names, images))
+                else:
+                    skipped += len(names)
+                bar.advance(len(names))
+        except KeyboardInterrupt:
+            interrupted = True
+        bar.end()
+        writer.end(session.summary())
+    _say(session.summary_line())
+    if interrupted:
+        _say(f"interrupted; the {session.num_answered} answers so far are kept")
+        return 130
+    return 1 if skipped else 0
+
+
+def find_model(wanted: str | None) -> Path:
+    """The file of a network: a path, a name in ``weights/``; None: the newest run with a policy, else the shipped network.
+
+    Raises:
+        UserError: there is none.
+    """
+    if wanted is not None:
+        shipped = WEIGHTS / f"{wanted}.safetensors"
+        return shipped if not Path(wanted).exists() and shipped.is_file() else Path(wanted).expanduser()
+    runs = [path for path in RUNS.rglob("best.*") if policy_path(path).exists() and path.suffix in (".pt", ".safetensors")]
+    shipped = WEIGHTS / f"{SHIPPED}.safetensors"
+    if not runs and not shipped.is_file():
+        raise UserError(f"there is no trained network under {RUNS}/; train_GE.py trains one, --model names another")
+    return max(runs, key=lambda path: path.stat().st_mtime, default=shipped)
+
+
+def policy_path(model: Path) -> Path:
+    """Where the policy of a network lies: beside it, under its own name in a folder of several."""
+    own = model.with_suffix(f".{POLICY_NAME}")
+    return own if own.exists() else model.parent / POLICY_NAME
+
+
+def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
+    """A network with its ``description``; that of a released file comes from --classes and --image-size.
+
+    Raises:
+        UserError: the file cannot be read, or is of the released program and --classes is missing.
+    """
+    saved = load_saved(path, {})
+    network, info = saved.network, saved.data
+    if info is None:
+        if arguments.classes is None:
+            raise UserError(f"{path} is of the released program, which stores no class names; give --classes FILE, one name a line")
+        names = _class_names(arguments.classes, network.num_classes)
+        data = "imagenet" if not network.trunk.small_inputs else "cifar10" if len(names) == 10 else "cifar100"
+        size = arguments.image_size or (32 if network.trunk.small_inputs else 224)
+        info = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
+    elif arguments.classes is not None or arguments.image_size not in (None, info.image_size):
+        raise UserError(
+            f"{path} knows its classes and its image size, {info.image_size}; --classes and --image-size are for released files"
+        )
+    network.description = info
+    return network
+
+
+def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """Image files, folders replaced by the images anywhere below them in order of their names, and complaints about empty folders."""
+    files, complaints = [], []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not found:
+            complaints.append(f"the folder {path} holds no image (a file ending with one of {' '.join(IMG_EXTENSIONS)})")
+        files += found
+    return files, complaints
+
+
+class Session:
+    """A network with a policy on a device, and counts of what it answered.
+
+    Args:
+        arguments: of the command line.
+        path: of the network.
+        network: with its description.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, path: Path, network: nn.Module, device: torch.device):
+        self.path, self.info, self.device = path, network.description, device
+        self.batch_size = arguments.batch_size or (1 if arguments.deadline is not None else BATCH_SIZE)
+        self.deadline, self.num_late, self.num_calls, self.milliseconds = arguments.deadline, 0, 0, 0.0
+        self.operations = count_operations(network, self.info.image_size)
+        self.exits = torch.zeros(network.num_exits, dtype=torch.int64)
+        self.point: Point | None = None
+        self.is_warm = False
+        curve = self._curve(arguments, path)
+        form = inference_form(network) if curve is None else form_for(network, curve, arguments.policy or policy_path(path))
+        form.to(device)
+        with _memory_in_words(self.batch_size, self.info.image_size):
+            self._choose(arguments, form, curve)
+
+    @property
+    def num_answered(self) -> int:
+        """Images answered so far."""
+        return int(self.exits.sum())
+
+    def answer(self, names: list[Path], images: Tensor) -> list[dict]:
+        """Rows for images (n, 3, H, W), uint8."""
+        images = images.to(self.device)
+        with _memory_in_words(len(images), self.info.image_size):
+            if not self.is_warm:
+                self.predictor(images[:WARM_UP_IMAGES])
+                self.is_warm = True
+            began = time.perf_counter()
+            prediction = Prediction(*(values.cpu() for values in self.predictor(images)))  # waits for the device
+            milliseconds = 1e3 * (time.perf_counter() - began)
+        self.num_calls += 1
+        self.num_late += self.deadline is not None and milliseconds > self.deadline
+        self.milliseconds += milliseconds
+        self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
+        best = prediction.probs.topk(min(BEST_CLASSES, prediction.probs.shape[1]))
+        return [
+            {
+                "file": os.fsencode(name).decode("utf-8", "replace"),
+                "class": self.info.class_names[indices[0]],
+                "confidence": round(probs[0], 4),
+                "exit": exit + 1,
+                "operations": self.operations[exit],
+                "network_milliseconds": round(milliseconds / len(names), 3),
+                "top5": {self.info.class_names[i]: round(p, 4) for i, p in zip(indices, probs, strict=True)},
+            }
+            for name, indices, probs, exit in zip(
+                names, best.indices.tolist(), best.values.tolist(), prediction.exits.tolist(), strict=True
+            )
+        ]
+
+    def policy(self) -> dict[str, Any]:
+        """What decides who leaves, for JSON."""
+        chosen = {} if self.point is None else {"rule": self.point.rule, "p": self.point.p, "val_acc1": round(self.point.val_acc1, 3)}
+        policy = self.predictor.policy
+        return {**chosen, "measure": policy.measure, "thresholds": policy.thresholds, "deadline_milliseconds": self.deadline}
+
+    def summary(self) -> dict[str, Any]:
+        """Of the images answered so far."""
+        count = max(self.num_answered, 1)
+        spent = sum(n * number for n, number in zip(self.exits.tolist(), self.operations, strict=True))
+        return {
+            "images": self.num_answered,
+            "operations": round(spent / count),
+            "share_of_operations": round(spent / count / self.operations[-1], 4),
+            "share_of_exits": [round(n / count, 4) for n in self.exits.tolist()],
+            "network_milliseconds": round(self.milliseconds / count, 3),
+            "late": self.num_late / max(self.num_calls, 1) if self.deadline is not None else None,
+        }
+
+    def summary_line(self) -> str:
+        """``summary`` in words."""
+        s = self.summary()
+        late = "" if s["late"] is None else f"; {100 * s['late']:.1f} % of the answers were late"
+        return (
+            f"{s['images']} images: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of the network), "
+            f"{s['network_milliseconds']:.3g} ms in the network, reading not counted; "
+            f"left at exits 1 to {len(self.exits)}: {' / '.join(f'{100 * share:.0f}' for share in s['share_of_exits'])} %{late}"
+        )
+
+    def _curve(self, arguments: argparse.Namespace, path: Path) -> PolicyCurve | None:
+        """The policies; None where nothing needs them."""
+        wishes = (arguments.policy, arguments.budget, arguments.accuracy, arguments.max_loss, arguments.point, arguments.rule)
+        source = arguments.policy or policy_path(path)
+        return read_policy(source) if source.exists() or any(wish is not None for wish in wishes) else None
+
+    def _choose(self, arguments: argparse.Namespace, form: nn.Module, curve: PolicyCurve | None) -> None:
+        """Set the predictor, and the line that says what it does."""
+        size = self.info.image_size
+        example = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)
+        budget, timing, everything = arguments.budget, None, Policy((NONE_LEAVE,) * form.num_exits)
+        if arguments.deadline is not None or (budget is not None and budget.unit == "ms"):
+            timing = measure_blocks(form, example, self.batch_size)
+        if arguments.deadline is not None:
+            temperatures = curve.points[0].policy.temperatures if curve is not None else None
+            everything = Policy(everything.thresholds, temperatures=temperatures)
+            self.predictor = AnytimePredictor(form, arguments.deadline, timing, everything)
+            self.policy_line = (
+                f"each batch of {self.batch_size} is answered by the last exit finished within {arguments.deadline:g} ms; {timing}"
+            )
+            return
+        if curve is None:
+            self.predictor = AdaptivePredictor(form, everything)
+            self.policy_line = f"there is no {policy_path(self.path)}, which --evalmode dynamic writes: every image runs the whole network"
+            return
+        self.point = _point(arguments, curve, timing)
+        self.predictor = AdaptivePredictor(form, self.point.policy)
+        self.policy_line = _policy_line(arguments, curve, self.point, timing)
+
+
+def _point(arguments: argparse.Namespace, curve: PolicyCurve, timing: BlockTimes | None) -> Point:
+    if arguments.point is not None:
+        return curve.point(arguments.point, arguments.rule)
+    if arguments.budget is None and arguments.accuracy is None and arguments.max_loss is None:
+        return curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
+    limits: dict[str, Any] = {"accuracy": arguments.accuracy, "rule": arguments.rule, "timing": timing}
+    if arguments.max_loss is not None:
+        level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
+        limits["max_loss"] = MaxLoss(arguments.max_loss, level, arguments.disagreement)
+    if arguments.budget is not None:
+        amount, unit = arguments.budget
+        name, factor = {"ms": ("milliseconds", 1), "M": ("operations", 1e6), "%": ("operations", curve.operations[-1] / 100)}[unit]
+        limits[name] = amount * factor
+    return choose(curve, **limits)
+
+
+def _policy_line(arguments: argparse.Namespace, curve: PolicyCurve, point: Point, timing: BlockTimes | None) -> str:
+    wishes = (arguments.budget, arguments.accuracy, arguments.max_loss, arguments.point)
+    why = (
+        ""
+        if any(wish is not None for wish in wishes)
+        else "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
+    )
+    expected = "" if timing is None else f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing})"
+    return (
+        f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with {point.operations / 1e6:.2f} M "
+        f"operations ({100 * point.operations / curve.operations[-1]:.0f} % of the network){expected}{why}"
+    )
+
+
+def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tuple[list[Path], Tensor | None]]:
+    """Names and bytes (n, 3, H, W) of readable images; names and None for one that is not, after a line on standard error."""
+    transform = evaluation_transform(image_size)
+    names, images = [], []
+    for path in files:
+        try:
+            image = read_image(path, transform)
+        except UserError as error:
+            _say(f"{error}; skipped")
+            yield [path], None
+            continue
+        names.append(path)
+        images.append(image)
+        if len(names) == batch_size:
+            yield names, torch.stack(images)
+            names, images = [], []
+    if names:
+        yield names, torch.stack(images)
+
+
+class _Table:
+    """Columns of fixed width, so that every row can be written when it is known; the file, of any length, comes last."""
+
+    def __init__(self, stream: IO[str], session: Session):
+        self.stream = stream
+        self.width = min(max(map(len, session.info.class_names)), 30)
+        stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
+        stream.flush()
+
+    def rows(self, rows: list[dict]) -> None:
+        for row in rows:
+            self.stream.write(
+                f"{_printable(row['class']):>{self.width}}  {row['confidence']:10.3f}  {row['exit']:4d}  {row['operations'] / 1e6:8.2f} M  "
+                f"{row['network_milliseconds']:10.2f}  {_printable(row['file'])}\n"
+            )
+        self.stream.flush()
+
+    def end(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+class _Csv:
+    def __init__(self, stream: IO[str], session: Session):
+        self.stream = stream
+        self.writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        self.writer.writeheader()
+        stream.flush()
+
+    def rows(self, rows: list[dict]) -> None:
+        self.writer.writerows(rows)
+        self.stream.flush()
+
+    def end(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+class _Json:
+    """One object: ``model``, ``policy``, ``answers``, a line each, and ``summary``."""
+
+    def __init__(self, stream: IO[str], session: Session):
+        self.stream, self.separator = stream, "\n"
+        start = json.dumps({"model": str(session.path), "policy": session.policy()}, ensure_ascii=False)
+        stream.write(f'{start[:-1]}, "answers": [')
+
+    def rows(self, rows: list[dict]) -> None:
+        for row in rows:
+            self.stream.write(f"{self.separator} {json.dumps(row, ensure_ascii=False)}")
+            self.separator = ",\n"
+        self.stream.flush()
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self.stream.write(f'\n], "summary": {json.dumps(summary)}}}\n')
+        self.stream.flush()
+
+
+WRITERS = {"table": _Table, "csv": _Csv, "json": _Json}
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[IO[str]]:
+    """The file, or standard output, whose faults become one line."""
+    if output is not None:
+        with atomic_write(output) as stream:
+            yield stream
+        return
+    if sys.stdout is None:
+        raise UserError("standard output is closed; --output FILE writes the answers to a file")
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What the stream still holds must not be tried again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"cannot write the answers: {error.strerror}") from None
+
+
+class _Bar:
+    """How many images are done, on a line of the terminal that is written over."""
+
+    def __init__(self, total: int, shown: bool):
+        self.total, self.shown, self.done, self.began = total, shown, 0, time.perf_counter()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.shown:
+            rate = self.done / max(time.perf_counter() - self.began, 1e-9)
+            filled = 30 * self.done // self.total
+            sys.stderr.write(f"\r[{'#' * filled:30}] {self.done}/{self.total} images, {rate:.0f} a second ")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.shown and self.done:
+            sys.stderr.write("\n")
+
+
+@contextmanager
+def _memory_in_words(batch_size: int, image_size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+            raise
+        raise UserError(
+            f"not enough memory for {batch_size} images of {image_size} pixels at a time; a smaller --batch-size needs less"
+        ) from None
+
+
+def _class_names(path: Path, count: int) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}") from None
+    if len(names) != count:
+        raise UserError(f"--classes {path} holds {len(names)} names, the network knows {count} classes")
+    return names
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _is_terminal(stream: IO[str] | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"predict.py: {line}\n")
+
+
+def _printable(text: str) -> str:
+    """A file's name must not steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
