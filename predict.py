@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--model",
         "--checkpoint",
         metavar="NAME|FILE",
-        help="a network of weights/ or a file of either stage, also a released one (default: your newest run under save/, else imta_cifar100)",
+        help="a network of weights/, or a file of ours or a released one (default: your newest run in save/, else imta_cifar100)",
     )
     add("--policy", type=Path, metavar="FILE", help="thresholds for this network (default: policy.json beside it)")
     add("--budget", type=_budget, help="mean an image at most: 2ms, 40%% of the operations, or 12.5M operations (default: about 50%%)")

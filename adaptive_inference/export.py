@@ -124,8 +124,8 @@ class OnnxNetwork:
         # Names that some later model reads, after each exit.
         self.needed = [{name for names in self.inputs[k + 1 :] for name in names} for k in range(self.num_exits)]
 
-    def begin(self, images: Tensor, lazy: bool = True) -> "OnnxRun":
-        """Start a pass over the exits for images (N, 3, H, W); ``lazy`` was decided by the export."""
+    def begin(self, images: Tensor) -> "OnnxRun":
+        """Start a pass over the exits for images (N, 3, H, W)."""
         return OnnxRun(self, images)
 
     def __call__(self, images: Tensor) -> list[Tensor]:

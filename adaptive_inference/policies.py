@@ -264,8 +264,8 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def form_of(network: nn.Module) -> str:
-    """What decides the rounding of a network's answers: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``onnx``."""
-    return str(next(network.parameters()).dtype).removeprefix("torch.") if isinstance(network, nn.Module) else "onnx"
+    """What decides how a network's answers are rounded: ``float32``, ``bfloat16``, ``float16`` or ``float64``."""
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def describe(network: nn.Module) -> str:

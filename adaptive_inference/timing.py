@@ -242,8 +242,8 @@ def deadline_rows(network: nn.Module, images: Tensor, times: BlockTimes, acc1: l
         A row a deadline: ``deadline_milliseconds``, ``acc1`` in percent, ``late`` (share of the calls that took longer), ``share_k`` of
         the calls that exit k answered.
     """
-    reserves = np.cumsum([times.median[k][0] for k in range(network.num_exits)]) + times.after[0]
-    first, last = times.reserve(0, 1), 1.2 * max(reserves[-1], times.reserve(0, 1))
+    before_last = sum(median[0] for median in times.median[:-1])
+    first, last = times.reserve(0, 1), 1.1 * before_last + times.reserve(network.num_exits - 1, 1)
     rows = []
     for deadline in np.linspace(1.02 * first, last, DEADLINES).tolist():
         predictor = AnytimePredictor(network, deadline, times)

@@ -114,9 +114,7 @@ def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
         size = arguments.image_size or (32 if network.trunk.small_inputs else 224)
         info = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
     elif arguments.classes is not None or arguments.image_size not in (None, info.image_size):
-        raise UserError(
-            f"{path} knows its classes and its image size, {info.image_size}; --classes and --image-size are for released files"
-        )
+        raise UserError(f"{path} knows its classes and its image size, {info.image_size}: --classes and --image-size are for others")
     network.description = info
     return network
 
@@ -178,6 +176,7 @@ class Session:
         self.milliseconds += milliseconds
         self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
         best = prediction.probs.topk(min(BEST_CLASSES, prediction.probs.shape[1]))
+        columns = (best.indices.tolist(), best.values.tolist(), prediction.exits.tolist())
         return [
             {
                 "file": os.fsencode(name).decode("utf-8", "replace"),
@@ -188,9 +187,7 @@ class Session:
                 "network_milliseconds": round(milliseconds / len(names), 3),
                 "top5": {self.info.class_names[i]: round(p, 4) for i, p in zip(indices, probs, strict=True)},
             }
-            for name, indices, probs, exit in zip(
-                names, best.indices.tolist(), best.values.tolist(), prediction.exits.tolist(), strict=True
-            )
+            for name, indices, probs, exit in zip(names, *columns, strict=True)
         ]
 
     def policy(self) -> dict[str, Any]:
@@ -217,7 +214,7 @@ class Session:
         s = self.summary()
         late = "" if s["late"] is None else f"; {100 * s['late']:.1f} % of the answers were late"
         return (
-            f"{s['images']} images: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of the network), "
+            f"{s['images']} images: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of all), "
             f"{s['network_milliseconds']:.3g} ms in the network, reading not counted; "
             f"left at exits 1 to {len(self.exits)}: {' / '.join(f'{100 * share:.0f}' for share in s['share_of_exits'])} %{late}"
         )
@@ -239,9 +236,7 @@ class Session:
             temperatures = curve.points[0].policy.temperatures if curve is not None else None
             everything = Policy(everything.thresholds, temperatures=temperatures)
             self.predictor = AnytimePredictor(form, arguments.deadline, timing, everything)
-            self.policy_line = (
-                f"each batch of {self.batch_size} is answered by the last exit finished within {arguments.deadline:g} ms; {timing}"
-            )
+            self.policy_line = f"each batch of {self.batch_size} gets the last answer finished within {arguments.deadline:g} ms; {timing}"
             return
         if curve is None:
             self.predictor = AdaptivePredictor(form, everything)

@@ -1,31 +1,69 @@
-"""Measured time beside operations: the rows, the picture, and the order of measurement."""
+"""Measured time: blocks add up to policies, functions take turns, deadlines have answers."""
 
+import numpy as np
+import pytest
 import torch
 
 from adaptive_inference.policies import policy_curve
-from adaptive_inference.timing import draw_runtime, interleaved_seconds, runtime_rows
-from models import count_operations
+from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, draw_runtime, interleaved_seconds, measure_blocks, runtime_rows
 from tests.test_predictor import logits_of, make_network, quantile_policy
+
+
+def blocks(batch_size):
+    """Two exits: 1 millisecond a block for up to 1 image, then proportional to the number; half a millisecond for the answer."""
+    sizes, times = np.array([1, 4]), np.array([1.0, 4.0])
+    return BlockTimes(batch_size, (sizes, sizes), (times, times), (2 * times, 2 * times), (0.5, 0.7))
+
+
+def test_time_of_a_policy_by_hand():
+    assert blocks(1).milliseconds((1.0, 0.0)) == pytest.approx(1.5)
+    assert blocks(1).milliseconds((0.75, 0.25)) == pytest.approx(1.5 + 0.25)
+    # Proportional to the images that are left: their mean is all that counts.
+    assert blocks(8).milliseconds((0.75, 0.25)) == pytest.approx((0.5 + 8 + 2) / 8)
+
+
+def test_reserves():
+    assert blocks(4).reserve(0, 1) == pytest.approx(2.7)
+    assert blocks(4).reserve(1, 2) == pytest.approx(8.7)  # as for the next larger size that was measured
+    assert blocks(4).reserve(1, 8) == pytest.approx(16.7)
+
+
+def test_measured_blocks_grow_with_the_batch():
+    network, image = make_network(2).float(), torch.randn(1, 3, 32, 32)
+    times = measure_blocks(network, image, batch_size=64, seconds=0.5)
+    assert [sizes.tolist() for sizes in times.sizes] == [[1, 8, 16, 32, 64], [1, 7, 15, 31, 63], [1, 6, 14, 30, 62]]
+    for median, high in zip(times.median, times.high, strict=True):
+        assert median[-1] > median[0] > 0
+        assert (high >= median).all()
+    assert "64" in str(times)
 
 
 def test_rows_and_picture():
     network = make_network(2).float()
     images = torch.randn(24, 3, 32, 32)
-    operations, lazy = count_operations(network, 32), count_operations(network, 32, lazy=True)
     logits = logits_of(network, images)
     rows = [
-        {"p": p, "thresholds": list(quantile_policy(logits, share).thresholds), "val_acc": 50.0, "val_flops": float(p)}
-        for p, share in enumerate((0.9, 0.5, 0.1), start=1)
+        {
+            **{"p": p, "thresholds": list(quantile_policy(logits, share).thresholds), "val_acc1": 50.0, "val_operations": float(p)},
+            "val_shares": [share, 0.0, 1 - share],
+        }
+        for p, share in enumerate((0.9, 0.9, 0.5, 0.1), start=1)
     ]
-    curve = policy_curve(network, operations, {"geometric": rows})
-    measured = runtime_rows(network, curve, images, operations, lazy, batch_sizes=(1, 16), points=2, repeats=1, images_at_batch_1=4)
-    assert [(row["batch_size"], row["p"]) for row in measured] == [(1, 1), (1, 3), (16, 1), (16, 3)]
+    points = distinct(policy_curve(network, [1, 2, 3], {"geometric": rows}).points, 10)
+    assert [point.p for point in points] == [2, 3, 4]
+    assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]
+    times = measure_blocks(network, images[:1], 1, seconds=0.2)
+    measured = runtime_rows(network, points, images, times, seconds=0.2)
+    assert [(row["batch_size"], row["p"]) for row in measured] == [(1, 0), (1, 2), (1, 3), (1, 4)]
     for row in measured:
-        assert 0 < row["lazy_operations"] <= row["operations"] <= operations[-1]
         assert row["milliseconds"] > 0
-        assert row["full_milliseconds"] > 0
-    assert measured[2]["operations"] < measured[3]["operations"]
-    assert len(draw_runtime(measured).axes[0].lines) == 2
+        assert row["expected_milliseconds"] > 0
+    deadlines = deadline_rows(network, images, times, [10.0, 20.0, 30.0], calls=5)
+    for row in deadlines:
+        assert sum(row[f"share_{k}"] for k in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
+        assert 10 <= row["acc1"] <= 30
+    figure = draw_runtime([{**row, "operations": 1.0, "acc1": 50.0} for row in measured], deadlines, [{"operations": 1.0, "acc1": 10.0}])
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
 
 
 def test_functions_take_turns():
