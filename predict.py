@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The typed command line; mistakes end the program with one line and status 2."""
+def parser() -> CommandLineParser:
+    """Every flag."""
     parser = CommandLineParser(
         prog="predict.py", description="Classify images, each with as much of the network as it needs.", allow_abbrev=False
     )
@@ -73,14 +73,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)")
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line, of a released file, which holds none")
     add("--image-size", type=_positive, metavar="PIXELS", help="of a released file (default: 32 or 224, by its layers)")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The typed command line; mistakes end the program with one line and status 2."""
+    flags = parser()
+    arguments = flags.parse_args(argv)
     wishes = [name for name in ("budget", "accuracy", "max_loss", "deadline", "point", "rule") if getattr(arguments, name) is not None]
     for name, company in (("deadline", ()), ("point", ("rule",)), ("max_loss", ("budget", "accuracy"))):
         others = [other for other in wishes if other != name and other not in company]
         if name in wishes and others:
-            parser.error(f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them")
+            flags.error(f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them")
     if arguments.max_loss is None and (arguments.confidence_level is not None or arguments.disagreement):
-        parser.error("--confidence-level and --disagreement belong to --max-loss")
+        flags.error("--confidence-level and --disagreement belong to --max-loss")
     return arguments
 
 

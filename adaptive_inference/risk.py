@@ -72,20 +72,25 @@ def rows_with_losses(confidence: Tensor, classes: Tensor, targets: Tensor, opera
         Rows as of ``budgeted_curve``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of
         the row are of the latter. None if there are too few images.
     """
-    correct = classes == targets
     learns = torch.arange(len(targets)) % LEARNING_PART == 0
     if learns.sum() in (0, len(targets)):
         return []
+    parts = [(confidence[:, part], classes[:, part], targets[part]) for part in (learns, ~learns)]
+    tested = (parts[1][0], parts[1][1] == parts[1][2])
     rows = []
     for p in range(1, points + 1):
-        thresholds = geometric_thresholds(confidence[:, learns], exit_shares(2 * p / points, len(operations)))
-        exits = assign_exits(confidence, thresholds)[None]
-        answer, right = classes.gather(0, exits)[0], correct.gather(0, exits)[0]
-        events = torch.stack([torch.ones_like(right), correct[-1] & ~right, ~correct[-1] & right, answer != classes[-1]])
-        losses = tuple(Losses(*events[:, part].sum(dim=1).tolist()) for part in (learns, ~learns))
-        tested = (confidence[:, ~learns], correct[:, ~learns])
+        thresholds = geometric_thresholds(parts[0][0], exit_shares(2 * p / points, len(operations)))
+        losses = tuple(losses_of(thresholds, *part) for part in parts)
         rows.append({"p": p, "losses": losses, **accuracies_and_costs(thresholds, tested, tested, operations)})
     return rows
+
+
+def losses_of(thresholds: Tensor, confidence: Tensor, classes: Tensor, targets: Tensor) -> Losses:
+    """Of the policy with these thresholds (K,), from confidence and classes (K, N) of every exit and targets (N,)."""
+    answers = classes.gather(0, assign_exits(confidence, thresholds)[None])[0]
+    right, full_right = answers == targets, classes[-1] == targets
+    events = (full_right & ~right, right & ~full_right, answers != classes[-1])
+    return Losses(len(targets), *(int(event.sum()) for event in events))
 
 
 def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:

@@ -575,7 +575,7 @@ def _predict_flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
     shutil.copytree(runs.training("GE"), folder / "GE")
     _picture(rng).save(folder / "good.png")
     case = Case("", folder, "predict", [], "flags", writes=("new",))
-    case.argv = ["--checkpoint", "../GE/best.pt", "../good.png", *_random_flags(rng, predict._build_parser(), rng.choice([0, 1, 1, 2, 3]))]
+    case.argv = ["--checkpoint", "../GE/best.pt", "../good.png", *_random_flags(rng, predict.parser(), rng.choice([0, 1, 1, 2, 3]))]
     output = rng.choice([None, "../new/answers.csv", "../GE", "../" + "x" * 300, "../pipe", "../device", "../GE/best.pt/x", ""])
     if output == "../pipe":
         os.mkfifo(folder / "pipe")
