@@ -84,19 +84,21 @@ class Evaluation:
     def anytime(self, logits: Tensor, targets: Tensor, temperatures: list[float] | None) -> None:
         """Every exit on its own; with the exits' ``temperatures`` also what they do to the errors of confidence."""
         rows = anytime_rows(logits, targets, self.operations)
+        for row, error in zip(rows, calibration_errors(logits, targets), strict=True):
+            row["ece"] = round(error, 3)
         if temperatures is not None:
-            errors = zip(calibration_errors(logits, targets), calibration_errors(logits, targets, temperatures), temperatures, strict=True)
-            for row, (before, after, temperature) in zip(rows, errors, strict=True):
-                row |= {"ece": round(before, 3), "ece_scaled": round(after, 3), "temperature": temperature}
+            errors = calibration_errors(logits, targets, temperatures)
+            for row, error, temperature in zip(rows, errors, temperatures, strict=True):
+                row |= {"ece_scaled": round(error, 3), "temperature": temperature}
         write_csv(self.run_directory.anytime, rows)
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
         self.log.line(f"\nevery exit on the {len(targets):,} test images ({self.run_directory.anytime})")
         cells = [
             [str(row["exit"]), millions(row["operations"]), millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
-            + ([f"{row['ece']:.2f}", f"{row['ece_scaled']:.2f}"] if temperatures else [])
+            + [f"{row[name]:.2f}" for name in ("ece", "ece_scaled") if name in row]
             for row, n in zip(rows, lazy, strict=True)
         ]
-        header = ["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %", *(["ECE %", "scaled ECE %"] if temperatures else [])]
+        header = ["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %", "ECE %", *(["ECE % scaled"] if temperatures else [])]
         self.log.line(table(header, cells))
 
     def budgeted(self, val_answers: Labelled, test_answers: Labelled, temperatures: list[float]) -> None:

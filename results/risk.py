@@ -3,9 +3,9 @@
     python -m results.risk save/cifar100/IMTA --max-loss 1 --splits 200
 
 The test images of a run are split into two halves again and again: one half sets and tests policies as the held-out images of a run do
-(``adaptive_inference.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the cheapest
-policy that lost no more on the first half. Both halves are of the same images: one that looks better than it is makes the other look worse,
-so that more than the promised share of failures would be seen if policies were at the limit.
+(``adaptive_inference.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the
+cheapest policy that lost no more on the first half. As all are the same images, a half on which a policy looks better than it is leaves
+another on which it looks worse: failures are counted too often rather than too seldom.
 """
 
 import math
@@ -30,6 +30,7 @@ from models import count_operations
 from utils import CommandLineParser, UserError
 
 POINTS = 40
+
 Answers = tuple[Tensor, Tensor, Tensor]  # confidence (K, n), classes (K, n), targets (n,)
 
 
