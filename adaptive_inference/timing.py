@@ -243,9 +243,10 @@ def deadline_rows(network: nn.Module, images: Tensor, times: BlockTimes, acc1: l
         the calls that exit k answered.
     """
     before_last = sum(median[0] for median in times.median[:-1])
-    first, last = times.reserve(0, 1), 1.1 * before_last + times.reserve(network.num_exits - 1, 1)
+    first = 1.02 * times.reserve(0, 1)
+    last = max(1.1 * before_last + times.reserve(network.num_exits - 1, 1), first)
     rows = []
-    for deadline in np.linspace(1.02 * first, last, DEADLINES).tolist():
+    for deadline in np.linspace(first, last, DEADLINES).tolist():
         predictor = AnytimePredictor(network, deadline, times)
         wait, late, exits = _waiting(images.device), 0, []
         for call in range(calls):
