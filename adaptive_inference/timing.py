@@ -8,6 +8,7 @@ A policy's time is that of its blocks at the batch sizes that occur: of a batch 
 share of the held-out images that reached it. Blocks are timed inside the predictor, with all it does between them.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, si
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
-PASSES = 16  # of one size in a row, at most
+GROUPS = 5  # of similar sizes, each with a median
+AFTERS = 200
 DEADLINES = 8
 
 
@@ -34,7 +36,7 @@ class BlockTimes:
 
     Args:
         batch_size: that of the calls to expect.
-        sizes: numbers of images, (S,) for each of K blocks, growing.
+        sizes: numbers of images, (S,) for each of K blocks, growing, on average over similar batches.
         median, high: milliseconds at these sizes, in the middle and of nearly all passes.
         after: milliseconds from the last block that runs to the answer, in the middle and of nearly all passes.
     """
@@ -81,40 +83,34 @@ def measure_blocks(network: nn.Module, images: Tensor, batch_size: int = 1, seco
     Args:
         network: in the form and on the device that will answer.
         images: at least one (n, 3, H, W), as the predictor takes them; what they show makes no difference.
-        seconds: limit for everything. Where large batches would exceed it, they are taken to cost in proportion to smaller ones.
+        seconds: limit for everything. A batch that would exceed it is taken to cost in proportion to a smaller one.
     """
     began = time.perf_counter()
     watch = _Stopwatch(network)
-    sizes = sorted({1, *(max(1, batch_size * part // 8) for part in (1, 2, 4, 8))})
-    batches: list[Tensor] = []
-    for size in sizes:
-        left, batch = began + seconds - time.perf_counter(), images[:1].expand(size, -1, -1, -1).contiguous()
-        if batches and 4 * watch.marks[-1] * size / len(batches[-1]) > 1e3 * left:
+    after = _after(network, batch_size, images.device)
+    size, batch = 1, images[:1].contiguous()
+    for _ in range(2):
+        watch(batch)
+    while size < batch_size:
+        left = 1e3 * (began + seconds - time.perf_counter())
+        if 8 * watch.marks[-1] > left:
             break
-        for _ in range(2):
-            watch(batch)
-        batches.append(batch)
-    passes: list[list[list[float]]] = [[] for _ in batches]
-    while time.perf_counter() - began < seconds or not passes[-1]:
-        for batch, done in zip(batches, passes, strict=True):
-            watch(batch)  # the pass before it left other data in the caches
-            for _ in range(min(PASSES, max(1, len(batches[-1]) // len(batch)))):
-                watch(batch)
-                done.append(list(watch.marks))
-            if passes[-1] and time.perf_counter() - began > seconds:
-                break
-    after = _after(network, len(batches[-1]), images.device)
-    columns = [[] for _ in range(network.num_exits)]
-    for batch, done in zip(batches, passes, strict=True):
-        spans = np.diff(np.array(done), axis=1)  # (passes, K)
-        spans[:, -1] -= after[0]
-        for k, column in enumerate(columns):
-            # One image leaves at every exit of a batch, so that what it costs to go on with fewer is measured too.
-            size = max(len(batch) - k, 1)
-            if not column or size > column[-1][0]:
-                column.append((size, np.median(spans[:, k]), np.quantile(spans[:, k], RESERVED)))
-    per_block = [tuple(np.array(values) for values in zip(*column, strict=True)) for column in columns]
-    return BlockTimes(batch_size, *zip(*per_block, strict=True), after)
+        size = min(2 * size, batch_size)
+        batch = images[:1].expand(size, -1, -1, -1).contiguous()
+        watch(batch)
+    spans, sizes = [], []
+    while len(spans) < 1 or time.perf_counter() - began < seconds:
+        watch(batch)
+        spans.append(np.diff(watch.marks))
+        sizes.append(watch.sizes)
+    columns = []
+    for k, (span, number) in enumerate(zip(np.array(spans).T, np.array(sizes).T, strict=True)):
+        span = span - after[0] if k == network.num_exits - 1 else span
+        groups = [group for group in np.array_split(np.argsort(number, kind="stable"), 1 if number.max() == 1 else GROUPS) if len(group)]
+        by_size = {float(np.median(number[group])): span[group] for group in groups}
+        medians, high = ([f(values) for values in by_size.values()] for f in (np.median, lambda values: np.quantile(values, RESERVED)))
+        columns.append((np.array(list(by_size)), np.array(medians), np.array(high)))
+    return BlockTimes(batch_size, *zip(*columns, strict=True), after)
 
 
 def _after(network: nn.Module, num_images: int, device: torch.device) -> tuple[float, float]:
@@ -122,7 +118,7 @@ def _after(network: nn.Module, num_images: int, device: torch.device) -> tuple[f
     policy, wait = Policy((ALL_LEAVE,), temperatures=(1.0,)), _waiting(device)
     logits = torch.zeros(1, num_images, network.num_classes, device=device)
     spans = []
-    for _ in range(10 * PASSES):
+    for _ in range(AFTERS):
         wait()
         began = time.perf_counter()
         simulate(logits, policy)
@@ -132,31 +128,36 @@ def _after(network: nn.Module, num_images: int, device: torch.device) -> tuple[f
 
 
 class _Stopwatch(AdaptivePredictor):
-    """Leaves ``marks`` (K + 1) in milliseconds: the call, the starts of all blocks but the first, the end. Of several images one leaves at
-    every exit."""
+    """Leaves ``marks`` (K + 1) in milliseconds: the call, the starts of all blocks but the first, the end; and ``sizes`` (K), the images in
+    each block. Of several images some leave at every exit, by chance: all sizes occur, and none is new to the libraries afterwards."""
 
     def __init__(self, network: nn.Module):
         super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits))
         self.marks: list[float] = []
+        self.sizes: list[int] = []
+        self._chance = random.Random(0)
 
     def __call__(self, images: Tensor) -> None:
-        self._wait, self._began, self.marks = _waiting(images.device), time.perf_counter(), [0.0]
+        self._wait, self._began = _waiting(images.device), time.perf_counter()
+        self.marks, self.sizes = [], []
         super().__call__(images)
         self._mark()
-
-    def _may_start(self, k: int, num_images: int) -> bool:
-        if k > 0:
-            self._mark()
-        return True
-
-    def _leaves(self, answer: Answer, threshold: float) -> Tensor:
-        leaves = super()._leaves(answer, threshold)
-        leaves[: int(len(leaves) > 1)] = True
-        return leaves
+        self.marks[0] = 0.0
 
     def _mark(self) -> None:
         self._wait()
         self.marks.append(1e3 * (time.perf_counter() - self._began))
+
+    def _may_start(self, k: int, num_images: int) -> bool:
+        self._mark()
+        self.sizes.append(num_images)
+        return True
+
+    def _leaves(self, answer: Answer, threshold: float) -> Tensor:
+        leaves = super()._leaves(answer, threshold)
+        if len(leaves) > 1:
+            leaves[: int(len(leaves) * self._chance.random() ** 3)] = True
+        return leaves
 
 
 def interleaved_seconds(
