@@ -7,25 +7,29 @@
 Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum of the exits' cross-entropies.
 """
 
-import argparse
-import inspect
 import sys
+
+from args import announce
+from settings import Settings
+
+if __name__ == "__main__":
+    announce("GE")  # mistakes and --help are answered before PyTorch is loaded
 
 import torch
 from torch import Tensor, nn
 
-from args import CommandLine
 from dataloader import DataInfo
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies
+from models.options import NETWORK_FIELDS
 from utils import UserError
 
 
 class JointTraining(nn.Module):
     """Images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
 
-    def __init__(self, network: MSDNet, settings: argparse.Namespace):
+    def __init__(self, network: MSDNet, settings: Settings):
         super().__init__()
         self.network, self.label_smoothing = network, settings.label_smoothing
 
@@ -34,45 +38,37 @@ class JointTraining(nn.Module):
         return sum_of_cross_entropies(logits, targets, self.label_smoothing), torch.stack(logits, dim=1)
 
 
-def make_msdnet(settings: argparse.Namespace, data: DataInfo, origin: Saved | None = None) -> MSDNet:
-    """The network the flags describe.
+class Stage1(Stage):
+    """The whole network learns, from scratch."""
 
-    Raises:
-        UserError: an impossible combination of options.
-    """
-    names = inspect.signature(MSDNet).parameters.keys() - {"num_classes", "small_inputs"}
-    options = {name: getattr(settings, name) for name in names}
-    small_inputs = data.image_size <= 64 if settings.small_inputs is None else settings.small_inputs
-    try:
-        return MSDNet(num_classes=len(data.class_names), small_inputs=small_inputs, **options)
-    except ValueError as error:
-        raise UserError(f"impossible network: {error}") from None
+    name = "GE"
 
+    def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:
+        """The network the flags describe.
 
-def title(settings: argparse.Namespace) -> str:
-    """Name of this run in a plot."""
-    return "MSDNet + GE" if settings.gradient_equilibrium else "MSDNet"
+        Raises:
+            UserError: an impossible combination of options.
+        """
+        options = {name: getattr(settings, name) for name in NETWORK_FIELDS}
+        if settings.small_inputs is None:
+            options["small_inputs"] = data.image_size <= 64
+        try:
+            return MSDNet(len(data.class_names), **options)
+        except ValueError as error:
+            raise UserError(f"impossible network: {error}") from None
 
+    def make_objective(self, network: MSDNet, settings: Settings) -> JointTraining:
+        """The sum of the exits' losses."""
+        return JointTraining(network, settings)
 
-def no_origin(command: CommandLine) -> None:
-    """Stage 1 starts from scratch."""
-
-
-STAGE = Stage(
-    name="GE",
-    find_origin=no_origin,
-    make_network=make_msdnet,
-    make_objective=JointTraining,
-    constants=lambda network: {},
-    check_result=lambda network, constants: None,
-    title=title,
-    trains_backbone=lambda settings: True,
-)
+    def title(self, settings: Settings) -> str:
+        """Name of this run in a plot."""
+        return "MSDNet + GE" if settings.gradient_equilibrium else "MSDNet"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 1 with these arguments (None: those of the process) and return the exit status."""
-    return run_stage(STAGE, argv)
+    return run_stage(Stage1(), argv)
 
 
 if __name__ == "__main__":

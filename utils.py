@@ -1,22 +1,16 @@
-"""Small tools every script needs: one-line errors, atomic files, seeds."""
+"""Small tools every program needs: one-line errors, kinds of flags, atomic files. This module imports nothing heavy."""
 
 import argparse
-import ctypes
 import errno
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn
-
-import numpy as np
-import torch
+from typing import IO, Any, NoReturn
 
 LONGEST_MESSAGE = 600  # characters
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
@@ -44,21 +38,77 @@ class CommandLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what a training step frees for the next one. By default it hands large blocks back to the system, which has to
-    clear them when it gives them out again. Does nothing where the library is not glibc."""
+def _number(text: str, kind: type) -> Any:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    if value != value or value in (float("inf"), float("-inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
-def set_tf32(enabled: bool) -> None:
-    """Whether float32 convolutions and matrix products on GPUs may round their inputs to TensorFloat-32."""
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
+def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Reads whole numbers from ``low`` to ``high``."""
+
+    def convert(text: str) -> int:
+        value = _number(text, int)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; at least {low}" + (f", at most {high}" if value > high else ""))
+        return value
+
+    return convert
+
+
+def above(low: float) -> Callable[[str], float]:
+    """Reads numbers above ``low``."""
+
+    def convert(text: str) -> float:
+        value = _number(text, float)
+        if value <= low:
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; more than {low}")
+        return value
+
+    return convert
+
+
+def in_range(low: float, high: float | None) -> Callable[[str], float]:
+    """Reads numbers from ``low`` to ``high`` (None: any)."""
+
+    def convert(text: str) -> float:
+        value = _number(text, float)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; from {low}" + (f" to {high}" if high is not None else ""))
+        return value
+
+    return convert
+
+
+def int_list(separator: str) -> Callable[[str], tuple[int, ...]]:
+    """Reads whole numbers with ``separator`` between them."""
+
+    def convert(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.split(separator))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0{separator}1{separator}2") from None
+        if min(values) < 0:
+            raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
+        return values
+
+    return convert
+
+
+def float_list(text: str) -> tuple[float, ...]:
+    """Reads numbers with commas between them."""
+    return tuple(_number(part, float) for part in text.split(","))
+
+
+def folder(text: str) -> Path:
+    """Reads the name of a file or folder; ``~`` is the user's home."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no folder")
+    return Path(text).expanduser()
 
 
 @contextmanager
@@ -113,14 +163,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and PyTorch; with ``deterministic`` only operations that repeat bit for bit are allowed."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries that use the global state are seeded too
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

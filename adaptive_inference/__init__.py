@@ -25,7 +25,7 @@ _MODULES = {
     "confidence_and_correctness": "budgeted",
     "exit_shares": "budgeted",
     "geometric_thresholds": "budgeted",
-    "half_precision": "form",
+    "half_precision": "precision",
     "inference_form": "form",
     "measure_blocks": "timing",
     "optimised_curve": "optimised",

@@ -79,18 +79,6 @@ class _CompiledBlocks:
         return self.blocks[plan.k](network, plan, cells, previous_logits)
 
 
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type in which ``device`` is faster, None where it gains nothing.
-
-    GPUs: bfloat16, or float16 before Ampere. A CPU without matrix units for 16-bit numbers converts back and forth, and loses.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return torch.bfloat16
-    return None
-
-
 def _fold(sequence: nn.Sequential) -> None:
     layers: list[nn.Module] = []
     for module in sequence:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from adaptive_inference.budgeted import exit_shares, geometric_thresholds
-from adaptive_inference.form import half_precision, inference_form
+from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
+from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
 from adaptive_inference.timing import interleaved_seconds
 from engine.report import millions

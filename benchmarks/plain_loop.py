@@ -11,10 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
+from dataloader import NORMALIZATION, DataInfo
 from models import MSDNet
+
+
+def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
+    """Training images of ``cifar100`` (torchvision's archive in ``root``) or ``imagenet`` (folders of classes in ``root``/train)."""
+    mean, std = NORMALIZATION[name]
+    size = 32 if name == "cifar100" else 224
+    crop = transforms.RandomCrop(size, padding=4) if name == "cifar100" else transforms.RandomResizedCrop(size)
+    augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    if name == "cifar100":
+        dataset: Dataset = datasets.CIFAR100(str(root), train=True, transform=augment)
+    else:
+        dataset = datasets.ImageFolder(str(root / "train"), transform=augment)
+    return dataset, DataInfo(name, list(dataset.classes), size, list(mean), list(std), len(dataset), "")
 
 
 class PlainLoop:
@@ -22,31 +36,12 @@ class PlainLoop:
 
     Args:
         network: images (N, 3, H, W) -> a list of logits (N, C), or, in stage 2, a ``PlainStage2``.
-        root: folder with torchvision's archive of CIFAR-100.
-        normalization: means and standard deviations of the channels.
+        dataset: augmented images and targets, as ``plain_dataset`` gives.
         workers: processes that augment images.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        root: Path,
-        normalization: tuple,
-        batch_size: int,
-        workers: int,
-        learning_rate: float,
-        device: torch.device,
-    ):
+    def __init__(self, network: nn.Module, dataset: Dataset, batch_size: int, workers: int, learning_rate: float, device: torch.device):
         self.network, self.device = network.to(device).train(), device
-        augment = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(*normalization),
-            ]
-        )
-        dataset = datasets.CIFAR100(str(root), train=True, transform=augment)
         self.loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
         learning = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learning, learning_rate, momentum=0.9, weight_decay=1e-4)

@@ -5,7 +5,6 @@ state = load_checkpoint(path)
 network = build_network(state["network"])
 """
 
-import dataclasses
 import pickle
 import warnings
 import zipfile
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from args import FLAGS
 from dataloader import DataInfo
 from engine.validation import check_state, describe_network, first_mismatch
 from models import IMTA, MSDNet, load_released
 from models.released import PUBLISHED_NAMES
+from settings import FLAGS
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet checkpoint 1"
@@ -206,10 +205,3 @@ def load_weights(network: nn.Module, state_dict: dict[str, torch.Tensor], source
 def data_info_from(state: dict[str, Any]) -> DataInfo:
     """What the checkpoint remembers of its data set."""
     return DataInfo(**state["data"])
-
-
-def plain(value: Any) -> Any:
-    """Settings as plain types: paths become strings, data classes dictionaries."""
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return str(value) if isinstance(value, Path) else value

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn import functional as F
 
 from dataloader import Shard
 from utils import UserError
@@ -77,56 +76,6 @@ class Processes:
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        # Every process's loss depends on every process's x.
-        return _SumOverProcesses.forward(ctx, gradient)
-
-
-def _synchronised_forward(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    if not layer.training:
-        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
-    kind, x = x.dtype, x.float() if x.dtype.itemsize < 4 else x  # sums over a batch need more digits than mixed precision has
-    dims = [0, *range(2, x.dim())]
-    count = dist.get_world_size() * x.numel() // x.shape[1]  # every process has as many images
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    mean = _SumOverProcesses.apply(x.sum(dims)) / count
-    centred = x - mean.reshape(shape)
-    variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
-    with torch.no_grad():
-        layer.num_batches_tracked += 1
-        layer.running_mean.lerp_(mean, layer.momentum)
-        layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
-    scale = layer.weight * (variance + layer.eps).rsqrt()
-    return (centred * scale.reshape(shape) + layer.bias.reshape(shape)).to(kind)
-
-
-class _SyncBatchNorm1d(nn.BatchNorm1d):
-    forward = _synchronised_forward
-
-
-class _SyncBatchNorm2d(nn.BatchNorm2d):
-    forward = _synchronised_forward
-
-
-def synchronised_batchnorm(module: nn.Module, processes: Processes) -> None:
-    """Make the batch normalisation in ``module`` use the statistics of the whole batch, not those of each process's share."""
-    if processes.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return
-    # PyTorch's own works on GPUs only.
-    for layer in module.modules():
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            layer.__class__ = _SyncBatchNorm1d if isinstance(layer, nn.BatchNorm1d) else _SyncBatchNorm2d
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

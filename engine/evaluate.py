@@ -1,6 +1,6 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
-Evaluation(network, data, operations, "softmax", run, constants, processes, log).run(["anytime", "dynamic"])
+Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"])
 """
 
 from collections.abc import Iterator
@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import confidence_and_answers, policy_curve, read_policy, write_policy
+from adaptive_inference import confidence_and_answers, inference_form, policy_curve, read_policy, write_policy
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.calibration import calibration_errors, fit_temperatures
 from adaptive_inference.examples import easy_and_hard, examples_figure
-from adaptive_inference.form import form_for
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import simulate
 from adaptive_inference.risk import rows_with_losses
 from adaptive_inference.timing import deadline_rows, distinct, draw_runtime, measure_blocks, runtime_rows
 from dataloader import Batch, Batches, Data
 from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows
-from engine.distributed import Processes
-from engine.log import Log
 from engine.report import draw_curves, millions, read_csv, save_figure, table, write_csv
 from engine.run_directory import RunDirectory
+from engine.session import Session
+from engine.stepper import mixed_precision
 from models import count_operations
 from utils import UserError
 
@@ -36,27 +35,20 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class Evaluation:
-    """Evaluates ``network`` on ``data`` and writes into ``run``; only the main process writes and prints.
+    """Evaluates ``network`` on ``data`` and writes into the run's directory; only the main process writes and prints.
+
+    The network is evaluated in the form in which it answers, folded and in the precision of ``--amp``, so that thresholds hold there.
 
     Args:
         operations: to each exit.
-        confidence: measure that decides who leaves, as in ``adaptive_inference.policies``.
         constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        data: Data,
-        operations: list[int],
-        confidence: str,
-        run: RunDirectory,
-        constants: dict[str, Any],
-        processes: Processes,
-        log: Log,
-    ):
-        self.network, self.data, self.operations, self.run_directory = network, data, operations, run
-        self.confidence, self.constants, self.processes, self.log = confidence, constants, processes, log
+    def __init__(self, session: Session, network: nn.Module, data: Data, operations: list[int], constants: dict[str, Any]):
+        settings = session.settings
+        self.session, self.data, self.operations, self.constants = session, data, operations, constants
+        self.network = inference_form(network, settings.channels_last, mixed_precision(settings))
+        self.confidence = settings.confidence
 
     def run(self, modes: list[str]) -> None:
         """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -69,17 +61,17 @@ class Evaluation:
         if "runtime" in modes:
             self.runtime()
             return
-        test = collect_logits(self.network, self.data.test, self.processes)
-        val = collect_logits(self.network, self.data.val, self.processes) if self.data.val.num_images > 0 else None
-        if not self.processes.is_main:
+        test = collect_logits(self.network, self.data.test, self.session.processes)
+        val = collect_logits(self.network, self.data.val, self.session.processes) if self.data.val.num_images > 0 else None
+        if not self.session.processes.is_main:
             return
         temperatures = fit_temperatures(*val) if val is not None else None
         if "anytime" in modes:
             self.anytime(*test, temperatures)
         if "dynamic" in modes:
             self.budgeted(val, test, temperatures)
-        save_figure(draw_curves(known_curves(self.run_directory, self.constants)), self.run_directory.curves)
-        self.log.line(f"accuracy against operations: {self.run_directory.curves}")
+        save_figure(draw_curves(known_curves(self.session.run, self.constants)), self.session.run.curves)
+        self.session.log.line(f"accuracy against operations: {self.session.run.curves}")
 
     def anytime(self, logits: Tensor, targets: Tensor, temperatures: list[float] | None) -> None:
         """Every exit on its own; with the exits' ``temperatures`` also what they do to the errors of confidence."""
@@ -90,21 +82,21 @@ class Evaluation:
             errors = calibration_errors(logits, targets, temperatures)
             for row, error, temperature in zip(rows, errors, temperatures, strict=True):
                 row |= {"ece_scaled": round(error, 3), "temperature": temperature}
-        write_csv(self.run_directory.anytime, rows)
+        write_csv(self.session.run.anytime, rows)
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
-        self.log.line(f"\nevery exit on the {len(targets):,} test images ({self.run_directory.anytime})")
+        self.session.log.line(f"\nevery exit on the {len(targets):,} test images ({self.session.run.anytime})")
         cells = [
             [str(row["exit"]), millions(row["operations"]), millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
             + [f"{row[name]:.2f}" for name in ("ece", "ece_scaled") if name in row]
             for row, n in zip(rows, lazy, strict=True)
         ]
         header = ["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %", "ECE %", *(["ECE % scaled"] if temperatures else [])]
-        self.log.line(table(header, cells))
+        self.session.log.line(table(header, cells))
 
     def budgeted(self, val_answers: Labelled, test_answers: Labelled, temperatures: list[float]) -> None:
         """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images. Answers are logits (K, N, C) and
         targets (N,)."""
-        run, full = self.run_directory, self.operations[-1]
+        run, full = self.session.run, self.operations[-1]
         (val_logits, val_targets), (test_logits, test_targets) = val_answers, test_answers
         last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
         confidence, classes = confidence_by_exit(val_logits, self.confidence)
@@ -117,37 +109,36 @@ class Evaluation:
         curve = policy_curve(self.network, self.operations, by_rule, self.confidence, temperatures)
         write_policy(run.policy, curve)
         exits = range(1, len(self.operations) + 1)
-        self.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
+        self.session.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
         cells = [
             [str(row["p"]), millions(row["operations"]), f"{100 * row['operations'] / full:.0f}", f"{row['test_acc1']:.2f}"]
             + [f"{100 * row[f'share_{k}']:.0f}" for k in exits]
             + [f"{best['test_acc1']:.2f} at {100 * best['operations'] / full:.0f} %"]
             for row, best in list(zip(rows, optimised, strict=True))[3::4]
         ]
-        self.log.line(table(["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in exits), "optimised rule"], cells))
+        self.session.log.line(table(["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in exits), "optimised rule"], cells))
         half = accuracy_at(rows, full / 2)
         if half is not None:
-            self.log.line(
+            self.session.log.line(
                 f"within half of the full operations: {half['test_acc1']:.2f} % (p = {half['p']}, the best on held-out images); "
                 f"last exit for every image: {last_exit:.2f} %"
             )
-        self.log.line(f"thresholds for predict.py: {run.policy}")
+        self.session.log.line(f"thresholds for predict.py: {run.policy}")
         policy = min(curve.points, key=lambda point: abs(point.operations - full / 2)).policy
         easy, hard = easy_and_hard(test_logits, test_targets, policy)
         figure = examples_figure(self.data.test.picture, test_targets, easy, hard, self.data.info.class_names)
         save_figure(figure, run.examples)
-        self.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
+        self.session.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
 
     def runtime(self) -> None:
         """Measured time beside counted operations, for images one at a time and in batches, and answers by deadlines."""
-        run, device = self.run_directory, self.processes.device
-        if not self.processes.is_main:
+        run, device = self.session.run, self.session.processes.device
+        if not self.session.processes.is_main:
             return
-        curve = read_policy(run.policy)
-        form = form_for(self.network, curve, run.policy).to(device)
+        curve, form = read_policy(run.policy, self.network), self.network
         images, targets = (torch.cat(parts) for parts in zip(*_first(self.data.test, RUNTIME_IMAGES), strict=True))
         points = distinct(curve.of_rule(None), RUNTIME_POLICIES)
-        self.log.line(
+        self.session.log.line(
             f"\ntime an image on {device}, one image at a time (batch 1) and {RUNTIME_BATCHES[-1]} together, of which images leave as they "
             f"are answered; {len(points)} different policies and every exit, half a minute on a small network"
         )
@@ -170,16 +161,18 @@ class Evaluation:
                 }
                 right = 100 * (answer.classes == targets).double().mean().item()
                 rows.append({**row, **means, "acc1": round(right, 4)})
-            self.log.line(_runtime_table(rows[-len(answers) :], self.operations[-1]))
+            self.session.log.line(_runtime_table(rows[-len(answers) :], self.operations[-1]))
         deadlines = deadline_rows(form, images, single, acc1)
         write_csv(run.runtime, rows)
         write_csv(run.runtime.with_name("deadline.csv"), deadlines)
         exits = [{"operations": n, "acc1": accuracy} for n, accuracy in zip(self.operations, acc1, strict=True)]
         save_figure(draw_runtime(rows, deadlines, exits), run.runtime_picture)
         cells = [[f"{row['deadline_milliseconds']:.2f}", f"{row['acc1']:.2f}", f"{100 * row['late']:.1f}"] for row in deadlines]
-        self.log.line("\nthe best answer by a deadline, one image at a time")
-        self.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
-        self.log.line(f"{len(targets):,} test images; {run.runtime}, {run.runtime.with_name('deadline.csv')}, {run.runtime_picture}")
+        self.session.log.line("\nthe best answer by a deadline, one image at a time")
+        self.session.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
+        self.session.log.line(
+            f"{len(targets):,} test images; {run.runtime}, {run.runtime.with_name('deadline.csv')}, {run.runtime_picture}"
+        )
 
 
 def _runtime_table(rows: list[dict], full: int) -> str:

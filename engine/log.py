@@ -4,7 +4,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
 from utils import UserError, atomic_write, duration
+
+SECONDS_TO_REMIND = 8
 
 
 class Log:
@@ -28,6 +31,24 @@ class Log:
             # A file's name may hold bytes that are no text.
             tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
             sys.stdout.flush()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what the block does, and every few seconds that it still does."""
+        self.line(what)
+        ended, began = threading.Event(), time.monotonic()
+
+        def remind() -> None:
+            while not ended.wait(SECONDS_TO_REMIND):
+                self.line(f"  still at it after {time.monotonic() - began:.0f} s")
+
+        reminder = threading.Thread(target=remind, daemon=True)
+        reminder.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            reminder.join()
 
     def open(self, run: RunDirectory, first_step: int) -> None:
         """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""

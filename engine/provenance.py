@@ -1,6 +1,5 @@
 """``run.json``: the commands, settings, hardware and software versions a run was made with, one piece for every start or resumption."""
 
-import argparse
 import json
 import os
 import platform
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 import torchvision
 
-from engine.checkpoint import plain
 from engine.distributed import Processes
+from engine.session import Session
+from settings import plain
 from utils import UserError, atomic_write
 
 
@@ -25,21 +25,17 @@ class Provenance:
     Used as a context, it notes when the piece ended, and whether the run was then complete.
 
     Args:
-        path: the file.
         command: the command line of this piece.
         resumed: whether the run goes on, and the pieces that are in the file stay.
         frozen_digest: of the network that stage 2 keeps frozen.
     """
 
-    def __init__(
-        self, path: Path, command: str, settings: argparse.Namespace, processes: Processes, resumed: bool, frozen_digest: str | None
-    ):
-        self.path = path
-        self.run = {"settings": {name: plain(value) for name, value in vars(settings).items()}, "frozen_digest": frozen_digest}
-        self.pieces = _pieces(path) if resumed else []
-        self.pieces.append(
-            {"command": command, "began": _now(), "ended": None, "complete": False, **hardware(processes), **versions(), "commit": commit()}
-        )
+    def __init__(self, session: Session, command: str, resumed: bool, frozen_digest: str | None):
+        self.path = session.run.record
+        self.run = {"settings": plain(session.settings), "frozen_digest": frozen_digest}
+        self.pieces = _pieces(self.path) if resumed else []
+        began = {"command": command, "began": _now(), "ended": None, "complete": False}
+        self.pieces.append({**began, **hardware(session.processes), **versions(), "commit": commit()})
         self._write()
 
     def __enter__(self) -> "Provenance":

@@ -1,10 +1,11 @@
 """Learning rate as a function of the step alone, so that a resumed run needs no state for it."""
 
-import argparse
 import math
 
+from settings import Settings
 
-def learning_rate(settings: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+
+def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
     """Rate at ``step`` (over all epochs): linear warm-up, then cosine to 0, or a drop at each milestone.
 
     ``settings`` gives lr, lr_type, lr_milestones (epochs; None: half and three quarters of the epochs), decay_rate, warmup_epochs, epochs.

@@ -1,55 +1,69 @@
 """A stage from its command line to its tables: check, load, train or go on, evaluate."""
 
-import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from adaptive_inference import half_precision
 from args import CommandLine, parse
 from dataloader import Data, DataInfo, load_data
-from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config, plain
+from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config
+from engine.device import seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
+from engine.launch import is_copy, leave_copy, shared_out
 from engine.log import Log
 from engine.provenance import Provenance
 from engine.report import draw_curves, millions, pixels, read_csv
 from engine.run_directory import RunDirectory
+from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
 from engine.training import Task, train
-from models import IMTA, count_operations
-from utils import UserError, seed_everything, set_tf32
+from models import count_operations
+from settings import Settings, plain
+from utils import UserError
+
+# Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
+COMPILING_PAYS = 5e12
 
 
-@dataclass(frozen=True)
 class Stage:
-    """What distinguishes a stage.
-
-    Args:
-        name: as in ``args`` and in directory names.
-        find_origin: the checkpoint to start from, None to start from scratch.
-        make_network: new network for settings, data and origin.
-        make_objective: module (images, targets) -> (losses (N,), logits (N, K, C)).
-        constants: further entries of the checkpoints.
-        check_result: raises a UserError if training did what it must not.
-        title: of the stage's curves.
-        trains_backbone: whether gradients go, or batch statistics are taken, through the whole network.
-    """
+    """What distinguishes a stage; ``name`` as in ``args`` and in directory names."""
 
     name: str
-    find_origin: Callable[[CommandLine], Saved | None]
-    make_network: Callable[[argparse.Namespace, DataInfo, Saved | None], nn.Module]
-    make_objective: Callable[[nn.Module, argparse.Namespace], nn.Module]
-    constants: Callable[[nn.Module], dict[str, Any]]
-    check_result: Callable[[nn.Module, dict[str, Any]], None]
-    title: Callable[[argparse.Namespace], str]
-    trains_backbone: Callable[[argparse.Namespace], bool]
+
+    def find_origin(self, command: CommandLine) -> Saved | None:
+        """The checkpoint to start from, None to start from scratch."""
+        return None
+
+    def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> nn.Module:
+        """The network to train."""
+        raise NotImplementedError(f"{type(self).__name__} must make a network")
+
+    def make_objective(self, network: nn.Module, settings: Settings) -> nn.Module:
+        """A module (images, targets) -> (losses (N,), logits (N, K, C))."""
+        raise NotImplementedError(f"{type(self).__name__} must say what is to be learnt")
+
+    def title(self, settings: Settings) -> str:
+        """Name of a run's curves."""
+        raise NotImplementedError(f"{type(self).__name__} must have a title")
+
+    def constants(self, network: nn.Module) -> dict[str, Any]:
+        """Further entries of the checkpoints."""
+        return {}
+
+    def check_result(self, network: nn.Module, constants: dict[str, Any]) -> None:
+        """Raise a ``UserError`` if training did what it must not."""
+
+    def share_of_work(self, settings: Settings) -> float:
+        """Operations of a step, forwards and backwards, compared with those of training the whole network."""
+        return 1.0
 
 
 def run_stage(stage: Stage, argv: list[str] | None) -> int:
@@ -60,6 +74,7 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
     """
     command = parse(stage.name, argv)
     status = _status_of(stage, command)
+    leave_copy(status)
     if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Leaving the process group in good order would wait for processes that in turn wait for this one.
         sys.stdout.flush()
@@ -69,39 +84,32 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
 
 
 def _status_of(stage: Stage, command: CommandLine) -> int:
+    is_evaluation = "evalmode" in command.explicit
     try:
-        with stop_on_signals(), process_group(command.explicit.get("gpu")) as processes:
-            log = Log(processes.is_main)
-            try:
-                if "evalmode" in command.explicit:
-                    _evaluate_only(stage, command, processes, log)
-                else:
-                    _train_and_evaluate(stage, command, processes, log)
-            finally:
-                log.close()
+        with stop_on_signals():
+            (_evaluate_only if is_evaluation else _train_and_evaluate)(stage, command)
     except UserError as error:
-        sys.stderr.write(f"train_{stage.name}.py: {error}\n")
-        return 2
+        status, message = 2, str(error)
     except Interrupted as interrupted:
         saved = "saved" if interrupted.is_saved else "what was saved before stays"
-        way_on = "" if "evalmode" in command.explicit else "; go on with --resume"
-        sys.stderr.write(f"train_{stage.name}.py: stopped by a signal, {saved}{way_on}\n")
-        return interrupted.exit_status
+        status, message = interrupted.exit_status, f"stopped by a signal, {saved}" + "; go on with --resume" * (not is_evaluation)
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
-            hint = "try a smaller --batch-size, --accumulate or --checkpoint-activations"
-            sys.stderr.write(f"train_{stage.name}.py: there is not enough memory; {hint}\n")
-            return 2
-        lost = _lost_process(error)
-        if lost is None:
+            status, message = 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
+        elif (lost := _lost_process(error)) is not None:
+            status, message = 1, f"{lost}; go on with --resume"
+        else:
             raise
-        sys.stderr.write(f"train_{stage.name}.py: {lost}; go on with --resume\n")
-        return 1
-    return 0
+    else:
+        return 0
+    if not is_copy():
+        sys.stderr.write(f"train_{stage.name}.py: {message}\n")
+    return status
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def _lost_process(error: RuntimeError) -> str | None:
@@ -112,51 +120,107 @@ def _lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def _train_and_evaluate(stage: Stage, command: CommandLine, processes: Processes, log: Log) -> None:
+@dataclass(frozen=True)
+class _Beginning:
+    """How a run begins: with the ``state`` it goes on from, or the ``origin`` of stage 2, or neither."""
+
+    settings: Settings
+    state: dict[str, Any] | None
+    origin: Saved | None
+
+
+def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
-    with run.lock() if processes.is_main else nullcontext():
-        state = _state_to_resume(stage, command, run, log)
-        origin = stage.find_origin(command) if state is None else None
+    with run.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+        beginning = _beginning(stage, command, run)
+        with shared_out(beginning.settings.batch_size, beginning.settings.gpu) as processes:
+            log = Log(processes.is_main)
+            try:
+                settings = with_precision(beginning.settings, processes)
+                if settings.amp == "bf16" and processes.device.type == "cpu":
+                    torch.set_num_threads(1)  # several would wait for each other in every convolution, very long beside another program
+                _Run(stage, command, replace(beginning, settings=settings), Session(run, settings, processes, log)).complete()
+            finally:
+                log.close()
+
+
+def _beginning(stage: Stage, command: CommandLine, run: RunDirectory) -> _Beginning:
+    state = _state_to_resume(stage, command, run)
+    if state is not None:
+        return _Beginning(command.settings(stored=state["settings"]), state, None)
+    origin = stage.find_origin(command)
+    return _Beginning(command.settings(inherited=origin.settings if origin else None), None, origin)
+
+
+class _Run:
+    """Training and the evaluation after it, in one of the processes that share them."""
+
+    def __init__(self, stage: Stage, command: CommandLine, beginning: _Beginning, session: Session):
+        self.stage, self.command, self.session, self.state, self.origin = stage, command, session, beginning.state, beginning.origin
+
+    def complete(self) -> None:
+        """Load, train and evaluate."""
+        session, stage, state = self.session, self.stage, self.state
         if state is not None:
-            settings = for_device(stage, command.settings(stored=state["settings"]), processes.device)
+            session.log.line(f"going on with {session.run.last}: {state['epoch']} epochs and {state['step']} steps are done")
+        data, network = self._load()
+        operations = _operations(network, data.info.image_size)
+        settings = with_compilation(session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size)
+        self.session = session = replace(session, settings=settings)
+        constants = {name: state[name] for name in state["constant_names"]} if state else self._constants(data, network)
+        place(network, session)
+        _describe(network, data, operations, session)
+        if not session.processes.is_main:
+            self._train_and_evaluate(network, data, operations, constants)
+            return
+        if state is None:
+            _clear(session.run)
+        with Provenance(session, str(self.command), state is not None, constants.get("frozen_digest")):
+            session.log.open(session.run, state["epoch"] + 1 if state else 0)
+            self._train_and_evaluate(network, data, operations, constants)
+            _to_tensorboard(session, constants)
+
+    def _load(self) -> tuple[Data, nn.Module]:
+        settings, processes, state, origin = self.session.settings, self.session.processes, self.state, self.origin
+        self.session.log.line(f"reading the images of {settings.data}")
+        if state is not None:
             data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
             network = build_network(state["network"])
-            load_weights(network, state["state_dict"], run.last)
-            _check_best(run, state)
-            constants = {name: state[name] for name in state["constant_names"]}
+            load_weights(network, state["state_dict"], self.session.run.last)
+            _check_best(self.session.run, state)
         else:
-            settings = for_device(stage, command.settings(inherited=origin.settings if origin else None), processes.device)
             stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
             data = load_data(settings, processes.device, processes.shard, stored, held_out)
             seed_everything(settings.seed, settings.deterministic)
-            network = stage.make_network(settings, data.info, origin)
-            constants = _constants(stage, settings, data, network, origin)
+            network = self.stage.make_network(settings, data.info, origin)
         seed_everything(settings.seed, settings.deterministic)
-        operations = _operations(network, data.info.image_size)
-        place(network, settings, processes)
-        _describe(network, data, operations, run, processes, log)
-        if processes.is_main and state is None:
-            _clear(run)
-        digest = constants.get("frozen_digest")
-        record = (
-            Provenance(run.record, str(command), settings, processes, state is not None, digest) if processes.is_main else nullcontext()
-        )
-        with record:
-            log.open(run, state["epoch"] + 1 if state else 0)
-            task = Task(network, stage.make_objective(network, settings), constants)
-            progress = train(task, data, settings, run, processes, log, state)
-            if processes.is_main:
-                stage.check_result(network, constants)
-            best = load_checkpoint(run.best)
-            load_weights(network, best["state_dict"], run.best)
-            if processes.is_main:
-                stage.check_result(network, constants)
-            log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {run.best}")
-            evaluation = Evaluation(network, data, operations, settings.confidence, run, constants, processes, log)
-            evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
-            if processes.is_main:
-                _to_tensorboard(run, constants, settings, log)
+        return data, network
+
+    def _constants(self, data: Data, network: nn.Module) -> dict[str, Any]:
+        constants = {
+            "stage": self.stage.name,
+            "title": self.stage.title(self.session.settings),
+            "network": network_config(network),
+            "data": asdict(data.info),
+            "held_out": data.held_out,
+            "settings": plain(self.session.settings),
+            "origin": str(self.origin.path.resolve()) if self.origin else None,
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+            **self.stage.constants(network),
+        }
+        return {**constants, "constant_names": [*constants, "constant_names"]}
+
+    def _train_and_evaluate(self, network: nn.Module, data: Data, operations: list[int], constants: dict[str, Any]) -> None:
+        session, stage = self.session, self.stage
+        task = Task(network, stage.make_objective(network, session.settings), constants)
+        progress = train(task, data, session, self.state)
+        stage.check_result(network, constants)
+        best = load_checkpoint(session.run.best)
+        load_weights(network, best["state_dict"], session.run.best)
+        stage.check_result(network, constants)
+        session.log.line(f"evaluating the best epoch, {progress.best_epoch} of {session.settings.epochs}: {session.run.best}")
+        Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
 
 
 def _is_restart(run: RunDirectory) -> bool:
@@ -167,7 +231,7 @@ def _is_restart(run: RunDirectory) -> bool:
     return may_be and run.last.exists() and load_checkpoint(run.last).get("launch") == launch
 
 
-def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log: Log) -> dict[str, Any] | None:
+def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> dict[str, Any] | None:
     if not command.explicit.get("resume") and not _is_restart(run):
         if run.holds_run() and not command.explicit.get("overwrite"):
             raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
@@ -176,7 +240,8 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
         # The log comes after last.pt, best.pt before it: without both the run was killed while it saved for the first time.
         if run.log.exists():
             raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
-        log.line(f"nothing to resume in {run.path}: starting from scratch")
+        if int(os.environ.get("RANK", "0")) == 0:
+            Log(True).line(f"nothing to resume in {run.path}: starting from scratch")
         return None
     state = load_checkpoint(run.last)
     if state["stage"] != stage.name:
@@ -185,7 +250,6 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory, log:
     if not needed <= state.keys():
         raise UserError(f"{run.last} lacks what --resume needs; is it a copy of best.pt?")
     command.refuse_changes({"pretrained": state["origin"], **state["settings"]})
-    log.line(f"going on with {run.last}: {state['epoch']} epochs and {state['step']} steps are done")
     return state
 
 
@@ -195,21 +259,6 @@ def _check_best(run: RunDirectory, state: dict[str, Any]) -> None:
         raise UserError(f"{run.best} holds another network than {run.last}")
 
 
-def _constants(stage: Stage, settings: argparse.Namespace, data: Data, network: nn.Module, origin: Saved | None) -> dict[str, Any]:
-    constants = {
-        "stage": stage.name,
-        "title": stage.title(settings),
-        "network": network_config(network),
-        "data": plain(data.info),
-        "held_out": data.held_out,
-        "settings": {name: plain(value) for name, value in vars(settings).items()},
-        "origin": str(origin.path.resolve()) if origin else None,
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-        **stage.constants(network),
-    }
-    return {**constants, "constant_names": [*constants, "constant_names"]}
-
-
 def _operations(network: nn.Module, image_size: int) -> list[int]:
     try:
         return count_operations(network, image_size)
@@ -217,37 +266,45 @@ def _operations(network: nn.Module, image_size: int) -> list[int]:
         raise UserError(f"--image-size {image_size}: {error}") from None
 
 
-def for_device(stage: Stage, settings: argparse.Namespace, device: torch.device) -> argparse.Namespace:
-    """``settings`` with the memory layout chosen, where the flags leave it open.
-
-    The choice for CPUs is the faster one of ``benchmarks/training_speed.py``; that for GPUs has not been measured.
-    """
-    if settings.channels_last is not None:
+def with_precision(settings: Settings, processes: Processes) -> Settings:
+    """``--amp auto`` decided, by all processes together: they may run on unlike machines, or measure differently."""
+    if settings.amp != "auto":
         return settings
-    # With several threads of a CPU it is faster forwards, and slower backwards.
-    channels_last = device.type != "cpu" or torch.get_num_threads() == 1 or not stage.trains_backbone(settings)
-    return argparse.Namespace(**{**vars(settings), "channels_last": channels_last})
+    choices = ("bf16", "fp16", "off")
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[half_precision(processes.device)]
+    return replace(settings, amp=choices[processes.largest(choices.index(own))])
 
 
-def place(network: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+def with_compilation(settings: Settings, stage: Stage, operations_an_epoch: float) -> Settings:
+    """``--compile auto`` decided: whether a training of so many operations an epoch, in each process, is long enough to pay for it."""
+    if settings.compile != "auto":
+        return settings
+    possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
+    is_long = settings.epochs * operations_an_epoch * stage.share_of_work(settings) > COMPILING_PAYS
+    fitting = "reduce-overhead" if torch.cuda.is_available() and settings.accumulate == 1 else "default"
+    return replace(settings, compile=fitting if possible and is_long else "off")
+
+
+def place(network: nn.Module, session: Session) -> None:
     """Move a network to its device, in the memory layout and precision that the settings ask for."""
+    settings = session.settings
     set_tf32(settings.tf32)
-    network.to(processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    trunk = network.backbone if isinstance(network, IMTA) else network
-    trunk.checkpoint_activations = settings.checkpoint_activations
+    network.to(session.processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+    network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
-def _describe(network: nn.Module, data: Data, operations: list[int], run: RunDirectory, processes: Processes, log: Log) -> None:
+def _describe(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
+    processes, settings = session.processes, session.settings
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
-    device = f"{processes.world_size} processes, " * (processes.world_size > 1) + (
-        "GPU " + ",".join(map(str, processes.gpu_ids)) if processes.gpu_ids else "CPU"
-    )
-    log.line(
+    device = f"GPU {','.join(map(str, processes.gpu_ids))}" if processes.gpu_ids else "CPU"
+    number = f"{processes.world_size} processes" if processes.world_size > 1 else "1 process"
+    precision = {"off": "float32"}.get(settings.amp, settings.amp)
+    session.log.line(
         f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
     )
-    log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
-    log.line(f"{total:,} parameters, {trained:,} of them learn; on {device}; into {run.path}")
+    session.log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
+    session.log.line(f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}")
 
 
 def _clear(run: RunDirectory) -> None:
@@ -256,29 +313,33 @@ def _clear(run: RunDirectory) -> None:
     shutil.rmtree(run.tensorboard, ignore_errors=True)
 
 
-def _evaluate_only(stage: Stage, command: CommandLine, processes: Processes, log: Log) -> None:
+def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     source = command.explicit.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source, command.explicit)
-    network, settings = saved.network, for_device(stage, command.settings(stored=saved.settings), processes.device)
-    data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
-    if network.num_classes != len(data.info.class_names):
-        raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
-    operations = _operations(network, data.info.image_size)
-    place(network, settings, processes)
     if not saved.state and "save" not in command.explicit:
         raise UserError(f"{source} is of no run of this project: say with --save where its tables go")
     run = RunDirectory(command.explicit.get("save") or source.parent)
     if run.holds_run() and source.resolve() not in (run.best.resolve(), run.last.resolve()):
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
-    constants = saved.state or {"title": source.stem, "origin": None}
-    if not saved.state:
-        log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
-    _describe(network, data, operations, run, processes, log)
-    with run.lock() if processes.is_main else nullcontext():
-        Evaluation(network, data, operations, settings.confidence, run, constants, processes, log).run([settings.evalmode])
+    settings = command.settings(stored=saved.settings)
+    with process_group(settings.gpu) as processes:
+        log = Log(processes.is_main)
+        settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
+        session = Session(run, settings, processes, log)
+        data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
+        network, operations = saved.network, _operations(saved.network, data.info.image_size)
+        if network.num_classes != len(data.info.class_names):
+            raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
+        place(network, session)
+        if not saved.state:
+            log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
+        _describe(network, data, operations, session)
+        with run.lock() if processes.is_main else nullcontext():
+            Evaluation(session, network, data, operations, saved.state or {"title": source.stem, "origin": None}).run([settings.evalmode])
 
 
-def _to_tensorboard(run: RunDirectory, constants: dict[str, Any], settings: argparse.Namespace, log: Log) -> None:
-    log.writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
-    options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in vars(settings).items()}
-    log.writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")
+def _to_tensorboard(session: Session, constants: dict[str, Any]) -> None:
+    run, writer = session.run, session.log.writer
+    writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
+    options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(session.settings).items()}
+    writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

@@ -6,19 +6,21 @@
 An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` whose parameters that require a gradient learn.
 """
 
-import argparse
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from adaptive_inference import half_precision
-from engine.distributed import Processes, synchronised_batchnorm
+from engine.device import keep_freed_memory
+from engine.distributed import Processes
 from models.layers import frozen_statistics
-from utils import UserError, keep_freed_memory
+from settings import Settings
+from utils import UserError
 
 
 class Stepper:
@@ -31,15 +33,15 @@ class Stepper:
         UserError: settings that do not go together.
     """
 
-    def __init__(self, objective: nn.Module, settings: argparse.Namespace, processes: Processes):
+    def __init__(self, objective: nn.Module, settings: Settings, processes: Processes):
         _refuse_combinations(objective, settings, processes)
         self.settings, self.processes = settings, processes
         if processes.device.type == "cpu":
             keep_freed_memory()
-        self.dtype = autocast_dtype(settings.amp, processes.device)
+        self.dtype = mixed_precision(settings)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
         if settings.sync_bn and processes.world_size > 1:
-            synchronised_batchnorm(objective, processes)
+            nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
             self.parameters,
@@ -61,6 +63,11 @@ class Stepper:
     def rate(self) -> float:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the first step, which compiles, has been done."""
+        return self._model is not None
 
     def step(self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         """One step on this process's share of a batch; nothing waits for the device, unless fp16 scaling does.
@@ -126,11 +133,9 @@ class Stepper:
         self.steps_done += 1
 
 
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Type of mixed precision that --amp asks for on this device, None for none."""
-    if amp == "auto":
-        return half_precision(device) if device.type == "cuda" else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+def mixed_precision(settings: Settings) -> torch.dtype | None:
+    """Type that ``--amp``, once decided, computes in beside float32; None for none."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -150,7 +155,9 @@ class _InPrecision(nn.Module):
             return self.objective(images, targets)
 
 
-def _refuse_combinations(objective: nn.Module, settings: argparse.Namespace, processes: Processes) -> None:
+def _refuse_combinations(objective: nn.Module, settings: Settings, processes: Processes) -> None:
+    if settings.sync_bn and processes.world_size > 1 and processes.device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
     several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
     if several_gpus and (settings.sync_bn or settings.compile != "off"):
         raise UserError(f"{'--sync-bn' if settings.sync_bn else '--compile'} needs one process a GPU: start with torchrun instead of --gpu")
@@ -180,9 +187,13 @@ def _smallest_chunk(images: int, gpus: int) -> int:
     return images - most * (-(-images // most) - 1)
 
 
-def _compiled(objective: nn.Module, settings: argparse.Namespace) -> nn.Module:
+def _compiled(objective: nn.Module, settings: Settings) -> nn.Module:
     if settings.compile == "off":
         return objective
+    # Gradient Equilibrium's function depends on nothing but its arguments; without this, a second start traces its gradient anew.
+    if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
+        functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is no news
     return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
 
 

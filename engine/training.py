@@ -4,23 +4,22 @@ A stage brings an objective, a module ``(images, targets) -> (losses (N,), logit
 else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints, resuming.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptive_inference import inference_form
 from dataloader import Data
 from engine.checkpoint import save_checkpoint
 from engine.collect import accuracy_per_exit
-from engine.distributed import Processes
-from engine.log import Log
-from engine.run_directory import RunDirectory
 from engine.schedule import learning_rate
+from engine.session import Session
 from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
 from utils import UserError, duration
@@ -49,7 +48,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
-LONGEST_DEAF = 10  # steps; a process that is asked to stop has perhaps half a minute
+MAX_STEPS_DEAF = 10  # steps; a process that is asked to stop has perhaps half a minute
 
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
 _SAVE = 1
@@ -85,16 +84,8 @@ class Meters:
         return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
 
-def train(
-    task: Task,
-    data: Data,
-    settings: argparse.Namespace,
-    run: RunDirectory,
-    processes: Processes,
-    log: Log,
-    state: dict[str, Any] | None = None,
-) -> Progress:
-    """Train until ``settings.epochs`` and leave ``last.pt``, ``best.pt`` and ``log.jsonl`` in ``run``.
+def train(task: Task, data: Data, session: Session, state: dict[str, Any] | None = None) -> Progress:
+    """Train until ``epochs`` of the settings are done, and leave ``last.pt``, the best epoch and ``log.jsonl`` in the run's directory.
 
     The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
 
@@ -105,33 +96,34 @@ def train(
         Interrupted: SIGINT or SIGTERM; everything is saved.
         UserError: the loss is not finite, or a file cannot be written.
     """
-    trainer = _Trainer(task, data, settings, run, processes, log)
+    trainer = _Trainer(task, data, session)
     if state is not None:
         trainer.restore(state)
     with note_signals() as requests:
-        while trainer.progress.epoch < settings.epochs:
+        while trainer.progress.epoch < session.settings.epochs:
             trainer.run_epoch(requests)
     return trainer.progress
 
 
 class _Trainer:
-    def __init__(self, task: Task, data: Data, settings: argparse.Namespace, run: RunDirectory, processes: Processes, log: Log):
-        self.task, self.data, self.settings, self.run, self.processes, self.log = task, data, settings, run, processes, log
+    def __init__(self, task: Task, data: Data, session: Session):
+        self.task, self.data, self.session = task, data, session
         self.network = task.network
-        self.stepper = Stepper(task.objective, settings, processes)
-        self.meters = Meters(self.network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled())
+        self.stepper = Stepper(task.objective, session.settings, session.processes)
+        self.meters = Meters(self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled())
         self.progress = Progress()
         self.began = self.saved = 0.0
 
     def run_epoch(self, requests: Requests) -> None:
-        settings, progress, log = self.settings, self.progress, self.log
+        settings, progress, log = self.session.settings, self.progress, self.session.log
         steps = len(self.data.train)
         self.began = self.saved = time.monotonic()
         self.task.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
-            self.stepper.step(images, targets, rate, self.meters.update)
+            with self._announced():
+                self.stepper.step(images, targets, rate, self.meters.update)
             progress.step += 1
             progress.skipped_steps += self.stepper.was_skipped
             log.advance()
@@ -144,33 +136,39 @@ class _Trainer:
                 if request > _SAVE:
                     raise Interrupted(request - _SAVE, is_saved=True)
         log.end_epoch()
-        if self.processes.largest(requests.stop):
+        if self.session.processes.largest(requests.stop):
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
-        signal_number = self.processes.largest(requests.stop)
+        signal_number = self.session.processes.largest(requests.stop)
         if signal_number:
             raise Interrupted(signal_number, is_saved=True)
+
+    def _announced(self) -> AbstractContextManager:
+        """Around a step: says so if it is the one that compiles."""
+        if self.session.settings.compile == "off" or self.stepper.is_prepared:
+            return nullcontext()
+        return self.session.log.waiting("compiling the training step: one to three minutes the first time, later from PyTorch's cache")
 
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
         costs a wait, so they do it only now and then."""
-        if self.processes.world_size > 1 and self.progress.step % min(self.settings.print_freq, LONGEST_DEAF):
+        if self.session.processes.world_size > 1 and self.progress.step % min(self.session.settings.print_freq, MAX_STEPS_DEAF):
             return 0
-        minutes = self.settings.save_every_minutes
+        minutes = self.session.settings.save_every_minutes
         is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
         request = _SAVE + requests.stop if requests.stop else _SAVE * (requests.save or is_time)
         requests.save = False
-        return self.processes.largest(request)
+        return self.session.processes.largest(request)
 
     def _report(self) -> None:
-        loss, accuracies = Meters.means(self.processes.sum(self.meters.totals.clone()))
+        loss, accuracies = Meters.means(self.session.processes.sum(self.meters.totals.clone()))
         self._refuse_divergence(loss)
-        self.log.step(self.progress.step, self.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
+        self.session.log.step(self.progress.step, self.session.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
 
     def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
         if not math.isfinite(loss):
-            last = f"last good checkpoint: {self.run.last}" if self.run.last.exists() else "nothing was saved yet"
+            last = f"last good checkpoint: {self.session.run.last}" if self.session.run.last.exists() else "nothing was saved yet"
             raise UserError(
                 f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
                 f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
@@ -178,15 +176,17 @@ class _Trainer:
 
     def _finish_epoch(self) -> None:
         progress = self.progress
-        totals = self.processes.sum(self.meters.totals)
+        totals = self.session.processes.sum(self.meters.totals)
         loss, train_acc1 = Meters.means(totals)
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
         score = progress.epoch + 1.0
         if self.data.val.num_images:
-            self.processes.share_buffers(self.network)
-            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(self.network, self.data.val, self.processes)
+            self.session.processes.share_buffers(self.network)
+            # As the network will answer: folded, in the precision of training.
+            form = inference_form(self.network, self.session.settings.channels_last, self.stepper.dtype)
+            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(form, self.data.val, self.session.processes)
             score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
         is_best = score > progress.best_accuracy
         row["best"] = is_best
@@ -202,16 +202,16 @@ class _Trainer:
         self.meters.totals.zero_()
         self._write(is_best, progress, self.meters.totals)
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
-        left = duration(row["seconds"] * (self.settings.epochs - progress.epoch))
-        self.log.line(
-            f"epoch {progress.epoch}/{self.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
+        left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
+        self.session.log.line(
+            f"epoch {progress.epoch}/{self.session.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
             f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
-        self.log.scalars(row, progress.epoch)
+        self.session.log.scalars(row, progress.epoch)
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
-        totals = self.processes.sum(self.meters.totals.clone())
+        totals = self.session.processes.sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
         self._write(False, replace(self.progress, seconds=self._seconds()), totals)
         self.saved = time.monotonic()
@@ -221,25 +221,25 @@ class _Trainer:
         return self.progress.seconds + time.monotonic() - self.began
 
     def _write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
-        if not self.processes.is_main:
+        if not self.session.processes.is_main:
             return
         if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
             self._refuse_divergence(math.nan, "sum of the weights")
         result = {**self.task.constants, "state_dict": self.network.state_dict(), **vars(progress)}
         if is_best:
-            save_checkpoint(self.run.best, result)
+            save_checkpoint(self.session.run.best, result)
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state()}
-        save_checkpoint(self.run.last, {**result, **running, "totals": totals})
-        self.log.write_history(self.run.log, progress.history)
+        save_checkpoint(self.session.run.last, {**result, **running, "totals": totals})
+        self.session.log.write_history(self.session.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["state_dict"])
         self.stepper.load_state_dict(state)
         torch.set_rng_state(state["random_state"])
         self.progress = Progress(**{name: state[name] for name in vars(self.progress) if name in state})
-        if self.processes.is_main:  # it holds the sums of all
+        if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
-        self.log.write_history(self.run.log, self.progress.history)
+        self.session.log.write_history(self.session.run.log, self.progress.history)
 
 
 def _rounded(value: Any) -> Any:

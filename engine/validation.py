@@ -4,7 +4,6 @@ check_state(state)     # ValueError: "settings: lr is 'x'"
 """
 
 import argparse
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,9 +14,11 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
-from args import DEFAULTS, build_parser
+from args import build_parser
 from dataloader import DataInfo
 from models import IMTA, MSDNet
+from models.options import NETWORK_FIELDS
+from settings import OPTIONS
 
 DEEPEST = 8  # dictionaries and lists within each other
 MOST_ENTRIES = 10**6
@@ -136,7 +137,7 @@ _OPTION_KINDS: dict[type, Callable[[Any], bool]] = {
     str: _is_text,
     tuple: lambda value: isinstance(value, list) and all(map(_is_count, value)),
 }
-_OPTIONS = {name: _OPTION_KINDS[type(option.default)] for name, option in inspect.signature(MSDNet).parameters.items()}
+_OPTIONS = {"num_classes": _is_count, **{name: _OPTION_KINDS[type(choice.default)] for name, choice in NETWORK_FIELDS.items()}}
 
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "stage": lambda value: value in ("GE", "IMTA"),
@@ -210,7 +211,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if "data" not in settings:
         raise ValueError("settings lack data")
     for name, value in settings.items():
-        if value is None and name in DEFAULTS and DEFAULTS[name] is None:
+        if value is None and name in OPTIONS and OPTIONS[name].default is None:
             continue
         action = _flags().get(name)
         if action is not None and not _is_allowed(action, value):
@@ -264,7 +265,7 @@ def _check_weights(network: MSDNet | IMTA, state_dict: dict[str, Tensor]) -> Non
 
 
 def _check_progress(state: dict[str, Any], network: MSDNet | IMTA) -> None:
-    settings = {**DEFAULTS, **state["settings"]}
+    settings = {**{name: choice.default for name, choice in OPTIONS.items()}, **state["settings"]}
     epoch, best_epoch, step, epochs = state.get("epoch", 0), state.get("best_epoch", 0), state.get("step", 0), settings["epochs"]
     if not best_epoch <= epoch <= epochs:
         raise ValueError(f"epoch {_shown(epoch)} of {_shown(epochs)} is done, {_shown(best_epoch)} was the best")

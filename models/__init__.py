@@ -1,21 +1,28 @@
-"""The networks and losses of the paper; see ``models.msdnet`` (GE), ``models.imta`` (ISC) and ``models.losses`` (OFA)."""
+"""The networks and losses of the paper; see ``models.msdnet`` (GE), ``models.imta`` (ISC) and ``models.losses`` (OFA).
 
-from models.imta import IMTA
-from models.losses import one_for_all_loss, sum_of_cross_entropies
-from models.msdnet import MSDNet
-from models.operations import count_operations, measure_cost
-from models.released import load_released, released_flags, to_released
-from models.stepwise import Stepwise
+Names are imported when they are first used, so that ``models.options`` alone does not load PyTorch.
+"""
 
-__all__ = [
-    "IMTA",
-    "MSDNet",
-    "Stepwise",
-    "count_operations",
-    "load_released",
-    "measure_cost",
-    "one_for_all_loss",
-    "released_flags",
-    "sum_of_cross_entropies",
-    "to_released",
-]
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "IMTA": "imta",
+    "MSDNet": "msdnet",
+    "NetworkOptions": "options",
+    "Stepwise": "stepwise",
+    "count_operations": "operations",
+    "load_released": "released",
+    "measure_cost": "operations",
+    "one_for_all_loss": "losses",
+    "released_flags": "released",
+    "sum_of_cross_entropies": "losses",
+    "to_released": "released",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -7,24 +7,24 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+from models.options import NetworkOptions, block_depths
 from models.stepwise import Stepwise
 
 if TYPE_CHECKING:
     from models.saved import Description
 
 SMALL_INPUT_EXIT_CHANNELS = 128
-MOST_LAYERS = 1000
 
 
 class MSDNet(nn.Module):
@@ -32,24 +32,10 @@ class MSDNet(nn.Module):
 
     Args:
         num_classes: outputs of every exit.
-        num_blocks: blocks, and so exits, K.
-        base: layers of the first block.
-        step: layers of every further block (``step_mode="even"``); block i = 1, 2, ... has ``step * i + 1`` (``"lin_grow"``).
-        num_channels: channels of the stem, times ``growth_factors[scale]``.
-        growth_rate: new channels of a layer, times ``growth_factors[scale]``.
-        growth_factors: of every scale, finest first; their number is the number of scales.
-        bottleneck_factors: of every scale; a 1x1 convolution narrows to at most this many times the new channels.
-        bottleneck: False leaves these 1x1 convolutions out.
-        prune: ``"max"`` drops the finest scales at equal distances over the depth and reduces channels after each drop; ``"min"``
-            drops them in the last layers and reduces channels after a third and two thirds of the layers.
-        reduction: share of the channels that a transition keeps; 0 leaves transitions out.
-        small_inputs: stem and exits of the CIFAR networks (True) or of the ImageNet networks (False).
-        gradient_equilibrium: rescale gradients where exits leave the trunk, so that every exit's weighs about the same.
-        gradient_equilibrium_scales: ``"trunk"`` rescales all scales (the paper), ``"coarsest"`` only the exit's (released code).
-        initialization: ``"pytorch"`` (PyTorch's defaults, what the published PyTorch numbers used) or ``"he"`` (He-normal
-            convolutions by fan-out, zero biases: the original Lua program).
+        options: those of ``NetworkOptions``, which explains them.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an impossible combination; the message names what was given and what is allowed.
     """
 
@@ -59,50 +45,32 @@ class MSDNet(nn.Module):
     fingerprint: str | None = None
     advance: Callable | None = None
 
-    def __init__(
-        self,
-        num_classes: int = 100,
-        num_blocks: int = 5,
-        base: int = 1,
-        step: int = 1,
-        step_mode: str = "even",
-        num_channels: int = 16,
-        growth_rate: int = 6,
-        growth_factors: Sequence[int] = (1, 2, 4),
-        bottleneck_factors: Sequence[int] = (1, 2, 4),
-        bottleneck: bool = True,
-        prune: str = "max",
-        reduction: float = 0.5,
-        small_inputs: bool = True,
-        gradient_equilibrium: bool = True,
-        gradient_equilibrium_scales: str = "trunk",
-        initialization: str = "pytorch",
-    ):
+    def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()
-        given = locals()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+        chosen = NetworkOptions(**options)
+        chosen.check()
         # Plain types only: a checkpoint stores this and rebuilds the network from it.
-        self.config = {
-            name: list(given[name]) if isinstance(given[name], (tuple, list)) else given[name]
-            for name in inspect.signature(MSDNet).parameters
-        }
-        _check_options(self.config)
-        self.num_exits = num_blocks
-        self.num_classes = num_classes
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()}
+        self.config = {"num_classes": num_classes, **plain}
+        growth_factors, prune, reduction = chosen.growth_factors, chosen.prune, chosen.reduction
+        self.num_exits, self.num_classes = chosen.num_blocks, num_classes
         self.num_scales = len(growth_factors)
-        self.small_inputs = small_inputs
-        self.gradient_equilibrium = gradient_equilibrium
-        self.gradient_equilibrium_scales = gradient_equilibrium_scales
+        self.small_inputs = chosen.small_inputs
+        self.gradient_equilibrium = chosen.gradient_equilibrium
+        self.gradient_equilibrium_scales = chosen.gradient_equilibrium_scales
         # Keep only what passes between blocks for the backward pass, and compute the rest again there: less memory, more time.
         self.checkpoint_activations = False
 
         def per_scale(multiple: int) -> list[int]:
             return [multiple * factor for factor in growth_factors]
 
-        factors = list(bottleneck_factors) if bottleneck else [None] * self.num_scales
-        width = num_channels
-        self.stem = Stem(per_scale(width), small_inputs)
+        factors = list(chosen.bottleneck_factors) if chosen.bottleneck else [None] * self.num_scales
+        width = chosen.num_channels
+        self.stem = Stem(per_scale(width), self.small_inputs)
         self.blocks, self.exits = nn.ModuleList(), nn.ModuleList()
-        depths = block_depths(num_blocks, base, step, step_mode)
+        depths = block_depths(chosen.num_blocks, chosen.base, chosen.step, chosen.step_mode)
         num_layers = sum(depths)
         layer_number, scales = 0, range(self.num_scales)
         for depth in depths:
@@ -110,8 +78,8 @@ class MSDNet(nn.Module):
             for _ in range(depth):
                 layer_number += 1
                 input_scales, scales = scales, remaining_scales(layer_number, num_layers, self.num_scales, prune)
-                stages.append(Layer(per_scale(width), per_scale(growth_rate), factors, input_scales, scales))
-                width += growth_rate
+                stages.append(Layer(per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales))
+                width += chosen.growth_rate
                 if reduction > 0 and _transition_follows(layer_number, num_layers, len(scales) < len(input_scales), prune):
                     reduced_width = math.floor(reduction * width)
                     if reduced_width < 1:
@@ -120,9 +88,9 @@ class MSDNet(nn.Module):
                     width = reduced_width
             self.blocks.append(nn.Sequential(*stages))
             coarsest_channels = width * growth_factors[-1]
-            exit_channels = SMALL_INPUT_EXIT_CHANNELS if small_inputs else coarsest_channels
+            exit_channels = SMALL_INPUT_EXIT_CHANNELS if self.small_inputs else coarsest_channels
             self.exits.append(Exit(coarsest_channels, exit_channels, num_classes))
-        if initialization == "he":
+        if chosen.initialization == "he":
             self.apply(_he_normal)
 
     @property
@@ -143,12 +111,12 @@ class MSDNet(nn.Module):
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
         features = []
-        grid = self.stem(images)
+        grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}
         for k in range(self._checked(num_exits)):
-            grid = self._run_block(k, grid)
+            grid = self._run_block(k, grid)  # more channels, and perhaps fewer fine scales
             remaining_exits = self.num_exits - k
             grid = self._rescale(grid, 1 / remaining_exits)
-            features.append(self.exits[k].features(grid[self.num_scales - 1]))
+            features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, C_k)
             grid = self._rescale(grid, remaining_exits - 1)
         return features
 
@@ -189,11 +157,6 @@ class MSDNet(nn.Module):
         return num_exits
 
 
-def block_depths(num_blocks: int, base: int, step: int, step_mode: str) -> list[int]:
-    """Layers of every block."""
-    return [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]
-
-
 def remaining_scales(layer_number: int, num_layers: int, num_scales: int, prune: str) -> range:
     """The scales that layer ``layer_number`` = 1 .. ``num_layers`` computes."""
     if prune == "max":
@@ -208,37 +171,6 @@ def _transition_follows(layer_number: int, num_layers: int, dropped_scale: bool,
     if prune == "max":
         return dropped_scale
     return layer_number in (num_layers // 3, 2 * num_layers // 3)
-
-
-def _check_options(config: dict) -> None:
-    for name, allowed in (
-        ("step_mode", ("even", "lin_grow")),
-        ("prune", ("max", "min")),
-        ("gradient_equilibrium_scales", ("trunk", "coarsest")),
-        ("initialization", ("pytorch", "he")),
-    ):
-        if config[name] not in allowed:
-            raise ValueError(f"{name} is {config[name]!r}; allowed: {', '.join(allowed)}")
-    for name in ("num_classes", "num_blocks", "base", "step", "num_channels", "growth_rate"):
-        if config[name] < 1:
-            raise ValueError(f"{name} is {config[name]}; it must be at least 1")
-    # To build millions of layers would take forever; the published networks have tens.
-    counts = {name: config[name] for name in ("num_blocks", "base", "step")}
-    if max(counts.values()) > MOST_LAYERS or sum(block_depths(*counts.values(), config["step_mode"])) > MOST_LAYERS:
-        raise ValueError(f"{', '.join(f'{name} {n}' for name, n in counts.items())} make more than {MOST_LAYERS} layers")
-    growth, bottleneck = config["growth_factors"], config["bottleneck_factors"]
-    if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
-        raise ValueError(f"growth_factors {growth} and bottleneck_factors {bottleneck} must be lists of positive integers")
-    if len(growth) != len(bottleneck):
-        raise ValueError(f"growth_factors {growth} and bottleneck_factors {bottleneck} must have one number a scale each")
-    if not 0 <= config["reduction"] <= 1:
-        raise ValueError(f"reduction is {config['reduction']}; it must lie between 0 (no transitions) and 1")
-    odd = [s for s in range(1, len(growth)) if config["growth_rate"] * growth[s] % 2]
-    if odd:
-        raise ValueError(
-            f"growth_rate {config['growth_rate']} times growth_factors {growth} must be even at every scale but the finest, "
-            f"where it is split in halves; it is odd at scale {odd[0]}"
-        )
 
 
 def _he_normal(module: nn.Module) -> None:

@@ -43,11 +43,11 @@ import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
 from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
-from args import RUNTIME_OPTIONS
 from engine.checkpoint import load_checkpoint
 from engine.log import Log
 from engine.report import read_csv
 from engine.run_directory import RunDirectory
+from settings import RESUMABLE
 from tests import fault_inputs
 from tests.conftest import TINY_DEMO, TINY_FLAGS
 from tests.forked import Outcome, prepare, run
@@ -183,7 +183,11 @@ def differences(run_path: Path, wanted: Path) -> list[str]:
 
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:
     history = [_without(row, MEASURED) for row in state["history"]]
-    return {**_without(state, MEASURED), "history": history, "settings": _without(state["settings"], RUNTIME_OPTIONS)}
+    return {
+        **_without(state, MEASURED),
+        "history": history,
+        "settings": _without(state["settings"], RESUMABLE),
+    }
 
 
 def _without(row: dict, names: set[str]) -> dict:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from args import DEFAULTS, INHERITED_OPTIONS, PRESETS, RELEASED_CHOICES, RUNTIME_OPTIONS, parse
-from models import MSDNet
-from models.msdnet import block_depths
+from args import parse
+from models.options import NETWORK_FIELDS, block_depths
+from settings import OPTIONS, PRESETS, RELEASED_CHOICES, plain
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_flag_is_read_somewhere():
     sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "args.py"] + [p.read_text() for p in ROOT.glob("engine/*.py")]
     code = "\n".join(sources)
-    options = DEFAULTS.keys() - MSDNet(num_channels=2, growth_rate=2).config.keys() - {"preset", "released"}  # read by args itself
+    options = OPTIONS.keys() - NETWORK_FIELDS.keys() - {"preset", "released"}  # read by args itself
     unread = {name for name in options if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)}
     unread -= {"save"}  # CommandLine.save_directory
     assert unread == set()
@@ -24,10 +24,10 @@ def test_every_flag_is_read_somewhere():
 
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])
 def test_defaults_and_presets_name_real_options(stage):
-    known = vars(parse(stage, []).settings()).keys()
+    known = plain(parse(stage, []).settings()).keys()
     for preset in PRESETS.values():
         assert {*preset["both"], *preset[stage]} <= known
-    assert RUNTIME_OPTIONS | set(INHERITED_OPTIONS) | RELEASED_CHOICES.keys() <= known
+    assert RELEASED_CHOICES.keys() <= known
 
 
 def test_help_explains_every_flag_with_its_default(capsys):
@@ -37,7 +37,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     entries = re.split(r" (?=--[a-zA-Z]|-T )", text.split("show this help", 1)[1])
     explained = [entry for entry in entries if "(default:" in entry]
-    assert len(explained) >= len(DEFAULTS) - 3
+    assert len(explained) >= len(OPTIONS) - 3
     assert "None" not in text
 
 
@@ -128,14 +128,14 @@ def test_save_directory():
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
-    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]).settings())
+    stage_1 = plain(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]).settings())
     settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
     assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", tmp_path, 7, 4)
     assert (settings.batch_size, settings.epochs) == (512, 3)
 
 
 def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
-    stage_1 = vars(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings())
+    stage_1 = plain(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings())
     with pytest.raises(UserError, match="say with --data-root where they are"):
         parse("IMTA", []).settings(inherited=stage_1)
     assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(stored=stage_1).data_root == Path("new")
@@ -143,7 +143,7 @@ def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--val-size", "8"], ["--split-seed", "1"]])
 def test_held_out_images_stay_those_of_stage_1(flags):
-    stage_1 = vars(parse("GE", ["--val-size", "7"]).settings())
+    stage_1 = plain(parse("GE", ["--val-size", "7"]).settings())
     with pytest.raises(UserError, match="the checkpoint's images were held out with"):
         parse("IMTA", flags).settings(inherited=stage_1)
     with pytest.raises(UserError, match="they stay so"):
@@ -152,7 +152,7 @@ def test_held_out_images_stay_those_of_stage_1(flags):
 
 
 def test_a_resumed_run_keeps_its_settings():
-    stored = vars(parse("GE", ["--lr", "0.3"]).settings())
+    stored = plain(parse("GE", ["--lr", "0.3"]).settings())
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
     parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
     with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
@@ -165,6 +165,6 @@ def test_a_data_set_has_its_own_preset():
     assert (command.settings().preset, command.settings().num_blocks, command.settings().batch_size) == ("cifar100", 5, 512)
     assert command.save_directory == Path("save/cifar100/GE")
     assert parse("GE", ["--data", "cifar100", "--preset", "demo"]).settings().preset == "demo"
-    assert parse("GE", ["--data", "folder"]).settings().preset == "demo"
+    assert parse("GE", ["--data", "folder"]).settings().preset == "folder"
     assert parse("IMTA", ["--data", "cifar100"]).save_directory == Path("save/cifar100/IMTA")
     assert parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset == "demo"

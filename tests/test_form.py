@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from adaptive_inference.form import half_precision, inference_form
+from adaptive_inference.form import inference_form
+from adaptive_inference.precision import half_precision
 from models import Stepwise, count_operations
 from tests.test_predictor import make_network
 

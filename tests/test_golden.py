@@ -212,11 +212,11 @@ def test_the_flag_released_reproduces_the_released_run(run):
     """Through the stage's own pieces: --released builds the network on the frozen stage 1 and the loss."""
     case = golden_case(STAGE_2)
     golden = case["released_runs"][run]
-    flags = ["--released", "-T", str(golden["temperature"]), "--gamma", str(golden["gamma"])]
+    flags = ["--released", "--amp", "off", "-T", str(golden["temperature"]), "--gamma", str(golden["gamma"])]
     settings = parse("IMTA", flags).settings()
     released = load_released(case["checkpoint"])
     data = DataInfo("cifar100", [str(i) for i in range(100)], 32, [0.5] * 3, [0.5] * 3, 1, "")
-    network = train_IMTA.make_imta(settings, data, Saved(FIXTURES, released.backbone, {}))
+    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone, {}))
     network.load_state_dict(released.state_dict())
     objective = train_IMTA.Distillation(network.double(), settings).train()
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], **case["sgd"])

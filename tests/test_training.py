@@ -84,10 +84,9 @@ def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen
 
 
 def test_a_moved_backbone_is_noticed(stage_1, monkeypatch, capsys):
-    def disturb(*args, **options):
-        task = args[0]
+    def disturb(task, *args):
         task.network.backbone.stem.scales[0][1].running_mean += 1
-        return real(*args, **options)
+        return real(task, *args)
 
     real = training.train
     monkeypatch.setattr("engine.stage.train", disturb)

@@ -1,10 +1,12 @@
 """Checkpoints are checked entry by entry before anything is done with them."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from dataloader import DataInfo
-from engine.checkpoint import load_checkpoint, load_saved, network_config, plain, save_checkpoint
+from engine.checkpoint import load_checkpoint, load_saved, network_config, save_checkpoint
 from engine.validation import describe_network
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
@@ -17,7 +19,7 @@ def state():
     info = DataInfo("demo", [str(c) for c in range(10)], 32, [0.5] * 3, [0.25] * 3, 100, "0" * 16)
     return {
         **{"stage": "IMTA", "title": "test", "origin": None, "network": network_config(network), "state_dict": network.state_dict()},
-        **{"data": plain(info), "held_out": torch.arange(3), "settings": {"data": "demo", "lr": 0.1, "growth_factors": [1, 2, 4]}},
+        **{"data": asdict(info), "held_out": torch.arange(3), "settings": {"data": "demo", "lr": 0.1, "growth_factors": [1, 2, 4]}},
     }
 
 

@@ -1,0 +1,40 @@
+"""Which 16-bit type a device is faster with; training and prediction both ask."""
+
+import time
+
+import torch
+from torch import nn
+
+ROUNDS = 3
+
+
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """The 16-bit type in which ``device`` is faster, None where it gains nothing.
+
+    GPUs: bfloat16, or float16 before Ampere. CPUs: bfloat16 where the processor multiplies such numbers (AVX512_BF16, AMX) and the
+    convolutions of this PyTorch build gain by it, which takes about a tenth of a second to measure: some builds are many times slower.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and cpu_multiplies_bfloat16() and _convolution_seconds(torch.bfloat16) < _convolution_seconds(None):
+        return torch.bfloat16
+    return None
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 numbers."""
+    has = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in has)
+
+
+def _convolution_seconds(dtype: torch.dtype | None) -> float:
+    """The shortest of some forward and backward passes through a convolution of the size that training does most."""
+    layer = nn.Conv2d(48, 48, 3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.ones(16, 48, 16, 16).to(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(ROUNDS + 1):  # the first one also chooses a kernel
+        began = time.perf_counter()
+        with torch.enable_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            layer(images).sum().backward()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
