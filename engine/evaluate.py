@@ -171,7 +171,7 @@ class Evaluation:
         self.session.log.line("\nthe best answer by a deadline, one image at a time")
         self.session.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
         self.session.log.line(
-            f"{len(targets):,} test images; {run.runtime}, {run.runtime.with_name('deadline.csv')}, {run.runtime_picture}"
+            f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}"
         )
 
 
