@@ -48,10 +48,9 @@ class CommandLine:
             raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
-            if before is not None and self.explicit.get(name, before) != before:
-                raise UserError(
-                    f"the checkpoint's images were held out with {FLAGS[name]} {before}, not {self.explicit[name]}; they stay so"
-                )
+            if name in known and self.explicit.get(name, before) != before:
+                given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"
+                raise UserError(f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so")
         if stored is not None:
             base = dict(stored)
         else:
@@ -97,7 +96,8 @@ class CommandLine:
     def _from_preset(self, preset: str) -> dict:
         chosen = PRESETS[self.explicit.get("preset", preset)]
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
-        return {"preset": preset, **chosen["both"], **chosen[self.stage], **released}
+        share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
+        return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:

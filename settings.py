@@ -120,7 +120,13 @@ class Settings(NetworkOptions):
     image_size: int | None = _data(
         None, "--image-size", "height and width of images", kind=at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224"
     )
-    val_size: int = _data(5000, "--val-size", "training images held out to choose the best epoch and the thresholds", kind=at_least(0))
+    val_size: int | None = _data(
+        None,
+        "--val-size",
+        "training images held out to choose the best epoch and the thresholds",
+        kind=at_least(0),
+        shown="1000, CIFAR 5000, ImageNet 50000, folders 10 %",
+    )
     split_seed: int = _data(0, "--split-seed", "seed of the choice of held-out images", kind=_SEED)
     limit_train: int | None = _data(None, "--limit-train", "train on N images only, chosen by --split-seed", kind=at_least(1), shown="all")
     limit_test: int | None = _data(
@@ -133,6 +139,13 @@ class Settings(NetworkOptions):
         aliases=("-j",),
         kind=at_least(0, MAX_WORKERS),
         shown=f"as many as cores, at most {MAX_DEFAULT_WORKERS}",
+        resumable=True,
+    )
+    skip_unreadable: bool = _data(
+        False,
+        "--skip-unreadable",
+        "read every image once at the start, and go on without those that cannot be read",
+        switch=True,
         resumable=True,
     )
     augment: str = _data(
@@ -266,17 +279,17 @@ PRESETS = {
         "IMTA": {"epochs": 20, "lr": 0.05},
     },
     "cifar10": {
-        "both": {"data": "cifar10", **_CIFAR_5_EXITS},
+        "both": {"data": "cifar10", "val_size": 5000, **_CIFAR_5_EXITS},
         "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "cifar100": {
-        "both": {"data": "cifar100", **_CIFAR_5_EXITS},
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_5_EXITS},
         "GE": {"epochs": 300, **_BATCH_512_COSINE},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "cifar100-anytime": {
-        "both": {"data": "cifar100", **_CIFAR_7_EXITS},
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_7_EXITS},
         "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies

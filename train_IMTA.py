@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import inference_form
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import Saved, load_saved
 from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage

@@ -26,7 +26,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dataloader import CROP_AREAS, CROP_RATIOS, NORMALIZATION, FileBatches, Normalizer, Shard, decoded_fraction
+from dataloader import CROP_AREAS, CROP_RATIOS, Delivery, FileBatches, Normalizer, decoded_fraction
+from datasets import NORMALIZATION
 from utils import CommandLineParser, UserError
 
 SIZE = 224
@@ -96,7 +97,7 @@ def ways_with_required_libraries(files: list[Path]) -> dict[str, Way]:
     )
     normalize = Normalizer(*mean_and_std, torch.device("cpu"))
     targets = torch.zeros(len(files), dtype=torch.int64)
-    batches = FileBatches(files, targets, normalize, SIZE, 1, "standard", 1, Shard(), torch.device("cpu"), 0)
+    batches = FileBatches(files, targets, SIZE, Delivery(1, "standard", 1, normalize, torch.device("cpu")))
     index = {file: i for i, file in enumerate(files)}
 
     def ours(file: Path) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from dataloader import NORMALIZATION, DataInfo
+from datasets import NORMALIZATION, DataInfo
 from models import MSDNet
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.validation import check_state, describe_network, first_mismatch
 from models import IMTA, MSDNet, load_released
 from models.released import PUBLISHED_NAMES
@@ -69,6 +69,11 @@ class Saved:
     def held_out(self) -> Tensor | None:
         """Indices of the held-out training images."""
         return self.state.get("held_out")
+
+    @property
+    def names(self) -> Tensor | None:
+        """Digests of the names of all training images."""
+        return self.state.get("names")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

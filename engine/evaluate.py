@@ -170,9 +170,7 @@ class Evaluation:
         cells = [[f"{row['deadline_milliseconds']:.2f}", f"{row['acc1']:.2f}", f"{100 * row['late']:.1f}"] for row in deadlines]
         self.session.log.line("\nthe best answer by a deadline, one image at a time")
         self.session.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
-        self.session.log.line(
-            f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}"
-        )
+        self.session.log.line(f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}")
 
 
 def _runtime_table(rows: list[dict], full: int) -> str:

@@ -28,8 +28,9 @@ class Log:
     def line(self, text: str) -> None:
         """One line on standard output, above a progress bar if there is one."""
         if self.enabled:
-            # A file's name may hold bytes that are no text.
-            tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+            # A file's name may hold bytes that are no text, or letters that the terminal lacks.
+            encoding = sys.stdout.encoding or "utf-8"
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
             sys.stdout.flush()
 
     @contextmanager

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.form import form_for, inference_form
@@ -24,7 +23,7 @@ from adaptive_inference.policies import Point, Policy, PolicyCurve, choose, read
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
 from adaptive_inference.risk import CERTIFICATE, MaxLoss
 from adaptive_inference.timing import BlockTimes, measure_blocks
-from dataloader import NORMALIZATION, DataInfo, evaluation_transform, read_image
+from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, find_images, read_image
 from engine.checkpoint import load_saved
 from models import count_operations
 from utils import UserError, atomic_write
@@ -53,8 +52,8 @@ def answer_all(arguments: argparse.Namespace) -> int:
     _say(session.policy_line)
     files, complaints = find_images(arguments.paths)
     for complaint in complaints:
-        _say(f"{complaint}; skipped")
-    skipped, interrupted = len(complaints), False
+        _say(complaint)
+    skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
     bar = _Bar(len(files), shown=sys.stderr.isatty() and (arguments.output is not None or not _is_terminal(sys.stdout)))
     with _opened(arguments.output) as stream:
         writer = WRITERS[arguments.format](stream, session)
@@ -115,22 +114,9 @@ def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
         info = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
     elif arguments.classes is not None or arguments.image_size not in (None, info.image_size):
         raise UserError(f"{path} knows its classes and its image size, {info.image_size}: --classes and --image-size are for others")
-    network.description = info
+    if network.description is None:
+        network.description = info
     return network
-
-
-def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Image files, folders replaced by the images anywhere below them in order of their names, and complaints about empty folders."""
-    files, complaints = [], []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-        if not found:
-            complaints.append(f"the folder {path} holds no image (a file ending with one of {' '.join(IMG_EXTENSIONS)})")
-        files += found
-    return files, complaints
 
 
 class Session:

@@ -12,7 +12,8 @@ from torch import nn
 
 from adaptive_inference import half_precision
 from args import CommandLine, parse
-from dataloader import Data, DataInfo, load_data
+from dataloader import Data, load_data
+from datasets import DataInfo
 from engine.checkpoint import Saved, build_network, data_info_from, load_checkpoint, load_saved, load_weights, network_config
 from engine.device import seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
@@ -185,13 +186,15 @@ class _Run:
         settings, processes, state, origin = self.session.settings, self.session.processes, self.state, self.origin
         self.session.log.line(f"reading the images of {settings.data}")
         if state is not None:
-            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"])
+            data = load_data(settings, processes.device, processes.shard, data_info_from(state), state["held_out"], state.get("names"))
             network = build_network(state["network"])
             load_weights(network, state["state_dict"], self.session.run.last)
             _check_best(self.session.run, state)
         else:
-            stored, held_out = (origin.data, origin.held_out) if origin else (None, None)
-            data = load_data(settings, processes.device, processes.shard, stored, held_out)
+            stored, held_out, names = (origin.data, origin.held_out, origin.names) if origin else (None, None, None)
+            data = load_data(settings, processes.device, processes.shard, stored, held_out, names)
+            if origin and stored is None:
+                _say_class_order(origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
             network = self.stage.make_network(settings, data.info, origin)
         seed_everything(settings.seed, settings.deterministic)
@@ -204,6 +207,7 @@ class _Run:
             "network": network_config(network),
             "data": asdict(data.info),
             "held_out": data.held_out,
+            "names": data.names,
             "settings": plain(self.session.settings),
             "origin": str(self.origin.path.resolve()) if self.origin else None,
             "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
@@ -300,11 +304,19 @@ def _describe(network: nn.Module, data: Data, operations: list[int], session: Se
     device = f"GPU {','.join(map(str, processes.gpu_ids))}" if processes.gpu_ids else "CPU"
     number = f"{processes.world_size} processes" if processes.world_size > 1 else "1 process"
     precision = {"off": "float32"}.get(settings.amp, settings.amp)
+    for note in data.notes:
+        session.log.line(note)
     session.log.line(
         f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
     )
     session.log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
     session.log.line(f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}")
+
+
+def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
+    if data.sorted_by_name:
+        names = ", ".join(data.info.class_names[:3])
+        log.line(f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)")
 
 
 def _clear(run: RunDirectory) -> None:
@@ -326,13 +338,15 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         log = Log(processes.is_main)
         settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
         session = Session(run, settings, processes, log)
-        data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out)
+        data = load_data(settings, processes.device, processes.shard, saved.data, saved.held_out, saved.names)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
         place(network, session)
         if not saved.state:
-            log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
+            _say_class_order(saved, data, log)
+            if settings.evalmode == "dynamic":
+                log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
         _describe(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
             Evaluation(session, network, data, operations, saved.state or {"title": source.stem, "origin": None}).run([settings.evalmode])
@@ -341,5 +355,6 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
 def _to_tensorboard(session: Session, constants: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
     writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, constants))), dataformats="HWC")
-    options = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(session.settings).items()}
+    texts = {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in plain(session.settings).items()}
+    options = {name: value if isinstance(value, (int, float, bool)) else texts[name] for name, value in plain(session.settings).items()}
     writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from args import build_parser
-from dataloader import DataInfo
+from datasets import DataInfo
 from models import IMTA, MSDNet
 from models.options import NETWORK_FIELDS
 from settings import OPTIONS

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dataloader import cifar_archive
+from datasets import cifar_archive
 from utils import CommandLineParser, UserError
 
 HERE = Path(__file__).resolve().parent

@@ -35,7 +35,7 @@ def augmented_rows(checkpoint: Path) -> list[dict]:
     processes = Processes(0, 1, torch.device("cpu"), ())
     saved = load_saved(checkpoint, {})
     settings = parse("GE", ["--evalmode"]).settings(stored=saved.settings)
-    data = load_data(settings, processes.device, None, saved.data, saved.held_out)
+    data = load_data(settings, processes.device, None, saved.data, saved.held_out, saved.names)
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.randint(2 * CROP_PADDING + 1, (data.val.num_images, 2), generator=generator)
     flips = torch.randint(2, (data.val.num_images,), generator=generator, dtype=torch.bool)

@@ -7,7 +7,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PROCESSES": "1"}  # before PyTorch l
 import pytest
 import torch
 
-import dataloader
+import datasets
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def _own_seed_and_settings(monkeypatch):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo data set with few images."""
-    monkeypatch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
 
 
 @pytest.fixture

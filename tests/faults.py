@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-import dataloader
+import datasets
 import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     # Leave no file system mounted and no folder behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare()
-    dataloader.DEMO_IMAGES = TINY_DEMO
+    datasets.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
     engine.evaluate.runtime_rows = partial(runtime_rows, seconds=0.1)
     engine.evaluate.measure_blocks = partial(measure_blocks, seconds=0.1)

@@ -1,5 +1,11 @@
 """Splits, augmentation, order, image folders, and what is refused."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +13,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import dataloader
+import datasets
 from args import parse
-from dataloader import CROP_PADDING, Shard, TrainingTransform, choose_held_out, crop_and_flip, load_data, read_image
+from dataloader import CROP_PADDING, Delivery, Shard, TrainingTransform, crop_and_flip, load_data
+from datasets import choose_held_out, read_image
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -88,12 +96,7 @@ def test_every_offset_and_flip_equally_likely(monkeypatch):
     batches = dataloader.InMemoryBatches(
         torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
         torch.zeros(count, dtype=torch.int64),
-        dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU),
-        batch_size=1000,
-        augment="standard",
-        seed=0,
-        shard=Shard(),
-        device=CPU,
+        Delivery(1000, "standard", 0, dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU), CPU),
     )
     list(batches.epoch(0))
     offsets, flips = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -181,7 +184,7 @@ def test_cifar_without_archive_folders_or_network(tmp_path, monkeypatch):
     def offline(*args, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(dataloader.datasets, "CIFAR100", offline)
+    monkeypatch.setattr(datasets, "CIFAR100", offline)
     with pytest.raises(UserError, match="no cifar100 in --data-root"):
         load_data(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path)]).settings(), CPU)
 
@@ -199,32 +202,46 @@ def test_classes_that_differ(image_folder):
         load_data(folder_settings(image_folder), CPU)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize("size", ["32", "80"])
-def test_unreadable_image_is_named(image_folder, size):
-    broken = image_folder / "train" / "bee" / "3.png"
+def test_unreadable_image_is_named_or_skipped(image_folder, size, part):
+    """Before the first epoch ends; with the flag every other image is there, and the split that of all images."""
+    flags = ["--image-size", size, "--workers", "0"]
+    whole = load_data(folder_settings(image_folder, *flags), CPU)
+    broken = image_folder / part / "bee" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
 
-    def read_everything():
-        data = load_data(folder_settings(image_folder, "--image-size", size, "--workers", "0"), CPU)
-        return [batch for batches in (data.train.epoch(0), data.train.epoch(1), data.val) for batch in batches]
+    def first_epoch(*more):
+        data = load_data(folder_settings(image_folder, *flags, *more), CPU)
+        return data, [batch for batches in (data.train.epoch(0), data.val) for batch in batches]
 
-    with pytest.raises(UserError, match=r"bee/3\.png"):
-        read_everything()
-
-
-def test_decompression_bomb_is_refused(image_folder, monkeypatch):
-    monkeypatch.setattr(dataloader.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match="decompression bomb"):
-        read_image(next((image_folder / "train" / "ant").iterdir()))
+    with pytest.raises(UserError, match=r"bee/3\.png.*--skip-unreadable"):
+        first_epoch()
+    data, _ = first_epoch("--skip-unreadable")
+    assert sum(part.num_images for part in (data.train, data.val, data.test)) == 74
+    assert torch.equal(data.held_out, whole.held_out)
+    assert any("bee/3.png" in note for note in data.notes)
 
 
-def test_other_data_than_the_checkpoints(image_folder):
-    data = load_data(folder_settings(image_folder), CPU)
-    same = load_data(folder_settings(image_folder), CPU, stored=data.info, held_out=data.held_out)
-    assert same.info == data.info
-    next((image_folder / "train" / "ant").iterdir()).unlink()
+def test_images_that_go_or_come_leave_the_split_as_it_is(image_folder):
+    """No image of one part ever comes into another one; other data are refused."""
+    settings = folder_settings(image_folder)
+    before = load_data(settings, CPU)
+    remembered = {"stored": before.info, "held_out": before.held_out, "names": before.names}
+    ants = image_folder / "train" / "ant"
+    (ants / "0.png").unlink()
+    (ants / "5.png").rename(ants / "00.png")
+    after = load_data(settings, CPU, **remembered)
+    assert (after.info, after.train.num_images + after.val.num_images) == (before.info, 58)
+    for part in ("train", "val"):
+        pixels = [{image.numpy().tobytes() for image in getattr(data, part).images} for data in (before, after)]
+        assert pixels[1] < pixels[0] or pixels[1] == pixels[0]
     with pytest.raises(UserError, match="not those of the checkpoint"):
-        load_data(folder_settings(image_folder), CPU, stored=data.info, held_out=data.held_out)
+        load_data(settings, CPU, **{**remembered, "names": None})
+    for i in range(6, 12):
+        (ants / f"{i}.png").unlink()
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        load_data(settings, CPU, **remembered)
 
 
 def test_batch_larger_than_the_training_images(image_folder):
@@ -232,6 +249,147 @@ def test_batch_larger_than_the_training_images(image_folder):
         load_data(folder_settings(image_folder, "--batch-size", "64"), CPU)
 
 
-def test_val_folder_serves_as_test(image_folder):
+def test_test_images_are_where_the_classes_are(image_folder):
     (image_folder / "test").rename(image_folder / "val")
     assert load_data(folder_settings(image_folder), CPU).test.num_images == 15
+    (image_folder / "test" / "all").mkdir(parents=True)
+    next((image_folder / "val" / "ant").iterdir()).rename(image_folder / "test" / "all" / "0.png")
+    data = load_data(folder_settings(image_folder), CPU)
+    assert data.test.num_images == 14
+    assert "val" in data.notes[0]
+    (image_folder / "test" / "all").rename(image_folder / "test" / "ant")
+    with pytest.raises(UserError, match="bee, cat"):
+        load_data(folder_settings(image_folder), CPU)
+    assert load_data(folder_settings(image_folder, "--data", "imagenet", "--limit-test", "7"), CPU).test.num_images == 7
+
+
+def test_only_visible_images_are_read_and_others_counted(image_folder, monkeypatch):
+    """Alike in training and prediction: links are followed, each real folder once, and a closed folder is named."""
+    ants = image_folder / "train" / "ant"
+    image = (ants / "0.png").read_bytes()
+    for name in (".hidden/1.png", "__MACOSX/1.png", "ant/._0.png", "ant/.ipynb_checkpoints/0.png", "ant/x.heic", "ant/x.gif", "ant/y.HEIC"):
+        path = image_folder / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+    (ants / "0.jfif").write_bytes(image)
+    (ants / "0.png").rename(image_folder / "elsewhere.png")
+    (ants / "loop").symlink_to(ants)
+    (image_folder / "far").mkdir()
+    (image_folder / "elsewhere.png").rename(image_folder / "far" / "0.png")
+    (ants / "near").symlink_to(image_folder / "far")
+    data = load_data(folder_settings(image_folder), CPU)
+    assert (data.train.num_images + data.val.num_images, data.info.class_names) == (61, ["ant", "bee", "cat"])
+    assert data.notes == ["left out: 2 .heic, 1 .gif"]
+    files, complaints = datasets.find_images([image_folder / "train"])
+    assert (len(files), complaints) == (61, data.notes)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "cat: Permission denied" in datasets.find_images([image_folder / "train"])[1][0]
+    with pytest.raises(UserError, match="cat: Permission denied"):
+        load_data(folder_settings(image_folder), CPU)
+
+
+def test_names_of_any_bytes_and_of_either_unicode_form(image_folder):
+    for part in ("train", "test"):
+        (image_folder / part / "ant").rename(os.fsdecode(os.fsencode(image_folder / part) + b"/caf\xe9"))
+        (image_folder / part / "bee").rename(image_folder / part / "Zo\u00eb")
+        (image_folder / part / "Zoe\u0308").mkdir()
+        (image_folder / part / "Zo\u00eb" / "1.png").rename(image_folder / part / "Zoe\u0308" / "1.png")
+    data = load_data(folder_settings(image_folder, "--image-size", "80"), CPU)
+    assert data.info.class_names == ["Zo\u00eb", "caf\\xe9", "cat"]
+    assert data.train.num_images + data.val.num_images == 60
+    assert load_data(folder_settings(image_folder), CPU, stored=data.info, held_out=data.held_out).info.fingerprint == data.info.fingerprint
+
+
+def test_classes_that_are_numbers(image_folder):
+    for part in ("train", "test"):
+        for name, number in (("ant", "9"), ("bee", "10"), ("cat", "2")):
+            (image_folder / part / name).rename(image_folder / part / number)
+    data = load_data(folder_settings(image_folder), CPU)
+    assert data.info.class_names == ["2", "9", "10"]
+    old = dataclasses.replace(data.info, class_names=["10", "2", "9"])  # of a checkpoint from before
+    anytime = folder_settings(image_folder, "--evalmode", "anytime")
+    assert load_data(anytime, CPU, stored=old).info.class_names == old.class_names
+
+
+def test_anytime_evaluation_asks_for_no_held_out_images(image_folder):
+    for size in ("32", "80"):  # the mean of small images is that of training images
+        data = load_data(folder_settings(image_folder, "--evalmode", "anytime", "--val-size", "5000", "--image-size", size), CPU)
+        assert (data.val.num_images, data.test.num_images) == (0, 15)
+
+
+def test_a_share_of_a_folder_is_held_out():
+    assert len(choose_held_out(120, parse("GE", ["--data", "folder"]).settings().val_size, 0)) == 12
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_keep_their_contrast(tmp_path, mode):
+    ramp = np.arange(64, dtype=np.float64).reshape(8, 8)
+    values = {"I;16": (1000 * ramp).astype(np.uint16), "I": (10**6 * ramp - 10**7).astype(np.int32), "F": (ramp / 63).astype(np.float32)}
+    Image.fromarray(values[mode]).save(tmp_path / "deep.tif")
+    pixels = read_image(tmp_path / "deep.tif", datasets.evaluation_transform(8))
+    assert torch.equal(pixels[0], torch.from_numpy(np.rint(255 * ramp / 63).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_images_are_turned_upright(tmp_path, suffix):
+    """Every row of the upright image is of one colour; so is every row of a crop."""
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = np.repeat(np.linspace(0, 255, 400).astype(np.uint8)[:, None, None], 300, axis=1).repeat(3, axis=2)
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"photo.{suffix}", exif=exif)
+    for transform in (datasets.evaluation_transform(64), TrainingTransform(64)):
+        rows = read_image(tmp_path / f"photo.{suffix}", transform).float().mean(dim=0)
+        assert rows.std(dim=1).max() < 2
+        assert rows[-1].mean() > rows[0].mean() + 10
+
+
+def test_photographs_of_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(datasets, "REDUCED_SIDE", 256)
+    sizes = []
+    for suffix in ("jpg", "png"):
+        Image.new("RGB", (2000, 1500), (90, 120, 30)).save(tmp_path / f"large.{suffix}")
+    read_image(tmp_path / "large.jpg", lambda image: sizes.append(datasets.rgb(image).size))
+    assert sizes == [(500, 375)]
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_image(tmp_path / "large.png")
+
+
+def test_data_root(tmp_path, monkeypatch):
+    """A folder that is not there is not made; ~ is the home; a complete archive needs no lock, and a download none where there is none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = parse("GE", ["--preset", "cifar10", "--data-root", "~/no/where"]).settings()
+    assert settings.data_root == tmp_path / "no" / "where"
+    calls = []
+
+    def reader(root, train, download=False):
+        calls.append(download)
+        raise RuntimeError("Dataset not found or corrupted")
+
+    def no_locks(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(datasets, "CIFAR10", reader)
+    monkeypatch.setattr(datasets.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="no cifar10 in --data-root"):
+        load_data(settings, CPU)
+    assert (calls, list(tmp_path.iterdir())) == ([False, True], [])
+
+
+def test_workers_end_with_the_run(image_folder):
+    """An exception between two batches, with its trace kept alive as Python's own hook does, ends the process."""
+    flags = ["--data", "folder", "--data-root", str(image_folder), "--image-size", "80", "--val-size", "12", "--batch-size", "8"]
+    program = "import sys, torch; from args import parse; from dataloader import load_data\n"
+    program += "data = load_data(parse('GE', sys.argv[1:]).settings(), torch.device('cpu'))\n"
+    program += "for images, targets in data.train.epoch(0): raise BrokenPipeError"
+    command = [sys.executable, "-c", program, *flags, "--workers", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent.parent)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("BrokenPipeError")

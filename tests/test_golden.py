@@ -14,7 +14,7 @@ from torch import Tensor
 
 import train_IMTA
 from args import parse
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import Saved
 from models import IMTA, MSDNet, count_operations, load_released, measure_cost, one_for_all_loss, sum_of_cross_entropies, to_released
 

@@ -1,6 +1,7 @@
 """predict.py: answers in three formats, wishes, interruptions, and files that cannot be read."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,8 +17,8 @@ import engine.prediction
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
 from adaptive_inference.risk import Losses
-from dataloader import DataInfo
-from engine.checkpoint import network_config, plain, save_checkpoint
+from datasets import DataInfo
+from engine.checkpoint import network_config, save_checkpoint
 from models import IMTA, MSDNet, count_operations, to_released
 from tests.conftest import TINY_NETWORK
 
@@ -39,7 +40,7 @@ def trained(tmp_path_factory):
             "origin": None,
             "network": network_config(network),
             "state_dict": network.state_dict(),
-            "data": plain(info),
+            "data": dataclasses.asdict(info),
             "held_out": torch.arange(3),
             "settings": {"data": "demo"},
         },

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from args import parse
-from dataloader import read_image
+from datasets import read_image
 from engine.report import read_csv
 from results import arms, held_out, tables
 from tests.conftest import TINY_FLAGS

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dataloader
+import datasets
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
@@ -39,7 +40,7 @@ def train_imta(root, *flags):
 def trained_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage_1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataloader, "DEMO_IMAGES", TINY_DEMO)
+        patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
         assert train_ge(folder / "GE") == 0
     return folder / "GE"
 

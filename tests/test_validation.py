@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from dataloader import DataInfo
+from datasets import DataInfo
 from engine.checkpoint import load_checkpoint, load_saved, network_config, save_checkpoint
 from engine.validation import describe_network
 from models import IMTA, MSDNet
