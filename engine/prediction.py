@@ -4,8 +4,6 @@ status = answer_all(predict.parse(["folder/", "--budget", "2ms"]))
 """
 
 import argparse
-import csv
-import json
 import os
 import sys
 import time
@@ -24,9 +22,11 @@ from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Pr
 from adaptive_inference.risk import CERTIFICATE, MaxLoss
 from adaptive_inference.timing import BlockTimes, measure_blocks
 from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, find_images, read_image
+from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
+from engine.device import is_out_of_memory
 from models import count_operations
-from utils import UserError, atomic_write
+from utils import UserError
 
 RUNS, WEIGHTS = Path("save"), Path(__file__).resolve().parents[1] / "weights"
 SHIPPED = "imta_cifar100"
@@ -35,7 +35,6 @@ DEFAULT_SHARE = 0.5  # of all operations
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
 BEST_CLASSES = 5
-COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_milliseconds")
 
 
 def answer_all(arguments: argparse.Namespace) -> int:
@@ -48,29 +47,29 @@ def answer_all(arguments: argparse.Namespace) -> int:
     network = load_network(path, arguments)
     device = _device(arguments.device)
     _say(f"network {path}" + ("" if arguments.model else ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"))
-    session = Session(arguments, path, network, device)
-    _say(session.policy_line)
+    answering = Answering(arguments, path, network, device)
+    _say(answering.policy_line)
     files, complaints = find_images(arguments.paths)
     for complaint in complaints:
         _say(complaint)
     skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
     bar = _Bar(len(files), shown=sys.stderr.isatty() and (arguments.output is not None or not _is_terminal(sys.stdout)))
-    with _opened(arguments.output) as stream:
-        writer = WRITERS[arguments.format](stream, session)
+    with opened(arguments.output) as stream:
+        writer = WRITERS[arguments.format](stream, answering.info.class_names, {"model": str(path), "policy": answering.policy()})
         try:
-            for names, images in _batches(files, network.description.image_size, session.batch_size):
+            for names, images in _batches(files, network.description.image_size, answering.batch_size):
                 if images is not None:
-                    writer.rows(session.answer(names, images))
+                    writer.rows(answering.answer(names, images))
                 else:
                     skipped += len(names)
                 bar.advance(len(names))
         except KeyboardInterrupt:
             interrupted = True
         bar.end()
-        writer.end(session.summary())
-    _say(session.summary_line())
+        writer.end(answering.summary())
+    _say(answering.summary_line())
     if interrupted:
-        _say(f"interrupted; the {session.num_answered} answers so far are kept")
+        _say(f"interrupted; the {answering.num_answered} answers so far are kept")
         return 130
     return 1 if skipped else 0
 
@@ -119,7 +118,7 @@ def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
     return network
 
 
-class Session:
+class Answering:
     """A network with a policy on a device, and counts of what it answered.
 
     Args:
@@ -283,84 +282,6 @@ def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tu
         yield names, torch.stack(images)
 
 
-class _Table:
-    """Columns of fixed width, so that every row can be written when it is known; the file, of any length, comes last."""
-
-    def __init__(self, stream: IO[str], session: Session):
-        self.stream = stream
-        self.width = min(max(map(len, session.info.class_names)), 30)
-        stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
-        stream.flush()
-
-    def rows(self, rows: list[dict]) -> None:
-        for row in rows:
-            self.stream.write(
-                f"{_printable(row['class']):>{self.width}}  {row['confidence']:10.3f}  {row['exit']:4d}  {row['operations'] / 1e6:8.2f} M  "
-                f"{row['network_milliseconds']:10.2f}  {_printable(row['file'])}\n"
-            )
-        self.stream.flush()
-
-    def end(self, summary: dict[str, Any]) -> None:
-        pass
-
-
-class _Csv:
-    def __init__(self, stream: IO[str], session: Session):
-        self.stream = stream
-        self.writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        self.writer.writeheader()
-        stream.flush()
-
-    def rows(self, rows: list[dict]) -> None:
-        self.writer.writerows(rows)
-        self.stream.flush()
-
-    def end(self, summary: dict[str, Any]) -> None:
-        pass
-
-
-class _Json:
-    """One object: ``model``, ``policy``, ``answers``, a line each, and ``summary``."""
-
-    def __init__(self, stream: IO[str], session: Session):
-        self.stream, self.separator = stream, "\n"
-        start = json.dumps({"model": str(session.path), "policy": session.policy()}, ensure_ascii=False)
-        stream.write(f'{start[:-1]}, "answers": [')
-
-    def rows(self, rows: list[dict]) -> None:
-        for row in rows:
-            self.stream.write(f"{self.separator} {json.dumps(row, ensure_ascii=False)}")
-            self.separator = ",\n"
-        self.stream.flush()
-
-    def end(self, summary: dict[str, Any]) -> None:
-        self.stream.write(f'\n], "summary": {json.dumps(summary)}}}\n')
-        self.stream.flush()
-
-
-WRITERS = {"table": _Table, "csv": _Csv, "json": _Json}
-
-
-@contextmanager
-def _opened(output: Path | None) -> Iterator[IO[str]]:
-    """The file, or standard output, whose faults become one line."""
-    if output is not None:
-        with atomic_write(output) as stream:
-            yield stream
-        return
-    if sys.stdout is None:
-        raise UserError("standard output is closed; --output FILE writes the answers to a file")
-    try:
-        yield sys.stdout
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What the stream still holds must not be tried again when the program ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(f"cannot write the answers: {error.strerror}") from None
-
-
 class _Bar:
     """How many images are done, on a line of the terminal that is written over."""
 
@@ -384,8 +305,8 @@ class _Bar:
 def _memory_in_words(batch_size: int, image_size: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"not enough memory for {batch_size} images of {image_size} pixels at a time; a smaller --batch-size needs less"
@@ -419,8 +340,3 @@ def _is_terminal(stream: IO[str] | None) -> bool:
 
 def _say(line: str) -> None:
     sys.stderr.write(f"predict.py: {line}\n")
-
-
-def _printable(text: str) -> str:
-    """A file's name must not steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

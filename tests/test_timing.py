@@ -28,16 +28,16 @@ def test_reserves():
     assert blocks(4).reserve(1, 8) == pytest.approx(16.7)
 
 
-def test_measured_blocks_grow_with_the_batch():
+def test_blocks_are_measured_at_the_sizes_that_occur():
     network, image = make_network(2).float(), torch.randn(1, 3, 32, 32)
-    times = measure_blocks(network, image, batch_size=64, seconds=0.5)
-    assert times.sizes[0].tolist() == [64]
-    assert all((np.diff(sizes) > 0).all() for sizes in times.sizes)
-    assert all(times.sizes[k][-1] > 30 for k in (1, 2))
-    for median, high in zip(times.median, times.high, strict=True):
-        assert median[-1] >= median[0] > 0
-        assert (high >= median).all()
-    assert "64" in str(times)
+    for batch_size in (1, 16):
+        times = measure_blocks(network, image, batch_size, seconds=0.3)
+        assert times.batch_size == batch_size
+        for sizes, median, high in zip(times.sizes, times.median, times.high, strict=True):
+            assert (np.diff(sizes) > 0).all()
+            assert 1 <= sizes[0] <= sizes[-1] <= batch_size
+            assert (median > 0).all()
+            assert (high >= median).all()
 
 
 def test_rows_and_picture():
