@@ -3,7 +3,7 @@
 Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"])
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ class Evaluation:
             self.runtime()
             return
         test = collect_logits(self.network, self.data.test, self.session.processes)
-        val = collect_logits(self.network, self.data.val, self.session.processes) if self.data.val.num_images > 0 else None
+        val = collect_logits(self.network, self.data.val, self.session.processes) if "dynamic" in modes else None
         if not self.session.processes.is_main:
             return
-        temperatures = fit_temperatures(*val) if val is not None else None
+        temperatures = fit_temperatures(*val) if val is not None else self.known_temperatures()
         if "anytime" in modes:
             self.anytime(*test, temperatures)
         if "dynamic" in modes:
@@ -73,7 +73,14 @@ class Evaluation:
         save_figure(draw_curves(known_curves(self.session.run, self.constants)), self.session.run.curves)
         self.session.log.line(f"accuracy against operations: {self.session.run.curves}")
 
-    def anytime(self, logits: Tensor, targets: Tensor, temperatures: list[float] | None) -> None:
+    def known_temperatures(self) -> tuple[float, ...] | None:
+        """Those of the exits in the policy file, if it is of this network."""
+        try:
+            return read_policy(self.session.run.policy, self.network).points[0].policy.temperatures
+        except UserError:
+            return None
+
+    def anytime(self, logits: Tensor, targets: Tensor, temperatures: Sequence[float] | None) -> None:
         """Every exit on its own; with the exits' ``temperatures`` also what they do to the errors of confidence."""
         rows = anytime_rows(logits, targets, self.operations)
         for row, error in zip(rows, calibration_errors(logits, targets), strict=True):
