@@ -48,7 +48,7 @@ class Evaluation:
         settings = session.settings
         self.session, self.data, self.operations, self.constants = session, data, operations, constants
         self.network = inference_form(network, settings.channels_last, mixed_precision(settings))
-        self.confidence = settings.confidence
+        self.measure = settings.confidence
 
     def run(self, modes: list[str]) -> None:
         """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -106,14 +106,14 @@ class Evaluation:
         run, full = self.session.run, self.operations[-1]
         (val_logits, val_targets), (test_logits, test_targets) = val_answers, test_answers
         last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
-        confidence, classes = confidence_by_exit(val_logits, self.confidence)
-        test = confidence_and_answers(test_logits, test_targets, self.confidence)
+        confidence, classes = confidence_by_exit(val_logits, self.measure)
+        test = confidence_and_answers(test_logits, test_targets, self.measure)
         curves = budget_curves((confidence, classes == val_targets), test, self.operations)
         rows, optimised = csv_rows(curves.geometric), csv_rows(curves.optimised)
         write_csv(run.budgeted, rows)
         write_csv(run.optimised, optimised)
         by_rule = {**curves._asdict(), "tested": rows_with_losses(confidence, classes, val_targets, self.operations)}
-        curve = policy_curve(self.network, self.operations, by_rule, self.confidence, temperatures)
+        curve = policy_curve(self.network, self.operations, by_rule, self.measure, temperatures)
         write_policy(run.policy, curve)
         exits = range(1, len(self.operations) + 1)
         self.session.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
