@@ -46,16 +46,17 @@ def answer_all(arguments: argparse.Namespace) -> int:
     path = find_model(arguments.model)
     network = load_network(path, arguments)
     device = _device(arguments.device)
-    _say(f"network {path}" + ("" if arguments.model else ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"))
     answering = Answering(arguments, path, network, device)
-    _say(answering.policy_line)
     files, complaints = find_images(arguments.paths)
-    for complaint in complaints:
-        _say(complaint)
     skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
     bar = _Bar(len(files), shown=sys.stderr.isatty() and (arguments.output is not None or not _is_terminal(sys.stdout)))
     with opened(arguments.output) as stream:
         writer = WRITERS[arguments.format](stream, answering.info.class_names, {"model": str(path), "policy": answering.policy()})
+        origin = ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"
+        _say(f"network {path}{'' if arguments.model else origin}")
+        _say(answering.policy_line)
+        for complaint in complaints:
+            _say(complaint)
         try:
             for names, images in _batches(files, network.description.image_size, answering.batch_size):
                 if images is not None:
