@@ -1,7 +1,8 @@
 """What adaptive networks are for: less computation on easy images.
 
-``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them, ``predictor`` stops early
-with them, on networks in their ``inference_form`` or on ONNX Runtime (``export``); ``runtime`` measures time, ``examples`` draws images.
+``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them and chooses, ``risk`` bounds
+what they lose, ``calibration`` makes confidences probabilities. ``predictor`` stops early, on networks in their ``inference_form`` or on
+ONNX Runtime (``export``); ``timing`` measures time, ``examples`` draws images.
 
 Names are imported when they are first used, so that ``adaptive_inference.measures`` alone does not load PyTorch.
 """
@@ -11,18 +12,22 @@ from typing import Any
 
 _MODULES = {
     "AdaptivePredictor": "predictor",
+    "AnytimePredictor": "predictor",
+    "MaxLoss": "risk",
     "Policy": "policies",
     "PolicyCurve": "policies",
     "Prediction": "predictor",
     "assign_exits": "budgeted",
     "budgeted_curve": "budgeted",
     "budgeted_result": "budgeted",
+    "choose": "policies",
     "confidence_and_answers": "policies",
     "confidence_and_correctness": "budgeted",
     "exit_shares": "budgeted",
     "geometric_thresholds": "budgeted",
     "half_precision": "precision",
     "inference_form": "form",
+    "measure_blocks": "timing",
     "optimised_curve": "optimised",
     "optimised_rows": "optimised",
     "optimised_thresholds": "optimised",

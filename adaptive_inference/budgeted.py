@@ -1,7 +1,7 @@
 """Budgeted batch prediction: one budget for a whole set of images, spent on those that need it (MSDNet paper, section 3 and 5).
 
     rows = budgeted_curve(val_probs, val_targets, test_probs, test_targets, count_operations(network, 32))
-    rows[19]["test_acc"], rows[19]["test_flops"]
+    rows[19]["test_acc1"], rows[19]["operations"]
 
 An image leaves at the first exit whose confidence, the largest softmax probability, reaches that exit's threshold. The thresholds are
 set on held-out images so that a wanted share leaves at every exit.
@@ -103,8 +103,8 @@ def budgeted_curve(
         points: budgets p = 1 .. points; images leave in shares proportional to (2 p / points)^k, that is (p / 20)^k for 40.
 
     Returns:
-        One dict a budget: ``p``, ``q`` (wanted shares), ``thresholds``, ``val_acc`` and ``test_acc`` (percent), ``val_flops`` and
-        ``test_flops`` (mean operations).
+        One dict a budget: ``p``, ``q`` (wanted shares), ``thresholds``, ``val_acc1`` and ``test_acc1`` (percent), ``val_operations``
+        and ``operations`` (their means on held-out and test images), ``val_shares`` and ``shares`` (of the images that leave at each exit).
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -157,6 +157,11 @@ def accuracies_and_costs(
     """``thresholds`` (K,) and what they reach: those entries of a row of ``budgeted_curve``. ``val`` and ``test`` are confidence and
     correctness (K, N) each."""
     row: dict[str, list[float] | float] = {"thresholds": thresholds.tolist()}
-    for name, (confidence, correct) in (("val", val), ("test", test)):
-        row[f"{name}_acc"], row[f"{name}_flops"] = budgeted_result(correct, assign_exits(confidence, thresholds), operations)
+    for names, (confidence, correct) in (
+        (("val_acc1", "val_operations", "val_shares"), val),
+        (("test_acc1", "operations", "shares"), test),
+    ):
+        exits = assign_exits(confidence, thresholds)
+        shares = (torch.bincount(exits, minlength=len(operations)) / len(exits)).tolist()
+        row |= zip(names, (*budgeted_result(correct, exits, operations), shares), strict=True)
     return row

@@ -26,7 +26,7 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
         logits: of every exit, (K, N, C).
         targets: (N,).
     """
-    confidence, correct = confidence_and_answers(logits, targets, policy.confidence)
+    confidence, correct = confidence_and_answers(logits, targets, policy.measure)
     exits = assign_exits(confidence, torch.tensor(policy.thresholds))
     first, last = exits.min(), len(logits) - 1
     easy = ((exits == first) & correct[first]).nonzero().flatten()

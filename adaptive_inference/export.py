@@ -52,7 +52,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     size, points = description.image_size, curve.points if curve else ()
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
-    if any(point.policy.confidence != "softmax" for point in points):
+    if any(point.policy.measure != "softmax" for point in points):
         raise UserError(f"an ONNX file compares softmax alone; these policies are of {points[0].policy.confidence}")
     form = inference_form(network, channels_last=False, dtype=torch.float32).cpu()
     graph = _Graph(onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count())

@@ -8,12 +8,13 @@ Folding is exact in real arithmetic: a convolution followed by a fixed affine ma
 
 import copy
 import types
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from adaptive_inference.policies import network_fingerprint
+from adaptive_inference.policies import PolicyCurve, network_fingerprint
 from models.stepwise import Cells, ExitPlan, advance
 
 
@@ -51,6 +52,18 @@ def inference_form(
     stem.register_forward_pre_hook(prepare)
     if compile_blocks:
         form.advance = _CompiledBlocks(form.num_exits)
+    return form
+
+
+def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
+    """The inference form of ``network`` that a policy curve was made for.
+
+    Raises:
+        UserError: the curve is of another network, or of ONNX Runtime; ``source`` is named.
+    """
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+    form = inference_form(network, dtype=dtypes.get(curve.form))
+    curve.check(form, source)
     return form
 
 

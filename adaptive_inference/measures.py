@@ -1,4 +1,5 @@
 """The words of policies: how confidence is measured, and the rules that find thresholds. This module imports nothing heavy."""
 
 MEASURES = ("softmax", "entropy", "margin", "patience")
-RULES = ("geometric", "optimised")
+# The rule "tested" is for promises about accuracy: its thresholds and its held-out results come from different images (``risk``).
+RULES = ("geometric", "optimised", "tested")

@@ -4,13 +4,10 @@
 
 For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda * operations_k. With all other
 thresholds fixed, the best threshold of exit k is found at once: leaving instead of going on gains a known amount for every image that
-reaches k, and the best cut is the largest cumulative gain over the images by falling confidence. Sweeps over the exits, from the last to
-the first, repeat this until nothing changes, starting from the point of the geometric rule that is best at that price. Budgets between the
-prices' costs are reached by interpolation.
-
-Three guards keep it from fitting the accidents of the held-out images. Cuts lie on a grid of quantiles. Every threshold is the mean, in
-quantiles, of fits that each leave out one fold. And the result is shrunk towards the geometric rule as far as cross-validation says: the
-fits are judged on the folds they left out, beside the geometric rule at the same cost, and where they do not win, it stays.
+reaches k, and the best cut is the largest cumulative gain over the images by falling confidence. A sweep over the exits, from the last to
+the first, starts from the point of the geometric rule that is best at that price (more sweeps change nothing that lasts). Budgets between
+the prices' costs are reached by interpolation. Two guards keep it from fitting the accidents of the held-out images: cuts lie on a grid of
+quantiles, and every threshold is the mean, in quantiles, of fits that each leave out one fold.
 """
 
 from collections.abc import Sequence
@@ -22,7 +19,6 @@ from adaptive_inference.budgeted import (
     ALL_LEAVE,
     NONE_LEAVE,
     accuracies_and_costs,
-    assign_exits,
     checked_confidences,
     exit_shares,
     geometric_thresholds,
@@ -31,11 +27,9 @@ from adaptive_inference.budgeted import (
 GRID = 100  # cuts an exit
 FOLDS = 5
 PRICES = 40
-SWEEPS = 12
 # Weight of images that are gone before an exit: where all are gone, they alone decide on its threshold, which would be arbitrary otherwise
 # and spoil the means and interpolations it enters.
 ABSENT = 0.02
-SHRINKAGE = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the fits; 0 is the geometric rule
 
 
 def optimised_curve(
@@ -67,10 +61,8 @@ def optimised_rows(
     """As ``optimised_curve``, from any confidence and from correctness (K, N) of every exit."""
     rows = []
     for p, thresholds in enumerate(optimised_thresholds(val_confidence, val_correct, operations, points), start=1):
-        val_exits = assign_exits(val_confidence, thresholds)
-        shares = torch.bincount(val_exits, minlength=len(operations)) / len(val_exits)
         accuracies = accuracies_and_costs(thresholds, (val_confidence, val_correct), (test_confidence, test_correct), operations)
-        rows.append({"p": p, "q": shares.tolist(), **accuracies})
+        rows.append({"p": p, "q": accuracies["val_shares"], **accuracies})
     return rows
 
 
@@ -87,15 +79,14 @@ def optimised_thresholds(confidence: Tensor, correct: Tensor, operations: Sequen
     num_exits, num_images = confidence.shape
     shares = [exit_shares(2 * p / points, num_exits) for p in range(1, points + 1)]
     geometric = torch.stack([geometric_thresholds(confidence, q) for q in shares])
-    if num_exits == 1 or num_images < 4 * FOLDS:  # nothing to choose, or nothing to judge by
+    if num_exits == 1 or num_images < 4 * FOLDS:  # nothing to choose, or too little to choose by
         return geometric
     problem = _Problem(confidence, correct, operations)
     start = problem.to_quantiles(geometric)
     # Fold by position of the image: deterministic, and held-out images are in no order that matters.
     fold = torch.arange(num_images) % FOLDS
     fits = [problem.optimise(fold != f, start) for f in range(FOLDS)]
-    shrinkage = problem.choose_shrinkage(fits, start, fold)
-    return problem.thresholds(problem.curve(torch.stack(fits).mean(dim=0), start, shrinkage))
+    return problem.thresholds(problem.curve(torch.stack(fits).mean(dim=0), problem.result(start)[1]))
 
 
 class _Problem:
@@ -148,50 +139,30 @@ class _Problem:
         cuts = (start[best_start] * GRID).round()  # (L, K - 1), in cells of the grid
         reward = correct[:, None] - prices[:, None] * self.cost[:, None, None]  # (K, L, n)
         cells = [torch.nn.functional.one_hot(i, GRID + 1).float()[:, :GRID] for i in index]
-        for _ in range(SWEEPS):
-            before = cuts.clone()
-            # here[k]: whether an image reaches exit k; the sweep changes later thresholds first, on which it does not depend.
-            here, reaches = [], torch.ones_like(reward[0], dtype=torch.bool)
-            for k in range(num_exits - 1):
-                here.append(reaches)
-                reaches = reaches & (index[k] >= cuts[:, k : k + 1])
-            later = reward[-1]  # what an image earns if it goes on
-            for k in range(num_exits - 2, -1, -1):
-                gain = ((reward[k] - later) * torch.where(here[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
-                total = torch.nn.functional.pad(gain.cumsum(dim=1), (1, 0))
-                cuts[:, k] = total.argmax(dim=1)
-                later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], later)
-            if torch.equal(cuts, before):
-                break
+        # here[k]: whether an image reaches exit k; later thresholds change first, on which it does not depend.
+        here, reaches = [], torch.ones_like(reward[0], dtype=torch.bool)
+        for k in range(num_exits - 1):
+            here.append(reaches)
+            reaches = reaches & (index[k] >= cuts[:, k : k + 1])
+        later = reward[-1]  # what an image earns if it goes on
+        for k in range(num_exits - 2, -1, -1):
+            gain = ((reward[k] - later) * torch.where(here[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
+            cuts[:, k] = torch.nn.functional.pad(gain.cumsum(dim=1), (1, 0)).argmax(dim=1)
+            later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], later)
         return cuts / GRID
 
-    def curve(self, fit: Tensor, start: Tensor, shrinkage: float, chosen: Tensor | None = None) -> Tensor:
-        """Cuts (P, K - 1) between those of the fit (L, K - 1) and of the geometric rule (P, K - 1), at the latter's costs.
-
-        The cost is measured on the ``chosen`` images (None: all).
-        """
-        if shrinkage == 0:
-            return start
-        wanted = self.result(start, chosen)[1]
-        # Fits of neighbouring prices are joined by straight lines; position t = i + fraction lies between fits i and i + 1.
-        low, high = torch.zeros(len(start)), torch.full((len(start),), len(fit) - 1.0)
+    def curve(self, fit: Tensor, wanted: Tensor) -> Tensor:
+        """Cuts (P, K - 1) that cost ``wanted`` (P,), from those of the fit (L, K - 1): neighbouring prices are joined by straight lines."""
+        # Position t = i + fraction lies between fits i and i + 1.
+        low, high = torch.zeros(len(wanted)), torch.full((len(wanted),), len(fit) - 1.0)
         for _ in range(20):
             middle = (low + high) / 2
-            cost = self.result(self._mixed(fit, start, middle, shrinkage), chosen)[1]
-            low, high = torch.where(cost <= wanted, middle, low), torch.where(cost <= wanted, high, middle)
-        return self._mixed(fit, start, low, shrinkage)
+            affordable = self.result(_between(fit, middle))[1] <= wanted
+            low, high = torch.where(affordable, middle, low), torch.where(affordable, high, middle)
+        return _between(fit, low)
 
-    def _mixed(self, fit: Tensor, start: Tensor, position: Tensor, shrinkage: float) -> Tensor:
-        below = position.long().clamp(max=len(fit) - 2)
-        fraction = (position - below)[:, None]
-        return shrinkage * ((1 - fraction) * fit[below] + fraction * fit[below + 1]) + (1 - shrinkage) * start
 
-    def choose_shrinkage(self, fits: list[Tensor], start: Tensor, fold: Tensor) -> float:
-        """The weight whose fits are most accurate, mean over budgets, on the images they have not seen."""
-        gains = torch.zeros(len(SHRINKAGE), len(fits))
-        for i, weight in enumerate(SHRINKAGE[1:], start=1):
-            for f, fit in enumerate(fits):
-                unseen = fold == f
-                # At equal cost on the unseen images: otherwise a dearer rule would look like a better one.
-                gains[i, f] = (self.result(self.curve(fit, start, weight, unseen), unseen)[0] - self.result(start, unseen)[0]).mean()
-        return SHRINKAGE[int(gains.mean(dim=1).argmax())]
+def _between(fit: Tensor, position: Tensor) -> Tensor:
+    below = position.long().clamp(max=len(fit) - 2)
+    fraction = (position - below)[:, None]
+    return (1 - fraction) * fit[below] + fraction * fit[below + 1]

@@ -1,29 +1,36 @@
 """Early exit for real: answered images leave the batch, and later blocks run on the others only, or not at all.
 
-    predictor = AdaptivePredictor(network, Policy((0.9, 0.8, -1e8), "softmax"))
+    predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
     prediction = predictor(images)                       # (N, 3, H, W)
     prediction.classes, prediction.confidence, prediction.exits   # (N,) each
+
+    predictor = AnytimePredictor(network, 5.0, measure_blocks(network, images[:1]))   # the best answer within 5 ms
 
 Answers are those of the simulation (``simulate``): an image leaves at the first exit whose confidence reaches that exit's threshold.
 """
 
-from typing import NamedTuple, Protocol
+import time
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.budgeted import assign_exits
+from adaptive_inference.budgeted import NONE_LEAVE, assign_exits
 from adaptive_inference.policies import Answer, Policy, confidence_by_exit, next_answer
-from models.stepwise import Stepwise
+from utils import UserError
+
+if TYPE_CHECKING:
+    from adaptive_inference.timing import BlockTimes
 
 
 class Prediction(NamedTuple):
-    """Answers to N images, on the device of the images: ``classes`` (N,) int64, ``confidence`` (N,) in the policy's measure, at the exit
-    that answered, and ``exits`` (N,) int64, 0-based."""
+    """Answers to N images, on the device of the images: ``classes`` (N,) int64, ``confidence`` (N,), the probability of that class at the
+    exit that answered, by the policy's temperatures, ``exits`` (N,) int64, 0-based, and ``probs`` (N, C) of all classes."""
 
     classes: Tensor
     confidence: Tensor
     exits: Tensor
+    probs: Tensor
 
 
 class Run(Protocol):
@@ -38,9 +45,10 @@ class AdaptivePredictor:
     """Classify batches with a network that stops as early as a policy allows.
 
     Args:
-        network: ``MSDNet`` or ``IMTA`` in evaluation mode (best in its ``inference_form``), or an ``export.OnnxNetwork``.
-        policy: thresholds and confidence measure.
-        lazy: as for ``models.Stepwise``. An ``OnnxNetwork`` computes as it was exported.
+        network: ``MSDNet`` or ``IMTA`` in evaluation mode (best in its ``inference_form``). With a
+            ``description``, as ``models.load`` gives it, it knows its image size, and how to normalise bytes.
+        policy: thresholds, measure and temperatures.
+        lazy: as for ``models.Stepwise``.
 
     Raises:
         ValueError: the policy has not one threshold an exit.
@@ -50,32 +58,44 @@ class AdaptivePredictor:
         if len(policy.thresholds) != network.num_exits:
             raise ValueError(f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits")
         self.network, self.policy, self.lazy = network, policy, lazy
+        self._scale: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
-        """Answer images (N, 3, H, W), normalised as in training.
+        """Answer images (N, 3, H, W), uint8 as they are in files, or floats normalised as in training.
 
         The host waits for the device at most once a block, to learn how many images go on; when none does, nothing more is launched.
+
+        Raises:
+            UserError: the images are of another shape or type.
         """
+        images = self._checked(images)
         if len(images) == 0:
             none = torch.empty(0, dtype=torch.int64, device=images.device)
-            return Prediction(none, torch.empty(0, device=images.device), none)
-        run = self.network.begin(images) if hasattr(self.network, "begin") else Stepwise(self.network, images, self.lazy)
-        measure, thresholds = self.policy.confidence, self.policy.thresholds
+            probs = torch.empty(0, self.network.num_classes, device=images.device)
+            return Prediction(none, probs.sum(dim=1), none, probs)
+        run = self.network.begin(images, self.lazy)
+        measure, thresholds = self.policy.measure, self.policy.thresholds
         last = len(thresholds) - 1
         here: Tensor | None = None  # indices of the images still in the batch, None for all
         answer: Answer | None = None
-        classes = confidence = exits = None
+        answered = exits = None  # logits (N, C) of the exits that answer, and their numbers (N,)
         for k, threshold in enumerate(thresholds):
-            answer = next_answer(measure, run.next_logits(), answer)
+            if not self._may_start(k, len(images) if here is None else len(here)):
+                k -= 1
+                break
+            logits = run.next_logits()
+            answer = next_answer(measure, logits, answer)
             # Every present image is answered; a later exit overrules. That needs no list of those that leave.
             if here is None:
-                classes, confidence = answer
+                answered = logits
             else:
-                classes[here], confidence[here], exits[here] = answer.classes, answer.confidence, k
+                answered.index_copy_(0, here, logits)
+                # Not by index: a number there would be a tensor of the host, for which a GPU is waited for.
+                exits.index_fill_(0, here, k)
             if k == last:
                 break
-            leaves = answer.confidence >= threshold
+            leaves = self._leaves(answer, threshold)
             if len(leaves) == 1:
                 if leaves.item():
                     break
@@ -86,14 +106,85 @@ class AdaptivePredictor:
             if len(going_on) < len(leaves):
                 run.keep(going_on)
                 if here is None:
-                    exits = torch.full_like(classes, k)
+                    # The run reads the logits of the exit before.
+                    answered, exits = logits.clone(), torch.full_like(answer.classes, k)
                 here = going_on if here is None else here[going_on]
                 answer = Answer(answer.classes[going_on], answer.confidence[going_on])
-        return Prediction(classes, confidence, torch.full_like(classes, k) if exits is None else exits)
+        if exits is None:
+            exits = torch.full((len(images),), k, device=images.device)
+        return _prediction(answered, exits, self.policy)
+
+    def _may_start(self, k: int, num_images: int) -> bool:
+        return True
+
+    def _leaves(self, answer: Answer, threshold: float) -> Tensor:
+        return answer.confidence >= threshold
+
+    def _checked(self, images: Tensor) -> Tensor:
+        description = self.network.description
+        size = ("height", "width") if description is None else (description.image_size,) * 2
+        if images.dim() != 4 or images.shape[1] != 3 or (description is not None and images.shape[2:] != size):
+            raise UserError(f"images are {_shape(images.shape)}; this network wants {_shape(('N', 3, *size))}")
+        if images.is_floating_point():
+            return images
+        if images.dtype != torch.uint8 or description is None:
+            wanted = "normalised floats" if description is None else "uint8, or normalised floats"
+            raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}; this network wants {wanted}")
+        if self._scale is None or self._scale.device != images.device:
+            mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (description.mean, description.std))
+            self._scale, self._shift = (1 / (255 * std)).to(images.device), (-mean / std).to(images.device)
+        return torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
+
+
+class AnytimePredictor(AdaptivePredictor):
+    """Answer each batch by a deadline, with the last exit that was finished in time: no block is started that would not end in time.
+
+    Args:
+        network: as for ``AdaptivePredictor``.
+        milliseconds: from the call to the answer, for a batch as a whole.
+        timing: of this network on this machine at least at the batch size in use, from ``timing.measure_blocks``. Almost all measured
+            passes through a block took no longer than is reserved for it.
+        policy: images may leave earlier still; None: every image stays until the deadline.
+
+    Raises:
+        UserError: not even the first exit would end in time.
+    """
+
+    def __init__(self, network: nn.Module, milliseconds: float, timing: "BlockTimes", policy: Policy | None = None):
+        super().__init__(network, policy or Policy((NONE_LEAVE,) * network.num_exits))
+        self.milliseconds, self.timing, self._began = milliseconds, timing, 0.0
+        needed = timing.reserve(0, timing.batch_size)
+        if needed > milliseconds:
+            raise UserError(
+                f"a deadline of {milliseconds:g} ms is too short here: the first exit takes up to {needed:.3g} ms for a batch of "
+                f"{timing.batch_size}"
+            )
+
+    def __call__(self, images: Tensor) -> Prediction:
+        """As ``AdaptivePredictor``; the clock starts now."""
+        self._began = time.perf_counter()
+        return super().__call__(images)
+
+    def _may_start(self, k: int, num_images: int) -> bool:
+        return k == 0 or 1e3 * (time.perf_counter() - self._began) + self.timing.reserve(k, num_images) <= self.milliseconds
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
     """What the predictor answers, from the logits (K, N, C) of every exit."""
-    confidence, classes = confidence_by_exit(logits, policy.confidence)
+    confidence, _ = confidence_by_exit(logits, policy.measure)
     exits = assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64))
-    return Prediction(classes.gather(0, exits[None])[0], confidence.gather(0, exits[None])[0], exits)
+    return _prediction(logits[exits, torch.arange(len(exits), device=logits.device)], exits, policy)
+
+
+def _prediction(logits: Tensor, exits: Tensor, policy: Policy) -> Prediction:
+    """From the logits (N, C) of the exits that answer."""
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if policy.temperatures is not None:
+        logits = logits / torch.tensor(policy.temperatures, dtype=logits.dtype).to(logits.device)[exits, None]
+    probs = torch.softmax(logits, dim=1)
+    confidence, classes = probs.max(dim=1)
+    return Prediction(classes, confidence, exits, probs)
+
+
+def _shape(sizes: tuple) -> str:
+    return " x ".join(map(str, sizes))

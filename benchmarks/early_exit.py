@@ -25,7 +25,7 @@ from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
-from adaptive_inference.runtime import interleaved_seconds
+from adaptive_inference.timing import interleaved_seconds
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError

@@ -4,13 +4,12 @@ logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (
 rows = anytime_rows(logits, targets, operations)
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import assign_exits, optimised_rows
+from adaptive_inference import optimised_rows
 from adaptive_inference.budgeted import budget_points
 from dataloader import Batches
 from engine.distributed import Processes
@@ -68,17 +67,13 @@ class Curves(NamedTuple):
 
 
 def budget_curves(val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], operations: list[int]) -> Curves:
-    """Both rules; each row also has ``shares``, those of the test images that leave at each exit.
+    """Both rules.
 
     Args:
         val, test: confidence and correctness (K, N) of every exit, as ``confidence_and_answers`` gives them.
         operations: to each exit.
     """
-    curves = Curves(budget_points(*val, *test, operations), optimised_rows(*val, *test, operations))
-    for row in itertools.chain(*curves):
-        exits = assign_exits(test[0], torch.tensor(row["thresholds"]))
-        row["shares"] = (torch.bincount(exits, minlength=len(operations)) / len(exits)).tolist()
-    return curves
+    return Curves(budget_points(*val, *test, operations), optimised_rows(*val, *test, operations))
 
 
 def csv_rows(rows: list[dict]) -> list[dict]:
@@ -87,9 +82,9 @@ def csv_rows(rows: list[dict]) -> list[dict]:
     return [
         {
             "p": row["p"],
-            "operations": round(row["test_flops"]),
-            "val_acc1": round(row["val_acc"], 4),
-            "test_acc1": round(row["test_acc"], 4),
+            "operations": round(row["operations"]),
+            "val_acc1": round(row["val_acc1"], 4),
+            "test_acc1": round(row["test_acc1"], 4),
             **{f"share_{k}": round(share, 6) for k, share in enumerate(row["shares"], start=1)},
             **{f"threshold_{k}": threshold for k, threshold in enumerate(row["thresholds"], start=1)},
         }

@@ -3,7 +3,7 @@
 Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"])
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import confidence_and_answers, inference_form, policy_curve, read_policy, write_policy
+from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.calibration import calibration_errors, fit_temperatures
 from adaptive_inference.examples import easy_and_hard, examples_figure
-from adaptive_inference.runtime import draw_runtime, runtime_rows
+from adaptive_inference.policies import Policy, confidence_by_exit
+from adaptive_inference.predictor import simulate
+from adaptive_inference.risk import rows_with_losses
+from adaptive_inference.timing import deadline_rows, distinct, draw_runtime, measure_blocks, runtime_rows
 from dataloader import Batch, Batches, Data
 from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows
 from engine.report import draw_curves, millions, read_csv, save_figure, table, write_csv
@@ -23,6 +28,10 @@ from models import count_operations
 from utils import UserError
 
 RUNTIME_IMAGES = 1024
+RUNTIME_BATCHES = (1, 64)
+RUNTIME_POLICIES = 10
+
+Labelled = tuple[Tensor, Tensor]
 
 
 class Evaluation:
@@ -39,7 +48,7 @@ class Evaluation:
         settings = session.settings
         self.session, self.data, self.operations, self.constants = session, data, operations, constants
         self.network = inference_form(network, settings.channels_last, mixed_precision(settings))
-        self.confidence = settings.confidence
+        self.measure = settings.confidence
 
     def run(self, modes: list[str]) -> None:
         """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -56,36 +65,55 @@ class Evaluation:
         val = collect_logits(self.network, self.data.val, self.session.processes) if "dynamic" in modes else None
         if not self.session.processes.is_main:
             return
+        temperatures = fit_temperatures(*val) if val is not None else self.known_temperatures()
         if "anytime" in modes:
-            self.anytime(*test)
-        if val is not None:
-            self.budgeted(*val, *test)
+            self.anytime(*test, temperatures)
+        if "dynamic" in modes:
+            self.budgeted(val, test, temperatures)
         save_figure(draw_curves(known_curves(self.session.run, self.constants)), self.session.run.curves)
         self.session.log.line(f"accuracy against operations: {self.session.run.curves}")
 
-    def anytime(self, logits: Tensor, targets: Tensor) -> None:
-        """Every exit on its own."""
+    def known_temperatures(self) -> tuple[float, ...] | None:
+        """Those of the exits in the policy file, if it is of this network."""
+        try:
+            return read_policy(self.session.run.policy, self.network).points[0].policy.temperatures
+        except UserError:
+            return None
+
+    def anytime(self, logits: Tensor, targets: Tensor, temperatures: Sequence[float] | None) -> None:
+        """Every exit on its own; with the exits' ``temperatures`` also what they do to the errors of confidence."""
         rows = anytime_rows(logits, targets, self.operations)
+        for row, error in zip(rows, calibration_errors(logits, targets), strict=True):
+            row["ece"] = round(error, 3)
+        if temperatures is not None:
+            errors = calibration_errors(logits, targets, temperatures)
+            for row, error, temperature in zip(rows, errors, temperatures, strict=True):
+                row |= {"ece_scaled": round(error, 3), "temperature": temperature}
         write_csv(self.session.run.anytime, rows)
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
         self.session.log.line(f"\nevery exit on the {len(targets):,} test images ({self.session.run.anytime})")
         cells = [
             [str(row["exit"]), millions(row["operations"]), millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
+            + [f"{row[name]:.2f}" for name in ("ece", "ece_scaled") if name in row]
             for row, n in zip(rows, lazy, strict=True)
         ]
-        self.session.log.line(table(["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %"], cells))
+        header = ["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %", "ECE %", *(["ECE % scaled"] if temperatures else [])]
+        self.session.log.line(table(header, cells))
 
-    def budgeted(self, val_logits: Tensor, val_targets: Tensor, test_logits: Tensor, test_targets: Tensor) -> None:
-        """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images."""
+    def budgeted(self, val_answers: Labelled, test_answers: Labelled, temperatures: list[float]) -> None:
+        """Budgeted batch prediction by both rules, the policy file, and a picture of easy and hard images. Answers are logits (K, N, C) and
+        targets (N,)."""
         run, full = self.session.run, self.operations[-1]
+        (val_logits, val_targets), (test_logits, test_targets) = val_answers, test_answers
         last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
-        val = confidence_and_answers(val_logits, val_targets, self.confidence)
-        test = confidence_and_answers(test_logits, test_targets, self.confidence)
-        curves = budget_curves(val, test, self.operations)
+        confidence, classes = confidence_by_exit(val_logits, self.measure)
+        test = confidence_and_answers(test_logits, test_targets, self.measure)
+        curves = budget_curves((confidence, classes == val_targets), test, self.operations)
         rows, optimised = csv_rows(curves.geometric), csv_rows(curves.optimised)
         write_csv(run.budgeted, rows)
         write_csv(run.optimised, optimised)
-        curve = policy_curve(self.network, self.operations, curves._asdict(), self.confidence)
+        by_rule = {**curves._asdict(), "tested": rows_with_losses(confidence, classes, val_targets, self.operations)}
+        curve = policy_curve(self.network, self.operations, by_rule, self.measure, temperatures)
         write_policy(run.policy, curve)
         exits = range(1, len(self.operations) + 1)
         self.session.log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised})")
@@ -110,32 +138,59 @@ class Evaluation:
         self.session.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
 
     def runtime(self) -> None:
-        """Measured time beside counted operations, at batch 1 and at a large batch."""
+        """Measured time beside counted operations, for images one at a time and in batches, and answers by deadlines."""
         run, device = self.session.run, self.session.processes.device
         if not self.session.processes.is_main:
             return
-        curve = read_policy(run.policy, self.network)
-        images = torch.cat([images for images, _ in _first(self.data.test, RUNTIME_IMAGES)])
-        lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
-        rows = runtime_rows(self.network, curve, images, self.operations, lazy)
-        write_csv(run.runtime, rows)
-        save_figure(draw_runtime(rows), run.runtime_picture)
-        self.session.log.line(f"\ntime an image on {device} ({run.runtime}, {run.runtime_picture})")
-        cells = [
-            [
-                str(row["batch_size"]),
-                str(row["p"]),
-                millions(row["operations"]),
-                millions(row["lazy_operations"]),
-                f"{row['milliseconds']:.3f}",
-                f"{100 * row['milliseconds'] / row['full_milliseconds']:.0f}",
-                f"{100 * row['operations'] / self.operations[-1]:.0f}",
-            ]
-            for row in rows
-        ]
+        curve, form = read_policy(run.policy, self.network), self.network
+        images, targets = (torch.cat(parts) for parts in zip(*_first(self.data.test, RUNTIME_IMAGES), strict=True))
+        points = distinct(curve.of_rule(None), RUNTIME_POLICIES)
         self.session.log.line(
-            table(["batch", "p", "operations", "evaluated lazily", "ms an image", "% of full time", "% of full operations"], cells)
+            f"\ntime an image on {device}, one image at a time (batch 1) and {RUNTIME_BATCHES[-1]} together, of which images leave as they "
+            f"are answered; {len(points)} different policies and every exit, half a minute on a small network"
         )
+        with torch.inference_mode():
+            logits = torch.cat([torch.stack(form(part)).float().cpu() for part in images.split(RUNTIME_BATCHES[-1])], dim=1)
+        targets = targets.cpu()
+        acc1 = [100 * (z.argmax(dim=1) == targets).double().mean().item() for z in logits]
+        last = Policy((NONE_LEAVE,) * len(acc1))
+        answers = [simulate(logits, policy) for policy in (last, *(point.policy for point in points))]
+        lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
+        rows = []
+        for batch_size in RUNTIME_BATCHES:
+            times = measure_blocks(form, images[:1], batch_size)
+            if batch_size == 1:
+                single = times
+            for row, answer in zip(runtime_rows(form, points, images, times), answers, strict=True):
+                means = {
+                    name: round(torch.tensor(counts, dtype=torch.float64)[answer.exits].mean().item())
+                    for name, counts in (("operations", self.operations), ("lazy_operations", lazy))
+                }
+                right = 100 * (answer.classes == targets).double().mean().item()
+                rows.append({**row, **means, "acc1": round(right, 4)})
+            self.session.log.line(_runtime_table(rows[-len(answers) :], self.operations[-1]))
+        deadlines = deadline_rows(form, images, single, acc1)
+        write_csv(run.runtime, rows)
+        write_csv(run.runtime.with_name("deadline.csv"), deadlines)
+        exits = [{"operations": n, "acc1": accuracy} for n, accuracy in zip(self.operations, acc1, strict=True)]
+        save_figure(draw_runtime(rows, deadlines, exits), run.runtime_picture)
+        cells = [[f"{row['deadline_milliseconds']:.2f}", f"{row['acc1']:.2f}", f"{100 * row['late']:.1f}"] for row in deadlines]
+        self.session.log.line("\nthe best answer by a deadline, one image at a time")
+        self.session.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
+        self.session.log.line(f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}")
+
+
+def _runtime_table(rows: list[dict], full: int) -> str:
+    cells = [
+        [
+            *(str(row["batch_size"]), str(row["p"] or "every exit"), millions(row["operations"]), millions(row["lazy_operations"])),
+            *(f"{100 * row['operations'] / full:.0f}", f"{row['milliseconds']:.3f}", f"{row['expected_milliseconds']:.3f}"),
+            *(f"{100 * row['milliseconds'] / rows[0]['milliseconds']:.0f}", f"{row['acc1']:.2f}"),
+        ]
+        for row in rows
+    ]
+    header = ["batch", "p", "operations", "evaluated lazily", "% of full", "ms an image", "expected", "% of full time", "top-1 %"]
+    return table(header, cells)
 
 
 def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:

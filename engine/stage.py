@@ -15,7 +15,7 @@ from args import CommandLine, parse
 from dataloader import Data, load_data
 from datasets import DataInfo
 from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, settings_of
-from engine.device import seed_everything, set_tf32
+from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import is_copy, leave_copy, shared_out
@@ -101,7 +101,7 @@ def _status_of(stage: Stage, command: CommandLine) -> int:
         saved = "saved" if interrupted.is_saved else "what was saved before stays"
         status, message = interrupted.exit_status, f"stopped by a signal, {saved}" + "; go on with --resume" * (not is_evaluation)
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             status, message = 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
         elif (lost := _lost_process(error)) is not None:
             status, message = 1, f"{lost}; go on with --resume"
@@ -112,11 +112,6 @@ def _status_of(stage: Stage, command: CommandLine) -> int:
     if not is_copy():
         sys.stderr.write(f"train_{stage.name}.py: {message}\n")
     return status
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def _lost_process(error: RuntimeError) -> str | None:

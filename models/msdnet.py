@@ -8,6 +8,7 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,11 @@ class MSDNet(nn.Module):
         ValueError: an impossible combination; the message names what was given and what is allowed.
     """
 
-    # What a file that it was loaded from says of it (``models.load``), None for a network that was made here.
+    # What ``models.load`` read beside the weights.
     description: "Description | None" = None
+    # Of an ``adaptive_inference.form``: digest of the network it was made from, and its compiled ``stepwise.advance``.
+    fingerprint: str | None = None
+    advance: Callable | None = None
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()

@@ -47,7 +47,7 @@ class Stepwise:
         self.network = network
         self.exits_done = 0
         self._plans = exit_plans(network, lazy)
-        self._advance = getattr(network, "advance", advance)
+        self._advance = network.advance or advance
         self._previous_logits: Tensor | None = None
         self._cells = stem_cells(network, images)
 

@@ -254,7 +254,7 @@ def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
     program = rng.choice(["train_GE", "train_IMTA", "predict"])
     if program == "predict":
         output = rng.choice([[], ["--output", rng.choice(["../new/answers.csv", "../GE", "../" + "x" * 300, ""])]])
-        argv = ["--checkpoint", "../GE/best.safetensors", "../good.png", *_random_flags(rng, predict._build_parser(), rng.choice([0, 3]))]
+        argv = ["--checkpoint", "../GE/best.safetensors", "../good.png", *_random_flags(rng, predict.parser(), rng.choice([0, 3]))]
         return Case(folder, program, [*argv, *output], "flags")
     target = rng.choice(["../new"] * 6 + ["../GE", "../GE/best.safetensors", "../" + "x" * 300, "../\udcff", "../two\nlines"])
     start = SETUP if program == "train_GE" else ["--pretrained", "../GE", "--epochs", "1", "--batch-size", "32"]

@@ -43,7 +43,7 @@ import datasets
 import engine.checkpoint
 import engine.evaluate
 from adaptive_inference import read_policy
-from adaptive_inference.runtime import runtime_rows
+from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.log import Log
 from engine.report import read_csv
@@ -468,7 +468,9 @@ def main(argv: list[str] | None = None) -> int:
     prepare()
     datasets.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
-    engine.evaluate.runtime_rows = partial(runtime_rows, images_at_batch_1=2, repeats=1)
+    engine.evaluate.runtime_rows = partial(runtime_rows, seconds=0.1)
+    engine.evaluate.measure_blocks = partial(measure_blocks, seconds=0.1)
+    engine.evaluate.deadline_rows = partial(deadline_rows, calls=2)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults.") as folder:
         harness = Harness(Path(folder).resolve(), options.seed)

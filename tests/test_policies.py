@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from adaptive_inference import budgeted_curve
-from adaptive_inference.form import inference_form
+from adaptive_inference.form import form_for, inference_form
 from adaptive_inference.optimised import optimised_curve, optimised_thresholds
-from adaptive_inference.policies import Policy, network_fingerprint, policy_curve, read_policy, write_policy
+from adaptive_inference.policies import Policy, choose, network_fingerprint, policy_curve, read_policy, write_policy
+from adaptive_inference.risk import Losses, MaxLoss
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
 from tests.test_budgeted import FIXTURE, two_class_probabilities
@@ -20,7 +21,13 @@ OPERATIONS = [10_000_000, 20_000_000, 40_000_000]
 
 
 def row(p, accuracy, operations):
-    return {"p": p, "thresholds": [0.9 - p / 100, 0.5, -1e8], "val_acc": accuracy, "val_flops": operations}
+    return {
+        "p": p,
+        "thresholds": [0.9 - p / 100, 0.5, -1e8],
+        "val_acc1": accuracy,
+        "val_operations": operations,
+        "val_shares": [1 - p / 10, 0.0, p / 10],
+    }
 
 
 @pytest.fixture
@@ -31,7 +38,8 @@ def network():
 @pytest.fixture
 def curve(network):
     rows = [row(1, 50.0, 12e6), row(2, 61.0, 15e6), row(3, 60.0, 20e6), row(4, 70.0, 30e6)]
-    return policy_curve(network, OPERATIONS, {"geometric": rows})
+    losses = (Losses(100, 1, 0, 2), Losses(900, 5, 2, 9))
+    return policy_curve(network, OPERATIONS, {"geometric": rows, "tested": [{**rows[2], "losses": losses}]}, temperatures=[1.5, 1.0, 0.5])
 
 
 def test_round_trip(network, curve, tmp_path):
@@ -41,29 +49,58 @@ def test_round_trip(network, curve, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 
-def test_budgets_choose(curve):
-    assert curve.for_operations(29e6).p == 2  # more accurate than the dearer point 3
-    assert curve.for_operations(30e6).p == 4
-    assert curve.for_accuracy(60.5).p == 2
-    assert curve.for_accuracy(61.5).p == 4
-    assert curve.point(3).operations == 20e6
-    for refused, message in (
-        (lambda: curve.for_operations(11e6), "cheapest policy spends 12.00 million"),
-        (lambda: curve.for_accuracy(71), "the best has 70.00 %"),
-        (lambda: curve.point(9), "numbered 1 to 4"),
-        (lambda: curve.point(1, "optimised"), "optimised"),
-    ):
-        with pytest.raises(UserError, match=message):
-            refused()
+class Timing:
+    """One millisecond an exit."""
+
+    def milliseconds(self, shares):
+        return sum(share * k for k, share in enumerate(shares, start=1))
+
+
+def test_wishes_choose(curve):
+    rule = "geometric"
+    assert choose(curve, operations=29e6, rule=rule).p == 2  # more accurate than the dearer point 3
+    assert choose(curve, operations=30e6, rule=rule).p == 4
+    assert choose(curve, milliseconds=1.7, timing=Timing(), rule=rule).p == 2
+    assert choose(curve, accuracy=60.5, rule=rule).p == 2
+    assert choose(curve, accuracy=61.5, rule=rule).p == 4
+    assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
+    assert choose(curve, max_loss=MaxLoss(2.0)).rule == "tested"
+    assert curve.nearest(19e6, rule).p == 3
+    assert curve.point(3, rule).operations == 20e6
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"operations": 11e6}, r"cheapest policy spends 12.00 million; ask for 12.00M or 30%"),
+        ({"milliseconds": 1.0, "timing": Timing()}, r"takes 1.2 ms an image; ask for 1.2\d?ms"),
+        ({"accuracy": 71}, "no policy reaches 71 % on the held-out images; the best has 70.00 %"),
+        ({"operations": 20e6, "accuracy": 65}, "within the other limits reaches 65 %.*61.00 %"),
+        ({"max_loss": MaxLoss(0.1)}, r"900 images tested them; what can be promised starts at \d"),
+        ({"max_loss": MaxLoss(2.0), "operations": 12e6}, "certain to lose so little spends 20.00 million"),
+    ],
+)
+def test_wishes_that_cannot_be_granted(curve, wishes, message):
+    """One line says what is possible."""
+    with pytest.raises(UserError, match=message) as caught:
+        choose(curve, **wishes, rule="geometric")
+    assert "\n" not in str(caught.value)
+
+
+def test_points_that_are_not_there(curve):
+    with pytest.raises(UserError, match="numbered 1 to 4"):
+        curve.point(9, "geometric")
+    with pytest.raises(UserError, match="optimised"):
+        curve.point(1, "optimised")
 
 
 def test_optimised_points_come_first(network):
     curve = policy_curve(network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]})
-    assert curve.for_operations(20e6).rule == "optimised"
-    assert curve.for_operations(20e6, "geometric").val_acc1 == 90.0
+    assert choose(curve, operations=20e6).rule == "optimised"
+    assert choose(curve, operations=20e6, rule="geometric").val_acc1 == 90.0
 
 
-def test_policy_of_another_network_is_refused(curve, tmp_path):
+def test_policy_of_another_network_or_form_is_refused(network, curve, tmp_path):
     path = tmp_path / "policy.json"
     write_policy(path, curve)
     others = MSDNet(**TINY_NETWORK), MSDNet(**{**TINY_NETWORK, "num_blocks": 4}), IMTA(MSDNet(**TINY_NETWORK))
@@ -71,6 +108,9 @@ def test_policy_of_another_network_is_refused(curve, tmp_path):
         with pytest.raises(UserError, match="policy of another network") as caught:
             read_policy(path, other)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="made for this network in float32, not in bfloat16"):
+        read_policy(path, inference_form(network, dtype=torch.bfloat16))
+    assert form_for(network, curve, path).fingerprint == curve.fingerprint
 
 
 def test_fingerprint_follows_the_weights(network):
@@ -102,8 +142,11 @@ def change(*keys, to):
         lambda content: json.dumps(content) + " " * 5 * 2**20,
         change("format", to="another"),
         change("network", to=None),
-        change("confidence", to="luck"),
-        change("confidence", to=["softmax"]),
+        change("network", "form", to=None),
+        change("measure", to="luck"),
+        change("measure", to=["softmax"]),
+        change("temperatures", to=[1.0, 1.0, 0.0]),
+        change("temperatures", to=[1.0]),
         change("operations", to=[1] * 101),
         change("operations", to=[3, 2, 1]),
         change("operations", to="123"),
@@ -115,6 +158,11 @@ def change(*keys, to):
         change("points", 0, "thresholds", 0, to=float("nan")),
         change("points", 0, "thresholds", 0, to=float("inf")),
         change("points", 0, "thresholds", 0, to=10**400),
+        change("points", 0, "shares", to=[0.5, 0.5]),
+        change("points", 0, "shares", to=[0.5, 0.4, 0.2]),
+        change("points", -1, "losses", to=[[900, 5, 2, 9]]),
+        change("points", -1, "losses", 0, to=[900, 5, 2]),
+        change("points", -1, "losses", 0, to=[900, 5, 2, 901]),
         change("points", 0, "val_acc1", to=101),
         change("points", 0, "operations", to=None),
         change("points", 0, "rule", to="guess"),
@@ -141,7 +189,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("thresholds", [(), (float("nan"), 0.0), (float("inf"),)])
-def test_impossible_thresholds(thresholds):
+def test_impossible_policies(thresholds):
     with pytest.raises(ValueError, match="finite"):
         Policy(thresholds)
     with pytest.raises(ValueError, match="allowed"):
@@ -159,7 +207,7 @@ def golden_parts():
 
 def gains(geometric, optimised):
     """Test accuracy of the optimised curve less the geometric one's at its costs, by interpolation."""
-    (x, y), (new_x, new_y) = (zip(*sorted((r["test_flops"], r["test_acc"]) for r in rows), strict=True) for rows in (geometric, optimised))
+    (x, y), (new_x, new_y) = (zip(*sorted((r["operations"], r["test_acc1"]) for r in rows), strict=True) for rows in (geometric, optimised))
     return np.interp(x, new_x, new_y) - np.array(y)
 
 
@@ -168,7 +216,7 @@ def test_optimised_curve_is_above_the_geometric_one():
     geometric, optimised = budgeted_curve(*parts, operations), optimised_curve(*parts, operations)
     assert [r.keys() for r in optimised] == [r.keys() for r in geometric]
     for ours, theirs in zip(optimised, geometric, strict=True):
-        assert ours["val_flops"] <= theirs["val_flops"] * 1.001
+        assert ours["val_operations"] <= theirs["val_operations"] * 1.001
         assert sum(ours["q"]) == pytest.approx(1)
     assert gains(geometric, optimised).mean() > 0.5
 

@@ -1,17 +1,22 @@
-"""predict.py: answers in three formats, budgets, and files that cannot be read."""
+"""predict.py: answers in three formats, wishes, interruptions, and files that cannot be read."""
 
 import csv
 import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import engine.prediction
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
-from models import IMTA, MSDNet, count_operations
+from adaptive_inference.risk import Losses
+from models import IMTA, MSDNet, count_operations, to_released
 from models.saved import Split, save_network
 from tests.conftest import TINY_NETWORK, describe
 
@@ -32,12 +37,15 @@ def trained(tmp_path_factory):
         {
             "p": p,
             "thresholds": [confidence[0].quantile(1 - p / 10).item(), 1e8, -1e8],
-            "val_acc": 90.0 - p,
-            "val_flops": operations[0] * p / 10 + operations[2] * (1 - p / 10),
+            "val_acc1": 90.0 - p,
+            "val_operations": operations[0] * p / 10 + operations[2] * (1 - p / 10),
+            "val_shares": [p / 10, 0.0, 1 - p / 10],
         }
         for p in (10, 5, 1)
     ]
-    write_policy(folder / "policy.json", policy_curve(network, operations, {"geometric": rows}))
+    tested = [{**rows[1], "losses": (Losses(100, 1, 1, 2), Losses(900, 2, 3, 9))}]
+    curve = policy_curve(network, operations, {"geometric": rows, "tested": tested}, temperatures=[2.0] * 3)
+    write_policy(folder / "policy.json", curve)
     return folder
 
 
@@ -54,52 +62,94 @@ def images(tmp_path):
 
 
 def run(trained, *arguments):
-    return predict.main(["--checkpoint", str(trained / "best.safetensors"), "--device", "cpu", *map(str, arguments)])
+    return predict.main(["--model", str(trained / "best.safetensors"), "--device", "cpu", *map(str, arguments)])
 
 
 def test_formats_agree(trained, images, capsys):
-    assert run(trained, images, "--format", "json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    assert run(trained, images, "--rule", "geometric", "--format", "json") == 0
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    rows, summary = content["answers"], content["summary"]
     assert [row["file"].removeprefix(f"{images}/") for row in rows] == ["a.png", "b.png", "d.webp", "deeper/c.jpg"]
     for row in rows:
-        assert row["class"] in CLASS_NAMES
+        assert len(row["top5"]) == 5
+        assert (row["class"], row["confidence"]) == next(iter(row["top5"].items()))
         assert 0 < row["confidence"] <= 1
         assert row["exit"] in (1, 3)
         assert row["operations"] > 0
-        assert row["milliseconds"] > 0
-    assert run(trained, images, "--format", "csv", "--batch-size", "1") == 0
+        assert row["network_milliseconds"] > 0
+    assert content["policy"]["p"] == 10  # the nearest to half of the operations
+    assert len(content["policy"]["thresholds"]) == 3
+    assert summary["images"] == 4
+    assert summary["operations"] == pytest.approx(sum(row["operations"] for row in rows) / 4, abs=1)
+    assert summary["share_of_exits"] == [sum(row["exit"] == k for row in rows) / 4 for k in (1, 2, 3)]
+    assert "nothing was asked for" in printed.err
+    assert "4 images: " in printed.err.splitlines()[-1]
+    assert run(trained, images, "--rule", "geometric", "--format", "csv", "--batch-size", "1") == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     names = ("file", "class", "exit", "operations")
     assert [[row[name] for name in names] for row in table] == [[str(row[name]) for name in names] for row in rows]
     assert run(trained, images) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
 def test_output_file(trained, images, tmp_path, capsys):
     assert run(trained, images / "a.png", "--format", "csv", "--output", tmp_path / "new" / "answers.csv") == 0
     assert capsys.readouterr().out == ""
-    assert (tmp_path / "new" / "answers.csv").read_text().startswith("file,class,confidence,exit,operations,milliseconds\n")
+    assert (tmp_path / "new" / "answers.csv").read_text().startswith("file,class,confidence,exit,operations,network_milliseconds\n")
 
 
-def test_budget_decides_how_deep(trained, images, capsys):
-    exits = []
-    for budget in ("100%", "60%"):
-        run(trained, images, "--budget", budget, "--format", "json")
-        exits.append([row["exit"] for row in json.loads(capsys.readouterr().out)])
-    assert sum(exits[0]) >= sum(exits[1])
-    assert run(trained, images, "--budget", "0.000001") == 2
-    assert "cheapest policy" in capsys.readouterr().err
+def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
+    """The three policies have their own number; time depends on the machine."""
+    geometric = ["--rule", "geometric"]
+    for flags, expected in (
+        (["--budget", "100%", *geometric], 1),
+        (["--budget", "1000M", *geometric], 1),
+        (["--budget", "1000000ms", *geometric], 1),
+        (["--accuracy", "84", *geometric], 5),
+        (["--max-loss", "2%"], 5),
+        (["--max-loss", "2%", "--confidence-level", "90%", "--budget", "100%"], 5),
+        (["--point", "10", *geometric], 10),
+    ):
+        assert run(trained, images, *flags, "--format", "json") == 0
+        assert json.loads(capsys.readouterr().out)["policy"]["p"] == expected, flags
+    assert run(trained, images, "--deadline", "1000000ms", "--format", "json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert {row["exit"] for row in content["answers"]} == {3}
+    assert content["summary"]["late"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "0.000001"], "ask for"),
+        (["--budget", "0.000001ms"], "ms is too small here"),
+        (["--deadline", "0.000001ms"], "too short here"),
+        (["--max-loss", "0"], "what can be promised starts at"),
+        (["--accuracy", "95"], "reaches 95 %"),
+        (["--point", "2"], "no point 2"),
+        (["--rule", "optimised"], "optimised"),
+        (["--policy", "missing.json"], "no policy file"),
+        (["--device", "no-such-device"], "--device"),
+        (["--classes", "x"], "are for others"),
+    ],
+)
+def test_wishes_that_cannot_be_granted(trained, images, capsys, flags, message):
+    assert run(trained, images, *flags) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1]
+    assert printed.out == ""
 
 
 def test_unreadable_files_are_named_and_skipped(trained, images, capsys):
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:60])
     assert run(trained, images, images / "missing.png", "--format", "json") == 1
     output = capsys.readouterr()
-    assert len(json.loads(output.out)) == 4
-    errors = output.err.splitlines()
-    assert errors[0].endswith("left out: 1 .txt")
-    assert "broken.png" in errors[1]
-    assert "missing.png" in errors[2]
+    assert len(json.loads(output.out)["answers"]) == 4
+    errors = [line for line in output.err.splitlines() if "skipped" in line]
+    assert len(errors) == 2
+    assert "broken.png" in errors[0]
+    assert "missing.png" in errors[1]
 
 
 @pytest.mark.parametrize("format", ["table", "csv", "json"])
@@ -109,19 +159,84 @@ def test_empty_folder(trained, tmp_path, capsys, format):
     assert "empty holds no image" in capsys.readouterr().err
 
 
-def test_mistakes(trained, images, tmp_path, capsys):
-    assert predict.main([str(images), "--checkpoint", str(tmp_path / "missing.pt")]) == 2
-    assert run(trained, images, "--policy", tmp_path / "missing.json") == 2
-    other = MSDNet(**TINY_NETWORK)
-    rows = [{"p": 1, "thresholds": [0.5, 0.5, 0.5], "val_acc": 50.0, "val_flops": 1.0}]
-    write_policy(tmp_path / "other.json", policy_curve(other, [1, 2, 3], {"geometric": rows}))
+def test_policy_of_another_network(trained, images, tmp_path, capsys):
+    row = {"p": 1, "thresholds": [0.5] * 3, "val_acc1": 50.0, "val_operations": 1.0, "val_shares": [1.0, 0.0, 0.0]}
+    write_policy(tmp_path / "other.json", policy_curve(MSDNet(**TINY_NETWORK), [1, 2, 3], {"geometric": [row]}))
     assert run(trained, images, "--policy", tmp_path / "other.json") == 2
-    assert run(trained, images, "--device", "no-such-device") == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4
-    for line, expected in zip(errors, ("no checkpoint", "no policy file", "policy of another network", "--device"), strict=True):
-        assert line.startswith("predict.py: ")
-        assert expected in line
+    assert "policy of another network" in capsys.readouterr().err
+
+
+def test_newest_run_is_taken(trained, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.prediction.WEIGHTS", tmp_path)
+    assert predict.main([str(images)]) == 2
+    assert "no trained network" in capsys.readouterr().err
+    for name, age in (("old", 100), ("new", 0), ("without_policy", -100)):
+        shutil.copytree(trained, tmp_path / "save" / name)
+        os.utime(tmp_path / "save" / name / "best.safetensors", (1e9 - age, 1e9 - age))
+    (tmp_path / "save" / "without_policy" / "policy.json").unlink()
+    assert predict.main([str(images)]) == 0
+    assert "network save/new/best.safetensors, the newest one" in capsys.readouterr().err
+
+
+def test_network_without_policy_answers_with_all_of_it(trained, images, tmp_path, capsys):
+    shutil.copy(trained / "best.safetensors", tmp_path / "best.safetensors")
+    assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert {row["exit"] for row in json.loads(printed.out)["answers"]} == {3}
+    assert "every image runs the whole network" in printed.err
+    assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--budget", "50%"]) == 2
+    assert "there is no policy file" in capsys.readouterr().err
+
+
+def test_released_file_with_classes(images, tmp_path, capsys):
+    torch.save({"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))}, tmp_path / "released.pth.tar")
+    arguments = [str(images), "--model", str(tmp_path / "released.pth.tar")]
+    assert predict.main(arguments) == 2
+    assert "give --classes FILE" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    assert predict.main([*arguments, "--classes", str(tmp_path / "names.txt"), "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 4
+    (tmp_path / "names.txt").write_text("one\n")
+    assert predict.main([*arguments, "--classes", str(tmp_path / "names.txt")]) == 2
+    assert "holds 1 names, the network knows 10 classes" in capsys.readouterr().err
+
+
+def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch, capsys):
+    batches = engine.prediction._batches
+
+    def interrupted(*arguments):
+        yield next(batches(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.prediction, "_batches", interrupted)
+    for format in ("json", "csv", "table"):
+        assert run(trained, images, "--batch-size", "2", "--format", format, "--output", tmp_path / format) == 130
+        assert "interrupted; the 2 answers so far are kept" in capsys.readouterr().err.splitlines()[-1]
+    assert len(json.loads((tmp_path / "json").read_text())["answers"]) == 2
+    assert len((tmp_path / "csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "message"), [("| head -1", 0, None), (">/dev/full", 2, "No space"), (">&-", 2, "is closed")]
+)
+def test_standard_output_that_ends(trained, images, redirection, status, message):
+    """Its reader leaves, its disk is full, or it was closed from the start."""
+    command = f"{sys.executable} predict.py {images} --model {trained / 'best.safetensors'} --batch-size 1 {redirection}"
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception" not in ended.stderr
+    assert message is None or message in ended.stderr.splitlines()[-1]
+
+
+def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+    monkeypatch.setattr(engine.prediction.AdaptivePredictor, "__call__", fail)
+    assert run(trained, images) == 2
+    assert "a smaller --batch-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,6 +244,9 @@ def test_mistakes(trained, images, tmp_path, capsys):
     [
         [],
         *(["x", "--budget", budget] for budget in ("nan", "-3", "200%")),
+        *(["x", *pair] for pair in (["--deadline", "0ms"], ["--max-loss", "200"], ["--confidence-level", "90"], ["--disagreement"])),
+        ["x", "--deadline", "5ms", "--budget", "2ms"],
+        ["x", "--max-loss", "1%", "--rule", "geometric"],
         ["x", "--batch-size", "0"],
         ["x", "--format", "xml"],
     ],
@@ -140,31 +258,11 @@ def test_command_lines_that_are_refused(arguments, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def exits_of(trained, images, capsys, *flags):
-    assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), "--format", "json", *flags]) == 0
-    return [row["exit"] for row in json.loads(capsys.readouterr().out)]
-
-
-def test_wanted_accuracy_and_points_choose_policies(trained, images, capsys):
-    """Point 1 is the most accurate one here, and point 10 the cheapest."""
-    first, last = exits_of(trained, images, capsys, "--point", "1"), exits_of(trained, images, capsys, "--point", "10")
-    assert exits_of(trained, images, capsys, "--accuracy", "88.5") == first
-    assert exits_of(trained, images, capsys, "--accuracy", "75%") == last
-    assert sum(last) <= sum(first)
-    for flags, message in (
-        (["--accuracy", "95"], "reaches 95 %"),
-        (["--point", "2"], "no point 2"),
-        (["--rule", "optimised"], "optimised"),
-    ):
-        assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), *flags]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_what_is_no_file_is_skipped_at_once(trained, images, tmp_path, capsys):
     """A pipe that nobody writes into, and a line of pixels that resizing would make enormous."""
     os.mkfifo(images / "pipe.png")
     Image.new("RGB", (40_000, 2)).save(images / "line.png")
-    assert predict.main([str(images / "pipe.png"), str(images / "line.png"), "--checkpoint", str(trained / "best.safetensors")]) == 1
+    assert predict.main([str(images / "pipe.png"), str(images / "line.png"), "--model", str(trained / "best.safetensors")]) == 1
     errors = capsys.readouterr().err
     assert "pipe.png: there is no such file; skipped" in errors
     assert "differ too much; skipped" in errors
@@ -173,6 +271,6 @@ def test_what_is_no_file_is_skipped_at_once(trained, images, tmp_path, capsys):
 def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):
     device = tmp_path / "null"
     device.symlink_to(os.devnull)
-    assert predict.main([str(images), "--checkpoint", str(trained / "best.safetensors"), "--output", str(device)]) in (0, 1)
+    assert predict.main([str(images), "--model", str(trained / "best.safetensors"), "--output", str(device)]) in (0, 1)
     assert device.is_char_device()
     assert device.is_symlink()

@@ -1,12 +1,16 @@
 """Real early exit answers what the simulation answers: same exit, same class, for every image, and launches nothing needlessly."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
-from adaptive_inference.predictor import AdaptivePredictor, simulate
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, simulate
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
+from utils import UserError
 
 NONE, ALL = 1e8, -1e8
 
@@ -108,19 +112,17 @@ def test_patience(threshold):
         while agreeing < threshold and k < 4:
             k += 1
             agreeing = agreeing + 1 if classes[k, i] == classes[k - 1, i] else 1
-        assert (prediction.exits[i], prediction.confidence[i]) == (k, agreeing)
+        assert prediction.exits[i] == k
 
 
 class Counting:
     """A network that counts how many images every exit sees."""
 
     def __init__(self, network):
-        self.network, self.num_exits, self.seen = network, network.num_exits, []
+        self.network, self.num_exits, self.description, self.seen = network, network.num_exits, None, []
 
-    def begin(self, images):
-        from models import Stepwise
-
-        run, seen = Stepwise(self.network, images), self.seen
+    def begin(self, images, lazy):
+        run, seen = self.network.begin(images, lazy), self.seen
 
         class Run:
             def next_logits(self):
@@ -170,7 +172,7 @@ def test_ties_leave_together():
 
 def test_no_image():
     prediction = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))(torch.empty(0, 3, 32, 32, dtype=torch.float64))
-    assert [len(values) for values in prediction] == [0, 0, 0]
+    assert [len(values) for values in prediction] == [0, 0, 0, 0]
 
 
 def test_policy_of_other_length_is_refused():
@@ -185,3 +187,84 @@ def test_confidence_orders_sure_before_unsure(measure):
     confidence, classes = confidence_by_exit(logits, measure)
     assert confidence[-1, 0] > confidence[-1, 1]
     assert classes.tolist() == [[0, 0], [0, 2]]
+
+
+def test_temperatures_change_confidence_alone():
+    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
+    logits = logits_of(network, images)
+    cold = quantile_policy(logits, 0.4)
+    warm = Policy(cold.thresholds, cold.measure, (2.0, 3.0, 4.0))
+    before, after = (AdaptivePredictor(network, policy)(images) for policy in (cold, warm))
+    assert_same(after, simulate(logits, warm))
+    assert torch.equal(before.exits, after.exits)
+    assert torch.equal(before.classes, after.classes)
+    answered = logits[after.exits, torch.arange(40)] / torch.tensor(warm.temperatures, dtype=torch.float64)[after.exits, None]
+    torch.testing.assert_close(after.probs, answered.softmax(1))
+
+
+class NoHostNumbers(TorchDispatchMode):
+    """A number of the host that is written into a tensor by index makes a GPU wait for it."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert not ("index_put" in str(function) and arguments[2].dim() == 0), function
+        return function(*arguments, **(options or {}))
+
+
+def test_no_number_of_the_host_is_written_by_index():
+    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
+    predictor = AdaptivePredictor(network, quantile_policy(logits_of(network, images), 0.4))
+    with NoHostNumbers():
+        assert len(predictor(images).exits.unique()) == 3
+    with pytest.raises(AssertionError, match="index_put"), NoHostNumbers():
+        torch.zeros(3)[torch.tensor([1])] = 1
+
+
+def described_network():
+    network = make_network(1).float()
+    network.description = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    return network
+
+
+def test_bytes_are_normalised():
+    predictor = AdaptivePredictor(described_network(), Policy((NONE,) * 3))
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
+    torch.testing.assert_close(predictor(images).probs, predictor((images.float() / 255 - mean) / std).probs)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 32, 32), "images are 3 x 32 x 32; this network wants N x 3 x 32 x 32"),
+        (torch.zeros(2, 3, 32, 40), "2 x 3 x 32 x 40"),
+        (torch.zeros(2, 1, 32, 32), "2 x 1 x 32 x 32"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "images are int64; this network wants uint8, or normalised floats"),
+    ],
+)
+def test_images_of_another_kind(images, message):
+    with pytest.raises(UserError, match=message):
+        AdaptivePredictor(described_network(), Policy((NONE,) * 3))(images)
+
+
+class Timing:
+    """Every block and exit is reserved 10 milliseconds, an impossible one after ``exits`` of them."""
+
+    batch_size = 1
+
+    def __init__(self, exits):
+        self.exits = exits
+
+    def reserve(self, k, num_images):
+        return 10.0 if k < self.exits else 1e6
+
+
+@pytest.mark.parametrize("exits", [1, 2, 3])
+def test_no_block_starts_that_would_end_late(exits):
+    network, images = make_network(1), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    counting = Counting(network)
+    prediction = AnytimePredictor(counting, 1e5, Timing(exits))(images)
+    assert prediction.exits.tolist() == [exits - 1]
+    assert len(counting.seen) == exits
+    assert prediction.classes == logits_of(network, images)[exits - 1].argmax()
+    with pytest.raises(UserError, match="deadline of 5 ms is too short here: the first exit takes up to 10 ms"):
+        AnytimePredictor(network, 5.0, Timing(3))

@@ -14,7 +14,7 @@ import datasets
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
-from adaptive_inference.runtime import runtime_rows
+from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
 from args import parse
 from engine import evaluate, training
 from engine.checkpoint import FORMAT, load_checkpoint, load_saved, save_checkpoint
@@ -66,7 +66,7 @@ def test_both_stages_leave_tables_curves_logs_and_checkpoints(stage_1, capsys):
         run = stage_1 / stage
         anytime, budgeted = read_csv(run / "anytime.csv"), read_csv(run / "budgeted.csv")
         assert [row["exit"] for row in anytime] == [1, 2, 3]
-        assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5"]
+        assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature"]
         assert len(budgeted) == 40
         assert all(abs(sum(row[f"share_{k}"] for k in range(1, exits + 1)) - 1) < 1e-5 for row in budgeted)
         assert len(read_csv(run / "optimised.csv")) == 40
@@ -431,18 +431,22 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(stage_1, measur
     images, targets = (torch.cat(parts) for parts in zip(*data.test, strict=True))
     for row, point in zip(read_csv(run / "budgeted.csv"), curve.of_rule("geometric"), strict=True):
         if row["p"] in (1, 20, 40):
-            assert point.policy.confidence == measure
+            assert point.policy.measure == measure
             prediction = AdaptivePredictor(saved.network, point.policy)(images)
             assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(row["test_acc1"], abs=0.01)
 
 
 def test_measured_time_beside_counted_operations(stage_1, monkeypatch):
-    monkeypatch.setattr(evaluate, "runtime_rows", partial(runtime_rows, points=4, repeats=1, images_at_batch_1=8))
+    monkeypatch.setattr(evaluate, "runtime_rows", partial(runtime_rows, seconds=0.1))
+    monkeypatch.setattr(evaluate, "measure_blocks", partial(measure_blocks, seconds=0.1))
+    monkeypatch.setattr(evaluate, "deadline_rows", partial(deadline_rows, calls=2))
     assert train_GE.main(["--save", str(stage_1 / "GE"), "--evalmode", "runtime"]) == 0
     rows = read_csv(stage_1 / "GE" / "runtime.csv")
-    assert {row["batch_size"] for row in rows} == {1, 256}
+    assert {row["batch_size"] for row in rows} == {1, 64}
+    assert [row["p"] for row in rows].count(0) == 2  # every exit
     assert all(0 < row["lazy_operations"] <= row["operations"] for row in rows)
     assert all(row["milliseconds"] > 0 for row in rows)
+    assert all(0 <= row["late"] <= 1 for row in read_csv(stage_1 / "GE" / "deadline.csv"))
     assert (stage_1 / "GE" / "runtime.png").exists()
 
 

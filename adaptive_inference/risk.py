@@ -1,0 +1,140 @@
+"""Promises about accuracy: policies that lose at most so much against the full network, with a level of confidence.
+
+    rows = rows_with_losses(confidence, classes, targets, operations)     # of held-out images; kept in policy.json
+    points = certified(curve.points, MaxLoss(1.0, level=95.0))       # or choose(curve, max_loss=MaxLoss(1.0))
+
+"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024, arXiv 2405.20915): some held-out
+images set the thresholds of a curve of policies, the others test these one after another, from dear to cheap, up to the first one that may
+lose too much. A sequence fixed beforehand needs no correction for many tests. A loss is 1 for an image on which the policy is wrong and the
+full network right, -1 the other way round, 0 otherwise (or 1 for every image with another answer). That its mean exceeds a limit is
+rejected by betting against it (Waudby-Smith and Ramdas 2024, arXiv 2010.09686): were it so, the wealth of no such bettor would be likely to
+grow large. The stake is set by the images that set the thresholds, so that the order of the others does not matter.
+
+Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if new images come from the
+same distribution.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptive_inference.budgeted import accuracies_and_costs, assign_exits, exit_shares, geometric_thresholds
+from utils import UserError
+
+if TYPE_CHECKING:
+    from adaptive_inference.policies import Point
+
+LEARNING_PART = 10  # every so many-th held-out image sets thresholds; quantiles need few, the test is sharper with many
+CERTIFICATE = {
+    "procedure": "Learn then Test, fixed sequence from dear to cheap",
+    "bound": "betting, Waudby-Smith and Ramdas",
+    "split": f"of every {LEARNING_PART} held-out images the first sets the thresholds (geometric rule), the others test them",
+    "losses": "images, wrong where the full network is right, right where it is wrong, another answer; of both parts",
+    "level": 95.0,
+}
+MAX_STAKE = 0.9  # of the stake that may lose everything
+
+
+class Losses(NamedTuple):
+    """A policy's answers to ``images`` images beside the full network's: ``worse`` are wrong where that is right, ``better`` right where it
+    is wrong, ``other`` all those of another class."""
+
+    images: int
+    worse: int
+    better: int
+    other: int
+
+
+class MaxLoss(NamedTuple):
+    """At most ``percent`` of accuracy lost against the full network, or of answers that are others than its, with ``level`` percent
+    confidence."""
+
+    percent: float
+    level: float = CERTIFICATE["level"]
+    disagreement: bool = False
+
+    def __str__(self) -> str:
+        what = "answer otherwise than the full network on" if self.disagreement else "lose"
+        return f"{what} at most {self.percent:g} % with {self.level:g} % confidence"
+
+
+def rows_with_losses(confidence: Tensor, classes: Tensor, targets: Tensor, operations: Sequence[float], points: int = 40) -> list[dict]:
+    """Policies and their losses, from held-out images.
+
+    Args:
+        confidence, classes: of every exit, (K, N) each, as ``policies.confidence_by_exit`` gives them.
+        targets: (N,).
+
+    Returns:
+        Rows as of ``budgeted_curve``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of
+        the row are of the latter. None if there are too few images.
+    """
+    learns = torch.arange(len(targets)) % LEARNING_PART == 0
+    if learns.sum() in (0, len(targets)):
+        return []
+    parts = [(confidence[:, part], classes[:, part], targets[part]) for part in (learns, ~learns)]
+    tested = (parts[1][0], parts[1][1] == parts[1][2])
+    rows = []
+    for p in range(1, points + 1):
+        thresholds = geometric_thresholds(parts[0][0], exit_shares(2 * p / points, len(operations)))
+        losses = tuple(losses_of(thresholds, *part) for part in parts)
+        rows.append({"p": p, "losses": losses, **accuracies_and_costs(thresholds, tested, tested, operations)})
+    return rows
+
+
+def losses_of(thresholds: Tensor, confidence: Tensor, classes: Tensor, targets: Tensor) -> Losses:
+    """Of the policy with these thresholds (K,), from confidence and classes (K, N) of every exit and targets (N,)."""
+    answers = classes.gather(0, assign_exits(confidence, thresholds)[None])[0]
+    right, full_right = answers == targets, classes[-1] == targets
+    events = (full_right & ~right, right & ~full_right, answers != classes[-1])
+    return Losses(len(targets), *(int(event.sum()) for event in events))
+
+
+def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
+    """Whether the tested images rule out that more than ``wanted`` is lost.
+
+    Args:
+        losses: on the images that set the thresholds, and on those that test them.
+    """
+    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100)
+    if limit >= 1:
+        return True
+    (learned, worse, better), (images, *tested) = (
+        (part.images, part.other, 0) if wanted.disagreement else (part.images, part.worse, part.better) for part in losses
+    )
+    # The best stake against a loss of this variance; one more image, so that none at all is not believed.
+    variance = (worse + better + 1) / (learned + 1)
+    stake = min(math.sqrt(2 * needed / (images * variance)), MAX_STAKE / (1 - limit))
+    up, down = tested
+    same = images - up - down
+    wealth = up * math.log1p(-stake * (1 - limit)) + down * math.log1p(stake * (1 + limit)) + same * math.log1p(stake * limit)
+    return wealth >= needed
+
+
+def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
+    """The points of the rule "tested" that keep the promise, from dear to cheap.
+
+    Raises:
+        UserError: none does; the line says what could be promised.
+    """
+    sequence = sorted((point for point in points if point.rule == "tested"), key=lambda point: -point.p)
+    if not sequence:
+        raise UserError("nothing can be promised about accuracy: these policies were made without images to test them on")
+    kept = _first_safe(sequence, wanted)
+    if not kept:
+        possible = next(tenth / 10 for tenth in range(1, 1001) if _first_safe(sequence[:1], wanted._replace(percent=tenth / 10)))
+        raise UserError(
+            f"no policy is certain to {wanted}: {sequence[0].losses[1].images} images tested them; "
+            f"what can be promised starts at {possible:g} % (or every image runs the full network)"
+        )
+    return kept
+
+
+def _first_safe(sequence: list["Point"], wanted: MaxLoss) -> list["Point"]:
+    for i, point in enumerate(sequence):
+        if not is_certain(point.losses, wanted):
+            return sequence[:i]
+    return sequence

@@ -1,0 +1,102 @@
+"""How often a promise about accuracy fails, and what it saves, on real images.
+
+    python -m results.risk save/cifar100/IMTA --max-loss 1 --splits 200
+
+The test images of a run are split into two halves again and again: one half sets and tests policies as the held-out images of a run do
+(``adaptive_inference.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the
+cheapest policy that lost no more on the first half. As all are the same images, a half on which a policy looks better than it is leaves
+another on which it looks worse: failures are counted too often rather than too seldom.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaptive_inference.budgeted import assign_exits, exit_shares, geometric_thresholds
+from adaptive_inference.form import inference_form
+from adaptive_inference.policies import Point, Policy, confidence_by_exit
+from adaptive_inference.risk import MaxLoss, certified, losses_of, rows_with_losses
+from args import parse
+from dataloader import load_data
+from engine.checkpoint import load_saved
+from engine.collect import collect_logits
+from engine.distributed import Processes
+from engine.report import table
+from engine.run_directory import RunDirectory
+from models import count_operations
+from utils import CommandLineParser, UserError
+
+POINTS = 40
+
+Answers = tuple[Tensor, Tensor, Tensor]  # confidence (K, n), classes (K, n), targets (n,)
+
+
+def certified_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> Tensor | None:
+    """Those of the cheapest policy that keeps the promise, None where no policy is certain to."""
+    rows = rows_with_losses(*held, operations, points=POINTS)
+    points = [Point(Policy(tuple(row["thresholds"])), 0.0, 0.0, (), "tested", row["p"], row["losses"]) for row in rows]
+    try:
+        return torch.tensor(certified(points, wanted)[-1].policy.thresholds)
+    except UserError:
+        return None
+
+
+def usual_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> Tensor | None:
+    """Those of the cheapest policy of the geometric rule that lost no more on the same images."""
+    for p in range(1, POINTS + 1):
+        thresholds = geometric_thresholds(held[0], exit_shares(2 * p / POINTS, len(operations)))
+        if _percent_lost(losses_of(thresholds, *held), wanted) <= wanted.percent:
+            return thresholds
+    return None
+
+
+def _percent_lost(losses, wanted: MaxLoss) -> float:
+    return 100 * (losses.other if wanted.disagreement else losses.worse - losses.better) / losses.images
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print failures and savings for the run that the arguments name (None: those of the process)."""
+    parser = CommandLineParser(prog="results.risk", description="How often promises about accuracy fail, over splits of the test images.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with a finished run")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: that of the run)")
+    parser.add_argument("--max-loss", type=float, default=1.0, metavar="PERCENT", help="(default: %(default)s)")
+    parser.add_argument("--confidence-level", type=float, default=95.0, metavar="PERCENT", help="(default: %(default)s)")
+    parser.add_argument("--disagreement", action="store_true", help="count every other answer as lost")
+    parser.add_argument("--splits", type=int, default=200, metavar="N", help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    wanted = MaxLoss(arguments.max_loss, arguments.confidence_level, arguments.disagreement)
+    try:
+        saved = load_saved(RunDirectory(arguments.run).best, {})
+        flags = ["--evalmode", *(["--data-root", str(arguments.data_root)] if arguments.data_root else [])]
+        processes = Processes(0, 1, torch.device("cpu"), ())
+        data = load_data(parse("GE", flags).settings(stored=saved.settings), processes.device, None, saved.data, saved.held_out)
+        logits, targets = collect_logits(inference_form(saved.network), data.test, processes)
+    except UserError as error:
+        parser.error(str(error))
+    answers = (*confidence_by_exit(logits), targets)
+    operations = count_operations(saved.network, data.info.image_size)
+    counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
+    generator = torch.Generator().manual_seed(0)
+    ways = {"certified": certified_thresholds, "usual choice": usual_thresholds}
+    spent, lost = {way: [] for way in ways}, {way: [] for way in ways}
+    for _ in range(arguments.splits):
+        held, new = (tuple(x[..., half] for x in answers) for half in torch.randperm(len(targets), generator=generator).chunk(2))
+        for way, choose in ways.items():
+            thresholds = choose(held, operations, wanted)
+            spent[way].append(1.0 if thresholds is None else counts[assign_exits(new[0], thresholds)].mean().item())
+            lost[way].append(0.0 if thresholds is None else _percent_lost(losses_of(thresholds, *new), wanted))
+    cells = []
+    for way in ways:
+        share = sum(x > wanted.percent for x in lost[way]) / arguments.splits
+        error = math.sqrt(share * (1 - share) / arguments.splits)
+        means = [sum(values) / arguments.splits for values in (lost[way], spent[way])]
+        cells.append([way, f"{100 * share:.1f} +- {100 * error:.1f}", f"{means[0]:.2f}", f"{100 * means[1]:.1f}"])
+    sys.stdout.write(f"{len(targets):,} test images, {arguments.splits} splits in halves: {wanted}\n")
+    sys.stdout.write(table(["", "promise failed in %", "mean loss %", "operations %"], cells) + "\n")
+
+
+if __name__ == "__main__":
+    main()
