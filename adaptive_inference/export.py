@@ -53,7 +53,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
     if any(point.policy.measure != "softmax" for point in points):
-        raise UserError(f"an ONNX file compares softmax alone; these policies are of {points[0].policy.confidence}")
+        raise UserError(f"an ONNX file compares softmax alone; these policies are of {points[0].policy.measure}")
     form = inference_form(network, channels_last=False, dtype=torch.float32).cpu()
     graph = _Graph(onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count())
     mean, std = (255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std))

@@ -1,12 +1,13 @@
 """Train and evaluate every arm of the comparison for every seed; run it again and it goes on.
 
-    python -m results.arms --data-root data/cifar100                           # 20 classes, 5 + 3 epochs: hours on a CPU
-    python -m results.arms --data-root data/cifar100 --schedule all-classes    # 6 + 3 epochs: a day on a CPU
-    python -m results.arms --data-root data/cifar100 --schedule published      # 300 + 180 epochs
+    python -m results.arms --data-root data/cifar100                         # 20 classes, 5 + 3 epochs: hours on a CPU
+    python -m results.arms --data-root data/cifar100 --schedule 30_epochs    # all classes, 30 + 10 epochs: an hour or two an arm
+    python -m results.arms --data-root data/cifar100 --schedule 100_epochs   # all classes, 100 + 40 epochs
+    python -m results.arms --data-root data/cifar100 --schedule published    # 300 + 180 epochs
 
 ``--data-root`` is that of ``train_GE.py --data cifar100``: torchvision's archive, downloaded when missing, or the folders ``train/CLASS/``
 and ``test/CLASS/``. Runs and checkpoints lie in ``--work``; when a run is complete, its small files are copied into ``seed_N/ARM/`` of
-``results/cifar100_arms``, ``cifar100_short`` or ``cifar100_published``, from which ``results/tables.py`` makes the tables and plots.
+the folder with the schedule's name, from which ``results/tables.py`` makes the tables and plots.
 """
 
 import json
@@ -36,21 +37,26 @@ class Schedule(NamedTuple):
     results: Path
 
 
-_SHORT = ["--batch-size", "32", "--lr", "0.05", "--lr-type", "cosine"]
+# In float32, whatever the machine is fast with: most of these runs are older than the choice.
+_SHORT = ["--batch-size", "32", "--lr", "0.05", "--lr-type", "cosine", "--amp", "off", "--compile", "off"]
+_ONE_RECIPE = ["--batch-size", "128", "--lr-type", "cosine", "--weight-decay", "5e-4", "--nesterov"]
 SCHEDULES = {
     "short": Schedule(
         5,
         ["--preset", "cifar100", "--val-size", "1000", "--epochs", "5", "--warmup-epochs", "1", *_SHORT],
         ["--epochs", "3", *_SHORT],
-        HERE / "cifar100_arms",
+        HERE / "short",
     ),
-    "all-classes": Schedule(
-        1,
-        ["--preset", "cifar100", "--epochs", "6", "--warmup-epochs", "1", "--batch-size", "64", "--lr", "0.1"],
-        ["--epochs", "3", "--batch-size", "64", "--lr", "0.1"],
-        HERE / "cifar100_short",
-    ),
-    "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], HERE / "cifar100_published"),
+    **{
+        f"{epochs_1}_epochs": Schedule(
+            1,
+            ["--preset", "cifar100", "--epochs", str(epochs_1), "--warmup-epochs", "1", "--lr", "0.2", *_ONE_RECIPE],
+            ["--epochs", str(epochs_2), "--lr", "0.1", *_ONE_RECIPE],
+            HERE / f"{epochs_1}_epochs",
+        )
+        for epochs_1, epochs_2 in ((30, 10), (100, 40))
+    },
+    "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], HERE / "published"),
 }
 
 
@@ -80,6 +86,8 @@ ARMS = {
     "GE_multistep": Arm(None, ["--lr-type", "multistep"]),
     "GE_batch_64": Arm(None, ["--batch-size", "64", "--lr", "0.1", "--lr-type", "multistep"]),
     "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
+    "GE_bf16": Arm(None, ["--amp", "bf16", "--compile", "default"]),
+    "GE_ISC_OFA_bf16": Arm("GE_bf16", ["--amp", "bf16"]),
     "MSDNet_7": Arm(None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
     "GE_7": Arm(None, ["--preset", "cifar100-anytime"]),
     "GE_ISC_OFA_7": Arm("GE_7", ["--preset", "cifar100-anytime"]),
@@ -185,7 +193,7 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/cifar100_arms for the short schedule, and so on)"
+        "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
     parser.add_argument(

@@ -22,8 +22,8 @@ from utils import CommandLineParser, UserError, atomic_write
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
-SHORT, ALL_CLASSES, PUBLISHED = (SCHEDULES[name].results for name in ("short", "all-classes", "published"))
-TRAINING = {PUBLISHED: "100 classes, 300 + 180 epochs", ALL_CLASSES: "100 classes, 6 + 3 epochs", SHORT: "20 classes, 5 + 3 epochs"}
+SHORT, MEDIUM, LONG, PUBLISHED = (SCHEDULES[name].results for name in ("short", "30_epochs", "100_epochs", "published"))
+TRAINING = {PUBLISHED: "100 classes, 300 + 180 epochs", LONG: "100 classes, 100 + 40 epochs", MEDIUM: "100 classes, 30 + 10 epochs", SHORT: "20 classes, 5 + 3 epochs"}
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
 
 # Top-1 by exit of the CIFAR-100 network with 5 exits: notes on tables 2 and 3 of the paper.
@@ -51,12 +51,14 @@ TITLES = {
     "GE_multistep": "GE, `--lr-type multistep`",
     "GE_batch_64": "GE, batch 64, lr 0.1, multistep",
     "GE_plain_engine": "GE, fast settings off",
+    "GE_bf16": "GE in bf16, compiled",
+    "GE_ISC_OFA_bf16": "GE + ISC + OFA in bf16, both stages",
 }
 TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
-STAGE_1_VARIANTS = ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64", "GE_10_epochs")
+STAGE_1_VARIANTS = ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_batch_64", "GE_10_epochs", "GE_bf16")
 DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in STAGE_1_VARIANTS))
 DIFFERENCES_2 = (
     ("GE", "GE_ISC_OFA"),
@@ -65,6 +67,7 @@ DIFFERENCES_2 = (
     ("GE_classifiers", "GE_OFA"),
     *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
     ("released_GE", "released_IMTA"),
+    ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
 )
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
@@ -132,7 +135,7 @@ def comparison(
 
 
 def exits_table() -> str:
-    operations = [f"{row['operations'] / 1e6:.2f} M" for row in read_csv(ALL_CLASSES / "seed_1" / "GE" / "anytime.csv")]
+    operations = [f"{row['operations'] / 1e6:.2f} M" for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
     titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
     paper = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
     table = comparison(paper, exit_names(len(operations)), titles, exit_accuracies)
@@ -259,7 +262,7 @@ def draw_arms() -> Figure:
 def draw_all_classes() -> Figure:
     """The runs of seed 1 on all classes."""
     files = ("anytime.csv", "budgeted.csv", "optimised.csv")
-    folders = {TITLES[arm]: ALL_CLASSES / "seed_1" / arm for arm in MAIN_ARMS}
+    folders = {TITLES[arm]: MEDIUM / "seed_1" / arm for arm in MAIN_ARMS}
     curves = {title: tuple(read_csv(folder / file) for file in files) for title, folder in folders.items() if folder.is_dir()}
     return draw_curves(curves)
 
@@ -316,7 +319,7 @@ def main() -> None:
                 with atomic_write(document) as stream:
                     stream.write(text)
             save_figure(draw_arms(), SHORT / "arms.png")
-            save_figure(draw_all_classes(), ALL_CLASSES / "curves.png")
+            save_figure(draw_all_classes(), MEDIUM / "curves.png")
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:

@@ -61,7 +61,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         torch.manual_seed(0)
         network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
         points = [(1, [0.2, 0.3, 0.4], 40.0, 1e5), (2, [0.5, 0.6, 0.7], 60.0, 2e5), (3, [0.8, 0.8, 0.8], 60.0, 3e5)]
-        rows = [{"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost} for p, thresholds, acc, cost in points]
+        rows = [{"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost, "val_shares": [0.2, 0.3, 0.5]} for p, thresholds, acc, cost in points]
         curve = policy_curve(network, [1, 2, 3], {"geometric": rows})
         export_onnx(network, path, description(), curve)
         return network, curve, path
@@ -150,7 +150,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         network = exported[0]
         with pytest.raises(UserError, match="too small"):
             export_onnx(network, tmp_path / "x.onnx", description(8))
-        rows = [{"p": 1, "thresholds": [0.5] * 3, "val_acc": 50.0, "val_flops": 2.0}]
+        rows = [{"p": 1, "thresholds": [0.5] * 3, "val_acc1": 50.0, "val_operations": 2.0, "val_shares": [0.2, 0.3, 0.5]}]
         with pytest.raises(UserError, match="softmax alone; these policies are of margin"):
             export_onnx(network, tmp_path / "x.onnx", description(), policy_curve(network, [1, 2, 3], {"geometric": rows}, "margin"))
         assert list(tmp_path.iterdir()) == []
