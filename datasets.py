@@ -48,7 +48,7 @@ is_folder = os.path.isdir  # also below a folder that may not be entered, where 
 LEFT_OUT = "left out: "  # begins the line that counts files which are no images; no mistake
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
-DEMO_IMAGES = {"train": 6500, "test": 2000}
+DEMO_IMAGES = {"train": 13000, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
 
 NORMALIZATION = {

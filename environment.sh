@@ -35,20 +35,6 @@ supported_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
-fill_environment() {
-    [[ -x $VENV/bin/python ]] || "$1" -m venv "$VENV" 2>/dev/null || "$1" -m venv --without-pip "$VENV" || return
-    local pip=("$VENV/bin/python" -m pip)
-    if ! "${pip[@]}" --version >/dev/null 2>&1; then
-        # Debian and Ubuntu without python3-venv: the base interpreter's pip, from 22.3, can fill another environment.
-        pip=("$1" -m pip --python "$VENV/bin/python")
-        if ! "${pip[@]}" --version >/dev/null 2>&1; then
-            echo "$1 can make no environment with pip; install python3-venv" >&2
-            return 1
-        fi
-    fi
-    "${pip[@]}" install --quiet --requirement "$project/requirements.txt"
-}
-
 prepare_environment() {
     local base="${PYTHON:-python3}"
     if ! supported_python "$base"; then
@@ -61,8 +47,8 @@ prepare_environment() {
     fi
     if ! satisfies_requirements "$VENV/bin/python"; then
         echo "setting up the Python environment $VENV from requirements.txt, once (several GB, some minutes)"
-        if ! fill_environment "$base"; then
-            echo "could not set up $VENV: see the message above; run the same command again to go on" >&2
+        if ! { [[ -x $VENV/bin/python ]] || "$base" -m venv "$VENV"; } || ! "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"; then
+            echo "could not set up $VENV: see the message above (Debian and Ubuntu need the package python3-venv); run the same command again to go on" >&2
             return 2
         fi
     fi
@@ -70,7 +56,3 @@ prepare_environment() {
 }
 
 prepare_environment || exit
-
-# Threads that wait for each other spin for microseconds only. GNU OpenMP's default, about a millisecond, makes small networks many times
-# slower as soon as another program uses a core.
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"

@@ -2,8 +2,8 @@
 # Stage 1: train an MSDNet with Gradient Equilibrium, then evaluate it.
 #
 #   bash run_GE.sh                                     the embedded demo
-#   bash run_GE.sh cifar100 | cifar100-anytime | cifar10 | imagenet
-#   DATA_ROOT=... GPUS=0,1,2,3 SAVE=... bash run_GE.sh imagenet --workers 16
+#   bash run_GE.sh folder | cifar100 | cifar100-anytime | cifar10 | imagenet
+#   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_GE.sh imagenet --workers 16
 #
 # What follows the preset goes on to train_GE.py (python train_GE.py --help).
 set -euo pipefail
@@ -13,6 +13,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 
 DATA_ROOT="${DATA_ROOT:-}"         # folder with the images (not used by the demo); empty: data
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
+# PROCESSES, on CPUs: into how many processes training is divided; unset: one a core
 SAVE="${SAVE:-save/$preset}"       # stage 1 goes into $SAVE/GE, stage 2 into $SAVE/IMTA
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -2,8 +2,8 @@
 # Stage 2: new classifiers with ISC and One-for-all distillation on the network of stage 1, then evaluate them.
 #
 #   bash run_IMTA.sh                                   the embedded demo, after bash run_GE.sh
-#   bash run_IMTA.sh cifar100 | cifar100-anytime | cifar10 | imagenet
-#   DATA_ROOT=... GPUS=0,1,2,3 SAVE=... bash run_IMTA.sh imagenet --workers 16
+#   bash run_IMTA.sh folder | cifar100 | cifar100-anytime | cifar10 | imagenet
+#   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_IMTA.sh imagenet --workers 16
 #
 # What follows the preset goes on to train_IMTA.py (python train_IMTA.py --help).
 set -euo pipefail
@@ -13,6 +13,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 
 DATA_ROOT="${DATA_ROOT:-}"         # empty: where stage 1 read its images
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
+# PROCESSES, on CPUs: into how many processes training is divided; unset: one a core
 SAVE="${SAVE:-save/$preset}"       # stage 1 is read from $SAVE/GE, stage 2 goes into $SAVE/IMTA
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -253,16 +253,15 @@ PRESETS = {
         "both": {
             "data": "demo",
             "val_size": 1000,
-            "augment": "none",
             "num_blocks": 4,
             "step_mode": "lin_grow",
             "num_channels": 4,
             "growth_rate": 4,
-            "batch_size": 32,
+            "batch_size": 64,
             "lr_type": "cosine",
         },
-        "GE": {"epochs": 5, "lr": 0.1, "warmup_epochs": 0.5},
-        "IMTA": {"epochs": 3, "lr": 0.02},
+        "GE": {"epochs": 4, "lr": 0.1, "warmup_epochs": 0.5},
+        "IMTA": {"epochs": 3, "lr": 0.05},
     },
     "folder": {
         "both": {
