@@ -261,7 +261,7 @@ PRESETS = {
             "lr_type": "cosine",
         },
         "GE": {"epochs": 4, "lr": 0.1, "warmup_epochs": 0.5},
-        "IMTA": {"epochs": 3, "lr": 0.05},
+        "IMTA": {"epochs": 8, "lr": 0.1, "warmup_epochs": 0.5},
     },
     "folder": {
         "both": {

@@ -192,9 +192,7 @@ def main() -> int:
     parser = CommandLineParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
     parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"
-    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
     parser.add_argument(
         "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="with those they start from (default: all)"

@@ -93,6 +93,15 @@ CITATION = """
 """
 
 
+def _evaluated(file: Path, stage: str, folder: Path, *modes: str) -> RunDirectory:
+    """The tables of a network in float32, a form that every machine computes in."""
+    program = {"GE": train_GE, "IMTA": train_IMTA}[stage]
+    for mode in modes:
+        if program.main(["--evaluate-from", str(file), "--evalmode", mode, "--amp", "off", "--save", str(folder)]):
+            raise UserError(f"{file} cannot be evaluated")
+    return RunDirectory(folder)
+
+
 def ship(saved: Saved, output: Path) -> None:
     """Write the file, its policies and the folder's card.
 
@@ -102,13 +111,11 @@ def ship(saved: Saved, output: Path) -> None:
     # Names are many, and of use to the run alone.
     split = saved.split._replace(names=saved.split.names[:0])
     with tempfile.TemporaryDirectory() as folder:
-        rounded, tables = Path(folder) / output.name, RunDirectory(Path(folder) / "tables")
+        rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)
-        program = {"GE": train_GE, "IMTA": train_IMTA}[saved.description.stage]
-        for mode in ("anytime", "dynamic"):
-            if program.main(["--evaluate-from", str(rounded), "--evalmode", mode, "--save", str(tables.path)]):
-                raise UserError(f"{saved.path} cannot be evaluated")
-        before, after = (read_csv(run.anytime) for run in (RunDirectory(saved.path.parent), tables))
+        before = _evaluated(saved.path, saved.description.stage, Path(folder) / "before", "anytime")
+        tables = _evaluated(rounded, saved.description.stage, Path(folder) / "after", "anytime", "dynamic")
+        before, after = (read_csv(run.anytime) for run in (before, tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
             exit = lost.index(max(lost)) + 1

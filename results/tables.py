@@ -23,7 +23,12 @@ from utils import CommandLineParser, UserError, atomic_write
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 SHORT, MEDIUM, LONG, PUBLISHED = (SCHEDULES[name].results for name in ("short", "30_epochs", "100_epochs", "published"))
-TRAINING = {PUBLISHED: "100 classes, 300 + 180 epochs", LONG: "100 classes, 100 + 40 epochs", MEDIUM: "100 classes, 30 + 10 epochs", SHORT: "20 classes, 5 + 3 epochs"}
+TRAINING = {
+    PUBLISHED: "100 classes, 300 + 180 epochs",
+    LONG: "100 classes, 100 + 40 epochs",
+    MEDIUM: "100 classes, 30 + 10 epochs",
+    SHORT: "20 classes, 5 + 3 epochs",
+}
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
 
 # Top-1 by exit of the CIFAR-100 network with 5 exits: notes on tables 2 and 3 of the paper.

@@ -61,7 +61,10 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         torch.manual_seed(0)
         network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
         points = [(1, [0.2, 0.3, 0.4], 40.0, 1e5), (2, [0.5, 0.6, 0.7], 60.0, 2e5), (3, [0.8, 0.8, 0.8], 60.0, 3e5)]
-        rows = [{"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost, "val_shares": [0.2, 0.3, 0.5]} for p, thresholds, acc, cost in points]
+        rows = [
+            {"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost, "val_shares": [0.2, 0.3, 0.5]}
+            for p, thresholds, acc, cost in points
+        ]
         curve = policy_curve(network, [1, 2, 3], {"geometric": rows})
         export_onnx(network, path, description(), curve)
         return network, curve, path
