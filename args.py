@@ -5,6 +5,9 @@ defaults. Published flag spellings stay; everything behind them is typed and nam
 """
 
 import argparse
+import atexit
+import gc
+import json
 import os
 import shlex
 import sys
@@ -12,6 +15,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from engine.run_directory import RunDirectory
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
 from utils import CommandLineParser, UserError, at_least, in_range, int_list, tell
@@ -103,6 +107,39 @@ class CommandLine:
                 return origin.parent.parent / self.stage
         return Path("save") / self.explicit.get("preset", Settings.preset) / self.stage
 
+    def origin(self) -> Path | None:
+        """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
+
+        Raises:
+            UserError: stage 2 has none.
+        """
+        if self.stage == "GE" or "single_stage" in self.explicit or "pretrained" in self.explicit:
+            return self.explicit.get("pretrained")
+        best = RunDirectory(self.save_directory.parent / "GE").best
+        if not best.exists():
+            raise UserError(
+                f"there is no stage-1 checkpoint {best}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
+            )
+        return best
+
+    def refuse_early(self) -> None:
+        """What can be told without PyTorch of the mistakes that the run would end with.
+
+        Raises:
+            UserError: one of them.
+        """
+        run = RunDirectory(self.save_directory)
+        if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
+            recorded = {} if "evaluate_from" in self.explicit else _recorded_settings(run)
+            if recorded:
+                self.settings(stored=recorded)
+            if "resume" in self.explicit:
+                self.refuse_changes(recorded)
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
+            if "overwrite" not in self.explicit:
+                run.refuse_second()
+            self.origin()
+
     def _from_preset(self, preset: str) -> dict:
         chosen = PRESETS[self.explicit.get("preset", preset)]
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
@@ -131,7 +168,11 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         if not (explicit["data_root"] / "train").is_dir():
-            parser.error(f"--data-root {explicit['data_root']} holds no folder train/; say with --data or --preset what it holds")
+            root = explicit["data_root"]
+            parser.error(
+                f"{root} holds no folder train/; put images into {root}/train/CLASS/ and {root}/test/CLASS/, or say with --data "
+                "or --preset what it holds"
+            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -139,11 +180,28 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
 
 
 def announce(stage: str) -> None:
-    """Read the process's command line, as ``parse``, and say at once what begins: what it needs takes seconds to load."""
+    """Read the process's command line, as ``parse``, and say at once what begins, or what is wrong: PyTorch takes seconds to load."""
+    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds, too
     command = parse(stage)
+    try:
+        command.refuse_early()
+    except UserError as error:
+        sys.stderr.write(f"train_{stage}.py: {error}\n")
+        sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
-        what = f"evaluating {command.save_directory}" if "evalmode" in command.explicit else f"training into {command.save_directory}"
-        tell(f"train_{stage}.py: {what}; loading PyTorch")
+        preset = command.explicit.get("preset")
+        what = "evaluating" if "evalmode" in command.explicit else f"preset {preset}, training into" if preset else "training into"
+        tell(f"train_{stage}.py: {what} {command.save_directory}; loading PyTorch")
+
+
+def _recorded_settings(run: RunDirectory) -> dict[str, Any]:
+    """Those in ``run.json``, none where it is not as a run wrote it: the checkpoint decides later."""
+    try:
+        settings = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
+        Path(settings["data_root"])
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
