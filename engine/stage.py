@@ -102,10 +102,8 @@ def _status_of(stage: Stage, command: CommandLine) -> int:
         status, message = 2, str(error)
     except Interrupted as interrupted:
         saved = "saved" if interrupted.is_saved else "what was saved before stays"
-        status, message = (
-            interrupted.exit_status,
-            f"stopped by a signal{interrupted.where}, {saved}" + "; go on with --resume" * (not is_evaluation),
-        )
+        message = f"stopped by a signal{interrupted.where}, {saved}" + "; go on with --resume" * (not is_evaluation)
+        status = interrupted.exit_status
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             status, message = 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
