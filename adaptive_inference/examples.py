@@ -68,7 +68,7 @@ def examples_figure(
     axes.set_axis_off()
     for row, label in enumerate(classes):
         top = row * step
-        axes.text(-0.1, top + 0.5, labels[row], ha="right", va="center", fontsize=8)
+        axes.text(-0.1, top + 0.5, labels[row], ha="right", va="center", fontsize=8, parse_math=False)
         for left_edge, kind in ((0.0, easy), (right_half, hard)):
             own = kind[targets[kind] == label][:columns].tolist()
             if not own:
