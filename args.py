@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -117,24 +118,20 @@ class CommandLine:
             return self.explicit.get("pretrained")
         best = RunDirectory(self.save_directory.parent / "GE").best
         if not best.exists():
-            raise UserError(
-                f"there is no stage-1 checkpoint {best}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
-            )
+            raise UserError(f"there is no stage-1 checkpoint {best}: run stage 1 first (train_GE.py), or name one with --pretrained")
         return best
 
     def refuse_early(self) -> None:
-        """What can be told without PyTorch of the mistakes that the run would end with.
-
-        Raises:
-            UserError: one of them.
-        """
+        """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
         run = RunDirectory(self.save_directory)
+        if "evaluate_from" in self.explicit:
+            return
         if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
-            recorded = {} if "evaluate_from" in self.explicit else _recorded_settings(run)
-            if recorded:
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of a damaged record
+                recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
                 self.settings(stored=recorded)
-            if "resume" in self.explicit:
-                self.refuse_changes(recorded)
+                if "resume" in self.explicit:
+                    self.refuse_changes(recorded)
         elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
             if "overwrite" not in self.explicit:
                 run.refuse_second()
@@ -168,10 +165,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         if not (explicit["data_root"] / "train").is_dir():
-            root = explicit["data_root"]
             parser.error(
-                f"{root} holds no folder train/; put images into {root}/train/CLASS/ and {root}/test/CLASS/, or say with --data "
-                "or --preset what it holds"
+                f"{explicit['data_root']} lacks train/CLASS/ and test/CLASS/ with images; or say with --data or --preset what it holds"
             )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
@@ -192,16 +187,6 @@ def announce(stage: str) -> None:
         preset = command.explicit.get("preset")
         what = "evaluating" if "evalmode" in command.explicit else f"preset {preset}, training into" if preset else "training into"
         tell(f"train_{stage}.py: {what} {command.save_directory}; loading PyTorch")
-
-
-def _recorded_settings(run: RunDirectory) -> dict[str, Any]:
-    """Those in ``run.json``, none where it is not as a run wrote it: the checkpoint decides later."""
-    try:
-        settings = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
-        Path(settings["data_root"])
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:

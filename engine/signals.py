@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run; ``exit_status`` is the one to end with, ``where`` words for the epoch and step. No handler of other errors
-    catches it."""
+    """A signal stopped the run ``where`` it says; ``exit_status`` is the one to end with. No handler of other errors catches it."""
 
     def __init__(self, signal_number: int, is_saved: bool = False, where: str = ""):
         super().__init__(signal_number)

@@ -190,8 +190,7 @@ class _Run:
 
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
-        where = "" if settings.data == "demo" else f" in {settings.data_root}"
-        self.session.log.line(f"reading the images of {settings.data}{where}")
+        self.session.log.line(f"reading the images of {settings.data}" + f" in {settings.data_root}" * (settings.data != "demo"))
         if state is not None:
             data = self._read(data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
