@@ -5,13 +5,18 @@ defaults. Published flag spellings stay; everything behind them is typed and nam
 """
 
 import argparse
+import atexit
+import gc
+import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from engine.run_directory import RunDirectory
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
 from utils import CommandLineParser, UserError, at_least, in_range, int_list, tell
@@ -103,6 +108,35 @@ class CommandLine:
                 return origin.parent.parent / self.stage
         return Path("save") / self.explicit.get("preset", Settings.preset) / self.stage
 
+    def origin(self) -> Path | None:
+        """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
+
+        Raises:
+            UserError: stage 2 has none.
+        """
+        if self.stage == "GE" or "single_stage" in self.explicit or "pretrained" in self.explicit:
+            return self.explicit.get("pretrained")
+        best = RunDirectory(self.save_directory.parent / "GE").best
+        if not best.exists():
+            raise UserError(f"there is no stage-1 checkpoint {best}: run stage 1 first (train_GE.py), or name one with --pretrained")
+        return best
+
+    def refuse_early(self) -> None:
+        """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
+        run = RunDirectory(self.save_directory)
+        if "evaluate_from" in self.explicit:
+            return
+        if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of a damaged record
+                recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
+                self.settings(stored=recorded)
+                if "resume" in self.explicit:
+                    self.refuse_changes(recorded)
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
+            if "overwrite" not in self.explicit:
+                run.refuse_second()
+            self.origin()
+
     def _from_preset(self, preset: str) -> dict:
         chosen = PRESETS[self.explicit.get("preset", preset)]
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
@@ -131,7 +165,9 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         if not (explicit["data_root"] / "train").is_dir():
-            parser.error(f"--data-root {explicit['data_root']} holds no folder train/; say with --data or --preset what it holds")
+            parser.error(
+                f"{explicit['data_root']} lacks train/CLASS/ and test/CLASS/ with images; or say with --data or --preset what it holds"
+            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -139,11 +175,18 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
 
 
 def announce(stage: str) -> None:
-    """Read the process's command line, as ``parse``, and say at once what begins: what it needs takes seconds to load."""
+    """Read the process's command line, as ``parse``, and say at once what begins, or what is wrong: PyTorch takes seconds to load."""
+    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds, too
     command = parse(stage)
+    try:
+        command.refuse_early()
+    except UserError as error:
+        sys.stderr.write(f"train_{stage}.py: {error}\n")
+        sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
-        what = f"evaluating {command.save_directory}" if "evalmode" in command.explicit else f"training into {command.save_directory}"
-        tell(f"train_{stage}.py: {what}; loading PyTorch")
+        preset = command.explicit.get("preset")
+        what = "evaluating" if "evalmode" in command.explicit else f"preset {preset}, training into" if preset else "training into"
+        tell(f"train_{stage}.py: {what} {command.save_directory}; loading PyTorch")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:

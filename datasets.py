@@ -376,12 +376,13 @@ def evaluation_transform(image_size: int) -> v2.Transform:
     return v2.Compose([rgb, v2.Resize(resized, antialias=True), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
-def read_image(path: Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
+def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
     """What ``transform`` makes of an image file that was opened and not decoded yet; None: the image in RGB.
 
     Raises:
         UserError: it cannot be read, or is so large that it looks like a decompression bomb; the file is named.
     """
+    path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,12 +6,11 @@ The file knows its classes, its preprocessing, and the policies of ``policy.json
 ``examples/classify.js`` run it.
 """
 
+import atexit
+import gc
 import sys
 from pathlib import Path
 
-from adaptive_inference.export import export_onnx
-from adaptive_inference.policies import describe, read_policy
-from engine.checkpoint import load_saved
 from utils import CommandLineParser, UserError
 
 
@@ -24,17 +23,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--policy", type=Path, metavar="FILE", help="its policies (default: policy.json beside the checkpoint, if any)")
     arguments = parser.parse_args(argv)
+    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
+
+    from adaptive_inference.export import export_onnx  # here, as PyTorch takes seconds to load, and --help needs none
+    from adaptive_inference.form import form_for
+    from adaptive_inference.policies import describe, read_policy
+    from engine.checkpoint import load_saved
+
     try:
         saved = load_saved(arguments.model, {})
         if saved.description is None:
             raise UserError(f"{arguments.model} is of the released program, which stores neither classes nor preprocessing")
         policy = arguments.policy or saved.path.with_name("policy.json")
-        curve = read_policy(policy, saved.network) if arguments.policy or policy.exists() else None
+        curve = read_policy(policy) if arguments.policy or policy.exists() else None
+        if curve is not None:
+            form_for(saved.network, curve, policy)
         export_onnx(saved.network, arguments.output, saved.description, curve)
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
     count = f"{len(curve.points)} policies" if curve else "no policies"
+    if curve is not None and curve.form != "float32":
+        count += f" (found in {curve.form}; in float32 an image close to a threshold may leave elsewhere)"
     sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")
     return 0
 

@@ -10,6 +10,8 @@ skipped (its name is on standard error), 2 after a mistake, 130 after Ctrl-C.
 """
 
 import argparse
+import atexit
+import gc
 import math
 import os
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adaptive_inference.measures import RULES
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, is_terminal
 
 
 class Budget(NamedTuple):
@@ -30,6 +32,9 @@ class Budget(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Answer the images these arguments name (None: those of the process) and return the exit status."""
     arguments = parse(argv)
+    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
+    if is_terminal(sys.stderr):
+        sys.stderr.write("predict.py: loading PyTorch\n")
     try:
         from engine.prediction import answer_all  # here, as PyTorch takes seconds to load, and --help needs none
 

@@ -44,6 +44,7 @@ class Stage1(Stage):
 
     name = "GE"
     may_change_data = True
+    next_command = "train_IMTA.py --pretrained"
 
     def find_origin(self, command: CommandLine) -> Saved | None:
         """The network --pretrained names.
@@ -51,7 +52,7 @@ class Stage1(Stage):
         Raises:
             UserError: it cannot be read, or is another than the flags say.
         """
-        path = command.explicit.get("pretrained")
+        path = command.origin()
         return None if path is None else load_saved(path, command.explicit)
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from adaptive_inference import inference_form
 from datasets import DataInfo
 from engine.checkpoint import Saved, load_saved
-from engine.run_directory import RunDirectory
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
 from models import IMTA, Description, MSDNet, one_for_all_loss
@@ -62,6 +61,7 @@ class Stage2(Stage):
     """New classifiers learn on a stage-1 network that stays as it is; in the single-stage variant everything learns at once."""
 
     name = "IMTA"
+    next_command = "predict.py photo.jpg --model"
 
     def find_origin(self, command: CommandLine) -> Saved | None:
         """The checkpoint --pretrained names, or that of the run in the directory GE beside this one's.
@@ -69,14 +69,10 @@ class Stage2(Stage):
         Raises:
             UserError: there is none, or it is of another network than the flags say.
         """
-        if command.explicit.get("single_stage"):
+        path = command.origin()
+        if path is None:
             return None
-        run = RunDirectory(command.save_directory.parent / "GE")
-        if "pretrained" not in command.explicit and not run.best.exists():
-            raise UserError(
-                f"there is no stage-1 checkpoint {run.best}: run stage 1 first (run_GE.sh or train_GE.py), or name one with --pretrained"
-            )
-        saved = load_saved(command.explicit.get("pretrained", run.best), command.explicit)
+        saved = load_saved(path, command.explicit)
         if not isinstance(saved.network, MSDNet):
             raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved

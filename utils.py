@@ -41,6 +41,14 @@ def tell(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether a line of it can be written over: a terminal that knows its width."""
+    try:
+        return stream is not None and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
 def duration(seconds: float) -> str:
     """As ``1 day, 2:03:04``."""
     return str(timedelta(seconds=round(min(max(seconds, 0), 1e9))))

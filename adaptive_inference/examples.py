@@ -5,6 +5,7 @@ figure = examples_figure(lambda i: images[i], targets, easy, hard, class_names)
 """
 
 from collections.abc import Callable
+from textwrap import wrap
 
 import torch
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def examples_figure(
     classes: list[int] | None = None,
     columns: int = 5,
 ) -> Figure:
-    """A row of images a class: left the easy ones, right the hard ones; a class without examples of a kind has gaps there.
+    """A row of images a class: left the easy ones, right the hard ones; where a class has none of a kind, that is written there.
 
     Args:
         picture: image of an index, bytes (3, H, W).
@@ -59,15 +60,20 @@ def examples_figure(
         classes = sorted(order[:4].tolist())
     step, right_half = 1 + GAP, columns * (1 + GAP) + WIDE_GAP
     width, height = right_half + columns * step, len(classes) * step
-    figure = Figure(figsize=(width + 1.2, height + 0.4), dpi=150, layout="constrained")
+    labels = ["\n".join(wrap(class_names[label], 18)) for label in classes]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    figure = Figure(figsize=(width + 0.3 + 0.08 * longest, height + 0.4), dpi=150, layout="constrained")  # inches
     # A single coordinate system: one an image would take longer to draw than an evaluation of small images takes.
     axes = figure.add_subplot()
     axes.set_axis_off()
     for row, label in enumerate(classes):
         top = row * step
-        axes.text(-0.1, top + 0.5, class_names[label], ha="right", va="center", fontsize=8)
+        axes.text(-0.1, top + 0.5, labels[row], ha="right", va="center", fontsize=8, parse_math=False)
         for left_edge, kind in ((0.0, easy), (right_half, hard)):
-            for column, index in enumerate(kind[targets[kind] == label][:columns].tolist()):
+            own = kind[targets[kind] == label][:columns].tolist()
+            if not own:
+                axes.text(left_edge + 0.1, top + 0.5, "none", va="center", fontsize=8, color="gray")
+            for column, index in enumerate(own):
                 left = left_edge + column * step
                 pixels = picture(index).permute(1, 2, 0).cpu().numpy()
                 axes.imshow(pixels, interpolation="nearest", extent=(left, left + 1, top + 1, top))

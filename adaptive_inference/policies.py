@@ -326,7 +326,7 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
         stream.write("\n")
 
 
-def read_policy(path: Path, network: nn.Module | None = None) -> PolicyCurve:
+def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCurve:
     """Read a policy file; nothing in it is trusted.
 
     Args:
@@ -335,6 +335,7 @@ def read_policy(path: Path, network: nn.Module | None = None) -> PolicyCurve:
     Raises:
         UserError: one line: the file is missing, too large, damaged, or of another network or form.
     """
+    path = Path(path)
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_FILE_SIZE + 1)

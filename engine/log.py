@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
-from utils import UserError, atomic_write, duration, tell
+from utils import UserError, atomic_write, duration, is_terminal, tell
 
 SECONDS_TO_REMIND = 8
 
@@ -67,7 +67,7 @@ class Log:
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and is_terminal(sys.stderr):
             self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 

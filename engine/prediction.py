@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
 from models import count_operations
-from utils import UserError
+from utils import UserError, is_terminal
 
 RUNS, WEIGHTS = Path("save"), Path(__file__).resolve().parents[1] / "weights"
 SHIPPED = "imta_cifar100"
@@ -49,7 +49,7 @@ def answer_all(arguments: argparse.Namespace) -> int:
     answering = Answering(arguments, path, network, device)
     files, complaints = find_images(arguments.paths)
     skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
-    bar = _Bar(len(files), shown=sys.stderr.isatty() and (arguments.output is not None or not _is_terminal(sys.stdout)))
+    bar = _Bar(len(files), shown=is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout)))
     with opened(arguments.output) as stream:
         writer = WRITERS[arguments.format](stream, answering.info.class_names, {"model": str(path), "policy": answering.policy()})
         origin = ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"
@@ -198,9 +198,10 @@ class Answering:
     def summary_line(self) -> str:
         """``summary`` in words."""
         s = self.summary()
+        images = "1 image" if s["images"] == 1 else f"{s['images']} images"
         late = "" if s["late"] is None else f"; {100 * s['late']:.1f} % of the answers were late"
         return (
-            f"{s['images']} images: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of all), "
+            f"{images}: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of all), "
             f"{s['network_milliseconds']:.3g} ms in the network, reading not counted; "
             f"left at exits 1 to {len(self.exits)}: {' / '.join(f'{100 * share:.0f}' for share in s['share_of_exits'])} %{late}"
         )
@@ -333,10 +334,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _is_terminal(stream: IO[str] | None) -> bool:
-    return stream is not None and stream.isatty()
 
 
 def _say(line: str) -> None:

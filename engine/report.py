@@ -64,7 +64,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> F
         runs: name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty): exits are points, budgets of
             the paper's rule a line, those of the optimised rule a dotted one.
     """
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for (name, (anytime, budgeted, optimised)), color in zip(runs.items(), COLORS, strict=False):
         lines = [
@@ -78,7 +78,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> F
     axes.set_xlabel("operations an image (millions)")
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # outside it hides no point
     return figure
 
 

@@ -49,6 +49,11 @@ class RunDirectory:
         """Whether something was trained here."""
         return self.last.exists() or self.best.exists() or self.log.exists()
 
+    def refuse_second(self) -> None:
+        """Raise a ``UserError`` if something was trained here."""
+        if self.holds_run():
+            raise UserError(f"{self.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
+
     def _clear_leftovers(self) -> None:
         """Remove what a killed run was writing."""
         for path in self.results:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run; ``exit_status`` is the one to end with. No handler of other errors catches it."""
+    """A signal stopped the run ``where`` it says; ``exit_status`` is the one to end with. No handler of other errors catches it."""
 
-    def __init__(self, signal_number: int, is_saved: bool = False):
+    def __init__(self, signal_number: int, is_saved: bool = False, where: str = ""):
         super().__init__(signal_number)
-        self.exit_status, self.is_saved = 128 + signal_number, is_saved
+        self.exit_status, self.is_saved, self.where = 128 + signal_number, is_saved, where
 
 
 @contextmanager

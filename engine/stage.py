@@ -1,10 +1,12 @@
 """A stage from its command line to its tables: check, load, train or go on, evaluate."""
 
 import os
+import shlex
 import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +41,12 @@ class Stage:
     """What distinguishes a stage.
 
     ``name`` is that of ``args`` and of directories; ``may_change_data`` says whether it may train on other data than the network it starts
-    from.
+    from; ``next_command`` does something with a run's directory, which it ends with.
     """
 
     name: str
     may_change_data = False
+    next_command: str
 
     def find_origin(self, command: CommandLine) -> Saved | None:
         """The checkpoint to start from, None to start from scratch."""
@@ -99,7 +102,8 @@ def _status_of(stage: Stage, command: CommandLine) -> int:
         status, message = 2, str(error)
     except Interrupted as interrupted:
         saved = "saved" if interrupted.is_saved else "what was saved before stays"
-        status, message = interrupted.exit_status, f"stopped by a signal, {saved}" + "; go on with --resume" * (not is_evaluation)
+        message = f"stopped by a signal{interrupted.where}, {saved}" + "; go on with --resume" * (not is_evaluation)
+        status = interrupted.exit_status
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             status, message = 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
@@ -182,10 +186,11 @@ class _Run:
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
             self._train_and_evaluate(network, data, description)
             _to_tensorboard(session, _curves_of(description))
+        session.log.line(f"next: python {stage.next_command} {shlex.quote(str(session.run.path))}")
 
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
-        self.session.log.line(f"reading the images of {settings.data}")
+        self.session.log.line(f"reading the images of {settings.data}" + f" in {settings.data_root}" * (settings.data != "demo"))
         if state is not None:
             data = self._read(data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
@@ -253,8 +258,8 @@ def _is_restart(run: RunDirectory) -> bool:
 
 def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> dict[str, Any] | None:
     if not command.explicit.get("resume") and not _is_restart(run):
-        if run.holds_run() and not command.explicit.get("overwrite"):
-            raise UserError(f"{run.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
+        if not command.explicit.get("overwrite"):
+            run.refuse_second()
         return None
     if not run.last.exists():
         # The log comes after last.pt, best.safetensors before it: without both the run was killed while it saved for the first time.
@@ -381,6 +386,9 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
     writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
+    for path in filter(Path.exists, (run.budgeted, run.optimised)):
+        for row in read_csv(path, ("operations", "test_acc1")):
+            writer.add_scalar(f"test_acc1_by_thousand_operations/{path.stem}", row["test_acc1"], int(row["operations"]) // 1000)
     texts = {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in plain(session.settings).items()}
     options = {name: value if isinstance(value, (int, float, bool)) else texts[name] for name, value in plain(session.settings).items()}
     writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

@@ -51,6 +51,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
+LOSS = "loss (sum over exits)"
 MAX_STEPS_DEAF = 10  # steps; a process that is asked to stop has perhaps half a minute
 
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
@@ -140,7 +141,8 @@ class _Trainer:
                 if request or (settings.save_every_steps and progress.step % settings.save_every_steps == 0):
                     self._save()
                 if request > _SAVE:
-                    raise Interrupted(request - _SAVE, is_saved=True)
+                    where = f" in epoch {progress.epoch + 1} of {settings.epochs}, after step {progress.step} of {steps}"
+                    raise Interrupted(request - _SAVE, True, where)
         log.end_epoch()
         if self.session.processes.largest(requests.stop):
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
@@ -148,7 +150,7 @@ class _Trainer:
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
         signal_number = self.session.processes.largest(requests.stop)
         if signal_number:
-            raise Interrupted(signal_number, is_saved=True)
+            raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
     def _announced(self) -> AbstractContextManager:
         """Around a step: says so if it is the one that compiles."""
@@ -170,7 +172,7 @@ class _Trainer:
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.session.processes.sum(self.meters.totals.clone()))
         self._refuse_divergence(loss)
-        self.session.log.step(self.progress.step, self.session.settings.batch_size, f"loss {loss:.4f}, last exit {accuracies[-1]:.2f} %")
+        self.session.log.step(self.progress.step, self.session.settings.batch_size, f"{LOSS} {loss:.4f}, last exit {accuracies[-1]:.2f} %")
 
     def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
         if not math.isfinite(loss):
@@ -210,7 +212,7 @@ class _Trainer:
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
         left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
         self.session.log.line(
-            f"epoch {progress.epoch}/{self.session.settings.epochs}: loss {row['loss']:.4f}, held-out top-1 by exit {held_out}"
+            f"epoch {progress.epoch}/{self.session.settings.epochs}: {LOSS} {row['loss']:.4f}, held-out top-1 by exit {held_out}"
             f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
         self.session.log.scalars(row, progress.epoch)

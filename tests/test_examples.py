@@ -43,6 +43,11 @@ def test_figure():
     lefts = sorted(image.get_extent()[0] for image in axes.images)
     assert len(lefts) == 4
     assert lefts[1] < 3 < lefts[2]  # two of each kind, the hard ones on the right
-    assert [text.get_text() for text in axes.texts][:3] == ["a", "b", "c"]
+    assert [text.get_text() for text in axes.texts][:7] == ["a", "b", "none", "none", "c", "none", "none"]
+    long = examples_figure(lambda i: images[i], targets, easy, hard, ["cost in $ or " + 5 * "very long ", "b$", "c$"], columns=3)
+    long.canvas.draw()
+    name = long.axes[0].texts[0].get_window_extent()
+    assert name.x0 >= 0
+    assert name.height < 1.2 * 150  # of a row of pictures, about
     one_class = examples_figure(lambda i: images[i], targets, easy, hard, ["a", "b", "c"], classes=[0], columns=1)
     assert len(one_class.axes[0].images) == 2

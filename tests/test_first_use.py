@@ -1,0 +1,111 @@
+"""The commands of docs/first_use.md, run as they are written there, on 120 photographs and with a small network."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from engine.report import read_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "first_use.md").read_text(encoding="utf-8")
+TRAINING, USE, LATER = ([line for line in block.splitlines() if line] for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL))
+SMALL_NETWORK = "--nBlocks 2 --nChannels 4 --growthRate 4 --image-size 80 --workers 1"
+CLASSES = ("car", "cat", "daisy", "dog")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder that looks like a checkout, with photographs in it."""
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").exists() or path.name == "weights":
+            (tmp_path / path.name).symlink_to(path)
+    for number, script in enumerate(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / ("answer.py", "onnx_answer.py")[number]).symlink_to(tmp_path / "elsewhere" / f"{number}.py")
+        (tmp_path / "elsewhere" / f"{number}.py").write_text(script, encoding="utf-8")
+    for i in range(120):
+        pixels = torch.randint(90, (200, 200, 3), dtype=torch.uint8)
+        pixels[..., i % 4 % 3] += 40 * (i % 4)
+        folder = tmp_path / "photos" / ("test" if i < 24 else "train") / CLASSES[i % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.jpg")
+    (tmp_path / "photo.jpg").symlink_to(tmp_path / "photos" / "test" / "cat" / "1.jpg")
+    return tmp_path
+
+
+def run(command, place, extra=""):
+    """Standard output and error of a command that ends well, or with status 130 where its comment says that it is stopped."""
+    command, _, comment = command.partition("#")
+    line = command.strip().replace("python ", f"{sys.executable} ") + f" {extra}"
+    # One process that bash becomes, for the signal.
+    line = line if line.startswith("PYTHONPATH") else f"exec {line}"
+    settings = {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        ["bash", "-c", line], cwd=place, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    seen = ""
+    if "Ctrl-C" in comment:
+        while "epoch 1/" not in seen and process.poll() is None:
+            seen += process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=150)
+    assert process.returncode == (130 if "Ctrl-C" in comment else 0), errors
+    assert "Warning" not in output + errors
+    assert all(line.startswith(("predict.py: ", "train_GE.py: stopped")) for line in errors.splitlines()), errors
+    if "train_" in command:
+        assert (seen + output).splitlines()[0].endswith("loading PyTorch")
+    return seen + output, errors
+
+
+def use(place):
+    table, json_file, library, onnx, onnx_answer, runtime = USE
+    output, errors = run(table, place)
+    answer = output.splitlines()[-1].split()
+    assert answer[0] in CLASSES
+    assert answer[-1] == "photo.jpg"
+    assert "1 image: " in errors.splitlines()[-1]
+    run(json_file, place)
+    answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
+    assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (24, 4, 24)
+    assert re.fullmatch(rf"({'|'.join(CLASSES)}) 0\.\d+ at exit [12]\n", run(library, place)[0])
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        assert run(onnx, place)[0].endswith(": photos.onnx\n")
+        assert re.fullmatch(rf"({'|'.join(CLASSES)}) 0\.\d+ at exit [12]\n", run(onnx_answer, place)[0])
+    assert "late %" in run(runtime, place)[0]
+    assert len(read_csv(place / "save" / "folder" / "IMTA" / "runtime.csv")) > 2
+
+
+def stop_and_go_on(place):
+    stop, resume, more = LATER
+    _, errors = run(stop, place, SMALL_NETWORK + " --epochs 12")
+    assert re.search(r"stopped by a signal (in|after) epoch \d of 12, .*saved; go on with --resume", errors)
+    output, _ = run(resume, place)
+    assert "going on with save/again/GE/last.pt" in output
+    assert output.endswith("next: python train_IMTA.py --pretrained save/again/GE\n")
+    output, _ = run(more.replace("--epochs 20", "--epochs 3"), place)
+    assert "epoch 3/3: " in output
+    assert output.endswith("next: python train_IMTA.py --pretrained save/longer/GE\n")
+
+
+def test_commands(place):
+    stage_1, stage_2, look = TRAINING
+    output, _ = run(stage_1, place, SMALL_NETWORK + " --epochs 2")
+    assert "preset folder, training into save/folder/GE" in output
+    assert "folder: 87 training, 9 held-out, 24 test images" in output
+    assert output.endswith("next: python train_IMTA.py --pretrained save/folder/GE\n")
+    output, _ = run(stage_2, place, "--epochs 1")
+    assert output.endswith("next: python predict.py photo.jpg --model save/folder/IMTA\n")
+    assert {"anytime.csv", "budgeted.csv", "curves.png", "examples.png", "policy.json"} <= set(run(look, place)[0].split())
+    with ThreadPoolExecutor(2) as pool:
+        for work in [pool.submit(part, place) for part in (use, stop_and_go_on)]:
+            work.result()
