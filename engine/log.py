@@ -67,7 +67,7 @@ class Log:
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 
