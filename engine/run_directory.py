@@ -84,10 +84,8 @@ class RunDirectory:
                 yield
             finally:
                 _locks.discard(stream)
-                is_copy = stream.closed  # of the process that holds the lock
-                if (
-                    missing and not is_copy and [path.name for path in self.path.iterdir()] == [".lock"]
-                ):  # a refused run leaves nothing behind
+                made_here = missing and not stream.closed  # as it is in a forked copy of the process that holds the lock
+                if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
                     (self.path / ".lock").unlink()
                     with suppress(OSError):  # another run has come into one of the folders above
                         for folder in missing:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from engine.training import Task, train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
-from utils import UserError
+from utils import UserError, complain
 
 # Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
 COMPILING_PAYS = 5e12
