@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -30,15 +30,29 @@ def one_line(text: str) -> str:
 def tell(text: str) -> None:
     """A line on standard output, at once. One that nobody can read any more, as the reader left or the disk is full, is lost in silence,
     and so is all that follows."""
-    if sys.stdout is None:
-        return
+    if not _written(text, sys.stdout):
+        sys.stdout = None
+
+
+def complain(text: str) -> None:
+    """The same on standard error."""
+    if not _written(text, sys.stderr):
+        sys.stderr = None
+
+
+def _written(text: str, stream: IO | None) -> bool:
+    if stream is None:
+        return True
     try:
-        sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8") + "\n")
-        sys.stdout.flush()
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
     except (OSError, ValueError):
         # What is left in the buffer would fail once more when the program ends.
-        sys.stdout = None
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

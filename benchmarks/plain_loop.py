@@ -50,7 +50,7 @@ class PlainLoop:
 
     def run(self, steps: int) -> tuple[int, float]:
         """Images and seconds of the next ``steps`` steps; a new epoch begins when one ends."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else (lambda: None)
+        wait = (lambda: torch.cuda.synchronize(self.device)) if self.device.type == "cuda" else (lambda: None)
         # PyTorch's defaults, which something else in this process may have changed.
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
         images_done = 0

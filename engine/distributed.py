@@ -96,7 +96,7 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         gpu: --gpu; under torchrun every process takes the GPU of its local rank.
 
     Raises:
-        UserError: a GPU that does not exist, --gpu under torchrun, or more processes than GPUs.
+        UserError: a GPU that does not exist, --gpu under torchrun, more processes than GPUs, or restarts that cannot work.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     available = torch.cuda.device_count()
@@ -108,6 +108,10 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         raise UserError("--gpu and torchrun do not go together: every process takes the GPU of its local rank")
     if world_size > 1 and 0 < available < local_world_size:
         raise UserError(f"torchrun started {local_world_size} processes here for {available} GPUs; use --nproc_per_node {available}")
+    is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and local_world_size < world_size
+    if is_restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # A second start would find the addresses of the first one's processes there.
+        raise UserError("--max-restarts over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment")
     if world_size > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         gpu_ids = (local_rank,) if local_rank < available else ()

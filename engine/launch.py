@@ -19,40 +19,46 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.distributed import Processes, process_group
+from engine.distributed import TIMEOUT, Processes, is_lost_peer, process_group
 from settings import available_cores
 from utils import UserError
 
 MIN_SHARE = 32  # images of a step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
+SECONDS_TO_REPORT = 5  # that a copy with an error gets to say so
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
-_is_copy = False
+_report: Path | None = None  # where a forked copy says why it ended; None in the first process
 
 
-def leave_copy(status: int) -> None:
-    """End this process if it is a forked copy: what follows belongs to the first process alone."""
-    if _is_copy:
-        sys.stdout.flush()
-        sys.stderr.flush()
+class CopyEnded(Exception):
+    """A forked copy ended for a reason of its own: the exit status and the line that the run ends with."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def leave_copy(status: int, message: str = "") -> None:
+    """End this process if it is a forked copy, whose first process hears of the ``message``: what follows belongs to that one alone."""
+    if _report is not None:
+        if message:
+            _report.write_text(f"{status} {message}", encoding="utf-8")
         os._exit(status)
-
-
-def is_copy() -> bool:
-    """Whether this process was forked here; the first one speaks for all."""
-    return _is_copy
 
 
 def process_count(batch_size: int) -> int:
     """Processes to train with on the CPU: the environment's PROCESSES, else as many as there are cores and the batch can be shared by.
 
     Raises:
-        UserError: PROCESSES is no number.
+        UserError: PROCESSES is no number, or more than there are images in a batch.
     """
     wanted = os.environ.get("PROCESSES")
     if wanted:
         if not wanted.isascii() or not wanted.isdigit() or int(wanted) < 1:
             raise UserError(f"PROCESSES={wanted} is no number of processes")
+        if int(wanted) > batch_size:
+            raise UserError(f"PROCESSES={wanted}: a step has only {batch_size} images to share (--batch-size)")
         return int(wanted)
     return max(n for n in range(1, available_cores() + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= MIN_SHARE))
 
@@ -64,7 +70,8 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
     The block runs in every process; a copy ends with ``leave_copy``.
 
     Raises:
-        UserError: as ``process_group`` and ``process_count``.
+        CopyEnded: a copy met an error that this process did not.
+        UserError: as ``process_group`` and ``process_count``; no process can be started.
     """
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available() and not gpu and sys.platform == "linux"
     count = process_count(batch_size) if is_alone else 1
@@ -74,46 +81,65 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
         return
     torch.set_num_threads(1)
     copies: list[int] = []
-    folder = tempfile.mkdtemp()
-    rank = _fork(count, copies)
+    rank, folder = _fork(count, copies)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        store = dist.FileStore(str(Path(folder) / "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+        store = dist.FileStore(str(folder / "store"), count)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()
-    except BaseException:
-        for copy in copies:
-            os.kill(copy, signal.SIGKILL)
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            if rank > 0:
+                os._exit(1)  # without a report: another process has the reason
+            _await(copies, SECONDS_TO_REPORT)
+            for report in folder.glob("*.report"):
+                status, message = report.read_text(encoding="utf-8").split(" ", 1)
+                raise CopyEnded(int(status), message) from None
+        _await(copies, 0)
         raise
     finally:
         if rank == 0:
-            _await(copies)
+            _await(copies, MAX_SECONDS_TO_END)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(count: int, copies: list[int]) -> int:
-    """Make ``count`` processes of this one; returns the rank of each, and notes in the first one's ``copies`` the ids of the others."""
-    global _is_copy
+def _fork(count: int, copies: list[int]) -> tuple[int, Path]:
+    """Make ``count`` processes of this one.
+
+    Returns:
+        The rank of each, and a folder that all of them know; ``copies`` of the first one gets the ids of the others.
+
+    Raises:
+        UserError: the system does not allow so many, or has no place for temporary files.
+    """
+    global _report
     parent = os.getpid()
-    for rank in range(1, count):
-        copy = os.fork()
-        if copy == 0:
-            _is_copy = True
-            copies.clear()
-            # However the first process ends, no copy stays behind.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-            return rank
-        copies.append(copy)
-    return 0
+    try:
+        folder = Path(tempfile.mkdtemp())
+        for rank in range(1, count):
+            copy = os.fork()
+            if copy == 0:
+                _report = folder / f"{rank}.report"
+                copies.clear()
+                # However the first process ends, no copy stays behind.
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != parent:
+                    os._exit(1)
+                return rank, folder
+            copies.append(copy)
+    except OSError as error:
+        raise UserError(f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others") from None
+    return 0, folder
 
 
-def _await(copies: list[int]) -> None:
-    deadline = time.monotonic() + MAX_SECONDS_TO_END
-    for copy in copies:
-        while os.waitpid(copy, os.WNOHANG)[0] == 0:
-            if time.monotonic() > deadline:
-                os.kill(copy, signal.SIGKILL)
-            time.sleep(0.01)
+def _await(copies: list[int], seconds: float) -> None:
+    """Wait for the copies; those that still run after so many ``seconds`` are killed."""
+    deadline = time.monotonic() + seconds
+    while copies:
+        if os.waitpid(copies[0], os.WNOHANG)[0]:
+            copies.pop(0)
+            continue
+        if time.monotonic() > deadline:
+            os.kill(copies[0], signal.SIGKILL)
+        time.sleep(0.01)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from utils import UserError
+from utils import UserError, complain
 
 _locks: set[IO] = set()
 
@@ -65,7 +65,7 @@ class RunDirectory:
         """Keep other runs out of this directory until the block ends; the system frees the lock of a killed process.
 
         Raises:
-            UserError: another run writes here, or the directory cannot be made.
+            UserError: another run writes here, or the directory cannot be made. Where locking is impossible, a line says so.
         """
         try:
             str(self.path).encode()  # TensorBoard writes into no other folders
@@ -82,14 +82,15 @@ class RunDirectory:
             except BlockingIOError:
                 raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
             except OSError as error:
-                raise UserError(f"cannot lock --save {self.path}: {error.strerror}; its file system must support locks") from None
+                complain(f"the file system of --save {self.path} has no locks ({error.strerror}): see to it that no other run writes there")
             self._clear_leftovers()
             _locks.add(stream)
             try:
                 yield
             finally:
                 _locks.discard(stream)
-                if missing and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                made_here = missing and not stream.closed  # as it is in a forked copy of the process that holds the lock
+                if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
                     (self.path / ".lock").unlink()
                     with suppress(OSError):  # another run has come into one of the folders above
                         for folder in missing:

@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, 
 from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
-from engine.launch import is_copy, leave_copy, shared_out
+from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
 from engine.provenance import Provenance, commit
 from engine.report import draw_curves, millions, pixels, read_csv
@@ -31,7 +30,7 @@ from engine.training import Task, train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
-from utils import UserError
+from utils import UserError, complain
 
 # Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
 COMPILING_PAYS = 5e12
@@ -83,39 +82,37 @@ def run_stage(stage: Stage, argv: list[str] | None) -> int:
         The exit status: 0; 1 when a process the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
     """
     command = parse(stage.name, argv)
-    status = _status_of(stage, command)
-    leave_copy(status)
+    status, message = _outcome_of(stage, command)
+    leave_copy(status, message)
+    if message:
+        complain(f"train_{stage.name}.py: {message}")
     if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Leaving the process group in good order would wait for processes that in turn wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def _status_of(stage: Stage, command: CommandLine) -> int:
+def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
+    """The exit status and, unless it is 0, the line that says why."""
     is_evaluation = "evalmode" in command.explicit
+    go_on = "" if is_evaluation else "; go on with --resume"
     try:
         with stop_on_signals():
             (_evaluate_only if is_evaluation else _train_and_evaluate)(stage, command)
     except UserError as error:
-        status, message = 2, str(error)
+        return 2, str(error)
+    except CopyEnded as ended:
+        return ended.status, str(ended)
     except Interrupted as interrupted:
         saved = "saved" if interrupted.is_saved else "what was saved before stays"
-        message = f"stopped by a signal{interrupted.where}, {saved}" + "; go on with --resume" * (not is_evaluation)
-        status = interrupted.exit_status
+        return interrupted.exit_status, f"stopped by a signal{interrupted.where}, {saved}{go_on}"
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            status, message = 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
-        elif (lost := _lost_process(error)) is not None:
-            status, message = 1, f"{lost}; go on with --resume"
-        else:
-            raise
-    else:
-        return 0
-    if not is_copy():
-        sys.stderr.write(f"train_{stage.name}.py: {message}\n")
-    return status
+            return 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
+        if (lost := _lost_process(error)) is not None:
+            return 1, f"{lost}{go_on}"
+        raise
+    return 0, ""
 
 
 def _lost_process(error: RuntimeError) -> str | None:

@@ -1,5 +1,6 @@
 """What a training chooses for itself: its precision, whether it compiles, how many processes; and that several agree."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from adaptive_inference import precision
 from args import parse
 from engine import launch
-from engine.distributed import Processes
+from engine.distributed import Processes, process_group
+from engine.run_directory import RunDirectory
 from engine.stage import with_compilation, with_precision
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
@@ -73,9 +75,10 @@ def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, p
 def test_processes_can_be_chosen(monkeypatch):
     monkeypatch.setenv("PROCESSES", "3")
     assert launch.process_count(32) == 3
-    monkeypatch.setenv("PROCESSES", "many")
-    with pytest.raises(UserError, match="PROCESSES=many"):
-        launch.process_count(32)
+    for wanted in ("many", "0", "33"):
+        monkeypatch.setenv("PROCESSES", wanted)
+        with pytest.raises(UserError, match=f"PROCESSES={wanted}"):
+            launch.process_count(32)
 
 
 def train(folder, *flags, processes=2):
@@ -97,11 +100,72 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
     assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
 
 
+COPY_FAILS = """
+import os, engine.launch, train_GE
+from engine.stepper import Stepper
+from utils import UserError
+real = Stepper.step
+def step(*arguments):
+    if engine.launch._report is not None:
+        raise UserError("cannot read the image bad.jpg")
+    real(*arguments)
+Stepper.step = step
+raise SystemExit(train_GE.main([*os.environ["FLAGS"].split(), "--save", "run"]))
+"""
+
+
+def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
+    """Such as an image of its share that cannot be read."""
+    environment = {**os.environ, "PROCESSES": "2", "FLAGS": " ".join(TINY_FLAGS), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COPY_FAILS]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (2, "train_GE.py: cannot read the image bad.jpg\n")
+
+
+def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with RunDirectory(tmp_path / "run").lock():
+        pass
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_copy_leaves_the_directory_of_a_refused_run_to_the_first_process(tmp_path):
+    lock = RunDirectory(tmp_path / "run").lock()
+    lock.__enter__()
+    copy = os.fork()
+    if copy == 0:
+        lock.__exit__(None, None, None)
+        os._exit(0)
+    assert os.waitpid(copy, 0)[1] == 0
+    assert (tmp_path / "run" / ".lock").exists()
+    lock.__exit__(None, None, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
+    agent = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 1, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in agent.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(None):
+        pass
+
+
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
     command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "64", "--limit-test", "32", "--save", "run"]
     with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            command, cwd=tmp_path, stdin=nothing, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PROCESSES": "2"},
+            stdin=nothing,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
         )
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run" / "anytime.csv").exists()
