@@ -29,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     from adaptive_inference.form import form_for
     from adaptive_inference.policies import describe, read_policy
     from engine.checkpoint import load_saved
+    from engine.prediction import policy_path
 
     try:
         saved = load_saved(arguments.model, {})
         if saved.description is None:
             raise UserError(f"{arguments.model} is of the released program, which stores neither classes nor preprocessing")
-        policy = arguments.policy or saved.path.with_name("policy.json")
+        policy = arguments.policy or policy_path(saved.path)
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:
             form_for(saved.network, curve, policy)

@@ -33,7 +33,7 @@ from utils import CommandLineParser, UserError
 SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growth_rate": 6, "num_classes": 100}
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
 ALLOWANCE = 0.10  # on top of the share of operations
-ONNX_LIMIT, FIRST_EXIT_LIMIT, FOLDED_LIMIT = 0.23, 0.20, 0.65
+ONNX_LIMIT, FIRST_EXIT_LIMIT, FOLDED_LIMIT, HALF_LIMIT = 0.23, 0.20, 0.65, 0.42
 NONE_LEAVE, NEAR = 1e8, 1e-5  # a threshold; a distance of confidences
 LEAST_SECONDS = 0.2  # of one measurement
 
@@ -109,8 +109,12 @@ class Benchmark:
     def folded(self) -> None:
         """The folded form against the plain network."""
         images = self.images(64)
-        plain, folded = self.seconds([_each((images,), f) for f in (self.network, inference_form(self.network))])
-        _verdict(f"folded, channels-last / plain, batch 64, every exit ({1e3 * plain:.1f} ms)", folded / plain, FOLDED_LIMIT)
+        half = half_precision(self.device)
+        forms = {"float32": inference_form(self.network), **({str(half): inference_form(self.network, dtype=half)} if half else {})}
+        plain, *seconds = self.seconds([_each((images,), f) for f in (self.network, *forms.values())])
+        for name, folded in zip(forms, seconds, strict=True):
+            limit = FOLDED_LIMIT if name == "float32" else HALF_LIMIT
+            _verdict(f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms)", folded / plain, limit)
         if self.arguments.profile:
             for name, network in (("plain", self.network), ("folded", inference_form(self.network))):
                 _print_profile(name, network, images)

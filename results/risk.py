@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         saved = load_saved(RunDirectory(arguments.run).best, {})
         flags = ["--evalmode", *(["--data-root", str(arguments.data_root)] if arguments.data_root else [])]
         processes = Processes(0, 1, torch.device("cpu"), ())
-        data = load_data(parse("GE", flags).settings(stored=saved.settings), processes.device, None, saved.data, saved.held_out)
+        data = load_data(parse("GE", flags).settings(stored=saved.settings), processes.device, None, saved.data, saved.split)
         logits, targets = collect_logits(inference_form(saved.network), data.test, processes)
     except UserError as error:
         parser.error(str(error))
