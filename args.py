@@ -166,7 +166,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         if not (explicit["data_root"] / "train").is_dir():
             parser.error(
-                f"{explicit['data_root']} lacks train/CLASS/ and test/CLASS/ with images; or say with --data or --preset what it holds"
+                f"{explicit['data_root']} needs train/CLASS/ and test/CLASS/ with images; or name what it holds by --data or --preset"
             )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
