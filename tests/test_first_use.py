@@ -74,7 +74,8 @@ def use(place):
     assert answer[0] in CLASSES
     assert answer[-1] == "photo.jpg"
     assert "1 image: " in errors.splitlines()[-1]
-    run(json_file, place)
+    _, errors = run(json_file + " --model save/folder/IMTA", place)
+    assert "predict.py: policy " in errors
     answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
     assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (24, 4, 24)
     assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(library, place)[0])
