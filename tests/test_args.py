@@ -18,7 +18,7 @@ def test_every_flag_is_read_somewhere():
     code = "\n".join(sources)
     options = OPTIONS.keys() - NETWORK_FIELDS.keys() - {"preset", "released"}  # read by args itself
     unread = {name for name in options if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)}
-    unread -= {"save"}  # CommandLine.save_directory
+    unread -= {"save", "pretrained"}  # CommandLine.save_directory and origin
     assert unread == set()
 
 
