@@ -165,9 +165,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         if not (explicit["data_root"] / "train").is_dir():
-            parser.error(
-                f"{explicit['data_root']} lacks train/CLASS/ and test/CLASS/ with images; or say with --data or --preset what it holds"
-            )
+            parser.error(f"{explicit['data_root']} needs images in train/CLASS/ and test/CLASS/; or say what it is by --data or --preset")
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network

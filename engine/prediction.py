@@ -25,6 +25,7 @@ from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, fi
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
+from engine.run_directory import RunDirectory
 from models import count_operations
 from utils import UserError, is_terminal
 
@@ -76,14 +77,15 @@ def answer_all(arguments: argparse.Namespace) -> int:
 
 
 def find_model(wanted: str | None) -> Path:
-    """The file of a network: a path, a name in ``weights/``; None: the newest run with a policy, else the shipped network.
+    """The file of a network: a path, that of a run, a name in ``weights/``; None: the newest run with a policy, else the shipped network.
 
     Raises:
         UserError: there is none.
     """
     if wanted is not None:
         shipped = WEIGHTS / f"{wanted}.safetensors"
-        return shipped if not Path(wanted).exists() and shipped.is_file() else Path(wanted).expanduser()
+        path = Path(wanted).expanduser()
+        return RunDirectory(path).best if path.is_dir() else shipped if not path.exists() and shipped.is_file() else path
     runs = [path for path in RUNS.rglob("best.*") if policy_path(path).exists() and path.suffix in (".pt", ".safetensors")]
     shipped = WEIGHTS / f"{SHIPPED}.safetensors"
     if not runs and not shipped.is_file():

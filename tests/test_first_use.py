@@ -74,13 +74,14 @@ def use(place):
     assert answer[0] in CLASSES
     assert answer[-1] == "photo.jpg"
     assert "1 image: " in errors.splitlines()[-1]
-    run(json_file, place)
+    _, errors = run(json_file + " --model save/folder/IMTA", place)
+    assert "predict.py: policy " in errors
     answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
     assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (24, 4, 24)
-    assert re.fullmatch(rf"({'|'.join(CLASSES)}) 0\.\d+ at exit [12]\n", run(library, place)[0])
+    assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(library, place)[0])
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
         assert run(onnx, place)[0].endswith(": photos.onnx\n")
-        assert re.fullmatch(rf"({'|'.join(CLASSES)}) 0\.\d+ at exit [12]\n", run(onnx_answer, place)[0])
+        assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(onnx_answer, place)[0])
     assert "late %" in run(runtime, place)[0]
     assert len(read_csv(place / "save" / "folder" / "IMTA" / "runtime.csv")) > 2
 
@@ -88,7 +89,7 @@ def use(place):
 def stop_and_go_on(place):
     stop, resume, more = LATER
     _, errors = run(stop, place, SMALL_NETWORK + " --epochs 12")
-    assert re.search(r"stopped by a signal (in|after) epoch \d of 12, .*saved; go on with --resume", errors)
+    assert re.search(r"stopped by a signal (in|after) epoch \d+ of 12, .*saved; go on with --resume", errors)
     output, _ = run(resume, place)
     assert "going on with save/again/GE/last.pt" in output
     assert output.endswith("next: python train_IMTA.py --pretrained save/again/GE\n")
