@@ -19,7 +19,7 @@ from typing import Any
 from engine.run_directory import RunDirectory
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
-from utils import CommandLineParser, UserError, at_least, in_range, int_list, tell
+from utils import CommandLineParser, UserError, at_least, in_range, int_list, is_folder, tell
 
 EXAMPLES = """\
 examples:
@@ -56,7 +56,7 @@ class CommandLine:
         if self.stage == "GE" and inherited and {"preset", "data"} & self.explicit.keys():
             inherited = {name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited}
         known = stored or inherited or {}
-        if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not Path(known.get("data_root", "")).is_dir():
+        if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not is_folder(known.get("data_root", "")):
             raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
@@ -164,8 +164,11 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
-        if not (explicit["data_root"] / "train").is_dir():
-            parser.error(f"{explicit['data_root']} needs images in train/CLASS/ and test/CLASS/; or say what it is by --data or --preset")
+        root = explicit["data_root"]
+        if is_folder(root) and not os.access(root, os.X_OK):
+            parser.error(f"--data-root {root} may not be entered")
+        if not is_folder(root / "train"):
+            parser.error(f"{root} needs images in train/CLASS/ and test/CLASS/; or say what it is by --data or --preset")
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 import synthetic
 from settings import Settings
-from utils import UserError
+from utils import UserError, is_folder
 
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the suffix says; for others PIL may start programs
@@ -44,7 +44,6 @@ MAX_JPEG_PIXELS = 16384 * 12288  # of the largest phone cameras; beyond MAX_PIXE
 REDUCED_SIDE = 1024  # pixels that such a JPEG keeps at least
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 WAYS_ON = "mend or remove it, or leave it out with --skip-unreadable"
-is_folder = os.path.isdir  # also below a folder that may not be entered, where Path.is_dir fails
 LEFT_OUT = "left out: "  # begins the line that counts files which are no images; no mistake
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
@@ -136,6 +135,8 @@ def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test
 
 def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) -> Found:
     root, survey = settings.data_root, _Survey()
+    if is_folder(root) and not os.access(root, os.X_OK):
+        raise UserError(f"--data-root {root} may not be entered")
     train = {} if only_test else survey.classes(root / "train")
     known = set(train) or set(stored.class_names if stored else ())
     folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LONGEST_MESSAGE = 600  # characters
+is_folder = os.path.isdir  # also below a folder that may not be entered, where Path.is_dir fails
 
 
 class UserError(Exception):

@@ -12,6 +12,7 @@ import torch
 
 from adaptive_inference import precision
 from args import parse
+from datasets import find
 from engine import launch
 from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
@@ -143,6 +144,15 @@ def test_a_copy_leaves_the_directory_of_a_refused_run_to_the_first_process(tmp_p
     assert (tmp_path / "run" / ".lock").exists()
     lock.__exit__(None, None, None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_closed_data_root_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(SystemExit):
+        parse("GE", ["--data-root", str(tmp_path)])
+    with pytest.raises(UserError, match="may not be entered"):
+        find(parse("GE", ["--data", "folder", "--data-root", str(tmp_path)]).settings(), 32, None, False)
+    assert f"--data-root {tmp_path} may not be entered" in capsys.readouterr().err
 
 
 def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):

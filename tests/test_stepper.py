@@ -198,7 +198,7 @@ def test_a_step_starts_few_operations():
         number = 0
 
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            self.number += function.namespace == "aten" and not any(word in function.name() for word in ("view", "detach", "slice", "::t"))
+            self.number += not function.is_view and function is not torch.ops.aten.detach.default
             return function(*arguments, **(options or {}))
 
     chosen = parse("GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]).settings()
@@ -208,7 +208,7 @@ def test_a_step_starts_few_operations():
     stepper.step(images, targets, 0.1, lambda *_: None)
     with Count() as count:
         stepper.step(images, targets, 0.1, lambda *_: None)
-    assert count.number < 1
+    assert count.number <= 1100
 
 
 WORKER = """
