@@ -130,7 +130,7 @@ class Batches:
 
     def own(self) -> Tensor:
         """Indices of the images this process evaluates."""
-        return torch.arange(self.shard.rank, self.num_images, self.shard.world_size)
+        return torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
 
     def picture(self, index: int) -> Tensor:
         """One image as the network sees it in evaluation, before normalisation: bytes (3, H, W)."""

@@ -139,6 +139,11 @@ def test_processes_share_every_batch_and_every_evaluation(image_folder, size):
     assert counts == [8, 7]
 
 
+def test_several_processes_without_held_out_images(image_folder):
+    data = load_data(folder_settings(image_folder, "--val-size", "0"), CPU, Shard(1, 2))
+    assert (data.val.num_images, len(data.val.own())) == (0, 0)
+
+
 @pytest.mark.parametrize("size", ["32", "80"])
 def test_stronger_augmentation_changes_images_one_by_one(image_folder, size):
     flags = ["--image-size", size, "--workers", "0"]
