@@ -60,7 +60,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    config = {**network.config["backbone"], **network.config} if isinstance(network, IMTA) else network.config
+    config = {**network.trunk.config, **network.config}
     for name, value in explicit.items():
         if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
@@ -70,7 +70,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
 def _released_network(path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
     flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
     network = load_released(path, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
-    trunk = network.backbone if isinstance(network, IMTA) else network
+    trunk = network.trunk
     if explicit.get("small_inputs", trunk.small_inputs) != trunk.small_inputs:
         raise UserError(f"{path} has {'small' if trunk.small_inputs else 'large'} inputs, the command line says otherwise")
     return network

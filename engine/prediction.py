@@ -200,6 +200,8 @@ class Answering:
     def summary_line(self) -> str:
         """``summary`` in words."""
         s = self.summary()
+        if not s["images"]:
+            return "no image was answered"
         images = "1 image" if s["images"] == 1 else f"{s['images']} images"
         late = "" if s["late"] is None else f"; {100 * s['late']:.1f} % of the answers were late"
         return (
