@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.run_directory import RunDirectory
+from models.files import find
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
 from utils import CommandLineParser, UserError, at_least, in_range, int_list, is_folder, tell
@@ -112,14 +113,17 @@ class CommandLine:
         """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
 
         Raises:
-            UserError: stage 2 has none.
+            UserError: it is not there.
         """
-        if self.stage == "GE" or "single_stage" in self.explicit or "pretrained" in self.explicit:
-            return self.explicit.get("pretrained")
-        best = RunDirectory(self.save_directory.parent / "GE").best
-        if not best.exists():
-            raise UserError(f"there is no stage-1 checkpoint {best}: run stage 1 first (train_GE.py), or name one with --pretrained")
-        return best
+        path = self.explicit.get("pretrained")
+        if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
+            path = RunDirectory(self.save_directory.parent / "GE").best
+            if not path.exists():
+                raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
+        try:
+            return path and find(path)
+        except OSError as error:
+            raise UserError(str(error)) from None
 
     def refuse_early(self) -> None:
         """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from adaptive_inference.form import form_for
     from adaptive_inference.policies import describe, read_policy
     from engine.checkpoint import load_saved
-    from engine.prediction import policy_path
+    from models.files import policy_path
 
     try:
         saved = load_saved(arguments.model, {})
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    count = f"{len(curve.points)} policies" if curve else "no policies"
+    count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.form != "float32":
         count += f" (found in {curve.form}; in float32 an image close to a threshold may leave elsewhere)"
     sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")

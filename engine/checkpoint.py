@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from datasets import DataInfo
-from engine.run_directory import RunDirectory
 from models import IMTA, MSDNet, load_released
+from models.files import find
 from models.released import PUBLISHED_NAMES, read_checkpoint
-from models.saved import Description, Split, find, is_network_file, read_network
+from models.saved import Description, Split, is_network_file, read_network
 from settings import FLAGS
 from utils import UserError, atomic_write
 
@@ -54,7 +54,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         UserError: one line: the file is missing, damaged or foreign, or what disagrees.
     """
     try:
-        path = find(RunDirectory(path).best if path.is_dir() else path)
+        path = find(path)
         if not is_network_file(path):
             return Saved(path, _released_network(path, explicit))
         network, description, split = read_network(path)

@@ -1,6 +1,6 @@
-"""What predict.py does: find a network and a policy, answer images as they are read, write rows as they come.
+"""What predict.py does: load a network, choose a policy, answer images as they are read, write rows as they come.
 
-status = answer_all(predict.parse(["folder/", "--budget", "2ms"]))
+status = answer_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
 """
 
 import argparse
@@ -25,26 +25,22 @@ from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, fi
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
-from engine.run_directory import RunDirectory
 from models import count_operations
+from models.files import WEIGHTS, policy_path
 from utils import UserError, is_terminal
 
-RUNS, WEIGHTS = Path("save"), Path(__file__).resolve().parents[1] / "weights"
-SHIPPED = "imta_cifar100"
-POLICY_NAME = "policy.json"
 DEFAULT_SHARE = 0.5  # of all operations
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
 BEST_CLASSES = 5
 
 
-def answer_all(arguments: argparse.Namespace) -> int:
-    """Answer the images that the command line of predict.py names; returns its exit status.
+def answer_all(arguments: argparse.Namespace, path: Path) -> int:
+    """Answer the images that the command line of predict.py names, with the network of this file; returns the exit status.
 
     Raises:
         UserError: one line: the network, its policy, a wish or the output is impossible.
     """
-    path = find_model(arguments.model)
     network = load_network(path, arguments)
     device = _device(arguments.device)
     answering = Answering(arguments, path, network, device)
@@ -74,29 +70,6 @@ def answer_all(arguments: argparse.Namespace) -> int:
         _say(f"interrupted; the {answering.num_answered} answers so far are kept")
         return 130
     return 1 if skipped else 0
-
-
-def find_model(wanted: str | None) -> Path:
-    """The file of a network: a path, that of a run, a name in ``weights/``; None: the newest run with a policy, else the shipped network.
-
-    Raises:
-        UserError: there is none.
-    """
-    if wanted is not None:
-        shipped = WEIGHTS / f"{wanted}.safetensors"
-        path = Path(wanted).expanduser()
-        return RunDirectory(path).best if path.is_dir() else shipped if not path.exists() and shipped.is_file() else path
-    runs = [path for path in RUNS.rglob("best.*") if policy_path(path).exists() and path.suffix in (".pt", ".safetensors")]
-    shipped = WEIGHTS / f"{SHIPPED}.safetensors"
-    if not runs and not shipped.is_file():
-        raise UserError(f"there is no trained network under {RUNS}/; train_GE.py trains one, --model names another")
-    return max(runs, key=lambda path: path.stat().st_mtime, default=shipped)
-
-
-def policy_path(model: Path) -> Path:
-    """Where the policy of a network lies: beside it, under its own name in a folder of several."""
-    own = model.with_suffix(f".{POLICY_NAME}")
-    return own if own.exists() else model.parent / POLICY_NAME
 
 
 def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from models.files import BEST
 from utils import UserError, complain
 
 _locks: set[IO] = set()
@@ -27,7 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.last = path / "last.pt"
-        self.best = path / "best.safetensors"
+        self.best = path / BEST
         self.log = path / "log.jsonl"
         self.record = path / "run.json"
         self.anytime = path / "anytime.csv"

@@ -25,7 +25,7 @@ async function main(model, thresholds, ...files) {
     images: new ort.Tensor("uint8", pixels, [files.length, 3, size, size]),
     thresholds: new ort.Tensor("float32", values, [values.length]),
   });
-  files.forEach((file, n) => console.log(`${file}: class ${classes.data[n]}, ${confidence.data[n].toFixed(4)}, exit ${exits.data[n]}`));
+  files.forEach((file, n) => console.log(`${file}: class ${classes.data[n]}, ${confidence.data[n].toFixed(4)}, exit ${exits.data[n] + 1n}`));
 }
 
 main(...process.argv.slice(2)).catch((error) => {

@@ -1,6 +1,6 @@
 """Networks as files: weights in a safetensors file, whose header describes the network, its data and its training.
 
-    network = load("imta_cifar100")    # of the folder weights/, or any such file
+    network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
     network.description.class_names, network.description.mean
     save_network(path, network, description, split)
 
@@ -19,12 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.files import SUFFIX, find
 from models.imta import IMTA
 from models.msdnet import MSDNet
 
 FORMAT = "imta-msdnet network 2"
-SUFFIX = ".safetensors"
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 MAX_IMAGE_SIZE = 10_000  # pixels
 
 
@@ -89,29 +88,15 @@ class Split(NamedTuple):
 
 
 def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
-    """The network of a file, or of a name in ``weights/``: float32, on the CPU, in evaluation mode; its ``description`` tells the rest.
+    """The network of a file, of a run's directory or of a name in ``weights/``: float32, on the CPU, in evaluation mode.
+
+    Its ``description`` tells the rest.
 
     Raises:
-        FileNotFoundError: there is no such file, or no such name.
+        OSError: there is no such file, or no such name.
         ValueError: as ``read_network``.
     """
     return read_network(find(path_or_name))[0]
-
-
-def find(path_or_name: str | os.PathLike) -> Path:
-    """The file that a path or the name of a shipped network means.
-
-    Raises:
-        FileNotFoundError: there is neither; the names are listed.
-    """
-    path = Path(path_or_name).expanduser()
-    shipped = WEIGHTS / f"{path}{SUFFIX}"
-    if path.is_file() or len(path.parts) != 1 or path.suffix:
-        return path
-    if not shipped.is_file():
-        names = ", ".join(sorted(file.stem for file in WEIGHTS.glob(f"*{SUFFIX}"))) or "none"
-        raise FileNotFoundError(f"there is no checkpoint {path}, and no network of that name; there are: {names}")
-    return shipped
 
 
 def is_network_file(path: Path) -> bool:

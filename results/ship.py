@@ -19,7 +19,8 @@ from engine.collect import accuracy_at
 from engine.report import millions, read_csv
 from engine.run_directory import RunDirectory
 from models import Description, load
-from models.saved import SUFFIX, save_network
+from models.files import SUFFIX
+from models.saved import save_network
 from settings import RESUMABLE
 from utils import CommandLineParser, UserError, atomic_write
 

@@ -59,7 +59,8 @@ def test_half_precision_on_disk_is_float32_in_memory(network, path):
 
 
 def test_names_are_those_of_the_weights_folder(path, monkeypatch):
-    monkeypatch.setattr(saved, "WEIGHTS", path.parent)
+    monkeypatch.setattr("models.files.WEIGHTS", path.parent)
+    assert load(path.parent).num_exits == 3  # as the directory of a run
     assert load("best").num_exits == 3
     with pytest.raises(FileNotFoundError, match="no network of that name; there are: best"):
         load("resnet")
