@@ -47,6 +47,7 @@ class Description:
         accuracy: of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more where it was measured.
         origin: the file that training started from.
         frozen_digest: fingerprint of what stage 2 must not change.
+        training: ``hardware`` and ``minutes`` of a shipped network's training.
     """
 
     network: dict[str, Any]
@@ -65,6 +66,7 @@ class Description:
     accuracy: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: str | None = None
     frozen_digest: str | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, hint in get_type_hints(Description).items():
