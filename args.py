@@ -58,7 +58,8 @@ class CommandLine:
             inherited = {name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited}
         known = stored or inherited or {}
         if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not is_folder(known.get("data_root", "")):
-            raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
+            were = f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
+            raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
             if name in known and self.explicit.get(name, before) != before:
@@ -172,7 +173,10 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
         if is_folder(root) and not os.access(root, os.X_OK):
             parser.error(f"--data-root {root} may not be entered")
         if not is_folder(root / "train"):
-            parser.error(f"{root} needs images in train/CLASS/ and test/CLASS/; or say what it is by --data or --preset")
+            parser.error(
+                f"{root} has no folder train/: put most images of a class into {root / 'train' / 'CLASS'}/ and the rest, about a fifth, into "
+                f"{root / 'test' / 'CLASS'}/, under the name of the class; or say by --data or --preset which data set it is"
+            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -221,6 +225,24 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         text = f"{known['help']} (default: {default})".replace("%", "%%")
         group.add_argument(known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice))
     return parser
+
+
+def as_typed(name: str, value: Any) -> Any:
+    """A setting that a file holds in plain types, as its flag would give it.
+
+    Raises:
+        UserError: the flag would refuse it.
+    """
+    rules, separator = _rules(OPTIONS[name]), "," if "kind" in OPTIONS[name].metadata else "-"
+    if (value is None and OPTIONS[name].default is None) or (isinstance(value, bool) and "action" in rules):
+        return value
+    try:
+        typed = rules.get("type", bool)(separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    except argparse.ArgumentTypeError:
+        typed = None
+    if typed is None or "action" in rules or typed not in rules.get("choices", [typed]):
+        raise UserError(f"the checkpoint was made with {FLAGS[name]} {value!a:.60}, which is not allowed")
+    return typed
 
 
 def _rules(choice: Field) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from args import as_typed
 from datasets import DataInfo
 from models import IMTA, MSDNet, load_released
 from models.files import find
 from models.released import PUBLISHED_NAMES, read_checkpoint
 from models.saved import Description, Split, is_network_file, read_network
-from settings import FLAGS
+from settings import FLAGS, OPTIONS
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 2"
@@ -118,8 +119,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def settings_of(description: Description) -> dict[str, Any]:
-    """The settings a run had; lists are tuples again, as the command line gives them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in description.recipe.items()}
+    """The settings a run had, in the types that the command line gives them.
+
+    Raises:
+        UserError: one that its flag would refuse.
+    """
+    return {name: as_typed(name, value) for name, value in description.recipe.items() if name in OPTIONS}
 
 
 def data_info_of(description: Description) -> DataInfo:

@@ -91,8 +91,8 @@ class RunDirectory:
             finally:
                 _locks.discard(stream)
                 made_here = missing and not stream.closed  # as it is in a forked copy of the process that holds the lock
-                if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
-                    (self.path / ".lock").unlink()
-                    with suppress(OSError):  # another run has come into one of the folders above
+                with suppress(OSError):  # another run has come into one of the folders above, or they have gone
+                    if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                        (self.path / ".lock").unlink()
                         for folder in missing:
                             folder.rmdir()

@@ -227,10 +227,14 @@ def _check(description: Description, network: MSDNet | IMTA, split: Split) -> No
     for name, length in lengths.items():
         if len(getattr(description, name)) != length:
             raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
-    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE or not all(x > 0 for x in description.std):
-        raise ValueError(f"image_size is {description.image_size}, std {description.std}")
-    if description.data.keys() != {"name", "num_training_images", "fingerprint"}:
-        raise ValueError(f"data has {', '.join(description.data):.80}")
+    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is {description.image_size}")
+    if not all(abs(mean) < 1e3 and 1e-3 < std < 1e3 for mean, std in zip(description.mean, description.std, strict=True)):
+        raise ValueError(f"mean is {description.mean}, std {description.std}")
+    if {name: type(value) for name, value in description.data.items()} != {"name": str, "num_training_images": int, "fingerprint": str}:
+        raise ValueError(f"data is {description.data!a:.80}")
+    if not all(x.isfinite().all() for x in network.state_dict().values()):
+        raise ValueError("not all weights are finite numbers")
     num_images = description.data["num_training_images"]
     held_out, is_list = split.held_out, all(x.dtype == torch.int64 and x.dim() == 1 for x in split)
     if not is_list or (len(held_out) and not 0 <= held_out.min() <= held_out.max() < num_images):
