@@ -170,12 +170,12 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         root = explicit["data_root"]
-        if is_folder(root) and not os.access(root, os.X_OK):
-            parser.error(f"--data-root {root} may not be entered")
+        if not is_folder(root) or not os.access(root, os.X_OK):
+            parser.error(f"--data-root {root} {'may not be entered' if is_folder(root) else 'is no folder'}")
         if not is_folder(root / "train"):
             parser.error(
-                f"{root} has no folder train/: put most images of a class into {root / 'train' / 'CLASS'}/ and the rest, about a fifth, into "
-                f"{root / 'test' / 'CLASS'}/, under the name of the class; or say by --data or --preset which data set it is"
+                f"{root} has no folder train/: put most images of every class into {root / 'train' / 'CLASS'}/ and the rest, a fifth "
+                f"or so, into {root / 'test' / 'CLASS'}/; or say by --data or --preset which data set it is"
             )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:

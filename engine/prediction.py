@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.form import form_for, inference_form
@@ -27,7 +28,7 @@ from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
 from models import count_operations
 from models.files import WEIGHTS, policy_path
-from utils import UserError, is_terminal
+from utils import UserError, complain, is_terminal
 
 DEFAULT_SHARE = 0.5  # of all operations
 BATCH_SIZE = 64
@@ -46,7 +47,8 @@ def answer_all(arguments: argparse.Namespace, path: Path) -> int:
     answering = Answering(arguments, path, network, device)
     files, complaints = find_images(arguments.paths)
     skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
-    bar = _Bar(len(files), shown=is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout)))
+    shown = is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout))
+    bar = tqdm(total=len(files), unit="image", disable=not shown)
     with opened(arguments.output) as stream:
         writer = WRITERS[arguments.format](stream, answering.info.class_names, {"model": str(path), "policy": answering.policy()})
         origin = ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"
@@ -60,10 +62,10 @@ def answer_all(arguments: argparse.Namespace, path: Path) -> int:
                     writer.rows(answering.answer(names, images))
                 else:
                     skipped += len(names)
-                bar.advance(len(names))
+                bar.update(len(names))
         except KeyboardInterrupt:
             interrupted = True
-        bar.end()
+        bar.close()
         writer.end(answering.summary())
     _say(answering.summary_line())
     if interrupted:
@@ -261,25 +263,6 @@ def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tu
         yield names, torch.stack(images)
 
 
-class _Bar:
-    """How many images are done, on a line of the terminal that is written over."""
-
-    def __init__(self, total: int, shown: bool):
-        self.total, self.shown, self.done, self.began = total, shown, 0, time.perf_counter()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if self.shown:
-            rate = self.done / max(time.perf_counter() - self.began, 1e-9)
-            filled = 30 * self.done // self.total
-            sys.stderr.write(f"\r[{'#' * filled:30}] {self.done}/{self.total} images, {rate:.0f} a second ")
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        if self.shown and self.done:
-            sys.stderr.write("\n")
-
-
 @contextmanager
 def _memory_in_words(batch_size: int, image_size: int) -> Iterator[None]:
     try:
@@ -314,4 +297,5 @@ def _device(name: str | None) -> torch.device:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"predict.py: {line}\n")
+    with tqdm.external_write_mode(file=sys.stderr):
+        complain(f"predict.py: {line}")
