@@ -121,14 +121,13 @@ class CommandLine:
             path = RunDirectory(self.save_directory.parent / "GE").best
             if not path.exists():
                 raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
-        try:
-            return path and find(path)
-        except OSError as error:
-            raise UserError(str(error)) from None
+        return path and _found(path)
 
     def refuse_early(self) -> None:
         """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
         run = RunDirectory(self.save_directory)
+        if "evalmode" in self.explicit:
+            _found(self.explicit.get("evaluate_from", run.best))
         if "evaluate_from" in self.explicit:
             return
         if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
@@ -147,6 +146,13 @@ class CommandLine:
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
         share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
         return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
+
+
+def _found(path: Path) -> Path:
+    try:
+        return find(path)
+    except OSError as error:
+        raise UserError(str(error)) from None
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -194,8 +200,11 @@ def announce(stage: str) -> None:
         sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
         preset = command.explicit.get("preset")
-        what = "evaluating" if "evalmode" in command.explicit else f"preset {preset}, training into" if preset else "training into"
-        tell(f"train_{stage}.py: {what} {command.save_directory}; loading PyTorch")
+        what = f"preset {preset}, training into" if preset else "training into"
+        where = command.save_directory
+        if "evalmode" in command.explicit:
+            what, where = "evaluating", command.explicit.get("evaluate_from", where)
+        tell(f"train_{stage}.py: {what} {where}; loading PyTorch")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:

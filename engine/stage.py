@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_inference import half_precision
+from adaptive_inference import half_precision, read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
 from datasets import DataInfo
@@ -324,7 +324,8 @@ def place(network: nn.Module, session: Session) -> None:
 
 def _reading(session: Session) -> AbstractContextManager[None]:
     settings = session.settings
-    return session.log.waiting(f"reading the images of {settings.data}" + f" in {settings.data_root}" * (settings.data != "demo"))
+    of = "" if settings.data == "folder" else f" of {settings.data}"
+    return session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo"))
 
 
 def _introduce(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
@@ -364,9 +365,12 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     if run.holds_run() and saved.path.resolve() != run.best.resolve():
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     settings = command.settings(stored=saved.settings)
+    amp = command.explicit.get("amp", Settings.amp)
+    if settings.evalmode == "runtime" and amp == "auto":  # as its policies were made
+        amp = {"bfloat16": "bf16", "float16": "fp16"}.get(read_policy(run.policy).form, "off")
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
-        settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
+        settings = with_precision(replace(settings, amp=amp), processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
         with _reading(session):

@@ -16,6 +16,7 @@ function readPixels(path, size) {
 }
 
 async function main(model, thresholds, ...files) {
+  if (!files.length) throw new Error("usage: node classify.js MODEL.onnx THRESHOLD,THRESHOLD,... IMAGE.ppm ...");
   const session = await ort.InferenceSession.create(model);
   const size = session.inputMetadata.find((input) => input.name === "images").shape[2];
   const pixels = new Uint8Array(files.length * 3 * size * size);
