@@ -59,7 +59,7 @@ class OnnxPredictor:
         """Thresholds (K,) of the policy most accurate on held-out images, of those whose mean is at most ``operations`` an image.
 
         Args:
-            operations: None: the policy that is nearest to half of the network's, as predict.py chooses.
+            operations: None: the policy that is nearest to half of the network's, as predict.py --rule optimised chooses.
 
         Raises:
             ValueError: every policy spends more, or the file has none.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.form import inference_form
-from adaptive_inference.policies import PolicyCurve, describe
+from adaptive_inference.policies import Point, PolicyCurve, describe
 from models.operations import count_operations
 from models.saved import Description
 from models.stepwise import Cells, ExitPlan, advance, exit_plans, stem_cells
@@ -41,7 +41,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     Args:
         network: ``MSDNet`` or ``IMTA``; it is folded on the way, and not changed.
         description: its classes and preprocessing, such as ``network.description``.
-        curve: its policies, of which those that ``choose`` would look at go into the file's metadata; and its temperatures.
+        curve: its policies, of which those of ``exported_points`` go into the file's metadata; and its temperatures.
 
     Raises:
         UserError: onnx is not installed, the images are too small, the policies do not compare softmax, or the file cannot be written.
@@ -50,7 +50,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         import onnx
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    size, points = description.image_size, curve.of_rule(None) if curve else ()
+    size, points = description.image_size, exported_points(curve) if curve else []
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
     if any(point.policy.measure != "softmax" for point in points):
@@ -82,6 +82,12 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     onnx.checker.check_model(model)
     with atomic_write(path, "wb") as stream:
         stream.write(model.SerializeToString())
+
+
+def exported_points(curve: PolicyCurve) -> list[Point]:
+    """The policies that a file takes: those whose exits answer alone, and of these the optimised ones if there are any."""
+    alone = [point for point in curve.points if point.rule != "ensemble"]
+    return [point for point in alone if point.rule == "optimised"] or alone
 
 
 def _record_exits(

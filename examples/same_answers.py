@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     names, size = network.description.class_names, network.description.image_size
     with tempfile.TemporaryDirectory() as folder:
         answers, onnx = Path(folder) / "answers.json", Path(folder) / "network.onnx"
-        if predict.main([*files, "--model", MODEL, "--device", "cpu", "--format", "json", "--output", str(answers)]):
+        flags = ["--model", MODEL, "--rule", "optimised", "--device", "cpu", "--format", "json", "--output", str(answers)]
+        if predict.main([*files, *flags]):
             return 2
         found = json.loads(answers.read_text(encoding="utf-8"))
         ways = {"predict.py": [(row["class"], row["confidence"], row["exit"]) for row in found["answers"]]}
