@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.run_directory import RunDirectory
+from models.files import find
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
 from utils import CommandLineParser, UserError, at_least, in_range, int_list, is_folder, tell
@@ -57,7 +58,8 @@ class CommandLine:
             inherited = {name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited}
         known = stored or inherited or {}
         if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not is_folder(known.get("data_root", "")):
-            raise UserError(f"the images of this checkpoint were in {known['data_root']}; say with --data-root where they are")
+            were = f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
+            raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
             if name in known and self.explicit.get(name, before) != before:
@@ -112,18 +114,20 @@ class CommandLine:
         """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
 
         Raises:
-            UserError: stage 2 has none.
+            UserError: it is not there.
         """
-        if self.stage == "GE" or "single_stage" in self.explicit or "pretrained" in self.explicit:
-            return self.explicit.get("pretrained")
-        best = RunDirectory(self.save_directory.parent / "GE").best
-        if not best.exists():
-            raise UserError(f"there is no stage-1 checkpoint {best}: run stage 1 first (train_GE.py), or name one with --pretrained")
-        return best
+        path = self.explicit.get("pretrained")
+        if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
+            path = RunDirectory(self.save_directory.parent / "GE").best
+            if not path.exists():
+                raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
+        return path and _found(path)
 
     def refuse_early(self) -> None:
         """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
         run = RunDirectory(self.save_directory)
+        if "evalmode" in self.explicit:
+            _found(self.explicit.get("evaluate_from", run.best))
         if "evaluate_from" in self.explicit:
             return
         if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
@@ -142,6 +146,13 @@ class CommandLine:
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
         share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
         return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
+
+
+def _found(path: Path) -> Path:
+    try:
+        return find(path)
+    except OSError as error:
+        raise UserError(str(error)) from None
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -165,10 +176,13 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         root = explicit["data_root"]
-        if is_folder(root) and not os.access(root, os.X_OK):
-            parser.error(f"--data-root {root} may not be entered")
+        if not is_folder(root) or not os.access(root, os.X_OK):
+            parser.error(f"--data-root {root} {'may not be entered' if is_folder(root) else 'is no folder'}")
         if not is_folder(root / "train"):
-            parser.error(f"{root} needs images in train/CLASS/ and test/CLASS/; or say what it is by --data or --preset")
+            parser.error(
+                f"{root} has no folder train/: put most images of every class into {root / 'train' / 'CLASS'}/ and the rest, a fifth "
+                f"or so, into {root / 'test' / 'CLASS'}/; or say by --data or --preset which data set it is"
+            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -186,8 +200,11 @@ def announce(stage: str) -> None:
         sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
         preset = command.explicit.get("preset")
-        what = "evaluating" if "evalmode" in command.explicit else f"preset {preset}, training into" if preset else "training into"
-        tell(f"train_{stage}.py: {what} {command.save_directory}; loading PyTorch")
+        what = f"preset {preset}, training into" if preset else "training into"
+        where = command.save_directory
+        if "evalmode" in command.explicit:
+            what, where = "evaluating", command.explicit.get("evaluate_from", where)
+        tell(f"train_{stage}.py: {what} {where}; loading PyTorch")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
@@ -217,6 +234,24 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         text = f"{known['help']} (default: {default})".replace("%", "%%")
         group.add_argument(known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice))
     return parser
+
+
+def as_typed(name: str, value: Any) -> Any:
+    """A setting that a file holds in plain types, as its flag would give it.
+
+    Raises:
+        UserError: the flag would refuse it.
+    """
+    rules, separator = _rules(OPTIONS[name]), "," if "kind" in OPTIONS[name].metadata else "-"
+    if (value is None and OPTIONS[name].default is None) or (isinstance(value, bool) and "action" in rules):
+        return value
+    try:
+        typed = rules.get("type", bool)(separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    except argparse.ArgumentTypeError:
+        typed = None
+    if typed is None or "action" in rules or typed not in rules.get("choices", [typed]):
+        raise UserError(f"the checkpoint was made with {FLAGS[name]} {value!a:.60}, which is not allowed")
+    return typed
 
 
 def _rules(choice: Field) -> dict[str, Any]:

@@ -6,7 +6,6 @@ prediction = predictor.predict(images, predictor.choose(operations=20e6))    # i
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,8 @@ FORMAT = "imta-msdnet onnx 2"
 
 
 class Prediction(NamedTuple):
-    """Answers to N images: ``classes`` (N,) int64; ``confidence`` (N,), the largest probability at the exit that answered; ``exits`` (N,)
-    int64, from 0; ``logits`` (N, C) of that exit."""
+    """Answers to N images: ``classes`` (N,) int64; ``confidence`` (N,), the probability of that class at the exit that answered, by the
+    policies' temperatures; ``exits`` (N,) int64, from 0; ``logits`` (N, C) of that exit."""
 
     classes: np.ndarray
     confidence: np.ndarray
@@ -56,23 +55,29 @@ class OnnxPredictor:
         self.class_names, self.image_size, self.operations, self.points = (json.loads(metadata[name]) for name in names)
         self.num_exits, self.num_classes = len(self.operations), len(self.class_names)
 
-    def choose(self, operations: float = math.inf) -> np.ndarray:
+    def choose(self, operations: float | None = None) -> np.ndarray:
         """Thresholds (K,) of the policy most accurate on held-out images, of those whose mean is at most ``operations`` an image.
+
+        Args:
+            operations: None: the policy that is nearest to half of the network's, as predict.py --rule optimised chooses.
 
         Raises:
             ValueError: every policy spends more, or the file has none.
         """
-        points = [point for point in self.points if point["operations"] <= operations]
+        points = [point for point in self.points if operations is None or point["operations"] <= operations]
         if not points:
             raise ValueError(f"none of this file's {len(self.points)} policies spends at most {operations} operations")
-        best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
+        if operations is None:
+            best = min(points, key=lambda point: (abs(point["operations"] - self.operations[-1] / 2), -point["val_acc1"]))
+        else:
+            best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
         return np.array(best["thresholds"], np.float32)
 
     def predict(self, images: np.ndarray, thresholds: Sequence[float] | np.ndarray | None = None) -> Prediction:
         """Answer images (N, 3, S, S) uint8, RGB as in files; each leaves at the first exit whose confidence reaches its threshold.
 
         Args:
-            thresholds: (K,); None: those of the most accurate policy.
+            thresholds: (K,), compared with the largest softmax probability; None: those of ``choose()``.
 
         Raises:
             ValueError: images of another type or size, or another number of thresholds.

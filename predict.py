@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adaptive_inference.measures import RULES
+from models.files import BEST, find, policy_path
 from utils import CommandLineParser, UserError, is_terminal
+
+RUNS, SHIPPED = Path("save"), "imta_cifar100"
 
 
 class Budget(NamedTuple):
@@ -33,12 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     """Answer the images these arguments name (None: those of the process) and return the exit status."""
     arguments = parse(argv)
     atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
-    if is_terminal(sys.stderr):
-        sys.stderr.write("predict.py: loading PyTorch\n")
     try:
+        path = find_model(arguments.model)
+        if is_terminal(sys.stderr):
+            sys.stderr.write("predict.py: loading PyTorch\n")
         from engine.prediction import answer_all  # here, as PyTorch takes seconds to load, and --help needs none
 
-        return answer_all(arguments)
+        return answer_all(arguments, path)
     except UserError as error:
         sys.stderr.write(f"predict.py: {error}\n")
         return 2
@@ -93,6 +97,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.max_loss is None and (arguments.confidence_level is not None or arguments.disagreement):
         flags.error("--confidence-level and --disagreement belong to --max-loss")
     return arguments
+
+
+def find_model(wanted: str | None) -> Path:
+    """The file of the network to use; None: that of the newest run with policies, else the shipped one.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [path for path in RUNS.rglob(BEST) if policy_path(path).exists()] if wanted is None else []
+    try:
+        return find(max(runs, key=lambda path: path.stat().st_mtime, default=wanted or SHIPPED))
+    except OSError as error:
+        raise UserError(str(error)) from None
 
 
 def _amount(text: str, unit: str) -> float:

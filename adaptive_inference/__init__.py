@@ -27,6 +27,7 @@ _MODULES = {
     "geometric_thresholds": "budgeted",
     "half_precision": "precision",
     "inference_form": "form",
+    "load_predictor": "form",
     "measure_blocks": "timing",
     "optimised_curve": "optimised",
     "optimised_rows": "optimised",

@@ -5,9 +5,10 @@
     inputs    images (N, 3, S, S) uint8, thresholds (K,) float32
     outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32 of the exit that answered
 
-An image leaves at the first exit whose largest probability reaches that exit's threshold; nested ``If`` nodes run later blocks for the
-others only. Normalisation is inside; the file's metadata name the classes and the policies (``onnx_predictor.py`` reads them). Needs the
-package onnx (requirements-export.txt). The folded network is recorded node by node, so nothing depends on PyTorch's exporter.
+An image leaves at the first exit whose largest softmax probability reaches that exit's threshold; nested ``If`` nodes run later blocks for
+the others only. Its ``confidence`` is that probability after division of the logits by the exit's temperature. Normalisation is inside; the
+file's metadata name the classes and the policies (``onnx_predictor.py`` reads them). Needs the package onnx (requirements-export.txt). The
+folded network is recorded node by node, so nothing depends on PyTorch's exporter.
 """
 
 import itertools
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.form import inference_form
-from adaptive_inference.policies import PolicyCurve, describe
+from adaptive_inference.policies import Point, PolicyCurve, describe
 from models.operations import count_operations
 from models.saved import Description
 from models.stepwise import Cells, ExitPlan, advance, exit_plans, stem_cells
@@ -40,7 +41,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     Args:
         network: ``MSDNet`` or ``IMTA``; it is folded on the way, and not changed.
         description: its classes and preprocessing, such as ``network.description``.
-        curve: its policies, for the file's metadata.
+        curve: its policies, of which those of ``exported_points`` go into the file's metadata; and its temperatures.
 
     Raises:
         UserError: onnx is not installed, the images are too small, the policies do not compare softmax, or the file cannot be written.
@@ -49,7 +50,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         import onnx
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    size, points = description.image_size, curve.points if curve else ()
+    size, points = description.image_size, exported_points(curve) if curve else []
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
     if any(point.policy.measure != "softmax" for point in points):
@@ -59,7 +60,8 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     mean, std = (255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std))
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
-    answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), None)
+    temperatures = points[0].policy.temperatures if points else None
+    answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), None, temperatures)
     answer = [graph.record("Identity", [x], [name])[0] for name, x in zip(OUTPUTS, answer, strict=True)]
     inputs = [graph.declared("images", "UINT8", ["N", 3, size, size]), graph.declared("thresholds", "FLOAT", [network.num_exits])]
     model = onnx.helper.make_model(
@@ -82,7 +84,20 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         stream.write(model.SerializeToString())
 
 
-def _record_exits(graph: "_Graph", form: nn.Module, plans: tuple[ExitPlan, ...], cells: Cells, previous: "_Value | None") -> list["_Value"]:
+def exported_points(curve: PolicyCurve) -> list[Point]:
+    """The policies that a file takes: those whose exits answer alone, and of these the optimised ones if there are any."""
+    alone = [point for point in curve.points if point.rule != "ensemble"]
+    return [point for point in alone if point.rule == "optimised"] or alone
+
+
+def _record_exits(
+    graph: "_Graph",
+    form: nn.Module,
+    plans: tuple[ExitPlan, ...],
+    cells: Cells,
+    previous: "_Value | None",
+    temperatures: tuple[float, ...] | None,
+) -> list["_Value"]:
     """Record these exits for the images still here, n of them.
 
     Args:
@@ -98,6 +113,9 @@ def _record_exits(graph: "_Graph", form: nn.Module, plans: tuple[ExitPlan, ...],
     confidence = graph.add("ReduceMax", [probs], axes=[1], keepdims=0)
     exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
     answer = [classes, confidence, exits, logits]
+    if temperatures is not None:
+        probs = graph.add("Softmax", [graph.add("Div", [logits, np.array(temperatures[k], np.float32)])], axis=1)
+        answer[1] = graph.add("ReduceMax", [probs], axes=[1], keepdims=0)
     if len(plans) == 1:
         return answer
     threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k, np.int64)])
@@ -108,7 +126,7 @@ def _record_exits(graph: "_Graph", form: nn.Module, plans: tuple[ExitPlan, ...],
     stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
     unchanged = [stop.add("Identity", [x]) for x in answer]
     cells = {key: go_on.add("GatherND", [x, rows]) for key, x in cells.items()}
-    later = _record_exits(go_on, form, plans[1:], cells, go_on.add("GatherND", [logits, rows]))
+    later = _record_exits(go_on, form, plans[1:], cells, go_on.add("GatherND", [logits, rows]), temperatures)
     merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
     branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
     return graph.record("If", [some_stay], [f"{name}_of_exit_{k}" for name in OUTPUTS], **branches)

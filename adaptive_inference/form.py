@@ -2,6 +2,7 @@
 
     fast = inference_form(network)          # a copy; the same interface, operation counts and, to rounding, logits
     logits = fast(images.to(memory_format=torch.channels_last))
+    predictor = load_predictor("imta_cifar100", operations=20e6)
 
 Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a convolution with a bias.
 """
@@ -9,12 +10,16 @@ Folding is exact in real arithmetic: a convolution followed by a fixed affine ma
 import copy
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from adaptive_inference.policies import PolicyCurve, network_fingerprint
+from adaptive_inference.policies import PolicyCurve, choose, network_fingerprint, read_policy
+from adaptive_inference.predictor import AdaptivePredictor
+from models import load
+from models.files import find, policy_path
 from models.stepwise import Cells, ExitPlan, advance
 
 
@@ -65,6 +70,24 @@ def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
     form = inference_form(network, dtype=dtypes.get(curve.form))
     curve.check(form, source)
     return form
+
+
+def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor:
+    """A predictor that is ready to answer: a network with its classes and preprocessing, in its fastest form, and a policy.
+
+    Args:
+        path_or_name: as for ``models.load``; the policies lie beside it.
+        limits: as for ``choose``, such as ``operations``; without any the policy nearest to half of the network, as in predict.py.
+
+    Raises:
+        OSError, ValueError: as ``models.load``.
+        UserError: there are no policies of this network, or none grants the limits.
+    """
+    file = find(path_or_name)
+    source = policy_path(file)
+    curve = read_policy(source)
+    point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
+    return AdaptivePredictor(form_for(load(file), curve, source), point.policy)
 
 
 class _CompiledBlocks:

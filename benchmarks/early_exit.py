@@ -2,6 +2,7 @@
 
     python -m benchmarks.early_exit                      # random weights, two threads
     python -m benchmarks.early_exit --checkpoint save/cifar100/IMTA/best.safetensors --device cuda
+    python -m benchmarks.early_exit --checkpoint imta_cifar100 --images 10000 --images-of data/test    # ONNX Runtime answers as PyTorch
 
 Every ratio compares medians of functions that were called in turn, so that another program on the machine slows both alike. With random
 weights, thresholds are quantiles of the confidences on the same images: shares, and so operations, are as wanted, answers mean nothing.
@@ -26,6 +27,7 @@ from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.timing import interleaved_seconds
+from datasets import evaluation_transform, find_images, read_image
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of every comparison (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the large batch (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="whose answers are compared (default: %(default)s)")
+    parser.add_argument("--images-of", type=Path, metavar="DIR", help="folder of these images (default: random ones)")
     parser.add_argument("--profile", action="store_true", help="also show where the folded network spends its time")
     parser.add_argument("--compile", action="store_true", help="also measure blocks compiled by torch.compile")
     arguments = parser.parse_args(argv)
@@ -124,19 +127,20 @@ class Benchmark:
         """The ONNX file against PyTorch: answers, and times of one image and of 64."""
         from adaptive_inference.export import export_onnx
 
-        names = [str(c) for c in range(self.network.num_classes)]
-        description = SimpleNamespace(class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3)
+        if self.network.description is None:
+            names = [str(c) for c in range(self.network.num_classes)]
+            self.network.description = SimpleNamespace(class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             try:
                 from onnx_predictor import OnnxPredictor
 
-                export_onnx(self.network, path, description)
+                export_onnx(self.network, path, self.network.description)
             except (ImportError, UserError) as error:
                 _print(f"ONNX Runtime: not measured, {error}")
                 return
             runner = OnnxPredictor(path, self.arguments.threads)
-        pixels = (255 * (self.images(max(self.arguments.images, 64)) / 4 + 0.5)).clamp(0, 255).byte()
+        pixels = self.pixels()
         self.same_answers(runner, pixels)
         functions = [_each((self.images(1),), self.network)]
         for count, threshold in itertools.product((1, 64), (NONE_LEAVE, -NONE_LEAVE)):
@@ -148,13 +152,14 @@ class Benchmark:
 
     def same_answers(self, runner, pixels: Tensor) -> None:
         """Count answers to images (N, 3, H, W) uint8 that are not the predictor's."""
-        batches = [(batch.numpy(), (batch / 255 - 0.5) / 0.25) for batch in pixels.split(64)]
-        logits = [torch.stack(self.network(images)) for _, images in batches[:16]]
-        policy, _ = _policy_spending(SHARES_OF_OPERATIONS[1], confidence_by_exit(torch.cat(logits, dim=1))[0], self.operations)
+        batches, told = pixels.split(64), self.network.description
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (told.mean, told.std))
+        logits = torch.cat([torch.stack(self.network((batch / 255 - mean) / std)) for batch in batches[:16]], dim=1)
+        policy, _ = _policy_spending(SHARES_OF_OPERATIONS[1], confidence_by_exit(logits)[0], self.operations)
         predictor, thresholds = AdaptivePredictor(self.network, policy), np.array(policy.thresholds, np.float32)
         near = other = 0
-        for batch, images in batches:
-            ours, expected = runner.predict(batch, thresholds), Prediction(*(x.numpy() for x in predictor(images)))
+        for batch in batches:
+            ours, expected = runner.predict(batch.numpy(), thresholds), Prediction(*(x.numpy() for x in predictor(batch)))
             # Of the two, the confidence of the one that left first decided.
             deciding = np.where(ours.exits < expected.exits, ours.confidence, expected.confidence)
             distances = np.abs(deciding - thresholds[np.minimum(ours.exits, expected.exits)])
@@ -162,6 +167,17 @@ class Benchmark:
             near += is_near.sum()
             other += ((ours.exits != expected.exits) | (ours.classes != expected.classes))[~is_near].sum()
         _print(f"ONNX Runtime, {len(pixels)} images: {other} other answers than PyTorch's, and {near} within {NEAR:g} of a threshold")
+
+    def pixels(self) -> Tensor:
+        """Images (N, 3, H, W) uint8 of --images-of, or random ones; at least 64."""
+        count = max(self.arguments.images, 64)
+        if self.arguments.images_of is None:
+            return (255 * (self.images(count) / 4 + 0.5)).clamp(0, 255).byte()
+        files, _ = find_images([self.arguments.images_of])
+        if len(files) < count:
+            raise UserError(f"--images-of {self.arguments.images_of} holds {len(files)} images, not {count}")
+        chosen = [files[i * len(files) // count] for i in range(count)]
+        return torch.stack([read_image(file, evaluation_transform(self.image_size)) for file in chosen])
 
     def images(self, count: int) -> Tensor:
         """Random images."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from args import as_typed
 from datasets import DataInfo
-from engine.run_directory import RunDirectory
 from models import IMTA, MSDNet, load_released
+from models.files import find
 from models.released import PUBLISHED_NAMES, read_checkpoint
-from models.saved import Description, Split, find, is_network_file, read_network
-from settings import FLAGS
+from models.saved import Description, Split, is_network_file, read_network
+from settings import FLAGS, OPTIONS
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 2"
@@ -54,7 +55,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         UserError: one line: the file is missing, damaged or foreign, or what disagrees.
     """
     try:
-        path = find(RunDirectory(path).best if path.is_dir() else path)
+        path = find(path)
         if not is_network_file(path):
             return Saved(path, _released_network(path, explicit))
         network, description, split = read_network(path)
@@ -118,8 +119,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def settings_of(description: Description) -> dict[str, Any]:
-    """The settings a run had; lists are tuples again, as the command line gives them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in description.recipe.items()}
+    """The settings a run had, in the types that the command line gives them.
+
+    Raises:
+        UserError: one that its flag would refuse.
+    """
+    return {name: as_typed(name, value) for name, value in description.recipe.items() if name in OPTIONS}
 
 
 def data_info_of(description: Description) -> DataInfo:

@@ -59,10 +59,12 @@ class Evaluation:
         if "dynamic" in modes and self.data.val.num_images == 0:
             raise UserError("budgeted evaluation sets its thresholds on held-out images; this run has none (--val-size 0)")
         if "runtime" in modes:
-            self.runtime()
+            with self.session.log.waiting("measuring time, half a minute on a small network"):
+                self.runtime()
             return
-        test = collect_logits(self.network, self.data.test, self.session.processes)
-        val = collect_logits(self.network, self.data.val, self.session.processes) if "dynamic" in modes else None
+        with self.session.log.waiting("answering the images"):
+            test = collect_logits(self.network, self.data.test, self.session.processes)
+            val = collect_logits(self.network, self.data.val, self.session.processes) if "dynamic" in modes else None
         if not self.session.processes.is_main:
             return
         temperatures = fit_temperatures(*val) if val is not None else self.known_temperatures()
@@ -147,7 +149,7 @@ class Evaluation:
         points = distinct(curve.of_rule(None), RUNTIME_POLICIES)
         self.session.log.line(
             f"\ntime an image on {device}, one image at a time (batch 1) and {RUNTIME_BATCHES[-1]} together, of which images leave as they "
-            f"are answered; {len(points)} different policies and every exit, half a minute on a small network"
+            f"are answered; {len(points)} different policies and every exit"
         )
         with torch.inference_mode():
             logits = torch.cat([torch.stack(form(part)).float().cpu() for part in images.split(RUNTIME_BATCHES[-1])], dim=1)

@@ -1,6 +1,6 @@
-"""What predict.py does: find a network and a policy, answer images as they are read, write rows as they come.
+"""What predict.py does: load a network, choose a policy, answer images as they are read, write rows as they come.
 
-status = answer_all(predict.parse(["folder/", "--budget", "2ms"]))
+status = answer_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.form import form_for, inference_form
@@ -25,32 +26,29 @@ from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, fi
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
-from engine.run_directory import RunDirectory
 from models import count_operations
-from utils import UserError, is_terminal
+from models.files import WEIGHTS, policy_path
+from utils import UserError, complain, is_terminal
 
-RUNS, WEIGHTS = Path("save"), Path(__file__).resolve().parents[1] / "weights"
-SHIPPED = "imta_cifar100"
-POLICY_NAME = "policy.json"
 DEFAULT_SHARE = 0.5  # of all operations
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
 BEST_CLASSES = 5
 
 
-def answer_all(arguments: argparse.Namespace) -> int:
-    """Answer the images that the command line of predict.py names; returns its exit status.
+def answer_all(arguments: argparse.Namespace, path: Path) -> int:
+    """Answer the images that the command line of predict.py names, with the network of this file; returns the exit status.
 
     Raises:
         UserError: one line: the network, its policy, a wish or the output is impossible.
     """
-    path = find_model(arguments.model)
     network = load_network(path, arguments)
     device = _device(arguments.device)
     answering = Answering(arguments, path, network, device)
     files, complaints = find_images(arguments.paths)
     skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
-    bar = _Bar(len(files), shown=is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout)))
+    shown = is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout))
+    bar = tqdm(total=len(files), unit="image", disable=not shown)
     with opened(arguments.output) as stream:
         writer = WRITERS[arguments.format](stream, answering.info.class_names, {"model": str(path), "policy": answering.policy()})
         origin = ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"
@@ -64,39 +62,16 @@ def answer_all(arguments: argparse.Namespace) -> int:
                     writer.rows(answering.answer(names, images))
                 else:
                     skipped += len(names)
-                bar.advance(len(names))
+                bar.update(len(names))
         except KeyboardInterrupt:
             interrupted = True
-        bar.end()
+        bar.close()
         writer.end(answering.summary())
     _say(answering.summary_line())
     if interrupted:
         _say(f"interrupted; the {answering.num_answered} answers so far are kept")
         return 130
     return 1 if skipped else 0
-
-
-def find_model(wanted: str | None) -> Path:
-    """The file of a network: a path, that of a run, a name in ``weights/``; None: the newest run with a policy, else the shipped network.
-
-    Raises:
-        UserError: there is none.
-    """
-    if wanted is not None:
-        shipped = WEIGHTS / f"{wanted}.safetensors"
-        path = Path(wanted).expanduser()
-        return RunDirectory(path).best if path.is_dir() else shipped if not path.exists() and shipped.is_file() else path
-    runs = [path for path in RUNS.rglob("best.*") if policy_path(path).exists() and path.suffix in (".pt", ".safetensors")]
-    shipped = WEIGHTS / f"{SHIPPED}.safetensors"
-    if not runs and not shipped.is_file():
-        raise UserError(f"there is no trained network under {RUNS}/; train_GE.py trains one, --model names another")
-    return max(runs, key=lambda path: path.stat().st_mtime, default=shipped)
-
-
-def policy_path(model: Path) -> Path:
-    """Where the policy of a network lies: beside it, under its own name in a folder of several."""
-    own = model.with_suffix(f".{POLICY_NAME}")
-    return own if own.exists() else model.parent / POLICY_NAME
 
 
 def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
@@ -288,25 +263,6 @@ def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tu
         yield names, torch.stack(images)
 
 
-class _Bar:
-    """How many images are done, on a line of the terminal that is written over."""
-
-    def __init__(self, total: int, shown: bool):
-        self.total, self.shown, self.done, self.began = total, shown, 0, time.perf_counter()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if self.shown:
-            rate = self.done / max(time.perf_counter() - self.began, 1e-9)
-            filled = 30 * self.done // self.total
-            sys.stderr.write(f"\r[{'#' * filled:30}] {self.done}/{self.total} images, {rate:.0f} a second ")
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        if self.shown and self.done:
-            sys.stderr.write("\n")
-
-
 @contextmanager
 def _memory_in_words(batch_size: int, image_size: int) -> Iterator[None]:
     try:
@@ -341,4 +297,5 @@ def _device(name: str | None) -> torch.device:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"predict.py: {line}\n")
+    with tqdm.external_write_mode(file=sys.stderr):
+        complain(f"predict.py: {line}")

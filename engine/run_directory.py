@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from models.files import BEST
 from utils import UserError, complain
 
 _locks: set[IO] = set()
@@ -27,7 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.last = path / "last.pt"
-        self.best = path / "best.safetensors"
+        self.best = path / BEST
         self.log = path / "log.jsonl"
         self.record = path / "run.json"
         self.anytime = path / "anytime.csv"
@@ -90,8 +91,8 @@ class RunDirectory:
             finally:
                 _locks.discard(stream)
                 made_here = missing and not stream.closed  # as it is in a forked copy of the process that holds the lock
-                if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
-                    (self.path / ".lock").unlink()
-                    with suppress(OSError):  # another run has come into one of the folders above
+                with suppress(OSError):  # another run has come into one of the folders above, or they have gone
+                    if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                        (self.path / ".lock").unlink()
                         for folder in missing:
                             folder.rmdir()

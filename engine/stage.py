@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_inference import half_precision
+from adaptive_inference import half_precision, read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
 from datasets import DataInfo
@@ -187,12 +187,11 @@ class _Run:
 
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
-        self.session.log.line(f"reading the images of {settings.data}" + f" in {settings.data_root}" * (settings.data != "demo"))
+        with _reading(self.session):
+            data = self._read(data_info_of(state["description"]), state["split"]) if state is not None else self._data_to_start()
         if state is not None:
-            data = self._read(data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
         else:
-            data = self._data_to_start()
             if self.origin and self.origin.description is None:
                 _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
@@ -323,6 +322,12 @@ def place(network: nn.Module, session: Session) -> None:
     network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
+def _reading(session: Session) -> AbstractContextManager[None]:
+    settings = session.settings
+    of = "" if settings.data == "folder" else f" of {settings.data}"
+    return session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo"))
+
+
 def _introduce(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
     processes, settings = session.processes, session.settings
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -332,9 +337,9 @@ def _introduce(network: nn.Module, data: Data, operations: list[int], session: S
     precision = {"off": "float32"}.get(settings.amp, settings.amp)
     for note in data.notes:
         session.log.line(note)
-    session.log.line(
-        f"{data.info.name}: {data.train.num_images:,} training, {data.val.num_images:,} held-out, {data.test.num_images:,} test images"
-    )
+    parts = {"training": data.train, "held-out": data.val, "test": data.test}
+    counts = ", ".join(f"{part.num_images:,} {name}" for name, part in parts.items() if part.num_images)
+    session.log.line(f"{data.info.name}: {counts} images")
     session.log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
     session.log.line(f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}")
 
@@ -360,12 +365,16 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     if run.holds_run() and saved.path.resolve() != run.best.resolve():
         raise UserError(f"{run.path} holds another run than {source}; say with --save where its tables go")
     settings = command.settings(stored=saved.settings)
+    amp = command.explicit.get("amp", Settings.amp)
+    if settings.evalmode == "runtime" and amp == "auto":  # as its policies were made
+        amp = {"bfloat16": "bf16", "float16": "fp16"}.get(read_policy(run.policy).form, "off")
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
-        settings = with_precision(replace(settings, amp=command.explicit.get("amp", Settings.amp)), processes)
+        settings = with_precision(replace(settings, amp=amp), processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
-        data = load_data(settings, processes.device, processes.shard, saved.data, saved.split)
+        with _reading(session):
+            data = load_data(settings, processes.device, processes.shard, saved.data, saved.split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")

@@ -16,6 +16,7 @@ function readPixels(path, size) {
 }
 
 async function main(model, thresholds, ...files) {
+  if (!files.length) throw new Error("usage: node classify.js MODEL.onnx THRESHOLD,THRESHOLD,... IMAGE.ppm ...");
   const session = await ort.InferenceSession.create(model);
   const size = session.inputMetadata.find((input) => input.name === "images").shape[2];
   const pixels = new Uint8Array(files.length * 3 * size * size);
@@ -25,7 +26,7 @@ async function main(model, thresholds, ...files) {
     images: new ort.Tensor("uint8", pixels, [files.length, 3, size, size]),
     thresholds: new ort.Tensor("float32", values, [values.length]),
   });
-  files.forEach((file, n) => console.log(`${file}: class ${classes.data[n]}, ${confidence.data[n].toFixed(4)}, exit ${exits.data[n]}`));
+  files.forEach((file, n) => console.log(`${file}: class ${classes.data[n]}, ${confidence.data[n].toFixed(4)}, exit ${exits.data[n] + 1n}`));
 }
 
 main(...process.argv.slice(2)).catch((error) => {

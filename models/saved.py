@@ -1,6 +1,6 @@
 """Networks as files: weights in a safetensors file, whose header describes the network, its data and its training.
 
-    network = load("imta_cifar100")    # of the folder weights/, or any such file
+    network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
     network.description.class_names, network.description.mean
     save_network(path, network, description, split)
 
@@ -19,12 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.files import SUFFIX, find
 from models.imta import IMTA
 from models.msdnet import MSDNet
 
 FORMAT = "imta-msdnet network 2"
-SUFFIX = ".safetensors"
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 MAX_IMAGE_SIZE = 10_000  # pixels
 
 
@@ -48,6 +47,7 @@ class Description:
         accuracy: of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more where it was measured.
         origin: the file that training started from.
         frozen_digest: fingerprint of what stage 2 must not change.
+        training: ``hardware`` and ``minutes`` of a shipped network's training.
     """
 
     network: dict[str, Any]
@@ -66,6 +66,7 @@ class Description:
     accuracy: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: str | None = None
     frozen_digest: str | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, hint in get_type_hints(Description).items():
@@ -89,29 +90,15 @@ class Split(NamedTuple):
 
 
 def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
-    """The network of a file, or of a name in ``weights/``: float32, on the CPU, in evaluation mode; its ``description`` tells the rest.
+    """The network of a file, of a run's directory or of a name in ``weights/``: float32, on the CPU, in evaluation mode.
+
+    Its ``description`` tells the rest.
 
     Raises:
-        FileNotFoundError: there is no such file, or no such name.
+        OSError: there is no such file, or no such name.
         ValueError: as ``read_network``.
     """
     return read_network(find(path_or_name))[0]
-
-
-def find(path_or_name: str | os.PathLike) -> Path:
-    """The file that a path or the name of a shipped network means.
-
-    Raises:
-        FileNotFoundError: there is neither; the names are listed.
-    """
-    path = Path(path_or_name).expanduser()
-    shipped = WEIGHTS / f"{path}{SUFFIX}"
-    if path.is_file() or len(path.parts) != 1 or path.suffix:
-        return path
-    if not shipped.is_file():
-        names = ", ".join(sorted(file.stem for file in WEIGHTS.glob(f"*{SUFFIX}"))) or "none"
-        raise FileNotFoundError(f"there is no checkpoint {path}, and no network of that name; there are: {names}")
-    return shipped
 
 
 def is_network_file(path: Path) -> bool:
@@ -240,10 +227,14 @@ def _check(description: Description, network: MSDNet | IMTA, split: Split) -> No
     for name, length in lengths.items():
         if len(getattr(description, name)) != length:
             raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
-    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE or not all(x > 0 for x in description.std):
-        raise ValueError(f"image_size is {description.image_size}, std {description.std}")
-    if description.data.keys() != {"name", "num_training_images", "fingerprint"}:
-        raise ValueError(f"data has {', '.join(description.data):.80}")
+    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is {description.image_size}")
+    if not all(abs(mean) < 1e3 and 1e-3 < std < 1e3 for mean, std in zip(description.mean, description.std, strict=True)):
+        raise ValueError(f"mean is {description.mean}, std {description.std}")
+    if {name: type(value) for name, value in description.data.items()} != {"name": str, "num_training_images": int, "fingerprint": str}:
+        raise ValueError(f"data is {description.data!a:.80}")
+    if not all(x.isfinite().all() for x in network.state_dict().values()):
+        raise ValueError("not all weights are finite numbers")
     num_images = description.data["num_training_images"]
     held_out, is_list = split.held_out, all(x.dtype == torch.int64 and x.dim() == 1 for x in split)
     if not is_list or (len(held_out) and not 0 <= held_out.min() <= held_out.max() < num_images):

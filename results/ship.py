@@ -6,6 +6,7 @@ Weights are stored in half precision and evaluated so; no exit may lose more tha
 the thresholds of the rounded network, README.md the card of all networks in the folder, with the fields that Hugging Face reads.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -19,13 +20,15 @@ from engine.collect import accuracy_at
 from engine.report import millions, read_csv
 from engine.run_directory import RunDirectory
 from models import Description, load
-from models.saved import SUFFIX, save_network
+from models.files import SUFFIX
+from models.saved import save_network
+from results.tables import epochs
 from settings import RESUMABLE
 from utils import CommandLineParser, UserError, atomic_write
 
 MAX_LOSS = 0.05  # points of top-1
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
-RECIPE = ("epochs", "batch_size", "lr", "lr_type", "warmup_epochs", "weight_decay", "augment", "label_smoothing")
+RECIPE = ("epochs", "batch_size", "lr", "lr_type", "warmup_epochs", "momentum", "nesterov", "weight_decay", "augment", "label_smoothing")
 
 FRONT = """---
 license: mit
@@ -69,6 +72,7 @@ SECTION = """
 {d.title}, trained on {d.data[name]} ({d.data[num_training_images]} training images, {d.recipe[val_size]} of them held out),
 {d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
+{d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
 Held-out images chose the epoch and the thresholds; test images chose nothing.
 
 | exit | operations | top-1 % | top-5 % |
@@ -130,11 +134,26 @@ def ship(saved: Saved, output: Path) -> None:
         }
         # Folders of this machine are of no use to others.
         recipe = {name: value for name, value in saved.description.recipe.items() if name not in {*RESUMABLE, "pretrained"}}
-        description = replace(saved.description, accuracy=accuracy, recipe=recipe, origin=None, frozen_digest=None)
+        cleared = {"origin": None, "frozen_digest": None, "training": training(RunDirectory(saved.path.parent))}
+        description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))
+
+
+def training(run: RunDirectory) -> dict[str, str | int]:
+    """Hardware and minutes of a run.
+
+    Raises:
+        UserError: its records do not tell.
+    """
+    try:
+        piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
+        hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
+        return {"hardware": hardware, "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{run.record} and log.jsonl do not tell how {run.path} was trained: {error}") from None
 
 
 def card(folder: Path) -> str:
@@ -156,6 +175,7 @@ def _section(name: str, description: Description) -> str:
     return SECTION.format(
         name=name,
         d=description,
+        stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.class_names),
         recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
         exits="\n".join(f"| {k} | {millions(n)} | {top1:.2f} | {top5:.2f} |" for k, (n, top1, top5) in enumerate(rows, 1)),

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import export_onnx as program
+import synthetic
 from adaptive_inference.export import export_onnx
-from adaptive_inference.policies import Policy, policy_curve, write_policy
+from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
+from examples import same_answers
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
@@ -104,20 +106,12 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         assert runner.operations == sorted(runner.operations)
         metadata = runner.session.get_modelmeta().custom_metadata_map
         assert metadata["fingerprint"] == curve.fingerprint
-        for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2)):
+        for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
             np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p).policy.thresholds, np.float32))
         pixels = random_pixels(20).numpy()
-        np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.5, 0.6, 0.7]).exits)
+        np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits)
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
             runner.choose(operations=10)
-
-    def test_command_line(exported, tmp_path, monkeypatch, capsys):
-        saved = SimpleNamespace(network=exported[0], description=description(), path=tmp_path / "best.safetensors")
-        monkeypatch.setattr(program, "load_saved", lambda path, explicit: saved)
-        write_policy(tmp_path / "policy.json", exported[1])
-        assert program.main(["--model", str(tmp_path / "best.safetensors"), "--output", str(tmp_path / "x.onnx")]) == 0
-        assert "3 policies" in capsys.readouterr().out
-        assert [point["p"] for point in OnnxPredictor(tmp_path / "x.onnx", 1).points] == [1, 2, 3]
 
     def test_no_images(exported):
         assert OnnxPredictor(exported[2], threads=1).predict(random_pixels(0).numpy()).logits.shape == (0, 10)
@@ -162,22 +156,16 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         code = f"import sys, onnx_predictor as o; o.OnnxPredictor({str(exported[2])!r}, 1); assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
-    def _has_javascript():
-        found = shutil.which("node") and subprocess.run(["node", "-e", "require('onnxruntime-node')"], capture_output=True, cwd=ROOT)
-        return bool(found) and found.returncode == 0
-
-    @pytest.mark.skipif(not _has_javascript(), reason="node finds no onnxruntime-node (NODE_PATH)")
-    def test_javascript_gives_the_same_answers(exported, tmp_path):
-        network, _, path = exported
-        pixels = random_pixels(10)
-        policy = quantile_policy(logits_of(network, normalised(pixels)), 0.4)
-        prediction = OnnxPredictor(path, threads=1).predict(pixels.numpy(), policy.thresholds)
-        assert len(set(prediction.exits)) > 1
-        lines, files = [], [tmp_path / f"{n}.ppm" for n in range(10)]
-        for image, file, c, p, k in zip(pixels, files, prediction.classes, prediction.confidence, prediction.exits, strict=True):
-            file.write_bytes(b"P6 32 32 255\n" + image.permute(1, 2, 0).numpy().tobytes())
-            lines.append(f"{file}: class {c}, {p:.4f}, exit {k}")
-        thresholds = ",".join(str(t) for t in policy.thresholds)
-        command = ["node", str(ROOT / "examples/classify.js"), str(path), thresholds, *map(str, files)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.stdout.splitlines() == lines, result.stderr
+    def test_the_same_answers_in_four_ways(tmp_path, monkeypatch, capsys):
+        """torch.hub, predict.py, ONNX in Python, and in JavaScript where it is installed."""
+        images, _ = synthetic.generate(10, 0, 32)
+        files = [str(tmp_path / f"{n}.png") for n in range(10)]
+        for image, file in zip(images, files, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+        assert same_answers.main(files) == 0
+        *answers, summary = capsys.readouterr().out.splitlines()
+        assert summary.endswith("identical answers to 10 images")
+        assert ("JavaScript:" in summary) is same_answers.has_javascript()
+        assert len({line[-1] for line in answers[-10:]}) > 1
+        monkeypatch.setattr(same_answers, "by_hub", lambda *_: [(0, 0.5, 1)] * 10)
+        assert same_answers.main(files) == 1

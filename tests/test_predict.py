@@ -168,9 +168,9 @@ def test_policy_of_another_network(trained, images, tmp_path, capsys):
 
 def test_newest_run_is_taken(trained, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("engine.prediction.WEIGHTS", tmp_path)
+    monkeypatch.setattr("models.files.WEIGHTS", tmp_path)
     assert predict.main([str(images)]) == 2
-    assert "no trained network" in capsys.readouterr().err
+    assert "no network of that name" in capsys.readouterr().err
     for name, age in (("old", 100), ("new", 0), ("without_policy", -100)):
         shutil.copytree(trained, tmp_path / "save" / name)
         os.utime(tmp_path / "save" / name / "best.safetensors", (1e9 - age, 1e9 - age))

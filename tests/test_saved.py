@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from engine.checkpoint import load_saved
 from models import IMTA, MSDNet, load, load_released, saved
 from models.saved import Split, network_options, read_network, save_network
 from tests.conftest import TINY_NETWORK, describe
@@ -59,7 +60,8 @@ def test_half_precision_on_disk_is_float32_in_memory(network, path):
 
 
 def test_names_are_those_of_the_weights_folder(path, monkeypatch):
-    monkeypatch.setattr(saved, "WEIGHTS", path.parent)
+    monkeypatch.setattr("models.files.WEIGHTS", path.parent)
+    assert load(path.parent).num_exits == 3  # as the directory of a run
     assert load("best").num_exits == 3
     with pytest.raises(FileNotFoundError, match="no network of that name; there are: best"):
         load("resnet")
@@ -108,13 +110,14 @@ def test_contents_that_do_not_belong_together(network, path):
         ({"description": changed(network, class_names=["a"])}, "class_names has 1 entries, where 10 belong"),
         ({"description": changed(network, operations=["x"])}, "operations is"),
         ({"description": changed(network, std=[0.5, 0.5, float("nan")])}, "std"),
-        ({"description": changed(network, data={})}, "data has"),
+        ({"description": changed(network, data={"name": 5, "num_training_images": "x", "fingerprint": []})}, "data is"),
         ({"description": changed(network, surplus=1)}, "surplus"),
         ({"description": changed(network, network={**options, "type": "ResNet"})}, "impossible network"),
         ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_channels": 10**30}})}, "impossible"),
         ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_blocks": 2}})}, "another network"),
         ({"description": "[" * 10**5}, "damaged"),
         ({"tensors": {**tensors, "classifiers.0.bias": torch.zeros(3)}}, "classifiers.0.bias is [3] there, [10] here"),
+        ({"tensors": {**tensors, "classifiers.0.bias": torch.full((10,), torch.nan)}}, "not all weights are finite numbers"),
         ({"tensors": {**tensors, "held_out": torch.tensor([100])}}, "held_out are not numbers of 100"),
     ]:
         path.write_bytes(content)
@@ -123,6 +126,16 @@ def test_contents_that_do_not_belong_together(network, path):
             load(path)
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [{"val_size": "x"}, {"preset": []}, {"batch_size": -5}, {"growth_factors": "abc"}, {"isc": "on"}, {"lr_milestones": [1, float("nan")]}],
+)
+def test_a_recipe_that_its_flags_would_refuse(network, path, absurd):
+    rewritten(path, description=changed(network, recipe=absurd))
+    with pytest.raises(UserError, match="the checkpoint was made with --"):
+        _ = load_saved(path, {}).settings
 
 
 def test_load_released_says_what_to_call(path):

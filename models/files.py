@@ -1,0 +1,35 @@
+"""Where the files of trained networks lie. This module imports nothing heavy.
+
+find("imta_cifar100"), find("save/demo/IMTA"), find("elsewhere/network.safetensors")
+"""
+
+import os
+from pathlib import Path
+
+SUFFIX = ".safetensors"
+BEST = f"best{SUFFIX}"  # in the directory of a run
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+
+
+def find(path_or_name: str | os.PathLike) -> Path:
+    """The file that a path, the directory of a run or the name of a shipped network means.
+
+    Raises:
+        OSError: there is none; the names are listed.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        path /= BEST
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(WEIGHTS.glob(f"*{SUFFIX}"))}
+    if str(path) not in shipped:
+        names = "" if len(path.parts) > 1 or path.suffix else f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
+        raise FileNotFoundError(f"there is no checkpoint {path}{names}")
+    return shipped[str(path)]
+
+
+def policy_path(file: Path) -> Path:
+    """Where the policies of a network lie: beside its file, under its own name in a folder of several."""
+    own = file.with_suffix(".policy.json")
+    return own if own.exists() else file.with_name("policy.json")
