@@ -5,7 +5,7 @@ from PIL import Image
 
 from benchmarks import image_decoding, training_speed
 
-TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0", "--threads", "1"]
+TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
 
 
 def test_training_speed(capsys):
