@@ -186,10 +186,10 @@ class Settings(NetworkOptions):
         None, "--lr-milestones", "epochs at which multistep decays", kind=float_list, metavar="E,E", shown="at 50 % and 75 %"
     )
     decay_rate: float = _optimisation(0.1, "--decay-rate", "factor of every multistep decay", kind=above(0), metavar="R")
-    warmup_epochs: float = _optimisation(0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0, None), metavar="E")
+    warmup_epochs: float = _optimisation(0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0), metavar="E")
     momentum: float = _optimisation(0.9, "--momentum", "momentum of SGD", metavar="M")
     nesterov: bool = _optimisation(False, "--nesterov", "Nesterov momentum")
-    weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0, None), metavar="W")
+    weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0), metavar="W")
     label_smoothing: float = _optimisation(0.0, "--label-smoothing", "label smoothing of the cross-entropies", metavar="S")
     clip_grad: float | None = _optimisation(
         None, "--clip-grad", "clip the gradient's norm", kind=above(0), metavar="NORM", shown="no clipping"
