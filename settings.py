@@ -241,39 +241,26 @@ RELEASED_CHOICES = {
     "isc_gradient": "flow",
 }
 
+_DEMO = {"num_blocks": 4, "step_mode": "lin_grow", "num_channels": 4, "growth_rate": 4}
+_FOLDER = {"num_blocks": 4, "base": 2, "step": 2, "num_channels": 16, "growth_rate": 8}
 _CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
 _CIFAR_7_EXITS = {"num_blocks": 7, "step_mode": "even", "step": 2, "base": 4, "num_channels": 16, "growth_rate": 6}
+_IMAGENET = {"num_blocks": 5, "step_mode": "even", "step": 4, "base": 4, "num_channels": 32, "growth_rate": 16}
+_IMAGENET_SCALES = {"growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4)}
 _BATCH_512_COSINE = {"batch_size": 512, "lr": 0.8, "lr_type": "cosine"}
 _BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
+_BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60.0)}
 
 # Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and the 7-exit network,
 # yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours: demo and folder.
 PRESETS = {
     "demo": {
-        "both": {
-            "data": "demo",
-            "val_size": 1000,
-            "num_blocks": 4,
-            "step_mode": "lin_grow",
-            "num_channels": 4,
-            "growth_rate": 4,
-            "batch_size": 64,
-            "lr_type": "cosine",
-        },
+        "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},
         "GE": {"epochs": 4, "lr": 0.1, "warmup_epochs": 0.5},
         "IMTA": {"epochs": 8, "lr": 0.1, "warmup_epochs": 0.5},
     },
     "folder": {
-        "both": {
-            "data": "folder",
-            "num_blocks": 4,
-            "base": 2,
-            "step": 2,
-            "num_channels": 16,
-            "growth_rate": 8,
-            "batch_size": 32,
-            "lr_type": "cosine",
-        },
+        "both": {"data": "folder", **_FOLDER, "batch_size": 32, "lr_type": "cosine"},
         "GE": {"epochs": 60, "lr": 0.05, "warmup_epochs": 2.0},
         "IMTA": {"epochs": 20, "lr": 0.05},
     },
@@ -293,22 +280,7 @@ PRESETS = {
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "imagenet": {
-        "both": {
-            "data": "imagenet",
-            "val_size": 50000,
-            "num_blocks": 5,
-            "step_mode": "even",
-            "step": 4,
-            "base": 4,
-            "num_channels": 32,
-            "growth_rate": 16,
-            "growth_factors": (1, 2, 4, 4),
-            "bottleneck_factors": (1, 2, 4, 4),
-            "epochs": 90,
-            "batch_size": 256,
-            "lr": 0.1,
-            "lr_milestones": (30.0, 60.0),
-        },
+        "both": {"data": "imagenet", "val_size": 50000, **_IMAGENET, **_IMAGENET_SCALES, "epochs": 90, **_BATCH_256_MULTISTEP},
         "GE": {},
         "IMTA": {},
     },
