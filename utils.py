@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -157,24 +156,17 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
                 yield stream
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, mode, **options) as stream:
+        temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        with temporary.open(mode, **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         if verify is not None:
             verify(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            with suppress(OSError):  # it is where it belongs, or its folder is closed
+                temporary.unlink()
