@@ -22,7 +22,7 @@ from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
 from engine.provenance import Provenance, commit
-from engine.report import draw_curves, millions, pixels, read_csv
+from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
@@ -368,7 +368,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
 
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
-    writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
+    writer.add_figure("accuracy against operations", draw_curves(known_curves(run, curves)))
     for path in filter(Path.exists, (run.budgeted, run.optimised)):
         for row in read_csv(path, ("operations", "test_acc1")):
             writer.add_scalar(f"test_acc1_by_thousand_operations/{path.stem}", row["test_acc1"], int(row["operations"]) // 1000)
