@@ -240,22 +240,10 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
         (changed(surplus=torch.ones(1), other=torch.ones(1)), "surplus is not known, and 1 more"),
         (changed(classifier__0__linear__bias=torch.ones(11)), "classifier.0.linear.bias has the shape (11,), where (10,) belongs"),
         (changed(blocks__10000000000__0__m__0__net__0__weight=torch.ones(1, 1, 1, 1)), "is not known"),
-        (
-            changed(classifier__0__linear__bias=torch.ones(1).expand(10)),
-            "is not a plain tensor of floating point numbers",
-        ),
-        (
-            changed(classifier__0__linear__bias=torch.ones(10, dtype=torch.int32)),
-            "is not a plain tensor of floating point numbers",
-        ),
-        (
-            changed(classifier__0__linear__bias=torch.ones(10).to_sparse()),
-            "is not a plain tensor of floating point numbers",
-        ),
-        (
-            changed(classifier__0__linear__bias=torch.ones(10, device="meta")),
-            "is not a plain tensor of floating point numbers",
-        ),
+        (changed(classifier__0__linear__bias=torch.ones(1).expand(10)), "is not a plain tensor"),
+        (changed(classifier__0__linear__bias=torch.ones(10, dtype=torch.int32)), "is not a plain tensor"),
+        (changed(classifier__0__linear__bias=torch.ones(10).to_sparse()), "is not a plain tensor"),
+        (changed(classifier__0__linear__bias=torch.ones(10, device="meta")), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=[0.0] * 10), "its state dict holds a list named 'classifier.0.linear.bias'"),
         (changed(module__classifier__0__linear__bias=torch.ones(10)), "classifier.0.linear.bias is there twice"),
     ],
