@@ -186,10 +186,10 @@ class Settings(NetworkOptions):
         None, "--lr-milestones", "epochs at which multistep decays", kind=float_list, metavar="E,E", shown="at 50 % and 75 %"
     )
     decay_rate: float = _optimisation(0.1, "--decay-rate", "factor of every multistep decay", kind=above(0), metavar="R")
-    warmup_epochs: float = _optimisation(0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0, None), metavar="E")
+    warmup_epochs: float = _optimisation(0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0), metavar="E")
     momentum: float = _optimisation(0.9, "--momentum", "momentum of SGD", metavar="M")
     nesterov: bool = _optimisation(False, "--nesterov", "Nesterov momentum")
-    weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0, None), metavar="W")
+    weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0), metavar="W")
     label_smoothing: float = _optimisation(0.0, "--label-smoothing", "label smoothing of the cross-entropies", metavar="S")
     clip_grad: float | None = _optimisation(
         None, "--clip-grad", "clip the gradient's norm", kind=above(0), metavar="NORM", shown="no clipping"
@@ -241,39 +241,26 @@ RELEASED_CHOICES = {
     "isc_gradient": "flow",
 }
 
+_DEMO = {"num_blocks": 4, "step_mode": "lin_grow", "num_channels": 4, "growth_rate": 4}
+_FOLDER = {"num_blocks": 4, "base": 2, "step": 2, "num_channels": 16, "growth_rate": 8}
 _CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
 _CIFAR_7_EXITS = {"num_blocks": 7, "step_mode": "even", "step": 2, "base": 4, "num_channels": 16, "growth_rate": 6}
+_IMAGENET = {"num_blocks": 5, "step_mode": "even", "step": 4, "base": 4, "num_channels": 32, "growth_rate": 16}
+_IMAGENET_SCALES = {"growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4)}
 _BATCH_512_COSINE = {"batch_size": 512, "lr": 0.8, "lr_type": "cosine"}
 _BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
+_BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60.0)}
 
 # Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and the 7-exit network,
 # yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours: demo and folder.
 PRESETS = {
     "demo": {
-        "both": {
-            "data": "demo",
-            "val_size": 1000,
-            "num_blocks": 4,
-            "step_mode": "lin_grow",
-            "num_channels": 4,
-            "growth_rate": 4,
-            "batch_size": 64,
-            "lr_type": "cosine",
-        },
+        "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},
         "GE": {"epochs": 4, "lr": 0.1, "warmup_epochs": 0.5},
         "IMTA": {"epochs": 8, "lr": 0.1, "warmup_epochs": 0.5},
     },
     "folder": {
-        "both": {
-            "data": "folder",
-            "num_blocks": 4,
-            "base": 2,
-            "step": 2,
-            "num_channels": 16,
-            "growth_rate": 8,
-            "batch_size": 32,
-            "lr_type": "cosine",
-        },
+        "both": {"data": "folder", **_FOLDER, "batch_size": 32, "lr_type": "cosine"},
         "GE": {"epochs": 60, "lr": 0.05, "warmup_epochs": 2.0},
         "IMTA": {"epochs": 20, "lr": 0.05},
     },
@@ -293,22 +280,7 @@ PRESETS = {
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "imagenet": {
-        "both": {
-            "data": "imagenet",
-            "val_size": 50000,
-            "num_blocks": 5,
-            "step_mode": "even",
-            "step": 4,
-            "base": 4,
-            "num_channels": 32,
-            "growth_rate": 16,
-            "growth_factors": (1, 2, 4, 4),
-            "bottleneck_factors": (1, 2, 4, 4),
-            "epochs": 90,
-            "batch_size": 256,
-            "lr": 0.1,
-            "lr_milestones": (30.0, 60.0),
-        },
+        "both": {"data": "imagenet", "val_size": 50000, **_IMAGENET, **_IMAGENET_SCALES, "epochs": 90, **_BATCH_256_MULTISTEP},
         "GE": {},
         "IMTA": {},
     },

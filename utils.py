@@ -1,10 +1,9 @@
 """Small tools every program needs: one-line errors, kinds of flags, atomic files. This module imports nothing heavy."""
 
 import argparse
-import errno
+import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -81,42 +80,32 @@ def _number(text: str, kind: type) -> Any:
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """Reads whole numbers from ``low`` to ``high``."""
+    return _within(int, low, high)
 
-    def convert(text: str) -> int:
-        value = _number(text, int)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not allowed; at least {low}" + (f", at most {high}" if value > high else ""))
-        return value
 
-    return convert
+def in_range(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Reads numbers from ``low`` to ``high``."""
+    return _within(float, low, high)
 
 
 def above(low: float) -> Callable[[str], float]:
     """Reads numbers above ``low``."""
-
-    def convert(text: str) -> float:
-        value = _number(text, float)
-        if value <= low:
-            raise argparse.ArgumentTypeError(f"{value} is not allowed; more than {low}")
-        return value
-
-    return convert
+    return _within(float, math.nextafter(low, math.inf), math.inf, f"more than {low}")
 
 
-def in_range(low: float, high: float | None) -> Callable[[str], float]:
-    """Reads numbers from ``low`` to ``high`` (None: any)."""
-
-    def convert(text: str) -> float:
-        value = _number(text, float)
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is not allowed; from {low}" + (f" to {high}" if high is not None else ""))
+def _within(kind: type, low: float, high: float, too_low: str | None = None) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        value = _number(text, kind)
+        if not low <= value <= high:
+            allowed = f"at most {high}" if value > high else too_low or f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{value} is not allowed; {allowed}")
         return value
 
     return convert
@@ -167,37 +156,17 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
                 yield stream
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, mode, **options) as stream:
+        temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        with temporary.open(mode, **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         if verify is not None:
             verify(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the file system lets folders be synchronised."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            with suppress(OSError):  # it is where it belongs, or its folder is closed
+                temporary.unlink()

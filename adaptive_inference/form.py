@@ -8,7 +8,6 @@ Folding is exact in real arithmetic: a convolution followed by a fixed affine ma
 """
 
 import copy
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,15 @@ from adaptive_inference.policies import PolicyCurve, choose, network_fingerprint
 from adaptive_inference.predictor import AdaptivePredictor
 from models import load
 from models.files import find, policy_path
-from models.stepwise import Cells, ExitPlan, advance
 
 
-def inference_form(
-    network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None, compile_blocks: bool = False
-) -> nn.Module:
+def inference_form(network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``network`` for prediction alone.
 
     Args:
         network: ``MSDNet`` or ``IMTA``; it is not changed.
         channels_last: weights in the memory layout in which convolutions are faster on most devices.
         dtype: type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
-        compile_blocks: ``torch.compile`` every block with its exit, for ``Stepwise`` and the predictor; the batch size stays free. The
-            first batches take minutes; needs a C++ compiler on a CPU. ``forward`` stays as it is.
 
     Returns:
         A network of the same class in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the
@@ -55,8 +49,6 @@ def inference_form(
         return (inputs[0].to(dtype=wanted_dtype, memory_format=layout),)
 
     stem.register_forward_pre_hook(prepare)
-    if compile_blocks:
-        form.advance = _CompiledBlocks(form.num_exits)
     return form
 
 
@@ -88,18 +80,6 @@ def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor
     curve = read_policy(source)
     point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
     return AdaptivePredictor(form_for(load(file), curve, source), point.policy)
-
-
-class _CompiledBlocks:
-    """``models.stepwise.advance``, compiled once for every exit."""
-
-    def __init__(self, num_exits: int):
-        # The compiler keeps what it made beside the code object, and gives up after a few versions: every block gets a code object.
-        functions = [types.FunctionType(advance.__code__.replace(), advance.__globals__) for _ in range(num_exits)]
-        self.blocks = [torch.compile(function, dynamic=True) for function in functions]
-
-    def __call__(self, network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
-        return self.blocks[plan.k](network, plan, cells, previous_logits)
 
 
 def _fold(sequence: nn.Sequential) -> None:

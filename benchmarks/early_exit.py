@@ -13,21 +13,22 @@ import functools
 import itertools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from adaptive_inference.budgeted import exit_shares, geometric_thresholds
+from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, budget_points
 from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.timing import interleaved_seconds
 from datasets import evaluation_transform, find_images, read_image
+from engine.checkpoint import load_saved
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError
@@ -36,8 +37,10 @@ SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growt
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
 ALLOWANCE = 0.10  # on top of the share of operations
 ONNX_LIMIT, FIRST_EXIT_LIMIT, FOLDED_LIMIT, HALF_LIMIT = 0.23, 0.20, 0.65, 0.42
-NONE_LEAVE, NEAR = 1e8, 1e-5  # a threshold; a distance of confidences
+NEAR = 1e-5  # a distance of confidences
 LEAST_SECONDS = 0.2  # of one measurement
+
+_print = functools.partial(print, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,11 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network to measure (default: 7 exits, random weights)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of every comparison (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the large batch (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="whose answers are compared (default: %(default)s)")
     parser.add_argument("--images-of", type=Path, metavar="DIR", help="folder of these images (default: random ones)")
     parser.add_argument("--profile", action="store_true", help="also show where the folded network spends its time")
-    parser.add_argument("--compile", action="store_true", help="also measure blocks compiled by torch.compile")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
@@ -73,55 +74,46 @@ class Benchmark:
         self.network, self.image_size = _network(arguments.checkpoint)
         self.network.to(self.device)
         self.operations = count_operations(self.network, self.image_size)
-        self.lazy_operations = count_operations(self.network, self.image_size, lazy=True)
 
     def run(self) -> None:
         """Print everything."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.arguments.threads} CPU threads"
         _print(f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
-        _print(f"operations to each exit: {millions(*self.operations)}; lazy: {millions(*self.lazy_operations)}\n")
-        self.budgeted("folded", inference_form(self.network))
+        _print(f"operations to each exit: {millions(*self.operations)}\n")
+        forms = {"float32": inference_form(self.network)}
         half = half_precision(self.device)
         if half is not None:
-            self.budgeted(f"folded, {half}", inference_form(self.network, dtype=half))
-        if self.arguments.compile:
-            self.budgeted("folded, compiled blocks", inference_form(self.network, compile_blocks=True))
-        self.folded()
+            forms[str(half)] = inference_form(self.network, dtype=half)
+        for title, form in forms.items():
+            self.budgeted(f"folded, {title}", form)
+        self.folded(forms)
         if self.device.type == "cpu":
             self.onnx()
 
     def budgeted(self, title: str, network: nn.Module) -> None:
         """Budgeted prediction against running every exit of the same network."""
         _print(f"{title}: time of budgeted prediction / time of running every exit (limit: share of operations + {ALLOWANCE:.2f})")
-        for batch_size in (self.arguments.batch_size, 1):
+        for batch_size in (256, 1):
             images = self.images(max(batch_size, 64))
-            batches = images.split(batch_size)
             confidence, _ = confidence_by_exit(torch.stack(network(images)).float())
-            predictors, shares = [], []
-            for wanted in SHARES_OF_OPERATIONS:
-                policy, share = _policy_spending(wanted, confidence, self.operations)
-                predictors.append(AdaptivePredictor(network, policy))
-                shares.append(share)
-            functions = [_each(batches, function) for function in (network, *predictors)]
-            full, *seconds = self.seconds(functions)
+            policies, shares = zip(*(_policy_spending(wanted, confidence, self.operations) for wanted in SHARES_OF_OPERATIONS), strict=True)
+            predictors = [AdaptivePredictor(network, policy) for policy in policies]
+            full, *seconds = self.seconds([_each(images.split(batch_size), function) for function in (network, *predictors)])
             _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms an image")
             for share, measured in zip(shares, seconds, strict=True):
                 _verdict(f"    {100 * share:.0f} % of the operations", measured / full, share + ALLOWANCE)
-        _print("")
 
-    def folded(self) -> None:
-        """The folded form against the plain network."""
+    def folded(self, forms: dict[str, nn.Module]) -> None:
+        """The folded forms against the plain network."""
         images = self.images(64)
-        half = half_precision(self.device)
-        forms = {"float32": inference_form(self.network), **({str(half): inference_form(self.network, dtype=half)} if half else {})}
-        plain, *seconds = self.seconds([_each((images,), f) for f in (self.network, *forms.values())])
+        plain, *seconds = self.seconds([functools.partial(network, images) for network in (self.network, *forms.values())])
         for name, folded in zip(forms, seconds, strict=True):
             limit = FOLDED_LIMIT if name == "float32" else HALF_LIMIT
             _verdict(f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms)", folded / plain, limit)
         if self.arguments.profile:
-            for name, network in (("plain", self.network), ("folded", inference_form(self.network))):
-                _print_profile(name, network, images)
-        _print("")
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, with_flops=True) as recorded:
+                forms["float32"](images)
+            _print(recorded.key_averages(group_by_input_shape=True).table("self_cpu_time_total", row_limit=20, max_shapes_column_width=60))
 
     def onnx(self) -> None:
         """The ONNX file against PyTorch: answers, and times of one image and of 64."""
@@ -142,8 +134,8 @@ class Benchmark:
             runner = OnnxPredictor(path, self.arguments.threads)
         pixels = self.pixels()
         self.same_answers(runner, pixels)
-        functions = [_each((self.images(1),), self.network)]
-        for count, threshold in itertools.product((1, 64), (NONE_LEAVE, -NONE_LEAVE)):
+        functions = [functools.partial(self.network, self.images(1))]
+        for count, threshold in itertools.product((1, 64), (NONE_LEAVE, ALL_LEAVE)):
             functions.append(functools.partial(runner.predict, pixels[:count].numpy(), [threshold] * runner.num_exits))
         plain, *seconds = self.seconds(functions)
         _verdict(f"  one image, every exit / plain network ({1e3 * plain:.2f} ms)", seconds[0] / plain, ONNX_LIMIT)
@@ -191,35 +183,8 @@ class Benchmark:
         return interleaved_seconds(functions, self.arguments.repeats, self.device, LEAST_SECONDS)
 
 
-def _print_profile(name: str, network: nn.Module, images: Tensor) -> None:
-    """Shares of the time by operator, and the speed of the convolutions by kernel and map."""
-    network(images)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        network(images)
-    events = recorded.key_averages(group_by_input_shape=True)
-    total = sum(event.self_cpu_time_total for event in events)
-    by_operator: dict[str, float] = {}
-    convolutions: dict[tuple[int, int], tuple[float, float]] = {}
-    for event in events:
-        by_operator[event.key] = by_operator.get(event.key, 0) + event.self_cpu_time_total
-        if event.key == "aten::mkldnn_convolution":
-            (count, _, height, width), (out_channels, in_channels, kernel, _) = event.input_shapes[:2]
-            # At stride 1; strided ones do a quarter of it.
-            operations = event.count * count * height * width * out_channels * in_channels * kernel**2
-            seconds, so_far = convolutions.get((kernel, height), (0.0, 0.0))
-            convolutions[kernel, height] = (seconds + event.self_cpu_time_total / 1e6, so_far + operations)
-    slowest = sorted(by_operator.items(), key=lambda item: -item[1])[:4]
-    _print(f"  {name}: " + ", ".join(f"{key.removeprefix('aten::')} {100 * time / total:.0f} %" for key, time in slowest))
-    for (kernel, size), (seconds, operations) in sorted(convolutions.items(), key=lambda item: -item[1][0]):
-        _print(
-            f"    {kernel}x{kernel} on maps of {size}: {1e3 * seconds:.1f} ms, at most {operations / seconds / 1e9:.0f} G multiply-adds/s"
-        )
-
-
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
-        from engine.checkpoint import load_saved
-
         saved = load_saved(checkpoint, {})
         return saved.network, saved.data.image_size if saved.data else max(32, saved.network.minimum_image_size)
     torch.manual_seed(0)
@@ -233,19 +198,13 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:
     """Geometric thresholds that spend about ``wanted`` of all operations on these images, and the share they do spend."""
-    low, high = 0.01, 100.0
-    for _ in range(40):
-        ratio = (low * high) ** 0.5
-        thresholds = geometric_thresholds(confidence, exit_shares(ratio, len(operations)))
-        leaves = confidence >= thresholds[:, None]
-        leaves[-1] = True
-        exits = leaves.to(torch.uint8).argmax(dim=0)
-        share = torch.tensor(operations, device=exits.device)[exits].double().mean().item() / operations[-1]
-        low, high = (ratio, high) if share < wanted else (low, ratio)
-    return Policy(tuple(thresholds.tolist())), share
+    answers = confidence, torch.ones_like(confidence, dtype=torch.bool)
+    shares = {row["operations"] / operations[-1]: row["thresholds"] for row in budget_points(*answers, *answers, operations, points=400)}
+    nearest = min(shares, key=lambda share: abs(share - wanted))
+    return Policy(tuple(shares[nearest])), nearest
 
 
-def _each(batches: tuple[Tensor, ...], function):
+def _each(batches: tuple[Tensor, ...], function: Callable[[Tensor], object]) -> Callable[[], None]:
     def run() -> None:
         for batch in batches:
             function(batch)
@@ -255,11 +214,6 @@ def _each(batches: tuple[Tensor, ...], function):
 
 def _verdict(what: str, ratio: float, limit: float) -> None:
     _print(f"{what}: {ratio:.3f} (limit {limit:.3f}: {'reached' if ratio <= limit else 'not reached'})")
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,21 +21,15 @@ COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_millise
 
 
 class _Writer:
-    """Writes rows as they come, and what is known ``about`` them at the start, and a summary at the end, where the format has a place."""
+    """Knows its class names, and what the answers are about, from the start; a format without a place for the summary drops it."""
 
-    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
-        self.stream = stream
-        self.start(class_names, about)
-        stream.flush()
-
-    def start(self, class_names: list[str], about: dict[str, Any]) -> None: ...
+    stream: IO[str]
+    row: Callable[[dict], object]
 
     def rows(self, rows: list[dict]) -> None:
         for row in rows:
             self.row(row)
         self.stream.flush()
-
-    def row(self, row: dict) -> None: ...
 
     def end(self, summary: dict[str, Any]) -> None: ...
 
@@ -43,9 +37,9 @@ class _Writer:
 class _Table(_Writer):
     """Columns of fixed width; the file, of any length, comes last."""
 
-    def start(self, class_names: list[str], about: dict[str, Any]) -> None:
-        self.width = min(max(map(len, class_names)), 30)
-        self.stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        self.stream, self.width = stream, min(max(map(len, class_names)), 30)
+        stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
 
     def row(self, row: dict) -> None:
         self.stream.write(
@@ -55,21 +49,18 @@ class _Table(_Writer):
 
 
 class _Csv(_Writer):
-    def start(self, class_names: list[str], about: dict[str, Any]) -> None:
-        self.writer = csv.DictWriter(self.stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        self.writer.writeheader()
-
-    def row(self, row: dict) -> None:
-        self.writer.writerow(row)
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        self.stream, self.row = stream, writer.writerow
 
 
 class _Json(_Writer):
     """One object: what is known about the answers, ``answers``, a line each, and ``summary``."""
 
-    def start(self, class_names: list[str], about: dict[str, Any]) -> None:
-        self.separator = "\n"
-        beginning = json.dumps(about, ensure_ascii=False)
-        self.stream.write(f'{beginning[:-1]}, "answers": [')
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        self.stream, self.separator = stream, "\n"
+        stream.write(f'{json.dumps(about, ensure_ascii=False)[:-1]}, "answers": [')
 
     def row(self, row: dict) -> None:
         self.stream.write(f"{self.separator} {json.dumps(row, ensure_ascii=False)}")

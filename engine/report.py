@@ -4,7 +4,6 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from utils import UserError, atomic_write
@@ -86,12 +85,3 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG."""
     with atomic_write(path, "wb") as stream:
         figure.savefig(stream, format="png", metadata={"Software": None})
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    """The figure as an image (H, W, 3), bytes, for TensorBoard."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3]

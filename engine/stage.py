@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
 from engine.provenance import Provenance, commit
-from engine.report import draw_curves, millions, pixels, read_csv
+from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
@@ -30,7 +30,7 @@ from engine.training import Task, train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
-from utils import UserError, complain
+from utils import UserError, complain, one_line
 
 # Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
 COMPILING_PAYS = 5e12
@@ -123,44 +123,30 @@ def _lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """How a run begins: with the ``state`` it goes on from, or the ``origin`` of stage 2, or neither."""
-
-    settings: Settings
-    state: dict[str, Any] | None
-    origin: Saved | None
-
-
 def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with run.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
-        beginning = _beginning(stage, command, run)
-        with shared_out(beginning.settings.batch_size, beginning.settings.gpu) as processes:
+        state = _state_to_resume(stage, command, run)
+        origin = None if state else stage.find_origin(command)
+        settings = command.settings(settings_of(state["description"]) if state else None, origin.settings if origin else None)
+        with shared_out(settings.batch_size, settings.gpu) as processes:
             log = Log(processes.is_main)
             try:
-                settings = with_precision(beginning.settings, processes)
+                settings = with_precision(settings, processes)
                 if settings.amp == "bf16" and processes.device.type == "cpu":
                     torch.set_num_threads(1)  # several would wait for each other in every convolution, very long beside another program
-                _Run(stage, command, replace(beginning, settings=settings), Session(run, settings, processes, log)).complete()
+                _Run(stage, command, Session(run, settings, processes, log), state, origin).complete()
             finally:
                 log.close()
 
 
-def _beginning(stage: Stage, command: CommandLine, run: RunDirectory) -> _Beginning:
-    state = _state_to_resume(stage, command, run)
-    if state is not None:
-        return _Beginning(command.settings(stored=settings_of(state["description"])), state, None)
-    origin = stage.find_origin(command)
-    return _Beginning(command.settings(inherited=origin.settings if origin else None), None, origin)
-
-
 class _Run:
-    """Training and the evaluation after it, in one of the processes that share them."""
+    """Training and the evaluation after it, in one of the processes that share them: from the ``state`` the run goes on from, or the
+    ``origin`` whose network it starts from, or neither."""
 
-    def __init__(self, stage: Stage, command: CommandLine, beginning: _Beginning, session: Session):
-        self.stage, self.command, self.session, self.state, self.origin = stage, command, session, beginning.state, beginning.origin
+    def __init__(self, stage: Stage, command: CommandLine, session: Session, state: dict[str, Any] | None, origin: Saved | None):
+        self.stage, self.command, self.session, self.state, self.origin = stage, command, session, state, origin
 
     def complete(self) -> None:
         """Load, train and evaluate."""
@@ -391,10 +377,9 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
 
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     run, writer = session.run, session.log.writer
-    writer.add_image("accuracy against operations", pixels(draw_curves(known_curves(run, curves))), dataformats="HWC")
+    writer.add_figure("accuracy against operations", draw_curves(known_curves(run, curves)))
     for path in filter(Path.exists, (run.budgeted, run.optimised)):
         for row in read_csv(path, ("operations", "test_acc1")):
             writer.add_scalar(f"test_acc1_by_thousand_operations/{path.stem}", row["test_acc1"], int(row["operations"]) // 1000)
-    texts = {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in plain(session.settings).items()}
-    options = {name: value if isinstance(value, (int, float, bool)) else texts[name] for name, value in plain(session.settings).items()}
+    options = {name: x if isinstance(x, (int, float)) else one_line(str(x)) for name, x in plain(session.settings).items()}
     writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")

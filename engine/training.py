@@ -7,7 +7,6 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 import math
 import os
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -259,4 +258,4 @@ class _Trainer:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    return [_rounded(v) for v in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
+    return [_rounded(v) for v in value] if isinstance(value, list) else value

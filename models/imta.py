@@ -6,7 +6,6 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +34,6 @@ class IMTA(nn.Module):
     # As of ``MSDNet``.
     description: "Description | None" = None
     fingerprint: str | None = None
-    advance: Callable | None = None
 
     def __init__(
         self,

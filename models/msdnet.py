@@ -8,7 +8,6 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -41,9 +40,8 @@ class MSDNet(nn.Module):
 
     # What ``models.load`` read beside the weights.
     description: "Description | None" = None
-    # Of an ``adaptive_inference.form``: digest of the network it was made from, and its compiled ``stepwise.advance``.
+    # Of an ``adaptive_inference.form``: digest of the network it was made from.
     fingerprint: str | None = None
-    advance: Callable | None = None
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()

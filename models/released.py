@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.imta import IMTA
 from models.layers import Transition
@@ -100,20 +100,15 @@ def load_released(
     return network.eval()
 
 
-def to_released(network: MSDNet | IMTA, module_prefix: bool = True) -> dict[str, Tensor]:
-    """Weights of a network under the released names and in the released order: the ``state_dict`` of a released checkpoint.
-
-    The tensors are those of ``network.state_dict()``, not copies.
-
-    Args:
-        module_prefix: put ``module.`` before every name, as the released programs do, which save from within DataParallel.
+def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
+    """Weights of a network under the released names and in the released order: the ``state_dict`` of a released checkpoint, with the
+    ``module.`` of DataParallel before every name. The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
         ValueError: the released programs have no such network (``IMTA`` with ``isc=False``).
     """
-    prefix = "module." if module_prefix else ""
     ours = network.state_dict()
-    return {prefix + released_name: ours[our_name] for our_name, released_name in _names(network)}
+    return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
 
 
 def released_flags(network: MSDNet | IMTA) -> Flags:
@@ -125,9 +120,9 @@ def released_flags(network: MSDNet | IMTA) -> Flags:
     Raises:
         ValueError: as ``to_released``.
     """
-    _check_representable(network)
     stage_2 = isinstance(network, IMTA)
-    config = network.config["backbone"] if stage_2 else network.config
+    _refuse_without_links(network)
+    config = network.trunk.config
     flags = {flag: config[name] for flag, name in PUBLISHED_NAMES.items()}
     for flag in ("grFactor", "bnFactor"):
         flags[flag] = "-".join(map(str, flags[flag]))
@@ -139,16 +134,14 @@ def released_flags(network: MSDNet | IMTA) -> Flags:
     }
 
 
-def _check_representable(network: nn.Module) -> None:
-    if not isinstance(network, (MSDNet, IMTA)):
-        raise ValueError(f"a {type(network).__name__} has no released form; allowed: MSDNet, IMTA")
+def _refuse_without_links(network: MSDNet | IMTA) -> None:
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
 
 
 def _names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
     """(our name, released name) of every tensor, in the released order."""
-    _check_representable(network)
+    _refuse_without_links(network)
     for our_module, released_module in _module_names(network):
         for suffix in network.get_submodule(our_module).state_dict():
             yield f"{our_module}.{suffix}", f"{released_module}.{suffix}"
@@ -245,26 +238,20 @@ def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
         name = ".".join(part for part in full_name.split(".") if part not in _WRAPPERS)
         if name in tensors:
             raise ValueError(f"{name} is there twice, with and without a prefix")
-        is_count = name.endswith("num_batches_tracked")
-        if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_complex() or not (is_count or x.is_floating_point()):
-            raise ValueError(f"{name} is a {x.dtype} tensor ({x.layout}, {x.device}), where plain floating point numbers are expected")
+        is_plain = x.layout == torch.strided and not x.is_meta and (x.is_floating_point() or name.endswith("num_batches_tracked"))
         # A tensor may repeat one number along a dimension of any claimed length.
-        if x.numel() * x.element_size() > x.untyped_storage().nbytes():
-            raise ValueError(f"{name} claims the shape {tuple(x.shape)} but stores fewer numbers")
+        if not is_plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ValueError(f"{name} is not a plain tensor of floating point numbers, all of them stored")
         tensors[name] = x.detach()
     return tensors
 
 
 def _rescales_gradients(file_arch: Any, given_arch: str | None, stage_2: bool, wanted: bool | None) -> bool:
     possible = (STAGE_2_ARCH,) if stage_2 else STAGE_1_ARCHS
-    if given_arch not in (None, *possible):
-        raise ValueError(f"the file has a network of stage {2 if stage_2 else 1}, --arch says {given_arch}")
-    known_arch = file_arch if file_arch in possible else given_arch
-    if given_arch not in (None, known_arch):
-        raise ValueError(f"the file has arch {known_arch}, --arch says {given_arch}")
-    if wanted is not None:
-        return bool(wanted)
-    return stage_2 or known_arch == "msdnet_ge"
+    arch = next((name for name in (file_arch, given_arch) if name in possible), possible[0])
+    if given_arch not in (None, arch):
+        raise ValueError(f"the file has arch {arch}, --arch says {given_arch}")
+    return arch != "msdnet" if wanted is None else bool(wanted)
 
 
 def _under_our_names(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -305,27 +292,23 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
                 )
                 if stage_2:
                     network = IMTA(network, cut_isc_gradient=False, freeze_batchnorm=False)
+            differences = _differences(network, shapes)
         except (ValueError, TypeError) as error:
-            problems.append((len(shapes), str(error)))
-            continue
-        problems.append(_difference(network, shapes))
-        if problems[-1][0] == 0:
+            differences = [str(error)] * (len(shapes) + 1)
+        if not differences:
             return network
+        problems.append(differences)
+    nearest = min(problems, key=len)
     what = "not the network of the given flags" if flags else "none of the published networks, and needs flags such as --base --step"
-    raise ValueError(f"it is {what}: {min(problems)[1]}")
+    raise ValueError(f"it is {what}: {nearest[0]}" + (f", and {len(nearest) - 1} more" if len(set(nearest)) > 1 else ""))
 
 
-def _difference(network: MSDNet | IMTA, shapes: Shapes) -> tuple[int, str]:
-    """How many of the tensors' names and shapes are not those of the network, and the first of them."""
+def _differences(network: MSDNet | IMTA, shapes: Shapes) -> list[str]:
+    """What of the tensors' names and shapes is not that of the network."""
     ours = network.state_dict()
     expected = {released_name: tuple(ours[our_name].shape) for our_name, released_name in _names(network)}
-    missing = [f"{name} is missing" for name in expected if name not in shapes and not name.endswith("num_batches_tracked")]
-    unknown = [f"{name} is not known" for name in shapes if name not in expected]
-    wrong = [
-        f"{name} has the shape {shapes[name]}, where {shape} belongs"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
+    return [
+        *(f"{name} is missing" for name in expected if name not in shapes and not name.endswith("num_batches_tracked")),
+        *(f"{name} is not known" for name in shapes if name not in expected),
+        *(f"{name} has the shape {s}, where {expected[name]} belongs" for name, s in shapes.items() if expected.get(name, s) != s),
     ]
-    differences = missing + unknown + wrong
-    more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
-    return len(differences), f"{differences[0]}{more}" if differences else ""

@@ -31,8 +31,7 @@ class Stepwise:
     """One pass over the exits of an ``MSDNet`` or ``IMTA`` network for a batch that may shrink between exits.
 
     Args:
-        network: in evaluation mode; BatchNorm over a shrinking batch would otherwise change what later exits see. A network that has a
-            function ``advance`` of its own, such as a compiled one, is evaluated with that.
+        network: in evaluation mode; BatchNorm over a shrinking batch would otherwise change what later exits see.
         images: (N, 3, H, W).
         lazy: compute a scale of a layer only when an exit depends on it. An exit reads the coarsest scale only, so the finer scales of
             a block's last layers wait until an image goes on. False computes whole blocks, as published operation counts assume.
@@ -47,7 +46,6 @@ class Stepwise:
         self.network = network
         self.exits_done = 0
         self._plans = exit_plans(network, lazy)
-        self._advance = network.advance or advance
         self._previous_logits: Tensor | None = None
         self._cells = stem_cells(network, images)
 
@@ -60,7 +58,7 @@ class Stepwise:
         if self.exits_done == len(self._plans):
             raise IndexError(f"all {self.exits_done} exits are done")
         plan = self._plans[self.exits_done]
-        self._previous_logits, self._cells = self._advance(self.network, plan, self._cells, self._previous_logits)
+        self._previous_logits, self._cells = advance(self.network, plan, self._cells, self._previous_logits)
         self.exits_done += 1
         return self._previous_logits
 

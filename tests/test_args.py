@@ -101,7 +101,7 @@ def test_evalmode(flags, mode):
         (["--preset", "mnist"], "demo"),
         (["--evalmode", "both"], "anytime"),
         (["--epoch", "3"], "unrecognized"),
-        (["--reduction", "2"], "from 0 to 1"),
+        (["--reduction", "2"], "at most 1"),
         (["-T", "0"], "more than 0"),
         (["--resume", "--overwrite"], "do not go together"),
         (["--single-stage", "--pretrained", "x"], "do not go together"),

@@ -5,7 +5,7 @@ from PIL import Image
 
 from benchmarks import image_decoding, training_speed
 
-TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0", "--threads", "1"]
+TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
 
 
 def test_training_speed(capsys):
@@ -42,17 +42,15 @@ def test_training_speed_refuses_what_it_cannot_measure(capsys):
 
 
 def test_image_decoding(tmp_path, capsys):
-    """Made-up photographs, then a folder's own; a way that a library is missing for is left out."""
-    assert image_decoding.main(["--size", "300", "250", "--limit", "2", "--repeat", "1"]) == 0
     Image.new("RGB", (240, 600)).save(tmp_path / "long.JPEG")
     Image.new("L", (500, 480)).save(tmp_path / "grey.jpg")
-    assert image_decoding.main(["--images", str(tmp_path), "--repeat", "1"]) == 0
+    image_decoding.main(["--images", str(tmp_path), "--repeat", "1"])
     printed = capsys.readouterr().out
-    assert "2 JPEGs of " in printed
-    assert printed.count("PIL, transforms v1 to normalised floats (plain)") == 2
-    assert printed.count("ours: PIL reduced to the crop, PyTorch resizes its bytes") == 2
+    assert "2 JPEGs of 0.19 megapixels" in printed
+    assert "ours: PIL reduced to the crop, PyTorch resizes its bytes" in printed
 
 
 def test_image_decoding_names_an_empty_folder(tmp_path, capsys):
-    assert image_decoding.main(["--images", str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        image_decoding.main(["--images", str(tmp_path)])
+    assert f"{tmp_path} holds no JPEG" in capsys.readouterr().err
