@@ -7,7 +7,7 @@ import pytest
 
 from args import parse
 from models.options import NETWORK_FIELDS, block_depths
-from settings import OPTIONS, PRESETS, RELEASED_CHOICES, plain
+from settings import OPTIONS, RELEASED_CHOICES, plain
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -22,23 +22,11 @@ def test_every_flag_is_read_somewhere():
     assert unread == set()
 
 
-@pytest.mark.parametrize("stage", ["GE", "IMTA"])
-def test_defaults_and_presets_name_real_options(stage):
-    known = plain(parse(stage, []).settings()).keys()
-    for preset in PRESETS.values():
-        assert {*preset["both"], *preset[stage]} <= known
-    assert RELEASED_CHOICES.keys() <= known
-
-
 def test_help_explains_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("IMTA", ["--help"])
     assert stop.value.code == 0
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    entries = re.split(r" (?=--[a-zA-Z]|-T )", text.split("show this help", 1)[1])
-    explained = [entry for entry in entries if "(default:" in entry]
-    assert len(explained) >= len(OPTIONS) - 3
-    assert "None" not in text
+    assert capsys.readouterr().out.count("(default:") >= len(OPTIONS) - 3
 
 
 def test_published_presets():

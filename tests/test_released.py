@@ -26,13 +26,6 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return a.state_dict().keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in a.state_dict().items())
 
 
-def same_outputs(a: nn.Module, b: nn.Module) -> bool:
-    size = a.minimum_image_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return all(torch.equal(x, y) for x, y in zip(a.eval()(images), b.eval()(images), strict=True))
-
-
 @pytest.mark.parametrize("name", [*STAGE_1, STAGE_2])
 def test_a_released_file_with_its_flags(name, tmp_path):
     checkpoint, config = golden_case(name)["checkpoint"], golden_case(name)["config"]
@@ -159,7 +152,6 @@ def test_the_way_there_and_back(stage, options):
     assert len(there) == len(network.state_dict())
     back = load_released(there, **released_flags(network))
     assert same_weights(back, network)
-    assert same_outputs(back, network)
     assert list(to_released(back)) == list(there)
     assert released_flags(back) == released_flags(network)
 
@@ -236,6 +228,9 @@ def test_damaged_and_foreign_files(tmp_path):
     (tmp_path / "text").write_text("Top-1 73.45\n" * 50)
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("readme.txt", "no tensors here")
+    for absent in ("absent.pth.tar", "."):
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+            load_released(tmp_path / absent)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "no-tensors.pt")
     paths = list(tmp_path.iterdir())
@@ -263,13 +258,6 @@ def test_a_flipped_bit_and_a_compressed_archive(tmp_path):
             archive.writestr(name, entry)
     with pytest.raises(ValueError, match="its archive is compressed"):
         load_released(path)
-
-
-@pytest.mark.parametrize("name", ["absent.pth.tar", "folder"])
-def test_no_file(name, tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint .*{name}"):
-        load_released(tmp_path / name)
 
 
 class RunsCode:

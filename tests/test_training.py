@@ -245,6 +245,7 @@ NEW_IMTA = ["--save", "new/IMTA", "--pretrained", "GE"]
         (train_GE, [*NEW_GE, "--gpu", "99"], "this machine has"),
         (train_IMTA, ["--save", "GE", "--resume"], "train_GE.py"),
         (train_IMTA, ["--save", "new/IMTA"], "run stage 1 first"),
+        (train_IMTA, ["--save", "new/IMTA", "--pretrained", "IMTA"], "is a stage-2 checkpoint"),
         (train_IMTA, [*NEW_IMTA, "--batch-size", "1"], "at least 2 images"),
         (train_IMTA, [*NEW_IMTA, "--preset", "cifar100"], "trained with --preset demo"),
         (train_IMTA, [*NEW_IMTA, "--nBlocks", "5"], "--nBlocks 3, the command line says 5"),
@@ -285,6 +286,9 @@ def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
     last.write_bytes(before)
     assert train_GE.main(["--save", "GE", "--resume"]) == 2
     assert "last.pt: it is no PyTorch checkpoint" in capsys.readouterr().err
+    torch.save({"format": "imta-msdnet run 99"}, last)
+    assert train_GE.main(["--save", "GE", "--resume"]) == 2
+    assert "imta-msdnet run 99" in capsys.readouterr().err
     assert best.read_bytes() == before
 
 
