@@ -9,6 +9,7 @@ from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, simulate
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
+from tests.test_msdnet import images_for
 from utils import UserError
 
 NONE, ALL = 1e8, -1e8
@@ -24,7 +25,7 @@ def make_network(stage, **options):
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 1, 3)
     with torch.no_grad():
-        network.double()(torch.randn(64, 3, 32, 32, dtype=torch.float64))
+        network.double()(images_for(network, 64).double())
     return network.eval()
 
 
