@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ import datasets
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
-from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
 from args import parse
-from engine import evaluate, training
+from engine import training
 from engine.checkpoint import load_checkpoint, load_saved, save_checkpoint
 from engine.report import read_csv
 from engine.schedule import learning_rate
@@ -349,20 +347,6 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
             assert point.policy.measure == measure
             prediction = AdaptivePredictor(saved.network, point.policy)(images)
             assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(row["test_acc1"], abs=0.01)
-
-
-def test_measured_time_beside_counted_operations(runs, monkeypatch):
-    monkeypatch.setattr(evaluate, "runtime_rows", partial(runtime_rows, seconds=0.1))
-    monkeypatch.setattr(evaluate, "measure_blocks", partial(measure_blocks, seconds=0.1))
-    monkeypatch.setattr(evaluate, "deadline_rows", partial(deadline_rows, calls=2))
-    assert train_GE.main(["--save", "GE", "--evalmode", "runtime"]) == 0
-    rows = read_csv(runs / "GE" / "runtime.csv")
-    assert {row["batch_size"] for row in rows} == {1, 64}
-    assert [row["p"] for row in rows].count(0) == 2  # every exit
-    assert all(0 < row["lazy_operations"] <= row["operations"] for row in rows)
-    assert all(row["milliseconds"] > 0 for row in rows)
-    assert all(0 <= row["late"] <= 1 for row in read_csv(runs / "GE" / "deadline.csv"))
-    assert (runs / "GE" / "runtime.png").exists()
 
 
 def test_runtime_needs_the_policies_of_this_network(runs, capsys):
