@@ -12,8 +12,6 @@ The exit status is 1 if anything failed.
 """
 
 import argparse
-import dataclasses
-import json
 import math
 import os
 import random
@@ -24,33 +22,21 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from PIL import Image
 
 import datasets
 import engine.evaluate
-from adaptive_inference import read_policy
 from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
-from engine.checkpoint import load_checkpoint, load_saved
-from engine.report import read_csv
-from engine.run_directory import RunDirectory
-from models import Description
-from settings import RESUMABLE
 from tests import fault_inputs
+from tests.compare import differences, unreadable
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
 from tests.forked import Outcome, prepare, run
-from utils import UserError
 
 KINDS = ("kill", "term", "disk", "input")
-# What a training prints of itself differs from run to run: when it was, and where.
-MEASURED = {"seconds", "images_per_second"}
 TRAININGS = {
     "GE": ("train_GE", [*TINY_FLAGS, "--epochs", "2", "--augment", "standard", "--clip-grad", "5", "--warmup-epochs", "0.5"]),
     "IMTA": ("train_IMTA", [*TINY_STAGE_2, "--epochs", "2"]),
@@ -64,92 +50,13 @@ def _send(number: signal.Signals, child: int) -> None:
     (os.kill if number == signal.SIGTERM else os.killpg)(child, number)
 
 
-def unreadable(path: Path, most_leftovers: int = 0) -> list[str]:
-    """What is not whole in the directory of a run, does not belong there, or is left over from writing."""
-    directory = RunDirectory(path)
-    checks: dict[Path, Callable[[Path], object]] = {
-        directory.last: load_checkpoint,
-        directory.best: lambda p: load_saved(p, {}),
-        directory.log: _read_log,
-        directory.record: lambda p: json.loads(p.read_text()),
-        directory.policy: read_policy,
-        **dict.fromkeys((directory.anytime, directory.budgeted, directory.optimised), _read_table),
-        **dict.fromkeys((directory.curves, directory.examples), lambda p: Image.open(p).load()),
-    }
-    problems, leftovers = [], 0
-    for file in sorted(path.iterdir()) if path.exists() else []:
-        if file.suffix == ".tmp" and any(file.name.startswith(f".{known.name}.") for known in checks):
-            leftovers += 1
-        elif file in checks:
-            try:
-                checks[file](file)
-            except (UserError, OSError, ValueError, SyntaxError) as error:
-                problems.append(f"{file.name} is damaged: {error}")
-        elif file.name not in (".lock", "tensorboard"):
-            problems.append(f"{file.name} does not belong there")
+def _not_whole(path: Path, most_leftovers: int = 0) -> list[str]:
+    problems, leftovers = unreadable(path)
     return problems + [f"{leftovers} temporary files have piled up"] * (leftovers > most_leftovers)
 
 
-def _read_log(path: Path) -> list[dict]:
-    text = path.read_text()
-    if text and not text.endswith("\n"):
-        raise ValueError("its last line is not whole")
-    rows = [json.loads(line) for line in text.splitlines()]
-    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise ValueError("epochs are missing")
-    return rows
-
-
-def _read_table(path: Path) -> None:
-    rows = len(read_csv(path))
-    if rows != (3 if path.name == "anytime.csv" else 40):
-        raise ValueError(f"it has {rows} rows")
-
-
-def differences(run_path: Path, wanted: Path) -> list[str]:
-    """What a finished run has otherwise than the undisturbed one; times, and what a resumed run may change, do not count."""
-    found = []
-    for name, read in (("last.pt", _last), ("best.safetensors", _best)):
-        ours, theirs = (read(path / name) for path in (run_path, wanted))
-        found += [f"{name}: {key} is another" for key in ours.keys() | theirs.keys() if not _same(ours.get(key), theirs.get(key))]
-    ours, theirs = ([_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted))
-    found += [] if ours == theirs else ["log.jsonl is another"]
-    for name in ("anytime.csv", "budgeted.csv", "optimised.csv", "policy.json", "curves.png", "examples.png"):
-        if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
-            found.append(f"{name} is another")
-    return found
-
-
-def _last(path: Path) -> dict[str, Any]:
-    state = load_checkpoint(path)
-    history = [_without(row, MEASURED) for row in state["history"]]
-    return {**_without(state, MEASURED), "history": history, "description": _comparable(state["description"])}
-
-
-def _best(path: Path) -> dict[str, Any]:
-    saved = load_saved(path, {})
-    return {"state_dict": saved.network.state_dict(), **saved.split._asdict(), "description": _comparable(saved.description)}
-
-
-def _comparable(description: Description) -> dict[str, Any]:
-    return {**dataclasses.asdict(description), "recipe": _without(description.recipe, RESUMABLE)}
-
-
-def _without(row: dict, names: set[str]) -> dict:
-    return {name: value for name, value in row.items() if name not in names}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal to the last bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
+def _unlike(path: Path, wanted: Path) -> list[str]:
+    return [f"unlike the undisturbed run: {what}" for what in differences(path, wanted)]
 
 
 class Harness:
@@ -226,14 +133,14 @@ class Harness:
             if outcome.status == 0:
                 break
             self.tried[kind] += outcome.struck
-            found = self._wrong_end(kind, outcome, number) + unreadable(path, MOST_LEFTOVERS if kind == "kill" else 0)
+            found = self._wrong_end(kind, outcome, number) + _not_whole(path, MOST_LEFTOVERS if kind == "kill" else 0)
             problems += [f"{where}: {problem}" for problem in found]
             if outcome.status == 2 or outcome.status is None:  # it does not go on
                 return problems
             resume = ["--resume"]
         else:
             return [*problems, "50 resumptions did not bring it to its end"]
-        return problems + [f"{name} at its end: {problem}" for problem in unreadable(path) + differences(path, wanted)]
+        return problems + [f"{name} at its end: {problem}" for problem in _not_whole(path) + _unlike(path, wanted)]
 
     def _wrong_end(self, kind: str, outcome: Outcome, number: int) -> list[str]:
         if outcome.status is None:
@@ -257,14 +164,14 @@ class Harness:
         outcome = run(program, [*flags, "--save", str(path)], folder, file_size=size)
         self._count("disk", outcome)
         self.tried["disk"] += 1
-        problems, lines = unreadable(path), outcome.errors.splitlines()
+        problems, lines = _not_whole(path), outcome.errors.splitlines()
         if outcome.status != 2 or len(lines) != 1:
             problems.append(f"status {outcome.status}, {len(lines)} lines on standard error: {lines[-1:]}")
         outcome = run(program, [*flags, "--resume", "--save", str(path)], folder)
         if outcome.status != 0:
             problems.append(f"resumed with space, it ends with {outcome.status}: {outcome.errors.strip()[-300:]}")
         else:
-            problems += differences(path, wanted)
+            problems += _unlike(path, wanted)
         return [f"{name}, {size} bytes: {problem}" for problem in problems]
 
     def _input(self, rng: random.Random, folder: Path, number: int) -> list[str]:

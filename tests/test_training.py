@@ -20,8 +20,8 @@ from engine.report import read_csv
 from engine.schedule import learning_rate
 from engine.stepper import Stepper
 from models import load
+from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
-from tests.faults import differences
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
