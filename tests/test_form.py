@@ -23,8 +23,9 @@ def test_same_logits_and_counts(stage, options):
         for ours, exit_logits in zip(form(images), expected, strict=True):
             torch.testing.assert_close(ours, exit_logits)
             torch.testing.assert_close(run.next_logits(), exit_logits)
+    size, network = images.shape[-1], network.float()
     for lazy in (False, True):
-        assert count_operations(form, images.shape[-1], lazy) == count_operations(network, images.shape[-1], lazy)
+        assert count_operations(form, size, lazy) == count_operations(network, size, lazy)
 
 
 def test_nothing_is_left_to_normalise_and_the_original_stays():

@@ -122,10 +122,10 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "0.000001"], "cheapest policy spends"),
+        (["--budget", "0.000001"], "cheapest policy"),
         (["--budget", "0.000001ms"], "ms is too small here"),
         (["--budget", "50%", "--accuracy", "88", "--rule", "geometric"], "within the other limits reaches 88 %"),
-        (["--budget", "50%", "--max-loss", "2%"], "certain to lose so little spends"),
+        (["--budget", "50%", "--max-loss", "2%"], "certain to lose so little"),
         (["--deadline", "0.000001ms"], "too short here"),
         (["--max-loss", "0"], "what can be promised starts at"),
         (["--accuracy", "95"], "reaches 95 %"),
