@@ -157,10 +157,9 @@ def test_the_way_there_and_back(stage, options):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "cifar100_min_5"])
-@pytest.mark.parametrize("num_classes", [7, 1000])
-def test_published_networks_are_recognised(name, num_classes):
+def test_published_networks_are_recognised(name):
     with torch.device("meta"):
-        options = {**PUBLISHED[name], "num_classes": num_classes}
+        options = {**PUBLISHED[name], "num_classes": 7}
         network = MSDNet(**options, gradient_equilibrium_scales="coarsest", gradient_equilibrium=False)
     state = {name: torch.zeros(x.shape) for name, x in to_released(network).items()}
     assert load_released(state).config == network.config
