@@ -56,24 +56,17 @@ def test_normalised_by_the_training_images(tiny_demo):
     assert (images.std((0, 2, 3)) - 1).abs().max() < 1e-2
 
 
-def test_crops_equal_torchvisions():
-    """For every offset: the same pixels as padding and cropping one image with torchvision."""
+def test_crops_and_flips_equal_torchvisions():
+    """For every offset, every second one mirrored: the same pixels as padding and cropping one image with torchvision."""
     image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8)
     side = 2 * CROP_PADDING + 1
     offsets = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    ours = crop_and_flip(image.expand(len(offsets), -1, -1, -1), offsets, torch.zeros(len(offsets), dtype=torch.bool))
+    flips = torch.arange(len(offsets)) % 2 == 1
     padded = v2.functional.pad(image, [CROP_PADDING] * 4)
-    for window, (top, left) in zip(ours, offsets.tolist(), strict=True):
-        assert torch.equal(window, v2.functional.crop(padded, top, left, 8, 8))
-
-
-def test_flips_mirror_the_chosen_images():
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    centre = torch.full((4, 2), CROP_PADDING)
-    flips = torch.tensor([True, False, True, False])
-    ours = crop_and_flip(images, centre, flips)
-    assert torch.equal(ours[1::2], images[1::2])
-    assert torch.equal(ours[::2], images[::2].flip(-1))
+    ours = crop_and_flip(image.expand(len(offsets), -1, -1, -1), offsets, flips)
+    for window, (top, left), flip in zip(ours, offsets.tolist(), flips, strict=True):
+        expected = v2.functional.crop(padded, top, left, 8, 8)
+        assert torch.equal(window, expected.flip(-1) if flip else expected)
 
 
 def test_every_offset_and_flip_equally_likely(monkeypatch):
