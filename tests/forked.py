@@ -35,7 +35,6 @@ class Outcome:
     """
 
     status: int | None
-    output: str
     errors: str
     seconds: float
     memory: int
@@ -79,14 +78,14 @@ def run(
         timeout: seconds after which the child counts as hanging.
         file_size: bytes that a file it writes may have; more is an error as on a full disk.
     """
-    texts = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
+    text = folder.parent / f"{folder.name}.stderr"
     ready, note = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         os.close(ready)
-        _be_the_program(program, argv, folder, texts, note, file_size)
+        _be_the_program(program, argv, folder, text, note, file_size)
     os.close(note)
     os.read(ready, 1)
     began = time.monotonic()
@@ -108,20 +107,19 @@ def run(
         os.killpg(child, signal.SIGKILL)
     returned = os.read(ready, 1)
     os.close(ready)
-    output, errors = (path.read_text(encoding="utf-8", errors="replace") for path in texts)
-    for path in texts:
-        path.unlink()
+    errors = text.read_text(encoding="utf-8", errors="replace")
+    text.unlink()
     # What the program returned counts, even if a signal met this process on its last steps.
     status = None if hangs else returned[0] if returned else os.waitstatus_to_exitcode(code)
-    return Outcome(status, output, errors, seconds, usage.ru_maxrss * 1024, struck)
+    return Outcome(status, errors, seconds, usage.ru_maxrss * 1024, struck)
 
 
-def _be_the_program(program: str, argv: list[str], folder: Path, texts: list[Path], note: int, file_size: int | None) -> NoReturn:
+def _be_the_program(program: str, argv: list[str], folder: Path, text: Path, note: int, file_size: int | None) -> NoReturn:
     status = 1
     try:
         os.setsid()
         os.chdir(folder)
-        for target, path in enumerate([Path(os.devnull), *texts]):
+        for target, path in enumerate([os.devnull, os.devnull, text]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), target)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
