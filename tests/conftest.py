@@ -4,8 +4,11 @@ import os
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PROCESSES": "1"}  # before PyTorch looks for GPUs; processes have tests of their own
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 import datasets
 from models import IMTA, Description, MSDNet, count_operations
@@ -20,29 +23,26 @@ TINY_FLAGS = [
     *("--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"),
     *("--batch-size", "32", "--val-size", "64", "--epochs", "1", "--lr", "0.05", "--amp", "off"),
 ]
+TINY_STAGE_2 = ["--epochs", "1", "--batch-size", "32", "--amp", "off"]
 
 
 def describe(network: MSDNet | IMTA) -> Description:
     """A description of a small network of ten classes."""
-    operations = count_operations(network, 32)
-    data = {"name": "demo", "num_training_images": 100, "fingerprint": "0" * 16}
-    names = [f"class {i}" for i in range(10)]
-    recipe = {"data": "demo", "epochs": 1, "growth_factors": [1, 2, 4]}
     return Description(
         network_options(network),
-        names,
-        32,
-        [0.5] * 3,
-        [0.25] * 3,
-        operations,
-        "IMTA",
-        "test",
-        recipe,
-        1,
-        None,
-        data,
-        3,
-        {"val_acc1": [50.0]},
+        class_names=[f"class {i}" for i in range(10)],
+        image_size=32,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        operations=count_operations(network, 32),
+        stage="IMTA",
+        title="test",
+        recipe={"data": "demo", "epochs": 1, "growth_factors": [1, 2, 4]},
+        seed=1,
+        commit=None,
+        data={"name": "demo", "num_training_images": 100, "fingerprint": "0" * 16},
+        epoch=3,
+        accuracy={"val_acc1": [50.0]},
     )
 
 
@@ -61,17 +61,33 @@ def tiny_demo(monkeypatch):
     monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """32x32 images of three classes: train/CLASS/*.png and test/CLASS/*.png."""
-    from PIL import Image
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Finished runs of both stages in the folders GE and IMTA, to look at and to copy."""
+    import train_GE
+    import train_IMTA
 
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+        assert train_GE.main(["--save", str(folder / "GE"), *TINY_FLAGS]) == 0
+        assert train_IMTA.main(["--pretrained", str(folder / "GE"), "--save", str(folder / "IMTA"), *TINY_STAGE_2]) == 0
+    return folder
+
+
+def make_images(folder: Path, names: list[str], **counts: int) -> Path:
+    """32x32 images in ``folder``: PART/NAME/*.png, so many of each name in each part."""
     generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 20), ("test", 5)):
-        for name in ("ant", "bee", "cat"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
+    for part, count in counts.items():
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
             for i in range(count):
                 pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-    return tmp_path / "images"
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Images of three classes: train/CLASS/*.png and test/CLASS/*.png."""
+    return make_images(tmp_path / "images", ["ant", "bee", "cat"], train=20, test=5)

@@ -1,6 +1,6 @@
 """Damaged and absurd files and flags for the programs, made from the files of finished runs.
 
-case = make(17, rng, folder, undisturbed)     # one of KINDS, in turn; everything it may touch lies in ``folder``
+case = make(17, rng, folder, runs)     # one of KINDS, in turn; everything it may touch lies in ``folder``
 outcome = run(case.program, case.argv, case.cwd)
 case.problems(outcome, before, snapshot(folder))
 """
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -32,13 +31,7 @@ SETUP = ["--nBlocks", "3", *SMALL, "--batch-size", "32", "--val-size", "64", "--
 STARTS = ["--batch-size", "32", "--epochs", "1", "--save", "../new"]
 
 
-class Runs(Protocol):
-    """Finished runs to copy: directories."""
-
-    half: Path
-    other: Path
-
-    def training(self, name: str) -> Path: ...
+Runs = Callable[[str], Path]  # GE or IMTA -> the directory of a finished run, to copy
 
 
 @dataclass
@@ -72,7 +65,7 @@ class Case:
         elif "Traceback" in outcome.errors:
             found.append(f"a trace, status {outcome.status}: {lines[-1][:200]}")
         elif outcome.status == 2:
-            if len(lines) != 1 or not lines[0].startswith(f"{self.program}".replace("engine.convert", "engine.convert:").split(":")[0]):
+            if len(lines) != 1 or not lines[0].startswith(self.program):
                 found.append(f"status 2 with {len(lines)} lines on standard error: {outcome.errors[:300]!r}")
             elif len(lines[0]) > LONGEST_LINE:
                 found.append(f"a line of {len(lines[0])} characters: {lines[0][:200]!r}")
@@ -111,31 +104,26 @@ def make(number: int, rng: random.Random, folder: Path, runs: Runs) -> Case:
 
 def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]:
     """A command that reads a network or a run, and that file in the case's folder."""
-    shutil.copytree(runs.training("GE"), folder / "GE")
+    for name in ("GE", "IMTA"):
+        shutil.copytree(runs(name), folder / name)
+    _picture(rng).save(folder / "good.png")
+    best, released = "GE/best.safetensors", "released.pth.tar"
+    torch.save({"epoch": 3, "arch": "msdnet_ge", "state_dict": to_released(load(folder / best)), "best_acc1": 1.0}, folder / released)
     evaluate = ["--evalmode", rng.choice(["anytime", "dynamic", "runtime"])]
-    best = "GE/best.safetensors"
     program, argv, name = rng.choice(
         [
-            *[("train_GE", ["--save", "../half", "--resume"], "half/last.pt")] * 3,
-            ("train_GE", ["--save", "../GE", "--resume"], "GE/last.pt"),
+            *[("train_GE", ["--save", "../GE", "--resume"], "GE/last.pt")] * 3,
             ("train_GE", ["--save", "../GE", "--resume"], best),
             ("train_GE", ["--save", "../GE", *evaluate], best),
-            ("train_GE", ["--evaluate-from", "../released.pth.tar", *evaluate, *SMALL, "--save", "../new"], "released.pth.tar"),
-            ("train_IMTA", ["--pretrained", "../released.pth.tar", *STARTS, *SMALL, "--val-size", "64"], "released.pth.tar"),
+            ("train_GE", ["--evaluate-from", f"../{released}", *evaluate, *SMALL, "--save", "../new"], released),
+            ("train_IMTA", ["--pretrained", f"../{released}", *STARTS, *SMALL, "--val-size", "64"], released),
             ("train_IMTA", ["--pretrained", "../GE", *STARTS], best),
             ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
             ("predict", ["--checkpoint", f"../{best}", "../good.png"], best),
-            ("engine.convert", [f"../{best}", "../new/released.pth.tar"], best),
+            ("engine.convert", [f"../{best}", f"../new/{released}"], best),
         ]
     )
-    _picture(rng).save(folder / "good.png")
-    if name == "released.pth.tar":
-        network = load(folder / best)
-        torch.save({"epoch": 3, "arch": "msdnet_ge", "state_dict": to_released(network), "best_acc1": 1.0}, folder / name)
-    run = name.split("/")[0]
-    if run in ("half", "IMTA"):
-        shutil.copytree(runs.half if run == "half" else runs.training("IMTA"), folder / run)
-    return Case(folder, program, argv, "", writes=("new", run)), folder / name
+    return Case(folder, program, argv, "", writes=("new", name.split("/")[0])), folder / name
 
 
 def _damaged(damage: Callable[[random.Random, Path], str], may_work: bool = False) -> Callable:
@@ -188,44 +176,6 @@ def _run_code(rng: random.Random, path: Path) -> str:
     return f"{form} that calls {call[0].__name__}"
 
 
-def _other_version(rng: random.Random, path: Path) -> str:
-    if path.suffix == ".safetensors":
-        path.write_bytes(path.read_bytes().replace(b"imta-msdnet network 2", b"imta-msdnet network 3"))
-    else:
-        torch.save({**torch.load(path, weights_only=True), "format": "imta-msdnet run 3"}, path)
-    return "another version"
-
-
-def _swapped(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    for name, path in (("GE", runs.training("GE")), ("IMTA", runs.training("IMTA")), ("half", runs.half), ("other", runs.other)):
-        shutil.copytree(path, folder / name)
-    _picture(rng).save(folder / "good.png")
-    other_file = rng.choice(["GE/log.jsonl", "GE/policy.json", "GE/last.pt", "nowhere.pt", "good.png", "cwd/x\ny.pt"])
-    evaluate = ["--evalmode", rng.choice(["anytime", "dynamic"])]
-    best = "best.safetensors"
-    # file to replace, file to put there, program, arguments
-    replaced, by, program, argv = rng.choice(
-        [
-            ("GE/last.pt", "IMTA/last.pt", "train_GE", ["--save", "../GE", "--resume"]),
-            (f"GE/{best}", f"other/{best}", "train_GE", ["--save", "../GE", "--resume"]),
-            (f"half/{best}", f"IMTA/{best}", "train_IMTA", ["--save", "../half", "--resume"]),
-            ("half/last.pt", "other/last.pt", "train_GE", ["--save", "../half", "--resume", "--nBlocks", "3"]),
-            ("GE/policy.json", "IMTA/policy.json", "train_GE", ["--save", "../GE", "--evalmode", "runtime"]),
-            ("", "", "predict", ["--checkpoint", f"../IMTA/{best}", "--policy", "../GE/policy.json", "../good.png"]),
-            ("", "", "predict", ["--checkpoint", f"../{other_file}", "../good.png"]),
-            ("", "", "train_IMTA", ["--pretrained", "../IMTA", *STARTS]),
-            ("", "", "train_IMTA", ["--pretrained", "../other", "--nBlocks", "3", *STARTS]),
-            ("", "", "train_GE", ["--evaluate-from", f"../other/{best}", "--save", "../GE", *evaluate]),
-            ("", "", "train_GE", ["--evaluate-from", f"../{other_file}", "--save", "../new", *evaluate]),
-            ("", "", "train_IMTA", ["--save", "../GE", "--resume"]),
-            ("", "", "train_GE", ["--save", "../GE", *SETUP]),
-        ]
-    )
-    if replaced:
-        shutil.copyfile(folder / by, folder / replaced)
-    return Case(folder, program, argv, f"{by} as {replaced}" if replaced else "another file", may_work=False)
-
-
 def _picture(rng: random.Random) -> Image.Image:
     return Image.frombytes("RGB", (32, 32), rng.randbytes(32 * 32 * 3))
 
@@ -249,7 +199,7 @@ def _random_flags(rng: random.Random, parser: argparse.ArgumentParser, count: in
 
 
 def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    shutil.copytree(runs.training("GE"), folder / "GE")
+    shutil.copytree(runs("GE"), folder / "GE")
     _picture(rng).save(folder / "good.png")
     program = rng.choice(["train_GE", "train_IMTA", "predict"])
     if program == "predict":
@@ -266,7 +216,7 @@ def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
 def _records(rng: random.Random, folder: Path, runs: Runs) -> Case:
     """Policy, tables, log and record of a run."""
     name = rng.choice(["policy.json", "policy.json", "anytime.csv", "budgeted.csv", "log.jsonl", "run.json"])
-    shutil.copytree(runs.training("GE"), folder / "GE")
+    shutil.copytree(runs("GE"), folder / "GE")
     _picture(rng).save(folder / "good.png")
     damage = rng.choice([_truncate, _flip_bits, _noise])(rng, folder / "GE" / name)
     predicts = ("predict", ["--checkpoint", "../GE/best.safetensors", "../good.png"])
@@ -280,8 +230,6 @@ MAKERS: dict[str, Callable[[random.Random, Path, Runs], Case]] = {
     "flipped": _damaged(_flip_bits, may_work=True),
     "noise": _damaged(_noise),
     "code": _damaged(_run_code),
-    "version": _damaged(_other_version, may_work=True),
-    "swapped": _swapped,
     "flags": _flags,
     "records": _records,
 }

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 PROGRAMS = ("train_GE", "train_IMTA", "predict", "engine.convert")
 MEMORY = 3 * 2**30  # bytes a child may map beyond what the parent has
@@ -35,7 +35,6 @@ class Outcome:
     """
 
     status: int | None
-    output: str
     errors: str
     seconds: float
     memory: int
@@ -55,18 +54,12 @@ def prepare() -> None:
 
     real = socket.socket.connect
 
-    def connect(this: socket.socket, address: Any) -> None:
-        # Processes of one run talk to each other over sockets of the other kind.
-        if this.family != socket.AF_UNIX:
-            raise OSError("no network in this test")
-        real(this, address)
+    def refuse(*_: object) -> NoReturn:
+        raise OSError("no network in this test")
 
-    socket.socket.connect = connect
-    socket.getaddrinfo = _no_address
-
-
-def _no_address(*_: object) -> NoReturn:
-    raise OSError("no network in this test")
+    # Processes of one run talk to each other over sockets of the other kind.
+    socket.socket.connect = lambda this, address: (real if this.family == socket.AF_UNIX else refuse)(this, address)
+    socket.getaddrinfo = refuse
 
 
 def run(
@@ -77,7 +70,6 @@ def run(
     after: float = 0.0,
     timeout: float = 120.0,
     file_size: int | None = None,
-    prelude: Callable[[], object] | None = None,
 ) -> Outcome:
     """Call ``main(argv)`` of a program in a child whose working directory is ``folder``.
 
@@ -85,16 +77,15 @@ def run(
         strike: called with the child's id ``after`` seconds, counted from the call of ``main``, unless the child has ended by then.
         timeout: seconds after which the child counts as hanging.
         file_size: bytes that a file it writes may have; more is an error as on a full disk.
-        prelude: called in the child first.
     """
-    texts = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
+    text = folder.parent / f"{folder.name}.stderr"
     ready, note = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         os.close(ready)
-        _be_the_program(program, argv, folder, texts, note, file_size, prelude)
+        _be_the_program(program, argv, folder, text, note, file_size)
     os.close(note)
     os.read(ready, 1)
     began = time.monotonic()
@@ -116,22 +107,19 @@ def run(
         os.killpg(child, signal.SIGKILL)
     returned = os.read(ready, 1)
     os.close(ready)
-    output, errors = (path.read_text(encoding="utf-8", errors="replace") for path in texts)
-    for path in texts:
-        path.unlink()
+    errors = text.read_text(encoding="utf-8", errors="replace")
+    text.unlink()
     # What the program returned counts, even if a signal met this process on its last steps.
     status = None if hangs else returned[0] if returned else os.waitstatus_to_exitcode(code)
-    return Outcome(status, output, errors, seconds, usage.ru_maxrss * 1024, struck)
+    return Outcome(status, errors, seconds, usage.ru_maxrss * 1024, struck)
 
 
-def _be_the_program(
-    program: str, argv: list[str], folder: Path, texts: list[Path], note: int, file_size: int | None, prelude: Callable[[], object] | None
-) -> NoReturn:
+def _be_the_program(program: str, argv: list[str], folder: Path, text: Path, note: int, file_size: int | None) -> NoReturn:
     status = 1
     try:
         os.setsid()
         os.chdir(folder)
-        for target, path in enumerate([Path(os.devnull), *texts]):
+        for target, path in enumerate([os.devnull, os.devnull, text]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), target)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -140,8 +128,6 @@ def _be_the_program(
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         sys.argv = [f"{program}.py", *argv]
-        if prelude is not None:
-            prelude()
         os.write(note, b"c")
         status = _called(sys.modules[program].main, argv)
         # From here on it is no longer the program that a signal meets.

@@ -7,7 +7,7 @@ import pytest
 
 from args import parse
 from models.options import NETWORK_FIELDS, block_depths
-from settings import OPTIONS, PRESETS, RELEASED_CHOICES, plain
+from settings import OPTIONS, RELEASED_CHOICES, plain
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -22,23 +22,11 @@ def test_every_flag_is_read_somewhere():
     assert unread == set()
 
 
-@pytest.mark.parametrize("stage", ["GE", "IMTA"])
-def test_defaults_and_presets_name_real_options(stage):
-    known = plain(parse(stage, []).settings()).keys()
-    for preset in PRESETS.values():
-        assert {*preset["both"], *preset[stage]} <= known
-    assert RELEASED_CHOICES.keys() <= known
-
-
 def test_help_explains_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("IMTA", ["--help"])
     assert stop.value.code == 0
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    entries = re.split(r" (?=--[a-zA-Z]|-T )", text.split("show this help", 1)[1])
-    explained = [entry for entry in entries if "(default:" in entry]
-    assert len(explained) >= len(OPTIONS) - 3
-    assert "None" not in text
+    assert capsys.readouterr().out.count("(default:") >= len(OPTIONS) - 3
 
 
 def test_published_presets():
@@ -74,20 +62,24 @@ def test_released_sets_every_choice_and_explicit_flags_win():
     assert parse("IMTA", ["--released", "--kl", "sum"]).settings().kl_reduction == "sum"
 
 
-def test_typed_values():
-    settings = parse(
-        "GE", ["--grFactor", "1-2-4-4", "--lr-milestones", "30,60", "--gpu", "0,2", "--no-bottleneck", "--data", "ImageNet"]
-    ).settings()
-    assert settings.growth_factors == (1, 2, 4, 4)
-    assert settings.lr_milestones == (30.0, 60.0)
-    assert settings.gpu == (0, 2)
-    assert settings.bottleneck is False
-    assert settings.data == "imagenet"
-
-
-@pytest.mark.parametrize(("flags", "mode"), [(["--evalmode"], "dynamic"), (["--eval", "anytime"], "anytime"), ([], None)])
-def test_evalmode(flags, mode):
-    assert parse("GE", flags).settings().evalmode == mode
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--grFactor", "1-2-4-4"], "growth_factors", (1, 2, 4, 4)),
+        (["--lr-milestones", "30,60"], "lr_milestones", (30.0, 60.0)),
+        (["--gpu", "0,2"], "gpu", (0, 2)),
+        (["--no-bottleneck"], "bottleneck", False),
+        ([], "evalmode", None),
+        (["--evalmode"], "evalmode", "dynamic"),
+        (["--eval", "anytime"], "evalmode", "anytime"),
+        (["--data", "ImageNet"], "data", "imagenet"),
+        (["--data", "folder"], "preset", "folder"),
+        (["--data", "cifar100"], "num_blocks", 5),  # a data set has its own preset
+        (["--data", "cifar100", "--preset", "demo"], "preset", "demo"),
+    ],
+)
+def test_typed_values(flags, name, value):
+    assert getattr(parse("GE", flags).settings(), name) == value
 
 
 @pytest.mark.parametrize(
@@ -119,12 +111,19 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):
     assert words in message
 
 
-def test_save_directory():
-    assert parse("GE", []).save_directory == Path("save/demo/GE")
-    assert parse("IMTA", ["--preset", "cifar10"]).save_directory == Path("save/cifar10/IMTA")
-    assert parse("GE", ["--save", "x"]).save_directory == Path("x")
-    assert parse("IMTA", ["--pretrained", "runs/GE/best.safetensors"]).save_directory == Path("runs/IMTA")
-    assert parse("IMTA", ["--pretrained", "model.pth.tar"]).save_directory == Path("save/demo/IMTA")
+@pytest.mark.parametrize(
+    ("stage", "flags", "directory"),
+    [
+        ("GE", [], "save/demo/GE"),
+        ("GE", ["--data", "cifar100"], "save/cifar100/GE"),
+        ("GE", ["--save", "x"], "x"),
+        ("IMTA", ["--preset", "cifar10"], "save/cifar10/IMTA"),
+        ("IMTA", ["--pretrained", "runs/GE/best.safetensors"], "runs/IMTA"),
+        ("IMTA", ["--pretrained", "model.pth.tar"], "save/demo/IMTA"),
+    ],
+)
+def test_save_directory(stage, flags, directory):
+    assert parse(stage, flags).save_directory == Path(directory)
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
@@ -132,6 +131,7 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
     settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
     assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", tmp_path, 7, 4)
     assert (settings.batch_size, settings.epochs) == (512, 3)
+    assert parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset == "demo"
 
 
 def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
@@ -157,14 +157,3 @@ def test_a_resumed_run_keeps_its_settings():
     parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
     with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)
-
-
-def test_a_data_set_has_its_own_preset():
-    """Not the demo's small network."""
-    command = parse("GE", ["--data", "cifar100"])
-    assert (command.settings().preset, command.settings().num_blocks, command.settings().batch_size) == ("cifar100", 5, 512)
-    assert command.save_directory == Path("save/cifar100/GE")
-    assert parse("GE", ["--data", "cifar100", "--preset", "demo"]).settings().preset == "demo"
-    assert parse("GE", ["--data", "folder"]).settings().preset == "folder"
-    assert parse("IMTA", ["--data", "cifar100"]).save_directory == Path("save/cifar100/IMTA")
-    assert parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset == "demo"

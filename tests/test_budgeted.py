@@ -1,30 +1,29 @@
 """Budgeted prediction: the released rule exactly, and a brute-force loop."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from adaptive_inference import assign_exits, budgeted_curve, exit_shares, geometric_thresholds
+from tests.golden import FIXTURES
 
-FIXTURE = Path(__file__).parent / "fixtures" / "budgeted_prediction.pt"
 
-
-def two_class_probabilities(confidence, correct):
-    """(K, N) confidences and correctness -> (K, N, 2) 'probabilities' with the same largest value, whose target is class 0."""
-    probs = torch.zeros(*confidence.shape, 2)
-    return probs.scatter_(2, (~correct).long()[:, :, None], confidence[:, :, None])
+def golden_case():
+    """Arguments of ``budgeted_curve``, and the released rows. Of the probabilities only what the rule reads is kept: the largest, and
+    whether its class is right; so there are two classes here, and the right one is 0."""
+    golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
+    arguments = []
+    for part in ("val", "test"):
+        confidence, correct = golden[f"{part}_confidence"], golden[f"{part}_correct"]
+        probs = torch.zeros(*confidence.shape, 2).scatter_(2, (~correct).long()[:, :, None], confidence[:, :, None])
+        arguments += [probs, torch.zeros(probs.shape[1], dtype=torch.int64)]
+    return [*arguments, golden["flops"]], golden["rows"]
 
 
 def test_golden_table():
-    golden = torch.load(FIXTURE, weights_only=True)
-    parts = []
-    for part in ("val", "test"):
-        probs = two_class_probabilities(golden[f"{part}_confidence"], golden[f"{part}_correct"])
-        parts += [probs, torch.zeros(probs.shape[1], dtype=torch.int64)]
-    rows = budgeted_curve(*parts, golden["flops"])
+    arguments, released = golden_case()
+    rows = budgeted_curve(*arguments)
     assert len(rows) == 40
-    for ours, theirs in zip(rows, golden["rows"], strict=True):
+    for ours, theirs in zip(rows, released, strict=True):
         assert ours["q"] == theirs["q"]
         assert ours["thresholds"] == theirs["thresholds"]
         for name in ("val", "test"):

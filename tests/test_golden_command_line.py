@@ -1,11 +1,7 @@
 """Golden checkpoints of the released programs, as files, through the command line."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from fixtures.make_fixtures import restore
-from PIL import Image
 
 import train_GE
 import train_IMTA
@@ -13,63 +9,47 @@ from args import parse
 from dataloader import load_data
 from engine.report import read_csv
 from models import load_released
+from tests.conftest import make_images
+from tests.golden import STAGE_1, STAGE_2, golden_case
 
-FIXTURES = Path(__file__).parent / "fixtures"
+
+@pytest.fixture(scope="module")
+def data_flags(tmp_path_factory):
+    """Flags of 100 classes with an image each."""
+    folder = make_images(tmp_path_factory.mktemp("images"), [f"{label:02d}" for label in range(100)], train=1, test=1)
+    return ["--data", "cifar100", "--data-root", str(folder), "--val-size", "20", "--batch-size", "16"]
 
 
 @pytest.fixture
-def hundred_classes(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for part in ("train", "test"):
-        for label in range(100):
-            folder = tmp_path / "images" / part / f"{label:02d}"
-            folder.mkdir(parents=True)
-            pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / "0.png")
-    return tmp_path / "images"
+def released(tmp_path, monkeypatch):
+    """Writes released.pth.tar into the working folder, and gives the flags of its network, which is smaller than the published ones."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name):
+        case = golden_case(name)
+        torch.save(case["checkpoint"], "released.pth.tar")
+        names = ("nBlocks", "base", "step", "stepmode", "nChannels", "growthRate")
+        return [word for name in names for word in (f"--{name}", str(case["config"][name]))]
+
+    return write
 
 
-def network_flags(case):
-    """Flags of the network of a golden case, which is smaller than the published ones."""
-    names = ("nBlocks", "base", "step", "stepmode", "nChannels", "growthRate")
-    return [word for name in names for word in (f"--{name}", str(case["config"][name]))]
-
-
-@pytest.mark.parametrize(
-    ("name", "program"),
-    [("msdnet_cifar100_lin_grow", train_GE), ("msdnet_ge_cifar100_even", train_GE), ("imta_cifar100_even", train_IMTA)],
-)
-def test_evaluated_as_it_is(hundred_classes, tmp_path, name, program):
-    case = restore(FIXTURES / f"{name}.pt")
-    file = tmp_path / "released.pth.tar"
-    torch.save(case["checkpoint"], file)
-    data_flags = ["--data", "cifar100", "--data-root", str(hundred_classes), "--val-size", "20", "--batch-size", "16"]
+@pytest.mark.parametrize(("name", "program"), [(STAGE_1[0], train_GE), (STAGE_1[1], train_GE), (STAGE_2, train_IMTA)])
+def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
+    flags = [*released(name), *data_flags, "--save", "out"]
     for mode in ("anytime", "dynamic"):
-        assert (
-            program.main(
-                ["--evaluate-from", str(file), "--evalmode", mode, *data_flags, *network_flags(case), "--save", str(tmp_path / "out")]
-            )
-            == 0
-        )
+        assert program.main(["--evaluate-from", "released.pth.tar", "--evalmode", mode, *flags]) == 0
     data = load_data(parse("GE", data_flags).settings(), torch.device("cpu"))
-    network = load_released(case["checkpoint"], **case["config"])
+    network = load_released(golden_case(name)["checkpoint"], **golden_case(name)["config"])
     with torch.no_grad():
         correct = sum(torch.stack(network(images)).argmax(2).eq(targets).sum(1) for images, targets in data.test)
     assert [row["acc1"] for row in read_csv(tmp_path / "out" / "anytime.csv")] == correct.tolist()  # of 100 images, so in percent
     assert len(read_csv(tmp_path / "out" / "budgeted.csv")) == 40
 
 
-def test_starts_stage_2(hundred_classes, tmp_path):
-    file = tmp_path / "msdnet_ge.pth.tar"
-    case = restore(FIXTURES / "msdnet_ge_cifar100_even.pt")
-    torch.save(case["checkpoint"], file)
-    flags = ["--data", "cifar100", "--data-root", str(hundred_classes), "--val-size", "20", "--batch-size", "16", "--epochs", "1"]
-    assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *flags, *network_flags(case)]) == 0
+def test_starts_stage_2_with_the_flags_of_its_network(data_flags, released, tmp_path, capsys):
+    flags = ["--pretrained", "released.pth.tar", "--save", "IMTA", "--epochs", "1", *data_flags, *released(STAGE_1[1])]
+    assert train_IMTA.main(flags) == 0
     assert len(read_csv(tmp_path / "IMTA" / "anytime.csv")) == 3
-
-
-def test_a_contradicting_flag_is_named(hundred_classes, tmp_path, capsys):
-    file = tmp_path / "msdnet.pth.tar"
-    torch.save(restore(FIXTURES / "msdnet_cifar100_lin_grow.pt")["checkpoint"], file)
-    assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "--nBlocks", "7", "--save", str(tmp_path / "out")]) == 2
-    assert "the file has 4 exits, --nBlocks says 7" in capsys.readouterr().err
+    assert train_IMTA.main([*flags, "--overwrite", "--nBlocks", "7"]) == 2
+    assert "the file has 3 exits, --nBlocks says 7" in capsys.readouterr().err

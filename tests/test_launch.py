@@ -42,10 +42,6 @@ def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
     assert precision.half_precision(torch.device("cuda")) is expected
 
 
-def test_measured_convolutions_take_time():
-    assert all(0 < precision._convolution_seconds(dtype) < 5 for dtype in (None, torch.bfloat16))
-
-
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
     monkeypatch.setattr("engine.stage.half_precision", lambda device: dtype)
@@ -82,27 +78,26 @@ def test_processes_can_be_chosen(monkeypatch):
             launch.process_count(32)
 
 
-def train(folder, *flags, processes=2):
-    """``train_GE.py`` as a user starts it, on few images of the demo."""
-    command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "128", "--limit-test", "99", *flags]
-    environment = {**os.environ, "PROCESSES": str(processes)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def train(folder, *flags, start=(str(ROOT / "train_GE.py"),), **streams):
+    """``train_GE.py`` as a user starts it, in two processes and on few images of the demo."""
+    command = [sys.executable, *start, *TINY_FLAGS, "--limit-train", "128", "--limit-test", "99", "--save", "run", *flags]
+    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams)
 
 
 def test_forked_processes_train_together_and_speak_once(tmp_path):
-    result = train(tmp_path, "--save", "run", "--amp", "bf16", "--epochs", "2")
+    result = train(tmp_path, "--amp", "bf16", "--epochs", "2")
     assert result.returncode == 0, result.stderr
     assert "CPU, 2 processes, bf16" in result.stdout
     assert result.stdout.count("evaluating the best epoch") == 1
     assert result.stderr == ""
-    again = train(tmp_path, "--save", "run")
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     mistake = train(tmp_path, "--save", "other", "--val-size", "100000")
     assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
 
 
 COPY_FAILS = """
-import os, engine.launch, train_GE
+import engine.launch, train_GE
 from engine.stepper import Stepper
 from utils import UserError
 real = Stepper.step
@@ -111,15 +106,13 @@ def step(*arguments):
         raise UserError("cannot read the image bad.jpg")
     real(*arguments)
 Stepper.step = step
-raise SystemExit(train_GE.main([*os.environ["FLAGS"].split(), "--save", "run"]))
+raise SystemExit(train_GE.main())
 """
 
 
 def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     """Such as an image of its share that cannot be read."""
-    environment = {**os.environ, "PROCESSES": "2", "FLAGS": " ".join(TINY_FLAGS), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", COPY_FAILS]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = train(tmp_path, start=("-c", COPY_FAILS))
     assert (result.returncode, result.stderr) == (2, "train_GE.py: cannot read the image bad.jpg\n")
 
 
@@ -164,18 +157,7 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
 
 
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
-    command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "64", "--limit-test", "32", "--save", "run"]
     with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "PROCESSES": "2"},
-            stdin=nothing,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        result = train(tmp_path, stdin=nothing, stdout=full)
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run" / "anytime.csv").exists()

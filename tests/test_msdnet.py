@@ -29,35 +29,21 @@ def images_for(network: MSDNet, count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_logits_of_every_exit(options):
-    network = MSDNet(**{**TINY_NETWORK, **options})
-    logits = network(images_for(network))
-    assert [tuple(z.shape) for z in logits] == [(2, network.num_classes)] * network.num_exits
-    assert all(torch.isfinite(z).all() for z in logits)
-
-
-@pytest.mark.parametrize("options", VARIANTS)
 def test_stopping_at_an_exit_gives_the_prefix(options):
     network = MSDNet(**{**TINY_NETWORK, **options}).eval()
     images = images_for(network)
     everything = network(images)
+    assert [tuple(z.shape) for z in everything] == [(2, network.num_classes)] * network.num_exits
     for k in range(1, network.num_exits + 1):
         prefix = network(images, num_exits=k)
         assert len(prefix) == k
         assert all(torch.equal(a, b) for a, b in zip(prefix, everything, strict=False))
 
 
-@pytest.mark.parametrize("num_exits", [0, 4, -1])
+@pytest.mark.parametrize("num_exits", [0, 4])
 def test_impossible_number_of_exits(num_exits):
     with pytest.raises(ValueError, match="1 to 3"):
         MSDNet(**TINY_NETWORK)(torch.randn(1, 3, 32, 32), num_exits=num_exits)
-
-
-def test_config_rebuilds_the_network():
-    network = MSDNet(**{**TINY_NETWORK, "growth_factors": (1, 2), "bottleneck_factors": (1, 2), "prune": "min", "bottleneck": False})
-    twin = MSDNet(**network.config)
-    assert twin.config == network.config
-    assert [(n, p.shape) for n, p in twin.named_parameters()] == [(n, p.shape) for n, p in network.named_parameters()]
 
 
 def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():

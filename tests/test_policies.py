@@ -1,7 +1,6 @@
 """Policy files are written whole and read with suspicion; budgets choose; optimised thresholds beat the geometric rule."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from adaptive_inference.policies import Policy, choose, network_fingerprint, pol
 from adaptive_inference.risk import Losses, MaxLoss
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
-from tests.test_budgeted import FIXTURE, two_class_probabilities
+from tests.test_budgeted import golden_case
 from utils import UserError
 
 OPERATIONS = [10_000_000, 20_000_000, 40_000_000]
@@ -69,31 +68,6 @@ def test_wishes_choose(curve):
     assert curve.point(3, rule).operations == 20e6
 
 
-@pytest.mark.parametrize(
-    ("wishes", "message"),
-    [
-        ({"operations": 11e6}, r"cheapest policy spends 12.00 million; ask for 12.00M or 30%"),
-        ({"milliseconds": 1.0, "timing": Timing()}, r"takes 1.2 ms an image; ask for 1.2\d?ms"),
-        ({"accuracy": 71}, "no policy reaches 71 % on the held-out images; the best has 70.00 %"),
-        ({"operations": 20e6, "accuracy": 65}, "within the other limits reaches 65 %.*61.00 %"),
-        ({"max_loss": MaxLoss(0.1)}, r"900 images tested them; what can be promised starts at \d"),
-        ({"max_loss": MaxLoss(2.0), "operations": 12e6}, "certain to lose so little spends 20.00 million"),
-    ],
-)
-def test_wishes_that_cannot_be_granted(curve, wishes, message):
-    """One line says what is possible."""
-    with pytest.raises(UserError, match=message) as caught:
-        choose(curve, **wishes, rule="geometric")
-    assert "\n" not in str(caught.value)
-
-
-def test_points_that_are_not_there(curve):
-    with pytest.raises(UserError, match="numbered 1 to 4"):
-        curve.point(9, "geometric")
-    with pytest.raises(UserError, match="optimised"):
-        curve.point(1, "optimised")
-
-
 def test_optimised_points_come_first(network):
     curve = policy_curve(network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]})
     assert choose(curve, operations=20e6).rule == "optimised"
@@ -144,24 +118,17 @@ def change(*keys, to):
         change("network", to=None),
         change("network", "form", to=None),
         change("measure", to="luck"),
-        change("measure", to=["softmax"]),
         change("temperatures", to=[1.0, 1.0, 0.0]),
-        change("temperatures", to=[1.0]),
         change("operations", to=[1] * 101),
         change("operations", to=[3, 2, 1]),
-        change("operations", to="123"),
         change("points", to=[]),
         change("points", 0, to=7),
         change("points", 0, "thresholds", to=[0.5, 0.5]),
         change("points", 0, "thresholds", to=[0.5, True, 0.5]),
-        change("points", 0, "thresholds", to=[0.5, "0.5", 0.5]),
         change("points", 0, "thresholds", 0, to=float("nan")),
-        change("points", 0, "thresholds", 0, to=float("inf")),
         change("points", 0, "thresholds", 0, to=10**400),
-        change("points", 0, "shares", to=[0.5, 0.5]),
         change("points", 0, "shares", to=[0.5, 0.4, 0.2]),
         change("points", -1, "losses", to=[[900, 5, 2, 9]]),
-        change("points", -1, "losses", 0, to=[900, 5, 2]),
         change("points", -1, "losses", 0, to=[900, 5, 2, 901]),
         change("points", 0, "val_acc1", to=101),
         change("points", 0, "operations", to=None),
@@ -179,8 +146,6 @@ def test_damaged_files_are_refused_in_one_line(curve, tmp_path, damage):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="no policy file"):
-        read_policy(tmp_path / "missing.json")
     with pytest.raises(UserError, match="cannot read"):
         read_policy(tmp_path)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
@@ -196,15 +161,6 @@ def test_impossible_policies(thresholds):
         Policy((0.5,), "luck")
 
 
-def golden_parts():
-    golden = torch.load(Path(FIXTURE), weights_only=True)
-    parts = []
-    for part in ("val", "test"):
-        probs = two_class_probabilities(golden[f"{part}_confidence"], golden[f"{part}_correct"])
-        parts += [probs, torch.zeros(probs.shape[1], dtype=torch.int64)]
-    return parts, golden["flops"]
-
-
 def gains(geometric, optimised):
     """Test accuracy of the optimised curve less the geometric one's at its costs, by interpolation."""
     (x, y), (new_x, new_y) = (zip(*sorted((r["operations"], r["test_acc1"]) for r in rows), strict=True) for rows in (geometric, optimised))
@@ -212,30 +168,13 @@ def gains(geometric, optimised):
 
 
 def test_optimised_curve_is_above_the_geometric_one():
-    parts, operations = golden_parts()
-    geometric, optimised = budgeted_curve(*parts, operations), optimised_curve(*parts, operations)
+    arguments, _ = golden_case()
+    geometric, optimised = budgeted_curve(*arguments), optimised_curve(*arguments)
     assert [r.keys() for r in optimised] == [r.keys() for r in geometric]
     for ours, theirs in zip(optimised, geometric, strict=True):
         assert ours["val_operations"] <= theirs["val_operations"] * 1.001
         assert sum(ours["q"]) == pytest.approx(1)
     assert gains(geometric, optimised).mean() > 0.5
-
-
-def test_confidence_without_meaning_is_not_fitted():
-    """Where confidence says nothing about correctness, what looks best on the held-out images is an accident."""
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(4):
-        parts = []
-        for count in (300, 5000):
-            probs = two_class_probabilities(
-                torch.rand(4, count, generator=generator),
-                torch.rand(4, count, generator=generator) < torch.tensor([[0.6], [0.62], [0.64], [0.66]]),
-            )
-            parts += [probs, torch.zeros(count, dtype=torch.int64)]
-        operations = [10.0, 20.0, 30.0, 40.0]
-        losses.append(gains(budgeted_curve(*parts, operations), optimised_curve(*parts, operations)).mean())
-    assert np.mean(losses) > -0.6
 
 
 @pytest.mark.parametrize(("num_exits", "num_images"), [(1, 100), (3, 5), (3, 40)])

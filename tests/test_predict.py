@@ -122,8 +122,10 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "0.000001"], "ask for"),
+        (["--budget", "0.000001"], "cheapest policy"),
         (["--budget", "0.000001ms"], "ms is too small here"),
+        (["--budget", "50%", "--accuracy", "88", "--rule", "geometric"], "within the other limits reaches 88 %"),
+        (["--budget", "50%", "--max-loss", "2%"], "certain to lose so little"),
         (["--deadline", "0.000001ms"], "too short here"),
         (["--max-loss", "0"], "what can be promised starts at"),
         (["--accuracy", "95"], "reaches 95 %"),
@@ -152,18 +154,10 @@ def test_unreadable_files_are_named_and_skipped(trained, images, capsys):
     assert "missing.png" in errors[1]
 
 
-@pytest.mark.parametrize("format", ["table", "csv", "json"])
-def test_empty_folder(trained, tmp_path, capsys, format):
+def test_empty_folder(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert run(trained, tmp_path / "empty", "--format", format) == 1
+    assert run(trained, tmp_path / "empty") == 1
     assert "empty holds no image" in capsys.readouterr().err
-
-
-def test_policy_of_another_network(trained, images, tmp_path, capsys):
-    row = {"p": 1, "thresholds": [0.5] * 3, "val_acc1": 50.0, "val_operations": 1.0, "val_shares": [1.0, 0.0, 0.0]}
-    write_policy(tmp_path / "other.json", policy_curve(MSDNet(**TINY_NETWORK), [1, 2, 3], {"geometric": [row]}))
-    assert run(trained, images, "--policy", tmp_path / "other.json") == 2
-    assert "policy of another network" in capsys.readouterr().err
 
 
 def test_newest_run_is_taken(trained, images, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The commands of the README as processes: both launchers, and evaluation again."""
+"""The commands of the README as processes: both launchers."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def test_launchers_know_the_presets_and_refuse_others_before_the_set_up(tmp_path
 
 
 def test_launchers_end_to_end(tmp_path):
-    """From another directory, as a user would: stage 2 before stage 1 is refused, then both run, and evaluation repeats."""
+    """From another directory, as a user would: stage 2 before stage 1 is refused, then both run."""
     early = run(["bash", ROOT / "run_IMTA.sh"], tmp_path)
     assert (early.returncode, early.stderr.count("\n")) == (2, 1)
     assert "bash run_GE.sh demo" in early.stderr
@@ -37,10 +37,7 @@ def test_launchers_end_to_end(tmp_path):
     assert stage_1.returncode == 0, stage_1.stderr
     stage_2 = run(["bash", ROOT / "run_IMTA.sh", "--epochs", "1", "--batch-size", "32"], tmp_path)
     assert stage_2.returncode == 0, stage_2.stderr
-    evaluation = run([sys.executable, ROOT / "train_IMTA.py", "--evalmode"], tmp_path)
-    assert evaluation.returncode == 0, evaluation.stderr
-    for output in (stage_1.stdout, stage_2.stdout, evaluation.stdout):
+    for stage, output in (("GE", stage_1.stdout), ("IMTA", stage_2.stdout)):
         assert "within half of the full operations" in output
-    for stage in ("GE", "IMTA"):
         assert len(read_csv(tmp_path / "save" / "demo" / stage / "anytime.csv")) == 3
         assert len(read_csv(tmp_path / "save" / "demo" / stage / "budgeted.csv")) == 40

@@ -34,17 +34,6 @@ def test_images_that_leave_do_not_change_the_others(lazy):
         here = here[stays]
 
 
-def test_spent_features_are_forgotten():
-    network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=4, growth_rate=4).eval()
-    run = Stepwise(network, torch.randn(1, 3, 32, 32))
-    held = []
-    for _ in range(5):
-        run.next_logits()
-        held.append(len(run._cells))
-    assert max(held) <= 2 * network.num_scales
-    assert held[-1] <= network.num_scales
-
-
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="evaluation mode"):
         Stepwise(MSDNet(**TINY_NETWORK).train(), torch.randn(1, 3, 32, 32))
