@@ -18,6 +18,8 @@ MAX_IMAGES = 10_000  # more hardly change a few numbers
 FOLDS = 5
 PULL = 1e-4  # towards weights of 1: even where answers never err, the best weights are finite
 
+Ensemble = tuple[tuple[float, ...], ...]  # weights, a row an exit
+
 
 def fit_temperatures(logits: Tensor, targets: Tensor) -> list[float]:
     """Temperatures of every exit, from logits (K, N, C) and targets (N,)."""
@@ -25,13 +27,13 @@ def fit_temperatures(logits: Tensor, targets: Tensor) -> list[float]:
     return [round(1 / float(_fit(exit_logits[None, part], targets[part])), 4) for exit_logits in logits]
 
 
-def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float]) -> list[list[float]] | None:
+def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ensemble | None:
     """Weights (K, K) of the exits in the answers at each exit, from logits (K, N, C) and targets (N,).
 
     An exit answers with the others before it only if that is right more often on images that were left out of the fit, by more than a
     standard error; else alone, with its temperature. None: every exit had better answer alone.
     """
-    rows = [[1 / temperature if j == k else 0.0 for j in range(len(logits))] for k, temperature in enumerate(temperatures)]
+    rows = [[round(1 / temperature, 4) if j == k else 0.0 for j in range(len(logits))] for k, temperature in enumerate(temperatures)]
     part = _part(targets)
     logits, targets = logits[:, part], targets[part]
     fold = torch.arange(len(targets)) % FOLDS
@@ -45,7 +47,14 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
         if gains.mean() > gains.std() / len(gains) ** 0.5:
             rows[k][: k + 1] = [round(weight, 4) for weight in _fit(seen, targets).tolist()]
             gained = True
-    return rows if gained else None
+    return tuple(map(tuple, rows)) if gained else None
+
+
+def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
+    """Classes (K, N) that an ensemble answers at every exit, from logits (K, N, C); None: each exit alone."""
+    if ensemble is None:
+        return logits.argmax(dim=2)
+    return torch.stack([torch.einsum("k,knc->nc", torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble])
 
 
 def _part(targets: Tensor) -> slice:

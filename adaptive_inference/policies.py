@@ -385,7 +385,7 @@ def _parsed(content: Any) -> PolicyCurve:
 
 def _losses(counts: Any) -> Losses:
     is_whole = isinstance(counts, list) and len(counts) == 4 and all(type(n) is int and 0 <= n <= 10**9 for n in counts)
-    _require(is_whole and 0 < counts[0] and counts[1] + counts[2] <= counts[3] <= counts[0], "a point's losses are no counts of images")
+    _require(is_whole and counts[0] > 0 and counts[1] + counts[2] <= counts[3] <= counts[0], "a point's losses are no counts of images")
     return Losses(*counts)
 
 

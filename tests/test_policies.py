@@ -39,7 +39,8 @@ def network():
 def curve(network):
     rows = [row(1, 50.0, 12e6), row(2, 61.0, 15e6), row(3, 60.0, 20e6), row(4, 70.0, 30e6)]
     losses = (Losses(100, 1, 0, 2), Losses(900, 5, 2, 9))
-    return policy_curve(network, OPERATIONS, {"geometric": rows, "tested": [{**rows[2], "losses": losses}]}, temperatures=[1.5, 1.0, 0.5])
+    by_rule = {"geometric": rows, "tested": [{**rows[2], "losses": losses}], "ensemble": rows[1:2]}
+    return policy_curve(network, OPERATIONS, by_rule, temperatures=[1.5, 1.0, 0.5], ensemble=[[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5]])
 
 
 def test_round_trip(network, curve, tmp_path):
@@ -47,6 +48,7 @@ def test_round_trip(network, curve, tmp_path):
     assert read_policy(tmp_path / "policy.json", network) == curve
     assert read_policy(tmp_path / "policy.json", inference_form(network)) == curve
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+    assert [point.rule for point in curve.points if point.policy.ensemble] == ["ensemble"]
 
 
 class Timing:
@@ -72,12 +74,12 @@ def test_wishes_choose(curve):
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        ({"operations": 11e6}, r"cheapest policy spends 12.00 million; ask for 12.00M or 30%"),
-        ({"milliseconds": 1.0, "timing": Timing()}, r"takes 1.2 ms an image; ask for 1.2\d?ms"),
+        ({"operations": 11e6}, r"cheapest policy needs 12M; ask for 12M or 30%"),
+        ({"milliseconds": 1.0, "timing": Timing()}, r"needs 1.2ms; ask for 1.2\d?ms"),
         ({"accuracy": 71}, "no policy reaches 71 % on the held-out images; the best has 70.00 %"),
         ({"operations": 20e6, "accuracy": 65}, "within the other limits reaches 65 %.*61.00 %"),
         ({"max_loss": MaxLoss(0.1)}, r"900 images tested them; what can be promised starts at \d"),
-        ({"max_loss": MaxLoss(2.0), "operations": 12e6}, "certain to lose so little spends 20.00 million"),
+        ({"max_loss": MaxLoss(2.0), "operations": 12e6}, "certain to lose so little needs 20M"),
     ],
 )
 def test_wishes_that_cannot_be_granted(curve, wishes, message):
@@ -94,7 +96,8 @@ def test_points_that_are_not_there(curve):
         curve.point(1, "optimised")
 
 
-def test_optimised_points_come_first(network):
+def test_best_rules_come_first(network, curve):
+    assert choose(curve, operations=20e6).rule == "ensemble"
     curve = policy_curve(network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]})
     assert choose(curve, operations=20e6).rule == "optimised"
     assert choose(curve, operations=20e6, rule="geometric").val_acc1 == 90.0
@@ -147,6 +150,9 @@ def change(*keys, to):
         change("measure", to=["softmax"]),
         change("temperatures", to=[1.0, 1.0, 0.0]),
         change("temperatures", to=[1.0]),
+        change("ensemble", to=None),
+        change("ensemble", to=[[1.0, 0.0]] * 3),
+        change("ensemble", 0, to=[1.0, 0.0, "0"]),
         change("operations", to=[1] * 101),
         change("operations", to=[3, 2, 1]),
         change("operations", to="123"),
@@ -160,9 +166,9 @@ def change(*keys, to):
         change("points", 0, "thresholds", 0, to=10**400),
         change("points", 0, "shares", to=[0.5, 0.5]),
         change("points", 0, "shares", to=[0.5, 0.4, 0.2]),
-        change("points", -1, "losses", to=[[900, 5, 2, 9]]),
-        change("points", -1, "losses", 0, to=[900, 5, 2]),
-        change("points", -1, "losses", 0, to=[900, 5, 2, 901]),
+        change("points", 4, "losses", to=[[900, 5, 2, 9]]),
+        change("points", 4, "losses", 0, to=[900, 5, 2]),
+        change("points", 4, "losses", 0, to=[900, 5, 2, 901]),
         change("points", 0, "val_acc1", to=101),
         change("points", 0, "operations", to=None),
         change("points", 0, "rule", to="guess"),

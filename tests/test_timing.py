@@ -58,6 +58,7 @@ def test_rows_and_picture():
     measured = runtime_rows(network, points, images, times, seconds=0.2)
     assert [(row["batch_size"], row["p"]) for row in measured] == [(1, 0), (1, 2), (1, 3), (1, 4)]
     for row in measured:
+        assert row["images"] >= 8
         assert row["milliseconds"] > 0
         assert row["expected_milliseconds"] > 0
     deadlines = deadline_rows(network, images, times, [10.0, 20.0, 30.0], calls=5)

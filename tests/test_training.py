@@ -424,7 +424,7 @@ def test_evaluation_alone_repeats_the_tables(stage_1, program):
 @pytest.mark.parametrize("measure", ["entropy", "margin", "patience"])
 def test_policies_of_every_measure_answer_as_the_evaluation_says(stage_1, measure):
     run = stage_1 / "GE"
-    assert train_GE.main(["--save", str(run), "--evalmode", "dynamic", "--confidence", measure]) == 0
+    assert train_GE.main(["--save", str(run), "--evalmode", "dynamic", "--measure", measure]) == 0
     saved = load_saved(run / "best.safetensors", {})
     curve = read_policy(run / "policy.json", saved.network)
     data = dataloader.load_data(parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.split)
