@@ -3,7 +3,8 @@
 Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"])
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class Evaluation:
         if not self.session.processes.is_main:
             return
         curve, form = read_policy(run.policy, self.network), self.network
-        images, targets = (torch.cat(parts) for parts in zip(*_first(self.data.test, RUNTIME_IMAGES), strict=True))
+        images, targets = (torch.cat(parts) for parts in zip(*_spread(self.data.test, RUNTIME_IMAGES), strict=True))
         points = distinct(curve.of_rule(None), RUNTIME_POLICIES)
         self.session.log.line(
             f"\ntime an image on {device}, one image at a time (batch 1) and {RUNTIME_BATCHES[-1]} together, of which images leave as they "
@@ -233,11 +234,10 @@ def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tupl
     return {title: rows for title, rows in curves.items() if any(rows)}
 
 
-def _first(batches: Batches, count: int) -> Iterator[Batch]:
-    """The first batches, as many as it takes for ``count`` images."""
-    seen = 0
-    for images, targets in batches:
-        yield images, targets
-        seen += len(images)
-        if seen >= count:
-            return
+def _spread(batches: Batches, count: int) -> Iterable[Batch]:
+    """About ``count`` images, evenly spread: in many data sets classes come one after another."""
+    chosen = batches.own()
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).long()]
+    part = copy.copy(batches)
+    part.own = lambda: chosen
+    return part
