@@ -226,7 +226,7 @@ def choose(
             certain = " that is certain to lose so little" if max_loss else ""
             percent = f" or {math.ceil(1e8 * min(costs) / curve.operations[-1])}%" if unit == "M" else ""
             raise UserError(
-                f"a budget of {limit:.4g}{unit} an image is too small here: the cheapest policy{certain} needs {min(costs):.4g}{unit}; "
+                f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy{certain} needs {min(costs):.4g}{unit}; "
                 f"ask for {_rounded_up(min(costs))}{unit}{percent}"
             )
         points = [point for point, spent in zip(points, costs, strict=True) if spent <= limit]

@@ -66,10 +66,10 @@ def test_both_stages_leave_tables_curves_logs_and_checkpoints(stage_1, capsys):
         run = stage_1 / stage
         anytime, budgeted = read_csv(run / "anytime.csv"), read_csv(run / "budgeted.csv")
         assert [row["exit"] for row in anytime] == [1, 2, 3]
-        assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature"]
+        assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature", "ensemble_acc1"]
         assert len(budgeted) == 40
         assert all(abs(sum(row[f"share_{k}"] for k in range(1, exits + 1)) - 1) < 1e-5 for row in budgeted)
-        assert len(read_csv(run / "optimised.csv")) == 40
+        assert [len(read_csv(run / name)) for name in ("optimised.csv", "ensemble.csv")] == [40, 40]
         assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in ("curves.png", "examples.png"))
         assert any((run / "tensorboard").iterdir())
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
