@@ -37,13 +37,13 @@ class BlockTimes:
     Args:
         batch_size: that of the calls to expect.
         sizes: numbers of images, (S,) for each of K blocks, growing, on average over similar batches.
-        median, high: milliseconds at these sizes, in the middle and of nearly all passes.
-        after: milliseconds from the last block that runs to the answer, in the middle and of nearly all passes.
+        usual, high: milliseconds at these sizes: medians, lifted so that they add up to the time of all passes; and of nearly all passes.
+        after: milliseconds from the last block that runs to the answer, usually and in nearly all passes.
     """
 
     batch_size: int
     sizes: tuple[np.ndarray, ...]
-    median: tuple[np.ndarray, ...]
+    usual: tuple[np.ndarray, ...]
     high: tuple[np.ndarray, ...]
     after: tuple[float, float]
 
@@ -54,7 +54,7 @@ class BlockTimes:
         total, reach = self.after[0], 1.0
         for k, share in enumerate(shares):
             chances = torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0))).log_prob(numbers).exp().numpy()
-            total += float((chances * _at(numbers.numpy(), self.sizes[k], self.median[k])).sum())
+            total += float((chances * _at(numbers.numpy(), self.sizes[k], self.usual[k])).sum())
             reach -= share
         return total / size
 
@@ -98,12 +98,19 @@ def measure_blocks(network: nn.Module, images: Tensor, batch_size: int = 1, seco
     while time.perf_counter() < ends:
         passes.append(watch(batch))
     spans, sizes = (np.array(values).T for values in zip(*passes, strict=True))
-    columns = []
-    for span, number in zip(spans, sizes, strict=False):  # the last span is that of the answer
-        groups = np.array_split(np.argsort(number, kind="stable"), 1 if number.max() == 1 else GROUPS)
-        by_size = {float(np.median(number[group])): span[group] for group in groups if len(group)}
-        columns.append((np.array(list(by_size)), *(np.array(list(map(of, by_size.values()))) for of in (np.median, _high))))
-    return BlockTimes(batch_size, *zip(*columns, strict=True), (float(np.median(spans[-1])), float(_high(spans[-1]))))
+    columns, usual = [], 0.0
+    for span, number in zip(spans, [*sizes, np.full_like(sizes[0], batch_size)], strict=True):  # the last span is that of the answer
+        by_size: dict[float, list[float]] = {}
+        for group in np.array_split(np.argsort(number, kind="stable"), GROUPS):
+            if len(group):
+                by_size.setdefault(float(np.median(number[group])), []).extend(span[group])
+        medians, high = (np.array([of(values) for values in by_size.values()]) for of in (np.median, _high))
+        usual += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
+        columns.append((np.array(list(by_size)), medians, high))
+    # A promise is about means, which interruptions lift above medians.
+    columns = [(size, medians * spans.sum() / usual, high) for size, medians, high in columns]
+    *blocks, (_, answer, answer_high) = columns
+    return BlockTimes(batch_size, *zip(*blocks, strict=True), (float(answer[-1]), float(answer_high[-1])))
 
 
 def _high(values: np.ndarray) -> np.ndarray:
@@ -112,14 +119,14 @@ def _high(values: np.ndarray) -> np.ndarray:
 
 class _Stopwatch(AdaptivePredictor):
     """Gives the milliseconds (K + 1) of all blocks and of the answer, and the images (K) in each block. Of several images some leave at
-    every exit, by chance: all sizes occur, and none is new to the libraries afterwards."""
+    every exit, by chance, in some passes hardly any: all sizes occur, and none is new to the libraries afterwards."""
 
     def __init__(self, network: nn.Module):
         super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits, ensemble=tuple(map(tuple, np.eye(network.num_exits).tolist()))))
         self._chance = random.Random(0)
 
     def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
-        self._wait, self._marks, self._sizes = _waiting(images.device), [], []
+        self._wait, self._marks, self._sizes, self._rareness = _waiting(images.device), [], [], self._chance.choice((2, 6, 60))
         super().__call__(images)
         self._mark()
         return 1e3 * np.diff(self._marks), self._sizes
@@ -145,7 +152,7 @@ class _Stopwatch(AdaptivePredictor):
     def _leaves(self, answer: Answer, threshold: float) -> Tensor:
         leaves = super()._leaves(answer, threshold)
         if len(leaves) > 1:
-            leaves[: int(len(leaves) * self._chance.random() ** 3)] = True
+            leaves[: int(len(leaves) * self._chance.random() ** self._rareness)] = True
         return leaves
 
 
@@ -234,7 +241,7 @@ def deadline_rows(
         that exit k answered.
     """
     first = 1.02 * times.reserve(0, 1)
-    last = max(1.1 * sum(median[0] for median in times.median[:-1]) + times.reserve(network.num_exits - 1, 1), first)
+    last = max(1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first)
     rows, wait = [], _waiting(images.device)
     for deadline in np.linspace(first, last, DEADLINES).tolist():
         predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
