@@ -185,7 +185,7 @@ class PolicyCurve:
             if points := tuple(point for point in self.points if point.rule == name):
                 return points
         if rule:
-            raise UserError(f"no policy here was found by the {rule} rule")
+            raise UserError(f"no policy here is of the rule {rule}; there are {', '.join(sorted({point.rule for point in self.points}))}")
         return self.points
 
 

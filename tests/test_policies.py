@@ -92,7 +92,7 @@ def test_wishes_that_cannot_be_granted(curve, wishes, message):
 def test_points_that_are_not_there(curve):
     with pytest.raises(UserError, match="numbered 1 to 4"):
         curve.point(9, "geometric")
-    with pytest.raises(UserError, match="optimised"):
+    with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
         curve.point(1, "optimised")
 
 
