@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    count = f"{sum(point.policy.ensemble is None for point in curve.points)} policies" if curve else "no policies"
+    count = f"{len(curve.points)} policies" if curve else "no policies"
     if curve is not None and curve.form != "float32":
         count += f" (found in {curve.form}; in float32 an image close to a threshold may leave elsewhere)"
     sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")

@@ -49,8 +49,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         import onnx
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    # The file's exits answer alone.
-    size, points = description.image_size, [p for p in curve.points if p.policy.ensemble is None] if curve else []
+    size, points = description.image_size, curve.points if curve else ()
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
     if any(point.policy.measure != "softmax" for point in points):

@@ -65,7 +65,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             {"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost, "val_shares": [0.2, 0.3, 0.5]}
             for p, thresholds, acc, cost in points
         ]
-        curve = policy_curve(network, [1, 2, 3], {"geometric": rows, "ensemble": rows[2:]}, ensemble=[[1.0] * 3] * 3)
+        curve = policy_curve(network, [1, 2, 3], {"geometric": rows})
         export_onnx(network, path, description(), curve)
         return network, curve, path
 
@@ -105,7 +105,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         metadata = runner.session.get_modelmeta().custom_metadata_map
         assert metadata["fingerprint"] == curve.fingerprint
         for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2)):
-            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p, "geometric").policy.thresholds, np.float32))
+            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p).policy.thresholds, np.float32))
         pixels = random_pixels(20).numpy()
         np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.5, 0.6, 0.7]).exits)
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
