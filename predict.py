@@ -75,7 +75,7 @@ def parser() -> CommandLineParser:
     add("--disagreement", action="store_true", help="--max-loss counts every answer that is not the whole network's")
     add("--deadline", type=_deadline, metavar="5ms", help="answer each image, or batch, by the last exit finished in that time")
     add("--point", type=_positive, metavar="P", help="the policy of this number on the curve")
-    add("--rule", choices=list(RULES), help="only thresholds found by this rule (default: optimised ones if there are any)")
+    add("--rule", choices=list(RULES), help="only thresholds found by this rule (default: ensemble or optimised, if there are any)")
     add("--format", choices=["table", "csv", "json"], default="table", help="of the answers; json has the five best classes")
     add("--output", type=Path, metavar="FILE", help="write the answers there (default: standard output)")
     add("--batch-size", type=_positive, metavar="N", help="images at a time; all get their mean time (default: 64, with --deadline 1)")

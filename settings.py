@@ -88,9 +88,9 @@ class Settings(NetworkOptions):
         metavar="FILE",
         shown="the best epoch in --save",
     )
-    confidence: str = _free(
+    measure: str = _free(
         "softmax",
-        "--confidence",
+        "--measure",
         "what decides whether an image leaves: largest softmax probability (the paper), entropy, margin of the two largest, or how many "
         "exits in a row agree (patience)",
         choices=MEASURES,

@@ -1,8 +1,8 @@
 """What adaptive networks are for: less computation on easy images.
 
 ``budgeted`` and ``optimised`` find thresholds and evaluate them over a set of images, ``policies`` keeps them and chooses, ``risk`` bounds
-what they lose, ``calibration`` makes confidences probabilities. ``predictor`` stops early, on networks in their ``inference_form`` or on
-ONNX Runtime (``export``); ``timing`` measures time, ``examples`` draws images.
+what they lose, ``ensemble`` makes better answers of the same exits. ``predictor`` stops early, on networks in their
+``inference_form`` or on ONNX Runtime (``export``); ``timing`` measures time, ``examples`` draws images.
 
 Names are imported when they are first used, so that ``adaptive_inference.measures`` alone does not load PyTorch.
 """

@@ -4,15 +4,15 @@
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 
 A policy file is JSON: fingerprints of the network and the form of it that it belongs to, the measure, the operations to each exit, the
-temperature of each exit, how promises about accuracy are tested, and a list of points from cheap to full: thresholds, and what they reached
-on the held-out images.
+temperature of each exit, the weights of an ensemble of exits, how promises about accuracy are tested, and a list of points from cheap to
+full: thresholds, and what they reached on the held-out images.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,29 +83,35 @@ def confidence_and_answers(logits: Tensor, targets: Tensor, measure: str = "soft
 
 @dataclass(frozen=True)
 class Policy:
-    """When images leave, and how sure their answers are.
+    """When images leave, and how their answers are made.
 
     Args:
         thresholds: one an exit, compared with the measure of its logits.
         measure: as in ``next_answer``.
-        temperatures: one an exit, by which logits are divided before they become the probabilities of answers; None: 1 everywhere. Who
+        temperatures: one an exit, by which its logits are divided before they become the probabilities of answers; None: 1 everywhere. Who
             leaves does not depend on them.
+        ensemble: a row an exit, of a weight an exit: answers come from the sum, with these weights, of the logits of all exits so far.
+            Who leaves is decided by the exit's own logits; temperatures are not used. None: each exit answers alone.
 
     Raises:
-        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures that do not fit.
+        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that do not fit.
     """
 
     thresholds: tuple[float, ...]
     measure: str = "softmax"
     temperatures: tuple[float, ...] | None = None
+    ensemble: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
-        if not self.thresholds or not all(math.isfinite(t) for t in self.thresholds):
+        count = len(self.thresholds)
+        if not self.thresholds or not all(map(math.isfinite, self.thresholds)):
             raise ValueError(f"thresholds are {self.thresholds}; they must be one finite number an exit")
         if self.measure not in MEASURES:
             raise ValueError(f"measure is {self.measure!r}; allowed: {', '.join(MEASURES)}")
-        if self.temperatures is not None and not (len(self.temperatures) == len(self.thresholds) and min(self.temperatures) > 0):
+        if self.temperatures is not None and not (len(self.temperatures) == count and min(self.temperatures) > 0):
             raise ValueError(f"temperatures are {self.temperatures}; they must be one positive number an exit")
+        if self.ensemble is not None and [len(row) for row in self.ensemble] != [count] * count:
+            raise ValueError(f"weights of an ensemble must be {count} rows of {count} numbers")
 
 
 @dataclass(frozen=True)
@@ -160,26 +166,27 @@ class PolicyCurve:
         Raises:
             UserError: there is no such point.
         """
-        points = self.of_rule(rule)
-        for point in points:
-            if point.p == p:
-                return point
-        raise UserError(f"there is no point {p}; the policies are numbered {min(q.p for q in points)} to {max(q.p for q in points)}")
+        points = {point.p: point for point in self.of_rule(rule)}
+        if p not in points:
+            raise UserError(f"there is no point {p}; the policies are numbered {min(points)} to {max(points)}")
+        return points[p]
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """The point whose mean operations are nearest to ``operations``."""
         return min(self.of_rule(rule), key=lambda point: (abs(point.operations - operations), -point.val_acc1))
 
     def of_rule(self, rule: str | None) -> tuple[Point, ...]:
-        """The points found by ``rule``; None: the optimised ones if there are any, else all.
+        """The points found by ``rule``; None: the best there are, those of an ensemble before optimised ones before others.
 
         Raises:
             UserError: there is none.
         """
-        points = tuple(point for point in self.points if point.rule == (rule or "optimised"))
-        if not points and rule is not None:
-            raise UserError(f"no policy here was found by the {rule} rule")
-        return points or self.points
+        for name in (rule,) if rule else ("ensemble", "optimised"):
+            if points := tuple(point for point in self.points if point.rule == name):
+                return points
+        if rule:
+            raise UserError(f"no policy here is of the rule {rule}; there are {', '.join(sorted({point.rule for point in self.points}))}")
+        return self.points
 
 
 def choose(
@@ -199,48 +206,39 @@ def choose(
         accuracy: on held-out images at least, in percent.
         max_loss: of accuracy against the full network, with a level of confidence.
         timing: of this network on this machine, from ``timing.measure_blocks``.
-        rule: only points found by this rule; None: the optimised ones if there are any. ``max_loss`` has a rule of its own.
+        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
 
     Raises:
         UserError: no point does; the line says what is possible.
         ValueError: ``milliseconds`` without ``timing``.
     """
+    if milliseconds is not None and timing is None:
+        raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
     points = list(curve.of_rule(rule)) if max_loss is None else certified(curve.points, max_loss)
-    full = curve.operations[-1]
-    if operations is not None:
-        cheapest = min(point.operations for point in points)
-        points = [point for point in points if point.operations <= operations]
-        if not points:
+    budgets = [
+        (operations and operations / 1e6, "M", lambda point: point.operations / 1e6),
+        (milliseconds, "ms", lambda point: timing.milliseconds(point.shares)),
+    ]
+    budgets = [budget for budget in budgets if budget[0] is not None]
+    for limit, unit, cost in budgets:
+        costs = [cost(point) for point in points]
+        if min(costs) > limit:
+            certain = " that is certain to lose so little" if max_loss else ""
+            percent = f" or {math.ceil(1e8 * min(costs) / curve.operations[-1])}%" if unit == "M" else ""
             raise UserError(
-                f"a budget of {operations / 1e6:.2f} million operations is too small: the cheapest policy{_of(max_loss)} spends "
-                f"{cheapest / 1e6:.2f} million; ask for {math.ceil(cheapest / 1e4) / 100:.2f}M or {math.ceil(100 * cheapest / full)}%"
+                f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy{certain} needs {min(costs):.4g}{unit}; "
+                f"ask for {_rounded_up(min(costs))}{unit}{percent}"
             )
-    if milliseconds is not None:
-        if timing is None:
-            raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
-        costs = [timing.milliseconds(point.shares) for point in points]
-        points = [point for point, cost in zip(points, costs, strict=True) if cost <= milliseconds]
-        if not points:
-            raise UserError(
-                f"a budget of {milliseconds:g} ms is too small here: the cheapest policy{_of(max_loss)} takes {min(costs):.3g} ms "
-                f"an image; ask for {_rounded_up(min(costs))}ms"
-            )
+        points = [point for point, spent in zip(points, costs, strict=True) if spent <= limit]
     if accuracy is not None:
         best = max(point.val_acc1 for point in points)
         points = [point for point in points if point.val_acc1 >= accuracy]
         if not points:
-            limited = max_loss is not None or operations is not None or milliseconds is not None
-            raise UserError(
-                f"no policy{' within the other limits' if limited else ''} reaches {accuracy:g} % on the held-out images; "
-                f"the best has {best:.2f} %"
-            )
-    if operations is None and milliseconds is None:
+            limited = " within the other limits" if budgets or max_loss else ""
+            raise UserError(f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %")
+    if not budgets:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))
     return max(points, key=lambda point: (point.val_acc1, -point.operations))
-
-
-def _of(max_loss: MaxLoss | None) -> str:
-    return "" if max_loss is None else " that is certain to lose so little"
 
 
 def _rounded_up(value: float) -> str:
@@ -278,22 +276,24 @@ def policy_curve(
     operations: list[int],
     rows: dict[str, list[dict]],
     measure: str = "softmax",
-    temperatures: list[float] | None = None,
+    temperatures: Sequence[float] | None = None,
+    ensemble: Sequence[Sequence[float]] | None = None,
 ) -> PolicyCurve:
     """The curve of ``network`` from rows by rule.
 
     Args:
         network: in the form that gave the logits.
         operations: to each exit.
-        rows: by rule: ``geometric`` of ``budgeted_curve``, ``optimised`` of ``optimised_curve``, ``tested`` of ``risk.rows_with_losses``;
-            or some of these.
+        rows: by rule: ``geometric`` of ``budgeted_curve``, ``optimised`` of ``optimised_curve``, ``tested`` of ``risk.rows_with_losses``,
+            ``ensemble`` of ``optimised_curve`` with the ensemble's answers; or some of these.
         measure: the one the thresholds are of.
-        temperatures: as for ``Policy``.
+        temperatures, ensemble: as for ``Policy``; the ensemble answers at the points of its rule alone.
     """
-    fixed = (measure, tuple(temperatures) if temperatures is not None else None)
+    fixed = (measure, temperatures and tuple(temperatures))
+    weights = ensemble and tuple(map(tuple, ensemble))
     points = [
         Point(
-            Policy(tuple(row["thresholds"]), *fixed),
+            Policy(tuple(row["thresholds"]), *fixed, weights if rule == "ensemble" else None),
             *(row["val_acc1"], row["val_operations"], tuple(row["val_shares"]), rule, row["p"], row.get("losses")),
         )
         for rule, rule_rows in rows.items()
@@ -308,12 +308,13 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    policy = curve.points[0].policy
+    policies = [point.policy for point in curve.points]
     content = {
         "format": FORMAT,
         "network": {"description": curve.network, "fingerprint": curve.fingerprint, "form": curve.form},
-        "measure": policy.measure,
-        "temperatures": policy.temperatures,
+        "measure": policies[0].measure,
+        "temperatures": policies[0].temperatures,
+        "ensemble": next((policy.ensemble for policy in policies if policy.ensemble), None),
         "operations": curve.operations,
         "certificate": CERTIFICATE,
         "points": [],
@@ -339,85 +340,67 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_FILE_SIZE + 1)
-        if len(raw) > MAX_FILE_SIZE:
-            raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
-        curve = _parsed(json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant))
+        _require(len(raw) <= MAX_FILE_SIZE, f"it is larger than {MAX_FILE_SIZE} bytes")
+        curve = _parsed(json.loads(raw.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}; --evalmode dynamic writes one") from None
     except OSError as error:
         raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no policy file of this project: {_one_line(error)}") from None
+        raise UserError(f"{path} is no policy file of this project: {' '.join(str(error).split())[:200]}") from None
     if network is not None:
         curve.check(network, path)
     return curve
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it holds {name}, where a finite number belongs")
-
-
 def _parsed(content: Any) -> PolicyCurve:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'its "format" is not "{FORMAT}"')
-    network = _entry(content, "network", dict)
-    measure = _entry(content, "measure", str)
-    temperatures = content.get("temperatures")
-    if temperatures is not None:
-        temperatures = _numbers(_entry(content, "temperatures", list), "temperatures")
-    operations = _numbers(_entry(content, "operations", list), "operations")
-    if not 1 <= len(operations) <= MAX_EXITS:
-        raise ValueError(f"it has {len(operations)} exits, where 1 to {MAX_EXITS} are allowed")
-    if operations[0] <= 0 or any(a > b for a, b in pairwise(operations)):
-        raise ValueError("its operations do not grow from exit to exit")
-    rows = _entry(content, "points", list)
-    if not 1 <= len(rows) <= MAX_POINTS:
-        raise ValueError(f"it has {len(rows)} points, where 1 to {MAX_POINTS} are allowed")
+    _require(_entry({"file": content}, "file", dict).get("format") == FORMAT, f'its "format" is not "{FORMAT}"')
+    network, measure, rows = (_entry(content, *entry) for entry in (("network", dict), ("measure", str), ("points", list)))
+    operations = _numbers(content, "operations")
+    temperatures = None if content.get("temperatures") is None else _numbers(content, "temperatures")
+    ensemble = None
+    if content.get("ensemble") is not None:
+        ensemble = tuple(_numbers({"ensemble": weights}, "ensemble") for weights in _entry(content, "ensemble", list))
+    _require(1 <= len(operations) <= MAX_EXITS, f"it has {len(operations)} exits, where 1 to {MAX_EXITS} are allowed")
+    _require(operations[0] > 0 and list(operations) == sorted(operations), "its operations do not grow from exit to exit")
+    _require(1 <= len(rows) <= MAX_POINTS, f"it has {len(rows)} points, where 1 to {MAX_POINTS} are allowed")
     points = []
     for row in rows:
-        if not isinstance(row, dict):
-            raise ValueError("a point is not an object")
-        thresholds, shares = (_numbers(_entry(row, name, list), name) for name in ("thresholds", "shares"))
-        if not len(thresholds) == len(shares) == len(operations):
-            raise ValueError(f"a point has {len(thresholds)} thresholds and {len(shares)} shares for {len(operations)} exits")
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
-            raise ValueError("a point's shares are not of one whole")
-        val_acc1, mean = _numbers([row.get("val_acc1"), row.get("operations")], "val_acc1 and operations")
-        if not 0 <= val_acc1 <= 100 or mean <= 0:
-            raise ValueError("a point's val_acc1 or operations is out of range")
-        rule, p = _entry(row, "rule", str), _entry(row, "p", int)
-        if rule not in RULES:
-            raise ValueError(f"a point's rule is none of {', '.join(RULES)}")
-        losses = _losses(_entry(row, "losses", list)) if rule == "tested" else None
-        points.append(Point(Policy(thresholds, measure, temperatures), val_acc1, mean, shares, rule, p, losses))
-    names = [_entry(network, "fingerprint", str)[:64], _entry(network, "form", str)[:64], _entry(network, "description", str)[:200]]
-    return PolicyCurve(*names, operations, tuple(points))
+        rule, p = _entry({"point": row}, "point", dict).get("rule"), _entry(row, "p", int)
+        _require(rule in RULES, f"a point's rule is none of {', '.join(RULES)}")
+        _require(rule != "ensemble" or ensemble is not None, "the weights of its ensemble are missing")
+        thresholds, shares = _numbers(row, "thresholds"), _numbers(row, "shares")
+        _require(len(thresholds) == len(shares) == len(operations), "a point has not one threshold and one share an exit")
+        _require(min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-3, "a point's shares are not of one whole")
+        val_acc1, mean = _numbers({"result": [row.get("val_acc1"), row.get("operations")]}, "result")
+        _require(0 <= val_acc1 <= 100 and mean > 0, "a point's val_acc1 or operations is out of range")
+        losses = None
+        if rule == "tested":
+            losses = tuple(_losses(counts) for counts in _entry(row, "losses", list))
+            _require(len(losses) == 2, "a point's losses are not of two sets of images")
+        policy = Policy(thresholds, measure, temperatures, ensemble if rule == "ensemble" else None)
+        points.append(Point(policy, val_acc1, mean, shares, rule, p, losses))
+    return PolicyCurve(*(_entry(network, name, str)[:200] for name in ("fingerprint", "form", "description")), operations, tuple(points))
 
 
-def _losses(parts: list) -> tuple[Losses, Losses]:
-    for counts in parts:
-        if not isinstance(counts, list) or len(counts) != 4 or any(type(n) is not int for n in counts):
-            raise ValueError("a point's losses are not four whole numbers")
-        images, worse, better, other = counts
-        if not (0 < images <= 10**9 and min(worse, better, other) >= 0 and worse + better <= other <= images):
-            raise ValueError("a point's losses are out of range")
-    if len(parts) != 2:
-        raise ValueError("a point's losses are not of two sets of images")
-    return tuple(Losses(*counts) for counts in parts)
+def _losses(counts: Any) -> Losses:
+    is_whole = isinstance(counts, list) and len(counts) == 4 and all(type(n) is int and 0 <= n <= 10**9 for n in counts)
+    _require(is_whole and counts[0] > 0 and counts[1] + counts[2] <= counts[3] <= counts[0], "a point's losses are no counts of images")
+    return Losses(*counts)
 
 
 def _entry(content: dict, name: str, kind: type) -> Any:
     value = content.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f'its "{name}" is missing or of the wrong type')
+    _require(isinstance(value, kind) and not isinstance(value, bool), f'its "{name}" is missing or of the wrong type')
     return value
 
 
-def _numbers(values: list, name: str) -> tuple[float, ...]:
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not -1e300 < v < 1e300 for v in values):
-        raise ValueError(f"{name} must be finite numbers")
-    return tuple(float(v) for v in values)
+def _numbers(content: dict, name: str) -> tuple[float, ...]:
+    values = _entry(content, name, list)
+    _require(all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values), f'its "{name}" are not all finite numbers')
+    return tuple(map(float, values))
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise ValueError(complaint)

@@ -10,7 +10,8 @@ Answers are those of the simulation (``simulate``): an image leaves at the first
 """
 
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +25,13 @@ if TYPE_CHECKING:
 
 
 class Prediction(NamedTuple):
-    """Answers to N images, on the device of the images: ``classes`` (N,) int64, ``confidence`` (N,), the probability of that class at the
-    exit that answered, by the policy's temperatures, ``exits`` (N,) int64, 0-based, and ``probs`` (N, C) of all classes."""
+    """Answers to N images, on the device of the images: ``classes`` (N,) int64, ``confidence`` (N,), the probability of that class,
+    ``exits`` (N,) int64, 0-based, at which they left, and ``probs`` (N, C) of all classes, by the policy's temperatures or ensemble."""
 
     classes: Tensor
     confidence: Tensor
     exits: Tensor
     probs: Tensor
-
-
-class Run(Protocol):
-    """A pass over the exits: ``models.Stepwise`` or its counterpart on ONNX Runtime."""
-
-    def next_logits(self) -> Tensor: ...
-
-    def keep(self, images: Tensor) -> None: ...
 
 
 class AdaptivePredictor:
@@ -47,7 +40,7 @@ class AdaptivePredictor:
     Args:
         network: ``MSDNet`` or ``IMTA`` in evaluation mode (best in its ``inference_form``). With a
             ``description``, as ``models.load`` gives it, it knows its image size, and how to normalise bytes.
-        policy: thresholds, measure and temperatures.
+        policy: who leaves when, and how answers are made.
         lazy: as for ``models.Stepwise``.
 
     Raises:
@@ -72,28 +65,26 @@ class AdaptivePredictor:
         images = self._checked(images)
         if len(images) == 0:
             none = torch.empty(0, dtype=torch.int64, device=images.device)
-            probs = torch.empty(0, self.network.num_classes, device=images.device)
-            return Prediction(none, probs.sum(dim=1), none, probs)
+            return self._answer([torch.empty(0, self.network.num_classes, device=images.device)], none)
         run = self.network.begin(images, self.lazy)
-        measure, thresholds = self.policy.measure, self.policy.thresholds
-        last = len(thresholds) - 1
+        seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
+        exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         here: Tensor | None = None  # indices of the images still in the batch, None for all
         answer: Answer | None = None
-        answered = exits = None  # logits (N, C) of the exits that answer, and their numbers (N,)
-        for k, threshold in enumerate(thresholds):
+        for k, threshold in enumerate(self.policy.thresholds):
             if not self._may_start(k, len(images) if here is None else len(here)):
-                k -= 1
                 break
             logits = run.next_logits()
-            answer = next_answer(measure, logits, answer)
+            answer = next_answer(self.policy.measure, logits, answer)
             # Every present image is answered; a later exit overrules. That needs no list of those that leave.
             if here is None:
-                answered = logits
+                seen.append(logits)
+                exits.fill_(k)
             else:
-                answered.index_copy_(0, here, logits)
+                seen.append(logits.new_zeros(len(images), logits.shape[1]).index_copy_(0, here, logits))
                 # Not by index: a number there would be a tensor of the host, for which a GPU is waited for.
                 exits.index_fill_(0, here, k)
-            if k == last:
+            if k == len(self.policy.thresholds) - 1:
                 break
             leaves = self._leaves(answer, threshold)
             if len(leaves) == 1:
@@ -105,20 +96,18 @@ class AdaptivePredictor:
                 break
             if len(going_on) < len(leaves):
                 run.keep(going_on)
-                if here is None:
-                    # The run reads the logits of the exit before.
-                    answered, exits = logits.clone(), torch.full_like(answer.classes, k)
                 here = going_on if here is None else here[going_on]
                 answer = Answer(answer.classes[going_on], answer.confidence[going_on])
-        if exits is None:
-            exits = torch.full((len(images),), k, device=images.device)
-        return _prediction(answered, exits, self.policy)
+        return self._answer(seen, exits)
 
     def _may_start(self, k: int, num_images: int) -> bool:
         return True
 
     def _leaves(self, answer: Answer, threshold: float) -> Tensor:
         return answer.confidence >= threshold
+
+    def _answer(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
+        return _prediction(logits, exits, self.policy)
 
     def _checked(self, images: Tensor) -> Tensor:
         description = self.network.description
@@ -172,16 +161,22 @@ class AnytimePredictor(AdaptivePredictor):
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
     """What the predictor answers, from the logits (K, N, C) of every exit."""
     confidence, _ = confidence_by_exit(logits, policy.measure)
-    exits = assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64))
-    return _prediction(logits[exits, torch.arange(len(exits), device=logits.device)], exits, policy)
+    return _prediction(logits, assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64)), policy)
 
 
-def _prediction(logits: Tensor, exits: Tensor, policy: Policy) -> Prediction:
-    """From the logits (N, C) of the exits that answer."""
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if policy.temperatures is not None:
-        logits = logits / torch.tensor(policy.temperatures, dtype=logits.dtype).to(logits.device)[exits, None]
-    probs = torch.softmax(logits, dim=1)
+def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Prediction:
+    """From the logits (N, C) of all exits that were run, or more, and the one at which each image leaves."""
+    stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
+    if stacked.dtype in (torch.float16, torch.bfloat16):
+        stacked = stacked.float()
+    if policy.ensemble is not None:
+        weights = torch.tensor(policy.ensemble, dtype=stacked.dtype).to(stacked.device)[exits, : len(stacked)]  # (N, exits run)
+        answered = torch.einsum("nk,knc->nc", weights, stacked)
+    else:
+        answered = stacked[exits, torch.arange(len(exits), device=stacked.device)]
+        if policy.temperatures is not None:
+            answered = answered / torch.tensor(policy.temperatures, dtype=stacked.dtype).to(stacked.device)[exits, None]
+    probs = torch.softmax(answered, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs)
 

@@ -16,6 +16,7 @@ same distribution.
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -102,16 +103,13 @@ def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
     limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100)
     if limit >= 1:
         return True
-    (learned, worse, better), (images, *tested) = (
-        (part.images, part.other, 0) if wanted.disagreement else (part.images, part.worse, part.better) for part in losses
-    )
+    learned, tested = losses
+    (known_up, known_down), (up, down) = ((x.other, 0) if wanted.disagreement else (x.worse, x.better) for x in losses)
     # The best stake against a loss of this variance; one more image, so that none at all is not believed.
-    variance = (worse + better + 1) / (learned + 1)
-    stake = min(math.sqrt(2 * needed / (images * variance)), MAX_STAKE / (1 - limit))
-    up, down = tested
-    same = images - up - down
-    wealth = up * math.log1p(-stake * (1 - limit)) + down * math.log1p(stake * (1 + limit)) + same * math.log1p(stake * limit)
-    return wealth >= needed
+    variance = (known_up + known_down + 1) / (learned.images + 1)
+    stake = min(math.sqrt(2 * needed / (tested.images * variance)), MAX_STAKE / (1 - limit))
+    counts = {1: up, -1: down, 0: tested.images - up - down}
+    return sum(count * math.log1p(stake * (limit - loss)) for loss, count in counts.items()) >= needed
 
 
 def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
@@ -123,18 +121,12 @@ def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
     sequence = sorted((point for point in points if point.rule == "tested"), key=lambda point: -point.p)
     if not sequence:
         raise UserError("nothing can be promised about accuracy: these policies were made without images to test them on")
-    kept = _first_safe(sequence, wanted)
+    kept = list(takewhile(lambda point: is_certain(point.losses, wanted), sequence))
     if not kept:
-        possible = next(tenth / 10 for tenth in range(1, 1001) if _first_safe(sequence[:1], wanted._replace(percent=tenth / 10)))
+        losses = sequence[0].losses
+        possible = next(tenth / 10 for tenth in range(1, 1001) if is_certain(losses, wanted._replace(percent=tenth / 10)))
         raise UserError(
-            f"no policy is certain to {wanted}: {sequence[0].losses[1].images} images tested them; "
+            f"no policy is certain to {wanted}: {losses[1].images} images tested them; "
             f"what can be promised starts at {possible:g} % (or every image runs the full network)"
         )
     return kept
-
-
-def _first_safe(sequence: list["Point"], wanted: MaxLoss) -> list["Point"]:
-    for i, point in enumerate(sequence):
-        if not is_certain(point.losses, wanted):
-            return sequence[:i]
-    return sequence

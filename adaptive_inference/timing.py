@@ -11,7 +11,7 @@ share of the held-out images that reached it. Blocks are timed inside the predic
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +19,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE
+from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.policies import Answer, Point, Policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, simulate
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
 GROUPS = 5  # of similar sizes, each with a median
-AFTERS = 200
 DEADLINES = 8
+TURN = 8  # batches of a policy, before the next one's
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,24 @@ class BlockTimes:
     Args:
         batch_size: that of the calls to expect.
         sizes: numbers of images, (S,) for each of K blocks, growing, on average over similar batches.
-        median, high: milliseconds at these sizes, in the middle and of nearly all passes.
-        after: milliseconds from the last block that runs to the answer, in the middle and of nearly all passes.
+        usual, high: milliseconds at these sizes: medians, lifted so that they add up to the time of all passes; and of nearly all passes.
+        after: milliseconds from the last block that runs to the answer, usually and in nearly all passes.
     """
 
     batch_size: int
     sizes: tuple[np.ndarray, ...]
-    median: tuple[np.ndarray, ...]
+    usual: tuple[np.ndarray, ...]
     high: tuple[np.ndarray, ...]
     after: tuple[float, float]
 
-    def milliseconds(self, shares: tuple[float, ...], batch_size: int | None = None) -> float:
+    def milliseconds(self, shares: tuple[float, ...]) -> float:
         """Expected time an image of a policy that lets these ``shares`` of the images leave at each exit."""
-        size = batch_size or self.batch_size
+        size = self.batch_size
         numbers = torch.arange(size + 1)
         total, reach = self.after[0], 1.0
         for k, share in enumerate(shares):
             chances = torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0))).log_prob(numbers).exp().numpy()
-            total += float((chances * _at(numbers.numpy(), self.sizes[k], self.median[k])).sum())
+            total += float((chances * _at(numbers.numpy(), self.sizes[k], self.usual[k])).sum())
             reach -= share
         return total / size
 
@@ -85,78 +85,74 @@ def measure_blocks(network: nn.Module, images: Tensor, batch_size: int = 1, seco
         images: at least one (n, 3, H, W), as the predictor takes them; what they show makes no difference.
         seconds: limit for everything. A batch that would exceed it is taken to cost in proportion to a smaller one.
     """
-    began = time.perf_counter()
+    ends = time.perf_counter() + seconds
     watch = _Stopwatch(network)
-    after = _after(network, batch_size, images.device)
     size, batch = 1, images[:1].contiguous()
-    for _ in range(2):
-        watch(batch)
-    while size < batch_size:
-        left = 1e3 * (began + seconds - time.perf_counter())
-        if 8 * watch.marks[-1] > left:
-            break
+    watch(batch)
+    spans, sizes = watch(batch)
+    while size < batch_size and 8e-3 * spans.sum() < ends - time.perf_counter():
         size = min(2 * size, batch_size)
         batch = images[:1].expand(size, -1, -1, -1).contiguous()
-        watch(batch)
-    spans, sizes = [], []
-    while len(spans) < 1 or time.perf_counter() - began < seconds:
-        watch(batch)
-        spans.append(np.diff(watch.marks))
-        sizes.append(watch.sizes)
-    columns = []
-    for k, (span, number) in enumerate(zip(np.array(spans).T, np.array(sizes).T, strict=True)):
-        span = span - after[0] if k == network.num_exits - 1 else span
-        groups = [group for group in np.array_split(np.argsort(number, kind="stable"), 1 if number.max() == 1 else GROUPS) if len(group)]
-        by_size = {float(np.median(number[group])): span[group] for group in groups}
-        medians, high = ([f(values) for values in by_size.values()] for f in (np.median, lambda values: np.quantile(values, RESERVED)))
-        columns.append((np.array(list(by_size)), np.array(medians), np.array(high)))
-    return BlockTimes(batch_size, *zip(*columns, strict=True), after)
+        spans, sizes = watch(batch)
+    passes = [(spans, sizes)]
+    while time.perf_counter() < ends:
+        passes.append(watch(batch))
+    spans, sizes = (np.array(values).T for values in zip(*passes, strict=True))
+    columns, usual = [], 0.0
+    for span, number in zip(spans, [*sizes, np.full_like(sizes[0], batch_size)], strict=True):  # the last span is that of the answer
+        by_size: dict[float, list[float]] = {}
+        for group in np.array_split(np.argsort(number, kind="stable"), GROUPS):
+            if len(group):
+                by_size.setdefault(float(np.median(number[group])), []).extend(span[group])
+        medians, high = (np.array([of(values) for values in by_size.values()]) for of in (np.median, _high))
+        usual += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
+        columns.append((np.array(list(by_size)), medians, high))
+    # A promise is about means, which interruptions lift above medians.
+    columns = [(size, medians * spans.sum() / usual, high) for size, medians, high in columns]
+    *blocks, (_, answer, answer_high) = columns
+    return BlockTimes(batch_size, *zip(*blocks, strict=True), (float(answer[-1]), float(answer_high[-1])))
 
 
-def _after(network: nn.Module, num_images: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds from logits to the answer, in the middle and of nearly all times."""
-    policy, wait = Policy((ALL_LEAVE,), temperatures=(1.0,)), _waiting(device)
-    logits = torch.zeros(1, num_images, network.num_classes, device=device)
-    spans = []
-    for _ in range(AFTERS):
-        wait()
-        began = time.perf_counter()
-        simulate(logits, policy)
-        wait()
-        spans.append(1e3 * (time.perf_counter() - began))
-    return float(np.median(spans)), float(np.quantile(spans, RESERVED))
+def _high(values: np.ndarray) -> np.ndarray:
+    return np.quantile(values, RESERVED)
 
 
 class _Stopwatch(AdaptivePredictor):
-    """Leaves ``marks`` (K + 1) in milliseconds: the call, the starts of all blocks but the first, the end; and ``sizes`` (K), the images in
-    each block. Of several images some leave at every exit, by chance: all sizes occur, and none is new to the libraries afterwards."""
+    """Gives the milliseconds (K + 1) of all blocks and of the answer, and the images (K) in each block. Of several images some leave at
+    every exit, by chance, in some passes most, in some hardly any: all sizes occur, and none is new to the libraries afterwards."""
 
     def __init__(self, network: nn.Module):
-        super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits))
-        self.marks: list[float] = []
-        self.sizes: list[int] = []
+        super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits, ensemble=tuple(map(tuple, np.eye(network.num_exits).tolist()))))
         self._chance = random.Random(0)
 
-    def __call__(self, images: Tensor) -> None:
-        self._wait, self._began = _waiting(images.device), time.perf_counter()
-        self.marks, self.sizes = [], []
+    def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
+        self._wait, self._marks, self._sizes, self._rareness = _waiting(images.device), [], [], self._chance.choice((0.3, 3.0, 60.0))
         super().__call__(images)
         self._mark()
-        self.marks[0] = 0.0
+        return 1e3 * np.diff(self._marks), self._sizes
 
     def _mark(self) -> None:
         self._wait()
-        self.marks.append(1e3 * (time.perf_counter() - self._began))
+        self._marks.append(time.perf_counter())
+
+    def _checked(self, images: Tensor) -> Tensor:
+        self._mark()
+        return super()._checked(images)
 
     def _may_start(self, k: int, num_images: int) -> bool:
-        self._mark()
-        self.sizes.append(num_images)
+        if k > 0:
+            self._mark()
+        self._sizes.append(num_images)
         return True
+
+    def _answer(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
+        self._mark()
+        return super()._answer(logits, exits)
 
     def _leaves(self, answer: Answer, threshold: float) -> Tensor:
         leaves = super()._leaves(answer, threshold)
         if len(leaves) > 1:
-            leaves[: int(len(leaves) * self._chance.random() ** 3)] = True
+            leaves[: int(len(leaves) * self._chance.random() ** self._rareness)] = True
         return leaves
 
 
@@ -171,85 +167,84 @@ def interleaved_seconds(
     Args:
         least_seconds: call a function several times a round until it has run so long.
     """
-    wait = _waiting(device)
-    counts = []
-    for function in functions:
+
+    def seconds(function: Callable[[], object], count: int = 1) -> float:
         function()
         wait()
         began = time.perf_counter()
-        function()
-        wait()
-        counts.append(max(1, round(least_seconds / max(time.perf_counter() - began, 1e-9))))
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, count, measured in zip(functions, counts, seconds, strict=True):
+        for _ in range(count):
             function()
-            wait()
-            began = time.perf_counter()
-            for _ in range(count):
-                function()
-            wait()
-            measured.append((time.perf_counter() - began) / count)
-    return [statistics.median(measured) for measured in seconds]
+        wait()
+        return (time.perf_counter() - began) / count
+
+    wait = _waiting(device)
+    counts = [max(1, round(least_seconds / max(seconds(function), 1e-9))) for function in functions]
+    measured = [[seconds(function, count) for function, count in zip(functions, counts, strict=True)] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
-def runtime_rows(
-    network: nn.Module,
-    points: list[Point],
-    images: Tensor,
-    times: BlockTimes,
-    seconds: float = 10.0,
-) -> list[dict]:
-    """Time an image of policies at the batch size of ``times``, beside that of running every exit.
+def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0) -> list[dict]:
+    """Mean time an image of policies at the batch size of ``times``, beside that of running every exit; they take turns.
 
     Args:
         points: to time, of a policy curve.
         images: on the device, (N, 3, H, W), as the predictor takes them; as many of them as there is time for.
-        seconds: for everything, about.
+        seconds: after which no further images are begun.
 
     Returns:
         First a row for running every exit (``p`` 0, in a plain pass over the network), then one a point: ``batch_size``, ``p``,
-        ``milliseconds`` an image, and ``expected_milliseconds`` by ``times``.
+        ``milliseconds`` an image, ``expected_milliseconds`` by ``times``, and the number of ``images``.
     """
-    everything = (0.0,) * (network.num_exits - 1) + (1.0,)
-    expected = [times.milliseconds(shares) for shares in (everything, *(point.shares for point in points))]
-    repeats = 3
-    affordable = seconds / (2 * repeats * sum(expected) / 1e3)  # each round calls everything twice
-    count = max(times.batch_size, min(len(images), int(affordable)))
-    batches = images[: count // times.batch_size * times.batch_size].split(times.batch_size)
-    predictors = [AdaptivePredictor(network, point.policy) for point in points]
-    measured = interleaved_seconds([_over(batches, run) for run in [torch.inference_mode()(network), *predictors]], repeats, images.device)
+    size, wait = times.batch_size, _waiting(images.device)
+    runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
+    shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
+    spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
+    batches = [batch for batch in images.split(size) if len(batch) == size]
+    for i in range(0, len(batches), TURN):
+        for j, run in enumerate(runs):
+            run(batches[i])  # not counted: the one before left its own data in the caches
+            wait()
+            began = time.perf_counter()
+            for batch in batches[i : i + TURN]:
+                run(batch)
+            wait()
+            spent[j] += time.perf_counter() - began
+        count += size * len(batches[i : i + TURN])
+        if time.perf_counter() > ends:
+            break
     return [
         {
-            "batch_size": times.batch_size,
+            "batch_size": size,
             "p": point.p if point else 0,
-            "milliseconds": round(1e3 * s / sum(map(len, batches)), 5),
-            "expected_milliseconds": round(e, 5),
+            "milliseconds": round(1e3 * total / count, 5),
+            "expected_milliseconds": round(times.milliseconds(share), 5),
+            "images": count,
         }
-        for point, s, e in zip([None, *points], measured, expected, strict=True)
+        for point, total, share in zip([None, *points], spent, shares, strict=True)
     ]
 
 
-def deadline_rows(network: nn.Module, images: Tensor, times: BlockTimes, acc1: list[float], calls: int = 200) -> list[dict]:
+def deadline_rows(
+    network: nn.Module, images: Tensor, times: BlockTimes, acc1: list[float], policy: Policy | None = None, calls: int = 500
+) -> list[dict]:
     """Answers by deadlines from that of the first exit to that of the last, one image at a time.
 
     Args:
         images: (N, 3, H, W), as the predictor takes them.
         times: at batch 1.
         acc1: of every exit. Time alone decides which exit answers, so its accuracy is that over all images.
+        policy: as for ``AnytimePredictor``.
         calls: for every deadline.
 
     Returns:
-        A row a deadline: ``deadline_milliseconds``, ``acc1`` in percent, ``late`` (share of the calls that took longer), ``share_k`` of
-        the calls that exit k answered.
+        A row a deadline: ``milliseconds``, ``acc1`` in percent, ``late`` (share of the calls that took longer), ``share_k`` of the calls
+        that exit k answered.
     """
-    before_last = sum(median[0] for median in times.median[:-1])
     first = 1.02 * times.reserve(0, 1)
-    last = max(1.1 * before_last + times.reserve(network.num_exits - 1, 1), first)
-    rows = []
+    last = max(1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first)
+    rows, wait = [], _waiting(images.device)
     for deadline in np.linspace(first, last, DEADLINES).tolist():
-        predictor = AnytimePredictor(network, deadline, times)
-        wait, late, exits = _waiting(images.device), 0, []
+        predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
         for call in range(calls):
             image = images[call % len(images)][None]
             wait()
@@ -258,10 +253,10 @@ def deadline_rows(network: nn.Module, images: Tensor, times: BlockTimes, acc1: l
             wait()
             late += 1e3 * (time.perf_counter() - began) > deadline
             exits.append(prediction.exits)
-        shares = torch.bincount(torch.cat(exits).cpu(), minlength=network.num_exits) / calls
-        reached = float((shares.double() * torch.tensor(acc1, dtype=torch.float64)).sum())
-        by_exit = {f"share_{k}": round(share, 4) for k, share in enumerate(shares.tolist(), start=1)}
-        rows.append({"deadline_milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit})
+        shares = (torch.bincount(torch.cat(exits).cpu(), minlength=network.num_exits) / calls).tolist()
+        reached = sum(share * accuracy for share, accuracy in zip(shares, acc1, strict=True))
+        by_exit = {f"share_{k}": round(share, 4) for k, share in enumerate(shares, start=1)}
+        rows.append({"milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit})
     return rows
 
 
@@ -275,21 +270,19 @@ def draw_runtime(rows: list[dict], deadlines: list[dict], exits: list[dict]) -> 
     """
     figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    single = sorted((row for row in rows if row["batch_size"] == 1 and row["p"] > 0), key=lambda row: row["milliseconds"])
-    left.plot([row["operations"] / 1e6 for row in single], [row["acc1"] for row in single], "-", label="budget (mean over images)")
-    left.plot(
-        [row["operations"] / 1e6 for row in exits], [row["acc1"] for row in exits], "o--", markersize=4, label="each exit for all images"
-    )
-    left.set_xlabel("operations an image (millions)")
-    left.set_ylabel("top-1 accuracy on the test set (%)")
-    right.plot([row["milliseconds"] for row in single], [row["acc1"] for row in single], "-", label="budget (mean over images)")
-    steps = ([row["deadline_milliseconds"] for row in deadlines], [row["acc1"] for row in deadlines])
-    right.plot(*steps, "o--", markersize=4, label="deadline (for every image)")
-    right.set_xlabel("milliseconds an image, one at a time")
-    for axes in (left, right):
+    budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
+    for axes, column, scale, unit, steps, label in (
+        (left, "operations", 1e6, "operations an image (millions)", exits, "each exit for all images"),
+        (right, "milliseconds", 1, "milliseconds an image, one at a time", deadlines, "deadline (for every image)"),
+    ):
+        for points, style, name in ((budgets, "-", "budget (mean over images)"), (steps, "o--", label)):
+            line = sorted((row[column] / scale, row["acc1"]) for row in points)
+            axes.plot(*zip(*line, strict=True), style, markersize=4, label=name)
+        axes.set_xlabel(unit)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")
+    left.set_ylabel("top-1 accuracy on the test set (%)")
     return figure
 
 
@@ -304,11 +297,3 @@ def distinct(points: tuple[Point, ...], count: int) -> list[Point]:
 def _waiting(device: torch.device) -> Callable[[], object]:
     """A function that waits until the device has done what it was given."""
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-
-
-def _over(batches: tuple[Tensor, ...], function: Callable[[Tensor], object]) -> Callable[[], None]:
-    def run() -> None:
-        for batch in batches:
-            function(batch)
-
-    return run

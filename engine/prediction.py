@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,8 @@ class Answering:
         if arguments.deadline is not None or (budget is not None and budget.unit == "ms"):
             timing = measure_blocks(form, example, self.batch_size)
         if arguments.deadline is not None:
-            temperatures = curve.points[0].policy.temperatures if curve is not None else None
-            everything = Policy(everything.thresholds, temperatures=temperatures)
+            if curve is not None:
+                everything = replace(curve.of_rule(None)[0].policy, thresholds=everything.thresholds)
             self.predictor = AnytimePredictor(form, arguments.deadline, timing, everything)
             self.policy_line = f"each batch of {self.batch_size} gets the last answer finished within {arguments.deadline:g} ms; {timing}"
             return

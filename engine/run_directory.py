@@ -34,6 +34,7 @@ class RunDirectory:
         self.anytime = path / "anytime.csv"
         self.budgeted = path / "budgeted.csv"
         self.optimised = path / "optimised.csv"
+        self.ensemble = path / "ensemble.csv"
         self.policy = path / "policy.json"
         self.runtime = path / "runtime.csv"
         self.runtime_picture = path / "runtime.png"

@@ -25,7 +25,7 @@ from datasets import cifar_archive
 from utils import CommandLineParser, UserError
 
 HERE = Path(__file__).resolve().parent
-KEPT_FILES = ("run.json", "log.jsonl", "anytime.csv", "budgeted.csv", "optimised.csv", "curves.png")
+KEPT_FILES = ("run.json", "log.jsonl", "anytime.csv", "budgeted.csv", "optimised.csv", "ensemble.csv", "curves.png")
 
 
 class Schedule(NamedTuple):
@@ -184,7 +184,8 @@ def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int],
                 return status
             kept.mkdir(parents=True, exist_ok=True)
             for name in KEPT_FILES:
-                shutil.copy(run / name, kept / name)
+                if (run / name).exists():  # older runs lack some
+                    shutil.copy(run / name, kept / name)
     return 0
 
 

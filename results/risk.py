@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import assign_exits, exit_shares, geometric_thresholds
+from adaptive_inference.budgeted import NONE_LEAVE, assign_exits, exit_shares, geometric_thresholds
 from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Point, Policy, confidence_by_exit
-from adaptive_inference.risk import MaxLoss, certified, losses_of, rows_with_losses
+from adaptive_inference.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
 from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
@@ -34,26 +34,26 @@ POINTS = 40
 Answers = tuple[Tensor, Tensor, Tensor]  # confidence (K, n), classes (K, n), targets (n,)
 
 
-def certified_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> Tensor | None:
-    """Those of the cheapest policy that keeps the promise, None where no policy is certain to."""
+def certified_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> list[float]:
+    """Those of the cheapest policy that keeps the promise; no image leaves early where no policy is certain to."""
     rows = rows_with_losses(*held, operations, points=POINTS)
     points = [Point(Policy(tuple(row["thresholds"])), 0.0, 0.0, (), "tested", row["p"], row["losses"]) for row in rows]
     try:
-        return torch.tensor(certified(points, wanted)[-1].policy.thresholds)
+        return certified(points, wanted)[-1].policy.thresholds
     except UserError:
-        return None
+        return [NONE_LEAVE] * len(operations)
 
 
-def usual_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> Tensor | None:
-    """Those of the cheapest policy of the geometric rule that lost no more on the same images."""
+def usual_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> list[float]:
+    """Those of the cheapest policy of the geometric rule that lost no more on the same images, or as above."""
     for p in range(1, POINTS + 1):
         thresholds = geometric_thresholds(held[0], exit_shares(2 * p / POINTS, len(operations)))
         if _percent_lost(losses_of(thresholds, *held), wanted) <= wanted.percent:
-            return thresholds
-    return None
+            return thresholds.tolist()
+    return [NONE_LEAVE] * len(operations)
 
 
-def _percent_lost(losses, wanted: MaxLoss) -> float:
+def _percent_lost(losses: Losses, wanted: MaxLoss) -> float:
     return 100 * (losses.other if wanted.disagreement else losses.worse - losses.better) / losses.images
 
 
@@ -80,19 +80,18 @@ def main(argv: list[str] | None = None) -> None:
     operations = count_operations(saved.network, data.info.image_size)
     counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
     generator = torch.Generator().manual_seed(0)
-    ways = {"certified": certified_thresholds, "usual choice": usual_thresholds}
-    spent, lost = {way: [] for way in ways}, {way: [] for way in ways}
-    for _ in range(arguments.splits):
-        held, new = (tuple(x[..., half] for x in answers) for half in torch.randperm(len(targets), generator=generator).chunk(2))
-        for way, choose in ways.items():
-            thresholds = choose(held, operations, wanted)
-            spent[way].append(1.0 if thresholds is None else counts[assign_exits(new[0], thresholds)].mean().item())
-            lost[way].append(0.0 if thresholds is None else _percent_lost(losses_of(thresholds, *new), wanted))
+    splits = [torch.randperm(len(targets), generator=generator).chunk(2) for _ in range(arguments.splits)]
     cells = []
-    for way in ways:
-        share = sum(x > wanted.percent for x in lost[way]) / arguments.splits
-        error = math.sqrt(share * (1 - share) / arguments.splits)
-        means = [sum(values) / arguments.splits for values in (lost[way], spent[way])]
+    for way, choose in {"certified": certified_thresholds, "usual choice": usual_thresholds}.items():
+        lost, spent = [], []
+        for halves in splits:
+            held, new = (tuple(x[..., half] for x in answers) for half in halves)
+            thresholds = torch.tensor(choose(held, operations, wanted))
+            lost.append(_percent_lost(losses_of(thresholds, *new), wanted))
+            spent.append(counts[assign_exits(new[0], thresholds)].mean().item())
+        share = sum(x > wanted.percent for x in lost) / len(splits)
+        error = math.sqrt(share * (1 - share) / len(splits))
+        means = [sum(values) / len(splits) for values in (lost, spent)]
         cells.append([way, f"{100 * share:.1f} +- {100 * error:.1f}", f"{means[0]:.2f}", f"{100 * means[1]:.1f}"])
     sys.stdout.write(f"{len(targets):,} test images, {arguments.splits} splits in halves: {wanted}\n")
     sys.stdout.write(table(["", "promise failed in %", "mean loss %", "operations %"], cells) + "\n")

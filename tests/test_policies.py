@@ -38,7 +38,8 @@ def network():
 def curve(network):
     rows = [row(1, 50.0, 12e6), row(2, 61.0, 15e6), row(3, 60.0, 20e6), row(4, 70.0, 30e6)]
     losses = (Losses(100, 1, 0, 2), Losses(900, 5, 2, 9))
-    return policy_curve(network, OPERATIONS, {"geometric": rows, "tested": [{**rows[2], "losses": losses}]}, temperatures=[1.5, 1.0, 0.5])
+    by_rule = {"geometric": rows, "tested": [{**rows[2], "losses": losses}], "ensemble": rows[1:2]}
+    return policy_curve(network, OPERATIONS, by_rule, temperatures=[1.5, 1.0, 0.5], ensemble=[[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5]])
 
 
 def test_round_trip(network, curve, tmp_path):
@@ -46,6 +47,7 @@ def test_round_trip(network, curve, tmp_path):
     assert read_policy(tmp_path / "policy.json", network) == curve
     assert read_policy(tmp_path / "policy.json", inference_form(network)) == curve
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+    assert [point.rule for point in curve.points if point.policy.ensemble] == ["ensemble"]
 
 
 class Timing:
@@ -68,7 +70,15 @@ def test_wishes_choose(curve):
     assert curve.point(3, rule).operations == 20e6
 
 
-def test_optimised_points_come_first(network):
+def test_points_that_are_not_there(curve):
+    with pytest.raises(UserError, match="numbered 1 to 4"):
+        curve.point(9, "geometric")
+    with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
+        curve.point(1, "optimised")
+
+
+def test_best_rules_come_first(network, curve):
+    assert choose(curve, operations=20e6).rule == "ensemble"
     curve = policy_curve(network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]})
     assert choose(curve, operations=20e6).rule == "optimised"
     assert choose(curve, operations=20e6, rule="geometric").val_acc1 == 90.0
@@ -119,6 +129,9 @@ def change(*keys, to):
         change("network", "form", to=None),
         change("measure", to="luck"),
         change("temperatures", to=[1.0, 1.0, 0.0]),
+        change("ensemble", to=None),
+        change("ensemble", to=[[1.0, 0.0]] * 3),
+        change("ensemble", 0, to=[1.0, 0.0, "0"]),
         change("operations", to=[1] * 101),
         change("operations", to=[3, 2, 1]),
         change("points", to=[]),

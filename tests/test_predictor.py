@@ -176,6 +176,19 @@ def test_temperatures_change_confidence_alone():
     torch.testing.assert_close(after.probs, answered.softmax(1))
 
 
+def test_an_ensemble_answers_with_the_exits_so_far():
+    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
+    logits = logits_of(network, images)
+    alone = quantile_policy(logits, 0.4)
+    together = Policy(alone.thresholds, ensemble=((1.0, 0.0, 0.0), (0.5, 0.6, 0.0), (0.2, 0.3, 0.7)))
+    prediction = AdaptivePredictor(network, together)(images)
+    assert_same(prediction, simulate(logits, together))
+    assert torch.equal(prediction.exits, simulate(logits, alone).exits)
+    for i, k in enumerate(prediction.exits.tolist()):
+        expected = sum(weight * logits[j, i] for j, weight in enumerate(together.ensemble[k]))
+        torch.testing.assert_close(prediction.probs[i], expected.softmax(0))
+
+
 def described_network():
     network = make_network(1).float()
     network.description = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])

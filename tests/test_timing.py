@@ -33,11 +33,11 @@ def test_blocks_are_measured_at_the_sizes_that_occur():
     for batch_size in (1, 16):
         times = measure_blocks(network, image, batch_size, seconds=0.3)
         assert times.batch_size == batch_size
-        for sizes, median, high in zip(times.sizes, times.median, times.high, strict=True):
+        for sizes, usual, high in zip(times.sizes, times.usual, times.high, strict=True):
             assert (np.diff(sizes) > 0).all()
             assert 1 <= sizes[0] <= sizes[-1] <= batch_size
-            assert (median > 0).all()
-            assert (high >= median).all()
+            assert (usual > 0).all()
+            assert (high > 0).all()
 
 
 def test_rows_and_picture():
@@ -58,6 +58,7 @@ def test_rows_and_picture():
     measured = runtime_rows(network, points, images, times, seconds=0.2)
     assert [(row["batch_size"], row["p"]) for row in measured] == [(1, 0), (1, 2), (1, 3), (1, 4)]
     for row in measured:
+        assert row["images"] >= 8
         assert row["milliseconds"] > 0
         assert row["expected_milliseconds"] > 0
     deadlines = deadline_rows(network, images, times, [10.0, 20.0, 30.0], calls=5)

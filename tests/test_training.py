@@ -65,8 +65,9 @@ def test_a_run_leaves_tables_curves_logs_and_how_it_was_made(runs, stage):
     run = runs / stage
     anytime, budgeted = read_csv(run / "anytime.csv"), read_csv(run / "budgeted.csv")
     assert [row["exit"] for row in anytime] == [1, 2, 3]
-    assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature"]
-    assert len(budgeted) == len(read_csv(run / "optimised.csv")) == 40
+    assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature", "ensemble_acc1"]
+    assert len(budgeted) == 40
+    assert [len(read_csv(run / name)) for name in ("optimised.csv", "ensemble.csv")] == [40, 40]
     assert all(abs(sum(row[f"share_{k}"] for k in (1, 2, 3)) - 1) < 1e-5 for row in budgeted)
     assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in ("curves.png", "examples.png"))
     assert any((run / "tensorboard").iterdir())
@@ -337,7 +338,7 @@ def test_evaluation_alone_repeats_the_tables(runs, program):
 @pytest.mark.parametrize("measure", ["entropy", "margin", "patience"])
 def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     run = runs / "GE"
-    assert train_GE.main(["--save", "GE", "--evalmode", "dynamic", "--confidence", measure]) == 0
+    assert train_GE.main(["--save", "GE", "--evalmode", "dynamic", "--measure", measure]) == 0
     saved = load_saved(run / "best.safetensors", {})
     curve = read_policy(run / "policy.json", saved.network)
     data = dataloader.load_data(parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.split)
