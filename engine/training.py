@@ -7,8 +7,8 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 import math
 import os
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.checkpoint import save_checkpoint
 from engine.collect import accuracy_per_exit
 from engine.schedule import learning_rate
 from engine.session import Session
-from engine.signals import Interrupted, Requests, note_signals
+from engine.signals import Interrupted, Requests, note_signals, stop_on_signals
 from engine.stepper import Stepper
 from models.saved import Description, Split, save_network
 from utils import UserError, duration
@@ -152,11 +152,15 @@ class _Trainer:
         if signal_number:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
-    def _announced(self) -> AbstractContextManager:
-        """Around a step: says so if it is the one that compiles."""
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Around a step. If it is the one that compiles, it says so, and a signal stops it at once, as there is nothing to save yet."""
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
-            return nullcontext()
-        return self.session.log.waiting("compiling the training step: one to three minutes the first time, later from PyTorch's cache")
+            yield
+            return
+        text = "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
+        with stop_on_signals(), self.session.log.waiting(text):
+            yield
 
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other

@@ -72,7 +72,7 @@ class Case:
         elif "Traceback" in outcome.errors:
             found.append(f"a trace, status {outcome.status}: {lines[-1][:200]}")
         elif outcome.status == 2:
-            if len(lines) != 1 or not lines[0].startswith(f"{self.program}".replace("engine.convert", "engine.convert:").split(":")[0]):
+            if len(lines) != 1 or not lines[0].startswith(self.program):
                 found.append(f"status 2 with {len(lines)} lines on standard error: {outcome.errors[:300]!r}")
             elif len(lines[0]) > LONGEST_LINE:
                 found.append(f"a line of {len(lines[0])} characters: {lines[0][:200]!r}")

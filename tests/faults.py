@@ -13,9 +13,7 @@ The exit status is 1 if anything failed. ``--self-check`` then breaks the progra
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
-import json
 import math
 import os
 import random
@@ -29,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,27 +35,18 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from PIL import Image
 
 import datasets
 import engine.checkpoint
 import engine.evaluate
-from adaptive_inference import read_policy
 from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
-from engine.checkpoint import load_checkpoint, load_saved
 from engine.log import Log
-from engine.report import read_csv
-from engine.run_directory import RunDirectory
-from models import Description
-from settings import RESUMABLE
 from tests import fault_inputs
+from tests.compare import differences, unreadable
 from tests.conftest import TINY_DEMO, TINY_FLAGS
 from tests.forked import Outcome, prepare, run
-from utils import UserError
 
 KINDS = ("kill", "term", "disk", "input")
-# What a training prints of itself differs from run to run: when it was, and where.
-MEASURED = {"seconds", "images_per_second"}
 LINKS = ["--epochs", "2", "--batch-size", "32"]
 TRAININGS = {
     "GE": ("train_GE", [*TINY_FLAGS, "--epochs", "2", "--augment", "standard", "--clip-grad", "5", "--warmup-epochs", "0.5"]),
@@ -93,7 +82,8 @@ class Undisturbed:
         """A stage-1 run that was stopped in the middle of its second epoch."""
         path = self.folder / "half"
         program, flags = TRAININGS["GE"]
-        outcome = run(program, [*flags, "--save", str(path)], self.folder, prelude=_stop_after_six_steps)
+        with mock.patch.object(Log, "advance", partialmethod(_advance_six_steps, Log.advance, itertools.count(1))):
+            outcome = run(program, [*flags, "--save", str(path)], self.folder)
         if outcome.status != 143:
             raise SystemExit(f"a run stopped in its sixth step ended with {outcome.status}: {outcome.errors}")
         return path
@@ -116,103 +106,10 @@ def _must_work(outcome: Outcome, name: str) -> None:
         raise SystemExit(f"the undisturbed run {name} ended with {outcome.status}: {outcome.errors}")
 
 
-def _stop_after_six_steps() -> None:
-    real, steps = Log.advance, itertools.count(1)
-
-    def advance(log: Log) -> None:
-        real(log)
-        if next(steps) == 6:
-            signal.raise_signal(signal.SIGTERM)
-
-    Log.advance = advance
-
-
-def unreadable(path: Path) -> tuple[list[str], int]:
-    """What is not whole in the directory of a run, and how many temporary files lie there."""
-    directory = RunDirectory(path)
-    checks: dict[Path, Callable[[Path], object]] = {
-        directory.last: load_checkpoint,
-        directory.best: lambda p: load_saved(p, {}),
-        directory.log: _read_log,
-        directory.record: lambda p: json.loads(p.read_text()),
-        directory.policy: read_policy,
-        **dict.fromkeys((directory.anytime, directory.budgeted, directory.optimised), _read_table),
-        **dict.fromkeys((directory.curves, directory.examples), lambda p: Image.open(p).load()),
-    }
-    problems, leftovers = [], 0
-    for file in sorted(path.iterdir()) if path.exists() else []:
-        if file.suffix == ".tmp" and any(file.name.startswith(f".{known.name}.") for known in checks):
-            leftovers += 1
-        elif file in checks:
-            try:
-                checks[file](file)
-            except (UserError, OSError, ValueError, SyntaxError) as error:
-                problems.append(f"{file.name} is damaged: {error}")
-        elif file.name not in (".lock", "tensorboard"):
-            problems.append(f"{file.name} does not belong there")
-    return problems, leftovers
-
-
-def _read_log(path: Path) -> list[dict]:
-    text = path.read_text()
-    if text and not text.endswith("\n"):
-        raise ValueError("its last line is not whole")
-    rows = [json.loads(line) for line in text.splitlines()]
-    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise ValueError("epochs are missing")
-    return rows
-
-
-def _read_table(path: Path) -> None:
-    rows = len(read_csv(path))
-    if rows != (3 if path.name == "anytime.csv" else 40):
-        raise ValueError(f"it has {rows} rows")
-
-
-def differences(run_path: Path, wanted: Path) -> list[str]:
-    """What a finished run has otherwise than the undisturbed one; times, and what a resumed run may change, do not count."""
-    found = []
-    for name, read in (("last.pt", _last), ("best.safetensors", _best)):
-        ours, theirs = (read(path / name) for path in (run_path, wanted))
-        found += [f"{name}: {key}" for key in ours.keys() | theirs.keys() if not _same(ours.get(key), theirs.get(key))]
-    ours, theirs = ([_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted))
-    found += [] if ours == theirs else ["log.jsonl"]
-    for name in ("anytime.csv", "budgeted.csv", "optimised.csv", "policy.json", "curves.png", "examples.png"):
-        if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
-            found.append(name)
-    return found
-
-
-def _last(path: Path) -> dict[str, Any]:
-    state = load_checkpoint(path)
-    history = [_without(row, MEASURED) for row in state["history"]]
-    return {**_without(state, MEASURED), "history": history, "description": _comparable(state["description"])}
-
-
-def _best(path: Path) -> dict[str, Any]:
-    saved = load_saved(path, {})
-    return {"state_dict": saved.network.state_dict(), **saved.split._asdict(), "description": _comparable(saved.description)}
-
-
-def _comparable(description: Description) -> dict[str, Any]:
-    return {**dataclasses.asdict(description), "recipe": _without(description.recipe, RESUMABLE)}
-
-
-def _without(row: dict, names: set[str]) -> dict:
-    return {name: value for name, value in row.items() if name not in names}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal to the last bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
+def _advance_six_steps(log: Log, real: Callable[[Log], None], steps: Iterator[int]) -> None:
+    real(log)
+    if next(steps) == 6:
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Harness:
@@ -238,9 +135,8 @@ class Harness:
         folder = self.folder / name
         folder.mkdir()
         try:
-            problems = {"kill": self._kill, "term": self._term, "disk": self._disk, "input": self._input}[kind](
-                random.Random(f"{self.seed} {name}"), folder, int(number)
-            )
+            attempt = {"disk": self._disk, "input": self._input}.get(kind, partial(self._interrupted_again_and_again, kind))
+            problems = attempt(random.Random(f"{self.seed} {name}"), folder, int(number))
         except Exception as error:  # one case must not lose the others' results
             traceback.print_exc()
             problems = [f"the harness itself: {type(error).__name__}: {error}"]
@@ -254,12 +150,6 @@ class Harness:
     def _count(self, kind: str, outcome: Outcome) -> None:
         status = outcome.status
         self.ended[kind, "hangs" if status is None else f"status {status}" if status >= 0 else f"signal {-status}"] += 1
-
-    def _kill(self, rng: random.Random, folder: Path, number: int) -> list[str]:
-        return self._interrupted_again_and_again("kill", rng, folder, number)
-
-    def _term(self, rng: random.Random, folder: Path, number: int) -> list[str]:
-        return self._interrupted_again_and_again("term", rng, folder, number)
 
     def _training(self, rng: random.Random, number: int) -> tuple[str, str, list[str], Path]:
         # Stage 1 moves all weights, so it gets more than its share.
@@ -304,16 +194,12 @@ class Harness:
         if outcome.status is None:
             return ["it hangs"]
         if kind == "kill":
-            return (
-                [] if outcome.status == -signal.SIGKILL else [f"status {outcome.status} before the kill: {outcome.errors.strip()[-300:]}"]
-            )
-        found = []
-        if outcome.status != 128 + number:
-            found.append(f"signal {number} ends it with {outcome.status} instead of {128 + number}")
+            was_killed = outcome.status == -signal.SIGKILL
+            return [] if was_killed else [f"status {outcome.status} before the kill: {outcome.errors.strip()[-300:]}"]
         lines = outcome.errors.splitlines()
-        if len(lines) != 1 or "--resume" not in lines[0]:
-            found.append(f"signal {number}: no single line that says how to resume but {lines[-1:]} ({len(lines)} lines)")
-        return found
+        if outcome.status == 128 + number and len(lines) == 1 and "--resume" in lines[0]:
+            return []
+        return [f"signal {number}: status {outcome.status}, {len(lines)} lines on standard error: {lines[-1:]}"]
 
     def _disk(self, rng: random.Random, folder: Path, number: int) -> list[str]:
         """A disk too small from the start, or one that something else fills in the middle; then there is space, and the run goes on."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_GE
 from adaptive_inference import precision
 from args import parse
 from datasets import find
@@ -54,14 +56,18 @@ def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
     assert with_precision(replace(settings, amp="fp16"), CPU).amp == "fp16"
 
 
-def test_long_trainings_compile_their_steps():
+def test_long_trainings_compile_their_steps(monkeypatch):
     demo, cifar = parse("GE", []).settings(), parse("GE", ["--preset", "cifar100"]).settings()
     assert with_compilation(demo, Stage1(), 5_500 * 16e6).compile == "off"
     assert with_compilation(cifar, Stage1(), 45_000 * 58e6 / 2).compile == "default"
     assert with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile == "off"
     assert with_compilation(replace(demo, compile="default"), Stage1(), 1).compile == "default"
-    least = parse("IMTA", ["--preset", "cifar100", "--epochs", "1"]).settings()
-    assert with_compilation(least, Stage2(), 45_000 * 58e6 / 2).compile == "off"
+    stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
+    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6 / 2).compile == "off"  # frozen, it is no faster on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert with_compilation(cifar, Stage1(), 45_000 * 58e6).compile == "reduce-overhead"  # one captured step
+    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6).compile == "reduce-overhead"
+    assert with_compilation(replace(cifar, accumulate=2), Stage1(), 45_000 * 58e6).compile == "default"
 
 
 @pytest.mark.parametrize(
@@ -179,3 +185,11 @@ def test_a_reader_who_leaves_ends_no_training(tmp_path):
         )
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run" / "anytime.csv").exists()
+
+
+def test_a_signal_stops_the_compilation_at_once(tmp_path, tiny_demo, monkeypatch, capsys):
+    """It takes minutes, and there is nothing to save yet."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert train_GE.main([*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]) == 143
+    assert "what was saved before stays; go on with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.pt").exists()
