@@ -50,7 +50,7 @@ class Stepper:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
-            # One kernel, which takes the rate of every step: it is no part of what is compiled or captured, and nothing is done anew for it.
+            # One kernel, which takes the rate of the step: it is no part of what is captured, so a new rate captures nothing anew.
             # With fp16 scaling it does not tell whether a step was skipped.
             fused=settings.fused_optimizer and not self.scaler.is_enabled(),
         )

@@ -1,28 +1,33 @@
 """What a training chooses for itself: its precision, whether it compiles, how many processes; and that several agree."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
 from adaptive_inference import precision
 from args import parse
 from datasets import find
-from engine import launch
+from engine import distributed, launch
 from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
 from engine.stage import with_compilation, with_precision
+from engine.training import _Trainer
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
-from utils import UserError
+from utils import UserError, tell
 
 ROOT = Path(__file__).parent.parent
 CPU = Processes(0, 1, torch.device("cpu"), ())
@@ -110,7 +115,7 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
 COPY_FAILS = """
 import os, engine.launch, train_GE
 from engine.stepper import Stepper
-from utils import UserError
+from utils import UserError, tell
 real = Stepper.step
 def step(*arguments):
     if engine.launch._report is not None:
@@ -169,6 +174,12 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
         pass
 
 
+def test_a_terminal_that_knows_ascii_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    tell("Zo\u00eb/caf\udce9.jpg")
+    assert sys.stdout.buffer.getvalue() == b"Zo\\xeb/caf\\udce9.jpg\n"
+
+
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
     command = [sys.executable, str(ROOT / "train_GE.py"), *TINY_FLAGS, "--limit-train", "64", "--limit-test", "32", "--save", "run"]
     with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
@@ -187,9 +198,61 @@ def test_a_reader_who_leaves_ends_no_training(tmp_path):
     assert (tmp_path / "run" / "anytime.csv").exists()
 
 
-def test_a_signal_stops_the_compilation_at_once(tmp_path, tiny_demo, monkeypatch, capsys):
-    """It takes minutes, and there is nothing to save yet."""
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert train_GE.main([*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]) == 143
-    assert "what was saved before stays; go on with --resume" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("first_step", "status", "words"),
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, "what was saved before stays; go on with --resume"),  # compiling takes minutes
+        (RuntimeError("CUDA error: out of memory"), 2, "not enough memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "not enough memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "not enough memory"),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1"), 1, "another process of this run was lost"),
+    ],
+)
+def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(tmp_path, tiny_demo, monkeypatch, capsys, first_step, status, words):
+    def run_it(*_):
+        if isinstance(first_step, Exception):
+            raise first_step
+        first_step()
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: run_it)
+    assert train_GE.main([*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
+    """Each process on a GPU of its own, and signals and results exchanged without it."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    joined = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: joined.update(rest, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(None) as processes:
+        assert processes.gpu_ids == (1,)
+    assert (joined["device"], joined["backend"]) == (torch.device("cuda", 1), "cpu:gloo,cuda:nccl")
+    assert joined["timeout"] == timedelta(minutes=15)
+
+
+def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
+    """A GPU is waited for at each."""
+
+    class Questions(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.number += function is torch.ops.aten._local_scalar_dense.default
+            return function(*arguments, **(options or {}))
+
+    real, questions = _Trainer._write, Questions()
+
+    def write(*arguments):
+        with questions:
+            real(*arguments)
+
+    monkeypatch.setattr(_Trainer, "_write", write)
+    assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
+    assert questions.number == 1

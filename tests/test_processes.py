@@ -112,11 +112,11 @@ def test_evaluation_gathered_from_two_processes_equals_that_of_one(undisturbed):
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path, machines):
     """Several machines as ``docs/usage.md`` says; one process is late at the second start, and the other must wait for its new address."""
-    place = ["--standalone"]
+    place, environment = ["--standalone"], {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if machines > 1:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", "one"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc_per_node", str(2 // machines), "--max-restarts", "1"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL)), "LATE": str(machines - 1)}
     agents = [
         subprocess.Popen(
