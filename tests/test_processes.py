@@ -129,7 +129,11 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
         )
         for _ in range(machines)
     ]
-    outputs = [agent.communicate(timeout=170)[0] for agent in agents]
+    try:
+        outputs = [agent.communicate(timeout=170)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
     assert [agent.returncode for agent in agents] == [0] * machines, outputs
     assert any("going on with" in output for output in outputs)
     assert differences(tmp_path / "run", undisturbed / "run") == []
