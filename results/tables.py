@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
-from engine.report import draw_curves, read_csv, save_figure
+from engine.report import read_csv, save_figure
 from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from results.held_out import AUGMENTED
 from utils import CommandLineParser, UserError, atomic_write
@@ -35,6 +35,8 @@ BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
 PAPER = {"MSDNet": ("", "63.73", "", "", "71.81"), "IMTA": ("", "65.54", "", "", "73.45")}
 # The same network, plain MSDNet, budgeted prediction, by mean operations: Liuyang829/testMSDNet.
 REPORT_BUDGETED = ("59.1 at 7.2 M", "63.9 at 11.6 M, 67.3 at 17.2 M", "69.8 at 27.2 M", "", "")
+# Small static networks, one for a budget: chenyaofo/pytorch-cifar-models, last epoch of its logs (200 epochs, no images held out).
+STATIC = (("ShuffleNetV2 x0.5", 11.0, 67.45), ("MobileNetV2 x0.5", 28.1, 70.19), ("MobileNetV2 x0.75", 59.4, 73.58))
 # A network with 7 exits and growth rate 6, read off a figure: arXiv 2306.02652.
 REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7)}
 
@@ -140,11 +142,16 @@ def comparison(
 
 
 def exits_table() -> str:
-    operations = [f"{row['operations'] / 1e6:.2f} M" for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
+    operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
     titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
-    paper = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
-    table = comparison(paper, exit_names(len(operations)), titles, exit_accuracies)
-    return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(operations)} |"
+    published = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
+    static = [""] * len(operations)  # each in the column of the exit nearest in operations
+    for _, millions, accuracy in STATIC:
+        nearest = min(range(len(operations)), key=lambda k: abs(operations[k] - millions))
+        static[nearest] = f"{accuracy} at {millions} M"
+    published.append([f"static: {', '.join(name for name, *_ in STATIC)}", *static])
+    table = comparison(published, exit_names(len(operations)), titles, exit_accuracies)
+    return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(f'{millions:.2f} M' for millions in operations)} |"
 
 
 def budgets_table() -> str:
@@ -237,39 +244,38 @@ def runs_table() -> str:
     return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
 
 
-def draw_arms() -> Figure:
-    """Mean over seeds of every arm's exits (points) and budgets (lines), with the standard deviation as a band."""
+def draw_arms(results: Path) -> Figure:
+    """Mean over seeds of every main arm's exits (points) and budgets (lines), with the standard deviation as a band."""
     figure = Figure(figsize=(6.8, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for arm in MAIN_ARMS:
-        tables = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, SHORT)]
-        operations = [row["operations"] / 1e6 for row in tables[0]]
-        columns = list(zip(*([row["acc1"] for row in rows] for rows in tables), strict=True))
+        folders = seeds_of(arm, results)
+        if not folders:
+            continue
+        operations = [row["operations"] / 1e6 for row in read_csv(folders[0] / "anytime.csv")]
+        columns = list(zip(*map(exit_accuracies, folders), strict=True))
         means = [statistics.mean(column) for column in columns]
         (line,) = axes.plot(operations, means, "o--", markersize=5, linewidth=1.2, label=f"{TITLES[arm]}: each exit")
-        if len(tables) > 1:
+        if len(folders) > 1:
             widths = [statistics.stdev(column) for column in columns]
             low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
             axes.fill_between(operations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        curves = [read_csv(folder / "budgeted.csv") for folder in seeds_of(arm, SHORT)]
+        curves = [read_csv(folder / "budgeted.csv") for folder in folders]
         points = [
             (statistics.mean(r["operations"] for r in rows) / 1e6, statistics.mean(r["test_acc1"] for r in rows))
             for rows in zip(*curves, strict=True)
         ]
         axes.plot(*zip(*sorted(points), strict=True), "-", color=line.get_color(), linewidth=1.2, label=f"{TITLES[arm]}: budgeted")
+    if results != SHORT:
+        axes.plot(*zip(*(point for _, *point in STATIC), strict=True), "k^", markersize=6, label="static networks elsewhere, 200 epochs")
+        for name, operations, accuracy in STATIC:
+            axes.annotate(name, (operations, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
+        axes.margins(0.1)
     axes.set_xlabel("operations an image (millions)")
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     return figure
-
-
-def draw_all_classes() -> Figure:
-    """The runs of seed 1 on all classes."""
-    files = ("anytime.csv", "budgeted.csv", "optimised.csv")
-    folders = {TITLES[arm]: MEDIUM / "seed_1" / arm for arm in MAIN_ARMS}
-    curves = {title: tuple(read_csv(folder / file) for file in files) for title, folder in folders.items() if folder.is_dir()}
-    return draw_curves(curves)
 
 
 def check_backbones() -> None:
@@ -323,8 +329,8 @@ def main() -> None:
                 text = with_tables(document.read_text(encoding="utf-8"))
                 with atomic_write(document) as stream:
                     stream.write(text)
-            save_figure(draw_arms(), SHORT / "arms.png")
-            save_figure(draw_all_classes(), MEDIUM / "curves.png")
+            for results in (SHORT, MEDIUM):
+                save_figure(draw_arms(results), results / "arms.png")
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:
