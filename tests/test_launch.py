@@ -7,23 +7,20 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
 from adaptive_inference import precision
 from args import parse
 from datasets import find
-from engine import distributed, launch
+from engine import launch
 from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
 from engine.stage import with_compilation, with_precision
-from engine.training import _Trainer
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
@@ -219,40 +216,3 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(tmp_path, t
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert not (tmp_path / "run" / "last.pt").exists()
-
-
-def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
-    """Each process on a GPU of its own, and signals and results exchanged without it."""
-    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    joined = {}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(dist.HashStore(), 1, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: joined.update(rest, backend=backend))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with process_group(None) as processes:
-        assert processes.gpu_ids == (1,)
-    assert (joined["device"], joined["backend"]) == (torch.device("cuda", 1), "cpu:gloo,cuda:nccl")
-    assert joined["timeout"] == timedelta(minutes=15)
-
-
-def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
-    """A GPU is waited for at each."""
-
-    class Questions(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            self.number += function is torch.ops.aten._local_scalar_dense.default
-            return function(*arguments, **(options or {}))
-
-    real, questions = _Trainer._write, Questions()
-
-    def write(*arguments):
-        with questions:
-            real(*arguments)
-
-    monkeypatch.setattr(_Trainer, "_write", write)
-    assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
-    assert questions.number == 1

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, simulate
@@ -200,23 +199,6 @@ def test_temperatures_change_confidence_alone():
     assert torch.equal(before.classes, after.classes)
     answered = logits[after.exits, torch.arange(40)] / torch.tensor(warm.temperatures, dtype=torch.float64)[after.exits, None]
     torch.testing.assert_close(after.probs, answered.softmax(1))
-
-
-class NoHostNumbers(TorchDispatchMode):
-    """A number of the host that is written into a tensor by index makes a GPU wait for it."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        assert not ("index_put" in str(function) and arguments[2].dim() == 0), function
-        return function(*arguments, **(options or {}))
-
-
-def test_no_number_of_the_host_is_written_by_index():
-    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
-    predictor = AdaptivePredictor(network, quantile_policy(logits_of(network, images), 0.4))
-    with NoHostNumbers():
-        assert len(predictor(images).exits.unique()) == 3
-    with pytest.raises(AssertionError, match="index_put"), NoHostNumbers():
-        torch.zeros(3)[torch.tensor([1])] = 1
 
 
 def described_network():

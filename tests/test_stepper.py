@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from args import parse
 from engine.distributed import Processes
@@ -17,7 +16,6 @@ from engine.stepper import Stepper
 from engine.training import Meters
 from models import IMTA, MSDNet
 from models.layers import frozen_statistics
-from models.options import NETWORK_FIELDS
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
 from train_IMTA import Distillation
@@ -195,26 +193,6 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     assert stepper.was_skipped
     assert meters.totals[0] == images_before
     assert meters.totals.isfinite().all()
-
-
-def test_a_step_starts_few_operations():
-    """Each is a kernel on a GPU, and waiting for kernels to start is what small networks spend their time on."""
-
-    class Count(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            self.number += not function.is_view and function is not torch.ops.aten.detach.default
-            return function(*arguments, **(options or {}))
-
-    chosen = parse("GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]).settings()
-    options = {name: getattr(chosen, name) for name in NETWORK_FIELDS if name != "small_inputs"}
-    stepper = Stepper(JointTraining(MSDNet(100, **options, small_inputs=True), chosen).train(), chosen, ALONE)
-    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
-    stepper.step(images, targets, 0.1, lambda *_: None)
-    with Count() as count:
-        stepper.step(images, targets, 0.1, lambda *_: None)
-    assert count.number <= 1100
 
 
 WORKER = """

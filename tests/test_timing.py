@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import timing
 from adaptive_inference.policies import policy_curve
 from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, draw_runtime, interleaved_seconds, measure_blocks, runtime_rows
 from tests.test_predictor import logits_of, make_network, quantile_policy
@@ -73,10 +72,3 @@ def test_functions_take_turns():
     calls = []
     interleaved_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3, torch.device("cpu"))
     assert "".join(calls) == "aabb" + "aabb" * 3
-
-
-def test_the_device_that_is_timed_is_waited_for(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    timing._waiting(torch.device("cuda", 1))()
-    assert waited == [torch.device("cuda", 1)]
