@@ -162,7 +162,9 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
     temporary = None
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device, such as /dev/null, is not for replacing
+        if path.is_dir():  # else noticed at the end
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a pipe or a device, such as /dev/null, is not for replacing
             with path.open(mode, **options) as stream:
                 yield stream
             return

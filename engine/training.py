@@ -21,7 +21,7 @@ from engine.checkpoint import save_checkpoint
 from engine.collect import accuracy_per_exit
 from engine.schedule import learning_rate
 from engine.session import Session
-from engine.signals import Interrupted, Requests, note_signals, stop_on_signals
+from engine.signals import Interrupted, Requests, note_signals
 from engine.stepper import Stepper
 from models.saved import Description, Split, save_network
 from utils import UserError, duration
@@ -129,7 +129,7 @@ class _Trainer:
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
-            with self._announced():
+            with self._announced(requests):
                 self.stepper.step(images, targets, rate, self.meters.update)
             progress.step += 1
             progress.skipped_steps += self.stepper.was_skipped
@@ -153,14 +153,16 @@ class _Trainer:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
     @contextmanager
-    def _announced(self) -> Iterator[None]:
+    def _announced(self, requests: Requests) -> Iterator[None]:
         """Around a step. If it is the one that compiles, it says so, and a signal stops it at once, as there is nothing to save yet."""
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
             yield
             return
         text = "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
-        with stop_on_signals(), self.session.log.waiting(text):
+        requests.at_once = True
+        with self.session.log.waiting(text):
             yield
+        requests.at_once = False
 
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other

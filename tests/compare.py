@@ -95,7 +95,8 @@ def _best(path: Path) -> dict[str, Any]:
 
 
 def _comparable(description: Description) -> dict[str, Any]:
-    return {**dataclasses.asdict(description), "recipe": _without(description.recipe, RESUMABLE)}
+    # Whoever commits meanwhile changes nothing of the run.
+    return {**_without(dataclasses.asdict(description), {"commit"}), "recipe": _without(description.recipe, RESUMABLE)}
 
 
 def _without(row: dict, names: set[str]) -> dict:
