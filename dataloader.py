@@ -231,6 +231,7 @@ class FileBatches(Batches):
                     num_workers=self.workers,
                     collate_fn=_collate,
                     worker_init_fn=_ignore_stopping,
+                    generator=torch.Generator(),  # what it draws would else change the state that checkpoints keep
                     pin_memory=self.device.type == "cuda",
                     persistent_workers=self.workers > 0,
                     # Forked, they are this process's own children, and notice when it is killed; a fork server would keep them alive.

@@ -292,8 +292,7 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
     """
     numbers, count = torch.arange(len(found.train)), len(found.train)
     if stored is not None and found.class_names != stored.class_names:
-        others = f"the data have {len(found.class_names)} or other names"
-        raise UserError(f"the checkpoint was trained on {len(stored.class_names)} classes, {others}")
+        raise UserError(f"the checkpoint has {len(stored.class_names)} classes, the data have {len(found.class_names)} or other names")
     if stored is None or count == 0 or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint):
         return numbers
     if digests is not None and len(digests) == stored.num_training_images and len(found.names) == count:
@@ -325,8 +324,6 @@ def choose_held_out(num_images: int, val_size: int | None, split_seed: int, most
 
 def limited(indices: Tensor, limit: int | None, split_seed: int) -> Tensor:
     """At most ``limit`` of ``indices``, sorted."""
-    if limit is None or limit >= len(indices):
-        return indices
     chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(split_seed + 1))[:limit]
     return indices[chosen.sort().values]
 

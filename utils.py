@@ -1,6 +1,7 @@
 """Small tools every program needs: one-line errors, kinds of flags, atomic files. This module imports nothing heavy."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -151,7 +152,9 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
     temporary = None
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device, such as /dev/null, is not for replacing
+        if path.is_dir():  # else noticed at the end
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a pipe or a device, such as /dev/null, is not for replacing
             with path.open(mode, **options) as stream:
                 yield stream
             return

@@ -27,7 +27,7 @@ from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.stepper import mixed_precision
 from models import count_operations
-from utils import UserError
+from utils import UserError, complain
 
 RUNTIME_IMAGES = 1024
 RUNTIME_BATCHES = (1, 64)
@@ -230,7 +230,7 @@ def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tupl
 
     def tables(directory: RunDirectory) -> tuple[list[dict], list[dict], list[dict]]:
         shown = {directory.anytime: "acc1", directory.budgeted: "test_acc1", directory.optimised: "test_acc1"}
-        return tuple(read_csv(path, ("operations", accuracy)) if path.exists() else [] for path, accuracy in shown.items())
+        return tuple(_rows_to_draw(path, accuracy) for path, accuracy in shown.items())
 
     curves = {title: tables(directory) for title, directory in directories.items()}
     return {title: rows for title, rows in curves.items() if any(rows)}
@@ -243,3 +243,11 @@ def _spread(batches: Batches, count: int) -> Iterable[Batch]:
     part = copy.copy(batches)
     part.own = lambda: chosen
     return part
+
+
+def _rows_to_draw(path: Path, accuracy: str) -> list[dict]:
+    try:
+        return read_csv(path, ("operations", accuracy)) if path.exists() else []
+    except UserError as error:  # an old table is no reason to stop, after new ones were written
+        complain(f"{error}; its curve is left out")
+        return []

@@ -30,11 +30,12 @@ def stop_on_signals() -> Iterator[None]:
 
 
 class Requests:
-    """What signals asked for: ``stop`` is the number of the first one that asked to stop, 0 for none."""
+    """What signals asked for: ``stop`` is the number of the first one that asked to stop, 0 for none. While ``at_once`` that one acts, too;
+    it is noted all the same, as Python drops what is raised in some places."""
 
     def __init__(self) -> None:
         self.stop = 0
-        self.save = False
+        self.save = self.at_once = False
 
 
 @contextmanager
@@ -47,6 +48,8 @@ def note_signals() -> Iterator[Requests]:
         requests.stop = number
         for stopping in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, before[stopping])
+        if requests.at_once:
+            signal.raise_signal(number)
 
     def note_save(number: int, frame: object) -> None:
         requests.save = True

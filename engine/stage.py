@@ -71,7 +71,7 @@ class Stage:
         """Raise a ``UserError`` if training did what it must not."""
 
     def share_of_work(self, settings: Settings) -> float:
-        """Operations of a step, forwards and backwards, compared with those of training the whole network."""
+        """Operations that compiling makes faster on a CPU, compared with those of training the whole network."""
         return 1.0
 
 
@@ -295,8 +295,10 @@ def with_compilation(settings: Settings, stage: Stage, operations_an_epoch: floa
     if settings.compile != "auto":
         return settings
     possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
-    is_long = settings.epochs * operations_an_epoch * stage.share_of_work(settings) > COMPILING_PAYS
-    fitting = "reduce-overhead" if torch.cuda.is_available() and settings.accumulate == 1 else "default"
+    on_gpu = torch.cuda.is_available()
+    # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
+    is_long = settings.epochs * operations_an_epoch * (1.0 if on_gpu else stage.share_of_work(settings)) > COMPILING_PAYS
+    fitting = "reduce-overhead" if on_gpu and settings.accumulate == 1 else "default"
     return replace(settings, compile=fitting if possible and is_long else "off")
 
 

@@ -50,7 +50,8 @@ class Stepper:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
-            # With fp16 scaling the fused one does not tell whether a step was skipped.
+            # One kernel, which takes the rate of the step: it is no part of what is captured, so a new rate captures nothing anew.
+            # With fp16 scaling it does not tell whether a step was skipped.
             fused=settings.fused_optimizer and not self.scaler.is_enabled(),
         )
         self.steps_done = 0

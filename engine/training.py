@@ -7,7 +7,8 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 import math
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -128,7 +129,7 @@ class _Trainer:
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
-            with self._announced():
+            with self._announced(requests):
                 self.stepper.step(images, targets, rate, self.meters.update)
             progress.step += 1
             progress.skipped_steps += self.stepper.was_skipped
@@ -151,11 +152,17 @@ class _Trainer:
         if signal_number:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
-    def _announced(self) -> AbstractContextManager:
-        """Around a step: says so if it is the one that compiles."""
+    @contextmanager
+    def _announced(self, requests: Requests) -> Iterator[None]:
+        """Around a step. If it is the one that compiles, it says so, and a signal stops it at once, as there is nothing to save yet."""
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
-            return nullcontext()
-        return self.session.log.waiting("compiling the training step: one to three minutes the first time, later from PyTorch's cache")
+            yield
+            return
+        text = "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
+        requests.at_once = True
+        with self.session.log.waiting(text):
+            yield
+        requests.at_once = False
 
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other

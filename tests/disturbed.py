@@ -1,12 +1,14 @@
 """``train_GE.py``, and once something happens to it: what, the environment says.
 
 SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file that is then made, and
-keeps it from happening again. KILL_LOADERS: processes that load images die at their first image.
+keeps it from happening again. LATE: seconds that this process then waits first. KILL_LOADERS: processes that load images die at their
+first image.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import dataloader
@@ -19,7 +21,9 @@ STEPS = 2
 def main(argv: list[str]) -> int:
     """As of ``train_GE``."""
     if "SIGNAL" in os.environ and os.environ.get("RANK", "1") == "1":
-        _send_once(int(os.environ["SIGNAL"]), Path(os.environ["MARKER"]))
+        marker = Path(os.environ["MARKER"])
+        time.sleep(float(os.environ.get("LATE", "0")) if marker.exists() else 0)
+        _send_once(int(os.environ["SIGNAL"]), marker)
     if "KILL_LOADERS" in os.environ:
         _kill_loaders()
     return train_GE.main(argv)

@@ -154,6 +154,8 @@ def test_held_out_images_stay_those_of_stage_1(flags):
 def test_a_resumed_run_keeps_its_settings():
     stored = plain(parse("GE", ["--lr", "0.3"]).settings())
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
-    parse("GE", ["--resume", "--workers", "9", "--lr", "0.3"]).refuse_changes(stored)
+    elsewhere = parse("GE", ["--resume", "--workers", "9", "--lr", "0.3", "--gpu", "1"])
+    elsewhere.refuse_changes(stored)
+    assert (elsewhere.settings(stored).gpu, parse("GE", ["--resume"]).settings({**stored, "gpu": (0, 1)}).gpu) == ((1,), None)
     with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)

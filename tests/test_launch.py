@@ -1,26 +1,33 @@
 """What a training chooses for itself: its precision, whether it compiles, how many processes; and that several agree."""
 
+import contextlib
 import errno
+import io
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import train_GE
 from adaptive_inference import precision
 from args import parse
 from datasets import find
 from engine import launch
 from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
+from engine.signals import Interrupted
 from engine.stage import with_compilation, with_precision
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
-from utils import UserError
+from utils import UserError, tell
 
 ROOT = Path(__file__).parent.parent
 CPU = Processes(0, 1, torch.device("cpu"), ())
@@ -50,14 +57,18 @@ def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
     assert with_precision(replace(settings, amp="fp16"), CPU).amp == "fp16"
 
 
-def test_long_trainings_compile_their_steps():
+def test_long_trainings_compile_their_steps(monkeypatch):
     demo, cifar = parse("GE", []).settings(), parse("GE", ["--preset", "cifar100"]).settings()
     assert with_compilation(demo, Stage1(), 5_500 * 16e6).compile == "off"
     assert with_compilation(cifar, Stage1(), 45_000 * 58e6 / 2).compile == "default"
     assert with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile == "off"
     assert with_compilation(replace(demo, compile="default"), Stage1(), 1).compile == "default"
-    least = parse("IMTA", ["--preset", "cifar100", "--epochs", "1"]).settings()
-    assert with_compilation(least, Stage2(), 45_000 * 58e6 / 2).compile == "off"
+    stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
+    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6 / 2).compile == "off"  # frozen, it is no faster on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert with_compilation(cifar, Stage1(), 45_000 * 58e6).compile == "reduce-overhead"  # one captured step
+    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6).compile == "reduce-overhead"
+    assert with_compilation(replace(cifar, accumulate=2), Stage1(), 45_000 * 58e6).compile == "default"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
 COPY_FAILS = """
 import engine.launch, train_GE
 from engine.stepper import Stepper
-from utils import UserError
+from utils import UserError, tell
 real = Stepper.step
 def step(*arguments):
     if engine.launch._report is not None:
@@ -156,8 +167,49 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
         pass
 
 
+def test_a_terminal_that_knows_ascii_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    tell("Zo\u00eb/caf\udce9.jpg")
+    assert sys.stdout.buffer.getvalue() == b"Zo\\xeb/caf\\udce9.jpg\n"
+
+
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
     with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
         result = train(tmp_path, stdin=nothing, stdout=full)
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run" / "anytime.csv").exists()
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def interrupt_unnoticed():
+    """In a callback, whose exceptions Python drops; PyTorch has many while it compiles."""
+    with contextlib.suppress(Interrupted):
+        interrupt()
+
+
+@pytest.mark.parametrize(
+    ("first_step", "status", "words"),
+    [
+        (interrupt, 143, "what was saved before stays; go on with --resume"),  # compiling takes minutes
+        (interrupt_unnoticed, 143, "after step 1 of 4, saved; go on with --resume"),
+        (RuntimeError("CUDA error: out of memory"), 2, "not enough memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "not enough memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "not enough memory"),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1"), 1, "another process of this run was lost"),
+    ],
+)
+def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(tmp_path, tiny_demo, monkeypatch, capsys, first_step, status, words):
+    def run_it(objective, *batch):
+        if isinstance(first_step, Exception):
+            raise first_step
+        first_step()
+        return objective(*batch)
+
+    monkeypatch.setattr(torch, "compile", lambda objective, mode: partial(run_it, objective))
+    assert train_GE.main([*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert (tmp_path / "run" / "last.pt").exists() is ("after step" in line)

@@ -1,0 +1,95 @@
+"""What keeps GPUs waiting, and what several of them need: held without any, by the operations that PyTorch is asked for."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_GE
+from adaptive_inference import AdaptivePredictor, timing
+from args import parse
+from engine import distributed
+from engine.distributed import Processes, process_group
+from engine.stepper import Stepper
+from engine.training import _Trainer
+from models import MSDNet
+from models.options import NETWORK_FIELDS
+from tests.conftest import TINY_FLAGS
+from tests.test_predictor import logits_of, make_network, quantile_policy
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations in its block that are ``wanted``, a function of the operation and its arguments."""
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.number = wanted, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.number += self.wanted(function, arguments)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_starts_few_kernels():
+    """Waiting for kernels to start is what small networks spend their time on."""
+    chosen = parse("GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]).settings()
+    options = {name: getattr(chosen, name) for name in NETWORK_FIELDS if name != "small_inputs"}
+    objective = train_GE.JointTraining(MSDNet(100, **options, small_inputs=True), chosen).train()
+    stepper = Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), ()))
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
+    stepper.step(*batch, 0.1, lambda *_: None)
+    with Operations(lambda function, _: not function.is_view and function is not torch.ops.aten.detach.default) as kernels:
+        stepper.step(*batch, 0.1, lambda *_: None)
+    assert 500 < kernels.number <= 1100
+
+
+def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
+    """A GPU is waited for at each."""
+    real, questions = _Trainer._write, Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default)
+
+    def write(*arguments):
+        with questions:
+            real(*arguments)
+
+    monkeypatch.setattr(_Trainer, "_write", write)
+    assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
+    assert questions.number == 1
+
+
+def test_a_prediction_writes_no_number_of_the_host_by_index():
+    """A GPU would wait for it, once more in each block."""
+
+    def is_host_number(function, arguments):
+        return "index_put" in str(function) and arguments[2].dim() == 0
+
+    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
+    predictor = AdaptivePredictor(network, quantile_policy(logits_of(network, images), 0.4))
+    with Operations(is_host_number) as writes:
+        assert len(predictor(images).exits.unique()) == 3
+        assert writes.number == 0
+        torch.zeros(3)[torch.tensor([1])] = 1
+        assert writes.number == 1
+
+
+def test_the_device_that_is_timed_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    timing._waiting(torch.device("cuda", 1))()
+    assert waited == [torch.device("cuda", 1)]
+
+
+def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
+    """Each process on a GPU of its own, and signals and results exchanged without it."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    joined = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: joined.update(rest, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(None) as processes:
+        assert processes.gpu_ids == (1,)
+    assert (joined["device"], joined["backend"]) == (torch.device("cuda", 1), "cpu:gloo,cuda:nccl")
+    assert joined["timeout"] == timedelta(minutes=15)
