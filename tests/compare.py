@@ -24,7 +24,7 @@ from utils import UserError
 
 # What a training says of itself differs from run to run: how fast it was, and what started it.
 MEASURED = {"seconds", "images_per_second", "launch"}
-TABLES, PICTURES = ("anytime.csv", "budgeted.csv", "optimised.csv"), ("curves.png", "examples.png")
+TABLES, PICTURES = ("anytime.csv", "budgeted.csv", "optimised.csv", "ensemble.csv"), ("curves.png", "examples.png")
 
 
 def unreadable(path: Path) -> tuple[list[str], int]:
