@@ -199,7 +199,7 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
     runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
     shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
     spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
-    batches = [batch for batch in images.split(size) if len(batch) == size]
+    batches = [batch for batch in images.split(size) if len(batch) == size] or [images]  # of a small data set, all at once
     for i in range(0, len(batches), TURN):
         for j, run in enumerate(runs):
             run(batches[i])  # not counted: the one before left its own data in the caches
@@ -209,7 +209,7 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
                 run(batch)
             wait()
             spent[j] += time.perf_counter() - began
-        count += size * len(batches[i : i + TURN])
+        count += sum(map(len, batches[i : i + TURN]))
         if time.perf_counter() > ends:
             break
     return [
