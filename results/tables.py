@@ -120,11 +120,12 @@ def epochs(folder: Path) -> list[dict]:
 
 
 def ours(results: Path, titles: dict[str, str], accuracies: Callable[[Path], list[float]], width: int) -> list[list[str]]:
-    """A row for every arm, over its seeds; blank where nothing was run."""
+    """A row for every arm that was run, over its seeds; blank ones for the published schedule."""
     rows = []
     for arm, title in titles.items():
         columns = spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
-        rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * width)])
+        if columns or results == PUBLISHED:
+            rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * width)])
     return rows
 
 
