@@ -17,7 +17,6 @@ import synthetic
 from adaptive_inference.export import export_onnx
 from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
-from examples import same_answers
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
@@ -55,6 +54,7 @@ def test_command_line_without_a_checkpoint(tmp_path, capsys):
 if INSTALLED:  # an optional install: elsewhere there is nothing to test
     import onnx
 
+    from examples import same_answers
     from onnx_predictor import OnnxPredictor
 
     @pytest.fixture(scope="module")
