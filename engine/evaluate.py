@@ -97,7 +97,9 @@ class Evaluation:
             row["ece"] = round(error, 3)
         if policy is not None:
             errors = calibration_errors(logits, targets, policy.temperatures)
-            together = percent_right(classes_together(logits, policy.ensemble), targets)
+            together = [row["acc1"] for row in rows]  # not counted again: equal logits in 16 bits may be ordered otherwise
+            if policy.ensemble is not None:
+                together = percent_right(classes_together(logits, policy.ensemble), targets)
             for row, error, temperature, accuracy in zip(rows, errors, policy.temperatures, together, strict=True):
                 row |= {"ece_scaled": round(error, 3), "temperature": temperature, "ensemble_acc1": round(accuracy, 4)}
         write_csv(self.session.run.anytime, rows)
