@@ -135,7 +135,8 @@ class CommandLine:
                 recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
                 self.settings(stored=recorded)
                 if "resume" in self.explicit:
-                    self.refuse_changes(recorded)
+                    # Where it started from is recorded as it was given; last.pt knows the file.
+                    self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
         elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
             if "overwrite" not in self.explicit:
                 run.refuse_second()

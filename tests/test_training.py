@@ -32,7 +32,7 @@ def train_ge(save, *flags):
 
 
 def train_imta(runs, name, *flags):
-    return train_IMTA.main(["--pretrained", str(runs / "GE"), "--save", str(runs / name), *TINY_STAGE_2, *flags])
+    return train_IMTA.main(["--pretrained", "GE", "--save", str(runs / name), *TINY_STAGE_2, *flags])
 
 
 @pytest.fixture
