@@ -4,8 +4,7 @@ Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files an
 networks are recognised by the shapes of the tensors; any other needs its published flags.
 
     network = load_released("msdnet-step=4.pth.tar")  # in evaluation mode
-    logits = network(images)
-    torch.save({"arch": released_flags(network)["arch"], "state_dict": to_released(network)}, "for_released_programs.pth.tar")
+    torch.save({"state_dict": to_released(network)}, "for_released_programs.pth.tar")
 """
 
 import os
@@ -107,41 +106,14 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     Raises:
         ValueError: the released programs have no such network (``IMTA`` with ``isc=False``).
     """
+    if isinstance(network, IMTA) and network.links is None:
+        raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
     ours = network.state_dict()
     return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
 
 
-def released_flags(network: MSDNet | IMTA) -> Flags:
-    """Published flags of a network, by their published names and spellings; ``load_released`` takes them too.
-
-    ``data`` follows from the kind of inputs and, for small ones, from the number of classes. The released programs derive
-    ``num_classes`` from ``data``; for another number of classes it has to be set there.
-
-    Raises:
-        ValueError: as ``to_released``.
-    """
-    stage_2 = isinstance(network, IMTA)
-    _refuse_without_links(network)
-    config = network.trunk.config
-    flags = {flag: config[name] for flag, name in PUBLISHED_NAMES.items()}
-    for flag in ("grFactor", "bnFactor"):
-        flags[flag] = "-".join(map(str, flags[flag]))
-    small_data = "cifar10" if config["num_classes"] == 10 else "cifar100"
-    return {
-        "arch": STAGE_2_ARCH if stage_2 else STAGE_1_ARCHS[config["gradient_equilibrium"]],
-        "data": small_data if config["small_inputs"] else "ImageNet",
-        **flags,
-    }
-
-
-def _refuse_without_links(network: MSDNet | IMTA) -> None:
-    if isinstance(network, IMTA) and network.links is None:
-        raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
-
-
 def _names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
     """(our name, released name) of every tensor, in the released order."""
-    _refuse_without_links(network)
     for our_module, released_module in _module_names(network):
         for suffix in network.get_submodule(our_module).state_dict():
             yield f"{our_module}.{suffix}", f"{released_module}.{suffix}"

@@ -120,7 +120,6 @@ def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]
             ("train_IMTA", ["--pretrained", "../GE", *STARTS], best),
             ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
             ("predict", ["--checkpoint", f"../{best}", "../good.png"], best),
-            ("engine.convert", [f"../{best}", f"../new/{released}"], best),
         ]
     )
     return Case(folder, program, argv, "", writes=("new", name.split("/")[0])), folder / name

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-PROGRAMS = ("train_GE", "train_IMTA", "predict", "engine.convert")
+PROGRAMS = ("train_GE", "train_IMTA", "predict")
 MEMORY = 3 * 2**30  # bytes a child may map beyond what the parent has
 
 # Imported by the programs when they first need them, which would be once a child.
