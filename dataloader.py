@@ -310,7 +310,7 @@ def _collate(samples: list) -> Batch | str:
 class TrainingTransform:
     """Opened image -> bytes (3, image_size, image_size): random resized crop and flip, then the policy that ``augment`` names.
 
-    Only what a crop needs is decoded, and PyTorch resizes bytes faster than PIL does (``benchmarks/image_decoding.py``).
+    Only what a crop needs is decoded, and PyTorch resizes bytes faster than PIL does.
     """
 
     def __init__(self, image_size: int, augment: str = "standard"):

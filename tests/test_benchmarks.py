@@ -1,9 +1,8 @@
 """The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
 
 import pytest
-from PIL import Image
 
-from benchmarks import image_decoding, training_speed
+from benchmarks import training_speed
 
 TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
 
@@ -39,18 +38,3 @@ def test_training_speed_passes_flags_on(capsys):
 def test_training_speed_refuses_what_it_cannot_measure(capsys):
     assert training_speed.main(["--images", "8", "--batch-size", "16"]) == 2
     assert "--batch-size 16" in capsys.readouterr().err
-
-
-def test_image_decoding(tmp_path, capsys):
-    Image.new("RGB", (240, 600)).save(tmp_path / "long.JPEG")
-    Image.new("L", (500, 480)).save(tmp_path / "grey.jpg")
-    image_decoding.main(["--images", str(tmp_path), "--repeat", "1"])
-    printed = capsys.readouterr().out
-    assert "2 JPEGs of 0.19 megapixels" in printed
-    assert "ours: PIL reduced to the crop, PyTorch resizes its bytes" in printed
-
-
-def test_image_decoding_names_an_empty_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        image_decoding.main(["--images", str(tmp_path)])
-    assert f"{tmp_path} holds no JPEG" in capsys.readouterr().err
