@@ -379,9 +379,9 @@ def load_data(
     is_held_out = torch.isin(known, held_out)
     kept = (~is_held_out & (known >= 0)).nonzero().flatten()
     parts = {
-        "train": found.train.take(datasets.limited(kept, settings.limit_train, settings.split_seed)),
+        "train": found.train.take(kept),
         "val": found.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
-        "test": found.test.take(datasets.limited(torch.arange(len(found.test)), settings.limit_test, settings.split_seed)),
+        "test": found.test,
     }
     for name, part in parts.items():
         if (in_memory or settings.skip_unreadable) and (name != "train" or trains or not has_mean):

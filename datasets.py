@@ -322,12 +322,6 @@ def choose_held_out(num_images: int, val_size: int | None, split_seed: int, most
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(split_seed))[:size].sort().values
 
 
-def limited(indices: Tensor, limit: int | None, split_seed: int) -> Tensor:
-    """At most ``limit`` of ``indices``, sorted."""
-    chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(split_seed + 1))[:limit]
-    return indices[chosen.sort().values]
-
-
 def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Part:
     """``part`` after all its files were read: small images as bytes; of large ones only that they can be read is found out.
 

@@ -128,10 +128,6 @@ class Settings(NetworkOptions):
         shown="1000, CIFAR 5000, ImageNet 50000, folders 10 %",
     )
     split_seed: int = _data(0, "--split-seed", "seed of the choice of held-out images", kind=_SEED)
-    limit_train: int | None = _data(None, "--limit-train", "train on N images only, chosen by --split-seed", kind=at_least(1), shown="all")
-    limit_test: int | None = _data(
-        None, "--limit-test", "test on N images only, chosen by --split-seed", kind=at_least(1), shown="all", resumable=True
-    )
     workers: int = _data(
         min(available_cores(), MAX_DEFAULT_WORKERS),
         "--workers",

@@ -30,8 +30,8 @@ def folder_settings(root, *flags):
 
 
 def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):
-    data = load_data(folder_settings(image_folder, "--limit-train", "40"), CPU)
-    assert (data.train.num_images, data.val.num_images, data.test.num_images) == (40, 12, 15)
+    data = load_data(folder_settings(image_folder), CPU)
+    assert (data.train.num_images, data.val.num_images, data.test.num_images) == (48, 12, 15)
     trained = {image.numpy().tobytes() for image in data.train.images}
     held_out = {image.numpy().tobytes() for image in data.val.images}
     assert len(held_out) == 12
@@ -213,7 +213,7 @@ def test_test_images_are_where_the_classes_are(image_folder):
     (image_folder / "test" / "all").rename(image_folder / "test" / "ant")
     with pytest.raises(UserError, match="bee, cat"):
         load_data(folder_settings(image_folder), CPU)
-    assert load_data(folder_settings(image_folder, "--data", "imagenet", "--limit-test", "7"), CPU).test.num_images == 7
+    assert load_data(folder_settings(image_folder, "--data", "imagenet"), CPU).test.num_images == 14
 
 
 def test_only_visible_images_are_read_and_others_counted(image_folder, monkeypatch):

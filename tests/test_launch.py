@@ -24,6 +24,7 @@ from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted
 from engine.stage import with_compilation, with_precision
+from tests import disturbed
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
@@ -89,10 +90,10 @@ def test_processes_can_be_chosen(monkeypatch):
             launch.process_count(32)
 
 
-def train(folder, *flags, start=(str(ROOT / "train_GE.py"),), **streams):
-    """``train_GE.py`` as a user starts it, in two processes and on few images of the demo."""
-    command = [sys.executable, *start, *TINY_FLAGS, "--limit-train", "128", "--limit-test", "99", "--save", "run", *flags]
-    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+def train(folder, *flags, environment=None, **streams):
+    """``tests/disturbed.py`` in two processes."""
+    command = [sys.executable, disturbed.__file__, *TINY_FLAGS, "--save", "run", *flags]
+    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.run(command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams)
 
@@ -107,23 +108,9 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
     assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
 
 
-COPY_FAILS = """
-import engine.launch, train_GE
-from engine.stepper import Stepper
-from utils import UserError, tell
-real = Stepper.step
-def step(*arguments):
-    if engine.launch._report is not None:
-        raise UserError("cannot read the image bad.jpg")
-    real(*arguments)
-Stepper.step = step
-raise SystemExit(train_GE.main())
-"""
-
-
 def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     """Such as an image of its share that cannot be read."""
-    result = train(tmp_path, start=("-c", COPY_FAILS))
+    result = train(tmp_path, environment={"COPY_FAILS": "1"})
     assert (result.returncode, result.stderr) == (2, "train_GE.py: cannot read the image bad.jpg\n")
 
 
