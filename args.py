@@ -20,7 +20,7 @@ from engine.run_directory import RunDirectory
 from models.files import find
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
-from utils import CommandLineParser, UserError, at_least, in_range, int_list, is_folder, tell
+from utils import CommandLineParser, UserError, at_least, in_range, in_words, int_list, is_folder, tell
 
 EXAMPLES = """\
 examples:
@@ -114,20 +114,20 @@ class CommandLine:
         """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
 
         Raises:
-            UserError: it is not there.
+            UserError, OSError: it is not there.
         """
         path = self.explicit.get("pretrained")
         if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
             path = RunDirectory(self.save_directory.parent / "GE").best
             if not path.exists():
                 raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
-        return path and _found(path)
+        return path and find(path)
 
     def refuse_early(self) -> None:
-        """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
+        """Raise the ``UserError`` or ``OSError`` that the run would end with, where it can be told without PyTorch."""
         run = RunDirectory(self.save_directory)
         if "evalmode" in self.explicit:
-            _found(self.explicit.get("evaluate_from", run.best))
+            find(self.explicit.get("evaluate_from", run.best))
         if "evaluate_from" in self.explicit:
             return
         if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
@@ -147,13 +147,6 @@ class CommandLine:
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
         share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
         return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
-
-
-def _found(path: Path) -> Path:
-    try:
-        return find(path)
-    except OSError as error:
-        raise UserError(str(error)) from None
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -196,8 +189,8 @@ def announce(stage: str) -> None:
     command = parse(stage)
     try:
         command.refuse_early()
-    except UserError as error:
-        sys.stderr.write(f"train_{stage}.py: {error}\n")
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"train_{stage}.py: {in_words(error)}\n")
         sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
         preset = command.explicit.get("preset")

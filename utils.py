@@ -22,6 +22,13 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
+def in_words(error: UserError | OSError) -> str:
+    """One line of what went wrong."""
+    if isinstance(error, UserError):
+        return str(error)
+    return one_line(f"cannot read or write {error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+
+
 def one_line(text: str) -> str:
     """``text`` fit for one line of a terminal, whatever names or values it quotes."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,37 +20,34 @@ from settings import plain
 from utils import UserError, atomic_write
 
 
-class Provenance:
-    """The record of a run; only the main process should have one.
-
-    Used as a context, it notes when the piece ended, and whether the run was then complete.
+@contextmanager
+def recorded(session: Session, command: str, resumed: bool, frozen_digest: str | None) -> Iterator[None]:
+    """Record a piece of a run: how it was started, when it ended, and whether the run was then complete.
 
     Args:
         command: the command line of this piece.
         resumed: whether the run goes on, and the pieces that are in the file stay.
         frozen_digest: of the network that stage 2 keeps frozen.
     """
+    path = session.run.record
+    began = {"command": command, "began": _now(), "ended": None, "complete": False}
+    piece = {**began, **hardware(session.processes), **versions(), "commit": commit()}
+    run = {"settings": plain(session.settings), "frozen_digest": frozen_digest, "pieces": [*(_pieces(path) if resumed else []), piece]}
+    _write(path, run)
+    try:
+        yield
+        piece["complete"] = True
+    finally:
+        piece["ended"] = _now()
+        # A full disk must not hide what went wrong before.
+        with nullcontext() if piece["complete"] else suppress(UserError):
+            _write(path, run)
 
-    def __init__(self, session: Session, command: str, resumed: bool, frozen_digest: str | None):
-        self.path = session.run.record
-        self.run = {"settings": plain(session.settings), "frozen_digest": frozen_digest}
-        self.pieces = _pieces(self.path) if resumed else []
-        began = {"command": command, "began": _now(), "ended": None, "complete": False}
-        self.pieces.append({**began, **hardware(session.processes), **versions(), "commit": commit()})
-        self._write()
 
-    def __enter__(self) -> "Provenance":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pieces[-1].update(ended=_now(), complete=kind is None)
-        with nullcontext() if kind is None else suppress(UserError):  # a full disk must not hide what went wrong before
-            self._write()
-
-    def _write(self) -> None:
-        with atomic_write(self.path) as stream:
-            json.dump({**self.run, "pieces": self.pieces}, stream, indent=1)
-            stream.write("\n")
+def _write(path: Path, run: dict[str, Any]) -> None:
+    with atomic_write(path) as stream:
+        json.dump(run, stream, indent=1)
+        stream.write("\n")
 
 
 def hardware(processes: Processes) -> dict[str, Any]:

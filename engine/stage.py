@@ -21,7 +21,7 @@ from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
-from engine.provenance import Provenance, commit
+from engine.provenance import commit, recorded
 from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
@@ -30,7 +30,7 @@ from engine.training import Task, train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
-from utils import UserError, complain, one_line
+from utils import UserError, complain, in_words, one_line
 
 # Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
 COMPILING_PAYS = 5e12
@@ -99,8 +99,8 @@ def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
     try:
         with stop_on_signals():
             (_evaluate_only if is_evaluation else _train_and_evaluate)(stage, command)
-    except UserError as error:
-        return 2, str(error)
+    except (UserError, OSError) as error:
+        return 2, in_words(error)
     except CopyEnded as ended:
         return ended.status, str(ended)
     except Interrupted as interrupted:
@@ -165,7 +165,7 @@ class _Run:
             return
         if state is None:
             _clear(session.run)
-        with Provenance(session, str(self.command), state is not None, description.frozen_digest):
+        with recorded(session, str(self.command), state is not None, description.frozen_digest):
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
             self._train_and_evaluate(network, data, description)
             _to_tensorboard(session, _curves_of(description))

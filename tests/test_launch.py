@@ -115,22 +115,27 @@ def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
-    def flock(*_):
+    def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.lockf", lockf)
     with RunDirectory(tmp_path / "run").lock():
         pass
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
-def test_a_copy_leaves_the_directory_of_a_refused_run_to_the_first_process(tmp_path):
+def test_a_directory_is_that_of_one_process(tmp_path):
+    """A forked copy neither gets its lock nor clears it away after a refused run."""
     lock = RunDirectory(tmp_path / "run").lock()
     lock.__enter__()
     copy = os.fork()
     if copy == 0:
-        lock.__exit__(None, None, None)
-        os._exit(0)
+        try:
+            RunDirectory(tmp_path / "run").lock().__enter__()
+        except UserError as error:
+            lock.__exit__(None, None, None)
+            os._exit("another run" not in str(error))
+        os._exit(1)
     assert os.waitpid(copy, 0)[1] == 0
     assert (tmp_path / "run" / ".lock").exists()
     lock.__exit__(None, None, None)
