@@ -169,14 +169,6 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
-        root = explicit["data_root"]
-        if not is_folder(root) or not os.access(root, os.X_OK):
-            parser.error(f"--data-root {root} {'may not be entered' if is_folder(root) else 'is no folder'}")
-        if not is_folder(root / "train"):
-            parser.error(
-                f"{root} has no folder train/: put most images of every class into {root / 'train' / 'CLASS'}/ and the rest, a fifth "
-                f"or so, into {root / 'test' / 'CLASS'}/; or say by --data or --preset which data set it is"
-            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -224,7 +216,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
             continue
         title = known.get("group", "network" if choice.name in NETWORK_FIELDS else "run")
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        default = known.get("shown") or _shown(choice.name, demo.get(choice.name, choice.default), stage)
+        default = known.get("shown") or _shown(demo.get(choice.name, choice.default))
         text = f"{known['help']} (default: {default})".replace("%", "%%")
         group.add_argument(known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice))
     return parser
@@ -252,8 +244,7 @@ def _rules(choice: Field) -> dict[str, Any]:
     """What ``argparse`` must know to read an option."""
     known = choice.metadata
     if isinstance(choice.default, bool) or choice.name == "small_inputs":
-        is_switch = known.get("switch") or choice.name in ("resume", "overwrite")
-        return {"action": "store_true" if is_switch else argparse.BooleanOptionalAction}
+        return {"action": "store_true" if known.get("switch") else argparse.BooleanOptionalAction}
     choices = list(PRESETS) if choice.name == "preset" else known.get("choices")
     rules = {name: known[name] for name in ("nargs", "const", "metavar") if name in known}
     if choices:
@@ -263,11 +254,7 @@ def _rules(choice: Field) -> dict[str, Any]:
     return {"metavar": metavar, **rules, "type": known.get("kind") or kind}
 
 
-def _shown(name: str, value: Any, stage: str) -> str:
-    if name == "preset":
-        return "that of --data, else demo"
-    if name == "save":
-        return f"save/PRESET/{stage}"
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)

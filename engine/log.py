@@ -23,7 +23,7 @@ class Log:
     def __init__(self, enabled: bool):
         self.enabled = enabled
         self.writer: Any = None
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)
 
     def line(self, text: str) -> None:
         """One line on standard output, above a progress bar if there is one."""
@@ -66,29 +66,25 @@ class Log:
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
-        if self.enabled and is_terminal(sys.stderr):
-            self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
+        is_shown = self.enabled and is_terminal(sys.stderr)
+        self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False, disable=not is_shown)
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 
     def advance(self) -> None:
         """Move the bar by a step."""
-        if self._bar is not None:
-            self._bar.update(1)
+        self._bar.update(1)
 
     def step(self, done: int, batch_size: int, summary: str) -> None:
         """Report after ``done`` of an epoch's steps."""
         seconds_a_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
-        else:
+        self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
+        if self._bar.disable:
             left = duration(seconds_a_step * (self._steps - done))
             self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")
 
     def end_epoch(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def write_history(self, path: Path, history: list[dict]) -> None:
         """Write every epoch's row as a JSON line; the file always agrees with the checkpoint it came with."""

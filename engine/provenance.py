@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torchvision
 
-from engine.distributed import Processes
 from engine.session import Session
 from settings import plain
 from utils import UserError, atomic_write
@@ -30,8 +29,23 @@ def recorded(session: Session, command: str, resumed: bool, frozen_digest: str |
         frozen_digest: of the network that stage 2 keeps frozen.
     """
     path = session.run.record
-    began = {"command": command, "began": _now(), "ended": None, "complete": False}
-    piece = {**began, **hardware(session.processes), **versions(), "commit": commit()}
+    piece = {
+        "command": command,
+        "began": _now(),
+        "ended": None,
+        "complete": False,
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in session.processes.gpu_ids],
+        "processes": session.processes.world_size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+    }
     run = {"settings": plain(session.settings), "frozen_digest": frozen_digest, "pieces": [*(_pieces(path) if resumed else []), piece]}
     _write(path, run)
     try:
@@ -48,24 +62,6 @@ def _write(path: Path, run: dict[str, Any]) -> None:
     with atomic_write(path) as stream:
         json.dump(run, stream, indent=1)
         stream.write("\n")
-
-
-def hardware(processes: Processes) -> dict[str, Any]:
-    """What the run computes on: processor, cores, threads of this process, GPUs, processes."""
-    gpus = [torch.cuda.get_device_name(i) for i in processes.gpu_ids]
-    return {
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "processes": processes.world_size,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute."""
-    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-    return {"python": platform.python_version(), **libraries, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def commit() -> str | None:

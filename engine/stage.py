@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from adaptive_inference import half_precision, read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
 from datasets import DataInfo
-from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, settings_of
+from engine.checkpoint import Saved, damage_named, data_info_of, load_checkpoint, load_saved, settings_of
 from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
@@ -26,6 +26,7 @@ from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.signals import Interrupted, stop_on_signals
+from engine.stepper import refuse_combinations
 from engine.training import Task, train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
@@ -48,8 +49,13 @@ class Stage:
     next_command: str
 
     def find_origin(self, command: CommandLine) -> Saved | None:
-        """The checkpoint to start from, None to start from scratch."""
-        return None
+        """The checkpoint to start from, None to start from scratch.
+
+        Raises:
+            UserError, OSError: it is not there, cannot be read, or is of another network than the flags say.
+        """
+        path = command.origin()
+        return None if path is None else load_saved(path, command.explicit)
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> nn.Module:
         """The network to train."""
@@ -157,27 +163,27 @@ class _Run:
         operations = _operations(network, data.info.image_size)
         settings = with_compilation(session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size)
         self.session = session = replace(session, settings=settings)
+        refuse_combinations(network, settings, session.processes)
         description = state["description"] if state else self._description(data.info, network, operations)
         place(network, session)
         _introduce(network, data, operations, session)
-        if not session.processes.is_main:
-            self._train_and_evaluate(network, data, description)
-            return
-        if state is None:
+        is_main = session.processes.is_main
+        if is_main and state is None:
             _clear(session.run)
-        with recorded(session, str(self.command), state is not None, description.frozen_digest):
+        with recorded(session, str(self.command), state is not None, description.frozen_digest) if is_main else nullcontext():
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
             self._train_and_evaluate(network, data, description)
-            _to_tensorboard(session, _curves_of(description))
+            if is_main:
+                _to_tensorboard(session, _curves_of(description))
         session.log.line(f"next: python {stage.next_command} {shlex.quote(str(session.run.path))}")
 
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
-        with _reading(self.session):
-            data = self._read(data_info_of(state["description"]), state["split"]) if state is not None else self._data_to_start()
         if state is not None:
+            data = _read(self.session, data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
         else:
+            data = self._data_to_start()
             if self.origin and self.origin.description is None:
                 _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
@@ -185,19 +191,16 @@ class _Run:
         seed_everything(settings.seed, settings.deterministic)
         return data, network
 
-    def _read(self, stored: DataInfo | None = None, split: Split | None = None) -> Data:
-        return load_data(self.session.settings, self.session.processes.device, self.session.processes.shard, stored, split)
-
     def _data_to_start(self) -> Data:
         """Images that were held out from the network a run starts from stay so: it would know the others already."""
         origin = self.origin
         if origin is None or origin.data is None:
-            return self._read()
+            return _read(self.session)
         if self.stage.may_change_data:
-            data = self._read()
+            data = _read(self.session)
             if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.split.held_out, origin.split.held_out):
                 return data
-        return self._read(origin.data, origin.split)
+        return _read(self.session, origin.data, origin.split)
 
     def _description(self, data: DataInfo, network: nn.Module, operations: list[int]) -> Description:
         settings = self.session.settings
@@ -259,11 +262,9 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> d
 
 
 def _network_to_resume(run: RunDirectory, state: dict[str, Any]) -> nn.Module:
-    try:
+    with damage_named(run.last):
         network = build_network(state["description"].network)
         load_weights(network, state["state_dict"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{run.last} is damaged: {error}") from None
     # The best epoch is needed at the end; that its file is of another run should be known before.
     if state["best_epoch"] and load_saved(run.best, {}).network.config != network.config:
         raise UserError(f"{run.best} holds another network than {run.last}")
@@ -310,10 +311,11 @@ def place(network: nn.Module, session: Session) -> None:
     network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
-def _reading(session: Session) -> AbstractContextManager[None]:
-    settings = session.settings
+def _read(session: Session, stored: DataInfo | None = None, split: Split | None = None) -> Data:
+    settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
-    return session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo"))
+    with session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo")):
+        return load_data(settings, processes.device, processes.shard, stored, split)
 
 
 def _introduce(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
@@ -361,8 +363,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         settings = with_precision(replace(settings, amp=amp), processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
-        with _reading(session):
-            data = load_data(settings, processes.device, processes.shard, saved.data, saved.split)
+        data = _read(session, saved.data, saved.split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import inference_form
 from dataloader import Data
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
 from engine.schedule import learning_rate
 from engine.session import Session
@@ -102,10 +102,8 @@ def train(task: Task, data: Data, session: Session, state: dict[str, Any] | None
     """
     trainer = _Trainer(task, data, session)
     if state is not None:
-        try:
+        with damage_named(session.run.last):
             trainer.restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{session.run.last} is damaged: {type(error).__name__} {error}") from None
     with note_signals() as requests:
         while trainer.progress.epoch < session.settings.epochs:
             trainer.run_epoch(requests)
