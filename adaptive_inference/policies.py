@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from adaptive_inference.measures import MEASURES, RULES
 from adaptive_inference.risk import CERTIFICATE, Losses, MaxLoss, certified
+from models.options import NETWORK_FIELDS
 from utils import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -254,11 +255,18 @@ def network_fingerprint(network: nn.Module) -> str:
     """
     if network.fingerprint is not None:
         return network.fingerprint
-    digest = hashlib.sha256(f"{describe(network)} {json.dumps(network.config, sort_keys=True)}".encode())
+    digest = hashlib.sha256(f"{describe(network)} {json.dumps(_chosen(network.config), sort_keys=True)}".encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+def _chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """Without options of a network at their defaults: an option that comes later then changes no fingerprint."""
+    defaults = {name: described.default for name, described in NETWORK_FIELDS.items()}
+    chosen = {name: _chosen(value) if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: value for name, value in chosen.items() if name not in defaults or value != defaults[name]}
 
 
 def form_of(network: nn.Module) -> str:
