@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ALLOWED_LATE = 0.005  # share of the calls that may miss a deadline
 CAUTION = 0.2  # of the reserved times, that a late call adds to them; it wears off while calls are in time
-HORIZON_IMAGES, HORIZON_CALLS = 100, 4  # within their sum what was saved or overspent is made up for
+HORIZON_IMAGES, HORIZON_CALLS = 64, 2  # within their sum what was saved or overspent is made up for
 
 
 class Prediction(NamedTuple):
