@@ -13,10 +13,12 @@ from typing import Any
 _MODULES = {
     "AdaptivePredictor": "predictor",
     "AnytimePredictor": "predictor",
+    "BudgetPredictor": "predictor",
     "MaxLoss": "risk",
     "Policy": "policies",
     "PolicyCurve": "policies",
     "Prediction": "predictor",
+    "allowed_points": "policies",
     "assign_exits": "budgeted",
     "budgeted_curve": "budgeted",
     "budgeted_result": "budgeted",

@@ -200,12 +200,17 @@ def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: Any, padding: 
     return x.graph.add("Conv", [x, weight, bias], strides=_pair(stride), pads=_pair(padding) * 2, dilations=_pair(dilation), group=groups)
 
 
+def _add(x: _Value, y: _Value, alpha: float) -> _Value:
+    return x.graph.add("Add", [x, x.graph.add("Mul", [y, np.array(alpha, np.float32)])])
+
+
 def _max_pool(x: _Value, kernel_size: Any, stride: Any, padding: Any, *_: Any, **__: Any) -> _Value:
     return x.graph.add("MaxPool", [x], kernel_shape=_pair(kernel_size), strides=_pair(stride), pads=_pair(padding) * 2)
 
 
 _OPERATORS: dict[str, Callable[..., _Value]] = {
     "conv2d": _conv,
+    "add": _add,
     "linear": lambda x, weight, bias: x.graph.add("Gemm", [x, weight, bias], transB=1),
     "relu": lambda x, inplace=False: x.graph.add("Relu", [x]),
     "cat": lambda tensors, dim: tensors[0].graph.add("Concat", list(tensors), axis=dim),

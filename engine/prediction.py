@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.form import form_for, inference_form
-from adaptive_inference.policies import Point, Policy, PolicyCurve, choose, read_policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
+from adaptive_inference.policies import Point, Policy, PolicyCurve, allowed_points, choose, read_policy
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction
 from adaptive_inference.risk import CERTIFICATE, MaxLoss
 from adaptive_inference.timing import BlockTimes, measure_blocks
 from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, find_images, read_image
@@ -209,25 +209,32 @@ class Answering:
             self.predictor = AdaptivePredictor(form, everything)
             self.policy_line = f"there is no {policy_path(self.path)}, which --evalmode dynamic writes: every image runs the whole network"
             return
-        self.point = _point(arguments, curve, timing)
-        self.predictor = AdaptivePredictor(form, self.point.policy)
+        if timing is None:
+            self.point = _point(arguments, curve)
+            self.predictor = AdaptivePredictor(form, self.point.policy)
+        else:
+            points = allowed_points(curve, arguments.accuracy, _max_loss(arguments), arguments.rule)
+            self.predictor = BudgetPredictor(form, points, budget.amount, timing)
+            self.point = self.predictor.point
         self.policy_line = _policy_line(arguments, curve, self.point, timing)
 
 
-def _point(arguments: argparse.Namespace, curve: PolicyCurve, timing: BlockTimes | None) -> Point:
+def _point(arguments: argparse.Namespace, curve: PolicyCurve) -> Point:
     if arguments.point is not None:
         return curve.point(arguments.point, arguments.rule)
     if arguments.budget is None and arguments.accuracy is None and arguments.max_loss is None:
         return curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
-    limits: dict[str, Any] = {"accuracy": arguments.accuracy, "rule": arguments.rule, "timing": timing}
-    if arguments.max_loss is not None:
-        level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
-        limits["max_loss"] = MaxLoss(arguments.max_loss, level, arguments.disagreement)
+    operations = None
     if arguments.budget is not None:
-        amount, unit = arguments.budget
-        name, factor = {"ms": ("milliseconds", 1), "M": ("operations", 1e6), "%": ("operations", curve.operations[-1] / 100)}[unit]
-        limits[name] = amount * factor
-    return choose(curve, **limits)
+        operations = arguments.budget.amount * (1e6 if arguments.budget.unit == "M" else curve.operations[-1] / 100)
+    return choose(curve, operations, accuracy=arguments.accuracy, max_loss=_max_loss(arguments), rule=arguments.rule)
+
+
+def _max_loss(arguments: argparse.Namespace) -> MaxLoss | None:
+    if arguments.max_loss is None:
+        return None
+    level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
+    return MaxLoss(arguments.max_loss, level, arguments.disagreement)
 
 
 def _policy_line(arguments: argparse.Namespace, curve: PolicyCurve, point: Point, timing: BlockTimes | None) -> str:
@@ -237,7 +244,11 @@ def _policy_line(arguments: argparse.Namespace, curve: PolicyCurve, point: Point
         if any(wish is not None for wish in wishes)
         else "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
     )
-    expected = "" if timing is None else f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing})"
+    expected = (
+        f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing}); as time is really spent, others follow"
+        if timing
+        else ""
+    )
     return (
         f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with {point.operations / 1e6:.2f} M "
         f"operations ({100 * point.operations / curve.operations[-1]:.0f} % of the network){expected}{why}"
