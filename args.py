@@ -128,15 +128,11 @@ class CommandLine:
         run = RunDirectory(self.save_directory)
         if "evalmode" in self.explicit:
             find(self.explicit.get("evaluate_from", run.best))
-        if "evaluate_from" in self.explicit:
-            return
-        if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
+        elif "resume" in self.explicit and run.holds_run():
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of a damaged record
                 recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
-                self.settings(stored=recorded)
-                if "resume" in self.explicit:
-                    # Where it started from is recorded as it was given; last.pt knows the file.
-                    self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
+                # Where it started from is recorded as it was given; last.pt knows the file.
+                self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
         elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
             if "overwrite" not in self.explicit:
                 run.refuse_second()

@@ -25,9 +25,9 @@ from engine.provenance import commit, recorded
 from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
-from engine.signals import Interrupted, stop_on_signals
+from engine.signals import Interrupted, Requests, listening
 from engine.stepper import refuse_combinations
-from engine.training import Task, train
+from engine.training import train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
@@ -62,7 +62,7 @@ class Stage:
         raise NotImplementedError(f"{type(self).__name__} must make a network")
 
     def make_objective(self, network: nn.Module, settings: Settings) -> nn.Module:
-        """A module (images, targets) -> (losses (N,), logits (N, K, C))."""
+        """A module (images, targets) -> (losses (N,), logits (N, K, C)) with the ``network``."""
         raise NotImplementedError(f"{type(self).__name__} must say what is to be learnt")
 
     def title(self, settings: Settings) -> str:
@@ -103,8 +103,11 @@ def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
     is_evaluation = "evalmode" in command.explicit
     go_on = "" if is_evaluation else "; go on with --resume"
     try:
-        with stop_on_signals():
-            (_evaluate_only if is_evaluation else _train_and_evaluate)(stage, command)
+        with listening() as requests:
+            if is_evaluation:
+                _evaluate_only(stage, command)
+            else:
+                _train_and_evaluate(stage, command, requests)
     except (UserError, OSError) as error:
         return 2, in_words(error)
     except CopyEnded as ended:
@@ -129,7 +132,7 @@ def _lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
+def _train_and_evaluate(stage: Stage, command: CommandLine, requests: Requests) -> None:
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with run.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
@@ -141,7 +144,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
             try:
                 settings = with_precision(settings, processes)
                 _keep_threads_from_waiting(settings, processes)
-                _Run(stage, command, Session(run, settings, processes, log), state, origin).complete()
+                _Run(stage, command, Session(run, settings, processes, log, requests), state, origin).complete()
             finally:
                 log.close()
 
@@ -222,8 +225,7 @@ class _Run:
 
     def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
-        task = Task(network, stage.make_objective(network, session.settings), description, data.split)
-        progress = train(task, data, session, self.state)
+        progress = train(stage.make_objective(network, session.settings), description, data, session, self.state)
         stage.check_result(network, description)
         load_weights(network, load_saved(session.run.best, {}).network.state_dict())
         stage.check_result(network, description)
