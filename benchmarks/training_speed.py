@@ -140,8 +140,11 @@ def _compare(stage: int, options: argparse.Namespace) -> None:
                     rates.setdefault(side, []).append(images / seconds)
                     peaks[side] = max(peaks[side], memory)
                 if number and "busy" in options.what:
-                    with busy_core():
-                        images, seconds, _ = run(options.steps)
+                    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other_program:
+                        try:
+                            images, seconds, _ = run(options.steps)
+                        finally:
+                            other_program.kill()
                     rates.setdefault(f"{side}, busy", []).append(images / seconds)
     ours, other = (statistics.median(rates[side]) for side in ("ours", "plain loop"))
     ratio = _ratio(rates["ours"], rates["plain loop"])
@@ -256,17 +259,6 @@ def _obey(connection: Connection, side: str, stage_number: int, options: argpars
             if processes.is_main:
                 connection.send(result)
     leave_copy(0)
-
-
-@contextmanager
-def busy_core() -> Iterator[None]:
-    """Within the block another program keeps one core busy."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _memory_of_family(pid: int) -> int:

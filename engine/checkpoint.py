@@ -58,9 +58,12 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
     """
     try:
         path = find(path)
-        if not is_network_file(path):
-            return Saved(path, _released_network(path, explicit))
-        network, description, split = read_network(path)
+        if is_network_file(path):
+            network, description, split = read_network(path)
+        else:
+            flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
+            network = load_released(path, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
+            description = split = None
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     config = {**network.trunk.config, **network.config}
@@ -68,15 +71,6 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
         if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
     return Saved(path, network, description, split)
-
-
-def _released_network(path: Path, explicit: dict[str, Any]) -> MSDNet | IMTA:
-    flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
-    network = load_released(path, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
-    trunk = network.trunk
-    if explicit.get("small_inputs", trunk.small_inputs) != trunk.small_inputs:
-        raise UserError(f"{path} has {'small' if trunk.small_inputs else 'large'} inputs, the command line says otherwise")
-    return network
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
