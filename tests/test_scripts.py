@@ -32,7 +32,7 @@ def test_launchers_end_to_end(tmp_path):
     """From another directory, as a user would: stage 2 before stage 1 is refused, then both run."""
     early = run(["bash", ROOT / "run_IMTA.sh"], tmp_path)
     assert (early.returncode, early.stderr.count("\n")) == (2, 1)
-    assert "bash run_GE.sh demo" in early.stderr
+    assert "run stage 1 first" in early.stderr
     stage_1 = run(["bash", ROOT / "run_GE.sh", "demo", *SMALL], tmp_path)
     assert stage_1.returncode == 0, stage_1.stderr
     stage_2 = run(["bash", ROOT / "run_IMTA.sh", "--epochs", "1", "--batch-size", "32"], tmp_path)
