@@ -20,7 +20,7 @@ from engine.run_directory import RunDirectory
 from models.files import find
 from models.options import NETWORK_FIELDS
 from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
-from utils import CommandLineParser, UserError, at_least, in_range, int_list, is_folder, tell
+from utils import CommandLineParser, UserError, at_least, in_range, in_words, int_list, is_folder, tell
 
 EXAMPLES = """\
 examples:
@@ -114,29 +114,25 @@ class CommandLine:
         """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
 
         Raises:
-            UserError: it is not there.
+            UserError, OSError: it is not there.
         """
         path = self.explicit.get("pretrained")
         if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
             path = RunDirectory(self.save_directory.parent / "GE").best
             if not path.exists():
                 raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
-        return path and _found(path)
+        return path and find(path)
 
     def refuse_early(self) -> None:
-        """Raise the ``UserError`` that the run would end with, where it can be told without PyTorch."""
+        """Raise the ``UserError`` or ``OSError`` that the run would end with, where it can be told without PyTorch."""
         run = RunDirectory(self.save_directory)
         if "evalmode" in self.explicit:
-            _found(self.explicit.get("evaluate_from", run.best))
-        if "evaluate_from" in self.explicit:
-            return
-        if "evalmode" in self.explicit or ("resume" in self.explicit and run.holds_run()):
+            find(self.explicit.get("evaluate_from", run.best))
+        elif "resume" in self.explicit and run.holds_run():
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of a damaged record
                 recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
-                self.settings(stored=recorded)
-                if "resume" in self.explicit:
-                    # Where it started from is recorded as it was given; last.pt knows the file.
-                    self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
+                # Where it started from is recorded as it was given; last.pt knows the file.
+                self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
         elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
             if "overwrite" not in self.explicit:
                 run.refuse_second()
@@ -147,13 +143,6 @@ class CommandLine:
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
         share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
         return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
-
-
-def _found(path: Path) -> Path:
-    try:
-        return find(path)
-    except OSError as error:
-        raise UserError(str(error)) from None
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -176,14 +165,6 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
-        root = explicit["data_root"]
-        if not is_folder(root) or not os.access(root, os.X_OK):
-            parser.error(f"--data-root {root} {'may not be entered' if is_folder(root) else 'is no folder'}")
-        if not is_folder(root / "train"):
-            parser.error(
-                f"{root} has no folder train/: put most images of every class into {root / 'train' / 'CLASS'}/ and the rest, a fifth "
-                f"or so, into {root / 'test' / 'CLASS'}/; or say by --data or --preset which data set it is"
-            )
         explicit["data"] = "folder"
     if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
         explicit["preset"] = explicit["data"]  # not the demo's small network
@@ -196,8 +177,8 @@ def announce(stage: str) -> None:
     command = parse(stage)
     try:
         command.refuse_early()
-    except UserError as error:
-        sys.stderr.write(f"train_{stage}.py: {error}\n")
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"train_{stage}.py: {in_words(error)}\n")
         sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
         preset = command.explicit.get("preset")
@@ -231,7 +212,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
             continue
         title = known.get("group", "network" if choice.name in NETWORK_FIELDS else "run")
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        default = known.get("shown") or _shown(choice.name, demo.get(choice.name, choice.default), stage)
+        default = known.get("shown") or _shown(demo.get(choice.name, choice.default))
         text = f"{known['help']} (default: {default})".replace("%", "%%")
         group.add_argument(known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice))
     return parser
@@ -259,8 +240,7 @@ def _rules(choice: Field) -> dict[str, Any]:
     """What ``argparse`` must know to read an option."""
     known = choice.metadata
     if isinstance(choice.default, bool) or choice.name == "small_inputs":
-        is_switch = known.get("switch") or choice.name in ("resume", "overwrite")
-        return {"action": "store_true" if is_switch else argparse.BooleanOptionalAction}
+        return {"action": "store_true" if known.get("switch") else argparse.BooleanOptionalAction}
     choices = list(PRESETS) if choice.name == "preset" else known.get("choices")
     rules = {name: known[name] for name in ("nargs", "const", "metavar") if name in known}
     if choices:
@@ -270,11 +250,7 @@ def _rules(choice: Field) -> dict[str, Any]:
     return {"metavar": metavar, **rules, "type": known.get("kind") or kind}
 
 
-def _shown(name: str, value: Any, stage: str) -> str:
-    if name == "preset":
-        return "that of --data, else demo"
-    if name == "save":
-        return f"save/PRESET/{stage}"
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)

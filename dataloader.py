@@ -10,13 +10,14 @@ processes. Order and augmentation are functions of (seed, epoch, step) alone, so
 
 import atexit
 import hashlib
+import math
 import os
 import signal
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +79,21 @@ class Normalizer:
         return torch.addcmul(self.shift, images.to(torch.float32, memory_format=self.memory_format), self.scale)
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """How batches are made. ``batch_size`` counts the images over all processes; ``augment`` is the flag; ``workers`` decode files."""
-
-    batch_size: int
-    augment: str
-    seed: int
-    normalize: Normalizer
-    device: torch.device
-    shard: Shard = field(default_factory=Shard)
-    workers: int = 0
-
-
 class Batches:
     """Batches of one part of a data set: ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch; iterating gives this
-    process's images once, in order."""
+    process's images once, in order; ``picture(i)`` is an image as the network sees it in evaluation, before normalisation: bytes (3, H, W).
 
-    def __init__(self, num_images: int, delivery: Delivery):
-        self.batch_size, self.shard = delivery.batch_size, delivery.shard
+    Args:
+        settings: batch_size, of all processes together; seed; workers, which decode files.
+        augment: the flag's value, "none" for all but training images.
+    """
+
+    def __init__(self, num_images: int, settings: Settings, augment: str, normalize: Normalizer, shard: Shard):
+        self.batch_size, self.shard = settings.batch_size, shard
         if self.batch_size % self.shard.world_size:
             raise UserError(f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; use a multiple")
-        self.num_images, self.seed = num_images, delivery.seed
-        self.normalize, self.device = delivery.normalize, delivery.device
+        self.num_images, self.seed, self.workers = num_images, settings.seed, settings.workers
+        self.augment, self.normalize, self.device = augment, normalize, normalize.scale.device
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -123,33 +116,18 @@ class Batches:
         order = torch.randperm(self.num_images, generator=self._generator(epoch))
         return order[len(self) * self.batch_size :].sort().values
 
-    @property
-    def num_own(self) -> int:
-        """Images this process evaluates."""
-        return len(self.own())
-
     def own(self) -> Tensor:
         """Indices of the images this process evaluates."""
         return torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
-
-    def picture(self, index: int) -> Tensor:
-        """One image as the network sees it in evaluation, before normalisation: bytes (3, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} must give images")
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        raise NotImplementedError(f"{type(self).__name__} must give batches")
-
-    def __iter__(self) -> Iterator[Batch]:
-        raise NotImplementedError(f"{type(self).__name__} must give batches")
 
 
 class InMemoryBatches(Batches):
     """Batches of small images, (N, 3, H, W) bytes that live on ``device``."""
 
-    def __init__(self, images: Tensor, targets: Tensor, delivery: Delivery):
-        super().__init__(len(images), delivery)
+    def __init__(self, images: Tensor, targets: Tensor, *how: Any):
+        super().__init__(len(images), *how)
         self.images, self.targets = images.to(self.device), targets.to(self.device)
-        self.crops, self.policy = delivery.augment != "none", _augmentation_policy(delivery.augment)
+        self.policy = _augmentation_policy(self.augment)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         generator = self._generator(epoch)
@@ -161,7 +139,7 @@ class InMemoryBatches(Batches):
         numbers = self._steps(order, first_step)  # on the host, for the seeds
         for chosen, own in zip(self._steps(order.to(self.device), first_step), numbers, strict=True):
             images = self.images[chosen]
-            if self.crops:
+            if self.augment != "none":
                 images = crop_and_flip(images, offsets[chosen], flips[chosen])
             if self.policy is not None:
                 # One image at a time, as torchvision draws one operation for everything it is given.
@@ -194,13 +172,13 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
 class FileBatches(Batches):
     """Batches of image files that worker processes decode, augment and resize."""
 
-    def __init__(self, files: list[Path], targets: Tensor, image_size: int, delivery: Delivery):
-        super().__init__(len(files), delivery)
-        self.workers, augment = delivery.workers, delivery.augment
+    def __init__(self, files: list[Path], targets: Tensor, image_size: int, *how: Any):
+        super().__init__(len(files), *how)
         # An array, as a million Path objects would be copied bit by bit into every worker that counts references to them.
         names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         self.plain = _ImageFiles(names, targets, evaluation_transform(image_size))
-        self.augmented = self.plain if augment == "none" else _ImageFiles(names, targets, TrainingTransform(image_size, augment))
+        transform = self.plain.transform if self.augment == "none" else TrainingTransform(image_size, self.augment)
+        self.augmented = _ImageFiles(names, targets, transform)
         self._steps_to_load: list[list[tuple[int, int]]] = []
         self._loader: DataLoader | None = None
         _may_have_workers.add(self)
@@ -310,7 +288,7 @@ def _collate(samples: list) -> Batch | str:
 class TrainingTransform:
     """Opened image -> bytes (3, image_size, image_size): random resized crop and flip, then the policy that ``augment`` names.
 
-    Only what a crop needs is decoded, and PyTorch resizes bytes faster than PIL does (``benchmarks/image_decoding.py``).
+    Only what a crop needs is decoded, and PyTorch resizes bytes faster than PIL does.
     """
 
     def __init__(self, image_size: int, augment: str = "standard"):
@@ -318,10 +296,9 @@ class TrainingTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
-        # Of a JPEG; other formats come as they are.
-        wanted = decoded_fraction(height, width, self.image_size)
+        # A JPEG is decoded at 1/2, 1/4 or 1/8, if then the crop still has enough pixels; other formats come as they are.
         full_width = image.width
-        image.draft(None, tuple(side // wanted for side in image.size))
+        image.draft(None, tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size))
         reduction = round(full_width / image.width)
         top, left, height, width = (n // reduction for n in (top, left, height, width))
         # Turned upright after the crop, whose shape is as likely either way.
@@ -333,13 +310,6 @@ class TrainingTransform:
         if torch.rand(()) < 0.5:
             crop = crop.flip(-1)
         return crop if self.policy is None else self.policy(crop)
-
-
-def decoded_fraction(height: int, width: int, size: int) -> int:
-    """The n = 1, 2, 4 or 8 for which a crop (height, width) decoded at a 1/n of its size still has ``size`` pixels a side.
-
-    Decoders have fast code for powers of two alone."""
-    return next((n for n in (8, 4, 2) if min(height, width) >= n * size), 1)
 
 
 def _augmentation_policy(augment: str) -> v2.Transform | None:
@@ -370,18 +340,17 @@ def load_data(
     found = datasets.find(settings, image_size, stored, only_test=test_alone and has_mean)
     known = datasets.recognise(found, stored, names)
     if held_out is None:
-        # Without training, the split matters for the mean of the others alone.
-        most = max(len(found.train) - 1, 0) if test_alone else None
-        held_out = datasets.choose_held_out(len(found.train), settings.val_size, settings.split_seed, most)
+        size = 0 if test_alone else settings.val_size
+        held_out = datasets.choose_held_out(len(found.train), size, settings.split_seed)
         if settings.val_size is None and not test_alone:
             purpose = "to choose the best epoch and the thresholds"
             found.notes.append(f"{HELD_OUT_SHARE} % of the training images are held out {purpose}; --val-size N changes that")
     is_held_out = torch.isin(known, held_out)
     kept = (~is_held_out & (known >= 0)).nonzero().flatten()
     parts = {
-        "train": found.train.take(datasets.limited(kept, settings.limit_train, settings.split_seed)),
+        "train": found.train.take(kept),
         "val": found.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
-        "test": found.test.take(datasets.limited(torch.arange(len(found.test)), settings.limit_test, settings.split_seed)),
+        "test": found.test,
     }
     for name, part in parts.items():
         if (in_memory or settings.skip_unreadable) and (name != "train" or trains or not has_mean):
@@ -394,11 +363,10 @@ def load_data(
     normalize = Normalizer(mean, std, device, settings.channels_last)
 
     def batches(name: str) -> Batches:
-        part, augment = parts[name], settings.augment if name == "train" else "none"
-        delivery = Delivery(settings.batch_size, augment, settings.seed, normalize, device, shard, settings.workers)
+        part, how = parts[name], (settings, settings.augment if name == "train" else "none", normalize, shard)
         if part.images is not None:
-            return InMemoryBatches(part.images, part.targets, delivery)
-        return FileBatches(part.files, part.targets, image_size, delivery)
+            return InMemoryBatches(part.images, part.targets, *how)
+        return FileBatches(part.files, part.targets, image_size, *how)
 
     train, val, test = map(batches, parts)
     if trains and not settings.skip_unreadable:  # the first epoch reads all other images

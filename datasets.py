@@ -121,10 +121,7 @@ def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test
         UserError: missing, empty or closed folders, or classes that differ between training and test images.
     """
     if settings.data == "demo":
-        try:
-            drawn = [synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size) for part in ("train", "test")]
-        except ValueError as error:
-            raise UserError(f"--image-size: {error}") from None
+        drawn = [synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size) for part in ("train", "test")]
         train, test = (Part(targets, images) for images, targets in drawn)
         return Found("demo", train, test, list(synthetic.CLASS_NAMES), [hashlib.sha256(train.images.numpy()).hexdigest()], [])
     has_folders = any(is_folder(settings.data_root / name) for name in (("test", "val") if only_test else ("train",)))
@@ -147,7 +144,10 @@ def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) 
     if survey.closed:
         raise UserError(survey.complaints()[0])
     if not fitting or not (train or only_test):
-        raise UserError(f"--data-root {root} must hold the folders train/CLASS/ and test/CLASS/ (or val/CLASS/) with images")
+        raise UserError(
+            f"--data-root {root} must hold the folders train/CLASS/ with most images of every class, and test/CLASS/ (or val/CLASS/) "
+            "with the rest, a fifth or so; or say by --data or --preset which data set it is"
+        )
     test = found[fitting[0]]
     if not only_test and set(train) != set(test):
         names = ", ".join(sorted(set(train) ^ set(test))[:5])
@@ -309,23 +309,16 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
     )
 
 
-def choose_held_out(num_images: int, val_size: int | None, split_seed: int, most: int | None = None) -> Tensor:
-    """Sorted indices of ``val_size`` of ``num_images`` training images, at most ``most``; None: ``HELD_OUT_SHARE``.
+def choose_held_out(num_images: int, val_size: int | None, split_seed: int) -> Tensor:
+    """Sorted indices of ``val_size`` of ``num_images`` training images; None: ``HELD_OUT_SHARE``.
 
     Raises:
         UserError: fewer than one image would be left to train on.
     """
     size = max(1, num_images * HELD_OUT_SHARE // 100) if val_size is None else val_size
-    size = size if most is None else min(size, most)
     if size >= num_images > 0:
         raise UserError(f"--val-size {size} holds out all of the {num_images} training images; it must be smaller")
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(split_seed))[:size].sort().values
-
-
-def limited(indices: Tensor, limit: int | None, split_seed: int) -> Tensor:
-    """At most ``limit`` of ``indices``, sorted."""
-    chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(split_seed + 1))[:limit]
-    return indices[chosen.sort().values]
 
 
 def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Part:

@@ -38,7 +38,13 @@ class Settings(NetworkOptions):
     """Everything a run was told. Metadata of a field: ``flag``, ``aliases``, ``help``, ``group`` in the help text, ``kind`` (converts the
     text) or ``choices``, ``shown`` (instead of the default), ``stage`` (of one stage alone), ``resumable``, ``inherited``."""
 
-    preset: str = option("demo", "--preset", "settings that all other flags change: the demo, or published ones", group=COMMON)
+    preset: str = option(
+        "demo",
+        "--preset",
+        "settings that all other flags change: the demo, or published ones",
+        group=COMMON,
+        shown="that of --data, else demo",
+    )
     data: str = option(
         "demo",
         "--data",
@@ -58,12 +64,12 @@ class Settings(NetworkOptions):
         metavar="DIR",
     )
     save: Path | None = _free(
-        None, "--save", "directory of this run: checkpoints, log, tables, curves", group=COMMON, kind=folder, metavar="DIR"
+        None, "--save", "directory of this run", group=COMMON, kind=folder, metavar="DIR", shown="save/PRESET/GE or save/PRESET/IMTA"
     )
     resume: bool = _free(
-        False, "--resume", "go on from the last checkpoint in --save, with its settings; start where none is", group=COMMON
+        False, "--resume", "go on from the last checkpoint in --save, with its settings; start where none is", group=COMMON, switch=True
     )
-    overwrite: bool = _free(False, "--overwrite", "start anew in a directory that holds a run", group=COMMON)
+    overwrite: bool = _free(False, "--overwrite", "start anew in a directory that holds a run", group=COMMON, switch=True)
     evalmode: str | None = _free(
         None,
         "--evalmode",
@@ -128,10 +134,6 @@ class Settings(NetworkOptions):
         shown="1000, CIFAR 5000, ImageNet 50000, folders 10 %",
     )
     split_seed: int = _data(0, "--split-seed", "seed of the choice of held-out images", kind=_SEED)
-    limit_train: int | None = _data(None, "--limit-train", "train on N images only, chosen by --split-seed", kind=at_least(1), shown="all")
-    limit_test: int | None = _data(
-        None, "--limit-test", "test on N images only, chosen by --split-seed", kind=at_least(1), shown="all", resumable=True
-    )
     workers: int = _data(
         min(available_cores(), MAX_DEFAULT_WORKERS),
         "--workers",
@@ -212,7 +214,7 @@ class Settings(NetworkOptions):
     )
     tf32: bool = _speed(True, "--tf32", "TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it")
     channels_last: bool = _speed(True, "--channels-last", "memory layout NHWC")
-    fused_optimizer: bool = _speed(True, "--fused-optimizer", "update all weights in one kernel; not with --amp fp16")
+    fused_optimizer: bool = _speed(True, "--fused-optimizer", "update all weights in one kernel")
     compile: str = _speed(
         "auto",
         "--compile",

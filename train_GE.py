@@ -10,7 +10,7 @@ Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum o
 
 import sys
 
-from args import CommandLine, announce
+from args import announce
 from settings import Settings
 
 if __name__ == "__main__":
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DataInfo
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from models import MSDNet, sum_of_cross_entropies
 from models.options import NETWORK_FIELDS
@@ -45,15 +45,6 @@ class Stage1(Stage):
     name = "GE"
     may_change_data = True
     next_command = "train_IMTA.py --pretrained"
-
-    def find_origin(self, command: CommandLine) -> Saved | None:
-        """The network --pretrained names.
-
-        Raises:
-            UserError: it cannot be read, or is another than the flags say.
-        """
-        path = command.origin()
-        return None if path is None else load_saved(path, command.explicit)
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:
         """The network the flags describe; with an ``origin`` its trunk, and its classifiers where the classes are the same.

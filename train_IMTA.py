@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import inference_form
 from datasets import DataInfo
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
 from models import IMTA, Description, MSDNet, one_for_all_loss
@@ -67,13 +67,10 @@ class Stage2(Stage):
         """The checkpoint --pretrained names, or that of the run in the directory GE beside this one's.
 
         Raises:
-            UserError: there is none, or it is of another network than the flags say.
+            UserError, OSError: as of every stage; or it is of a stage-2 network.
         """
-        path = command.origin()
-        if path is None:
-            return None
-        saved = load_saved(path, command.explicit)
-        if not isinstance(saved.network, MSDNet):
+        saved = super().find_origin(command)
+        if saved is not None and not isinstance(saved.network, MSDNet):
             raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved
 
@@ -81,8 +78,6 @@ class Stage2(Stage):
         """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
             raise UserError(f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}")
-        if settings.isc and settings.batch_size < 2:
-            raise UserError("--batch-size 1: the BatchNorm of the ISC links needs at least 2 images a step")
         return IMTA(
             origin.network if origin else Stage1().make_network(settings, data, None),
             isc=settings.isc,
@@ -96,8 +91,15 @@ class Stage2(Stage):
         return Distillation(network, settings)
 
     def frozen_digest(self, network: IMTA) -> str | None:
-        """Fingerprint of everything that must not move."""
-        return frozen_digest(network)
+        """Of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None where nothing is frozen."""
+        if not network.freeze_backbone:
+            return None
+        tensors = network.backbone.state_dict() if network.freeze_batchnorm else dict(network.backbone.named_parameters())
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_result(self, network: IMTA, description: Description) -> None:
         """Compare the backbone with the stage-1 network it was.
@@ -105,7 +107,7 @@ class Stage2(Stage):
         Raises:
             UserError: something frozen moved.
         """
-        if frozen_digest(network) != description.frozen_digest:
+        if self.frozen_digest(network) != description.frozen_digest:
             raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
 
     def title(self, settings: Settings) -> str:
@@ -116,18 +118,6 @@ class Stage2(Stage):
     def share_of_work(self, settings: Settings) -> float:
         """None where the network is frozen: folded and without a graph it is as fast as compiled (``benchmarks.training_speed``)."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
-
-
-def frozen_digest(network: IMTA) -> str | None:
-    """Fingerprint of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None where nothing is frozen."""
-    if not network.freeze_backbone:
-        return None
-    tensors = network.backbone.state_dict() if network.freeze_batchnorm else dict(network.backbone.named_parameters())
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,28 +22,25 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
+def in_words(error: UserError | OSError) -> str:
+    """One line of what went wrong."""
+    if isinstance(error, UserError):
+        return str(error)
+    return one_line(f"cannot read or write {error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+
+
 def one_line(text: str) -> str:
     """``text`` fit for one line of a terminal, whatever names or values it quotes."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
-def tell(text: str) -> None:
+def tell(text: str, stream_name: str = "stdout") -> None:
     """A line on standard output, at once. One that nobody can read any more, as the reader left or the disk is full, is lost in silence,
     and so is all that follows."""
-    if not _written(text, sys.stdout):
-        sys.stdout = None
-
-
-def complain(text: str) -> None:
-    """The same on standard error."""
-    if not _written(text, sys.stderr):
-        sys.stderr = None
-
-
-def _written(text: str, stream: IO | None) -> bool:
+    stream = getattr(sys, stream_name)
     if stream is None:
-        return True
+        return
     try:
         encoding = stream.encoding or "utf-8"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -52,8 +49,12 @@ def _written(text: str, stream: IO | None) -> bool:
         # What is left in the buffer would fail once more when the program ends.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
+        setattr(sys, stream_name, None)
+
+
+def complain(text: str) -> None:
+    """The same on standard error."""
+    tell(text, "stderr")
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

@@ -6,6 +6,8 @@ state = load_checkpoint(path)
 """
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +108,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = read_checkpoint(path)
-        if state.get("format") != FORMAT:
-            raise ValueError(f"{path} is no run of this version of the project to go on from")
-        if missing := {"state_dict", "held_out", "names", "launch", "epoch", "step", "best_epoch"} - state.keys():
-            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-        split = Split(state["held_out"], state["names"])
-        return {**state, "description": Description(**state["description"]), "split": split}
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    except (KeyError, TypeError) as error:
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} is no run of this version of the project to go on from")
+    with damage_named(path):
+        if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - state.keys():
+            raise KeyError(*missing)
+        split = Split(state["held_out"], state["names"])
+        return {**state, "description": Description(**state["description"]), "split": split}
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Within the block, what the content of the file at ``path`` makes fail is a ``UserError`` that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 

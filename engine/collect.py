@@ -19,7 +19,7 @@ from engine.distributed import Processes
 def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor] | None:
     """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); the main process gets them, others None."""
     network.eval()
-    count = batches.num_own
+    count = len(batches.own())
     logits = torch.empty(count, network.num_exits, network.num_classes)
     targets = torch.empty(count, dtype=torch.int64)
     start = 0

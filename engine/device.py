@@ -2,9 +2,7 @@
 
 import ctypes
 import os
-import random
 
-import numpy as np
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -28,9 +26,7 @@ def set_tf32(enabled: bool) -> None:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and PyTorch; with ``deterministic`` only operations that repeat bit for bit are allowed."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries that use the global state are seeded too
+    """Seed PyTorch, from which all that is random comes; with ``deterministic`` only operations that repeat bit for bit are allowed."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

@@ -5,6 +5,7 @@ with shared_out(settings.batch_size, settings.gpu) as processes: ...   # runs on
 Two threads of one process would wait for each other in every convolution, and very long where another program uses a core.
 """
 
+import argparse
 import ctypes
 import os
 import shutil
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from engine.distributed import TIMEOUT, Processes, is_lost_peer, process_group
 from settings import available_cores
-from utils import UserError
+from utils import UserError, at_least
 
 MIN_SHARE = 32  # images of a step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
@@ -53,13 +54,11 @@ def process_count(batch_size: int) -> int:
     Raises:
         UserError: PROCESSES is no number, or more than there are images in a batch.
     """
-    wanted = os.environ.get("PROCESSES")
-    if wanted:
-        if not wanted.isascii() or not wanted.isdigit() or int(wanted) < 1:
-            raise UserError(f"PROCESSES={wanted} is no number of processes")
-        if int(wanted) > batch_size:
-            raise UserError(f"PROCESSES={wanted}: a step has only {batch_size} images to share (--batch-size)")
-        return int(wanted)
+    if wanted := os.environ.get("PROCESSES"):
+        try:
+            return at_least(1, batch_size)(wanted)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"PROCESSES={wanted}: {error} (--batch-size images are shared)") from None
     return max(n for n in range(1, available_cores() + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= MIN_SHARE))
 
 
@@ -80,57 +79,53 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
             yield processes
         return
     torch.set_num_threads(1)
-    copies: list[int] = []
-    rank, folder = _fork(count, copies)
+    folder = Path(tempfile.mkdtemp())
+    rank, copies = _fork(count, folder)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    seconds_to_end = 0
     try:
         store = dist.FileStore(str(folder / "store"), count)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()
-    except BaseException as error:
-        if isinstance(error, RuntimeError) and is_lost_peer(error):
+        seconds_to_end = MAX_SECONDS_TO_END
+    except RuntimeError as error:
+        if is_lost_peer(error):
             if rank > 0:
                 os._exit(1)  # without a report: another process has the reason
             _await(copies, SECONDS_TO_REPORT)
             for report in folder.glob("*.report"):
                 status, message = report.read_text(encoding="utf-8").split(" ", 1)
                 raise CopyEnded(int(status), message) from None
-        _await(copies, 0)
         raise
     finally:
         if rank == 0:
-            _await(copies, MAX_SECONDS_TO_END)
+            _await(copies, seconds_to_end)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(count: int, copies: list[int]) -> tuple[int, Path]:
-    """Make ``count`` processes of this one.
-
-    Returns:
-        The rank of each, and a folder that all of them know; ``copies`` of the first one gets the ids of the others.
+def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
+    """Make ``count`` processes of this one; gives each its rank, and the first one the ids of the others.
 
     Raises:
-        UserError: the system does not allow so many, or has no place for temporary files.
+        UserError: the system does not allow so many.
     """
     global _report
-    parent = os.getpid()
-    try:
-        folder = Path(tempfile.mkdtemp())
-        for rank in range(1, count):
+    parent, copies = os.getpid(), []
+    for rank in range(1, count):
+        try:
             copy = os.fork()
-            if copy == 0:
-                _report = folder / f"{rank}.report"
-                copies.clear()
-                # However the first process ends, no copy stays behind.
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != parent:
-                    os._exit(1)
-                return rank, folder
-            copies.append(copy)
-    except OSError as error:
-        raise UserError(f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others") from None
-    return 0, folder
+        except OSError as error:
+            raise UserError(f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others") from None
+        if copy == 0:
+            _report = folder / f"{rank}.report"
+            # However the first process ends, no copy stays behind.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            return rank, []
+        copies.append(copy)
+    return 0, copies
 
 
 def _await(copies: list[int], seconds: float) -> None:

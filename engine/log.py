@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
-from utils import UserError, atomic_write, duration, is_terminal, tell
+from utils import atomic_write, duration, is_terminal, tell
 
 SECONDS_TO_REMIND = 8
 
@@ -22,18 +22,14 @@ class Log:
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
-        self.writer: _Events | None = None
-        self._bar: tqdm | None = None
+        self.writer: Any = None
+        self._bar = tqdm(disable=True)
 
     def line(self, text: str) -> None:
         """One line on standard output, above a progress bar if there is one."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        tell(text)
-        if self._bar is not None:
-            self._bar.refresh()
+        if self.enabled:
+            with tqdm.external_write_mode(nolock=True):
+                tell(text)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -56,40 +52,39 @@ class Log:
     def open(self, run: RunDirectory, first_step: int) -> None:
         """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""
         if self.enabled:
-            self.writer = _Events(run.tensorboard, first_step)
+            # Takes seconds to import, which evaluation need not wait for.
+            from torch.utils.tensorboard import SummaryWriter
+
+            threading.excepthook = _leave_to_the_next_call
+            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
 
     def close(self) -> None:
         """End the bar and the events."""
         self.end_epoch()
-        writer, self.writer = self.writer, None
-        if writer is not None:
-            writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
-        if self.enabled and is_terminal(sys.stderr):
-            self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False)
+        is_shown = self.enabled and is_terminal(sys.stderr)
+        self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False, disable=not is_shown)
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 
     def advance(self) -> None:
         """Move the bar by a step."""
-        if self._bar is not None:
-            self._bar.update(1)
+        self._bar.update(1)
 
     def step(self, done: int, batch_size: int, summary: str) -> None:
         """Report after ``done`` of an epoch's steps."""
         seconds_a_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
-        else:
+        self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
+        if self._bar.disable:
             left = duration(seconds_a_step * (self._steps - done))
             self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")
 
     def end_epoch(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def write_history(self, path: Path, history: list[dict]) -> None:
         """Write every epoch's row as a JSON line; the file always agrees with the checkpoint it came with."""
@@ -109,40 +104,7 @@ class Log:
                 self.writer.add_scalar(name, value, step)
 
 
-class _Events:
-    """TensorBoard's ``SummaryWriter``, with the same methods; what it cannot write is a UserError."""
-
-    def __init__(self, folder: Path, first_step: int):
-        # Takes seconds to import, which evaluation need not wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder = folder
-        # Its thread leaves an error to the next call, and would print it with a trace as well.
-        self._hook, threading.excepthook = threading.excepthook, self._keep_quiet
-        try:
-            self._writer = self._guarded(SummaryWriter)(str(folder), purge_step=first_step or None)
-        except UserError:
-            threading.excepthook = self._hook
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return self._guarded(getattr(self._writer, name))
-
-    def close(self) -> None:
-        try:
-            self._guarded(self._writer.close)()
-        finally:
-            threading.excepthook = self._hook
-
-    def _guarded(self, function: Callable) -> Callable:
-        def call(*args: Any, **options: Any) -> Any:
-            try:
-                return function(*args, **options)
-            except OSError as error:
-                raise UserError(f"cannot write TensorBoard's events into {self._folder}: {error.strerror or error}") from None
-
-        return call
-
-    def _keep_quiet(self, failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
-            self._hook(failure)
+def _leave_to_the_next_call(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps what it cannot write for the next call, and would print it with a trace as well."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)

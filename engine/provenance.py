@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,61 +14,54 @@ import numpy as np
 import torch
 import torchvision
 
-from engine.distributed import Processes
 from engine.session import Session
 from settings import plain
 from utils import UserError, atomic_write
 
 
-class Provenance:
-    """The record of a run; only the main process should have one.
-
-    Used as a context, it notes when the piece ended, and whether the run was then complete.
+@contextmanager
+def recorded(session: Session, command: str, resumed: bool, frozen_digest: str | None) -> Iterator[None]:
+    """Record a piece of a run: how it was started, when it ended, and whether the run was then complete.
 
     Args:
         command: the command line of this piece.
         resumed: whether the run goes on, and the pieces that are in the file stay.
         frozen_digest: of the network that stage 2 keeps frozen.
     """
-
-    def __init__(self, session: Session, command: str, resumed: bool, frozen_digest: str | None):
-        self.path = session.run.record
-        self.run = {"settings": plain(session.settings), "frozen_digest": frozen_digest}
-        self.pieces = _pieces(self.path) if resumed else []
-        began = {"command": command, "began": _now(), "ended": None, "complete": False}
-        self.pieces.append({**began, **hardware(session.processes), **versions(), "commit": commit()})
-        self._write()
-
-    def __enter__(self) -> "Provenance":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pieces[-1].update(ended=_now(), complete=kind is None)
-        with nullcontext() if kind is None else suppress(UserError):  # a full disk must not hide what went wrong before
-            self._write()
-
-    def _write(self) -> None:
-        with atomic_write(self.path) as stream:
-            json.dump({**self.run, "pieces": self.pieces}, stream, indent=1)
-            stream.write("\n")
-
-
-def hardware(processes: Processes) -> dict[str, Any]:
-    """What the run computes on: processor, cores, threads of this process, GPUs, processes."""
-    gpus = [torch.cuda.get_device_name(i) for i in processes.gpu_ids]
-    return {
+    path = session.run.record
+    piece = {
+        "command": command,
+        "began": _now(),
+        "ended": None,
+        "complete": False,
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "processes": processes.world_size,
+        "gpus": [torch.cuda.get_device_name(i) for i in session.processes.gpu_ids],
+        "processes": session.processes.world_size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
     }
+    run = {"settings": plain(session.settings), "frozen_digest": frozen_digest, "pieces": [*(_pieces(path) if resumed else []), piece]}
+    _write(path, run)
+    try:
+        yield
+        piece["complete"] = True
+    finally:
+        piece["ended"] = _now()
+        # A full disk must not hide what went wrong before.
+        with nullcontext() if piece["complete"] else suppress(UserError):
+            _write(path, run)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute."""
-    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-    return {"python": platform.python_version(), **libraries, "system": f"{platform.system()} {platform.machine()}"}
+def _write(path: Path, run: dict[str, Any]) -> None:
+    with atomic_write(path) as stream:
+        json.dump(run, stream, indent=1)
+        stream.write("\n")
 
 
 def commit() -> str | None:

@@ -5,21 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from models.files import BEST
 from utils import UserError, complain
-
-_locks: set[IO] = set()
-
-
-def _let_go_of_locks() -> None:
-    for stream in _locks:
-        stream.close()
-
-
-# A process that loads images outlives a killed run by seconds, in which a lock it had inherited would keep the run from going on.
-os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class RunDirectory:
@@ -67,31 +55,27 @@ class RunDirectory:
         """Keep other runs out of this directory until the block ends; the system frees the lock of a killed process.
 
         Raises:
-            UserError: another run writes here, or the directory cannot be made. Where locking is impossible, a line says so.
+            UserError, OSError: another run writes here, or the directory cannot be made. Where locking is impossible, a line says so.
         """
         try:
             str(self.path).encode()  # TensorBoard writes into no other folders
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"cannot write into --save {self.path}: {error.strerror}") from None
         except UnicodeEncodeError:
             raise UserError(f"cannot write into --save {str(self.path)!a}: its name is no text") from None
-        with stream:
+        missing, owner = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], os.getpid()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # Of this process alone: one that loads images outlives a killed run by seconds, and would keep what flock locks.
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
             except OSError as error:
                 complain(f"the file system of --save {self.path} has no locks ({error.strerror}): see to it that no other run writes there")
             self._clear_leftovers()
-            _locks.add(stream)
             try:
                 yield
             finally:
-                _locks.discard(stream)
-                made_here = missing and not stream.closed  # as it is in a forked copy of the process that holds the lock
+                made_here = missing and os.getpid() == owner  # not in a forked copy
                 with suppress(OSError):  # another run has come into one of the folders above, or they have gone
                     if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
                         (self.path / ".lock").unlink()

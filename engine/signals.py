@@ -14,49 +14,29 @@ class Interrupted(BaseException):
         self.exit_status, self.is_saved, self.where = 128 + signal_number, is_saved, where
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM raise ``Interrupted``."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Requests:
-    """What signals asked for: ``stop`` is the number of the first one that asked to stop, 0 for none. While ``at_once`` that one acts, too;
-    it is noted all the same, as Python drops what is raised in some places."""
+    """What signals asked for: ``stop`` is the number of the last one that asked to stop, 0 for none. While ``at_once`` it acts, too; it is
+    noted all the same, as Python drops what is raised in some places."""
 
     def __init__(self) -> None:
         self.stop = 0
-        self.save = self.at_once = False
+        self.save, self.at_once = False, True
 
 
 @contextmanager
-def note_signals() -> Iterator[Requests]:
-    """Within the block the first SIGINT or SIGTERM is only noted, and the next one acts as it did before; SIGUSR1 is always noted."""
+def listening() -> Iterator[Requests]:
+    """Within the block SIGINT and SIGTERM raise ``Interrupted``, but while not ``at_once`` the first one is only noted; so is SIGUSR1."""
     requests = Requests()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
-    def note_stop(number: int, frame: object) -> None:
-        requests.stop = number
-        for stopping in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stopping, before[stopping])
-        if requests.at_once:
-            signal.raise_signal(number)
+    def stop(number: int, frame: object) -> None:
+        is_first, requests.stop = not requests.stop, number
+        if requests.at_once or not is_first:
+            raise Interrupted(number)
 
-    def note_save(number: int, frame: object) -> None:
+    def save(number: int, frame: object) -> None:
         requests.save = True
 
-    signal.signal(signal.SIGINT, note_stop)
-    signal.signal(signal.SIGTERM, note_stop)
-    signal.signal(signal.SIGUSR1, note_save)
+    before = {number: signal.signal(number, act) for number, act in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGUSR1, save))}
     try:
         yield requests
     finally:

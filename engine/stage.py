@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,23 @@ from adaptive_inference import half_precision, read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
 from datasets import DataInfo
-from engine.checkpoint import Saved, data_info_of, load_checkpoint, load_saved, settings_of
+from engine.checkpoint import Saved, damage_named, data_info_of, load_checkpoint, load_saved, settings_of
 from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
-from engine.provenance import Provenance, commit
+from engine.provenance import commit, recorded
 from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
-from engine.signals import Interrupted, stop_on_signals
-from engine.training import Task, train
+from engine.signals import Interrupted, Requests, listening
+from engine.stepper import refuse_combinations
+from engine.training import train
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
-from utils import UserError, complain, one_line
+from utils import UserError, complain, in_words, one_line
 
 # Operations forwards, of all images of all epochs and in one process, that take eager training about as long as compiling gains.
 COMPILING_PAYS = 5e12
@@ -48,15 +49,20 @@ class Stage:
     next_command: str
 
     def find_origin(self, command: CommandLine) -> Saved | None:
-        """The checkpoint to start from, None to start from scratch."""
-        return None
+        """The checkpoint to start from, None to start from scratch.
+
+        Raises:
+            UserError, OSError: it is not there, cannot be read, or is of another network than the flags say.
+        """
+        path = command.origin()
+        return None if path is None else load_saved(path, command.explicit)
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> nn.Module:
         """The network to train."""
         raise NotImplementedError(f"{type(self).__name__} must make a network")
 
     def make_objective(self, network: nn.Module, settings: Settings) -> nn.Module:
-        """A module (images, targets) -> (losses (N,), logits (N, K, C))."""
+        """A module (images, targets) -> (losses (N,), logits (N, K, C)) with the ``network``."""
         raise NotImplementedError(f"{type(self).__name__} must say what is to be learnt")
 
     def title(self, settings: Settings) -> str:
@@ -97,10 +103,13 @@ def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
     is_evaluation = "evalmode" in command.explicit
     go_on = "" if is_evaluation else "; go on with --resume"
     try:
-        with stop_on_signals():
-            (_evaluate_only if is_evaluation else _train_and_evaluate)(stage, command)
-    except UserError as error:
-        return 2, str(error)
+        with listening() as requests:
+            if is_evaluation:
+                _evaluate_only(stage, command)
+            else:
+                _train_and_evaluate(stage, command, requests)
+    except (UserError, OSError) as error:
+        return 2, in_words(error)
     except CopyEnded as ended:
         return ended.status, str(ended)
     except Interrupted as interrupted:
@@ -123,7 +132,7 @@ def _lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
+def _train_and_evaluate(stage: Stage, command: CommandLine, requests: Requests) -> None:
     run = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with run.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
@@ -135,7 +144,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
             try:
                 settings = with_precision(settings, processes)
                 _keep_threads_from_waiting(settings, processes)
-                _Run(stage, command, Session(run, settings, processes, log), state, origin).complete()
+                _Run(stage, command, Session(run, settings, processes, log, requests), state, origin).complete()
             finally:
                 log.close()
 
@@ -156,27 +165,27 @@ class _Run:
         operations = _operations(network, data.info.image_size)
         settings = with_compilation(session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size)
         self.session = session = replace(session, settings=settings)
+        refuse_combinations(network, settings, session.processes)
         description = state["description"] if state else self._description(data.info, network, operations)
         place(network, session)
         _introduce(network, data, operations, session)
-        if not session.processes.is_main:
-            self._train_and_evaluate(network, data, description)
-            return
-        if state is None:
+        is_main = session.processes.is_main
+        if is_main and state is None:
             _clear(session.run)
-        with Provenance(session, str(self.command), state is not None, description.frozen_digest):
+        with recorded(session, str(self.command), state is not None, description.frozen_digest) if is_main else nullcontext():
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
             self._train_and_evaluate(network, data, description)
-            _to_tensorboard(session, _curves_of(description))
+            if is_main:
+                _to_tensorboard(session, _curves_of(description))
         session.log.line(f"next: python {stage.next_command} {shlex.quote(str(session.run.path))}")
 
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
-        with _reading(self.session):
-            data = self._read(data_info_of(state["description"]), state["split"]) if state is not None else self._data_to_start()
         if state is not None:
+            data = _read(self.session, data_info_of(state["description"]), state["split"])
             network = _network_to_resume(self.session.run, state)
         else:
+            data = self._data_to_start()
             if self.origin and self.origin.description is None:
                 _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
@@ -184,19 +193,16 @@ class _Run:
         seed_everything(settings.seed, settings.deterministic)
         return data, network
 
-    def _read(self, stored: DataInfo | None = None, split: Split | None = None) -> Data:
-        return load_data(self.session.settings, self.session.processes.device, self.session.processes.shard, stored, split)
-
     def _data_to_start(self) -> Data:
         """Images that were held out from the network a run starts from stay so: it would know the others already."""
         origin = self.origin
         if origin is None or origin.data is None:
-            return self._read()
+            return _read(self.session)
         if self.stage.may_change_data:
-            data = self._read()
+            data = _read(self.session)
             if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.split.held_out, origin.split.held_out):
                 return data
-        return self._read(origin.data, origin.split)
+        return _read(self.session, origin.data, origin.split)
 
     def _description(self, data: DataInfo, network: nn.Module, operations: list[int]) -> Description:
         settings = self.session.settings
@@ -219,8 +225,7 @@ class _Run:
 
     def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
-        task = Task(network, stage.make_objective(network, session.settings), description, data.split)
-        progress = train(task, data, session, self.state)
+        progress = train(stage.make_objective(network, session.settings), description, data, session, self.state)
         stage.check_result(network, description)
         load_weights(network, load_saved(session.run.best, {}).network.state_dict())
         stage.check_result(network, description)
@@ -258,11 +263,9 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> d
 
 
 def _network_to_resume(run: RunDirectory, state: dict[str, Any]) -> nn.Module:
-    try:
+    with damage_named(run.last):
         network = build_network(state["description"].network)
         load_weights(network, state["state_dict"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{run.last} is damaged: {error}") from None
     # The best epoch is needed at the end; that its file is of another run should be known before.
     if state["best_epoch"] and load_saved(run.best, {}).network.config != network.config:
         raise UserError(f"{run.best} holds another network than {run.last}")
@@ -315,10 +318,11 @@ def place(network: nn.Module, session: Session) -> None:
     network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
-def _reading(session: Session) -> AbstractContextManager[None]:
-    settings = session.settings
+def _read(session: Session, stored: DataInfo | None = None, split: Split | None = None) -> Data:
+    settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
-    return session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo"))
+    with session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo")):
+        return load_data(settings, processes.device, processes.shard, stored, split)
 
 
 def _introduce(network: nn.Module, data: Data, operations: list[int], session: Session) -> None:
@@ -368,8 +372,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
             _keep_threads_from_waiting(settings, processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
-        with _reading(session):
-            data = load_data(settings, processes.device, processes.shard, saved.data, saved.split)
+        data = _read(session, saved.data, saved.split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")

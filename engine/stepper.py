@@ -9,7 +9,7 @@ An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`
 import logging
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,14 +28,11 @@ class Stepper:
     """Trains ``objective`` with SGD, step by step.
 
     Args:
-        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer, sync_bn.
-
-    Raises:
-        UserError: settings that do not go together.
+        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer, sync_bn; such that
+            ``refuse_combinations`` has nothing against them.
     """
 
     def __init__(self, objective: nn.Module, settings: Settings, processes: Processes):
-        _refuse_combinations(objective, settings, processes)
         self.settings, self.processes = settings, processes
         if processes.device.type == "cpu":
             keep_freed_memory()
@@ -51,13 +48,9 @@ class Stepper:
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
             # One kernel, which takes the rate of the step: it is no part of what is captured, so a new rate captures nothing anew.
-            # With fp16 scaling it does not tell whether a step was skipped.
-            fused=settings.fused_optimizer and not self.scaler.is_enabled(),
+            fused=settings.fused_optimizer,
         )
-        self.steps_done = 0
         self.was_skipped = False
-        if self.scaler.is_enabled():
-            self.optimizer.register_step_post_hook(self._note_step)
         self.objective = objective
         self._model: nn.Module | None = None
 
@@ -96,10 +89,10 @@ class Stepper:
         if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        done_before = self.steps_done
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.was_skipped = self.scaler.is_enabled() and self.steps_done == done_before
+        self.was_skipped = self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,16 +100,7 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the entries that ``state_dict`` gave.
-
-        Raises:
-            UserError: they are of other parameters.
-        """
-        shapes = {i: parameter.shape for i, parameter in enumerate(self.parameters)}
-        for i, entry in state["optimizer"]["state"].items():
-            momentum = entry["momentum_buffer"]
-            if momentum is not None and shapes.get(i) != momentum.shape:
-                raise UserError("the checkpoint's optimiser has learned other parameters than those of its network")
+        """Take over the entries that ``state_dict`` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run did not need one before
             self.scaler.load_state_dict(state["scaler"])
@@ -132,18 +116,10 @@ class Stepper:
             self._model = _parallel(inner, self.processes)
         return self._model
 
-    def _note_step(self, *_: object) -> None:
-        self.steps_done += 1
-
 
 def mixed_precision(settings: Settings) -> torch.dtype | None:
     """Type that ``--amp``, once decided, computes in beside float32; None for none."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision for a block of code, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class _InPrecision(nn.Module):
@@ -154,11 +130,12 @@ class _InPrecision(nn.Module):
         self.objective, self.device, self.dtype = objective, device, dtype
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(self.device, self.dtype):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return self.objective(images, targets)
 
 
-def _refuse_combinations(objective: nn.Module, settings: Settings, processes: Processes) -> None:
+def refuse_combinations(network: nn.Module, settings: Settings, processes: Processes) -> None:
+    """Raise the ``UserError`` of settings that do not go together."""
     if settings.sync_bn and processes.world_size > 1 and processes.device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
     several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
@@ -172,22 +149,12 @@ def _refuse_combinations(objective: nn.Module, settings: Settings, processes: Pr
         raise UserError(f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide {share} images")
     if settings.accumulate > share:
         raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
-    smallest = min(_smallest_chunk(part, max(len(processes.gpu_ids), 1)) for part in _part_sizes(share, settings.accumulate))
-    if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in objective.modules()):
+    parts = torch.empty(share).tensor_split(settings.accumulate)
+    smallest = min(len(chunk) for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1)))  # as DataParallel deals them out
+    if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
         raise UserError(
             f"the BatchNorm of the ISC links needs at least 2 images at a time; --batch-size {settings.batch_size} gives {smallest}"
         )
-
-
-def _part_sizes(share: int, parts: int) -> set[int]:
-    """Sizes of the parts of ``Tensor.tensor_split``."""
-    return {share // parts, -(-share // parts)}
-
-
-def _smallest_chunk(images: int, gpus: int) -> int:
-    """Images of the GPU that gets fewest: DataParallel rounds up, so the last one has what is left."""
-    most = -(-images // gpus)
-    return images - most * (-(-images // most) - 1)
 
 
 def _compiled(objective: nn.Module, settings: Settings) -> nn.Module:

@@ -1,41 +1,31 @@
 """The training loop of both stages.
 
-A stage brings an objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))``, and the parameters that learn; everything
+A stage brings an objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the ``network`` that learns; everything
 else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints, resuming.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adaptive_inference import inference_form
 from dataloader import Data
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
 from engine.schedule import learning_rate
 from engine.session import Session
-from engine.signals import Interrupted, Requests, note_signals
+from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
-from models.saved import Description, Split, save_network
+from models.saved import Description, save_network
 from utils import UserError, duration
-
-
-@dataclass
-class Task:
-    """What a stage trains; ``description`` and ``split`` go into its files."""
-
-    network: nn.Module
-    objective: nn.Module
-    description: Description
-    split: Split
 
 
 @dataclass
@@ -89,40 +79,41 @@ class Meters:
         return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
 
-def train(task: Task, data: Data, session: Session, state: dict[str, Any] | None = None) -> Progress:
+def train(objective: nn.Module, description: Description, data: Data, session: Session, state: dict[str, Any] | None = None) -> Progress:
     """Train until ``epochs`` of the settings are done, and leave ``last.pt``, the best epoch and ``log.jsonl`` in the run's directory.
 
     The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
 
     Args:
+        objective: its ``network`` learns.
+        description: goes into the files of the run.
         state: the checkpoint to go on from.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
         UserError: the loss is not finite, a file cannot be written, or ``state`` is damaged.
     """
-    trainer = _Trainer(task, data, session)
+    trainer = _Trainer(objective, description, data, session)
     if state is not None:
-        try:
+        with damage_named(session.run.last):
             trainer.restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{session.run.last} is damaged: {type(error).__name__} {error}") from None
-    with note_signals() as requests:
-        while trainer.progress.epoch < session.settings.epochs:
-            trainer.run_epoch(requests)
+    session.requests.at_once = False
+    while trainer.progress.epoch < session.settings.epochs:
+        trainer.run_epoch(session.requests)
+    session.requests.at_once = True
     return trainer.progress
 
 
 class _Trainer:
-    def __init__(self, task: Task, data: Data, session: Session):
-        self.task, self.data, self.session = task, data, session
-        self.network = task.network
-        self.stepper = Stepper(task.objective, session.settings, session.processes)
+    def __init__(self, objective: nn.Module, description: Description, data: Data, session: Session):
+        self.objective, self.description, self.data, self.session = objective, description, data, session
+        self.network = objective.network
+        self.stepper = Stepper(objective, session.settings, session.processes)
         self.meters = Meters(self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled())
         self.progress = Progress()
         self.began = self.saved = 0.0
         decay = session.settings.ema_decay
-        self.average = None if decay is None else AveragedModel(task.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+        self.average = None if decay is None else AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
     @property
     def answering(self) -> nn.Module:
@@ -133,7 +124,7 @@ class _Trainer:
         settings, progress, log = self.session.settings, self.progress, self.session.log
         steps = len(self.data.train)
         self.began = self.saved = time.monotonic()
-        self.task.objective.train()
+        self.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self.data.train.epoch(progress.epoch, progress.step):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
@@ -250,13 +241,12 @@ class _Trainer:
         # One question to the device, not one a tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
             self._refuse_divergence(math.nan, "sum of the weights")
-        task = self.task
         if is_best:
             accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
-            description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.run.best, self.answering, description, task.split)
+            description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
+            save_network(self.session.run.best, self.answering, description, self.data.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        constants = {"description": asdict(task.description), **task.split._asdict(), "launch": launch}
+        constants = {"description": asdict(self.description), **self.data.split._asdict(), "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
         if self.average is not None:
             running["average"] = self.average.state_dict()
@@ -274,19 +264,6 @@ class _Trainer:
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
-
-
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """For ``AveragedModel``; whole numbers, such as BatchNorm's counters, are taken over."""
-
-    def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
-
-    return update
 
 
 def _rounded(value: Any) -> Any:

@@ -17,7 +17,6 @@ _MODULES = {
     "load_released": "released",
     "measure_cost": "operations",
     "one_for_all_loss": "losses",
-    "released_flags": "released",
     "sum_of_cross_entropies": "losses",
     "to_released": "released",
 }

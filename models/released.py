@@ -4,8 +4,7 @@ Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files an
 networks are recognised by the shapes of the tensors; any other needs its published flags.
 
     network = load_released("msdnet-step=4.pth.tar")  # in evaluation mode
-    logits = network(images)
-    torch.save({"arch": released_flags(network)["arch"], "state_dict": to_released(network)}, "for_released_programs.pth.tar")
+    torch.save({"state_dict": to_released(network)}, "for_released_programs.pth.tar")
 """
 
 import os
@@ -28,8 +27,6 @@ from models.saved import is_network_file
 Shapes = dict[str, tuple[int, ...]]
 Flags = dict[str, Any]
 
-STAGE_1_ARCHS = ("msdnet", "msdnet_ge")
-STAGE_2_ARCH = "IMTA_MSDNet"
 # Published flag -> option of MSDNet.
 PUBLISHED_NAMES = {
     "num_classes": "num_classes",
@@ -69,10 +66,10 @@ def load_released(
     Args:
         file_or_dict: a file, its content, or a bare state dict, with or without the ``module.`` of DataParallel and the like before names.
             A file is read with ``weights_only=True``: nothing in it can run.
-        gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch``, or the flag where the file
-            has none, is ``msdnet_ge``; a stage-2 backbone always does.
+        gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch`` is ``msdnet_ge``; a stage-2
+            backbone always does.
         published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``, ``grFactor``, ``bnFactor``,
-            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``, ``arch``: numbers, lists, and texts such as ``1-2-4``. They
+            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``: numbers, lists, and texts such as ``1-2-4``. They
             take the place of those of the published networks; None is a flag not given.
 
     Raises:
@@ -91,7 +88,8 @@ def load_released(
             raise ValueError("it is a run of this project to go on from; models.load reads the best.safetensors beside it")
         tensors = _tensors_of(checkpoint)
         stage_2 = any(name.startswith("net.") for name in tensors)
-        rescale = _rescales_gradients(checkpoint.get("arch"), flags.pop("arch", None), stage_2, gradient_equilibrium)
+        is_rescaled = stage_2 or checkpoint.get("arch") == "msdnet_ge"
+        rescale = is_rescaled if gradient_equilibrium is None else gradient_equilibrium
         network = _fitting_network({name: tuple(t.shape) for name, t in tensors.items()}, flags, stage_2, rescale)
         weights = _under_our_names(network, tensors)
     except ValueError as error:
@@ -107,41 +105,14 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     Raises:
         ValueError: the released programs have no such network (``IMTA`` with ``isc=False``).
     """
+    if isinstance(network, IMTA) and network.links is None:
+        raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
     ours = network.state_dict()
     return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
 
 
-def released_flags(network: MSDNet | IMTA) -> Flags:
-    """Published flags of a network, by their published names and spellings; ``load_released`` takes them too.
-
-    ``data`` follows from the kind of inputs and, for small ones, from the number of classes. The released programs derive
-    ``num_classes`` from ``data``; for another number of classes it has to be set there.
-
-    Raises:
-        ValueError: as ``to_released``.
-    """
-    stage_2 = isinstance(network, IMTA)
-    _refuse_without_links(network)
-    config = network.trunk.config
-    flags = {flag: config[name] for flag, name in PUBLISHED_NAMES.items()}
-    for flag in ("grFactor", "bnFactor"):
-        flags[flag] = "-".join(map(str, flags[flag]))
-    small_data = "cifar10" if config["num_classes"] == 10 else "cifar100"
-    return {
-        "arch": STAGE_2_ARCH if stage_2 else STAGE_1_ARCHS[config["gradient_equilibrium"]],
-        "data": small_data if config["small_inputs"] else "ImageNet",
-        **flags,
-    }
-
-
-def _refuse_without_links(network: MSDNet | IMTA) -> None:
-    if isinstance(network, IMTA) and network.links is None:
-        raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
-
-
 def _names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
     """(our name, released name) of every tensor, in the released order."""
-    _refuse_without_links(network)
     for our_module, released_module in _module_names(network):
         for suffix in network.get_submodule(our_module).state_dict():
             yield f"{our_module}.{suffix}", f"{released_module}.{suffix}"
@@ -181,7 +152,7 @@ def _stem_name(scale: int, small_inputs: bool) -> str:
 
 
 def _parse_flags(given: Flags) -> Flags:
-    allowed = (*PUBLISHED_NAMES, "data", "arch")
+    allowed = (*PUBLISHED_NAMES, "data")
     for flag in given:
         if flag not in allowed:
             raise ValueError(f"--{flag} says nothing about a released network; allowed: {', '.join(allowed)}")
@@ -246,14 +217,6 @@ def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
     return tensors
 
 
-def _rescales_gradients(file_arch: Any, given_arch: str | None, stage_2: bool, wanted: bool | None) -> bool:
-    possible = (STAGE_2_ARCH,) if stage_2 else STAGE_1_ARCHS
-    arch = next((name for name in (file_arch, given_arch) if name in possible), possible[0])
-    if given_arch not in (None, arch):
-        raise ValueError(f"the file has arch {arch}, --arch says {given_arch}")
-    return arch != "msdnet" if wanted is None else bool(wanted)
-
-
 def _under_our_names(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for our_name, released_name in _names(network):
@@ -269,8 +232,6 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
     """A network on the meta device with exactly these tensors: a published one, but for the flags that are given."""
     prefix = "net." if stage_2 else ""
     small_inputs = f"{prefix}{_stem_name(0, True)}.0.weight" in shapes
-    if not small_inputs and f"{prefix}{_stem_name(0, False)}.0.weight" not in shapes:
-        raise ValueError("it is not a released network: it has no blocks.0.0.layers.0 (the first layer)")
     linear = re.compile(re.escape(prefix) + r"classifier\.\d+\.linear\.weight")
     linears = [shape for name, shape in shapes.items() if linear.fullmatch(name) and len(shape) == 2]
     if not linears:
@@ -282,7 +243,7 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
     data = flags.pop("data", None)
     if data is not None and (str(data).lower() == "imagenet") is small_inputs:
         raise ValueError(f"the file has {'small' if small_inputs else 'large'} inputs, --data says {data}")
-    problems = []
+    nearest = None
     for published in _PUBLISHED[small_inputs]:
         options = {PUBLISHED_NAMES[flag]: value for flag, value in {**published, **known, **flags}.items()}
         try:
@@ -292,23 +253,18 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
                 )
                 if stage_2:
                     network = IMTA(network, cut_isc_gradient=False, freeze_batchnorm=False)
-            differences = _differences(network, shapes)
+            ours = network.state_dict()
         except (ValueError, TypeError) as error:
-            differences = [str(error)] * (len(shapes) + 1)
+            nearest = nearest or [str(error)]
+            continue
+        expected = {released_name: tuple(ours[our_name].shape) for our_name, released_name in _names(network)}
+        differences = [
+            f"{name} is {shapes.get(name, 'nothing')} there, where {expected.get(name, 'nothing')} belongs"
+            for name in {**expected, **shapes}
+            if expected.get(name) != shapes.get(name) and not (name.endswith("num_batches_tracked") and name not in shapes)
+        ]
         if not differences:
             return network
-        problems.append(differences)
-    nearest = min(problems, key=len)
+        nearest = min(nearest or differences, differences, key=len)
     what = "not the network of the given flags" if flags else "none of the published networks, and needs flags such as --base --step"
-    raise ValueError(f"it is {what}: {nearest[0]}" + (f", and {len(nearest) - 1} more" if len(set(nearest)) > 1 else ""))
-
-
-def _differences(network: MSDNet | IMTA, shapes: Shapes) -> list[str]:
-    """What of the tensors' names and shapes is not that of the network."""
-    ours = network.state_dict()
-    expected = {released_name: tuple(ours[our_name].shape) for our_name, released_name in _names(network)}
-    return [
-        *(f"{name} is missing" for name in expected if name not in shapes and not name.endswith("num_batches_tracked")),
-        *(f"{name} is not known" for name in shapes if name not in expected),
-        *(f"{name} has the shape {s}, where {expected[name]} belongs" for name, s in shapes.items() if expected.get(name, s) != s),
-    ]
+    raise ValueError(f"it is {what}: {nearest[0]}" + (f", and {len(nearest) - 1} more" if len(nearest) > 1 else ""))

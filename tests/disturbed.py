@@ -1,8 +1,8 @@
-"""``train_GE.py``, and once something happens to it: what, the environment says.
+"""``train_GE.py`` on few images of the demo, and once something happens to it: what, the environment says.
 
 SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file that is then made, and
 keeps it from happening again. LATE: seconds that this process then waits first. KILL_LOADERS: processes that load images die at their
-first image.
+first image. COPY_FAILS: forked copies meet an image that cannot be read.
 """
 
 import os
@@ -12,10 +12,15 @@ import time
 from pathlib import Path
 
 import dataloader
+import datasets
+import engine.launch
 import train_GE
 from engine.stepper import Stepper
+from utils import UserError
 
 STEPS = 2
+# Two processes cannot have equally many of the test images.
+datasets.DEMO_IMAGES = {"train": 160, "test": 99}
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +31,8 @@ def main(argv: list[str]) -> int:
         _send_once(int(os.environ["SIGNAL"]), marker)
     if "KILL_LOADERS" in os.environ:
         _kill_loaders()
+    if "COPY_FAILS" in os.environ:
+        _fail_in_copies()
     return train_GE.main(argv)
 
 
@@ -52,6 +59,17 @@ def _kill_loaders() -> None:
         return real(files, key)
 
     dataloader._ImageFiles.__getitem__ = getitem
+
+
+def _fail_in_copies() -> None:
+    real = Stepper.step
+
+    def step(*arguments):
+        if engine.launch._report is not None:
+            raise UserError("cannot read the image bad.jpg")
+        real(*arguments)
+
+    Stepper.step = step
 
 
 if __name__ == "__main__":

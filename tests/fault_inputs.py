@@ -8,7 +8,6 @@ case.problems(outcome, before, snapshot(folder))
 import argparse
 import hashlib
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,6 @@ import predict
 from models import load, to_released
 from tests.forked import Outcome
 
-MEMORY = 2**31 + 2**29  # bytes a run may hold at once; PyTorch and a small training need a quarter of it
 LONGEST_LINE = 1000
 
 SMALL = ["--nChannels", "4", "--growthRate", "4"]
@@ -32,6 +30,7 @@ STARTS = ["--batch-size", "32", "--epochs", "1", "--save", "../new"]
 
 
 Runs = Callable[[str], Path]  # GE or IMTA -> the directory of a finished run, to copy
+Damage = Callable[[random.Random, Path], str]  # of a file, in words
 
 
 @dataclass
@@ -60,29 +59,17 @@ class Case:
     def problems(self, outcome: Outcome, before: dict[str, str], after: dict[str, str]) -> list[str]:
         """What is wrong with how it ended; ``before`` and ``after`` are snapshots of the folder."""
         found, lines = [], outcome.errors.splitlines()
-        if outcome.status is None:
-            found.append(f"it hangs: {outcome.seconds:.0f} s")
-        elif "Traceback" in outcome.errors:
-            found.append(f"a trace, status {outcome.status}: {lines[-1][:200]}")
-        elif outcome.status == 2:
-            if len(lines) != 1 or not lines[0].startswith(self.program):
-                found.append(f"status 2 with {len(lines)} lines on standard error: {outcome.errors[:300]!r}")
-            elif len(lines[0]) > LONGEST_LINE:
-                found.append(f"a line of {len(lines[0])} characters: {lines[0][:200]!r}")
-        elif outcome.status != 0:
-            found.append(f"status {outcome.status}: {outcome.errors[-300:]!r}")
-        elif not self.may_work:
+        is_told = len(lines) == 1 and lines[0].startswith(self.program) and len(lines[0]) <= LONGEST_LINE
+        if outcome.status not in (0, 2) or (outcome.status == 2 and not is_told) or "Traceback" in outcome.errors:
+            found.append(f"status {outcome.status} (None: it hangs), {len(lines)} lines on standard error: {outcome.errors[-300:]!r}")
+        elif outcome.status == 0 and not self.may_work:
             found.append("it works, and should be refused")
-        if outcome.memory > MEMORY:
-            found.append(f"it took {outcome.memory / 2**30:.1f} GiB")
-        if (self.folder / "marker").exists():
-            found.append("code in the file has run")
         # A run that diverges says so after it has begun.
         begun = outcome.status == 2 and (self.late or "the loss is" in outcome.errors)
         allowed = self.writes if outcome.status == 0 else ("new",) if begun else ()
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name) and name.split("/")[0] not in allowed:
-                found.append(f"{name} was {'changed' if name in before and name in after else 'removed' if name in before else 'written'}")
+                found.append(f"{name} was written, changed or removed")
         return found
 
 
@@ -108,7 +95,7 @@ def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]
         shutil.copytree(runs(name), folder / name)
     _picture(rng).save(folder / "good.png")
     best, released = "GE/best.safetensors", "released.pth.tar"
-    torch.save({"epoch": 3, "arch": "msdnet_ge", "state_dict": to_released(load(folder / best)), "best_acc1": 1.0}, folder / released)
+    torch.save({"arch": "msdnet_ge", "state_dict": to_released(load(folder / best))}, folder / released)
     evaluate = ["--evalmode", rng.choice(["anytime", "dynamic", "runtime"])]
     program, argv, name = rng.choice(
         [
@@ -120,13 +107,12 @@ def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]
             ("train_IMTA", ["--pretrained", "../GE", *STARTS], best),
             ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
             ("predict", ["--checkpoint", f"../{best}", "../good.png"], best),
-            ("engine.convert", [f"../{best}", f"../new/{released}"], best),
         ]
     )
     return Case(folder, program, argv, "", writes=("new", name.split("/")[0])), folder / name
 
 
-def _damaged(damage: Callable[[random.Random, Path], str], may_work: bool = False) -> Callable:
+def _damaged(damage: Damage, may_work: bool = False) -> Callable:
     def make_case(rng: random.Random, folder: Path, runs: Runs) -> Case:
         case, path = _consumer(rng, folder, runs)
         case.damage, case.may_work = f"{path.name}: {damage(rng, path)}", may_work
@@ -155,25 +141,6 @@ def _noise(rng: random.Random, path: Path) -> str:
     start = rng.choice([b"", b"PK\x03\x04", b"\x80\x02", b"{", b"\x00" * 64, b"[" * 100_000])
     path.write_bytes(start + rng.randbytes(rng.choice([0, 1, 100, 10_000, 1_000_000])))
     return f"noise after {start[:8]!r}"
-
-
-def _run_code(rng: random.Random, path: Path) -> str:
-    marker = str(next(folder for folder in path.parents if (folder / "cwd").exists()) / "marker")
-    calls = [(open, (marker, "w")), (os.system, (f"touch '{marker}'",)), (eval, (f"open({marker!r}, 'w')",)), (os.mkdir, (marker,))]
-    call = rng.choice(calls)
-
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return call
-
-    form = rng.choice(["pickle", "torch", "old torch"])
-    state = {} if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    content = rng.choice([Payload(), {**state, rng.choice([*state, "state_dict"]): rng.choice([Payload(), [Payload()]])}])
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=rng.randrange(5)))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
-    return f"{form} that calls {call[0].__name__}"
 
 
 def _picture(rng: random.Random) -> Image.Image:
@@ -229,9 +196,8 @@ MAKERS: dict[str, Callable[[random.Random, Path, Runs], Case]] = {
     "truncated": _damaged(_truncate),
     "flipped": _damaged(_flip_bits, may_work=True),
     "noise": _damaged(_noise),
-    "code": _damaged(_run_code),
     "flags": _flags,
     "records": _records,
 }
 # What fails in more ways comes more often.
-KINDS = [*MAKERS, "flags", "flags", "code"]
+KINDS = [*MAKERS, "flags", "flags"]

@@ -37,13 +37,8 @@ def test_published_presets():
     stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
     assert (stage_2.epochs, stage_2.batch_size, stage_2.temperature, stage_2.gamma) == (180, 512, 1.0, 0.1)
     imagenet = parse("GE", ["--preset", "imagenet"]).settings()
-    assert (imagenet.epochs, imagenet.batch_size, imagenet.lr, imagenet.lr_milestones, imagenet.val_size) == (
-        90,
-        256,
-        0.1,
-        (30.0, 60.0),
-        50000,
-    )
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.lr) == (90, 256, 0.1)
+    assert (imagenet.lr_milestones, imagenet.val_size) == ((30.0, 60.0), 50000)
     assert imagenet.growth_factors == imagenet.bottleneck_factors == (1, 2, 4, 4)
     anytime = parse("GE", ["--preset", "cifar100-anytime"]).settings()
     assert block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode) == [4, 2, 2, 2, 2, 2, 2]
@@ -86,15 +81,12 @@ def test_typed_values(flags, name, value):
     ("flags", "words"),
     [
         (["--nBlocks", "0"], "at least 1"),
-        (["--nBlocks", "two"], "whole number"),
         (["--grFactor", "1,2"], "1-2"),
         (["--lr", "nan"], "finite"),
         (["--lr", "-1"], "more than 0"),
         (["--preset", "mnist"], "demo"),
-        (["--evalmode", "both"], "anytime"),
         (["--epoch", "3"], "unrecognized"),
         (["--reduction", "2"], "at most 1"),
-        (["-T", "0"], "more than 0"),
         (["--resume", "--overwrite"], "do not go together"),
         (["--single-stage", "--pretrained", "x"], "do not go together"),
         (["--evaluate-from", "x.pt"], "needs --evalmode"),

@@ -1,11 +1,8 @@
 """The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
 
-import pytest
-from PIL import Image
+from benchmarks import training_speed
 
-from benchmarks import image_decoding, training_speed
-
-TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--workers", "0"]
+TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1"]
 
 
 def test_training_speed(capsys):
@@ -16,41 +13,14 @@ def test_training_speed(capsys):
         "stage 1, images/s: plain loop",
         "stage 2, images/s: plain loop",
         "ours / plain loop",
-        "ours: beside a busy core / quiet",
-        "peak memory of all processes",
+        "  ours: beside a busy core / quiet",
+        "  ours: peak memory of all processes",
     ):
         assert line in printed
 
 
 def test_training_speed_of_another_network(capsys):
+    """What follows -- reaches our side."""
     flags = ["--network", "imagenet", "--stages", "1", "--what", "speed"]
     assert training_speed.main([*TINY, *flags, "--", "--nBlocks", "1", "--growthRate", "4", "--nChannels", "4"]) == 0
     assert "stage 1, images/s: plain loop" in capsys.readouterr().out
-
-
-def test_training_speed_passes_flags_on(capsys):
-    """What follows -- reaches our side, a mistake in it ends as in the training programs."""
-    with pytest.raises(SystemExit) as stopped:
-        training_speed.main([*TINY, "--what", "speed", "--", "--no-such-flag"])
-    assert stopped.value.code == 2
-    assert "--no-such-flag" in capsys.readouterr().err
-
-
-def test_training_speed_refuses_what_it_cannot_measure(capsys):
-    assert training_speed.main(["--images", "8", "--batch-size", "16"]) == 2
-    assert "--batch-size 16" in capsys.readouterr().err
-
-
-def test_image_decoding(tmp_path, capsys):
-    Image.new("RGB", (240, 600)).save(tmp_path / "long.JPEG")
-    Image.new("L", (500, 480)).save(tmp_path / "grey.jpg")
-    image_decoding.main(["--images", str(tmp_path), "--repeat", "1"])
-    printed = capsys.readouterr().out
-    assert "2 JPEGs of 0.19 megapixels" in printed
-    assert "ours: PIL reduced to the crop, PyTorch resizes its bytes" in printed
-
-
-def test_image_decoding_names_an_empty_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        image_decoding.main(["--images", str(tmp_path)])
-    assert f"{tmp_path} holds no JPEG" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import dataloader
 import datasets
 from args import parse
-from dataloader import CROP_PADDING, Delivery, Shard, TrainingTransform, crop_and_flip, load_data
+from dataloader import CROP_PADDING, Shard, TrainingTransform, crop_and_flip, load_data
 from datasets import choose_held_out, read_image
 from utils import UserError
 
@@ -30,15 +30,13 @@ def folder_settings(root, *flags):
 
 
 def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):
-    data = load_data(folder_settings(image_folder, "--limit-train", "40"), CPU)
-    assert (data.train.num_images, data.val.num_images, data.test.num_images) == (40, 12, 15)
+    data = load_data(folder_settings(image_folder), CPU)
+    assert (data.train.num_images, data.val.num_images, data.test.num_images) == (48, 12, 15)
     trained = {image.numpy().tobytes() for image in data.train.images}
     held_out = {image.numpy().tobytes() for image in data.val.images}
     assert len(held_out) == 12
     assert not trained & held_out
-    assert data.train.crops
-    assert not data.val.crops
-    assert not data.test.crops
+    assert [part.augment for part in (data.train, data.val, data.test)] == ["standard", "none", "none"]
 
 
 def test_split_depends_on_its_own_seed_alone():
@@ -70,22 +68,17 @@ def test_crops_and_flips_equal_torchvisions():
 
 
 def test_every_offset_and_flip_equally_likely(monkeypatch):
-    seen = []
+    seen, count = [], 40_000
     monkeypatch.setattr(dataloader, "crop_and_flip", lambda images, offsets, flips: seen.append((offsets, flips)) or images)
-    count = 40_000
-    batches = dataloader.InMemoryBatches(
-        torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
-        torch.zeros(count, dtype=torch.int64),
-        Delivery(1000, "standard", 0, dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU), CPU),
-    )
-    list(batches.epoch(0))
+    images, targets = torch.zeros(count, 3, 1, 1, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
+    settings, normalize = parse("GE", ["--batch-size", "1000", "--seed", "0"]).settings(), dataloader.Normalizer([0.5] * 3, [0.5] * 3, CPU)
+    list(dataloader.InMemoryBatches(images, targets, settings, "standard", normalize, Shard()).epoch(0))
     offsets, flips = (torch.cat(parts) for parts in zip(*seen, strict=True))
     side = 2 * CROP_PADDING + 1
     cells = torch.bincount((offsets[:, 0] * side + offsets[:, 1]) * 2 + flips, minlength=2 * side**2).double()
     expected = count / len(cells)
-    chi_squared = ((cells - expected) ** 2 / expected).sum()
     assert len(cells) == 162
-    assert chi_squared < 225  # 161 degrees of freedom: above it once in 2,000 seeds; this seed is fixed
+    assert ((cells - expected) ** 2 / expected).sum() < 225  # 161 degrees of freedom: above it once in 2,000 seeds; this seed is fixed
 
 
 @pytest.mark.parametrize(("size", "augment"), [("32", "standard"), ("80", "standard"), ("32", "trivial"), ("80", "randaugment")])
@@ -118,11 +111,9 @@ def test_processes_share_every_batch_and_every_evaluation(image_folder, size):
 
 @pytest.mark.parametrize("size", ["32", "80"])
 def test_stronger_augmentation_changes_images_one_by_one(image_folder, size):
-    flags = ["--image-size", size, "--workers", "0"]
-    standard, stronger = (
-        load_data(folder_settings(image_folder, *flags, "--augment", name), CPU).train for name in ("standard", "trivial")
-    )
-    changed = torch.cat([(a != b).flatten(1).any(dim=1) for (a, _), (b, _) in zip(standard.epoch(0), stronger.epoch(0), strict=True)])
+    flags = ["--image-size", size, "--workers", "0", "--augment"]
+    epochs = (load_data(folder_settings(image_folder, *flags, name), CPU).train.epoch(0) for name in ("standard", "trivial"))
+    changed = torch.cat([(a != b).flatten(1).any(dim=1) for (a, _), (b, _) in zip(*epochs, strict=True)])
     assert changed.float().mean() > 0.5  # one of TrivialAugment's operations, and the weakest of some others, is the identity
 
 
@@ -133,13 +124,10 @@ def test_training_crops_agree_with_torchvisions(tmp_path, large):
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(256, size=(2, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "image.jpg", quality=95)
-    ours, theirs = (
-        TrainingTransform(64),
-        v2.Compose([v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]),
-    )
+    theirs = v2.Compose([v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     for seed in range(20):
         torch.manual_seed(seed)
-        crop = read_image(tmp_path / "image.jpg", ours)
+        crop = read_image(tmp_path / "image.jpg", TrainingTransform(64))
         torch.manual_seed(seed)
         expected = theirs(read_image(tmp_path / "image.jpg"))
         assert crop.shape == expected.shape == (3, 64, 64)
@@ -213,7 +201,7 @@ def test_test_images_are_where_the_classes_are(image_folder):
     (image_folder / "test" / "all").rename(image_folder / "test" / "ant")
     with pytest.raises(UserError, match="bee, cat"):
         load_data(folder_settings(image_folder), CPU)
-    assert load_data(folder_settings(image_folder, "--data", "imagenet", "--limit-test", "7"), CPU).test.num_images == 7
+    assert load_data(folder_settings(image_folder, "--data", "imagenet"), CPU).test.num_images == 14
 
 
 def test_only_visible_images_are_read_and_others_counted(image_folder, monkeypatch):
@@ -269,12 +257,6 @@ def test_classes_that_are_numbers(image_folder):
     old = dataclasses.replace(data.info, class_names=["10", "2", "9"])  # of a checkpoint from before
     anytime = folder_settings(image_folder, "--evalmode", "anytime")
     assert load_data(anytime, CPU, stored=old).info.class_names == old.class_names
-
-
-def test_anytime_evaluation_asks_for_no_held_out_images(image_folder):
-    for size in ("32", "80"):  # the mean of small images is that of training images
-        data = load_data(folder_settings(image_folder, "--evalmode", "anytime", "--val-size", "5000", "--image-size", size), CPU)
-        assert (data.val.num_images, data.test.num_images) == (0, 15)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

@@ -15,5 +15,5 @@ def test_a_few_faults_of_every_kind_are_survived():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    tried = re.findall(r"^(kill|term|disk|input) +(\d+) ", done.stdout, re.MULTILINE)
+    tried = re.findall(r"^(kill|term|disk|input) +(\d+)$", done.stdout, re.MULTILINE)
     assert {kind: int(count) for kind, count in tried} == {"kill": 2, "term": 1, "disk": 1, "input": 18}

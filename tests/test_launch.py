@@ -24,6 +24,7 @@ from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted
 from engine.stage import with_compilation, with_precision
+from tests import disturbed
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
@@ -89,10 +90,10 @@ def test_processes_can_be_chosen(monkeypatch):
             launch.process_count(32)
 
 
-def train(folder, *flags, start=(str(ROOT / "train_GE.py"),), **streams):
-    """``train_GE.py`` as a user starts it, in two processes and on few images of the demo."""
-    command = [sys.executable, *start, *TINY_FLAGS, "--limit-train", "128", "--limit-test", "99", "--save", "run", *flags]
-    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+def train(folder, *flags, environment=None, **streams):
+    """``tests/disturbed.py`` in two processes."""
+    command = [sys.executable, disturbed.__file__, *TINY_FLAGS, "--save", "run", *flags]
+    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.run(command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams)
 
@@ -107,56 +108,44 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
     assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
 
 
-COPY_FAILS = """
-import engine.launch, train_GE
-from engine.stepper import Stepper
-from utils import UserError, tell
-real = Stepper.step
-def step(*arguments):
-    if engine.launch._report is not None:
-        raise UserError("cannot read the image bad.jpg")
-    real(*arguments)
-Stepper.step = step
-raise SystemExit(train_GE.main())
-"""
-
-
 def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     """Such as an image of its share that cannot be read."""
-    result = train(tmp_path, start=("-c", COPY_FAILS))
+    result = train(tmp_path, environment={"COPY_FAILS": "1"})
     assert (result.returncode, result.stderr) == (2, "train_GE.py: cannot read the image bad.jpg\n")
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
-    def flock(*_):
+    def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.lockf", lockf)
     with RunDirectory(tmp_path / "run").lock():
         pass
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
-def test_a_copy_leaves_the_directory_of_a_refused_run_to_the_first_process(tmp_path):
+def test_a_directory_is_that_of_one_process(tmp_path):
+    """A forked copy neither gets its lock nor clears it away after a refused run."""
     lock = RunDirectory(tmp_path / "run").lock()
     lock.__enter__()
     copy = os.fork()
     if copy == 0:
-        lock.__exit__(None, None, None)
-        os._exit(0)
+        try:
+            RunDirectory(tmp_path / "run").lock().__enter__()
+        except UserError as error:
+            lock.__exit__(None, None, None)
+            os._exit("another run" not in str(error))
+        os._exit(1)
     assert os.waitpid(copy, 0)[1] == 0
     assert (tmp_path / "run" / ".lock").exists()
     lock.__exit__(None, None, None)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_closed_data_root_is_named(tmp_path, monkeypatch, capsys):
+def test_a_closed_data_root_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(SystemExit):
-        parse("GE", ["--data-root", str(tmp_path)])
-    with pytest.raises(UserError, match="may not be entered"):
-        find(parse("GE", ["--data", "folder", "--data-root", str(tmp_path)]).settings(), 32, None, False)
-    assert f"--data-root {tmp_path} may not be entered" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"--data-root {tmp_path} may not be entered"):
+        find(parse("GE", ["--data-root", str(tmp_path)]).settings(), 32, None, False)
 
 
 def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):

@@ -1,6 +1,5 @@
 """Released checkpoints: what is recognised, what is refused and in which words, and the way back."""
 
-import argparse
 import os
 import re
 import zipfile
@@ -10,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import IMTA, MSDNet, load_released, released_flags, to_released
+from models import IMTA, MSDNet, load_released, to_released
+from models.released import PUBLISHED_NAMES
 from tests.golden import PUBLISHED, STAGE_1, STAGE_2, golden_case
 
 
@@ -39,7 +39,6 @@ def test_a_released_file_with_its_flags(name, tmp_path):
     assert isinstance(network, IMTA if name == STAGE_2 else MSDNet)
     assert not any(module.training for module in network.modules())
     assert {p.dtype for p in network.parameters()} == {torch.float32}
-    assert released_flags(network) == {"arch": checkpoint["arch"], **config}
     released = to_released(network)
     assert list(released) == list(checkpoint["state_dict"])
     assert all(torch.equal(x, released[name]) for name, x in checkpoint["state_dict"].items())
@@ -59,30 +58,17 @@ def test_layouts_of_other_programs(prefix, stage, tmp_path):
     assert same_weights(load_released(tmp_path / "old.pth.tar", **SMALL), network)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_precisions_become_float32(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_become_float32_and_the_given_ones_stay_the_callers(dtype):
+    """Counts of batches may be missing."""
     network = small_network()
-    state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in to_released(network).items()}
+    state = {name: x.to(dtype) for name, x in to_released(network).items() if not name.endswith("num_batches_tracked")}
     loaded = load_released(state, **SMALL)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.exits[0].linear.weight, network.exits[0].linear.weight.to(dtype).float())
-
-
-def test_the_given_tensors_stay_the_callers():
-    network = small_network()
-    random_state = torch.get_rng_state()
-    loaded = load_released(to_released(network), **SMALL)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert same_weights(loaded, network)
     with torch.no_grad():
         loaded.exits[0].linear.weight.zero_()
     assert network.exits[0].linear.weight.any()
-
-
-def test_batch_counts_may_be_missing():
-    network = small_network()
-    state = {name: x for name, x in to_released(network).items() if not name.endswith("num_batches_tracked")}
-    assert same_weights(load_released(state, **SMALL), network)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +77,7 @@ def test_batch_counts_may_be_missing():
         ("msdnet", {}, False),
         ("msdnet_ge", {}, True),
         ("resnet", {}, False),
-        (None, {"arch": "msdnet_ge"}, True),
-        ("IMTA_MSDNet", {"arch": "msdnet_ge"}, True),  # a file of stage 1 whose label cannot be right
+        (None, {}, False),
         ("msdnet", {"gradient_equilibrium": True}, True),
         ("msdnet_ge", {"gradient_equilibrium": False}, False),
     ],
@@ -120,14 +105,9 @@ def test_stage_2_is_as_released():
         ({"nBlocks": 5}, "the file has 4 exits, --nBlocks says 5"),
         ({"num_classes": 10}, "the file has 100 classes, --num_classes says 10"),
         ({"data": "ImageNet"}, "the file has small inputs, --data says ImageNet"),
-        ({"arch": "msdnet_ge"}, "the file has arch msdnet, --arch says msdnet_ge"),
-        ({"arch": "IMTA_MSDNet"}, "the file has arch msdnet, --arch says IMTA_MSDNet"),
-        ({"growthRate": 6}, "it is not the network of the given flags: "),
         ({"prune": "most"}, "prune is 'most'; allowed: max, min"),
-        ({"reduction": float("nan")}, "reduction is nan"),
         ({"epochs": 300}, "--epochs says nothing about a released network; allowed: num_classes, nBlocks"),
         ({"base": "x"}, "it is not the network of the given flags: "),
-        ({"grFactor": "1-2-x"}, "'x'"),
     ],
 )
 def test_a_flag_that_cannot_be(flags, words):
@@ -155,10 +135,9 @@ def test_the_way_there_and_back(stage, options):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     there = to_released(network)
     assert len(there) == len(network.state_dict())
-    back = load_released(there, **released_flags(network))
+    back = load_released(there, **{flag: network.trunk.config[name] for flag, name in PUBLISHED_NAMES.items()})
     assert same_weights(back, network)
     assert list(to_released(back)) == list(there)
-    assert released_flags(back) == released_flags(network)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "cifar100_min_5"])
@@ -171,9 +150,8 @@ def test_published_networks_are_recognised(name):
 
 
 def test_no_released_form():
-    for function in (to_released, released_flags):
-        with pytest.raises(ValueError, match="isc=False"):
-            function(IMTA(small_network(), isc=False))
+    with pytest.raises(ValueError, match="isc=False"):
+        to_released(IMTA(small_network(), isc=False))
 
 
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:
@@ -193,15 +171,11 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
         ({}, "it holds no state dict of a network, but nothing"),
         ({"state_dict": [1, 2], "epoch": 3}, "it holds no state dict of a network, but 'state_dict', 'epoch'"),
         ({"format": "imta-msdnet run 2", "state_dict": {}}, "models.load reads the best.safetensors beside it"),
-        ({"module.net.weight": torch.ones(2)}, "it has no blocks.0.0.layers.0 (the first layer)"),
+        ({"module.net.weight": torch.ones(2)}, "it has no classifier.*.linear (the exits)"),
         (changed(classifier__2__linear__weight=None, classifier__2__linear__bias=None), "not the network of the given flags"),
-        (to_released(IMTA(small_network(num_channels=8))), "not the network of the given flags"),
-        (changed(classifier__1__m__0__net__1__bias=None), "classifier.1.m.0.net.1.bias is missing"),
-        (changed(surplus=torch.ones(1), other=torch.ones(1)), "surplus is not known, and 1 more"),
-        (changed(classifier__0__linear__bias=torch.ones(11)), "classifier.0.linear.bias has the shape (11,), where (10,) belongs"),
-        (changed(blocks__10000000000__0__m__0__net__0__weight=torch.ones(1, 1, 1, 1)), "is not known"),
+        (changed(classifier__1__m__0__net__1__bias=None), "classifier.1.m.0.net.1.bias is nothing there, where (128,) belongs"),
+        (changed(surplus=torch.ones(1), other=torch.ones(1)), "surplus is (1,) there, where nothing belongs, and 1 more"),
         (changed(classifier__0__linear__bias=torch.ones(1).expand(10)), "is not a plain tensor"),
-        (changed(classifier__0__linear__bias=torch.ones(10, dtype=torch.int32)), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=torch.ones(10).to_sparse()), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=torch.ones(10, device="meta")), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=[0.0] * 10), "its state dict holds a list named 'classifier.0.linear.bias'"),
@@ -213,35 +187,25 @@ def test_tensors_that_do_not_fit(state, words):
         load_released(state, **SMALL)
     assert str(raised.value).startswith("the given checkpoint: ")
     assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 300
 
 
 def test_damaged_and_foreign_files(tmp_path):
     content = {"arch": "msdnet", "state_dict": to_released(small_network())}
     for name, zipped in (("whole", True), ("old", False)):
-        path = tmp_path / f"{name}.pth.tar"
+        path = tmp_path / name
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-        whole = path.read_bytes()
-        for share in (0.1, 0.5, 0.99):
-            (tmp_path / f"{name}-{share}").write_bytes(whole[: int(share * len(whole))])
         assert load_released(path, **SMALL).num_exits == 3
-        path.unlink()
-    (tmp_path / "empty").write_bytes(b"")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (tmp_path / "text").write_text("Top-1 73.45\n" * 50)
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("readme.txt", "no tensors here")
-    for absent in ("absent.pth.tar", "."):
-        with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-            load_released(tmp_path / absent)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    torch.save({"epoch": 3}, tmp_path / "no-tensors.pt")
-    paths = list(tmp_path.iterdir())
-    assert len(paths) == 11
-    for path in paths:
+    for path in list(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=re.escape(path.name)) as raised:
             load_released(path)
         assert "\n" not in str(raised.value), path
-        assert len(str(raised.value)) < 200 + len(str(path))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_released(tmp_path / "absent.pth.tar")
 
 
 def test_a_flipped_bit_and_a_compressed_archive(tmp_path):
@@ -281,15 +245,3 @@ def test_a_malicious_file_does_not_run(zipped, tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # It would have run.
-
-
-def test_a_pickled_namespace(tmp_path):
-    path = tmp_path / "checkpoint.pth.tar"
-    network = small_network()
-    torch.save({"state_dict": to_released(network), "args": argparse.Namespace(nBlocks=3)}, path)
-    with pytest.raises(
-        ValueError, match=r"it holds argparse\.Namespace, .* save its 'state_dict' alone .* torch\.serialization\.safe_globals"
-    ):
-        load_released(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        assert same_weights(load_released(path, **SMALL), network)

@@ -11,7 +11,6 @@ from settings import PRESETS
 from tests.conftest import TINY_FLAGS
 
 ROOT = Path(__file__).parent.parent
-SMALL = [*TINY_FLAGS, "--limit-train", "96", "--limit-test", "100"]
 
 
 def run(command, folder, **environment):
@@ -28,16 +27,17 @@ def test_launchers_know_the_presets_and_refuse_others_before_the_set_up(tmp_path
         assert "the first word is the preset" in refused.stderr
 
 
-def test_launchers_end_to_end(tmp_path):
+def test_launchers_end_to_end(tmp_path, image_folder):
     """From another directory, as a user would: stage 2 before stage 1 is refused, then both run."""
     early = run(["bash", ROOT / "run_IMTA.sh"], tmp_path)
     assert (early.returncode, early.stderr.count("\n")) == (2, 1)
     assert "run stage 1 first" in early.stderr
-    stage_1 = run(["bash", ROOT / "run_GE.sh", "demo", *SMALL], tmp_path)
+    small = [*TINY_FLAGS, "--image-size", "32", "--val-size", "12", "--batch-size", "16"]
+    stage_1 = run(["bash", ROOT / "run_GE.sh", "folder", *small], tmp_path, DATA_ROOT=str(image_folder))
     assert stage_1.returncode == 0, stage_1.stderr
-    stage_2 = run(["bash", ROOT / "run_IMTA.sh", "--epochs", "1", "--batch-size", "32"], tmp_path)
+    stage_2 = run(["bash", ROOT / "run_IMTA.sh", "folder", "--epochs", "1", "--batch-size", "16"], tmp_path)
     assert stage_2.returncode == 0, stage_2.stderr
     for stage, output in (("GE", stage_1.stdout), ("IMTA", stage_2.stdout)):
-        assert "within half of the full operations" in output
-        assert len(read_csv(tmp_path / "save" / "demo" / stage / "anytime.csv")) == 3
-        assert len(read_csv(tmp_path / "save" / "demo" / stage / "budgeted.csv")) == 40
+        assert "every exit on the 15 test images" in output
+        assert len(read_csv(tmp_path / "save" / "folder" / stage / "anytime.csv")) == 3
+        assert len(read_csv(tmp_path / "save" / "folder" / stage / "budgeted.csv")) == 40

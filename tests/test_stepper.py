@@ -12,7 +12,7 @@ from torch import nn
 
 from args import parse
 from engine.distributed import Processes
-from engine.stepper import Stepper
+from engine.stepper import Stepper, refuse_combinations
 from engine.training import Meters
 from models import IMTA, MSDNet
 from models.layers import frozen_statistics
@@ -96,9 +96,8 @@ def test_parts_of_a_batch_add_up(parts):
 )
 def test_what_does_not_go_together_is_refused(stage, flags, gpus, message):
     chosen = settings(*flags, stage=stage)
-    objective = make_objective(stage, chosen)
     with pytest.raises(UserError, match=message):
-        Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), gpus))
+        refuse_combinations(make_objective(stage, chosen), chosen, Processes(0, 1, torch.device("cpu"), gpus))
 
 
 def test_statistics_are_frozen_and_come_back():
