@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.policies import Policy, confidence_and_answers
+from adaptive_inference.policies import Policy, confidence_by_exit
 
 GAP, WIDE_GAP = 0.08, 0.4  # between images, and between the two kinds, in image widths
 
@@ -27,7 +27,8 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
         logits: of every exit, (K, N, C).
         targets: (N,).
     """
-    confidence, correct = confidence_and_answers(logits, targets, policy.measure)
+    confidence, classes = confidence_by_exit(logits, policy.measure)
+    correct = classes == targets
     exits = assign_exits(confidence, torch.tensor(policy.thresholds))
     first, last = exits.min(), len(logits) - 1
     easy = ((exits == first) & correct[first]).nonzero().flatten()

@@ -75,12 +75,6 @@ def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor
     return torch.stack([a.confidence for a in answers]), torch.stack([a.classes for a in answers])
 
 
-def confidence_and_answers(logits: Tensor, targets: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:
-    """Logits (K, N, C) of every exit, class indices (N,) -> confidence (K, N), and whether the exit's class is right (K, N)."""
-    confidence, classes = confidence_by_exit(logits, measure)
-    return confidence, classes == targets
-
-
 @dataclass(frozen=True)
 class Policy:
     """When images leave, and how their answers are made.
@@ -284,8 +278,8 @@ def policy_curve(
     Args:
         network: in the form that gave the logits.
         operations: to each exit.
-        rows: by rule: ``geometric`` of ``budgeted_curve``, ``optimised`` of ``optimised_curve``, ``tested`` of ``risk.rows_with_losses``,
-            ``ensemble`` of ``optimised_curve`` with the ensemble's answers; or some of these.
+        rows: by rule: ``geometric`` and ``optimised`` of ``curve_rows``, ``tested`` of ``risk.rows_with_losses``, ``ensemble`` of
+            ``curve_rows`` with the ensemble's answers; or some of these.
         measure: the one the thresholds are of.
         temperatures, ensemble: as for ``Policy``; the ensemble answers at the points of its rule alone.
     """

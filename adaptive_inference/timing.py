@@ -9,14 +9,12 @@ share of the held-out images that reached it. Blocks are timed inside the predic
 """
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE
@@ -156,33 +154,6 @@ class _Stopwatch(AdaptivePredictor):
         return leaves
 
 
-def interleaved_seconds(
-    functions: list[Callable[[], object]], repeats: int, device: torch.device, least_seconds: float = 0.0
-) -> list[float]:
-    """Median seconds of each function over ``repeats`` rounds that call all of them in turn.
-
-    Each measurement follows a call that is not counted: the function before it left its own data in the caches, and perhaps threads that
-    still spin.
-
-    Args:
-        least_seconds: call a function several times a round until it has run so long.
-    """
-
-    def seconds(function: Callable[[], object], count: int = 1) -> float:
-        function()
-        wait()
-        began = time.perf_counter()
-        for _ in range(count):
-            function()
-        wait()
-        return (time.perf_counter() - began) / count
-
-    wait = _waiting(device)
-    counts = [max(1, round(least_seconds / max(seconds(function), 1e-9))) for function in functions]
-    measured = [[seconds(function, count) for function, count in zip(functions, counts, strict=True)] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*measured, strict=True)]
-
-
 def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0) -> list[dict]:
     """Mean time an image of policies at the batch size of ``times``, beside that of running every exit; they take turns.
 
@@ -258,32 +229,6 @@ def deadline_rows(
         by_exit = {f"share_{k}": round(share, 4) for k, share in enumerate(shares, start=1)}
         rows.append({"milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit})
     return rows
-
-
-def draw_runtime(rows: list[dict], deadlines: list[dict], exits: list[dict]) -> Figure:
-    """Accuracy against operations, and against milliseconds at batch 1.
-
-    Args:
-        rows: of ``runtime.csv``: ``batch_size``, ``p``, ``operations``, ``milliseconds``, ``acc1``.
-        deadlines: of ``deadline_rows``.
-        exits: ``operations`` and ``acc1`` of every exit.
-    """
-    figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
-    for axes, column, scale, unit, steps, label in (
-        (left, "operations", 1e6, "operations an image (millions)", exits, "each exit for all images"),
-        (right, "milliseconds", 1, "milliseconds an image, one at a time", deadlines, "deadline (for every image)"),
-    ):
-        for points, style, name in ((budgets, "-", "budget (mean over images)"), (steps, "o--", label)):
-            line = sorted((row[column] / scale, row["acc1"]) for row in points)
-            axes.plot(*zip(*line, strict=True), style, markersize=4, label=name)
-        axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize="small")
-    left.set_ylabel("top-1 accuracy on the test set (%)")
-    return figure
 
 
 def distinct(points: tuple[Point, ...], count: int) -> list[Point]:

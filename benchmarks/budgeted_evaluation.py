@@ -9,8 +9,7 @@ import time
 
 import torch
 
-from adaptive_inference import confidence_and_answers
-from adaptive_inference.budgeted import budget_points
+from adaptive_inference import ExitAnswers, confidence_by_exit, curve_rows, geometric_thresholds
 from utils import CommandLineParser
 
 
@@ -26,9 +25,9 @@ def main() -> None:
     operations = list(range(1, options.exits + 1))
     gigabytes_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     began = time.perf_counter()
-    val, test = confidence_and_answers(val, targets), confidence_and_answers(test, targets)
+    val, test = (ExitAnswers(*confidence_by_exit(logits), targets) for logits in (val, test))
     scored = time.perf_counter()
-    rows = budget_points(*val, *test, operations)
+    rows = curve_rows(geometric_thresholds(val.confidence), val, test, operations)
     done = time.perf_counter()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - gigabytes_before
     one_exit = options.images * options.classes * 4 / 2**30

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from adaptive_inference import ExitAnswers
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.risk import LEARNING_PART, Losses, MaxLoss, certified, is_certain, rows_with_losses
 from utils import UserError
@@ -66,7 +67,7 @@ def test_losses_against_a_loop():
     generator = torch.Generator().manual_seed(0)
     confidence, classes = torch.rand(3, 200, generator=generator), torch.randint(3, (3, 200), generator=generator)
     targets = torch.randint(3, (200,), generator=generator)
-    for row in rows_with_losses(confidence, classes, targets, [1, 2, 3], points=4):
+    for row in rows_with_losses(ExitAnswers(confidence, classes, targets), [1, 2, 3], points=4):
         counts = [[0] * 4, [0] * 4]
         for i in range(200):
             k = next(k for k in range(3) if confidence[k, i] >= row["thresholds"][k] or k == 2)
