@@ -48,6 +48,11 @@ class Losses(NamedTuple):
     better: int
     other: int
 
+    @property
+    def are_counts(self) -> bool:
+        """Whether they can be what they should be."""
+        return all(type(n) is int and n >= 0 for n in self) and self.worse + self.better <= self.other <= self.images > 0
+
 
 class MaxLoss(NamedTuple):
     """At most ``percent`` of accuracy lost against the full network, or of answers that are others than its, with ``level`` percent
@@ -93,7 +98,7 @@ def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
     Args:
         losses: on the images that set the thresholds, and on those that test them.
     """
-    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100)
+    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100) if wanted.level < 100 else math.inf
     if limit >= 1:
         return True
     learned, tested = losses

@@ -67,7 +67,8 @@ def by_hub(network: torch.nn.Module, pixels: Tensor, chosen: dict) -> Answers:
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (network.description.mean, network.description.std))
     with torch.no_grad():
         logits = torch.stack(network((pixels / 255 - mean) / std))
-    return _rows(simulate(logits, read_policy(policy_path(find(MODEL))).point(chosen["p"], chosen["rule"]).policy))
+    points = read_policy(policy_path(find(MODEL))).of_rule(chosen["rule"])
+    return _rows(simulate(logits, next(point.policy for point in points if point.p == chosen["p"])))
 
 
 def has_javascript() -> bool:

@@ -29,7 +29,8 @@ from utils import CommandLineParser, UserError
 def certified_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
     """Those of the cheapest policy that keeps the promise; no image leaves early where no policy is certain to."""
     rows = rows_with_losses(held, operations)
-    points = [Point(Policy(tuple(row["thresholds"])), 0.0, 0.0, (), "tested", row["p"], row["losses"]) for row in rows]
+    results = ("val_acc1", "val_operations", "val_shares")
+    points = [Point(Policy(tuple(row["thresholds"])), *map(row.get, results), "tested", row["p"], row["losses"]) for row in rows]
     try:
         return certified(points, wanted)[-1].policy.thresholds
     except UserError:

@@ -107,7 +107,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         metadata = runner.session.get_modelmeta().custom_metadata_map
         assert metadata["fingerprint"] == curve.fingerprint
         for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
-            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p).policy.thresholds, np.float32))
+            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.points[p - 1].policy.thresholds, np.float32))
         pixels = random_pixels(20).numpy()
         np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits)
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):

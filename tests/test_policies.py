@@ -66,14 +66,8 @@ def test_wishes_choose(curve):
     assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
     assert choose(curve, max_loss=MaxLoss(2.0)).rule == "tested"
     assert curve.nearest(19e6, rule).p == 3
-    assert curve.point(3, rule).operations == 20e6
-
-
-def test_points_that_are_not_there(curve):
-    with pytest.raises(UserError, match="numbered 1 to 4"):
-        curve.point(9, "geometric")
     with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
-        curve.point(1, "optimised")
+        curve.of_rule("optimised")
 
 
 def test_best_rules_come_first(network, curve):

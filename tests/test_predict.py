@@ -109,7 +109,6 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
         (["--accuracy", "84", *geometric], 5),
         (["--max-loss", "2%"], 5),
         (["--max-loss", "2%", "--confidence-level", "90%", "--budget", "100%"], 5),
-        (["--point", "10", *geometric], 10),
     ):
         assert run(trained, images, *flags, "--format", "json") == 0
         assert json.loads(capsys.readouterr().out)["policy"]["p"] == expected, flags
@@ -129,7 +128,7 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
         (["--deadline", "0.000001ms"], "too short here"),
         (["--max-loss", "0"], "what can be promised starts at"),
         (["--accuracy", "95"], "reaches 95 %"),
-        (["--point", "2"], "no point 2"),
+        (["--max-loss", "2", "--confidence-level", "100"], "can be promised starts at 100 %"),
         (["--rule", "optimised"], "optimised"),
         (["--policy", "missing.json"], "no policy file"),
         (["--device", "no-such-device"], "--device"),

@@ -47,7 +47,7 @@ def test_more_confidence_and_smaller_losses_need_more():
 
 
 def point(p, worse):
-    return Point(Policy((0.5, 0.5)), 50.0, float(p), (0.5, 0.5), "tested", p, (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 100)))
+    return Point(Policy((0.5, 0.5)), 50.0, float(p), (0.5, 0.5), "tested", p, (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 5 + worse)))
 
 
 def test_the_sequence_stops_at_the_first_policy_that_may_lose_too_much():
