@@ -6,19 +6,14 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from models.msdnet import MSDNet
-from models.stepwise import Stepwise
-
-if TYPE_CHECKING:
-    from models.saved import Description
+from models.stepwise import ExitNetwork
 
 
-class IMTA(nn.Module):
+class IMTA(ExitNetwork):
     """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})), f_k the backbone's pooled features, z_{k-1} the logits of exit k-1.
 
     Args:
@@ -30,10 +25,6 @@ class IMTA(nn.Module):
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper); False lets it use and collect
             those of the batches (released code).
     """
-
-    # As of ``MSDNet``.
-    description: "Description | None" = None
-    fingerprint: str | None = None
 
     def __init__(
         self,
@@ -73,10 +64,6 @@ class IMTA(nn.Module):
         """The multi-scale network whose features the classifiers read."""
         return self.backbone
 
-    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
-        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
-        return Stepwise(self, images, lazy)
-
     @property
     def minimum_image_size(self) -> int:
         """Smallest height and width in pixels."""
@@ -94,13 +81,6 @@ class IMTA(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.features(images, num_exits)
 
-    def classify(self, features: list[Tensor]) -> list[Tensor]:
-        """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""
-        logits: list[Tensor] = []
-        for k, f in enumerate(features):
-            logits.append(self.classify_next(k, f, logits[-1] if logits else None))
-        return logits
-
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
         """Logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1 (None for the first)."""
         if self.links is None or previous_logits is None:
@@ -116,10 +96,6 @@ class IMTA(nn.Module):
             return logits[-1].detach()
         with torch.no_grad():
             return self.backbone.exits[-1].linear(features[-1])
-
-    def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
-        return self.classify(self.features(images, num_exits))
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

@@ -10,7 +10,7 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
 from models.options import NetworkOptions, block_depths
-from models.stepwise import Stepwise
-
-if TYPE_CHECKING:
-    from models.saved import Description
+from models.stepwise import ExitNetwork
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
 
-class MSDNet(nn.Module):
+class MSDNet(ExitNetwork):
     """Multi-scale dense network with ``num_blocks`` exits.
 
     Args:
@@ -37,11 +34,6 @@ class MSDNet(nn.Module):
         TypeError: an unknown option.
         ValueError: an impossible combination; the message names what was given and what is allowed.
     """
-
-    # What ``models.load`` read beside the weights.
-    description: "Description | None" = None
-    # Of an ``adaptive_inference.form``: digest of the network it was made from.
-    fingerprint: str | None = None
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()
@@ -96,10 +88,6 @@ class MSDNet(nn.Module):
         """The multi-scale network itself, as ``IMTA.trunk`` is."""
         return self
 
-    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
-        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
-        return Stepwise(self, images, lazy)
-
     @property
     def minimum_image_size(self) -> int:
         """Smallest height and width in pixels: an exit pools a map of at least 2x2, as in the published networks."""
@@ -118,17 +106,9 @@ class MSDNet(nn.Module):
             grid = self._rescale(grid, remaining_exits - 1)
         return features
 
-    def classify(self, features: list[Tensor]) -> list[Tensor]:
-        """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""
-        return [exit.linear(f) for exit, f in zip(self.exits, features, strict=False)]
-
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
         """Logits (N, num_classes) of exit ``k`` alone; ``previous_logits`` are of no use to independent exits."""
         return self.exits[k].linear(features)
-
-    def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
-        return self.classify(self.features(images, num_exits))
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]
