@@ -74,10 +74,11 @@ def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
         except KeyboardInterrupt:
             interrupted = True
         bar.close()
-        writer.end(answering.summary())
-    _say(answering.summary_line())
+        summary = answering.summary()
+        writer.end(summary)
+    _say(_in_words(summary))
     if interrupted:
-        _say(f"interrupted; the {answering.num_answered} answers so far are kept")
+        _say(f"interrupted; the {summary['images']} answers so far are kept")
         return 130
     return 1 if skipped else 0
 
@@ -174,11 +175,6 @@ class Answering:
         self.exits = torch.zeros(len(self.operations), dtype=torch.int64)
         self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
 
-    @property
-    def num_answered(self) -> int:
-        """Images answered so far."""
-        return int(self.exits.sum())
-
     def answer(self, names: list[Path], images: Tensor) -> list[dict]:
         """Rows for images (n, 3, H, W), uint8."""
         if self.num_calls == 0:
@@ -207,10 +203,11 @@ class Answering:
 
     def summary(self) -> dict[str, Any]:
         """Of the images answered so far."""
-        count = max(self.num_answered, 1)
+        images = int(self.exits.sum())
+        count = max(images, 1)
         spent = sum(n * number for n, number in zip(self.exits.tolist(), self.operations, strict=True))
         return {
-            "images": self.num_answered,
+            "images": images,
             "operations": round(spent / count),
             "share_of_operations": round(spent / count / self.operations[-1], 4),
             "share_of_exits": [round(n / count, 4) for n in self.exits.tolist()],
@@ -218,18 +215,17 @@ class Answering:
             "late": self.num_late / max(self.num_calls, 1) if self.deadline is not None else None,
         }
 
-    def summary_line(self) -> str:
-        """``summary`` in words."""
-        s = self.summary()
-        if not s["images"]:
-            return "no image was answered"
-        images = "1 image" if s["images"] == 1 else f"{s['images']} images"
-        late = "" if s["late"] is None else f"; {100 * s['late']:.1f} % of the answers were late"
-        return (
-            f"{images}: {s['operations'] / 1e6:.2f} M operations an image ({100 * s['share_of_operations']:.0f} % of all), "
-            f"{s['network_milliseconds']:.3g} ms in the network, reading not counted; "
-            f"left at exits 1 to {len(self.exits)}: {' / '.join(f'{100 * share:.0f}' for share in s['share_of_exits'])} %{late}"
-        )
+
+def _in_words(summary: dict[str, Any]) -> str:
+    count, late, shares = (summary[name] for name in ("images", "late", "share_of_exits"))
+    if not count:
+        return "no image was answered"
+    return (
+        f"{count} image{'s' if count > 1 else ''}: {summary['operations'] / 1e6:.2f} M operations an image "
+        f"({100 * summary['share_of_operations']:.0f} % of all), {summary['network_milliseconds']:.3g} ms in the network, reading not "
+        f"counted; left at exits 1 to {len(shares)}: {' / '.join(f'{100 * share:.0f}' for share in shares)} %"
+        + ("" if late is None else f"; {100 * late:.1f} % of the answers were late")
+    )
 
 
 def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tuple[list[Path], Tensor | None]]:

@@ -2,8 +2,8 @@
 
     python -m results.held_out --work save/cifar100_arms
 
-For the runs that ``results.arms`` left in ``--work``, held-out images are cropped and mirrored at random before thresholds are set by the
-paper's rule; ``budgeted_augmented.csv`` beside a run's other results then has the columns of its ``budgeted.csv``.
+For the main arms' runs that ``results.arms`` left in ``--work``, held-out images are cropped and mirrored at random before thresholds
+are set by the paper's rule; ``budgeted_augmented.csv`` beside a run's other results then has the columns of its ``budgeted.csv``.
 """
 
 import copy
@@ -20,7 +20,7 @@ from engine.collect import collect_logits, csv_rows
 from engine.distributed import Processes
 from engine.report import write_csv
 from models import count_operations
-from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
+from results.arms import MAIN_ARMS, SCHEDULES, seeds_of
 from utils import CommandLineParser, UserError
 
 AUGMENTED = "budgeted_augmented.csv"
@@ -61,20 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLineParser(prog="results.held_out", description="Budgeted prediction with thresholds from augmented held-out images.")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="of results.arms")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=list(ARMS),
-        default=list(MAIN_ARMS),
-        metavar="ARM",
-        help=f"(default: {' '.join(MAIN_ARMS)})",
-    )
     arguments = parser.parse_args(argv)
     results = SCHEDULES[arguments.schedule].results
-    kept = [folder.relative_to(results) for arm in arguments.arms for folder in seeds_of(arm, results)]
+    kept = [folder.relative_to(results) for arm in MAIN_ARMS for folder in seeds_of(arm, results)]
     runs = sorted(run for run in kept if (arguments.work / run / "best.safetensors").exists())
     if not runs:
-        parser.error(f"{arguments.work} holds no seed_N/ARM/best.safetensors of these arms")
+        parser.error(f"{arguments.work} holds no seed_N/ARM/best.safetensors of {', '.join(MAIN_ARMS)}")
     try:
         for run in runs:
             write_csv(results / run / AUGMENTED, augmented_rows(arguments.work / run / "best.safetensors"))

@@ -18,7 +18,7 @@ from adaptive_inference.policies import confidence_by_exit, policy_curve, write_
 from adaptive_inference.risk import Losses
 from models import IMTA, MSDNet, count_operations, to_released
 from models.saved import Split, save_network
-from tests.conftest import TINY_NETWORK, describe
+from tests.conftest import TINY_NETWORK, describe, policy_row
 
 CLASS_NAMES = [f"class {i}" for i in range(10)]
 
@@ -33,16 +33,10 @@ def trained(tmp_path_factory):
     with torch.no_grad():
         confidence, _ = confidence_by_exit(torch.stack(network(torch.randn(50, 3, 32, 32))))
     operations = count_operations(network, 32)
-    rows = [
-        {
-            "p": p,
-            "thresholds": [confidence[0].quantile(1 - p / 10).item(), 1e8, -1e8],
-            "val_acc1": 90.0 - p,
-            "val_operations": operations[0] * p / 10 + operations[2] * (1 - p / 10),
-            "val_shares": [p / 10, 0.0, 1 - p / 10],
-        }
-        for p in (10, 5, 1)
-    ]
+    rows = []
+    for p in (10, 5, 1):
+        mean = operations[0] * p / 10 + operations[2] * (1 - p / 10)
+        rows.append(policy_row(p, [confidence[0].quantile(1 - p / 10).item(), 1e8, -1e8], 90.0 - p, mean, [p / 10, 0.0, 1 - p / 10]))
     tested = [{**rows[1], "losses": (Losses(100, 1, 1, 2), Losses(900, 2, 3, 9))}]
     curve = policy_curve(network, operations, {"geometric": rows, "tested": tested}, temperatures=[2.0] * 3)
     write_policy(folder / "policy.json", curve)

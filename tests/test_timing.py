@@ -6,6 +6,7 @@ import torch
 
 from adaptive_inference.policies import policy_curve
 from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, measure_blocks, runtime_rows
+from tests.conftest import policy_row
 from tests.test_predictor import logits_of, make_network, quantile_policy
 
 
@@ -44,13 +45,8 @@ def test_rows():
     network = make_network(2).float()
     images = torch.randn(24, 3, 32, 32)
     logits = logits_of(network, images)
-    rows = [
-        {
-            **{"p": p, "thresholds": list(quantile_policy(logits, share).thresholds), "val_acc1": 50.0, "val_operations": float(p)},
-            "val_shares": [share, 0.0, 1 - share],
-        }
-        for p, share in enumerate((0.9, 0.9, 0.5, 0.1), start=1)
-    ]
+    shares = enumerate((0.9, 0.9, 0.5, 0.1), start=1)
+    rows = [policy_row(p, list(quantile_policy(logits, share).thresholds), 50.0, float(p), [share, 0.0, 1 - share]) for p, share in shares]
     points = distinct(policy_curve(network, [1, 2, 3], {"geometric": rows}).points, 10)
     assert [point.p for point in points] == [2, 3, 4]
     assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]
