@@ -191,6 +191,14 @@ class Settings(NetworkOptions):
     nesterov: bool = _optimisation(False, "--nesterov", "Nesterov momentum")
     weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0), metavar="W")
     label_smoothing: float = _optimisation(0.0, "--label-smoothing", "label smoothing of the cross-entropies", metavar="S")
+    ema_decay: float | None = _optimisation(
+        None,
+        "--ema-decay",
+        "evaluate and keep an exponential moving average of the weights, with this decay a step",
+        metavar="D",
+        kind=in_range(0, 1),
+        shown="the weights themselves",
+    )
     clip_grad: float | None = _optimisation(
         None, "--clip-grad", "clip the gradient's norm", kind=above(0), metavar="NORM", shown="no clipping"
     )

@@ -13,8 +13,10 @@ from typing import Any
 _MODULES = {
     "AdaptivePredictor": "predictor",
     "AnytimePredictor": "predictor",
+    "BudgetPredictor": "predictor",
     "ExitAnswers": "budgeted",
     "MaxLoss": "risk",
+    "allowed_points": "policies",
     "choose": "policies",
     "confidence_by_exit": "policies",
     "curve_rows": "budgeted",

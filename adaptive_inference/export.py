@@ -196,12 +196,17 @@ def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: tuple, padding
     return x.graph.add("Conv", [x, weight, bias], strides=stride, pads=padding * 2, dilations=dilation, group=groups)
 
 
+def _add(x: _Value, y: _Value, alpha: float) -> _Value:
+    return x.graph.add("Add", [x, x.graph.add("Mul", [y, np.array(alpha, np.float32)])])
+
+
 def _max_pool(x: _Value, kernel_size: int, stride: int, padding: int, *_: Any, **__: Any) -> _Value:
     return x.graph.add("MaxPool", [x], kernel_shape=[kernel_size] * 2, strides=[stride] * 2, pads=[padding] * 4)
 
 
 _OPERATORS: dict[str, Callable[..., _Value]] = {
     "conv2d": _conv,
+    "add": _add,
     "linear": lambda x, weight, bias: x.graph.add("Gemm", [x, weight, bias], transB=1),
     "relu": lambda x, inplace=False: x.graph.add("Relu", [x]),
     "cat": lambda tensors, dim: tensors[0].graph.add("Concat", list(tensors), axis=dim),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from adaptive_inference.measures import MEASURES, RULES
 from adaptive_inference.risk import CERTIFICATE, Losses, MaxLoss, certified
+from models.options import NETWORK_FIELDS
 from utils import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ def next_answer(measure: str, logits: Tensor, previous: Answer | None) -> Answer
     if measure == "entropy":
         return Answer(classes, 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2)))
     if measure == "margin":
-        if probs.shape[1] == 1:
-            return Answer(classes, largest)
         best = probs.topk(2, dim=1).values
         return Answer(classes, best[:, 0] - best[:, 1])
     if measure == "patience":
@@ -202,11 +201,9 @@ def choose(
 
     Args:
         operations: an image, the mean at most.
-        milliseconds: an image, the mean at most, as ``timing`` expects it.
-        accuracy: on held-out images at least, in percent.
-        max_loss: of accuracy against the full network, with a level of confidence.
+        milliseconds: an image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor`` keeps to it as measured).
+        accuracy, max_loss, rule: as for ``allowed_points``.
         timing: of this network on this machine, from ``timing.measure_blocks``.
-        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
 
     Raises:
         UserError: no point does; the line says what is possible.
@@ -214,31 +211,55 @@ def choose(
     """
     if milliseconds is not None and timing is None:
         raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
-    points = list(curve.of_rule(rule)) if max_loss is None else certified(curve.points, max_loss)
-    budgets = [
-        (operations and operations / 1e6, "M", lambda point: point.operations / 1e6),
-        (milliseconds, "ms", lambda point: timing.milliseconds(point.shares)),
-    ]
-    budgets = [budget for budget in budgets if budget[0] is not None]
-    for limit, unit, cost in budgets:
-        costs = [cost(point) for point in points]
-        if min(costs) > limit:
-            certain = " that is certain to lose so little" if max_loss else ""
-            percent = f" or {math.ceil(1e8 * min(costs) / curve.operations[-1])}%" if unit == "M" else ""
-            raise UserError(
-                f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy{certain} needs {min(costs):.4g}{unit}; "
-                f"ask for {_rounded_up(min(costs))}{unit}{percent}"
-            )
-        points = [point for point, spent in zip(points, costs, strict=True) if spent <= limit]
-    if accuracy is not None:
-        best = max(point.val_acc1 for point in points)
-        points = [point for point in points if point.val_acc1 >= accuracy]
-        if not points:
-            limited = " within the other limits" if budgets or max_loss else ""
-            raise UserError(f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %")
-    if not budgets:
+    points = allowed_points(curve, accuracy, max_loss, rule)
+    if operations is not None:
+        points = within(points, [point.operations / 1e6 for point in points], operations / 1e6, "M", curve.operations[-1] / 1e6)
+    if milliseconds is not None:
+        points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
+    if operations is None and milliseconds is None:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))
     return max(points, key=lambda point: (point.val_acc1, -point.operations))
+
+
+def allowed_points(
+    curve: PolicyCurve, accuracy: float | None = None, max_loss: MaxLoss | None = None, rule: str | None = None
+) -> list[Point]:
+    """The points that grant what is asked for.
+
+    Args:
+        accuracy: on held-out images at least, in percent.
+        max_loss: of accuracy against the full network, with a level of confidence.
+        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
+
+    Raises:
+        UserError: no point does; the line says what is possible.
+    """
+    points = list(curve.of_rule(rule)) if max_loss is None else certified(curve.points, max_loss)
+    reached = [point for point in points if accuracy is None or point.val_acc1 >= accuracy]
+    if not reached:
+        best = max(point.val_acc1 for point in points)
+        limited = " that is certain to lose so little" if max_loss else ""
+        raise UserError(f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %")
+    return reached
+
+
+def within(points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None) -> list[Point]:
+    """The points whose cost is at most ``limit``.
+
+    Args:
+        whole: the cost of the whole network, to name a share of it.
+
+    Raises:
+        UserError: all cost more; the line says what to ask for.
+    """
+    cheapest = min(costs)
+    if cheapest > limit:
+        percent = "" if whole is None else f" or {math.ceil(100 * cheapest / whole)}%"
+        raise UserError(
+            f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy allowed needs {cheapest:.4g}{unit}; "
+            f"ask for {_rounded_up(cheapest)}{unit}{percent}"
+        )
+    return [point for point, cost in zip(points, costs, strict=True) if cost <= limit]
 
 
 def _rounded_up(value: float) -> str:
@@ -254,11 +275,18 @@ def network_fingerprint(network: nn.Module) -> str:
     """
     if network.fingerprint is not None:
         return network.fingerprint
-    digest = hashlib.sha256(f"{describe(network)} {json.dumps(network.config, sort_keys=True)}".encode())
+    digest = hashlib.sha256(f"{describe(network)} {json.dumps(_chosen(network.config), sort_keys=True)}".encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+def _chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """Without options of a network at their defaults: an option that comes later then changes no fingerprint."""
+    defaults = {name: described.default for name, described in NETWORK_FIELDS.items()}
+    chosen = {name: _chosen(value) if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: value for name, value in chosen.items() if name not in defaults or value != defaults[name]}
 
 
 def form_of(network: nn.Module) -> str:

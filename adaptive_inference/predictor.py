@@ -4,7 +4,9 @@
     prediction = predictor(images)                       # (N, 3, H, W)
     prediction.classes, prediction.confidence, prediction.exits   # (N,) each
 
-    predictor = AnytimePredictor(network, 5.0, measure_blocks(network, images[:1]))   # the best answer within 5 ms
+    timing = measure_blocks(network, images[:1])
+    predictor = AnytimePredictor(network, 5.0, timing)              # the best answer within 5 ms
+    predictor = BudgetPredictor(network, curve.of_rule(None), 2.0, timing)   # 2 ms an image on average
 
 Answers are those of the simulation (``simulate``): an image leaves at the first exit whose confidence reaches that exit's threshold.
 """
@@ -17,11 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE, assign_exits
-from adaptive_inference.policies import Answer, Policy, confidence_by_exit, next_answer
+from adaptive_inference.policies import Answer, Point, Policy, confidence_by_exit, next_answer, within
 from utils import UserError
 
 if TYPE_CHECKING:
     from adaptive_inference.timing import BlockTimes
+
+
+ALLOWED_LATE = 0.005  # share of the calls that may miss a deadline
+CAUTION = 0.2  # of the reserved times, that a late call adds to them; it wears off while calls are in time
+HORIZON_IMAGES, HORIZON_CALLS = 64, 2  # within their sum what was saved or overspent is made up for
 
 
 class Prediction(NamedTuple):
@@ -128,6 +135,8 @@ class AdaptivePredictor:
 class AnytimePredictor(AdaptivePredictor):
     """Answer each batch by a deadline, with the last exit that was finished in time: no block is started that would not end in time.
 
+    After a late answer more time is reserved for a while, so that few are late also where something else slows the machine.
+
     Args:
         network: as for ``AdaptivePredictor``.
         milliseconds: from the call to the answer, for a batch as a whole.
@@ -141,7 +150,7 @@ class AnytimePredictor(AdaptivePredictor):
 
     def __init__(self, network: nn.Module, milliseconds: float, timing: "BlockTimes", policy: Policy | None = None):
         super().__init__(network, policy or Policy((NONE_LEAVE,) * network.num_exits))
-        self.milliseconds, self.timing, self._began = milliseconds, timing, 0.0
+        self.milliseconds, self.timing, self._began, self._margin = milliseconds, timing, 0.0, 1.0
         needed = timing.reserve(0, timing.batch_size)
         if needed > milliseconds:
             raise UserError(
@@ -152,10 +161,65 @@ class AnytimePredictor(AdaptivePredictor):
     def __call__(self, images: Tensor) -> Prediction:
         """As ``AdaptivePredictor``; the clock starts now."""
         self._began = time.perf_counter()
-        return super().__call__(images)
+        prediction = super().__call__(images)
+        wait_for(images.device)
+        self._margin = max(1.0, self._margin + CAUTION * ((self._elapsed() > self.milliseconds) - ALLOWED_LATE))
+        return prediction
+
+    def _elapsed(self) -> float:
+        return 1e3 * (time.perf_counter() - self._began)
 
     def _may_start(self, k: int, num_images: int) -> bool:
-        return k == 0 or 1e3 * (time.perf_counter() - self._began) + self.timing.reserve(k, num_images) <= self.milliseconds
+        return k == 0 or self._elapsed() + self._margin * self.timing.reserve(k, num_images) <= self.milliseconds
+
+
+class BudgetPredictor(AdaptivePredictor):
+    """Answer in so many milliseconds an image on average: the policy changes with the time that was really spent.
+
+    Args:
+        network: as for ``AdaptivePredictor``.
+        points: of a policy curve, those that may be used.
+        milliseconds: an image, the mean over all calls. Where even the dearest policy is cheaper, less is spent.
+        timing: of this network on this machine at the batch size in use, from ``timing.measure_blocks``.
+
+    Raises:
+        UserError: the cheapest policy is expected to take longer.
+    """
+
+    def __init__(self, network: nn.Module, points: Sequence[Point], milliseconds: float, timing: "BlockTimes"):
+        self.milliseconds, self.points = milliseconds, points
+        self.expected = [timing.milliseconds(point.shares) for point in points]
+        self.point = max(within(points, self.expected, milliseconds, "ms"), key=lambda point: point.val_acc1)
+        super().__init__(network, self.point.policy)
+        self._images, self._spent, self._foreseen = 0, 0.0, 0.0
+
+    def __call__(self, images: Tensor) -> Prediction:
+        """As ``AdaptivePredictor``; waits for the answers, to learn how long they took."""
+        began = time.perf_counter()
+        prediction = super().__call__(images)
+        wait_for(images.device)
+        self._images += len(images)
+        self._spent += 1e3 * (time.perf_counter() - began)
+        self._foreseen += len(images) * self.expected[self.points.index(self.point)]
+        self._steer(len(images))
+        return prediction
+
+    def _steer(self, batch_size: int) -> None:
+        """Choose the next policy by what was spent."""
+        horizon = HORIZON_IMAGES + HORIZON_CALLS * batch_size
+        saved = self._images * self.milliseconds - self._spent
+        # At first the measured times are trusted.
+        trust = horizon * self.milliseconds
+        slowness = (self._spent + trust) / (self._foreseen + trust)
+        target = max((self.milliseconds + saved / horizon) / slowness, min(self.expected))
+        self.point = max(within(self.points, self.expected, target, "ms"), key=lambda point: point.val_acc1)
+        self.policy = self.point.policy
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:

@@ -10,8 +10,9 @@ share of the held-out images that reached it. Blocks are timed inside the predic
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.policies import Answer, Point, Policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction, wait_for
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
@@ -124,13 +125,14 @@ class _Stopwatch(AdaptivePredictor):
         self._chance = random.Random(0)
 
     def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
-        self._wait, self._marks, self._sizes, self._rareness = _waiting(images.device), [], [], self._chance.choice((0.3, 3.0, 60.0))
+        self._device, self._marks, self._sizes = images.device, [], []
+        self._rareness = self._chance.choice((0.3, 3.0, 60.0))
         super().__call__(images)
         self._mark()
         return 1e3 * np.diff(self._marks), self._sizes
 
     def _mark(self) -> None:
-        self._wait()
+        wait_for(self._device)
         self._marks.append(time.perf_counter())
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
         First a row for running every exit (``p`` 0, in a plain pass over the network), then one a point: ``batch_size``, ``p``,
         ``milliseconds`` an image, ``expected_milliseconds`` by ``times``, and the number of ``images``.
     """
-    size, wait = times.batch_size, _waiting(images.device)
+    size, wait = times.batch_size, partial(wait_for, images.device)
     runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
     shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
     spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
@@ -213,7 +215,7 @@ def deadline_rows(
     """
     first = 1.02 * times.reserve(0, 1)
     last = max(1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first)
-    rows, wait = [], _waiting(images.device)
+    rows, wait = [], partial(wait_for, images.device)
     for deadline in np.linspace(first, last, DEADLINES).tolist():
         predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
         for call in range(calls):
@@ -237,8 +239,3 @@ def distinct(points: tuple[Point, ...], count: int) -> list[Point]:
     if len(different) <= count:
         return different
     return [different[round(i * (len(different) - 1) / max(count - 1, 1))] for i in range(count)]
-
-
-def _waiting(device: torch.device) -> Callable[[], object]:
-    """A function that waits until the device has done what it was given."""
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

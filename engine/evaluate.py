@@ -178,7 +178,7 @@ class Evaluation:
                 single = times
             measured = runtime_rows(form, points, images, times)
             for row, answer in zip(measured, answers, strict=True):
-                row["operations"], row["lazy_operations"] = costs[:, answer.exits].mean(dim=1).round().int().tolist()
+                row["operations"], row["lazy_operations"] = costs[:, answer.exits].mean(dim=1).round().long().tolist()
                 (row["acc1"],) = percent_right(answer.classes[None], targets)
             rows += measured
             log.line(_runtime_table(measured))

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.form import form_for, inference_form
-from adaptive_inference.policies import Policy, PolicyCurve, choose, read_policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
+from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction
 from adaptive_inference.risk import CERTIFICATE, MaxLoss
 from adaptive_inference.timing import measure_blocks
 from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, find_images, read_image
@@ -116,8 +116,7 @@ def make_predictor(
         UserError: a wish cannot be granted.
     """
     source, deadline, budget = arguments.policy or policy_path(path), arguments.deadline, arguments.budget
-    limits = {"accuracy": arguments.accuracy, "max_loss": arguments.max_loss, "budget": budget}
-    asked = any(limit is not None for limit in limits.values())
+    asked = any(wish is not None for wish in (budget, arguments.accuracy, arguments.max_loss))
     curve = read_policy(source) if asked or arguments.policy or arguments.rule or source.exists() else None
     form = inference_form(network) if curve is None else form_for(network, curve, source)
     policy, timing, chosen = Policy((NONE_LEAVE,) * form.num_exits), None, {}
@@ -133,32 +132,29 @@ def make_predictor(
         predictor = AdaptivePredictor(form, policy)
         line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
     else:
-        half = DEFAULT_SHARE * curve.operations[-1]
-        point = choose(curve, **_limits(arguments, curve), timing=timing) if asked else curve.nearest(half, arguments.rule)
-        predictor, policy = AdaptivePredictor(form, point.policy), point.policy
-        chosen = {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
-        expected = f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing})" if timing else ""
+        level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
+        max_loss = None if arguments.max_loss is None else MaxLoss(arguments.max_loss, level, arguments.disagreement)
+        expected = why = ""
+        if timing is not None:
+            predictor = BudgetPredictor(form, allowed_points(curve, arguments.accuracy, max_loss, arguments.rule), budget.amount, timing)
+            point = predictor.point
+            expected = f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing}); as time is really spent, others follow"
+        else:
+            if asked:
+                operations = budget and budget.amount * (1e6 if budget.unit == "M" else curve.operations[-1] / 100)
+                point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=max_loss, rule=arguments.rule)
+            else:
+                point = curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
+                why = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
+            predictor = AdaptivePredictor(form, point.policy)
+        policy, chosen = point.policy, {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
+        share = point.operations / curve.operations[-1]
         line = (
             f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with "
-            f"{point.operations / 1e6:.2f} M operations ({100 * point.operations / curve.operations[-1]:.0f} % of the network){expected}"
+            f"{point.operations / 1e6:.2f} M operations ({100 * share:.0f} % of the network){expected}{why}"
         )
-        if not asked:
-            line += "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
     about = {**chosen, "measure": policy.measure, "thresholds": policy.thresholds, "deadline_milliseconds": deadline}
     return predictor, about, line
-
-
-def _limits(arguments: argparse.Namespace, curve: PolicyCurve) -> dict[str, Any]:
-    """Those of ``choose``."""
-    limits: dict[str, Any] = {"accuracy": arguments.accuracy, "rule": arguments.rule}
-    if arguments.max_loss is not None:
-        level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
-        limits["max_loss"] = MaxLoss(arguments.max_loss, level, arguments.disagreement)
-    if arguments.budget is not None:
-        amount, unit = arguments.budget
-        name, factor = {"ms": ("milliseconds", 1), "M": ("operations", 1e6), "%": ("operations", curve.operations[-1] / 100)}[unit]
-        limits[name] = amount * factor
-    return limits
 
 
 class Answering:

@@ -134,8 +134,7 @@ def _train_and_evaluate(stage: Stage, command: CommandLine) -> None:
             log = Log(processes.is_main)
             try:
                 settings = with_precision(settings, processes)
-                if settings.amp == "bf16" and processes.device.type == "cpu":
-                    torch.set_num_threads(1)  # several would wait for each other in every convolution, very long beside another program
+                _keep_threads_from_waiting(settings, processes)
                 _Run(stage, command, Session(run, settings, processes, log), state, origin).complete()
             finally:
                 log.close()
@@ -290,6 +289,12 @@ def with_precision(settings: Settings, processes: Processes) -> Settings:
     return replace(settings, amp=choices[processes.largest(choices.index(own))])
 
 
+def _keep_threads_from_waiting(settings: Settings, processes: Processes) -> None:
+    """Several threads would wait for each other in every convolution, very long beside another program."""
+    if settings.amp == "bf16" and processes.device.type == "cpu":
+        torch.set_num_threads(1)
+
+
 def with_compilation(settings: Settings, stage: Stage, operations_an_epoch: float) -> Settings:
     """``--compile auto`` decided: whether a training of so many operations an epoch, in each process, is long enough to pay for it."""
     if settings.compile != "auto":
@@ -359,6 +364,8 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
         settings = with_precision(replace(settings, amp=amp), processes)
+        if settings.evalmode != "runtime":  # which measures what predict.py does
+            _keep_threads_from_waiting(settings, processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
         with _reading(session):

@@ -7,13 +7,14 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from adaptive_inference import inference_form
 from dataloader import Data
@@ -120,6 +121,13 @@ class _Trainer:
         self.meters = Meters(self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled())
         self.progress = Progress()
         self.began = self.saved = 0.0
+        decay = session.settings.ema_decay
+        self.average = None if decay is None else AveragedModel(task.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+
+    @property
+    def answering(self) -> nn.Module:
+        """The network that is evaluated and kept: the one that learns, or its average."""
+        return self.network if self.average is None else self.average.module
 
     def run_epoch(self, requests: Requests) -> None:
         settings, progress, log = self.session.settings, self.progress, self.session.log
@@ -131,6 +139,8 @@ class _Trainer:
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
             with self._announced(requests):
                 self.stepper.step(images, targets, rate, self.meters.update)
+            if self.average is not None:
+                self.average.update_parameters(self.network)
             progress.step += 1
             progress.skipped_steps += self.stepper.was_skipped
             log.advance()
@@ -197,9 +207,9 @@ class _Trainer:
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
         score = progress.epoch + 1.0
         if self.data.val.num_images:
-            self.session.processes.share_buffers(self.network)
+            self.session.processes.share_buffers(self.answering)
             # As the network will answer: folded, in the precision of training.
-            form = inference_form(self.network, self.session.settings.channels_last, self.stepper.dtype)
+            form = inference_form(self.answering, self.session.settings.channels_last, self.stepper.dtype)
             row["val_acc1"], row["val_acc5"] = accuracy_per_exit(form, self.data.val, self.session.processes)
             score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
         is_best = score > progress.best_accuracy
@@ -244,10 +254,12 @@ class _Trainer:
         if is_best:
             accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
             description = replace(task.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.run.best, self.network, description, task.split)
+            save_network(self.session.run.best, self.answering, description, task.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
         constants = {"description": asdict(task.description), **task.split._asdict(), "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
+        if self.average is not None:
+            running["average"] = self.average.state_dict()
         state = {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running}
         save_checkpoint(self.session.run.last, state)
         self.session.log.write_history(self.session.run.log, progress.history)
@@ -256,10 +268,25 @@ class _Trainer:
         self.network.load_state_dict(state["state_dict"])
         self.stepper.load_state_dict(state)
         torch.set_rng_state(state["random_state"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.progress = Progress(**{name: state[name] for name in vars(self.progress) if name in state})
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
+
+
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """For ``AveragedModel``; whole numbers, such as BatchNorm's counters, are taken over."""
+
+    def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
+            else:
+                average.copy_(value)
+
+    return update
 
 
 def _rounded(value: Any) -> Any:

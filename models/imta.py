@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.msdnet import MSDNet
-from models.stepwise import ExitNetwork
+from models.network import ExitNetwork
 
 
 class IMTA(ExitNetwork):
@@ -64,11 +64,6 @@ class IMTA(ExitNetwork):
         """The multi-scale network whose features the classifiers read."""
         return self.backbone
 
-    @property
-    def minimum_image_size(self) -> int:
-        """Smallest height and width in pixels."""
-        return self.backbone.minimum_image_size
-
     def train(self, mode: bool = True) -> "IMTA":
         """As ``nn.Module.train``, but a frozen backbone stays in evaluation mode: its BatchNorm must not follow the batches."""
         super().train(mode)
@@ -95,7 +90,7 @@ class IMTA(ExitNetwork):
         if not self.freeze_backbone:
             return logits[-1].detach()
         with torch.no_grad():
-            return self.backbone.exits[-1].linear(features[-1])
+            return self.backbone.classify(features)[-1]
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

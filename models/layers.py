@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 FeatureGrid = dict[int, Tensor]
+BOOST = 0.5  # share of the earlier exits' logits
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
@@ -145,6 +146,15 @@ class Exit(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Coarsest scale (N, in_channels, H, W) -> pooled features (N, feature_channels)."""
         return self.pool(self.convolutions(x)).flatten(1)
+
+
+class Boost(nn.Module):
+    """Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): an exit's classifier learns what is wrong
+    with the answer so far, to which its own logits are added."""
+
+    def forward(self, logits: Tensor, previous_logits: Tensor) -> Tensor:
+        """Own logits (N, C) plus half of those of the exit before, whose gradient stops here; (N, C)."""
+        return torch.add(logits, previous_logits.detach(), alpha=BOOST)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+from models.layers import Boost, Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+from models.network import ExitNetwork
 from models.options import NetworkOptions, block_depths
-from models.stepwise import ExitNetwork
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -50,6 +50,7 @@ class MSDNet(ExitNetwork):
         self.small_inputs = chosen.small_inputs
         self.gradient_equilibrium = chosen.gradient_equilibrium
         self.gradient_equilibrium_scales = chosen.gradient_equilibrium_scales
+        self.boost = Boost() if chosen.boosted_exits else None
         # Keep only what passes between blocks for the backward pass, and compute the rest again there: less memory, more time.
         self.checkpoint_activations = False
 
@@ -88,12 +89,6 @@ class MSDNet(ExitNetwork):
         """The multi-scale network itself, as ``IMTA.trunk`` is."""
         return self
 
-    @property
-    def minimum_image_size(self) -> int:
-        """Smallest height and width in pixels: an exit pools a map of at least 2x2, as in the published networks."""
-        halvings = self.num_scales - 1 + 2 + (0 if self.small_inputs else 2)
-        return 2**halvings + 1
-
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
         features = []
@@ -107,8 +102,9 @@ class MSDNet(ExitNetwork):
         return features
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Logits (N, num_classes) of exit ``k`` alone; ``previous_logits`` are of no use to independent exits."""
-        return self.exits[k].linear(features)
+        """Logits (N, num_classes) of exit ``k`` from its features (N, C_k); those of exit k - 1 matter to boosted exits only."""
+        logits = self.exits[k].linear(features)
+        return logits if self.boost is None or previous_logits is None else self.boost(logits, previous_logits)
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.layers import Boost
 from models.stepwise import Stepwise
 
 
@@ -71,6 +72,8 @@ def _operations_of(module: nn.Module, x: Tensor, output: Tensor) -> int:
         return output.numel() * module.kernel_size**2
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return x.numel()
+    if isinstance(module, Boost):
+        return output.numel()
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
         return 0
     raise TypeError(f"no operation count for a layer of type {type(module).__name__}")

@@ -48,6 +48,9 @@ class NetworkOptions:
         "scales whose gradients are rescaled: all (paper), or the exit's (released code)",
         choices=("trunk", "coarsest"),
     )
+    boosted_exits: bool = option(
+        False, "--boosted-exits", "an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)"
+    )
     initialization: str = option(
         "pytorch", "--init", "PyTorch's default initialisation, or He-normal by fan-out (the Lua program)", choices=("pytorch", "he")
     )

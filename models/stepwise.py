@@ -7,14 +7,11 @@ second = run.next_logits()     # (n, C), exit 2, of those images only
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from models.layers import Layer
-
-if TYPE_CHECKING:
-    from models.saved import Description
 
 Cell = tuple[int, int]  # (number of stages passed, scale); the stem's are 0 stages deep
 Cells = dict[Cell, Tensor]  # features (n, channels, H, W)
@@ -73,31 +70,6 @@ class Stepwise:
         self._cells = {key: x[images] for key, x in self._cells.items()}
         if self._previous_logits is not None:
             self._previous_logits = self._previous_logits[images]
-
-
-class ExitNetwork(nn.Module):
-    """What ``MSDNet`` and ``IMTA`` share. They have ``num_exits``, ``num_classes``, the multi-scale network ``trunk``, ``features(images,
-    num_exits)`` and ``classify_next(k, features, previous_logits)``."""
-
-    # What ``models.load`` read beside the weights.
-    description: "Description | None" = None
-    # Of an ``adaptive_inference.form``: digest of the network it was made from.
-    fingerprint: str | None = None
-
-    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
-        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
-        return Stepwise(self, images, lazy)
-
-    def classify(self, features: list[Tensor]) -> list[Tensor]:
-        """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""
-        logits: list[Tensor] = []
-        for k, f in enumerate(features):
-            logits.append(self.classify_next(k, f, logits[-1] if logits else None))
-        return logits
-
-    def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
-        return self.classify(self.features(images, num_exits))
 
 
 def stem_cells(network: nn.Module, images: Tensor) -> Cells:

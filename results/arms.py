@@ -1,6 +1,7 @@
 """Train and evaluate every arm of the comparison for every seed; run it again and it goes on.
 
     python -m results.arms --data-root data/cifar100                         # 20 classes, 5 + 3 epochs: hours on a CPU
+    python -m results.arms --data-root data/cifar100 --schedule 10_epochs    # all classes, 10 + 4 epochs, for trials
     python -m results.arms --data-root data/cifar100 --schedule 30_epochs    # all classes, 30 + 10 epochs: an hour or two an arm
     python -m results.arms --data-root data/cifar100 --schedule 100_epochs   # all classes, 100 + 40 epochs
     python -m results.arms --data-root data/cifar100 --schedule published    # 300 + 180 epochs
@@ -54,7 +55,7 @@ SCHEDULES = {
             ["--epochs", str(epochs_2), "--lr", "0.1", *_ONE_RECIPE],
             HERE / f"{epochs_1}_epochs",
         )
-        for epochs_1, epochs_2 in ((30, 10), (100, 40))
+        for epochs_1, epochs_2 in ((10, 4), (30, 10), (100, 40))
     },
     "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], HERE / "published"),
 }
@@ -81,6 +82,9 @@ ARMS = {
     "GE_ISC_OFA_moving": Arm("GE", ["--backbone-bn", "moving"]),
     "released_GE": Arm(None, ["--released"]),
     "released_IMTA": Arm("released_GE", ["--released"]),
+    "GE_boosted": Arm(None, ["--boosted-exits"]),
+    "GE_smoothing": Arm(None, ["--label-smoothing", "0.1"]),
+    "GE_averaged": Arm(None, ["--ema-decay", "0.999"]),
     "GE_he": Arm(None, ["--init", "he"]),
     "GE_10_epochs": Arm(None, ["--epochs", "10"]),
     "GE_multistep": Arm(None, ["--lr-type", "multistep"]),

@@ -22,7 +22,9 @@ from utils import CommandLineParser, UserError, atomic_write
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
-SHORT, MEDIUM, LONG, PUBLISHED = (SCHEDULES[name].results for name in ("short", "30_epochs", "100_epochs", "published"))
+SHORT, TRIALS, MEDIUM, LONG, PUBLISHED = (
+    SCHEDULES[name].results for name in ("short", "10_epochs", "30_epochs", "100_epochs", "published")
+)
 TRAINING = {
     PUBLISHED: "100 classes, 300 + 180 epochs",
     LONG: "100 classes, 100 + 40 epochs",
@@ -53,6 +55,9 @@ TITLES = {
     "GE_ISC_OFA_moving": "GE + ISC + OFA, `--backbone-bn moving`",
     "released_GE": "GE on the coarsest scale only (`--released`)",
     "released_IMTA": "GE + ISC + OFA, `--released`, both stages",
+    "GE_boosted": "GE, boosted exits",
+    "GE_smoothing": "GE, label smoothing 0.1",
+    "GE_averaged": "GE, averaged weights (decay 0.999)",
     "GE_he": "GE, `--init he`",
     "GE_10_epochs": "GE, 10 epochs",
     "GE_multistep": "GE, `--lr-type multistep`",
@@ -76,6 +81,9 @@ DIFFERENCES_2 = (
     ("released_GE", "released_IMTA"),
     ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
 )
+DIFFERENCES_ALL_CLASSES = (("MSDNet", "GE"), *DIFFERENCES_2[:4])
+BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
+ENSEMBLES = tuple((arm, arm) for arm in MAIN_ARMS)
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
@@ -191,19 +199,30 @@ def thresholds_table() -> str:
     return markdown(["compared with the paper's rule", *budget_names(), "mean"], rows)
 
 
-def gains(before: str, after: str) -> list[list[float]]:
+def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
     """By seed, what ``after`` gains on ``before`` with the same seed: at every exit, then their mean."""
-    pairs = [(folder, folder.parent / before) for folder in seeds_of(after, SHORT) if (folder.parent / before / "anytime.csv").exists()]
+    pairs = [(folder, folder.parent / before) for folder in seeds_of(after, results) if (folder.parent / before / "anytime.csv").exists()]
     by_exit = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
 
-def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5) -> str:
+def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
+    """As ``gains``, of ensembles of exits on each exit alone."""
+    by_seed = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, results)]
+    by_exit = [[row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]]
+    return [[*gain, statistics.mean(gain)] for gain in by_exit]
+
+
+def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT) -> str:
+    """Rows of ``gains``; where both names are one, of ``ensemble_gains``."""
     titles, rows = {**TITLES, **TITLES_7}, []
     for before, after in differences:
-        if by_seed := gains(before, after):
+        title, by_seed = titles[after], gains(before, after, results)
+        if before == after:
+            title, by_seed = f"{title}, ensembles of exits", ensemble_gains(after, results)
+        if by_seed:
             each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
-            rows.append([titles[after], titles[before], *spread_columns(by_seed, "+"), each])
+            rows.append([title, titles[before], *spread_columns(by_seed, "+"), each])
     return markdown(["arm", "compared with", *exit_names(num_exits), "mean of exits", "seed by seed"], rows)
 
 
@@ -282,6 +301,8 @@ TABLES = {
     "arms-budgets": arms_budgets_table,
     "differences-1": partial(differences_table, DIFFERENCES_1),
     "differences-2": partial(differences_table, DIFFERENCES_2),
+    "differences-all-classes": partial(differences_table, (*DIFFERENCES_ALL_CLASSES, *ENSEMBLES), results=MEDIUM),
+    "beyond": partial(differences_table, BEYOND, results=TRIALS),
     "differences-7": partial(differences_table, DIFFERENCES_7, 7),
     "thresholds": thresholds_table,
     "epochs": epochs_table,

@@ -74,7 +74,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             (1, {}, 32),
             (2, {"num_blocks": 4, "step_mode": "lin_grow"}, 32),
             (2, {"bottleneck": False, "prune": "min", "base": 2}, 24),
-            (1, {"reduction": 0.0}, 33),
+            (1, {"reduction": 0.0, "boosted_exits": True}, 33),
             (1, {"num_blocks": 1}, 32),
             (1, {"small_inputs": False}, 65),
         ],

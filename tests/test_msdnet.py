@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import MSDNet
+from models import IMTA, MSDNet, count_operations
 from models.msdnet import block_depths
 from tests.conftest import TINY_NETWORK
 
@@ -19,6 +19,7 @@ VARIANTS = [
     {"growth_factors": (1, 2, 2, 4), "bottleneck_factors": (1, 2, 4, 4), "num_blocks": 5},
     {"small_inputs": False, "num_classes": 7},
     {"num_blocks": 1, "base": 4},
+    {"boosted_exits": True},
 ]
 
 
@@ -37,6 +38,20 @@ def test_stopping_at_an_exit_gives_the_prefix(options):
         prefix = network(images, num_exits=k)
         assert len(prefix) == k
         assert all(torch.equal(a, b) for a, b in zip(prefix, everything, strict=False))
+
+
+def test_boosted_exits_add_half_of_the_answer_so_far():
+    plain, boosted = (MSDNet(**TINY_NETWORK, boosted_exits=is_boosted).eval() for is_boosted in (False, True))
+    plain.load_state_dict(boosted.state_dict())
+    images = images_for(plain)
+    own, answers = plain(images), boosted(images)
+    torch.testing.assert_close(answers[2], own[2] + 0.5 * own[1] + 0.25 * own[0])
+    answers[2].sum().backward()
+    assert boosted.exits[2].linear.weight.grad.any()
+    assert boosted.exits[1].linear.weight.grad is None
+    extra = [a - b for a, b in zip(*(count_operations(network, 32) for network in (boosted, plain)), strict=True)]
+    assert extra == [0, boosted.num_classes, 2 * boosted.num_classes]
+    assert torch.equal(IMTA(boosted).teacher_logits(boosted.features(images), []), answers[2])
 
 
 @pytest.mark.parametrize("num_exits", [0, 4])

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import dataloader
 import datasets
@@ -168,7 +169,7 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
-@pytest.mark.parametrize("flags", [[], ["--backbone-bn", "moving"]])
+@pytest.mark.parametrize("flags", [[], ["--backbone-bn", "moving", "--ema-decay", "0.9"]])
 def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     flags = [*flags, "--epochs", "2"]
     assert train_imta(runs, "whole", *flags) == 0
@@ -180,6 +181,20 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     pieces = record(runs / "parts")["pieces"]
     assert [piece["complete"] for piece in pieces] == [False, True]
     assert all(piece["ended"] >= piece["began"] for piece in pieces)
+
+
+def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+    assert train_ge(tmp_path / "last", *TWO_EPOCHS, "--ema-decay", "0") == 0
+    assert same_tensors(weights(tmp_path / "last"), weights(undisturbed))
+    network = torch.nn.BatchNorm1d(2)
+    average = AveragedModel(network, multi_avg_fn=training._moving_average(0.75), use_buffers=True)
+    for value in (1.0, 2.0, 4.0):
+        torch.nn.init.constant_(network.weight, value)
+        network.num_batches_tracked += 1
+        average.update_parameters(network)
+    assert average.module.weight.tolist() == [0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4] * 2
+    assert average.module.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize(
