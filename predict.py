@@ -12,7 +12,6 @@ skipped (its name is on standard error), 2 after a mistake, 130 after Ctrl-C.
 import argparse
 import atexit
 import gc
-import math
 import os
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from adaptive_inference.measures import RULES
 from models.files import BEST, find, policy_path
-from utils import CommandLineParser, UserError, is_terminal
+from utils import CommandLineParser, UserError, above, at_least, in_range, is_terminal
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"
 
@@ -74,14 +73,13 @@ def parser() -> CommandLineParser:
     add("--confidence-level", type=_percentage, metavar="PERCENT", help="of --max-loss (default: 95%%)")
     add("--disagreement", action="store_true", help="--max-loss counts every answer that is not the whole network's")
     add("--deadline", type=_deadline, metavar="5ms", help="answer each image, or batch, by the last exit finished in that time")
-    add("--point", type=_positive, metavar="P", help="the policy of this number on the curve")
     add("--rule", choices=list(RULES), help="only thresholds found by this rule (default: ensemble or optimised, if there are any)")
     add("--format", choices=["table", "csv", "json"], default="table", help="of the answers; json has the five best classes")
     add("--output", type=Path, metavar="FILE", help="write the answers there (default: standard output)")
-    add("--batch-size", type=_positive, metavar="N", help="images at a time; all get their mean time (default: 64, with --deadline 1)")
+    add("--batch-size", type=at_least(1), metavar="N", help="images at a time; all get their mean time (default: 64, with --deadline 1)")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)")
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line, of a released file, which holds none")
-    add("--image-size", type=_positive, metavar="PIXELS", help="of a released file (default: 32 or 224, by its layers)")
+    add("--image-size", type=at_least(1), metavar="PIXELS", help="of a released file (default: 32 or 224, by its layers)")
     return parser
 
 
@@ -89,8 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The typed command line; mistakes end the program with one line and status 2."""
     flags = parser()
     arguments = flags.parse_args(argv)
-    wishes = [name for name in ("budget", "accuracy", "max_loss", "deadline", "point", "rule") if getattr(arguments, name) is not None]
-    for name, company in (("deadline", ()), ("point", ("rule",)), ("max_loss", ("budget", "accuracy"))):
+    wishes = [name for name in ("budget", "accuracy", "max_loss", "deadline", "rule") if getattr(arguments, name) is not None]
+    for name, company in (("deadline", ()), ("max_loss", ("budget", "accuracy"))):
         others = [other for other in wishes if other != name and other not in company]
         if name in wishes and others:
             flags.error(f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them")
@@ -112,40 +110,20 @@ def find_model(wanted: str | None) -> Path:
         raise UserError(str(error)) from None
 
 
-def _amount(text: str, unit: str) -> float:
-    try:
-        amount = float(text.removesuffix(unit))
-    except ValueError:
-        return math.nan
-    return amount if math.isfinite(amount) else math.nan
-
-
 def _budget(text: str) -> Budget:
     unit = next((unit for unit in ("ms", "%", "M") if text.endswith(unit)), "M")
-    amount = _amount(text, unit)
-    if not 0 < amount <= (100 if unit == "%" else sys.float_info.max):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither milliseconds (2ms), a percentage up to 100 (40%) nor millions (12.5M)")
-    return Budget(amount, unit)
+    try:
+        return Budget((in_range(0, 100) if unit == "%" else above(0))(text.removesuffix(unit)), unit)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; milliseconds (2ms), a percentage (40%) or millions (12.5M)") from None
 
 
 def _deadline(text: str) -> float:
-    amount = _amount(text, "ms")
-    if not amount > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; 5ms is one")
-    return amount
+    return above(0)(text.removesuffix("ms"))
 
 
 def _percentage(text: str) -> float:
-    amount = _amount(text, "%")
-    if not 0 <= amount <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
-    return amount
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return in_range(0, 100)(text.removesuffix("%"))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,4 @@ GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or t
 SAVE="${SAVE:-save/$preset}"       # stage 1 is read from $SAVE/GE, stage 2 goes into $SAVE/IMTA
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-
-if [[ ! -f $SAVE/GE/best.safetensors && ! -f $SAVE/IMTA/best.safetensors && ! " $* " =~ " --pretrained"|" --single-stage "|" --eval"|" --help "|" -h " ]]; then
-    echo "run_IMTA.sh: no stage 1 in $SAVE/GE; run this first: bash run_GE.sh $preset" >&2
-    exit 2
-fi
-
 exec "$PYTHON" "$project/train_IMTA.py" --preset "$preset" ${DATA_ROOT:+--data-root "$DATA_ROOT"} ${GPUS:+--gpu "$GPUS"} --save "$SAVE/IMTA" "$@"

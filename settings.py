@@ -266,8 +266,8 @@ _BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60
 PRESETS = {
     "demo": {
         "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},
-        "GE": {"epochs": 4, "lr": 0.1, "warmup_epochs": 0.5},
-        "IMTA": {"epochs": 8, "lr": 0.1, "warmup_epochs": 0.5},
+        "GE": {"epochs": 5, "lr": 0.1, "warmup_epochs": 0.5},
+        "IMTA": {"epochs": 12, "lr": 0.2, "warmup_epochs": 0.5, "weight_decay": 5e-4},
     },
     "folder": {
         "both": {"data": "folder", **_FOLDER, "batch_size": 32, "lr_type": "cosine"},

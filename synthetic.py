@@ -20,7 +20,7 @@ OUTLINES = ("circle", "square", "triangle", "cross")
 FILLS = ("solid", "hollow", "striped")
 CLASS_NAMES: tuple[str, ...] = tuple(f"{fill} {outline}" for outline in OUTLINES for fill in FILLS)
 
-EASY_SHARE = 0.48  # of the images
+EASY_SHARE = 0.36  # of the images
 MAX_RADIUS, MIN_RADIUS = 0.80, 0.44  # of the object, in half image sides
 MAX_CONTRAST, MIN_CONTRAST = 0.80, 0.35  # between object and background, 1 being black against white
 MAX_NOISE = 0.10  # half width of the pixel noise

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.policies import Policy, confidence_and_answers
+from adaptive_inference.policies import Policy, confidence_by_exit
 
+ROWS, COLUMNS = 4, 5  # classes, and images of each kind
 GAP, WIDE_GAP = 0.08, 0.4  # between images, and between the two kinds, in image widths
 
 
@@ -27,7 +28,8 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
         logits: of every exit, (K, N, C).
         targets: (N,).
     """
-    confidence, correct = confidence_and_answers(logits, targets, policy.measure)
+    confidence, classes = confidence_by_exit(logits, policy.measure)
+    correct = classes == targets
     exits = assign_exits(confidence, torch.tensor(policy.thresholds))
     first, last = exits.min(), len(logits) - 1
     easy = ((exits == first) & correct[first]).nonzero().flatten()
@@ -42,24 +44,20 @@ def examples_figure(
     easy: Tensor,
     hard: Tensor,
     class_names: list[str],
-    classes: list[int] | None = None,
-    columns: int = 5,
 ) -> Figure:
-    """A row of images a class: left the easy ones, right the hard ones; where a class has none of a kind, that is written there.
+    """A row of images for each of the classes with the most pairs of easy and hard images: left the easy ones, right the hard ones; where
+    a class has none of a kind, that is written there.
 
     Args:
         picture: image of an index, bytes (3, H, W).
         targets: (N,).
         easy, hard: indices, as ``easy_and_hard`` gives.
-        classes: class indices of the rows; None: the four with the most pairs of easy and hard images.
-        columns: images of each kind.
     """
-    if classes is None:
-        counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=columns) for kind in (easy, hard)]
-        order = (torch.minimum(*counts) * (columns + 1) + torch.maximum(*counts)).argsort(descending=True, stable=True)
-        classes = sorted(order[:4].tolist())
-    step, right_half = 1 + GAP, columns * (1 + GAP) + WIDE_GAP
-    width, height = right_half + columns * step, len(classes) * step
+    counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in (easy, hard)]
+    order = (torch.minimum(*counts) * (COLUMNS + 1) + torch.maximum(*counts)).argsort(descending=True, stable=True)
+    classes = sorted(order[:ROWS].tolist())
+    step, right_half = 1 + GAP, COLUMNS * (1 + GAP) + WIDE_GAP
+    width, height = right_half + COLUMNS * step, len(classes) * step
     labels = ["\n".join(wrap(class_names[label], 18)) for label in classes]
     longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
     figure = Figure(figsize=(width + 0.3 + 0.08 * longest, height + 0.4), dpi=150, layout="constrained")  # inches
@@ -70,7 +68,7 @@ def examples_figure(
         top = row * step
         axes.text(-0.1, top + 0.5, labels[row], ha="right", va="center", fontsize=8, parse_math=False)
         for left_edge, kind in ((0.0, easy), (right_half, hard)):
-            own = kind[targets[kind] == label][:columns].tolist()
+            own = kind[targets[kind] == label][:COLUMNS].tolist()
             if not own:
                 axes.text(left_edge + 0.1, top + 0.5, "none", va="center", fontsize=8, color="gray")
             for column, index in enumerate(own):
@@ -78,6 +76,6 @@ def examples_figure(
                 pixels = picture(index).permute(1, 2, 0).cpu().numpy()
                 axes.imshow(pixels, interpolation="nearest", extent=(left, left + 1, top + 1, top))
     for left_edge, title in ((0.0, "left at the first exit, right"), (right_half, "only the last exit is right")):
-        axes.text(left_edge + columns * step / 2, -0.1, title, ha="center", va="bottom", fontsize=9)
+        axes.text(left_edge + COLUMNS * step / 2, -0.1, title, ha="center", va="bottom", fontsize=9)
     axes.set(xlim=(-0.1, width), ylim=(height, -0.1), aspect="equal")
     return figure

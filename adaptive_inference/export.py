@@ -192,20 +192,16 @@ class _Value:
         return operator(*arguments, **(options or {}))
 
 
-def _pair(value: int | tuple[int, int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> _Value:
-    return x.graph.add("Conv", [x, weight, bias], strides=_pair(stride), pads=_pair(padding) * 2, dilations=_pair(dilation), group=groups)
+def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> _Value:
+    return x.graph.add("Conv", [x, weight, bias], strides=stride, pads=padding * 2, dilations=dilation, group=groups)
 
 
 def _add(x: _Value, y: _Value, alpha: float) -> _Value:
     return x.graph.add("Add", [x, x.graph.add("Mul", [y, np.array(alpha, np.float32)])])
 
 
-def _max_pool(x: _Value, kernel_size: Any, stride: Any, padding: Any, *_: Any, **__: Any) -> _Value:
-    return x.graph.add("MaxPool", [x], kernel_shape=_pair(kernel_size), strides=_pair(stride), pads=_pair(padding) * 2)
+def _max_pool(x: _Value, kernel_size: int, stride: int, padding: int, *_: Any, **__: Any) -> _Value:
+    return x.graph.add("MaxPool", [x], kernel_shape=[kernel_size] * 2, strides=[stride] * 2, pads=[padding] * 4)
 
 
 _OPERATORS: dict[str, Callable[..., _Value]] = {

@@ -1,6 +1,6 @@
 """Optimised thresholds: the highest held-out accuracy under a cost budget, instead of the paper's geometric shares.
 
-    rows = optimised_curve(val_probs, val_targets, test_probs, test_targets, operations)   # as budgeted_curve
+    rows = curve_rows(optimised_thresholds(val, operations), val, test, operations)   # as for geometric_thresholds
 
 For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda * operations_k. With all other
 thresholds fixed, the best threshold of exit k is found at once: leaving instead of going on gains a known amount for every image that
@@ -15,14 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import (
-    ALL_LEAVE,
-    NONE_LEAVE,
-    accuracies_and_costs,
-    checked_confidences,
-    exit_shares,
-    geometric_thresholds,
-)
+from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, geometric_thresholds
 
 GRID = 100  # cuts an exit
 FOLDS = 5
@@ -32,56 +25,21 @@ PRICES = 40
 ABSENT = 0.02
 
 
-def optimised_curve(
-    val_probs: Tensor,
-    val_targets: Tensor,
-    test_probs: Tensor,
-    test_targets: Tensor,
-    operations: Sequence[float],
-    points: int = 40,
-) -> list[dict]:
-    """As ``budgeted.budgeted_curve``, at the same held-out costs, with optimised thresholds.
-
-    Args, returns: those of ``budgeted_curve``; ``q`` holds the shares of the held-out images that leave at each exit.
-
-    Raises:
-        ValueError: shapes that do not belong together.
-    """
-    return optimised_rows(*checked_confidences(val_probs, val_targets, test_probs, test_targets, operations), operations, points)
-
-
-def optimised_rows(
-    val_confidence: Tensor,
-    val_correct: Tensor,
-    test_confidence: Tensor,
-    test_correct: Tensor,
-    operations: Sequence[float],
-    points: int = 40,
-) -> list[dict]:
-    """As ``optimised_curve``, from any confidence and from correctness (K, N) of every exit."""
-    rows = []
-    for p, thresholds in enumerate(optimised_thresholds(val_confidence, val_correct, operations, points), start=1):
-        accuracies = accuracies_and_costs(thresholds, (val_confidence, val_correct), (test_confidence, test_correct), operations)
-        rows.append({"p": p, "q": accuracies["val_shares"], **accuracies})
-    return rows
-
-
-def optimised_thresholds(confidence: Tensor, correct: Tensor, operations: Sequence[float], points: int = 40) -> Tensor:
-    """Thresholds for the budgets at which the geometric rule of ``points`` points spends on the same images.
+def optimised_thresholds(val: ExitAnswers, operations: Sequence[float], points: int = 40) -> Tensor:
+    """Thresholds for the budgets that the geometric rule of ``points`` points spends on the same images.
 
     Args:
-        confidence, correct: (K, N) of the held-out images.
+        val: answers to the held-out images.
         operations: to each exit, K numbers.
 
     Returns:
-        (points, K), dtype of ``confidence``.
+        (points, K), dtype of the confidence.
     """
-    num_exits, num_images = confidence.shape
-    shares = [exit_shares(2 * p / points, num_exits) for p in range(1, points + 1)]
-    geometric = torch.stack([geometric_thresholds(confidence, q) for q in shares])
+    num_exits, num_images = val.confidence.shape
+    geometric = geometric_thresholds(val.confidence, points)
     if num_exits == 1 or num_images < 4 * FOLDS:  # nothing to choose, or too little to choose by
         return geometric
-    problem = _Problem(confidence, correct, operations)
+    problem = _Problem(val, operations)
     start = problem.to_quantiles(geometric)
     # Fold by position of the image: deterministic, and held-out images are in no order that matters.
     fold = torch.arange(num_images) % FOLDS
@@ -92,9 +50,9 @@ def optimised_thresholds(confidence: Tensor, correct: Tensor, operations: Sequen
 class _Problem:
     """Thresholds as ``cuts`` (..., K - 1): the share of all held-out images that are at least as confident, 0 to 1."""
 
-    def __init__(self, confidence: Tensor, correct: Tensor, operations: Sequence[float]):
-        self.confidence = confidence
-        self.correct = correct.float()
+    def __init__(self, answers: ExitAnswers, operations: Sequence[float]):
+        self.confidence = confidence = answers.confidence
+        self.correct = answers.correct.float()
         # In units of the full network: prices are then percentages of accuracy for the whole network.
         self.cost = torch.tensor(list(operations), dtype=torch.float32) / operations[-1]
         self.descending = confidence[:-1].sort(dim=1, descending=True).values

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = "imta-msdnet policy 2"
 MAX_FILE_SIZE = 4 * 2**20  # bytes
-MAX_EXITS, MAX_POINTS = 100, 10_000
 
 
 class Answer(NamedTuple):
@@ -57,8 +56,6 @@ def next_answer(measure: str, logits: Tensor, previous: Answer | None) -> Answer
     if measure == "entropy":
         return Answer(classes, 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2)))
     if measure == "margin":
-        if probs.shape[1] == 1:
-            return Answer(classes, largest)
         best = probs.topk(2, dim=1).values
         return Answer(classes, best[:, 0] - best[:, 1])
     if measure == "patience":
@@ -74,12 +71,6 @@ def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor
         answer = next_answer(measure, exit_logits, answer)
         answers.append(answer)
     return torch.stack([a.confidence for a in answers]), torch.stack([a.classes for a in answers])
-
-
-def confidence_and_answers(logits: Tensor, targets: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:
-    """Logits (K, N, C) of every exit, class indices (N,) -> confidence (K, N), and whether the exit's class is right (K, N)."""
-    confidence, classes = confidence_by_exit(logits, measure)
-    return confidence, classes == targets
 
 
 @dataclass(frozen=True)
@@ -135,6 +126,16 @@ class Point:
     p: int = 1
     losses: tuple[Losses, Losses] | None = None
 
+    def __post_init__(self):
+        if self.rule not in RULES or type(self.p) is not int or not 0 <= self.val_acc1 <= 100 or self.operations <= 0:
+            raise ValueError("a point's rule, p, val_acc1 or operations are out of range")
+        if len(self.shares) != len(self.policy.thresholds) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-3:
+            raise ValueError("a point's shares are not one an exit, of one whole")
+        if self.rule == "ensemble" and self.policy.ensemble is None:
+            raise ValueError("the weights of its ensemble are missing")
+        if self.rule == "tested" and not (self.losses and len(self.losses) == 2 and all(x.are_counts for x in self.losses)):
+            raise ValueError("a point's losses are no counts of two sets of images")
+
 
 @dataclass(frozen=True)
 class PolicyCurve:
@@ -146,6 +147,14 @@ class PolicyCurve:
     network: str
     operations: tuple[float, ...]
     points: tuple[Point, ...]
+
+    def __post_init__(self):
+        if not all(isinstance(text, str) for text in (self.fingerprint, self.form, self.network)):
+            raise ValueError("its network is not described in words")
+        if list(self.operations) != sorted(self.operations) or min(self.operations, default=0) <= 0:
+            raise ValueError("its operations do not grow from exit to exit")
+        if not self.points or any(len(point.shares) != len(self.operations) for point in self.points):
+            raise ValueError("it has no points, or one of another number of exits")
 
     def check(self, network: nn.Module, source: Path) -> None:
         """Hold the curve to the network and the form of it that will answer.
@@ -160,17 +169,6 @@ class PolicyCurve:
                 f"{source} was made for this network in {self.form}, not in {form_of(network)}, whose answers are rounded otherwise; "
                 "--evalmode dynamic makes one for the form it evaluates"
             )
-
-    def point(self, p: int, rule: str | None = None) -> Point:
-        """Point number ``p``, from 1.
-
-        Raises:
-            UserError: there is no such point.
-        """
-        points = {point.p: point for point in self.of_rule(rule)}
-        if p not in points:
-            raise UserError(f"there is no point {p}; the policies are numbered {min(points)} to {max(points)}")
-        return points[p]
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """The point whose mean operations are nearest to ``operations``."""
@@ -314,8 +312,8 @@ def policy_curve(
     Args:
         network: in the form that gave the logits.
         operations: to each exit.
-        rows: by rule: ``geometric`` of ``budgeted_curve``, ``optimised`` of ``optimised_curve``, ``tested`` of ``risk.rows_with_losses``,
-            ``ensemble`` of ``optimised_curve`` with the ensemble's answers; or some of these.
+        rows: by rule: ``geometric`` and ``optimised`` of ``curve_rows``, ``tested`` of ``risk.rows_with_losses``, ``ensemble`` of
+            ``curve_rows`` with the ensemble's answers; or some of these.
         measure: the one the thresholds are of.
         temperatures, ensemble: as for ``Policy``; the ensemble answers at the points of its rule alone.
     """
@@ -370,67 +368,38 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_FILE_SIZE + 1)
-        _require(len(raw) <= MAX_FILE_SIZE, f"it is larger than {MAX_FILE_SIZE} bytes")
+        if len(raw) > MAX_FILE_SIZE:
+            raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
         curve = _parsed(json.loads(raw.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}; --evalmode dynamic writes one") from None
     except OSError as error:
         raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no policy file of this project: {' '.join(str(error).split())[:200]}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise UserError(f"{path} is no policy file of this project: {reason}") from None
     if network is not None:
         curve.check(network, path)
     return curve
 
 
 def _parsed(content: Any) -> PolicyCurve:
-    _require(_entry({"file": content}, "file", dict).get("format") == FORMAT, f'its "format" is not "{FORMAT}"')
-    network, measure, rows = (_entry(content, *entry) for entry in (("network", dict), ("measure", str), ("points", list)))
-    operations = _numbers(content, "operations")
-    temperatures = None if content.get("temperatures") is None else _numbers(content, "temperatures")
-    ensemble = None
-    if content.get("ensemble") is not None:
-        ensemble = tuple(_numbers({"ensemble": weights}, "ensemble") for weights in _entry(content, "ensemble", list))
-    _require(1 <= len(operations) <= MAX_EXITS, f"it has {len(operations)} exits, where 1 to {MAX_EXITS} are allowed")
-    _require(operations[0] > 0 and list(operations) == sorted(operations), "its operations do not grow from exit to exit")
-    _require(1 <= len(rows) <= MAX_POINTS, f"it has {len(rows)} points, where 1 to {MAX_POINTS} are allowed")
+    if content["format"] != FORMAT:
+        raise ValueError(f'its "format" is not "{FORMAT}"')
+    temperatures, ensemble = content.get("temperatures"), content.get("ensemble")
+    temperatures = None if temperatures is None else _numbers(temperatures)
+    ensemble = None if ensemble is None else tuple(map(_numbers, ensemble))
     points = []
-    for row in rows:
-        rule, p = _entry({"point": row}, "point", dict).get("rule"), _entry(row, "p", int)
-        _require(rule in RULES, f"a point's rule is none of {', '.join(RULES)}")
-        _require(rule != "ensemble" or ensemble is not None, "the weights of its ensemble are missing")
-        thresholds, shares = _numbers(row, "thresholds"), _numbers(row, "shares")
-        _require(len(thresholds) == len(shares) == len(operations), "a point has not one threshold and one share an exit")
-        _require(min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-3, "a point's shares are not of one whole")
-        val_acc1, mean = _numbers({"result": [row.get("val_acc1"), row.get("operations")]}, "result")
-        _require(0 <= val_acc1 <= 100 and mean > 0, "a point's val_acc1 or operations is out of range")
-        losses = None
-        if rule == "tested":
-            losses = tuple(_losses(counts) for counts in _entry(row, "losses", list))
-            _require(len(losses) == 2, "a point's losses are not of two sets of images")
-        policy = Policy(thresholds, measure, temperatures, ensemble if rule == "ensemble" else None)
-        points.append(Point(policy, val_acc1, mean, shares, rule, p, losses))
-    return PolicyCurve(*(_entry(network, name, str)[:200] for name in ("fingerprint", "form", "description")), operations, tuple(points))
+    for row in content["points"]:
+        rule, results = row["rule"], _numbers([row["val_acc1"], row["operations"]])
+        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, ensemble if rule == "ensemble" else None)
+        losses = tuple(Losses(*counts) for counts in row["losses"]) if rule == "tested" else None
+        points.append(Point(policy, *results, _numbers(row["shares"]), rule, row["p"], losses))
+    network = content["network"]
+    return PolicyCurve(network["fingerprint"], network["form"], network["description"], _numbers(content["operations"]), tuple(points))
 
 
-def _losses(counts: Any) -> Losses:
-    is_whole = isinstance(counts, list) and len(counts) == 4 and all(type(n) is int and 0 <= n <= 10**9 for n in counts)
-    _require(is_whole and counts[0] > 0 and counts[1] + counts[2] <= counts[3] <= counts[0], "a point's losses are no counts of images")
-    return Losses(*counts)
-
-
-def _entry(content: dict, name: str, kind: type) -> Any:
-    value = content.get(name)
-    _require(isinstance(value, kind) and not isinstance(value, bool), f'its "{name}" is missing or of the wrong type')
-    return value
-
-
-def _numbers(content: dict, name: str) -> tuple[float, ...]:
-    values = _entry(content, name, list)
-    _require(all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values), f'its "{name}" are not all finite numbers')
+def _numbers(values: Any) -> tuple[float, ...]:
+    if not all(type(value) in (int, float) and -1e300 < value < 1e300 for value in values):
+        raise ValueError("where numbers belong, there are others than finite ones")
     return tuple(map(float, values))
-
-
-def _require(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise ValueError(complaint)

@@ -1,6 +1,6 @@
 """Promises about accuracy: policies that lose at most so much against the full network, with a level of confidence.
 
-    rows = rows_with_losses(confidence, classes, targets, operations)     # of held-out images; kept in policy.json
+    rows = rows_with_losses(answers, operations)     # to held-out images; kept in policy.json
     points = certified(curve.points, MaxLoss(1.0, level=95.0))       # or choose(curve, max_loss=MaxLoss(1.0))
 
 "Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024, arXiv 2405.20915): some held-out
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import accuracies_and_costs, assign_exits, exit_shares, geometric_thresholds
+from adaptive_inference.budgeted import ExitAnswers, assign_exits, curve_rows, geometric_thresholds
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ class Losses(NamedTuple):
     better: int
     other: int
 
+    @property
+    def are_counts(self) -> bool:
+        """Whether they can be what they should be."""
+        return all(type(n) is int and n >= 0 for n in self) and self.worse + self.better <= self.other <= self.images > 0
+
 
 class MaxLoss(NamedTuple):
     """At most ``percent`` of accuracy lost against the full network, or of answers that are others than its, with ``level`` percent
@@ -62,35 +67,28 @@ class MaxLoss(NamedTuple):
         return f"{what} at most {self.percent:g} % with {self.level:g} % confidence"
 
 
-def rows_with_losses(confidence: Tensor, classes: Tensor, targets: Tensor, operations: Sequence[float], points: int = 40) -> list[dict]:
-    """Policies and their losses, from held-out images.
-
-    Args:
-        confidence, classes: of every exit, (K, N) each, as ``policies.confidence_by_exit`` gives them.
-        targets: (N,).
+def rows_with_losses(answers: ExitAnswers, operations: Sequence[float], points: int = 40) -> list[dict]:
+    """Policies and their losses, from the answers to the held-out images.
 
     Returns:
-        Rows as of ``budgeted_curve``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of
-        the row are of the latter. None if there are too few images.
+        Rows as of ``curve_rows``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of the
+        row are of the latter. None if there are too few images.
     """
-    learns = torch.arange(len(targets)) % LEARNING_PART == 0
-    if learns.sum() in (0, len(targets)):
+    learns = torch.arange(len(answers.targets)) % LEARNING_PART == 0
+    if learns.sum() in (0, len(learns)):
         return []
-    parts = [(confidence[:, part], classes[:, part], targets[part]) for part in (learns, ~learns)]
-    tested = (parts[1][0], parts[1][1] == parts[1][2])
-    rows = []
-    for p in range(1, points + 1):
-        thresholds = geometric_thresholds(parts[0][0], exit_shares(2 * p / points, len(operations)))
-        losses = tuple(losses_of(thresholds, *part) for part in parts)
-        rows.append({"p": p, "losses": losses, **accuracies_and_costs(thresholds, tested, tested, operations)})
-    return rows
+    learned, tested = answers.of(learns), answers.of(~learns)
+    thresholds = geometric_thresholds(learned.confidence, points)
+    rows = curve_rows(thresholds, tested, tested, operations)
+    return [row | {"losses": (losses_of(own, learned), losses_of(own, tested))} for row, own in zip(rows, thresholds, strict=True)]
 
 
-def losses_of(thresholds: Tensor, confidence: Tensor, classes: Tensor, targets: Tensor) -> Losses:
-    """Of the policy with these thresholds (K,), from confidence and classes (K, N) of every exit and targets (N,)."""
-    answers = classes.gather(0, assign_exits(confidence, thresholds)[None])[0]
-    right, full_right = answers == targets, classes[-1] == targets
-    events = (full_right & ~right, right & ~full_right, answers != classes[-1])
+def losses_of(thresholds: Tensor, answers: ExitAnswers) -> Losses:
+    """Of the policy with these thresholds (K,)."""
+    classes, targets = answers.classes, answers.targets
+    answered = classes.gather(0, assign_exits(answers.confidence, thresholds)[None])[0]
+    right, full_right = answered == targets, classes[-1] == targets
+    events = (full_right & ~right, right & ~full_right, answered != classes[-1])
     return Losses(len(targets), *(int(event.sum()) for event in events))
 
 
@@ -100,7 +98,7 @@ def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
     Args:
         losses: on the images that set the thresholds, and on those that test them.
     """
-    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100)
+    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100) if wanted.level < 100 else math.inf
     if limit >= 1:
         return True
     learned, tested = losses

@@ -9,19 +9,18 @@ share of the held-out images that reached it. Blocks are timed inside the predic
 """
 
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.policies import Answer, Point, Policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction
+from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction, wait_for
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
@@ -126,13 +125,14 @@ class _Stopwatch(AdaptivePredictor):
         self._chance = random.Random(0)
 
     def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
-        self._wait, self._marks, self._sizes, self._rareness = _waiting(images.device), [], [], self._chance.choice((0.3, 3.0, 60.0))
+        self._device, self._marks, self._sizes = images.device, [], []
+        self._rareness = self._chance.choice((0.3, 3.0, 60.0))
         super().__call__(images)
         self._mark()
         return 1e3 * np.diff(self._marks), self._sizes
 
     def _mark(self) -> None:
-        self._wait()
+        wait_for(self._device)
         self._marks.append(time.perf_counter())
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -156,33 +156,6 @@ class _Stopwatch(AdaptivePredictor):
         return leaves
 
 
-def interleaved_seconds(
-    functions: list[Callable[[], object]], repeats: int, device: torch.device, least_seconds: float = 0.0
-) -> list[float]:
-    """Median seconds of each function over ``repeats`` rounds that call all of them in turn.
-
-    Each measurement follows a call that is not counted: the function before it left its own data in the caches, and perhaps threads that
-    still spin.
-
-    Args:
-        least_seconds: call a function several times a round until it has run so long.
-    """
-
-    def seconds(function: Callable[[], object], count: int = 1) -> float:
-        function()
-        wait()
-        began = time.perf_counter()
-        for _ in range(count):
-            function()
-        wait()
-        return (time.perf_counter() - began) / count
-
-    wait = _waiting(device)
-    counts = [max(1, round(least_seconds / max(seconds(function), 1e-9))) for function in functions]
-    measured = [[seconds(function, count) for function, count in zip(functions, counts, strict=True)] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*measured, strict=True)]
-
-
 def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0) -> list[dict]:
     """Mean time an image of policies at the batch size of ``times``, beside that of running every exit; they take turns.
 
@@ -195,7 +168,7 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
         First a row for running every exit (``p`` 0, in a plain pass over the network), then one a point: ``batch_size``, ``p``,
         ``milliseconds`` an image, ``expected_milliseconds`` by ``times``, and the number of ``images``.
     """
-    size, wait = times.batch_size, _waiting(images.device)
+    size, wait = times.batch_size, partial(wait_for, images.device)
     runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
     shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
     spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
@@ -242,7 +215,7 @@ def deadline_rows(
     """
     first = 1.02 * times.reserve(0, 1)
     last = max(1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first)
-    rows, wait = [], _waiting(images.device)
+    rows, wait = [], partial(wait_for, images.device)
     for deadline in np.linspace(first, last, DEADLINES).tolist():
         predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
         for call in range(calls):
@@ -260,40 +233,9 @@ def deadline_rows(
     return rows
 
 
-def draw_runtime(rows: list[dict], deadlines: list[dict], exits: list[dict]) -> Figure:
-    """Accuracy against operations, and against milliseconds at batch 1.
-
-    Args:
-        rows: of ``runtime.csv``: ``batch_size``, ``p``, ``operations``, ``milliseconds``, ``acc1``.
-        deadlines: of ``deadline_rows``.
-        exits: ``operations`` and ``acc1`` of every exit.
-    """
-    figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
-    for axes, column, scale, unit, steps, label in (
-        (left, "operations", 1e6, "operations an image (millions)", exits, "each exit for all images"),
-        (right, "milliseconds", 1, "milliseconds an image, one at a time", deadlines, "deadline (for every image)"),
-    ):
-        for points, style, name in ((budgets, "-", "budget (mean over images)"), (steps, "o--", label)):
-            line = sorted((row[column] / scale, row["acc1"]) for row in points)
-            axes.plot(*zip(*line, strict=True), style, markersize=4, label=name)
-        axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize="small")
-    left.set_ylabel("top-1 accuracy on the test set (%)")
-    return figure
-
-
 def distinct(points: tuple[Point, ...], count: int) -> list[Point]:
     """At most ``count`` points at equal distances along the curve, leaving out those that let the same images leave."""
     different = list({point.shares: point for point in points}.values())
     if len(different) <= count:
         return different
     return [different[round(i * (len(different) - 1) / max(count - 1, 1))] for i in range(count)]
-
-
-def _waiting(device: torch.device) -> Callable[[], object]:
-    """A function that waits until the device has done what it was given."""
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

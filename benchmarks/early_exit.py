@@ -10,6 +10,8 @@ weights, thresholds are quantiles of the confidences on the same images: shares,
 import argparse
 import functools
 import itertools
+import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,13 +20,13 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, budget_points
+from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
 from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
-from adaptive_inference.timing import interleaved_seconds
 from engine.checkpoint import load_saved
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
@@ -139,9 +141,13 @@ class Benchmark:
         # Different contrasts spread the confidences of a random network.
         return (images * torch.linspace(0.2, 3, count)[:, None, None, None]).to(self.device)
 
-    def seconds(self, functions: list) -> list[float]:
-        """Medians of interleaved rounds."""
-        return interleaved_seconds(functions, self.arguments.repeats, self.device, LEAST_SECONDS)
+    def seconds(self, functions: list[Callable[[], object]]) -> list[float]:
+        """Median seconds of each function over rounds that call all of them in turn, each warm and so often that it takes long enough."""
+        threads = torch.get_num_threads()
+        timers = [Timer("function()", globals={"function": function}, num_threads=threads) for function in functions]
+        counts = [math.ceil(LEAST_SECONDS / timer.timeit(1).mean) for timer in timers]
+        rounds = ([timer.timeit(count).mean for timer, count in zip(timers, counts, strict=True)] for _ in range(self.arguments.repeats))
+        return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
@@ -159,8 +165,9 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:
     """Geometric thresholds that spend about ``wanted`` of all operations on these images, and the share they do spend."""
-    answers = confidence, torch.ones_like(confidence, dtype=torch.bool)
-    shares = {row["operations"] / operations[-1]: row["thresholds"] for row in budget_points(*answers, *answers, operations, points=400)}
+    answers = ExitAnswers(confidence, confidence, confidence[0])  # what they say does not matter
+    rows = curve_rows(geometric_thresholds(confidence, points=400), answers, answers, operations)
+    shares = {row["operations"] / operations[-1]: row["thresholds"] for row in rows}
     nearest = min(shares, key=lambda share: abs(share - wanted))
     return Policy(tuple(shares[nearest])), nearest
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, one_line
 
 COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_milliseconds")
 
@@ -35,7 +35,7 @@ class _Writer:
 
 
 class _Table(_Writer):
-    """Columns of fixed width; the file, of any length, comes last."""
+    """Columns of fixed width; the file, of any length, comes last. Its name must not steer the terminal."""
 
     def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
         self.stream, self.width = stream, min(max(map(len, class_names)), 30)
@@ -43,8 +43,8 @@ class _Table(_Writer):
 
     def row(self, row: dict) -> None:
         self.stream.write(
-            f"{_printable(row['class']):>{self.width}}  {row['confidence']:10.3f}  {row['exit']:4d}  {row['operations'] / 1e6:8.2f} M  "
-            f"{row['network_milliseconds']:10.2f}  {_printable(row['file'])}\n"
+            f"{one_line(row['class']):>{self.width}}  {row['confidence']:10.3f}  {row['exit']:4d}  {row['operations'] / 1e6:8.2f} M  "
+            f"{row['network_milliseconds']:10.2f}  {one_line(row['file'])}\n"
         )
 
 
@@ -91,8 +91,3 @@ def opened(output: Path | None) -> Iterator[IO[str]]:
         # What the stream still holds must not be tried again when the program ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise UserError(f"cannot write the answers: {error.strerror}") from None
-
-
-def _printable(text: str) -> str:
-    """A file's name must not steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -4,13 +4,9 @@ logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (
 rows = anytime_rows(logits, targets, operations)
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import optimised_rows
-from adaptive_inference.budgeted import budget_points
 from dataloader import Batches
 from engine.distributed import Processes
 
@@ -57,23 +53,6 @@ def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list
         {"exit": k + 1, "operations": operations[k], "acc1": round(acc1, 4), "acc5": round(acc5, 4)}
         for k, (acc1, acc5) in enumerate(accuracies)
     ]
-
-
-class Curves(NamedTuple):
-    """The two rules for thresholds over all budgets: rows of ``budgeted_curve`` each."""
-
-    geometric: list[dict]
-    optimised: list[dict]
-
-
-def budget_curves(val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], operations: list[int]) -> Curves:
-    """Both rules.
-
-    Args:
-        val, test: confidence and correctness (K, N) of every exit, as ``confidence_and_answers`` gives them.
-        operations: to each exit.
-    """
-    return Curves(budget_points(*val, *test, operations), optimised_rows(*val, *test, operations))
 
 
 def csv_rows(rows: list[dict]) -> list[dict]:

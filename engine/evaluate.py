@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import confidence_and_answers, inference_form, optimised_rows, policy_curve, read_policy, write_policy
-from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference import inference_form, optimised_thresholds, policy_curve, read_policy, write_policy
+from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
 from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures
 from adaptive_inference.examples import easy_and_hard, examples_figure
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import simulate
 from adaptive_inference.risk import rows_with_losses
-from adaptive_inference.timing import deadline_rows, distinct, draw_runtime, measure_blocks, runtime_rows
+from adaptive_inference.timing import deadline_rows, distinct, measure_blocks, runtime_rows
 from dataloader import Batch, Batches, Data
-from engine.collect import accuracy_at, anytime_rows, budget_curves, collect_logits, csv_rows
-from engine.report import draw_curves, millions, read_csv, save_figure, table, write_csv
+from engine.collect import accuracy_at, anytime_rows, collect_logits, csv_rows
+from engine.report import draw_curves, draw_runtime, read_csv, save_figure, table, write_csv
 from engine.run_directory import RunDirectory
 from engine.session import Session
 from engine.stepper import mixed_precision
@@ -92,150 +92,138 @@ class Evaluation:
 
     def anytime(self, logits: Tensor, targets: Tensor, policy: Policy | None) -> None:
         """Every exit on its own; with ``policy`` also its temperatures, what they do to the errors of confidence, and its ensemble."""
-        rows = anytime_rows(logits, targets, self.operations)
-        for row, error in zip(rows, calibration_errors(logits, targets), strict=True):
-            row["ece"] = round(error, 3)
+        run, rows = self.session.run, anytime_rows(logits, targets, self.operations)
+        columns = {"ece": calibration_errors(logits, targets)}
         if policy is not None:
-            errors = calibration_errors(logits, targets, policy.temperatures)
             together = [row["acc1"] for row in rows]  # not counted again: equal logits in 16 bits may be ordered otherwise
             if policy.ensemble is not None:
                 together = percent_right(classes_together(logits, policy.ensemble), targets)
-            for row, error, temperature, accuracy in zip(rows, errors, policy.temperatures, together, strict=True):
-                row |= {"ece_scaled": round(error, 3), "temperature": temperature, "ensemble_acc1": round(accuracy, 4)}
-        write_csv(self.session.run.anytime, rows)
+            columns |= {"ece_scaled": calibration_errors(logits, targets, policy.temperatures), "temperature": policy.temperatures}
+            columns |= {"ensemble_acc1": together}
+        rows = [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
+        write_csv(run.anytime, rows)
+        self.session.log.line(f"\nevery exit on the {len(targets):,} test images ({run.anytime})")
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
-        self.session.log.line(f"\nevery exit on the {len(targets):,} test images ({self.session.run.anytime})")
-        cells = [
-            [str(row["exit"]), millions(row["operations"]), millions(n), f"{row['acc1']:.2f}", f"{row['acc5']:.2f}"]
-            + [f"{row[name]:.2f}" for name in ("ece", "ece_scaled", "ensemble_acc1") if name in row]
-            for row, n in zip(rows, lazy, strict=True)
-        ]
-        header = ["exit", "operations", "evaluated lazily", "top-1 %", "top-5 %", "ECE %"]
-        header += ["ECE % scaled", "ensemble top-1 %"] if policy else []
-        self.session.log.line(table(header, cells))
+        shown = [row | {"lazy_operations": n} for row, n in zip(rows, lazy, strict=True)]
+        self.session.log.line(table(shown, ("exit", "operations", "lazy_operations", "acc1", "acc5", "ece", "ece_scaled", "ensemble_acc1")))
 
-    def budgeted(self, val_answers: Labelled, test_answers: Labelled, policy: Policy) -> None:
+    def budgeted(self, val_labelled: Labelled, test_labelled: Labelled, policy: Policy) -> None:
         """Budgeted batch prediction by both rules and with ``policy``'s ensemble, the policy file, and a picture of easy and hard images.
-        Answers are logits (K, N, C) and targets (N,)."""
-        run, full = self.session.run, self.operations[-1]
-        (val_logits, val_targets), (test_logits, test_targets) = val_answers, test_answers
-        last_exit = anytime_rows(test_logits[-1:], test_targets, self.operations[-1:])[0]["acc1"]
-        confidence, classes = confidence_by_exit(val_logits, self.measure)
-        test = confidence_and_answers(test_logits, test_targets, self.measure)
-        curves = budget_curves((confidence, classes == val_targets), test, self.operations)
-        rows, optimised = csv_rows(curves.geometric), csv_rows(curves.optimised)
-        write_csv(run.budgeted, rows)
-        write_csv(run.optimised, optimised)
-        by_rule = {**curves._asdict(), "tested": rows_with_losses(confidence, classes, val_targets, self.operations)}
-        together = curves.optimised
+        Images come as logits (K, N, C) and targets (N,)."""
+        run, log, full = self.session.run, self.session.log, self.operations[-1]
+        labelled = val_labelled, test_labelled
+        val, test = (ExitAnswers(*confidence_by_exit(logits, self.measure), targets) for logits, targets in labelled)
+        curves = {
+            "geometric": curve_rows(geometric_thresholds(val.confidence), val, test, self.operations),
+            "optimised": curve_rows(optimised_thresholds(val, self.operations), val, test, self.operations),
+            "tested": rows_with_losses(val, self.operations),
+        }
         if policy.ensemble is not None:
-            val_right, test_right = (
-                classes_together(logits, policy.ensemble) == targets for logits, targets in (val_answers, test_answers)
-            )
+            both = zip((val, test), labelled, strict=True)
+            val, test = (alone._replace(classes=classes_together(logits, policy.ensemble)) for alone, (logits, _) in both)
             # The answer at exit k adds k times as many operations as there are classes.
-            spent = [n + k * val_logits.shape[2] for k, n in enumerate(self.operations, start=1)]
-            together = by_rule["ensemble"] = optimised_rows(confidence, val_right, test[0], test_right, spent)
-        write_csv(run.ensemble, csv_rows(together))
-        curve = policy_curve(self.network, self.operations, by_rule, self.measure, policy.temperatures, policy.ensemble)
+            spent = [n + k * self.network.num_classes for k, n in enumerate(self.operations, start=1)]
+            curves["ensemble"] = curve_rows(optimised_thresholds(val, spent), val, test, spent)
+        curve = policy_curve(self.network, self.operations, curves, self.measure, policy.temperatures, policy.ensemble)
         write_policy(run.policy, curve)
-        exits = range(1, len(self.operations) + 1)
-        self.session.log.line(
-            f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({run.budgeted}, {run.optimised}, {run.ensemble})"
-        )
-        cells = [
-            [str(row["p"]), millions(row["operations"]), f"{100 * row['operations'] / full:.0f}", f"{row['test_acc1']:.2f}"]
-            + [f"{100 * row[f'share_{k}']:.0f}" for k in exits]
-            + [f"{best['test_acc1']:.2f} at {100 * best['operations'] / full:.0f} %" for best in others]
-            for row, *others in list(zip(rows, optimised, together, strict=True))[3::4]
-        ]
-        header = ["p", "operations", "% of full", "top-1 %", *(f"exit {k} %" for k in exits), "optimised rule", "ensemble of exits"]
-        self.session.log.line(table(header, cells))
-        half = accuracy_at(rows, full / 2)
+        rules = {run.budgeted: "geometric", run.optimised: "optimised", run.ensemble: "ensemble" if policy.ensemble else "optimised"}
+        tables = {path: csv_rows(curves[rule]) for path, rule in rules.items()}
+        for path, rows in tables.items():
+            write_csv(path, rows)
+        log.line(f"\nbudgeted batch prediction, every fourth of {len(rows)} budgets ({', '.join(map(str, tables))})")
+        exits = {f"share_{k}": f"exit {k} %" for k in range(1, len(self.operations) + 1)}
+        shown = []
+        for row, *others in list(zip(*tables.values(), strict=True))[3::4]:
+            best = (f"{other['test_acc1']:.2f} at {100 * other['operations'] / full:.0f} %" for other in others)
+            shares = {title: f"{100 * row[name]:.0f}" for name, title in exits.items()}
+            shares |= zip(("optimised rule", "ensemble of exits"), best, strict=True)
+            shown.append({**row, "share_of_operations": 100 * row["operations"] / full, **shares})
+        log.line(table(shown, ("p", "operations", "share_of_operations", "test_acc1", *shares)))
+        test_logits, test_targets = test_labelled
+        half = accuracy_at(tables[run.budgeted], full / 2)
         if half is not None:
-            self.session.log.line(
+            (last,) = anytime_rows(test_logits[-1:], test_targets, [full])
+            log.line(
                 f"within half of the full operations: {half['test_acc1']:.2f} % (p = {half['p']}, the best on held-out images); "
-                f"last exit for every image: {last_exit:.2f} %"
+                f"last exit for every image: {last['acc1']:.2f} %"
             )
-        self.session.log.line(f"thresholds for predict.py: {run.policy}")
+        log.line(f"thresholds for predict.py: {run.policy}")
         easy, hard = easy_and_hard(test_logits, test_targets, curve.nearest(full / 2, "optimised").policy)
         figure = examples_figure(self.data.test.picture, test_targets, easy, hard, self.data.info.class_names)
         save_figure(figure, run.examples)
-        self.session.log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
+        log.line(f"images that left first and right, and that only the last exit got right: {run.examples}")
 
     def runtime(self) -> None:
         """Measured time beside counted operations, for images one at a time and in batches, and answers by deadlines."""
-        run, device = self.session.run, self.session.processes.device
+        run, log, form = self.session.run, self.session.log, self.network
         if not self.session.processes.is_main:
             return
-        curve, form = read_policy(run.policy, self.network), self.network
+        points = distinct(read_policy(run.policy, form).of_rule(None), RUNTIME_POLICIES)
         images, targets = (torch.cat(parts) for parts in zip(*_spread(self.data.test, RUNTIME_IMAGES), strict=True))
-        points = distinct(curve.of_rule(None), RUNTIME_POLICIES)
-        self.session.log.line(
-            f"\ntime an image on {device}, one image at a time (batch 1) and {RUNTIME_BATCHES[-1]} together, of which images leave as they "
-            f"are answered; {len(points)} different policies and every exit"
+        log.line(
+            f"\ntime an image on {images.device}, one at a time and {RUNTIME_BATCHES[-1]} together, of which images leave as they are "
+            f"answered; {len(points)} different policies and every exit"
         )
         with torch.inference_mode():
             logits = torch.cat([torch.stack(form(part)).float().cpu() for part in images.split(RUNTIME_BATCHES[-1])], dim=1)
         targets = targets.cpu()
-        known = points[0].policy
-        acc1 = percent_right(classes_together(logits, known.ensemble), targets)
-        last = Policy((NONE_LEAVE,) * len(acc1))
-        answers = [simulate(logits, policy) for policy in (last, *(point.policy for point in points))]
-        lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
+        everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * form.num_exits)
+        answers = [simulate(logits, policy) for policy in (replace(everything, ensemble=None), *(point.policy for point in points))]
+        lazy = count_operations(form, self.data.info.image_size, lazy=True)
+        costs = torch.tensor([self.operations, lazy], dtype=torch.float64)
         rows = []
         for batch_size in RUNTIME_BATCHES:
             times = measure_blocks(form, images[:1], batch_size)
             if batch_size == 1:
                 single = times
-            for row, answer in zip(runtime_rows(form, points, images, times), answers, strict=True):
-                means = {
-                    name: round(torch.tensor(counts, dtype=torch.float64)[answer.exits].mean().item())
-                    for name, counts in (("operations", self.operations), ("lazy_operations", lazy))
-                }
-                right = 100 * (answer.classes == targets).double().mean().item()
-                rows.append({**row, **means, "acc1": round(right, 4)})
-            self.session.log.line(_runtime_table(rows[-len(answers) :], self.operations[-1]))
-        deadlines = deadline_rows(form, images, single, acc1, replace(known, thresholds=last.thresholds))
+            measured = runtime_rows(form, points, images, times)
+            for row, answer in zip(measured, answers, strict=True):
+                row["operations"], row["lazy_operations"] = costs[:, answer.exits].mean(dim=1).round().long().tolist()
+                (row["acc1"],) = percent_right(answer.classes[None], targets)
+            rows += measured
+            log.line(_runtime_table(measured))
+        acc1 = percent_right(classes_together(logits, everything.ensemble), targets)
+        deadlines = deadline_rows(form, images, single, acc1, everything)
         write_csv(run.runtime, rows)
         write_csv(run.runtime.with_name("deadline.csv"), deadlines)
         exits = [{"operations": n, "acc1": accuracy} for n, accuracy in zip(self.operations, acc1, strict=True)]
-        save_figure(draw_runtime(rows, deadlines, exits), run.runtime_picture)
-        cells = [[f"{row['milliseconds']:.2f}", f"{row['acc1']:.2f}", f"{100 * row['late']:.1f}"] for row in deadlines]
-        self.session.log.line("\nthe best answer by a deadline, one image at a time")
-        self.session.log.line(table(["deadline ms", "top-1 %", "late %"], cells))
-        self.session.log.line(f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}")
+        budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
+        save_figure(draw_runtime(budgets, exits, deadlines), run.runtime_picture)
+        log.line("\nthe best answer by a deadline, one image at a time")
+        shown = [{"deadline ms": row["milliseconds"], "acc1": row["acc1"], "late %": 100 * row["late"]} for row in deadlines]
+        log.line(table(shown, list(shown[0])))
+        log.line(f"{len(targets):,} test images; {run.runtime}, deadline.csv beside it, {run.runtime_picture}")
 
 
 def percent_right(classes: Tensor, targets: Tensor) -> list[float]:
-    """Of classes (K, N) at every exit, targets (N,)."""
-    return (100 * (classes == targets).double().mean(dim=1)).tolist()
+    """Of classes (K, N) at every exit, targets (N,); four digits."""
+    return [round(percent, 4) for percent in (100 * (classes == targets).double().mean(dim=1)).tolist()]
 
 
-def _runtime_table(rows: list[dict], full: int) -> str:
-    cells = [
-        [
-            *(str(row["batch_size"]), str(row["p"] or "every exit"), millions(row["operations"]), millions(row["lazy_operations"])),
-            *(f"{100 * row['operations'] / full:.0f}", f"{row['milliseconds']:.3f}", f"{row['expected_milliseconds']:.3f}"),
-            *(f"{100 * row['milliseconds'] / rows[0]['milliseconds']:.0f}", f"{row['acc1']:.2f}"),
-        ]
-        for row in rows
+def _runtime_table(rows: list[dict]) -> str:
+    """Of rows that begin with that of running every exit."""
+    full = {"share_of_operations": "operations", "share_of_time": "milliseconds"}
+    shown = [
+        {**row, "p": row["p"] or "every exit", **{title: 100 * row[name] / rows[0][name] for title, name in full.items()}} for row in rows
     ]
-    header = ["batch", "p", "operations", "evaluated lazily", "% of full", "ms an image", "expected", "% of full time", "top-1 %"]
-    return table(header, cells)
+    names = ("batch_size", "p", "operations", "lazy_operations", "share_of_operations", "milliseconds", "expected_milliseconds")
+    return table(shown, (*names, "share_of_time", "acc1"))
 
 
 def known_curves(run: RunDirectory, constants: dict[str, Any]) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:
     """Curves of this run, after those of the run it started from: rows of the anytime, budgeted and optimised files, by title."""
-    directories = {constants["title"]: run}
-    if constants["origin"]:
-        directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent), **directories}
-
-    def tables(directory: RunDirectory) -> tuple[list[dict], list[dict], list[dict]]:
-        shown = {directory.anytime: "acc1", directory.budgeted: "test_acc1", directory.optimised: "test_acc1"}
-        return tuple(_rows_to_draw(path, accuracy) for path, accuracy in shown.items())
-
-    curves = {title: tables(directory) for title, directory in directories.items()}
-    return {title: rows for title, rows in curves.items() if any(rows)}
+    directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent)} if constants["origin"] else {}
+    curves = {}
+    for title, directory in {**directories, constants["title"]: run}.items():
+        columns = {directory.anytime: "acc1", directory.budgeted: "test_acc1", directory.optimised: "test_acc1"}
+        try:
+            rows = tuple(read_csv(path, ("operations", name)) if path.exists() else [] for path, name in columns.items())
+        except UserError as error:  # an old table is no reason to stop, after new ones were written
+            complain(f"{error}; the curves of {title} are left out")
+            continue
+        if any(rows):
+            curves[title] = rows
+    return curves
 
 
 def _spread(batches: Batches, count: int) -> Iterable[Batch]:
@@ -245,11 +233,3 @@ def _spread(batches: Batches, count: int) -> Iterable[Batch]:
     part = copy.copy(batches)
     part.own = lambda: chosen
     return part
-
-
-def _rows_to_draw(path: Path, accuracy: str) -> list[dict]:
-    try:
-        return read_csv(path, ("operations", accuracy)) if path.exists() else []
-    except UserError as error:  # an old table is no reason to stop, after new ones were written
-        complain(f"{error}; its curve is left out")
-        return []

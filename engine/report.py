@@ -4,20 +4,44 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils import UserError, atomic_write
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
-COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange")
+# Of the columns of a run's files, and of percentages made of them, on the terminal.
+TITLES = {
+    "batch_size": "batch",
+    "lazy_operations": "evaluated lazily",
+    "share_of_operations": "% of full",
+    "milliseconds": "ms an image",
+    "expected_milliseconds": "expected",
+    "share_of_time": "% of full time",
+    "acc1": "top-1 %",
+    "test_acc1": "top-1 %",
+    "acc5": "top-5 %",
+    "ece": "ECE %",
+    "ece_scaled": "ECE % scaled",
+    "ensemble_acc1": "ensemble top-1 %",
+}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns under a header and a rule."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+def table(rows: Sequence[dict], names: Sequence[str]) -> str:
+    """The columns of these names, as far as there are such, right-aligned under their titles and a rule."""
+    names = [name for name in names if name in rows[0]]
+    cells = [[TITLES.get(name, name) for name in names], *([_shown(name, row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _shown(name: str, value: float | str) -> str:
+    if name in ("operations", "lazy_operations"):
+        return millions(value)
+    if isinstance(value, float):
+        return f"{value:.{0 if name.startswith('share') else 3 if name.endswith('milliseconds') else 2}f}"
+    return str(value)
 
 
 def millions(*operations: float) -> str:
@@ -65,20 +89,44 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> F
     """
     figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for (name, (anytime, budgeted, optimised)), color in zip(runs.items(), COLORS, strict=False):
-        lines = [
-            ([(row["operations"] / 1e6, row["test_acc1"]) for row in budgeted], "-", f"{name}: budgeted"),
-            ([(row["operations"] / 1e6, row["test_acc1"]) for row in optimised], ":", f"{name}: budgeted, optimised rule"),
-            ([(row["operations"] / 1e6, row["acc1"]) for row in anytime], "o--", f"{name}: each exit"),
-        ]
-        for points, style, label in lines:
-            if points:
-                axes.plot(*zip(*sorted(points), strict=True), style, color=color, linewidth=1.2, markersize=5, alpha=0.85, label=label)
-    axes.set_xlabel("operations an image (millions)")
-    axes.set_ylabel("top-1 accuracy on the test set (%)")
-    axes.grid(alpha=0.3)
+    for i, (name, (anytime, budgeted, optimised)) in enumerate(runs.items()):
+        _draw(axes, budgeted, "operations", "test_acc1", f"C{i}-", f"{name}: budgeted")
+        _draw(axes, optimised, "operations", "test_acc1", f"C{i}:", f"{name}: budgeted, optimised rule")
+        _draw(axes, anytime, "operations", "acc1", f"C{i}o--", f"{name}: each exit")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # outside it hides no point
     return figure
+
+
+def draw_runtime(budgets: list[dict], exits: list[dict], deadlines: list[dict]) -> Figure:
+    """Accuracy against operations, and against milliseconds at batch 1; rows have ``acc1`` and ``operations``, ``milliseconds`` or both.
+
+    Args:
+        budgets: of policies.
+        exits: of every exit, of operations alone.
+        deadlines: of time alone.
+    """
+    figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, budgets, "operations", "acc1", "-", "budget (mean over images)")
+    _draw(left, exits, "operations", "acc1", "o--", "each exit for all images")
+    _draw(right, budgets, "milliseconds", "acc1", "-", "budget (mean over images)")
+    _draw(right, deadlines, "milliseconds", "acc1", "o--", "deadline (for every image)")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower right", fontsize="small")
+        axes.label_outer()
+    return figure
+
+
+def _draw(axes: Axes, rows: list[dict], cost: str, accuracy: str, style: str, label: str) -> None:
+    """A line through these columns of ``rows``, if there are any."""
+    unit = 1e6 if cost == "operations" else 1
+    if rows:
+        points = sorted((row[cost] / unit, row[accuracy]) for row in rows)
+        axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, alpha=0.85, label=label)
+    axes.set_xlabel("operations an image (millions)" if cost == "operations" else "milliseconds an image, one at a time")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
+    axes.grid(visible=True, alpha=0.3)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

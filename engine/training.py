@@ -7,14 +7,14 @@ else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from adaptive_inference import inference_form
 from dataloader import Data
@@ -113,7 +113,7 @@ class _Trainer:
         self.progress = Progress()
         self.began = self.saved = 0.0
         decay = session.settings.ema_decay
-        self.average = None if decay is None else AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.average = None if decay is None else AveragedModel(self.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
 
     @property
     def answering(self) -> nn.Module:
@@ -264,6 +264,19 @@ class _Trainer:
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
+
+
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """For ``AveragedModel``. PyTorch's own rounds whole numbers, such as BatchNorm's counters, down: those of a frozen network change."""
+
+    def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
+            else:
+                average.copy_(value)
+
+    return update
 
 
 def _rounded(value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import export_onnx
 import predict
-from adaptive_inference import read_policy, simulate
+from adaptive_inference import AdaptivePredictor, read_policy
 from datasets import evaluation_transform, read_image
 from models.files import find, policy_path
 from onnx_predictor import OnnxPredictor
@@ -63,11 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def by_hub(network: torch.nn.Module, pixels: Tensor, chosen: dict) -> Answers:
-    """Of the plain network's logits to bytes (N, 3, H, W), by the policy that predict.py chose."""
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (network.description.mean, network.description.std))
-    with torch.no_grad():
-        logits = torch.stack(network((pixels / 255 - mean) / std))
-    return _rows(simulate(logits, read_policy(policy_path(find(MODEL))).point(chosen["p"], chosen["rule"]).policy))
+    """Of the plain network to bytes (N, 3, H, W), by the policy that predict.py chose."""
+    points = read_policy(policy_path(find(MODEL))).of_rule(chosen["rule"])
+    policy = next(point.policy for point in points if point.p == chosen["p"])
+    return _rows(AdaptivePredictor(network, policy)(pixels))
 
 
 def has_javascript() -> bool:

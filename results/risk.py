@@ -13,42 +13,34 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from adaptive_inference.budgeted import NONE_LEAVE, assign_exits, exit_shares, geometric_thresholds
+from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, assign_exits, geometric_thresholds
 from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Point, Policy, confidence_by_exit
 from adaptive_inference.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
-from args import parse
-from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
-from engine.distributed import Processes
 from engine.report import table
-from engine.run_directory import RunDirectory
 from models import count_operations
+from results.held_out import ONE_PROCESS, data_of
 from utils import CommandLineParser, UserError
 
-POINTS = 40
 
-Answers = tuple[Tensor, Tensor, Tensor]  # confidence (K, n), classes (K, n), targets (n,)
-
-
-def certified_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> list[float]:
+def certified_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
     """Those of the cheapest policy that keeps the promise; no image leaves early where no policy is certain to."""
-    rows = rows_with_losses(*held, operations, points=POINTS)
-    points = [Point(Policy(tuple(row["thresholds"])), 0.0, 0.0, (), "tested", row["p"], row["losses"]) for row in rows]
+    rows = rows_with_losses(held, operations)
+    results = ("val_acc1", "val_operations", "val_shares")
+    points = [Point(Policy(tuple(row["thresholds"])), *map(row.get, results), "tested", row["p"], row["losses"]) for row in rows]
     try:
         return certified(points, wanted)[-1].policy.thresholds
     except UserError:
         return [NONE_LEAVE] * len(operations)
 
 
-def usual_thresholds(held: Answers, operations: list[int], wanted: MaxLoss) -> list[float]:
+def usual_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
     """Those of the cheapest policy of the geometric rule that lost no more on the same images, or as above."""
-    for p in range(1, POINTS + 1):
-        thresholds = geometric_thresholds(held[0], exit_shares(2 * p / POINTS, len(operations)))
-        if _percent_lost(losses_of(thresholds, *held), wanted) <= wanted.percent:
+    for thresholds in geometric_thresholds(held.confidence):
+        if _percent_lost(losses_of(thresholds, held), wanted) <= wanted.percent:
             return thresholds.tolist()
     return [NONE_LEAVE] * len(operations)
 
@@ -69,32 +61,31 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     wanted = MaxLoss(arguments.max_loss, arguments.confidence_level, arguments.disagreement)
     try:
-        saved = load_saved(RunDirectory(arguments.run).best, {})
-        flags = ["--evalmode", *(["--data-root", str(arguments.data_root)] if arguments.data_root else [])]
-        processes = Processes(0, 1, torch.device("cpu"), ())
-        data = load_data(parse("GE", flags).settings(stored=saved.settings), processes.device, None, saved.data, saved.split)
-        logits, targets = collect_logits(inference_form(saved.network), data.test, processes)
+        saved = load_saved(arguments.run, {})
+        data = data_of(saved, *(["--data-root", str(arguments.data_root)] if arguments.data_root else []))
+        logits, targets = collect_logits(inference_form(saved.network), data.test, ONE_PROCESS)
     except UserError as error:
         parser.error(str(error))
-    answers = (*confidence_by_exit(logits), targets)
+    answers = ExitAnswers(*confidence_by_exit(logits), targets)
     operations = count_operations(saved.network, data.info.image_size)
     counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
     generator = torch.Generator().manual_seed(0)
     splits = [torch.randperm(len(targets), generator=generator).chunk(2) for _ in range(arguments.splits)]
-    cells = []
+    rows = []
     for way, choose in {"certified": certified_thresholds, "usual choice": usual_thresholds}.items():
         lost, spent = [], []
         for halves in splits:
-            held, new = (tuple(x[..., half] for x in answers) for half in halves)
+            held, new = map(answers.of, halves)
             thresholds = torch.tensor(choose(held, operations, wanted))
-            lost.append(_percent_lost(losses_of(thresholds, *new), wanted))
-            spent.append(counts[assign_exits(new[0], thresholds)].mean().item())
+            lost.append(_percent_lost(losses_of(thresholds, new), wanted))
+            spent.append(counts[assign_exits(new.confidence, thresholds)].mean().item())
         share = sum(x > wanted.percent for x in lost) / len(splits)
         error = math.sqrt(share * (1 - share) / len(splits))
         means = [sum(values) / len(splits) for values in (lost, spent)]
-        cells.append([way, f"{100 * share:.1f} +- {100 * error:.1f}", f"{means[0]:.2f}", f"{100 * means[1]:.1f}"])
+        kept = {"": way, "promise failed in %": f"{100 * share:.1f} +- {100 * error:.1f}"}
+        rows.append({**kept, "mean loss %": means[0], "operations %": 100 * means[1]})
     sys.stdout.write(f"{len(targets):,} test images, {arguments.splits} splits in halves: {wanted}\n")
-    sys.stdout.write(table(["", "promise failed in %", "mean loss %", "operations %"], cells) + "\n")
+    sys.stdout.write(table(rows, list(rows[0])) + "\n")
 
 
 if __name__ == "__main__":

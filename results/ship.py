@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 
 import train_GE
 import train_IMTA
@@ -30,36 +31,6 @@ MAX_LOSS = 0.05  # points of top-1
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
 RECIPE = ("epochs", "batch_size", "lr", "lr_type", "warmup_epochs", "momentum", "nesterov", "weight_decay", "augment", "label_smoothing")
 
-FRONT = """---
-license: mit
-library_name: pytorch
-pipeline_tag: image-classification
-tags: [early-exit, adaptive-inference, anytime-prediction, msdnet, imta]
-datasets: [{datasets}]
-metrics: [accuracy]
-model-index:
-{models}
----
-# Networks that stop early: MSDNet and IMTA
-
-A classifier after every block: an image leaves at the first one that is confident enough. Method: Li et al., "Improved Techniques for
-Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), on MSDNet (Huang et al., ICLR 2018, arXiv 1703.09844). The files are
-safetensors; the header of each holds its classes, preprocessing, operations, recipe, accuracies, seed and commit.
-
-**Intended use.** Research on early exits and budgeted prediction, and a start for fine-tuning (`train_GE.py --pretrained NAME`). Images of
-the data set's kind and size; nothing was tested on others.
-
-```python
-import torch
-
-network = torch.hub.load(REPOSITORY, "{name}")  # source="local" for a clone
-network.description.class_names, network.description.mean, network.description.std
-logits = network(images)  # normalised (N, 3, H, W) -> a list of (N, classes), one for every exit
-```
-
-**Limits.** Confidences are not calibrated for images unlike those of training. The thresholds in `NAME.policy.json` were chosen on held-out
-training images. One seed a file; the spread over seeds is in `results/README.md` of the repository.
-"""
 MODEL = """- name: {name}
   results:
   - task: {{type: image-classification}}
@@ -82,18 +53,6 @@ Held-out images chose the epoch and the thresholds; test images chose nothing.
 | budget, % of all operations | test top-1 % |
 |---|---|
 {budgets}
-"""
-CITATION = """
-## Citation
-
-```bibtex
-@inproceedings{li2019improved,
-  title = {Improved Techniques for Training Adaptive Deep Networks},
-  author = {Li, Hao and Zhang, Hong and Qi, Xiaojuan and Yang, Ruigang and Huang, Gao},
-  booktitle = {ICCV},
-  year = {2019}
-}
-```
 """
 
 
@@ -165,7 +124,8 @@ def card(folder: Path) -> str:
         for name, description in described.items()
     )
     sections = "".join(_section(name, description) for name, description in described.items())
-    return FRONT.format(datasets=", ".join(data), models=models, name=next(iter(described))) + sections + CITATION
+    template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    return template.substitute(datasets=", ".join(data), models=models, name=next(iter(described)), sections=sections)
 
 
 def _section(name: str, description: Description) -> str:

@@ -1,7 +1,7 @@
-"""The result tables of the project's README and of the one in this folder, and the plots beside them, from the CSV files in this folder.
+"""The result tables of the project's README and of the one in this folder, and the plot of the former, from the CSV files in this folder.
 
 python -m results.tables            # prints the tables
-python -m results.tables --write    # puts them into both README.md, between their markers, and draws the plots again
+python -m results.tables --write    # puts them into both README.md, between their markers, and draws the plot again
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
-from engine.report import read_csv, save_figure
+from engine.report import draw_curves, read_csv, save_figure
 from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from results.held_out import AUGMENTED
 from utils import CommandLineParser, UserError, atomic_write
@@ -127,14 +127,9 @@ def epochs(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def ours(results: Path, titles: dict[str, str], accuracies: Callable[[Path], list[float]], width: int) -> list[list[str]]:
-    """A row for every arm that was run, over its seeds; blank ones for the published schedule."""
-    rows = []
-    for arm, title in titles.items():
-        columns = spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
-        if columns or results == PUBLISHED:
-            rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * width)])
-    return rows
+def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]]) -> list[str]:
+    """The columns of an arm that was run; none of another."""
+    return spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
 
 
 def comparison(
@@ -144,9 +139,13 @@ def comparison(
     accuracies: Callable[[Path], list[float]],
     schedules: Iterable[Path] = TRAINING,
 ) -> str:
-    """What others report, then our runs, from the longest training to the shortest."""
+    """What others report, then our runs, from the longest training to the shortest; blank cells for the published schedule."""
     rows = [["100 classes, as published", *row] for row in published]
-    rows += [row for results in schedules for row in ours(results, titles, accuracies, len(names))]
+    for results in schedules:
+        for arm, title in titles.items():
+            columns = over_seeds(arm, results, accuracies)
+            if columns or results == PUBLISHED:
+                rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * len(names))])
     return markdown(["training", "network", *names], rows)
 
 
@@ -175,18 +174,13 @@ def exits_7_table() -> str:
 
 def arms_table() -> str:
     """Every arm of the short schedule with 5 exits."""
-    rows = []
-    for arm, title in TITLES.items():
-        if folders := seeds_of(arm, SHORT):
-            rows.append([title, *spread_columns([exit_accuracies(folder) for folder in folders])])
-    return markdown(["arm", *exit_names(5)], rows)
+    columns = {title: over_seeds(arm, SHORT, exit_accuracies) for arm, title in TITLES.items()}
+    return markdown(["arm", *exit_names(5)], [[title, *own] for title, own in columns.items() if own])
 
 
 def arms_budgets_table() -> str:
-    rows = []
-    for arm in BUDGETED_ARMS:
-        for file, rule in (("budgeted.csv", "paper's"), ("optimised.csv", "optimised")):
-            rows.append([TITLES[arm], rule, *spread_columns([budget_accuracies(folder, file) for folder in seeds_of(arm, SHORT)])])
+    rules = {"paper's": budget_accuracies, "optimised": partial(budget_accuracies, file="optimised.csv")}
+    rows = [[TITLES[arm], rule, *over_seeds(arm, SHORT, accuracies)] for arm in BUDGETED_ARMS for rule, accuracies in rules.items()]
     return markdown(["arm", "thresholds", *budget_names()], rows)
 
 
@@ -264,37 +258,23 @@ def runs_table() -> str:
     return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
 
 
+def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
+    """``operations`` and ``accuracy`` of a file's rows, means over folders."""
+    by_row = zip(*(read_csv(folder / file) for folder in folders), strict=True)
+    return [{name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)} for rows in by_row]
+
+
 def draw_arms(results: Path) -> Figure:
-    """Mean over seeds of every main arm's exits (points) and budgets (lines), with the standard deviation as a band."""
-    figure = Figure(figsize=(6.8, 4.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for arm in MAIN_ARMS:
-        folders = seeds_of(arm, results)
-        if not folders:
-            continue
-        operations = [row["operations"] / 1e6 for row in read_csv(folders[0] / "anytime.csv")]
-        columns = list(zip(*map(exit_accuracies, folders), strict=True))
-        means = [statistics.mean(column) for column in columns]
-        (line,) = axes.plot(operations, means, "o--", markersize=5, linewidth=1.2, label=f"{TITLES[arm]}: each exit")
-        if len(folders) > 1:
-            widths = [statistics.stdev(column) for column in columns]
-            low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
-            axes.fill_between(operations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        curves = [read_csv(folder / "budgeted.csv") for folder in folders]
-        points = [
-            (statistics.mean(r["operations"] for r in rows) / 1e6, statistics.mean(r["test_acc1"] for r in rows))
-            for rows in zip(*curves, strict=True)
-        ]
-        axes.plot(*zip(*sorted(points), strict=True), "-", color=line.get_color(), linewidth=1.2, label=f"{TITLES[arm]}: budgeted")
-    if results != SHORT:
-        axes.plot(*zip(*(point for _, *point in STATIC), strict=True), "k^", markersize=6, label="static networks elsewhere, 200 epochs")
-        for name, operations, accuracy in STATIC:
-            axes.annotate(name, (operations, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
-        axes.margins(0.1)
-    axes.set_xlabel("operations an image (millions)")
-    axes.set_ylabel("top-1 accuracy on the test set (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
+    """Every main arm's exits (points) and budgets (lines), means over seeds, beside the static networks."""
+    folders = {TITLES[arm]: seeds_of(arm, results) for arm in MAIN_ARMS}
+    figure = draw_curves(
+        {title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), []) for title, own in folders.items()}
+    )
+    (axes,) = figure.axes
+    for name, operations, accuracy in STATIC:
+        axes.plot(operations, accuracy, "k^", markersize=6)
+        axes.annotate(name, (operations, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
+    axes.margins(0.1)
     return figure
 
 
@@ -342,7 +322,7 @@ def with_tables(text: str) -> str:
 
 def main() -> None:
     parser = CommandLineParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
-    parser.add_argument("--write", action="store_true", help="into both README.md and the pictures")
+    parser.add_argument("--write", action="store_true", help="into both README.md and the picture")
     arguments = parser.parse_args()
     try:
         check_backbones()
@@ -351,8 +331,7 @@ def main() -> None:
                 text = with_tables(document.read_text(encoding="utf-8"))
                 with atomic_write(document) as stream:
                     stream.write(text)
-            for results in (SHORT, MEDIUM):
-                save_figure(draw_arms(results), results / "arms.png")
+            save_figure(draw_arms(MEDIUM), MEDIUM / "arms.png")
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:

@@ -46,6 +46,11 @@ def describe(network: MSDNet | IMTA) -> Description:
     )
 
 
+def policy_row(p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float]) -> dict:
+    """A policy and what it reached on held-out images, as ``policy_curve`` takes it."""
+    return {"p": p, "thresholds": thresholds, "val_acc1": accuracy, "val_operations": operations, "val_shares": shares}
+
+
 @pytest.fixture(autouse=True)
 def _own_seed_and_settings(monkeypatch):
     # What --amp auto chooses depends on the processor, and 16 bits round by the size of a batch.

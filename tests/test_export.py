@@ -4,6 +4,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from adaptive_inference.export import export_onnx
 from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
 from models import MSDNet
-from tests.conftest import TINY_NETWORK
+from tests.conftest import TINY_NETWORK, policy_row
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
@@ -63,11 +64,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         torch.manual_seed(0)
         network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
         points = [(1, [0.2, 0.3, 0.4], 40.0, 1e5), (2, [0.5, 0.6, 0.7], 60.0, 2e5), (3, [0.8, 0.8, 0.8], 60.0, 3e5)]
-        rows = [
-            {"p": p, "thresholds": thresholds, "val_acc1": acc, "val_operations": cost, "val_shares": [0.2, 0.3, 0.5]}
-            for p, thresholds, acc, cost in points
-        ]
-        curve = policy_curve(network, [1, 2, 3], {"geometric": rows})
+        curve = policy_curve(network, [1, 2, 3], {"geometric": [policy_row(*point, [0.2, 0.3, 0.5]) for point in points]})
         export_onnx(network, path, description(), curve)
         return network, curve, path
 
@@ -90,7 +87,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         images = normalised(pixels)
         logits = logits_of(network, images)
         none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
-        for count, policy in ((40, quantile_policy(logits, 0.4)), (40, none), (40, every), (1, none), (1, every)):
+        for count, policy in ((0, none), (40, quantile_policy(logits, 0.4)), (40, none), (40, every), (1, none), (1, every)):
             ours = runner.predict(pixels[:count].numpy(), policy.thresholds)
             expected = AdaptivePredictor(network, policy)(images[:count])
             assert ours.exits.tolist() == expected.exits.tolist()
@@ -107,14 +104,11 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         metadata = runner.session.get_modelmeta().custom_metadata_map
         assert metadata["fingerprint"] == curve.fingerprint
         for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
-            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.point(p).policy.thresholds, np.float32))
+            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.points[p - 1].policy.thresholds, np.float32))
         pixels = random_pixels(20).numpy()
         np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits)
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
             runner.choose(operations=10)
-
-    def test_no_images(exported):
-        assert OnnxPredictor(exported[2], threads=1).predict(random_pixels(0).numpy()).logits.shape == (0, 10)
 
     def test_bad_calls_are_one_line(exported):
         runner, good = OnnxPredictor(exported[2], threads=1), random_pixels(2).numpy()
@@ -147,9 +141,9 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         network = exported[0]
         with pytest.raises(UserError, match="too small"):
             export_onnx(network, tmp_path / "x.onnx", description(8))
-        rows = [{"p": 1, "thresholds": [0.5] * 3, "val_acc1": 50.0, "val_operations": 2.0, "val_shares": [0.2, 0.3, 0.5]}]
+        points = tuple(replace(point, policy=replace(point.policy, measure="margin")) for point in exported[1].points)
         with pytest.raises(UserError, match="softmax alone; these policies are of margin"):
-            export_onnx(network, tmp_path / "x.onnx", description(), policy_curve(network, [1, 2, 3], {"geometric": rows}, "margin"))
+            export_onnx(network, tmp_path / "x.onnx", description(), replace(exported[1], points=points))
         assert list(tmp_path.iterdir()) == []
 
     def test_the_runner_needs_no_pytorch(exported):

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
-from adaptive_inference import AdaptivePredictor, timing
+from adaptive_inference import AdaptivePredictor
+from adaptive_inference.predictor import wait_for
 from args import parse
 from engine import distributed
 from engine.distributed import Processes, process_group
@@ -75,7 +76,7 @@ def test_a_prediction_writes_no_number_of_the_host_by_index():
 def test_the_device_that_is_timed_is_waited_for(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    timing._waiting(torch.device("cuda", 1))()
+    wait_for(torch.device("cuda", 1))
     assert waited == [torch.device("cuda", 1)]
 
 

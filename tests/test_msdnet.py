@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from models import IMTA, MSDNet, count_operations
-from models.layers import rescale_gradient
-from models.msdnet import block_depths, remaining_scales
+from models.msdnet import block_depths
 from tests.conftest import TINY_NETWORK
 
 VARIANTS = [
@@ -67,14 +66,6 @@ def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_rescaling_is_the_identity_forward():
-    x = torch.randn(3, requires_grad=True)
-    y = rescale_gradient(x, 0.25)
-    assert torch.equal(x, y)
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.full((3,), 0.25))
-
-
 @pytest.mark.parametrize("scales", ["trunk", "coarsest"])
 def test_gradient_equilibrium_by_hand(scales):
     """The gradient at the output of the stem is the hand-weighted sum of the exits' own gradients.
@@ -100,41 +91,21 @@ def test_gradient_equilibrium_by_hand(scales):
 def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():
     """On the trunk all scales of the first exit's gradient are divided; on the coarsest only, paths over finer scales are not."""
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    gradients = {}
-    for scales in ("trunk", "coarsest"):
+    gradients = []
+    for options in ({}, {"gradient_equilibrium_scales": "coarsest"}, {"gradient_equilibrium": False}):
         torch.manual_seed(1)
-        network = MSDNet(**TINY_NETWORK, gradient_equilibrium_scales=scales).double().eval()
+        network = MSDNet(**TINY_NETWORK, **options).double().eval()
         network(images)[-1].square().sum().backward()
-        gradients[scales] = network.stem.scales[0][0].weight.grad
-    torch.manual_seed(1)
-    plain = MSDNet(**TINY_NETWORK, gradient_equilibrium=False).double().eval()
-    plain(images)[-1].square().sum().backward()
-    torch.testing.assert_close(gradients["trunk"], plain.stem.scales[0][0].weight.grad / 3, rtol=1e-10, atol=1e-14)
-    assert not torch.allclose(gradients["coarsest"], gradients["trunk"], rtol=1e-3)
-
-
-def test_exit_parameters_are_not_rescaled():
-    torch.manual_seed(1)
-    balanced = MSDNet(**TINY_NETWORK).eval()
-    torch.manual_seed(1)
-    plain = MSDNet(**TINY_NETWORK, gradient_equilibrium=False).eval()
-    images = torch.randn(2, 3, 32, 32)
-    for network in (balanced, plain):
-        sum(z.square().sum() for z in network(images)).backward()
-    for a, b in zip(balanced.exits, plain.exits, strict=True):
-        torch.testing.assert_close(a.linear.weight.grad, b.linear.weight.grad)
+        gradients.append(network.stem.scales[0][0].weight.grad)
+    trunk, coarsest, plain = gradients
+    torch.testing.assert_close(trunk, plain / 3, rtol=1e-10, atol=1e-14)
+    assert not torch.allclose(coarsest, trunk, rtol=1e-3)
 
 
 def test_block_depths():
     assert block_depths(4, 4, 2, "even") == [4, 2, 2, 2]
     assert block_depths(5, 1, 1, "lin_grow") == [1, 2, 3, 4, 5]
     assert block_depths(3, 2, 2, "lin_grow") == [2, 3, 5]
-
-
-def test_remaining_scales():
-    assert [len(remaining_scales(i, 15, 3, "max")) for i in range(1, 16)] == [3] * 5 + [2] * 5 + [1] * 5
-    assert [len(remaining_scales(i, 5, 3, "min")) for i in range(1, 6)] == [3, 3, 3, 2, 1]
-    assert remaining_scales(5, 5, 3, "min") == range(2, 3)
 
 
 def test_he_initialisation():

@@ -6,27 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import budgeted_curve
+from adaptive_inference import curve_rows, geometric_thresholds, optimised_thresholds
 from adaptive_inference.form import form_for, inference_form
-from adaptive_inference.optimised import optimised_curve, optimised_thresholds
 from adaptive_inference.policies import Policy, choose, network_fingerprint, policy_curve, read_policy, write_policy
 from adaptive_inference.risk import Losses, MaxLoss
 from models import IMTA, MSDNet
-from tests.conftest import TINY_NETWORK
-from tests.test_budgeted import golden_case
+from tests.conftest import TINY_NETWORK, policy_row
+from tests.test_budgeted import answers_of, golden_case
 from utils import UserError
 
 OPERATIONS = [10_000_000, 20_000_000, 40_000_000]
 
 
 def row(p, accuracy, operations):
-    return {
-        "p": p,
-        "thresholds": [0.9 - p / 100, 0.5, -1e8],
-        "val_acc1": accuracy,
-        "val_operations": operations,
-        "val_shares": [1 - p / 10, 0.0, p / 10],
-    }
+    return policy_row(p, [0.9 - p / 100, 0.5, -1e8], accuracy, operations, [1 - p / 10, 0.0, p / 10])
 
 
 @pytest.fixture
@@ -67,14 +60,8 @@ def test_wishes_choose(curve):
     assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
     assert choose(curve, max_loss=MaxLoss(2.0)).rule == "tested"
     assert curve.nearest(19e6, rule).p == 3
-    assert curve.point(3, rule).operations == 20e6
-
-
-def test_points_that_are_not_there(curve):
-    with pytest.raises(UserError, match="numbered 1 to 4"):
-        curve.point(9, "geometric")
     with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
-        curve.point(1, "optimised")
+        curve.of_rule("optimised")
 
 
 def test_best_rules_come_first(network, curve):
@@ -147,23 +134,19 @@ def change(*keys, to):
         change("points", 0, "operations", to=None),
         change("points", 0, "rule", to="guess"),
         change("points", 0, "p", to=1.5),
+        lambda content: b"\xff\xfe\x00",
     ],
 )
 def test_damaged_files_are_refused_in_one_line(curve, tmp_path, damage):
     path = tmp_path / "policy.json"
     write_policy(path, curve)
-    path.write_text(damage(json.loads(path.read_text())))
+    damaged = damage(json.loads(path.read_text()))
+    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
     with pytest.raises(UserError, match=r"policy\.json is no policy file") as caught:
         read_policy(path)
     assert "\n" not in str(caught.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_policy(tmp_path)
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is no policy file"):
-        read_policy(tmp_path / "binary.json")
 
 
 @pytest.mark.parametrize("thresholds", [(), (float("nan"), 0.0), (float("inf"),)])
@@ -181,24 +164,18 @@ def gains(geometric, optimised):
 
 
 def test_optimised_curve_is_above_the_geometric_one():
-    arguments, _ = golden_case()
-    geometric, optimised = budgeted_curve(*arguments), optimised_curve(*arguments)
-    assert [r.keys() for r in optimised] == [r.keys() for r in geometric]
+    val, test, operations, _ = golden_case()
+    rules = geometric_thresholds(val.confidence), optimised_thresholds(val, operations)
+    geometric, optimised = (curve_rows(thresholds, val, test, operations) for thresholds in rules)
     for ours, theirs in zip(optimised, geometric, strict=True):
         assert ours["val_operations"] <= theirs["val_operations"] * 1.001
-        assert sum(ours["q"]) == pytest.approx(1)
     assert gains(geometric, optimised).mean() > 0.5
 
 
-@pytest.mark.parametrize(("num_exits", "num_images"), [(1, 100), (3, 5), (3, 40)])
-def test_optimised_thresholds_of_few_images_or_exits(num_exits, num_images):
-    confidence = torch.rand(num_exits, num_images)
-    thresholds = optimised_thresholds(confidence, confidence > 0.5, list(range(1, num_exits + 1)), points=5)
+@pytest.mark.parametrize(("num_exits", "num_images", "ties"), [(1, 100, False), (3, 5, False), (3, 40, False), (3, 200, True)])
+def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_exits, num_images, ties):
+    confidence = torch.ones(num_exits, num_images) if ties else torch.rand(num_exits, num_images)
+    thresholds = optimised_thresholds(answers_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5)
     assert thresholds.shape == (5, num_exits)
     assert thresholds[:, -1].tolist() == [-1e8] * 5
-
-
-def test_equal_confidences_everywhere():
-    confidence = torch.ones(3, 200)
-    thresholds = optimised_thresholds(confidence, torch.rand(3, 200) < 0.5, [1, 2, 3], points=5)
     assert torch.isfinite(thresholds).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptive_inference import predictor
-from adaptive_inference.policies import MEASURES, Point, Policy, confidence_by_exit
+from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction, simulate
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
@@ -53,14 +53,16 @@ def quantile_policy(logits, share, measure="softmax"):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("measure", ["softmax", "entropy", "margin"])
 def test_same_as_simulation(stage, lazy, measure):
+    """Later exits see only the images that stayed."""
     network = make_network(stage)
     images = torch.randn(97, 3, 32, 32, dtype=torch.float64)
     logits = logits_of(network, images)
     for share in (0.1, 0.5, 0.9):
         policy = quantile_policy(logits, share, measure)
-        expected = simulate(logits, policy)
+        expected, counting = simulate(logits, policy), Counting(network)
         assert len(expected.exits.unique()) > 1
-        assert_same(AdaptivePredictor(network, policy, lazy)(images), expected)
+        assert_same(AdaptivePredictor(counting, policy, lazy)(images), expected)
+        assert counting.seen == [count for k in range(3) if (count := int((expected.exits >= k).sum()))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 33])
@@ -125,17 +127,6 @@ def test_extreme_thresholds(num_images, thresholds, exit, exits_run):
     assert_same(prediction, simulate(logits_of(network, images), policy))
 
 
-def test_later_exits_see_only_the_images_that_stayed():
-    network = make_network(1)
-    images = torch.randn(50, 3, 32, 32, dtype=torch.float64)
-    logits = logits_of(network, images)
-    policy = quantile_policy(logits, 0.4)
-    counting = Counting(network)
-    AdaptivePredictor(counting, policy)(images)
-    exits = simulate(logits, policy).exits
-    assert counting.seen == [int((exits >= k).sum()) for k in range(3)]
-
-
 def test_ties_leave_together():
     """Equal images have equal confidence, and a threshold of just that confidence lets all of them go."""
     network = make_network(1)
@@ -164,29 +155,20 @@ def test_confidence_orders_sure_before_unsure(measure):
     assert classes.tolist() == [[0, 0], [0, 2]]
 
 
-def test_temperatures_change_confidence_alone():
-    network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
-    logits = logits_of(network, images)
-    cold = quantile_policy(logits, 0.4)
-    warm = Policy(cold.thresholds, cold.measure, (2.0, 3.0, 4.0))
-    before, after = (AdaptivePredictor(network, policy)(images) for policy in (cold, warm))
-    assert_same(after, simulate(logits, warm))
-    assert torch.equal(before.exits, after.exits)
-    assert torch.equal(before.classes, after.classes)
-    answered = logits[after.exits, torch.arange(40)] / torch.tensor(warm.temperatures, dtype=torch.float64)[after.exits, None]
-    torch.testing.assert_close(after.probs, answered.softmax(1))
-
-
-def test_an_ensemble_answers_with_the_exits_so_far():
+@pytest.mark.parametrize("temperatures", [None, (2.0, 3.0, 4.0)])
+@pytest.mark.parametrize("ensemble", [None, ((1.0, 0.0, 0.0), (0.5, 0.6, 0.0), (0.2, 0.3, 0.7))])
+def test_temperatures_and_ensembles_change_answers_and_not_who_leaves(temperatures, ensemble):
     network, images = make_network(1), torch.randn(40, 3, 32, 32, dtype=torch.float64)
     logits = logits_of(network, images)
     alone = quantile_policy(logits, 0.4)
-    together = Policy(alone.thresholds, ensemble=((1.0, 0.0, 0.0), (0.5, 0.6, 0.0), (0.2, 0.3, 0.7)))
-    prediction = AdaptivePredictor(network, together)(images)
-    assert_same(prediction, simulate(logits, together))
+    policy = Policy(alone.thresholds, alone.measure, temperatures, ensemble)
+    prediction = AdaptivePredictor(network, policy)(images)
+    assert_same(prediction, simulate(logits, policy))
     assert torch.equal(prediction.exits, simulate(logits, alone).exits)
     for i, k in enumerate(prediction.exits.tolist()):
-        expected = sum(weight * logits[j, i] for j, weight in enumerate(together.ensemble[k]))
+        expected = logits[k, i] / (temperatures[k] if temperatures else 1)
+        if ensemble:
+            expected = sum(weight * logits[j, i] for j, weight in enumerate(ensemble[k]))
         torch.testing.assert_close(prediction.probs[i], expected.softmax(0))
 
 
@@ -244,7 +226,8 @@ def test_no_block_starts_that_would_end_late(exits):
 @pytest.mark.parametrize("slowness", [0.7, 1.0, 1.5])
 def test_a_budget_is_kept_on_a_machine_that_got_slower(monkeypatch, slowness):
     clock = [0.0]
-    points = [Point(Policy((0.5,)), 50.0 + cost, cost, (float(cost),)) for cost in range(1, 11)]
+    known = {"policy": Policy((0.5,))}
+    points = [SimpleNamespace(**known, val_acc1=50.0 + cost, operations=cost, shares=(float(cost),)) for cost in range(1, 11)]
 
     def answer(self, images):
         clock[0] += 1e-3 * slowness * len(images) * self.point.operations

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from adaptive_inference import ExitAnswers
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.risk import LEARNING_PART, Losses, MaxLoss, certified, is_certain, rows_with_losses
 from utils import UserError
@@ -46,7 +47,7 @@ def test_more_confidence_and_smaller_losses_need_more():
 
 
 def point(p, worse):
-    return Point(Policy((0.5, 0.5)), 50.0, float(p), (0.5, 0.5), "tested", p, (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 100)))
+    return Point(Policy((0.5, 0.5)), 50.0, float(p), (0.5, 0.5), "tested", p, (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 5 + worse)))
 
 
 def test_the_sequence_stops_at_the_first_policy_that_may_lose_too_much():
@@ -66,7 +67,7 @@ def test_losses_against_a_loop():
     generator = torch.Generator().manual_seed(0)
     confidence, classes = torch.rand(3, 200, generator=generator), torch.randint(3, (3, 200), generator=generator)
     targets = torch.randint(3, (200,), generator=generator)
-    for row in rows_with_losses(confidence, classes, targets, [1, 2, 3], points=4):
+    for row in rows_with_losses(ExitAnswers(confidence, classes, targets), [1, 2, 3], points=4):
         counts = [[0] * 4, [0] * 4]
         for i in range(200):
             k = next(k for k in range(3) if confidence[k, i] >= row["thresholds"][k] or k == 2)

@@ -31,7 +31,7 @@ def test_launchers_end_to_end(tmp_path, image_folder):
     """From another directory, as a user would: stage 2 before stage 1 is refused, then both run."""
     early = run(["bash", ROOT / "run_IMTA.sh"], tmp_path)
     assert (early.returncode, early.stderr.count("\n")) == (2, 1)
-    assert "bash run_GE.sh demo" in early.stderr
+    assert "run stage 1 first" in early.stderr
     small = [*TINY_FLAGS, "--image-size", "32", "--val-size", "12", "--batch-size", "16"]
     stage_1 = run(["bash", ROOT / "run_GE.sh", "folder", *small], tmp_path, DATA_ROOT=str(image_folder))
     assert stage_1.returncode == 0, stage_1.stderr

@@ -1,11 +1,12 @@
-"""Measured time: blocks add up to policies, functions take turns, deadlines have answers."""
+"""Measured time: blocks add up to policies, deadlines have answers."""
 
 import numpy as np
 import pytest
 import torch
 
 from adaptive_inference.policies import policy_curve
-from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, draw_runtime, interleaved_seconds, measure_blocks, runtime_rows
+from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, measure_blocks, runtime_rows
+from tests.conftest import policy_row
 from tests.test_predictor import logits_of, make_network, quantile_policy
 
 
@@ -40,17 +41,12 @@ def test_blocks_are_measured_at_the_sizes_that_occur():
             assert (high > 0).all()
 
 
-def test_rows_and_picture():
+def test_rows():
     network = make_network(2).float()
     images = torch.randn(24, 3, 32, 32)
     logits = logits_of(network, images)
-    rows = [
-        {
-            **{"p": p, "thresholds": list(quantile_policy(logits, share).thresholds), "val_acc1": 50.0, "val_operations": float(p)},
-            "val_shares": [share, 0.0, 1 - share],
-        }
-        for p, share in enumerate((0.9, 0.9, 0.5, 0.1), start=1)
-    ]
+    shares = enumerate((0.9, 0.9, 0.5, 0.1), start=1)
+    rows = [policy_row(p, list(quantile_policy(logits, share).thresholds), 50.0, float(p), [share, 0.0, 1 - share]) for p, share in shares]
     points = distinct(policy_curve(network, [1, 2, 3], {"geometric": rows}).points, 10)
     assert [point.p for point in points] == [2, 3, 4]
     assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]
@@ -65,11 +61,3 @@ def test_rows_and_picture():
     for row in deadlines:
         assert sum(row[f"share_{k}"] for k in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
         assert 10 <= row["acc1"] <= 30
-    figure = draw_runtime([{**row, "operations": 1.0, "acc1": 50.0} for row in measured], deadlines, [{"operations": 1.0, "acc1": 10.0}])
-    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
-
-
-def test_functions_take_turns():
-    calls = []
-    interleaved_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3, torch.device("cpu"))
-    assert "".join(calls) == "aabb" + "aabb" * 3
