@@ -103,8 +103,10 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     ``module.`` of DataParallel before every name. The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
-        ValueError: the released programs have no such network (``IMTA`` with ``isc=False``).
+        ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with ``boosted_exits=True``).
     """
+    if isinstance(network, MSDNet) and network.boost is not None:
+        raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
     ours = network.state_dict()

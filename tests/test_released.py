@@ -152,6 +152,8 @@ def test_published_networks_are_recognised(name):
 def test_no_released_form():
     with pytest.raises(ValueError, match="isc=False"):
         to_released(IMTA(small_network(), isc=False))
+    with pytest.raises(ValueError, match="boosted exits has no released form"):
+        to_released(MSDNet(boosted_exits=True))
 
 
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:
