@@ -1,11 +1,10 @@
-"""Damaged and absurd files and flags for the programs, made from the files of finished runs.
+"""Damaged files for the programs, made from those of finished runs.
 
 case = make(17, rng, folder, runs)     # one of KINDS, in turn; everything it may touch lies in ``folder``
 outcome = run(case.program, case.argv, case.cwd)
 case.problems(outcome, before, snapshot(folder))
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -17,15 +16,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import args
-import predict
 from models import load, to_released
 from tests.forked import Outcome
 
 LONGEST_LINE = 1000
 
 SMALL = ["--nChannels", "4", "--growthRate", "4"]
-SETUP = ["--nBlocks", "3", *SMALL, "--batch-size", "32", "--val-size", "64", "--epochs", "1"]
 STARTS = ["--batch-size", "32", "--epochs", "1", "--save", "../new"]
 
 
@@ -35,12 +31,8 @@ Damage = Callable[[random.Random, Path], str]  # of a file, in words
 
 @dataclass
 class Case:
-    """A command whose input is damaged as ``damage`` says. ``may_work`` False: it must be refused.
-
-    Args:
-        writes: where a command that works may write, in the case's folder.
-        late: it may be refused after the start, and leave a new run behind.
-    """
+    """A command whose input is damaged as ``damage`` says. ``may_work`` False: it must be refused. ``writes`` is where a command that works
+    may write, in the case's folder."""
 
     folder: Path
     program: str
@@ -48,7 +40,6 @@ class Case:
     damage: str
     writes: tuple[str, ...] = ("new",)
     may_work: bool = True
-    late: bool = False
     kind: str = ""
 
     @property
@@ -65,7 +56,7 @@ class Case:
         elif outcome.status == 0 and not self.may_work:
             found.append("it works, and should be refused")
         # A run that diverges says so after it has begun.
-        begun = outcome.status == 2 and (self.late or "the loss is" in outcome.errors)
+        begun = outcome.status == 2 and "the loss is" in outcome.errors
         allowed = self.writes if outcome.status == 0 else ("new",) if begun else ()
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name) and name.split("/")[0] not in allowed:
@@ -106,7 +97,9 @@ def _consumer(rng: random.Random, folder: Path, runs: Runs) -> tuple[Case, Path]
             ("train_IMTA", ["--pretrained", f"../{released}", *STARTS, *SMALL, "--val-size", "64"], released),
             ("train_IMTA", ["--pretrained", "../GE", *STARTS], best),
             ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
-            ("predict", ["--checkpoint", f"../{best}", "../good.png"], best),
+            ("predict", ["--model", f"../{best}", "../good.png"], best),
+            ("predict", ["--model", f"../{best}", "../good.png"], "GE/policy.json"),
+            ("train_GE", ["--save", "../GE", "--evalmode", "runtime"], "GE/policy.json"),
         ]
     )
     return Case(folder, program, argv, "", writes=("new", name.split("/")[0])), folder / name
@@ -147,57 +140,9 @@ def _picture(rng: random.Random) -> Image.Image:
     return Image.frombytes("RGB", (32, 32), rng.randbytes(32 * 32 * 3))
 
 
-WORDS = [
-    *("", "0", "-1", "1", "64", "1e400", "nan", "-inf", "0.5", "1e-320", str(2**63), "9" * 5000, "x", "\udcff", "two\nlines", "\x1b[2J"),
-    *("1-2-4", "0-0", ",", "%s", "--lr", "None", "\u0663", "x" * 300, "../nowhere/at/all", "../GE/best.safetensors", "../GE", "/"),
-]
-# The cases choose where to write themselves; to compile, many epochs and many processes take their time, and are no mistake.
-UNTRIED = ("help", "save", "output", "compile", "epochs", "workers")
-
-
-def _random_flags(rng: random.Random, parser: argparse.ArgumentParser, count: int) -> list[str]:
-    actions = [action for action in parser._actions if action.option_strings and action.dest not in UNTRIED]
-    words: list[str] = []
-    for action in rng.sample(actions, count):
-        words.append(rng.choice(action.option_strings))
-        if action.nargs != 0 and (action.nargs != "?" or rng.random() < 0.5):
-            words.append(rng.choice([*(action.choices or ["1", "3", "0.5", "1-2-4"]), *WORDS]))
-    return words
-
-
-def _flags(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    shutil.copytree(runs("GE"), folder / "GE")
-    _picture(rng).save(folder / "good.png")
-    program = rng.choice(["train_GE", "train_IMTA", "predict"])
-    if program == "predict":
-        output = rng.choice([[], ["--output", rng.choice(["../new/answers.csv", "../GE", "../" + "x" * 300, ""])]])
-        argv = ["--checkpoint", "../GE/best.safetensors", "../good.png", *_random_flags(rng, predict.parser(), rng.choice([0, 3]))]
-        return Case(folder, program, [*argv, *output], "flags")
-    target = rng.choice(["../new"] * 6 + ["../GE", "../GE/best.safetensors", "../" + "x" * 300, "../\udcff", "../two\nlines"])
-    start = SETUP if program == "train_GE" else ["--pretrained", "../GE", "--epochs", "1", "--batch-size", "32"]
-    argv = [*start, "--save", target, *_random_flags(rng, args.build_parser(program[6:]), rng.choice([1, 1, 2, 6]))]
-    # What --overwrite and --resume are for.
-    return Case(folder, program, argv, "flags", writes=("new", target.removeprefix("../").split("/")[0]))
-
-
-def _records(rng: random.Random, folder: Path, runs: Runs) -> Case:
-    """Policy, tables, log and record of a run."""
-    name = rng.choice(["policy.json", "policy.json", "anytime.csv", "budgeted.csv", "log.jsonl", "run.json"])
-    shutil.copytree(runs("GE"), folder / "GE")
-    _picture(rng).save(folder / "good.png")
-    damage = rng.choice([_truncate, _flip_bits, _noise])(rng, folder / "GE" / name)
-    predicts = ("predict", ["--checkpoint", "../GE/best.safetensors", "../good.png"])
-    evaluates = ("train_GE", ["--save", "../GE", "--evalmode", rng.choice(["anytime", "dynamic", "runtime"])])
-    program, argv = rng.choice([predicts, evaluates, ("train_GE", ["--save", "../GE", "--resume"])])
-    return Case(folder, program, argv, f"{name}: {damage}", writes=("GE",), late=True)
-
-
 MAKERS: dict[str, Callable[[random.Random, Path, Runs], Case]] = {
     "truncated": _damaged(_truncate),
     "flipped": _damaged(_flip_bits, may_work=True),
     "noise": _damaged(_noise),
-    "flags": _flags,
-    "records": _records,
 }
-# What fails in more ways comes more often.
-KINDS = [*MAKERS, "flags", "flags"]
+KINDS = list(MAKERS)

@@ -6,7 +6,8 @@
 kill: SIGKILL at random instants of short trainings of both stages; after each one every file is whole or absent, and ``--resume`` ends
 with the weights, the optimiser, the log and the tables of an undisturbed run, bit for bit. term: the same with SIGTERM and SIGINT, which
 must end with status 143 or 130 and one line that names ``--resume``. disk: the same with files that may not grow beyond a random size: one
-line, status 2. input: damaged or absurd files and flags (``tests/fault_inputs.py``): one line and status 2, or work; nothing overwritten.
+line, status 2. input: damaged files (``tests/fault_inputs.py``): one line and status 2, or work where a bit does not matter; nothing
+overwritten.
 
 The exit status is 1 if anything failed.
 """
