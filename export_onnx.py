@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
 
-    from adaptive_inference.export import export_onnx, exported_points  # here, as PyTorch takes seconds to load, and --help needs none
+    from adaptive_inference.export import export_onnx  # here, as PyTorch takes seconds to load, and --help needs none
     from adaptive_inference.form import form_for
     from adaptive_inference.policies import describe, read_policy
     from engine.checkpoint import load_saved
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    count = f"{len(exported_points(curve))} policies" if curve else "no policies"
+    count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.form != "float32":
         count += f" (found in {curve.form}; in float32 an image close to a threshold may leave elsewhere)"
     sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-FORMAT = "imta-msdnet onnx 2"
+FORMAT = "imta-msdnet onnx 3"
 
 
 class Prediction(NamedTuple):
-    """Answers to N images: ``classes`` (N,) int64; ``confidence`` (N,), the probability of that class at the exit that answered, by the
-    policies' temperatures; ``exits`` (N,) int64, from 0; ``logits`` (N, C) of that exit."""
+    """Answers to N images: ``classes`` (N,) int64; ``confidence`` (N,), the probability of that class; ``exits`` (N,) int64, from 0;
+    ``logits`` (N, C), whose softmax are the probabilities of all classes."""
 
     classes: np.ndarray
     confidence: np.ndarray
@@ -59,7 +59,7 @@ class OnnxPredictor:
         """Thresholds (K,) of the policy most accurate on held-out images, of those whose mean is at most ``operations`` an image.
 
         Args:
-            operations: None: the policy that is nearest to half of the network's, as predict.py --rule optimised chooses.
+            operations: None: the policy that is nearest to half of the network's, as predict.py chooses.
 
         Raises:
             ValueError: every policy spends more, or the file has none.

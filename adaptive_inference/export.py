@@ -3,14 +3,15 @@
     export_onnx(network, Path("network.onnx"), description, read_policy(Path("policy.json"), network))
 
     inputs    images (N, 3, S, S) uint8, thresholds (K,) float32
-    outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32 of the exit that answered
+    outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32 of the answers
 
 An image leaves at the first exit whose largest softmax probability reaches that exit's threshold; nested ``If`` nodes run later blocks for
-the others only. Its ``confidence`` is that probability after division of the logits by the exit's temperature. Normalisation is inside; the
-file's metadata name the classes and the policies (``onnx_predictor.py`` reads them). Needs the package onnx (requirements-export.txt). The
-folded network is recorded node by node, so nothing depends on PyTorch's exporter.
+the others only. It is answered by that exit's logits, divided by its temperature, or by the ensemble of all exits so far. Normalisation is
+inside; the file's metadata name the classes and the policies (``onnx_predictor.py`` reads them). Needs the package onnx
+(requirements-export.txt). The folded network is recorded node by node, so nothing depends on PyTorch's exporter.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.form import inference_form
-from adaptive_inference.policies import Point, PolicyCurve, describe
+from adaptive_inference.policies import PolicyCurve, describe
 from models.operations import count_operations
 from models.saved import Description
 from models.stepwise import Cells, ExitPlan, advance, exit_plans, stem_cells
 from utils import UserError, atomic_write
 
-FORMAT = "imta-msdnet onnx 2"
+FORMAT = "imta-msdnet onnx 3"
 OPSET, IR_VERSION = 17, 8  # read by every ONNX Runtime since 1.12
 POINT = ("rule", "p", "val_acc1", "operations")
 OUTPUTS = {"classes": "INT64", "confidence": "FLOAT", "exits": "INT64", "logits": "FLOAT"}
@@ -41,7 +42,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     Args:
         network: ``MSDNet`` or ``IMTA``; it is folded on the way, and not changed.
         description: its classes and preprocessing, such as ``network.description``.
-        curve: its policies, of which those of ``exported_points`` go into the file's metadata; and its temperatures.
+        curve: its policies, of which the best rule's go into the file: its points, and how they make answers.
 
     Raises:
         UserError: onnx is not installed, the images are too small, the policies do not compare softmax, or the file cannot be written.
@@ -50,7 +51,7 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         import onnx
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    size, points = description.image_size, exported_points(curve) if curve else []
+    size, points = description.image_size, curve.of_rule(None) if curve else ()
     if size < network.minimum_image_size:
         raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
     if any(point.policy.measure != "softmax" for point in points):
@@ -60,8 +61,8 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
     mean, std = (255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std))
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
-    temperatures = points[0].policy.temperatures if points else None
-    answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), None, temperatures)
+    weights = np.array(points[0].policy.weights if points else np.eye(network.num_exits), np.float32)
+    answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), {}, weights)
     answer = [graph.record("Identity", [x], [name])[0] for name, x in zip(OUTPUTS, answer, strict=True)]
     inputs = [graph.declared("images", "UINT8", ["N", 3, size, size]), graph.declared("thresholds", "FLOAT", [network.num_exits])]
     model = onnx.helper.make_model(
@@ -84,40 +85,35 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         stream.write(model.SerializeToString())
 
 
-def exported_points(curve: PolicyCurve) -> list[Point]:
-    """The policies that a file takes: those whose exits answer alone, and of these the optimised ones if there are any."""
-    alone = [point for point in curve.points if point.rule != "ensemble"]
-    return [point for point in alone if point.rule == "optimised"] or alone
-
-
 def _record_exits(
     graph: "_Graph",
     form: nn.Module,
     plans: tuple[ExitPlan, ...],
     cells: Cells,
-    previous: "_Value | None",
-    temperatures: tuple[float, ...] | None,
+    seen: dict[int, "_Value"],
+    weights: np.ndarray,
 ) -> list["_Value"]:
     """Record these exits for the images still here, n of them.
 
     Args:
-        cells, previous: as for ``advance``.
+        cells: as for ``advance``.
+        seen: logits (n, C) of earlier exits, those that are still needed.
+        weights: (K, K), of all exits in the answers at each exit.
 
     Returns:
         ``OUTPUTS``, (n,) each but the logits (n, C), of the exits that answer.
     """
     k = plans[0].k
-    logits, cells = advance(form, plans[0], cells, previous)
-    probs = graph.add("Softmax", [logits], axis=1)
+    logits, cells = advance(form, plans[0], cells, seen.get(k - 1))
+    seen = {**seen, k: logits}
+    answered = _sum([x if weights[k, j] == 1 else graph.add("Mul", [x, weights[k, j]]) for j, x in seen.items() if weights[k, j]])
+    probs = graph.add("Softmax", [answered], axis=1)
     classes = graph.add("ArgMax", [probs], axis=1, keepdims=0)
-    confidence = graph.add("ReduceMax", [probs], axes=[1], keepdims=0)
     exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
-    answer = [classes, confidence, exits, logits]
-    if temperatures is not None:
-        probs = graph.add("Softmax", [graph.add("Div", [logits, np.array(temperatures[k], np.float32)])], axis=1)
-        answer[1] = graph.add("ReduceMax", [probs], axes=[1], keepdims=0)
+    answer = [classes, graph.add("ReduceMax", [probs], axes=[1], keepdims=0), exits, answered]
     if len(plans) == 1:
         return answer
+    confidence = graph.add("ReduceMax", [graph.add("Softmax", [logits], axis=1)], axes=[1], keepdims=0)
     threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k, np.int64)])
     stays = graph.add("Not", [graph.add("GreaterOrEqual", [confidence, threshold])])
     rows = graph.add("Transpose", [graph.add("NonZero", [stays])])  # (n', 1)
@@ -126,10 +122,15 @@ def _record_exits(
     stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
     unchanged = [stop.add("Identity", [x]) for x in answer]
     cells = {key: go_on.add("GatherND", [x, rows]) for key, x in cells.items()}
-    later = _record_exits(go_on, form, plans[1:], cells, go_on.add("GatherND", [logits, rows]), temperatures)
+    needed = {j: go_on.add("GatherND", [x, rows]) for j, x in seen.items() if j == k or weights[k + 1 :, j].any()}
+    later = _record_exits(go_on, form, plans[1:], cells, needed, weights)
     merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
     branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
     return graph.record("If", [some_stay], [f"{name}_of_exit_{k}" for name in OUTPUTS], **branches)
+
+
+def _sum(values: Sequence["_Value"]) -> "_Value":
+    return functools.reduce(lambda x, y: x.graph.add("Add", [x, y]), values)
 
 
 class _Graph:

@@ -105,6 +105,12 @@ class Policy:
         if self.ensemble is not None and [len(row) for row in self.ensemble] != [count] * count:
             raise ValueError(f"weights of an ensemble must be {count} rows of {count} numbers")
 
+    @property
+    def weights(self) -> tuple[tuple[float, ...], ...]:
+        """Of the logits of all exits in the answers at each exit: those of the ensemble, else 1 / temperature of the exit alone."""
+        alone = [1 / temperature for temperature in self.temperatures or [1.0] * len(self.thresholds)]
+        return self.ensemble or tuple(tuple(x if j == k else 0.0 for j in range(len(alone))) for k, x in enumerate(alone))
+
 
 @dataclass(frozen=True)
 class Point:

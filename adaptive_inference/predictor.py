@@ -233,13 +233,11 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
     if stacked.dtype in (torch.float16, torch.bfloat16):
         stacked = stacked.float()
-    if policy.ensemble is not None:
-        weights = torch.tensor(policy.ensemble, dtype=stacked.dtype).to(stacked.device)[exits, : len(stacked)]  # (N, exits run)
+    if policy.temperatures or policy.ensemble:
+        weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[exits, : len(stacked)]  # (N, exits run)
         answered = torch.einsum("nk,knc->nc", weights, stacked)
     else:
         answered = stacked[exits, torch.arange(len(exits), device=stacked.device)]
-        if policy.temperatures is not None:
-            answered = answered / torch.tensor(policy.temperatures, dtype=stacked.dtype).to(stacked.device)[exits, None]
     probs = torch.softmax(answered, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs)

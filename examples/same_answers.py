@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     names, transform = network.description.class_names, evaluation_transform(network.description.image_size)
     with tempfile.TemporaryDirectory() as folder:
         answers, onnx = Path(folder) / "answers.json", Path(folder) / "network.onnx"
-        flags = ["--model", MODEL, "--rule", "optimised", "--device", "cpu", "--format", "json", "--output", str(answers)]
+        flags = ["--model", MODEL, "--device", "cpu", "--format", "json", "--output", str(answers)]
         if predict.main([*(sys.argv[1:] if argv is None else argv), *flags]) or export_onnx.main(["--model", MODEL, "--output", str(onnx)]):
             return 2
         found = json.loads(answers.read_text(encoding="utf-8"))

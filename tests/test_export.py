@@ -96,6 +96,21 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             answered = logits[expected.exits, torch.arange(count)]
             torch.testing.assert_close(torch.from_numpy(ours.logits), answered, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize("ensemble", [None, [[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [0.2, 0.0, 0.7]]])
+    def test_same_probabilities_by_temperatures_and_ensembles(tmp_path, ensemble):
+        network, pixels = make_network(2).float(), random_pixels(40)
+        images = normalised(pixels)
+        row = policy_row(1, list(quantile_policy(logits_of(network, images), 0.4).thresholds), 50.0, 1e5, [0.4, 0.3, 0.3])
+        rule = "ensemble" if ensemble else "optimised"
+        curve = policy_curve(network, [1, 2, 3], {rule: [row]}, temperatures=[2.0, 0.5, 3.0], ensemble=ensemble)
+        export_onnx(network, tmp_path / "network.onnx", description(), curve)
+        ours = OnnxPredictor(tmp_path / "network.onnx", threads=1).predict(pixels.numpy())
+        expected = AdaptivePredictor(network, curve.points[0].policy)(images)
+        assert len(set(ours.exits)) == 3
+        assert (ours.exits.tolist(), ours.classes.tolist()) == (expected.exits.tolist(), expected.classes.tolist())
+        torch.testing.assert_close(torch.from_numpy(ours.logits).softmax(1), expected.probs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4)
+
     def test_the_file_describes_itself(exported):
         _, curve, path = exported
         runner = OnnxPredictor(path, threads=1)
