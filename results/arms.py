@@ -62,39 +62,39 @@ SCHEDULES = {
 
 
 class Arm(NamedTuple):
-    """A run: ``origin`` names the stage-1 arm it starts from, None for stage 1 itself."""
+    """A run: ``title`` in tables, ``origin`` the stage-1 arm it starts from, None for stage 1 itself."""
 
+    title: str
     origin: str | None
     flags: list[str]
 
 
 # In order of value. The single difference between two arms is what their flags say.
 ARMS = {
-    "MSDNet": Arm(None, ["--no-gradient-equilibrium"]),
-    "GE": Arm(None, []),
-    "GE_ISC_OFA": Arm("GE", []),
-    "GE_ISC": Arm("GE", ["--no-ofa"]),
-    "GE_OFA": Arm("GE", ["--no-isc"]),
-    "GE_classifiers": Arm("GE", ["--no-isc", "--no-ofa"]),
-    "GE_ISC_OFA_T4": Arm("GE", ["--temperature", "4", "--gamma", "0.5"]),
-    "GE_ISC_OFA_kl_mean": Arm("GE", ["--kl", "mean"]),
-    "GE_ISC_OFA_flow": Arm("GE", ["--isc-gradient", "flow"]),
-    "GE_ISC_OFA_moving": Arm("GE", ["--backbone-bn", "moving"]),
-    "released_GE": Arm(None, ["--released"]),
-    "released_IMTA": Arm("released_GE", ["--released"]),
-    "GE_boosted": Arm(None, ["--boosted-exits"]),
-    "GE_smoothing": Arm(None, ["--label-smoothing", "0.1"]),
-    "GE_averaged": Arm(None, ["--ema-decay", "0.999"]),
-    "GE_he": Arm(None, ["--init", "he"]),
-    "GE_10_epochs": Arm(None, ["--epochs", "10"]),
-    "GE_multistep": Arm(None, ["--lr-type", "multistep"]),
-    "GE_batch_64": Arm(None, ["--batch-size", "64", "--lr", "0.1", "--lr-type", "multistep"]),
-    "GE_plain_engine": Arm(None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
-    "GE_bf16": Arm(None, ["--amp", "bf16", "--compile", "default"]),
-    "GE_ISC_OFA_bf16": Arm("GE_bf16", ["--amp", "bf16"]),
-    "MSDNet_7": Arm(None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
-    "GE_7": Arm(None, ["--preset", "cifar100-anytime"]),
-    "GE_ISC_OFA_7": Arm("GE_7", ["--preset", "cifar100-anytime"]),
+    "MSDNet": Arm("MSDNet", None, ["--no-gradient-equilibrium"]),
+    "GE": Arm("GE", None, []),
+    "GE_ISC_OFA": Arm("GE + ISC + OFA", "GE", []),
+    "GE_ISC": Arm("GE + ISC", "GE", ["--no-ofa"]),
+    "GE_OFA": Arm("GE + OFA", "GE", ["--no-isc"]),
+    "GE_classifiers": Arm("new classifiers alone, on GE", "GE", ["--no-isc", "--no-ofa"]),
+    "GE_ISC_OFA_T4": Arm("GE + ISC + OFA, T = 4, gamma = 0.5", "GE", ["--temperature", "4", "--gamma", "0.5"]),
+    "GE_ISC_OFA_kl_mean": Arm("GE + ISC + OFA, `--kl mean`", "GE", ["--kl", "mean"]),
+    "GE_ISC_OFA_flow": Arm("GE + ISC + OFA, `--isc-gradient flow`", "GE", ["--isc-gradient", "flow"]),
+    "GE_ISC_OFA_moving": Arm("GE + ISC + OFA, `--backbone-bn moving`", "GE", ["--backbone-bn", "moving"]),
+    "released_GE": Arm("GE on the coarsest scale only (`--released`)", None, ["--released"]),
+    "released_IMTA": Arm("GE + ISC + OFA, `--released`, both stages", "released_GE", ["--released"]),
+    "GE_boosted": Arm("GE, boosted exits", None, ["--boosted-exits"]),
+    "GE_smoothing": Arm("GE, label smoothing 0.1", None, ["--label-smoothing", "0.1"]),
+    "GE_averaged": Arm("GE, averaged weights (decay 0.999)", None, ["--ema-decay", "0.999"]),
+    "GE_he": Arm("GE, `--init he`", None, ["--init", "he"]),
+    "GE_10_epochs": Arm("GE, 10 epochs", None, ["--epochs", "10"]),
+    "GE_multistep": Arm("GE, `--lr-type multistep`", None, ["--lr-type", "multistep"]),
+    "GE_plain_engine": Arm("GE, fast settings off", None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
+    "GE_bf16": Arm("GE in bf16, compiled", None, ["--amp", "bf16", "--compile", "default"]),
+    "GE_ISC_OFA_bf16": Arm("GE + ISC + OFA in bf16, both stages", "GE_bf16", ["--amp", "bf16"]),
+    "MSDNet_7": Arm("MSDNet", None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
+    "GE_7": Arm("GE", None, ["--preset", "cifar100-anytime"]),
+    "GE_ISC_OFA_7": Arm("GE + ISC + OFA", "GE_7", ["--preset", "cifar100-anytime"]),
 }
 
 MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
@@ -102,7 +102,7 @@ MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
 
 def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path) -> list[str]:
     """The command line of one run."""
-    origin, flags = ARMS[arm]
+    _, origin, flags = ARMS[arm]
     save = work / f"seed_{seed}" / arm
     common = ["--save", str(save), "--seed", str(seed), "--resume", "--save-every-steps", "100", *flags]
     if origin is None:

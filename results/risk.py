@@ -18,12 +18,16 @@ from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, assign_exits, g
 from adaptive_inference.form import inference_form
 from adaptive_inference.policies import Point, Policy, confidence_by_exit
 from adaptive_inference.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
+from args import parse
+from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
+from engine.distributed import Processes
 from engine.report import table
 from models import count_operations
-from results.held_out import ONE_PROCESS, data_of
 from utils import CommandLineParser, UserError
+
+ALONE = Processes(0, 1, torch.device("cpu"), ())
 
 
 def certified_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
@@ -62,8 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = MaxLoss(arguments.max_loss, arguments.confidence_level, arguments.disagreement)
     try:
         saved = load_saved(arguments.run, {})
-        data = data_of(saved, *(["--data-root", str(arguments.data_root)] if arguments.data_root else []))
-        logits, targets = collect_logits(inference_form(saved.network), data.test, ONE_PROCESS)
+        flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
+        settings = parse("GE", ["--evalmode", *flags]).settings(stored=saved.settings)
+        data = load_data(settings, ALONE.device, None, saved.data, saved.split)
+        logits, targets = collect_logits(inference_form(saved.network), data.test, ALONE)
     except UserError as error:
         parser.error(str(error))
     answers = ExitAnswers(*confidence_by_exit(logits), targets)

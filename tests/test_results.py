@@ -17,7 +17,7 @@ from args import parse
 from datasets import read_image
 from engine.report import millions, read_csv, write_csv
 from models import load
-from results import arms, held_out, ship, tables
+from results import arms, ship, tables
 from tests.conftest import TINY_FLAGS, TINY_STAGE_2
 from utils import UserError
 
@@ -75,11 +75,6 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
     assert arms.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
-    monkeypatch.setitem(arms.SCHEDULES, "short", schedule)
-    held_out.main(["--work", str(tmp_path / "work")])
-    plain, augmented = (read_csv(tmp_path / "results" / "seed_5" / "GE" / file) for file in ("budgeted.csv", held_out.AUGMENTED))
-    assert augmented[0].keys() == plain[0].keys()
-    assert [row["threshold_1"] for row in augmented] != [row["threshold_1"] for row in plain]
 
 
 def test_a_run_that_fails_ends_the_series(tmp_path, image_folder, monkeypatch):
