@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from engine.checkpoint import load_checkpoint
 from engine.report import read_csv
 from tests import disturbed
 from tests.compare import differences
 from tests.conftest import TINY_FLAGS
+from tests.forked import be_the_program
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save", "run", *TINY_FLAGS, "--print-freq", "1"]
@@ -65,21 +65,8 @@ def run(folder, *flags, processes=2, **environment):
 
 
 def _be_a_rank(folder, rank, argv, environment):
-    status = 1
     os.environ |= environment
-    os.chdir(folder)
-    for target, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
-    torch.set_num_threads(1)
-    sys.argv = ["train_GE.py", *argv]
-    try:
-        status = disturbed.main(argv)
-    except SystemExit as error:
-        status = error.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    be_the_program(disturbed.main, "train_GE", argv, folder, (f"{rank}.stdout", f"{rank}.stderr"))
 
 
 def processes_in(folder):
