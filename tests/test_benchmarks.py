@@ -17,10 +17,3 @@ def test_training_speed(capsys):
         "  ours: peak memory of all processes",
     ):
         assert line in printed
-
-
-def test_training_speed_of_another_network(capsys):
-    """What follows -- reaches our side."""
-    flags = ["--network", "imagenet", "--stages", "1", "--what", "speed"]
-    assert training_speed.main([*TINY, *flags, "--", "--nBlocks", "1", "--growthRate", "4", "--nChannels", "4"]) == 0
-    assert "stage 1, images/s: plain loop" in capsys.readouterr().out

@@ -210,21 +210,13 @@ def test_damaged_and_foreign_files(tmp_path):
         load_released(tmp_path / "absent.pth.tar")
 
 
-def test_a_flipped_bit_and_a_compressed_archive(tmp_path):
+def test_a_flipped_bit(tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"state_dict": to_released(small_network())}, path)
     content = path.read_bytes()
     place = len(content) // 2
     path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
     with pytest.raises(ValueError, match=r"checkpoint\.pth\.tar: .*the checksum of .* is another"):
-        load_released(path)
-    torch.save({"state_dict": {"zeros": torch.zeros(10**6)}}, path)
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, entry in entries.items():
-            archive.writestr(name, entry)
-    with pytest.raises(ValueError, match="its archive is compressed"):
         load_released(path)
 
 
