@@ -46,8 +46,8 @@ Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
 Held-out images chose the epoch and the thresholds; test images chose nothing.
 
-| exit | operations | top-1 % | top-5 % |
-|---|---|---|---|
+| exit | operations | top-1 % | top-5 % | ensemble of exits, top-1 % |
+|---|---|---|---|---|
 {exits}
 
 | budget, % of all operations | test top-1 % |
@@ -77,17 +77,18 @@ def ship(saved: Saved, output: Path) -> None:
         rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)
         before = _evaluated(saved.path, saved.description.stage, Path(folder) / "before", "anytime")
-        tables = _evaluated(rounded, saved.description.stage, Path(folder) / "after", "anytime", "dynamic")
+        tables = _evaluated(rounded, saved.description.stage, Path(folder) / "after", "dynamic", "anytime")
         before, after = (read_csv(run.anytime) for run in (before, tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
             exit = lost.index(max(lost)) + 1
             raise UserError(f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost")
-        budgets = {share: accuracy_at(read_csv(tables.optimised), share / 100 * after[-1]["operations"]) for share in BUDGETS}
+        budgets = {share: accuracy_at(read_csv(tables.ensemble), share / 100 * after[-1]["operations"]) for share in BUDGETS}
         accuracy = {
             **saved.description.accuracy,
             "test_acc1": [row["acc1"] for row in after],
             "test_acc5": [row["acc5"] for row in after],
+            "test_ensemble_acc1": [row["ensemble_acc1"] for row in after],
             "budgets": [share for share, row in budgets.items() if row],
             "budgets_test_acc1": [row["test_acc1"] for row in budgets.values() if row],
         }
@@ -130,7 +131,8 @@ def card(folder: Path) -> str:
 
 def _section(name: str, description: Description) -> str:
     accuracy = description.accuracy
-    rows = zip(description.operations, accuracy["test_acc1"], accuracy["test_acc5"], strict=True)
+    columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
+    rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
     return SECTION.format(
         name=name,
@@ -138,7 +140,7 @@ def _section(name: str, description: Description) -> str:
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.class_names),
         recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
-        exits="\n".join(f"| {k} | {millions(n)} | {top1:.2f} | {top5:.2f} |" for k, (n, top1, top5) in enumerate(rows, 1)),
+        exits="\n".join(f"| {k} | {millions(n)} | " + " | ".join(f"{x:.2f}" for x in row) + " |" for k, (n, *row) in enumerate(rows, 1)),
         budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
     )
 

@@ -109,7 +109,7 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert "\n0 minutes of stage 1 on " in card
-    assert f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} |" in card
+    assert f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} | " in card
     assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
     assert "say with --save where its tables go" in capsys.readouterr().err
     # It is taken as stage 1 by its path, and goes on from there.
