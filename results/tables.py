@@ -43,6 +43,8 @@ REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0,
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
 TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
+# What gained beyond the paper, all in one: boosted exits in stage 1, and answers of ensembles of exits.
+COMBINED = "GE_boosted_ISC_OFA"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
@@ -57,9 +59,15 @@ DIFFERENCES_2 = (
     ("released_GE", "released_IMTA"),
     ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
 )
-DIFFERENCES_ALL_CLASSES = (("MSDNet", "GE"), *DIFFERENCES_2[:4])
+DIFFERENCES_ALL_CLASSES = (
+    ("MSDNet", "GE"),
+    *DIFFERENCES_2[:8],
+    ("GE", "GE_boosted"),
+    ("GE_boosted", COMBINED),
+    ("GE_ISC_OFA", COMBINED),
+    *((arm, arm) for arm in (*MAIN_ARMS, "GE_boosted", COMBINED)),
+)
 BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
-ENSEMBLES = tuple((arm, arm) for arm in MAIN_ARMS)
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
@@ -89,8 +97,8 @@ def budget_names() -> list[str]:
     return [f"{budget / 1e6:.0f} M" for budget in BUDGETS]
 
 
-def exit_accuracies(folder: Path) -> list[float]:
-    return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
+def exit_accuracies(folder: Path, column: str = "acc1") -> list[float]:
+    return [row[column] for row in read_csv(folder / "anytime.csv")]
 
 
 def budget_accuracies(folder: Path, file: str = "budgeted.csv") -> list[float]:
@@ -111,41 +119,47 @@ def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]
 def comparison(
     published: list[list[str]],
     names: list[str],
-    titles: dict[str, str],
+    arms: Iterable[str],
     accuracies: Callable[[Path], list[float]],
-    schedules: Iterable[Path] = TRAINING,
+    combined: Callable[[Path], list[float]] | None = None,
 ) -> str:
-    """What others report, then our runs, from the longest training to the shortest; blank cells for the published schedule."""
+    """What others report, then our runs, from the longest training to the shortest; blank cells for the published schedule.
+
+    Args:
+        combined: accuracies of the arm ``COMBINED``, which stands after ``arms``.
+    """
     rows = [["100 classes, as published", *row] for row in published]
-    for results in schedules:
-        for arm, title in titles.items():
-            columns = over_seeds(arm, results, accuracies)
+    for results, training in TRAINING.items():
+        ours = [(ARMS[arm].title, over_seeds(arm, results, accuracies)) for arm in arms]
+        for title, columns in ours:
             if columns or results == PUBLISHED:
-                rows.append([TRAINING[results], f"ours: {title}", *(columns or [""] * len(names))])
+                rows.append([training, f"ours: {title}", *(columns or [""] * len(names))])
+        if combined and (columns := over_seeds(COMBINED, results, combined)):
+            rows.append([training, f"ours combined: {TITLES[COMBINED]}, ensembles of exits", *columns])
     return markdown(["training", "network", *names], rows)
 
 
 def exits_table() -> str:
     operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
-    titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
     published = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
     static = [""] * len(operations)  # each in the column of the exit nearest in operations
     for _, millions, accuracy in STATIC:
         nearest = min(range(len(operations)), key=lambda k: abs(operations[k] - millions))
         static[nearest] = f"{accuracy} at {millions} M"
     published.append([f"static: {', '.join(name for name, *_ in STATIC)}", *static])
-    table = comparison(published, exit_names(len(operations)), titles, exit_accuracies)
+    together = partial(exit_accuracies, column="ensemble_acc1")
+    table = comparison(published, exit_names(len(operations)), MAIN_ARMS, exit_accuracies, together)
     return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(f'{millions:.2f} M' for millions in operations)} |"
 
 
 def budgets_table() -> str:
-    titles = {arm: TITLES[arm] for arm in MAIN_ARMS}
-    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), titles, budget_accuracies)
+    together = partial(budget_accuracies, file="ensemble.csv")
+    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), MAIN_ARMS, budget_accuracies, together)
 
 
 def exits_7_table() -> str:
     reported = [[f"report: {name}", *map(str, accuracies)] for name, accuracies in REPORT_7.items()]
-    return comparison(reported, exit_names(7), TITLES_7, exit_accuracies, (PUBLISHED, SHORT))
+    return comparison(reported, exit_names(7), TITLES_7, exit_accuracies)
 
 
 def arms_table() -> str:
@@ -198,9 +212,11 @@ def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5
     return markdown(["arm", "compared with", *exit_names(num_exits), "mean of exits", "seed by seed"], rows)
 
 
-def effect(before: str, after: str) -> str:
-    """Mean over exits of what ``after`` gains on ``before``."""
-    return spread([gain[-1] for gain in gains(before, after)], "+")
+def effect(before: str, after: str, schedule: str = "short") -> str:
+    """Mean over exits of what ``after`` gains on ``before``; of one arm, what its ensembles gain on its exits."""
+    results = SCHEDULES[schedule].results
+    by_seed = ensemble_gains(after, results) if before == after else gains(before, after, results)
+    return spread([gain[-1] for gain in by_seed], "+")
 
 
 def epochs_table() -> str:
@@ -230,18 +246,23 @@ def runs_table() -> str:
     return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
 
 
-def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
-    """``operations`` and ``accuracy`` of a file's rows, means over folders."""
+def mean_rows(folders: list[Path], file: str, name: str, column: str) -> list[dict]:
+    """``operations`` of a file's rows, and ``column`` under another ``name``, means over folders."""
     by_row = zip(*(read_csv(folder / file) for folder in folders), strict=True)
-    return [{name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)} for rows in by_row]
+    columns = {"operations": "operations", name: column}
+    return [{key: statistics.mean(row[column] for row in rows) for key, column in columns.items()} for rows in by_row]
 
 
 def draw_arms(results: Path) -> Figure:
-    """Every main arm's exits (points) and budgets (lines), means over seeds, beside the static networks."""
-    folders = {TITLES[arm]: seeds_of(arm, results) for arm in MAIN_ARMS}
-    figure = draw_curves(
-        {title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), []) for title, own in folders.items()}
-    )
+    """Every main arm's exits (points) and budgets (lines), means over seeds, and the combined arm, beside the static networks."""
+    drawn = {arm: (TITLES[arm], "acc1", "budgeted.csv") for arm in MAIN_ARMS}
+    drawn[COMBINED] = ("ours combined", "ensemble_acc1", "ensemble.csv")
+    curves = {}
+    for arm, (title, column, budgets) in drawn.items():
+        if folders := seeds_of(arm, results):
+            exits, answers = mean_rows(folders, "anytime.csv", "acc1", column), mean_rows(folders, budgets, "test_acc1", "test_acc1")
+            curves[title] = exits, answers, []
+    figure = draw_curves(curves)
     (axes,) = figure.axes
     for name, operations, accuracy in STATIC:
         axes.plot(operations, accuracy, "k^", markersize=6)
@@ -273,7 +294,7 @@ TABLES = {
     "arms-budgets": arms_budgets_table,
     "differences-1": partial(differences_table, DIFFERENCES_1),
     "differences-2": partial(differences_table, DIFFERENCES_2),
-    "differences-all-classes": partial(differences_table, (*DIFFERENCES_ALL_CLASSES, *ENSEMBLES), results=MEDIUM),
+    "differences-all-classes": partial(differences_table, DIFFERENCES_ALL_CLASSES, results=MEDIUM),
     "beyond": partial(differences_table, BEYOND, results=TRIALS),
     "differences-7": partial(differences_table, DIFFERENCES_7, 7),
     "thresholds": thresholds_table,
@@ -283,13 +304,12 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """``text`` with its tables and effects: between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER -->`` and ``<!-- end -->``."""
+    """``text`` with its tables and effects: between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER SCHEDULE -->`` and
+    ``<!-- end -->``."""
     text = re.sub(
         r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text, flags=re.DOTALL
     )
-    return re.sub(
-        r"(<!-- effect (\S+) (\S+) -->).*?(<!-- end -->)", lambda match: f"{match[1]}{effect(match[2], match[3])}{match[4]}", text
-    )
+    return re.sub(r"(<!-- effect (.*?) -->).*?(<!-- end -->)", lambda match: f"{match[1]}{effect(*match[2].split())}{match[3]}", text)
 
 
 def main() -> None:
