@@ -62,6 +62,7 @@ DIFFERENCES_2 = (
 DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
     *DIFFERENCES_2[:8],
+    ("GE_ISC_OFA", "GE_ISC_OFA_30_epochs"),
     ("GE", "GE_boosted"),
     ("GE_boosted", COMBINED),
     ("GE_ISC_OFA", COMBINED),

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
 from adaptive_inference import AdaptivePredictor
-from adaptive_inference.predictor import wait_for
 from args import parse
 from engine import distributed
 from engine.distributed import Processes, process_group
@@ -71,13 +70,6 @@ def test_a_prediction_writes_no_number_of_the_host_by_index():
         assert writes.number == 0
         torch.zeros(3)[torch.tensor([1])] = 1
         assert writes.number == 1
-
-
-def test_the_device_that_is_timed_is_waited_for(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    wait_for(torch.device("cuda", 1))
-    assert waited == [torch.device("cuda", 1)]
 
 
 def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
