@@ -43,8 +43,8 @@ REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0,
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
 TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
-# What gained beyond the paper, all in one: boosted exits in stage 1, and answers of ensembles of exits.
-COMBINED = "GE_boosted_ISC_OFA"
+# What gained beyond the paper, in one: on boosted exits neither stage 2 nor ensembles of exits gain more.
+COMBINED = "GE_boosted"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
@@ -63,10 +63,10 @@ DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
     *DIFFERENCES_2[:8],
     ("GE_ISC_OFA", "GE_ISC_OFA_30_epochs"),
-    ("GE", "GE_boosted"),
-    ("GE_boosted", COMBINED),
+    ("GE", COMBINED),
     ("GE_ISC_OFA", COMBINED),
-    *((arm, arm) for arm in (*MAIN_ARMS, "GE_boosted", COMBINED)),
+    (COMBINED, "GE_boosted_ISC_OFA"),
+    *((arm, arm) for arm in (*MAIN_ARMS, COMBINED, "GE_boosted_ISC_OFA")),
 )
 BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
@@ -98,8 +98,8 @@ def budget_names() -> list[str]:
     return [f"{budget / 1e6:.0f} M" for budget in BUDGETS]
 
 
-def exit_accuracies(folder: Path, column: str = "acc1") -> list[float]:
-    return [row[column] for row in read_csv(folder / "anytime.csv")]
+def exit_accuracies(folder: Path) -> list[float]:
+    return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
 
 def budget_accuracies(folder: Path, file: str = "budgeted.csv") -> list[float]:
@@ -122,21 +122,14 @@ def comparison(
     names: list[str],
     arms: Iterable[str],
     accuracies: Callable[[Path], list[float]],
-    combined: Callable[[Path], list[float]] | None = None,
 ) -> str:
-    """What others report, then our runs, from the longest training to the shortest; blank cells for the published schedule.
-
-    Args:
-        combined: accuracies of the arm ``COMBINED``, which stands after ``arms``.
-    """
+    """What others report, then our runs, from the longest training to the shortest; blank cells for the main arms as published."""
     rows = [["100 classes, as published", *row] for row in published]
     for results, training in TRAINING.items():
-        ours = [(ARMS[arm].title, over_seeds(arm, results, accuracies)) for arm in arms]
-        for title, columns in ours:
-            if columns or results == PUBLISHED:
-                rows.append([training, f"ours: {title}", *(columns or [""] * len(names))])
-        if combined and (columns := over_seeds(COMBINED, results, combined)):
-            rows.append([training, f"ours combined: {TITLES[COMBINED]}, ensembles of exits", *columns])
+        for arm in arms:
+            columns, whose = over_seeds(arm, results, accuracies), "ours combined" if arm == COMBINED else "ours"
+            if columns or (results == PUBLISHED and arm != COMBINED):
+                rows.append([training, f"{whose}: {ARMS[arm].title}", *(columns or [""] * len(names))])
     return markdown(["training", "network", *names], rows)
 
 
@@ -148,14 +141,12 @@ def exits_table() -> str:
         nearest = min(range(len(operations)), key=lambda k: abs(operations[k] - millions))
         static[nearest] = f"{accuracy} at {millions} M"
     published.append([f"static: {', '.join(name for name, *_ in STATIC)}", *static])
-    together = partial(exit_accuracies, column="ensemble_acc1")
-    table = comparison(published, exit_names(len(operations)), MAIN_ARMS, exit_accuracies, together)
+    table = comparison(published, exit_names(len(operations)), (*MAIN_ARMS, COMBINED), exit_accuracies)
     return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(f'{millions:.2f} M' for millions in operations)} |"
 
 
 def budgets_table() -> str:
-    together = partial(budget_accuracies, file="ensemble.csv")
-    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), MAIN_ARMS, budget_accuracies, together)
+    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, COMBINED), budget_accuracies)
 
 
 def exits_7_table() -> str:
@@ -247,23 +238,18 @@ def runs_table() -> str:
     return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
 
 
-def mean_rows(folders: list[Path], file: str, name: str, column: str) -> list[dict]:
-    """``operations`` of a file's rows, and ``column`` under another ``name``, means over folders."""
+def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
+    """``operations`` and ``accuracy`` of a file's rows, means over folders."""
     by_row = zip(*(read_csv(folder / file) for folder in folders), strict=True)
-    columns = {"operations": "operations", name: column}
-    return [{key: statistics.mean(row[column] for row in rows) for key, column in columns.items()} for rows in by_row]
+    return [{name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)} for rows in by_row]
 
 
 def draw_arms(results: Path) -> Figure:
     """Every main arm's exits (points) and budgets (lines), means over seeds, and the combined arm, beside the static networks."""
-    drawn = {arm: (TITLES[arm], "acc1", "budgeted.csv") for arm in MAIN_ARMS}
-    drawn[COMBINED] = ("ours combined", "ensemble_acc1", "ensemble.csv")
-    curves = {}
-    for arm, (title, column, budgets) in drawn.items():
-        if folders := seeds_of(arm, results):
-            exits, answers = mean_rows(folders, "anytime.csv", "acc1", column), mean_rows(folders, budgets, "test_acc1", "test_acc1")
-            curves[title] = exits, answers, []
-    figure = draw_curves(curves)
+    folders = {TITLES[arm]: seeds_of(arm, results) for arm in (*MAIN_ARMS, COMBINED)}
+    figure = draw_curves(
+        {title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), []) for title, own in folders.items()}
+    )
     (axes,) = figure.axes
     for name, operations, accuracy in STATIC:
         axes.plot(operations, accuracy, "k^", markersize=6)
