@@ -102,10 +102,10 @@ def exit_accuracies(folder: Path) -> list[float]:
     return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
 
-def budget_accuracies(folder: Path, file: str = "budgeted.csv") -> list[float]:
-    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``BUDGETS``."""
+def budget_accuracies(folder: Path, file: str = "budgeted.csv", budgets: Iterable[float] = BUDGETS) -> list[float]:
+    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``budgets``."""
     rows = read_csv(folder / file)
-    return [accuracy_at(rows, budget)["test_acc1"] for budget in BUDGETS]
+    return [accuracy_at(rows, budget)["test_acc1"] for budget in budgets]
 
 
 def epochs(folder: Path) -> list[dict]:
@@ -147,6 +147,14 @@ def exits_table() -> str:
 
 def budgets_table() -> str:
     return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, COMBINED), budget_accuracies)
+
+
+def static_table() -> str:
+    """The main arms within the operations of each static network."""
+    accuracies = partial(budget_accuracies, budgets=[1e6 * millions for _, millions, _ in STATIC])
+    rows = [["static", *(f"{accuracy}" for *_, accuracy in STATIC)]]
+    rows += [[f"ours: {TITLES[arm]}", *own] for arm in (*MAIN_ARMS, COMBINED) if (own := over_seeds(arm, MEDIUM, accuracies))]
+    return markdown(["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC)], rows)
 
 
 def exits_7_table() -> str:
@@ -276,6 +284,7 @@ def check_backbones() -> None:
 TABLES = {
     "exits": exits_table,
     "budgets": budgets_table,
+    "static": static_table,
     "exits-7": exits_7_table,
     "arms": arms_table,
     "arms-budgets": arms_budgets_table,
