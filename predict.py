@@ -70,7 +70,7 @@ def parser() -> CommandLineParser:
     add("--budget", type=_budget, help="mean an image at most: 2ms, 40%% of the operations, or 12.5M operations (default: about 50%%)")
     add("--accuracy", type=_percentage, metavar="PERCENT", help="on held-out images at least")
     add("--max-loss", type=_percentage, metavar="PERCENT", help="of accuracy against the whole network, with --confidence-level")
-    add("--confidence-level", type=_percentage, metavar="PERCENT", help="of --max-loss (default: 95%%)")
+    add("--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)")
     add("--disagreement", action="store_true", help="--max-loss counts every answer that is not the whole network's")
     add("--deadline", type=_deadline, metavar="5ms", help="answer each image, or batch, by the last exit finished in that time")
     add("--rule", choices=list(RULES), help="only thresholds found by this rule (default: ensemble or optimised, if there are any)")
@@ -120,6 +120,10 @@ def _budget(text: str) -> Budget:
 
 def _deadline(text: str) -> float:
     return above(0)(text.removesuffix("ms"))
+
+
+def _level(text: str) -> float:
+    return in_range(50, 100)(text.removesuffix("%"))
 
 
 def _percentage(text: str) -> float:

@@ -56,7 +56,7 @@ def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
     """The inference form of ``network`` that a policy curve was made for.
 
     Raises:
-        UserError: the curve is of another network, or of ONNX Runtime; ``source`` is named.
+        UserError: the curve is of another network; ``source`` is named.
     """
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
     form = inference_form(network, dtype=dtypes.get(curve.form))

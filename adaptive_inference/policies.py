@@ -199,7 +199,7 @@ def choose(
     operations: float | None = None,
     milliseconds: float | None = None,
     accuracy: float | None = None,
-    max_loss: MaxLoss | None = None,
+    max_loss: MaxLoss | float | None = None,
     timing: "BlockTimes | None" = None,
     rule: str | None = None,
 ) -> Point:
@@ -228,18 +228,22 @@ def choose(
 
 
 def allowed_points(
-    curve: PolicyCurve, accuracy: float | None = None, max_loss: MaxLoss | None = None, rule: str | None = None
+    curve: PolicyCurve, accuracy: float | None = None, max_loss: MaxLoss | float | None = None, rule: str | None = None
 ) -> list[Point]:
     """The points that grant what is asked for.
 
     Args:
         accuracy: on held-out images at least, in percent.
-        max_loss: of accuracy against the full network, with a level of confidence.
+        max_loss: of accuracy against the full network, with a level of confidence; a number is in percent, at the usual level.
         rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
 
     Raises:
         UserError: no point does; the line says what is possible.
+        ValueError: ``max_loss`` with a ``rule``, or out of range.
     """
+    if max_loss is not None and rule is not None:
+        raise ValueError(f"max_loss has a rule of its own, tested; {rule} promises nothing")
+    max_loss = MaxLoss(max_loss) if isinstance(max_loss, (int, float)) else max_loss
     points = list(curve.of_rule(rule)) if max_loss is None else certified(curve.points, max_loss)
     reached = [point for point in points if accuracy is None or point.val_acc1 >= accuracy]
     if not reached:
@@ -350,7 +354,7 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
         "temperatures": policies[0].temperatures,
         "ensemble": next((policy.ensemble for policy in policies if policy.ensemble), None),
         "operations": curve.operations,
-        "certificate": CERTIFICATE,
+        "certificate": CERTIFICATE if any(point.rule == "tested" for point in curve.points) else None,
         "points": [],
     }
     for point in curve.points:
@@ -401,6 +405,8 @@ def _parsed(content: Any) -> PolicyCurve:
         policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, ensemble if rule == "ensemble" else None)
         losses = tuple(Losses(*counts) for counts in row["losses"]) if rule == "tested" else None
         points.append(Point(policy, *results, _numbers(row["shares"]), rule, row["p"], losses))
+    if any(point.rule == "tested" for point in points) and content.get("certificate") != CERTIFICATE:
+        raise ValueError("its certificate is of another procedure than this version's")
     network = content["network"]
     return PolicyCurve(network["fingerprint"], network["form"], network["description"], _numbers(content["operations"]), tuple(points))
 

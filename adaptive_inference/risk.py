@@ -72,7 +72,7 @@ def rows_with_losses(answers: ExitAnswers, operations: Sequence[float], points: 
 
     Returns:
         Rows as of ``curve_rows``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of the
-        row are of the latter. None if there are too few images.
+        row are of the latter. None of them if there are too few images.
     """
     learns = torch.arange(len(answers.targets)) % LEARNING_PART == 0
     if learns.sum() in (0, len(learns)):
@@ -115,7 +115,10 @@ def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
 
     Raises:
         UserError: none does; the line says what could be promised.
+        ValueError: no such promise makes sense.
     """
+    if not 0 <= wanted.percent <= 100 or not 50 <= wanted.level <= 100:
+        raise ValueError(f"{wanted} cannot be promised: a loss is 0 to 100 percent, a level of confidence 50 to 100")
     sequence = sorted((point for point in points if point.rule == "tested"), key=lambda point: -point.p)
     if not sequence:
         raise UserError("nothing can be promised about accuracy: these policies were made without images to test them on")
@@ -124,7 +127,6 @@ def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
         losses = sequence[0].losses
         possible = next(tenth / 10 for tenth in range(1, 1001) if is_certain(losses, wanted._replace(percent=tenth / 10)))
         raise UserError(
-            f"no policy is certain to {wanted}: {losses[1].images} images tested them; "
-            f"what can be promised starts at {possible:g} % (or every image runs the full network)"
+            f"no policy is certain to {wanted}: {losses[1].images} images tested them; what can be promised starts at {possible:g} %"
         )
     return kept

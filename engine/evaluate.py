@@ -44,13 +44,16 @@ class Evaluation:
     Args:
         operations: to each exit.
         constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
+        has_split: whether the held-out images are known to be new to the network, so that they can test promises.
     """
 
-    def __init__(self, session: Session, network: nn.Module, data: Data, operations: list[int], constants: dict[str, Any]):
+    def __init__(
+        self, session: Session, network: nn.Module, data: Data, operations: list[int], constants: dict[str, Any], has_split: bool = True
+    ):
         settings = session.settings
         self.session, self.data, self.operations, self.constants = session, data, operations, constants
         self.network = inference_form(network, settings.channels_last, mixed_precision(settings))
-        self.measure = settings.measure
+        self.measure, self.has_split = settings.measure, has_split
 
     def run(self, modes: list[str]) -> None:
         """Do the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -116,7 +119,7 @@ class Evaluation:
         curves = {
             "geometric": curve_rows(geometric_thresholds(val.confidence), val, test, self.operations),
             "optimised": curve_rows(optimised_thresholds(val, self.operations), val, test, self.operations),
-            "tested": rows_with_losses(val, self.operations),
+            "tested": rows_with_losses(val, self.operations) if self.has_split else [],
         }
         if policy.ensemble is not None:
             both = zip((val, test), labelled, strict=True)
@@ -174,6 +177,7 @@ class Evaluation:
         rows = []
         for batch_size in RUNTIME_BATCHES:
             times = measure_blocks(form, images[:1], batch_size)
+            log.line(str(times))
             if batch_size == 1:
                 single = times
             measured = runtime_rows(form, points, images, times)

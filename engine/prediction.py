@@ -148,6 +148,8 @@ def make_predictor(
                 why = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
             predictor = AdaptivePredictor(form, point.policy)
         policy, chosen = point.policy, {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
+        if max_loss is not None:
+            chosen["promise"], why = str(max_loss), f"; certain to {max_loss}"
         share = point.operations / curve.operations[-1]
         line = (
             f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with "

@@ -380,11 +380,11 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         if saved.description is None:
             _say_class_order(saved, data, log)
             if settings.evalmode == "dynamic":
-                log.line(f"{source} remembers no held-out split: thresholds are set on images it may have been trained on")
+                log.line(f"{source} remembers no held-out split: thresholds are set on images it may have seen, and promise nothing")
         _introduce(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
             curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
-            Evaluation(session, network, data, operations, curves).run([settings.evalmode])
+            Evaluation(session, network, data, operations, curves, saved.split is not None).run([settings.evalmode])
 
 
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:

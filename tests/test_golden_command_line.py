@@ -5,6 +5,7 @@ import torch
 
 import train_GE
 import train_IMTA
+from adaptive_inference import read_policy
 from args import parse
 from dataloader import load_data
 from engine.report import read_csv
@@ -45,6 +46,7 @@ def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
         correct = sum(torch.stack(network(images)).argmax(2).eq(targets).sum(1) for images, targets in data.test)
     assert [row["acc1"] for row in read_csv(tmp_path / "out" / "anytime.csv")] == correct.tolist()  # of 100 images, so in percent
     assert len(read_csv(tmp_path / "out" / "budgeted.csv")) == 40
+    assert {point.rule for point in read_policy(tmp_path / "out" / "policy.json").points} <= {"geometric", "optimised", "ensemble"}
 
 
 def test_starts_stage_2_with_the_flags_of_its_network(data_flags, released, tmp_path, capsys):

@@ -58,7 +58,11 @@ def test_wishes_choose(curve):
     assert choose(curve, accuracy=60.5, rule=rule).p == 2
     assert choose(curve, accuracy=61.5, rule=rule).p == 4
     assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
-    assert choose(curve, max_loss=MaxLoss(2.0)).rule == "tested"
+    assert choose(curve, max_loss=MaxLoss(2.0)).rule == choose(curve, max_loss=2).rule == "tested"
+    with pytest.raises(ValueError, match="geometric promises nothing"):
+        choose(curve, max_loss=2, rule=rule)
+    with pytest.raises(ValueError, match="50 to 100"):
+        choose(curve, max_loss=MaxLoss(2.0, 0.95))
     assert curve.nearest(19e6, rule).p == 3
     with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
         curve.of_rule("optimised")
@@ -122,6 +126,7 @@ def change(*keys, to):
         change("points", 0, "thresholds", 0, to=float("nan")),
         change("points", 0, "thresholds", 0, to=10**400),
         change("points", 0, "shares", to=[0.5, 0.4, 0.2]),
+        change("certificate", "bound", to="none"),
         change("points", 4, "losses", 0, to=[900, 5, 2, 901]),
         change("points", 0, "val_acc1", to=101),
         change("points", 0, "rule", to="guess"),

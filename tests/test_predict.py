@@ -100,6 +100,10 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
     ):
         assert run(trained, images, *flags, "--format", "json") == 0
         assert json.loads(capsys.readouterr().out)["policy"]["p"] == expected, flags
+    assert run(trained, images, "--max-loss", "2%", "--format", "json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["policy"]["promise"] == "lose at most 2 % with 95 % confidence"
+    assert "certain to lose at most 2 %" in printed.err
     assert run(trained, images, "--deadline", "1000000ms", "--format", "json") == 0
     content = json.loads(capsys.readouterr().out)
     assert {row["exit"] for row in content["answers"]} == {3}
@@ -231,6 +235,7 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
         *(["x", *pair] for pair in (["--deadline", "0ms"], ["--max-loss", "200"], ["--confidence-level", "90"], ["--disagreement"])),
         ["x", "--deadline", "5ms", "--budget", "2ms"],
         ["x", "--max-loss", "1%", "--rule", "geometric"],
+        ["x", "--max-loss", "1%", "--confidence-level", "0.95"],
         ["x", "--batch-size", "0"],
         ["x", "--format", "xml"],
     ],
