@@ -23,7 +23,7 @@ def available_cores() -> int:
 
 
 _SEED = at_least(0, 2**32 - 2)
-# A resumed run may change these: where and how it runs, never what it computes.
+# A resumed run may change these: where and how it runs, and by which measure it is evaluated.
 _free = partial(option, resumable=True)
 # Stage 2 takes these over from stage 1 unless told otherwise, as it does with every option of the network.
 _data = partial(option, group="data", inherited=True)
@@ -239,10 +239,9 @@ OPTIONS: dict[str, Field] = {described.name: described for described in fields(S
 FLAGS = {name: described.metadata["flag"] for name, described in OPTIONS.items()}
 INHERITED = [name for name, described in OPTIONS.items() if name in NETWORK_FIELDS or described.metadata.get("inherited")]
 
-# A resumed run may change these.
 RESUMABLE = {name for name, described in OPTIONS.items() if described.metadata.get("resumable")}
 
-# --released: the released program's side of the decision table, but for its bugs.
+# --released: the released program's side of README's "Differences", but for its bugs.
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
     "initialization": "pytorch",

@@ -36,7 +36,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.network = network
         # What stays as it is runs as fast as it can: BatchNorm folded, without a graph.
-        is_constant = network.freeze_backbone and network.freeze_batchnorm
+        is_constant = network.freeze_batchnorm
         # In the type that mixed precision would cast it to in every step.
         self.frozen = inference_form(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
         self.loss_options = {

@@ -62,7 +62,8 @@ class Stage:
         raise NotImplementedError(f"{type(self).__name__} must make a network")
 
     def make_objective(self, network: nn.Module, settings: Settings) -> nn.Module:
-        """A module (images, targets) -> (losses (N,), logits (N, K, C)) with the ``network``."""
+        """A module (images, targets) -> (losses (N,), logits (N, K, C)) with the ``network``. Too late to refuse anything: with
+        --overwrite the old run is gone."""
         raise NotImplementedError(f"{type(self).__name__} must say what is to be learnt")
 
     def title(self, settings: Settings) -> str:
@@ -190,7 +191,7 @@ class _Run:
                 _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
             network = self.stage.make_network(settings, data.info, self.origin)
-        seed_everything(settings.seed, settings.deterministic)
+        seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
         return data, network
 
     def _data_to_start(self) -> Data:
@@ -226,7 +227,7 @@ class _Run:
     def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
         progress = train(stage.make_objective(network, session.settings), description, data, session, self.state)
-        stage.check_result(network, description)
+        stage.check_result(network, description)  # of the last epoch, then of the best
         load_weights(network, load_saved(session.run.best, {}).network.state_dict())
         stage.check_result(network, description)
         session.log.line(f"evaluating the best epoch, {progress.best_epoch} of {session.settings.epochs}: {session.run.best}")

@@ -57,7 +57,7 @@ class IMTA(ExitNetwork):
             backbone.requires_grad_(False)
         for exit in backbone.exits:  # replaced by the new classifiers
             exit.linear.requires_grad_(False)
-        self.train(self.training)
+        self.train(self.training)  # a frozen backbone goes into evaluation mode
 
     @property
     def trunk(self) -> MSDNet:
@@ -77,7 +77,8 @@ class IMTA(ExitNetwork):
             return self.backbone.features(images, num_exits)
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1 (None for the first)."""
+        """Inline Subnetwork Collaboration: logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1
+        (None for the first)."""
         if self.links is None or previous_logits is None:
             return self.classifiers[k](features)
         if self.cut_isc_gradient:

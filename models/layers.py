@@ -150,7 +150,7 @@ class Exit(nn.Module):
 
 class Boost(nn.Module):
     """Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): an exit's classifier learns what is wrong
-    with the answer so far, to which its own logits are added."""
+    with the answer so far, to which its own logits are added. A module, so that operation counts see it."""
 
     def forward(self, logits: Tensor, previous_logits: Tensor) -> Tensor:
         """Own logits (N, C) plus half of those of the exit before, whose gradient stops here; (N, C)."""

@@ -1,6 +1,8 @@
 """The options of an MSDNet's architecture: the one list that the network, its checkpoints and the command line follow.
 
-A new option is a line of ``NetworkOptions``, and its use in ``models.msdnet``. This module imports nothing heavy.
+A new option is a line of ``NetworkOptions``, and its use in ``models.msdnet``; in ``models.imta`` too if it is one of classifiers, which
+stage 2 makes anew. A new kind of layer must be known to ``models.operations`` and ``adaptive_inference.export``, and ``models.released``
+must refuse what released programs lack. This module imports nothing heavy.
 """
 
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ MOST_LAYERS = 1000
 
 
 def option(default: Any, flag: str, help: str, **more: Any) -> Any:
-    """A field of a dataclass with its flag on the command line, what it says there, and further keys of ``args.Settings``."""
+    """A field of a dataclass with its flag on the command line, what it says there, and further keys of ``settings.Settings``."""
     return field(default=default, metadata={"flag": flag, "help": help, **more})
 
 

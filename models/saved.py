@@ -118,7 +118,7 @@ def save_network(path: Path, network: MSDNet | IMTA, description: Description, s
     Raises:
         UserError: the file cannot be written; an old one is then untouched.
     """
-    # Here, as loading alone, by torch.hub, must not import a module of so common a name.
+    # Here, as torch.hub loads this module, and must not import a module of so common a name.
     from utils import atomic_write
 
     content = _to_bytes(network, description, split, half)
@@ -182,7 +182,9 @@ def build_network(options: dict[str, Any]) -> MSDNet | IMTA:
         with torch.device("meta"):
             if kind == "IMTA":
                 return IMTA(MSDNet(**options.pop("backbone")), **options)
-            return {"MSDNet": MSDNet}[kind](**options)
+            if kind != "MSDNet":
+                raise ValueError(f"its type is {kind!a:.60}")
+            return MSDNet(**options)
     # What PyTorch raises on absurd numbers depends on how absurd they are.
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None

@@ -20,6 +20,8 @@ def test_every_flag_is_read_somewhere():
     unread = {name for name in options if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)}
     unread -= {"save", "pretrained"}  # properties of CommandLine
     assert unread == set()
+    network = (ROOT / "models" / "msdnet.py").read_text()
+    assert [name for name in NETWORK_FIELDS if not re.search(rf"\b{name}\b", network)] == []
 
 
 def test_help_explains_every_flag_with_its_default(capsys):
