@@ -6,8 +6,8 @@ project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
 
 # The launchers' first word. A mistyped one should not cost the set-up.
-if [[ -n ${preset:-} ]] && [[ ! $preset =~ ^(demo|folder|cifar10|cifar100|cifar100-anytime|imagenet)$ || " $* " == *" --preset"* ]]; then
-    echo "$(basename "$0"): the first word is the preset: demo, folder, cifar10, cifar100, cifar100-anytime or imagenet" >&2
+if [[ -n ${preset:-} ]] && [[ ! $preset =~ ^(demo|folder|cifar10|cifar100|cifar100-anytime|cifar100-boosted|imagenet)$ || " $* " == *" --preset"* ]]; then
+    echo "$(basename "$0"): the first word is the preset: demo, folder, cifar10, cifar100, cifar100-anytime, cifar100-boosted or imagenet" >&2
     exit 2
 fi
 

@@ -17,3 +17,8 @@ def imta_cifar100() -> IMTA:
 def msdnet_cifar100() -> MSDNet:
     """MSDNet with GE for CIFAR-100, 5 exits."""
     return load("msdnet_cifar100")
+
+
+def msdnet_boosted_cifar100() -> MSDNet:
+    """MSDNet with GE and boosted exits for CIFAR-100, 5 exits."""
+    return load("msdnet_boosted_cifar100")

@@ -2,7 +2,7 @@
 # Stage 1: train an MSDNet with Gradient Equilibrium, then evaluate it.
 #
 #   bash run_GE.sh                                     the embedded demo
-#   bash run_GE.sh folder | cifar100 | cifar100-anytime | cifar10 | imagenet
+#   bash run_GE.sh folder | cifar100 | cifar100-anytime | cifar100-boosted | cifar10 | imagenet
 #   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_GE.sh imagenet --workers 16
 #
 # What follows the preset goes on to train_GE.py (python train_GE.py --help).

@@ -2,7 +2,7 @@
 # Stage 2: new classifiers with ISC and One-for-all distillation on the network of stage 1, then evaluate them.
 #
 #   bash run_IMTA.sh                                   the embedded demo, after bash run_GE.sh
-#   bash run_IMTA.sh folder | cifar100 | cifar100-anytime | cifar10 | imagenet
+#   bash run_IMTA.sh folder | cifar100 | cifar100-anytime | cifar100-boosted | cifar10 | imagenet
 #   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_IMTA.sh imagenet --workers 16
 #
 # What follows the preset goes on to train_IMTA.py (python train_IMTA.py --help).
