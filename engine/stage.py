@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from utils import UserError, complain, in_words, one_line
 COMPILING_PAYS = 5e12
 
 
-class Stage:
+class Stage(ABC):
     """What distinguishes a stage.
 
     ``name`` is that of ``args`` and of directories; ``may_change_data`` says whether it may train on other data than the network it starts
@@ -57,25 +58,31 @@ class Stage:
         path = command.origin()
         return None if path is None else load_saved(path, command.explicit)
 
+    @abstractmethod
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> nn.Module:
         """The network to train."""
-        raise NotImplementedError(f"{type(self).__name__} must make a network")
 
+    @abstractmethod
     def make_objective(self, network: nn.Module, settings: Settings) -> nn.Module:
         """A module (images, targets) -> (losses (N,), logits (N, K, C)) with the ``network``. Too late to refuse anything: with
         --overwrite the old run is gone."""
-        raise NotImplementedError(f"{type(self).__name__} must say what is to be learnt")
 
+    @abstractmethod
     def title(self, settings: Settings) -> str:
         """Name of a run's curves."""
-        raise NotImplementedError(f"{type(self).__name__} must have a title")
 
     def frozen_digest(self, network: nn.Module) -> str | None:
         """Fingerprint of what must not change, None if everything may."""
         return None
 
     def check_result(self, network: nn.Module, description: Description) -> None:
-        """Raise a ``UserError`` if training did what it must not."""
+        """Compare what is frozen with what it was.
+
+        Raises:
+            UserError: it moved.
+        """
+        if self.frozen_digest(network) != description.frozen_digest:
+            raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
 
     def share_of_work(self, settings: Settings) -> float:
         """Operations that compiling makes faster on a CPU, compared with those of training the whole network."""

@@ -6,6 +6,7 @@ the features of the stage before. Evaluating all scales at once (training) and o
 therefore the same code.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,13 +61,14 @@ class Stem(nn.Module):
         return grid
 
 
-class GridStage(nn.Module):
+class GridStage(nn.Module, ABC):
     """A stage of the grid that gives the scales in ``self.scales`` from those of the stage before."""
 
     scales: range
 
+    @abstractmethod
     def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must say how a scale is computed")
+        """A ``scale`` of this stage; ``inputs`` gives those of the stage before, by their number."""
 
     def forward(self, grid: FeatureGrid) -> FeatureGrid:
         return {scale: self.compute(scale, grid.__getitem__) for scale in self.scales}

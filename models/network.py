@@ -1,5 +1,6 @@
 """What the networks of both stages have in common: exits that are run one after another."""
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from models.saved import Description
 
 
-class ExitNetwork(nn.Module):
+class ExitNetwork(nn.Module, ABC):
     """A network with classifiers along its depth. ``config`` holds the plain options that make the same network again."""
 
     config: dict[str, Any]
@@ -23,9 +24,9 @@ class ExitNetwork(nn.Module):
     fingerprint: str | None = None
 
     @property
+    @abstractmethod
     def trunk(self) -> "MSDNet":
         """The multi-scale network whose features the classifiers read."""
-        raise NotImplementedError(f"{type(self).__name__} must have a trunk")
 
     @property
     def minimum_image_size(self) -> int:
@@ -38,13 +39,13 @@ class ExitNetwork(nn.Module):
         """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
         return Stepwise(self, images, lazy)
 
+    @abstractmethod
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
-        raise NotImplementedError(f"{type(self).__name__} must give features")
 
+    @abstractmethod
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
         """Logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1 (None for the first)."""
-        raise NotImplementedError(f"{type(self).__name__} must classify")
 
     def classify(self, features: list[Tensor]) -> list[Tensor]:
         """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""

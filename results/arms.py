@@ -81,7 +81,6 @@ ARMS = {
     "GE_ISC_OFA_kl_mean": Arm("GE + ISC + OFA, `--kl mean`", "GE", ["--kl", "mean"]),
     "GE_ISC_OFA_flow": Arm("GE + ISC + OFA, `--isc-gradient flow`", "GE", ["--isc-gradient", "flow"]),
     "GE_ISC_OFA_moving": Arm("GE + ISC + OFA, `--backbone-bn moving`", "GE", ["--backbone-bn", "moving"]),
-    "GE_ISC_OFA_30_epochs": Arm("GE + ISC + OFA, 30 epochs of stage 2", "GE", ["--epochs", "30"]),
     "released_GE": Arm("GE on the coarsest scale only (`--released`)", None, ["--released"]),
     "released_IMTA": Arm("GE + ISC + OFA, `--released`, both stages", "released_GE", ["--released"]),
     "GE_boosted": Arm("GE, boosted exits", None, ["--boosted-exits"]),

@@ -42,7 +42,6 @@ STATIC = (("ShuffleNetV2 x0.5", 11.0, 67.45), ("MobileNetV2 x0.5", 28.1, 70.19),
 REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7)}
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
-TITLES_7 = {f"{arm}_7": TITLES[arm] for arm in MAIN_ARMS}
 # What gained beyond the paper, in one: on boosted exits neither stage 2 nor ensembles of exits gain more.
 COMBINED = "GE_boosted"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
@@ -62,7 +61,6 @@ DIFFERENCES_2 = (
 DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
     *DIFFERENCES_2[:8],
-    ("GE_ISC_OFA", "GE_ISC_OFA_30_epochs"),
     ("GE", COMBINED),
     ("GE_ISC_OFA", COMBINED),
     (COMBINED, "GE_boosted_ISC_OFA"),
@@ -159,7 +157,7 @@ def static_table() -> str:
 
 def exits_7_table() -> str:
     reported = [[f"report: {name}", *map(str, accuracies)] for name, accuracies in REPORT_7.items()]
-    return comparison(reported, exit_names(7), TITLES_7, exit_accuracies)
+    return comparison(reported, exit_names(7), [f"{arm}_7" for arm in MAIN_ARMS], exit_accuracies)
 
 
 def arms_table() -> str:
@@ -201,14 +199,14 @@ def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
 
 def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT) -> str:
     """Rows of ``gains``; where both names are one, of ``ensemble_gains``."""
-    titles, rows = {**TITLES, **TITLES_7}, []
+    rows = []
     for before, after in differences:
-        title, by_seed = titles[after], gains(before, after, results)
+        title, by_seed = ARMS[after].title, gains(before, after, results)
         if before == after:
             title, by_seed = f"{title}, ensembles of exits", ensemble_gains(after, results)
         if by_seed:
             each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
-            rows.append([title, titles[before], *spread_columns(by_seed, "+"), each])
+            rows.append([title, ARMS[before].title, *spread_columns(by_seed, "+"), each])
     return markdown(["arm", "compared with", *exit_names(num_exits), "mean of exits", "seed by seed"], rows)
 
 
@@ -237,7 +235,7 @@ def epochs_table() -> str:
 def runs_table() -> str:
     """How every arm of the short schedule was trained."""
     rows = []
-    for arm in (*TITLES, *TITLES_7):
+    for arm in ARMS:
         if folders := seeds_of(arm, SHORT):
             minutes = [sum(epoch["seconds"] for epoch in epochs(folder)) / 60 for folder in folders]
             flags = " ".join(ARMS[arm].flags)
