@@ -57,6 +57,11 @@ def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
     return torch.stack([torch.einsum("k,knc->nc", torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble])
 
 
+def operations_together(operations: Sequence[int], num_classes: int) -> list[int]:
+    """Operations to each exit where an ensemble answers, from those where each exit answers alone: the k-th adds k times the classes."""
+    return [n + k * num_classes for k, n in enumerate(operations, start=1)]
+
+
 def _part(targets: Tensor) -> slice:
     return slice(None, None, -(-len(targets) // MAX_IMAGES))
 

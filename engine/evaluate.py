@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import inference_form, optimised_thresholds, policy_curve, read_policy, write_policy
 from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
-from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures
+from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures, operations_together
 from adaptive_inference.examples import easy_and_hard, examples_figure
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import simulate
@@ -124,8 +124,7 @@ class Evaluation:
         if policy.ensemble is not None:
             both = zip((val, test), labelled, strict=True)
             val, test = (alone._replace(classes=classes_together(logits, policy.ensemble)) for alone, (logits, _) in both)
-            # The answer at exit k adds k times as many operations as there are classes.
-            spent = [n + k * self.network.num_classes for k, n in enumerate(self.operations, start=1)]
+            spent = operations_together(self.operations, self.network.num_classes)
             curves["ensemble"] = curve_rows(optimised_thresholds(val, spent), val, test, spent)
         curve = policy_curve(self.network, self.operations, curves, self.measure, policy.temperatures, policy.ensemble)
         write_policy(run.policy, curve)

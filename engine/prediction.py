@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.ensemble import operations_together
 from adaptive_inference.form import form_for, inference_form
 from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction
@@ -170,6 +171,8 @@ class Answering:
     def __init__(self, predictor: AdaptivePredictor, deadline: float | None):
         self.predictor, self.info, self.deadline = predictor, predictor.network.description, deadline
         self.operations = count_operations(predictor.network, self.info.image_size)
+        if predictor.policy.ensemble:
+            self.operations = operations_together(self.operations, predictor.network.num_classes)
         self.exits = torch.zeros(len(self.operations), dtype=torch.int64)
         self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures
+from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures, operations_together
 
 
 def drawn(count=20_000, classes=5):
@@ -49,6 +49,10 @@ def test_parts_of_the_truth_are_added():
     alone = (classes_together(exits, None) == targets).double().mean(dim=1)
     assert right[1] > alone[1] + 0.05
     assert right[[0, 2]].tolist() == alone[[0, 2]].tolist()
+
+
+def test_operations_are_counted():
+    assert operations_together([10, 20, 40], 5) == [15, 30, 55]
 
 
 def test_exits_that_say_the_same_stay_alone():
