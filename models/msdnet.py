@@ -64,12 +64,15 @@ class MSDNet(ExitNetwork):
         depths = block_depths(chosen.num_blocks, chosen.base, chosen.step, chosen.step_mode)
         num_layers = sum(depths)
         layer_number, scales = 0, range(self.num_scales)
+        # If several scales are left at the end, no exit reads the finer ones of the last layers: those parameters get no gradient.
+        num_read_layers = num_layers - len(remaining_scales(num_layers, num_layers, self.num_scales, prune)) + 1
         for depth in depths:
             stages = []
             for _ in range(depth):
                 layer_number += 1
                 input_scales, scales = scales, remaining_scales(layer_number, num_layers, self.num_scales, prune)
-                stages.append(Layer(per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales))
+                shares = layer_number <= num_read_layers
+                stages.append(Layer(per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales, shares))
                 width += chosen.growth_rate
                 if reduction > 0 and _transition_follows(layer_number, num_layers, len(scales) < len(input_scales), prune):
                     reduced_width = math.floor(reduction * width)

@@ -40,6 +40,26 @@ def test_stopping_at_an_exit_gives_the_prefix(options):
         assert all(torch.equal(a, b) for a, b in zip(prefix, everything, strict=False))
 
 
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_shared_convolution_equals_separate_ones(options):
+    network = MSDNet(**{**TINY_NETWORK, **options}).double().eval()
+    images = images_for(network).double()
+    run = network.begin(images, lazy=False)  # one scale at a time, each with convolutions of its own
+    for logits in network(images):
+        torch.testing.assert_close(logits, run.next_logits(), rtol=0, atol=1e-12)
+
+
+def test_a_shared_convolution_trains_like_separate_ones():
+    network = MSDNet(**TINY_NETWORK).double()
+    layer = next(stage for stage in network.blocks[0] if stage.share_convolutions and len(stage.scales) > 1)
+    grid = {s: x.detach() for s, x in network.stem(images_for(network).double()).items()}
+    gradients = []
+    for outputs in (layer(grid), {s: layer.compute(s, grid.__getitem__) for s in layer.scales}):
+        loss = sum(x.square().sum() for x in outputs.values())
+        gradients.append(torch.autograd.grad(loss, list(layer.parameters())))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
+
+
 def test_boosted_exits_add_half_of_the_answer_so_far():
     plain, boosted = (MSDNet(**TINY_NETWORK, boosted_exits=is_boosted).eval() for is_boosted in (False, True))
     plain.load_state_dict(boosted.state_dict())
