@@ -55,23 +55,35 @@ class CommandLine:
             UserError: a preset that is not stage 1's, another held-out split than the checkpoint's, or images that have gone.
         """
         if self.stage == "GE" and inherited and {"preset", "data"} & self.explicit.keys():
-            inherited = {name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited}
+            inherited = {
+                name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited
+            }
         known = stored or inherited or {}
-        if known.get("data", "demo") != "demo" and "data_root" not in self.explicit and not is_folder(known.get("data_root", "")):
-            were = f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
+        if (
+            known.get("data", "demo") != "demo"
+            and "data_root" not in self.explicit
+            and not is_folder(known.get("data_root", ""))
+        ):
+            were = (
+                f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
+            )
             raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
         for name in ("val_size", "split_seed"):
             before = known.get(name)
             if name in known and self.explicit.get(name, before) != before:
                 given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"
-                raise UserError(f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so")
+                raise UserError(
+                    f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so"
+                )
         if stored is not None:
             base = {name: value for name, value in stored.items() if name not in _OF_THIS_START}
         else:
             inherited = inherited or {}
             trained_with = inherited.get("preset")
             if trained_with and self.explicit.get("preset", trained_with) != trained_with:
-                raise UserError(f"stage 1 was trained with --preset {trained_with}, the command line says {self.explicit['preset']}")
+                raise UserError(
+                    f"stage 1 was trained with --preset {trained_with}, the command line says {self.explicit['preset']}"
+                )
             base = self._from_preset(inherited.get("preset", Settings.preset))
             base |= {name: inherited[name] for name in INHERITED if name in inherited}
         chosen = {**base, **self.explicit}
@@ -95,7 +107,9 @@ class CommandLine:
             if name not in RESUMABLE and name in stored and before != value:
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
                 way = way if self.stage == "GE" else "use a new --save"
-                raise UserError(f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; {way}")
+                raise UserError(
+                    f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; {way}"
+                )
 
     @property
     def save_directory(self) -> Path:
@@ -120,7 +134,9 @@ class CommandLine:
         if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
             path = RunDirectory(self.save_directory.parent / "GE").best
             if not path.exists():
-                raise UserError(f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained")
+                raise UserError(
+                    f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained"
+                )
         return path and find(path)
 
     def refuse_early(self) -> None:
@@ -129,7 +145,9 @@ class CommandLine:
         if "evalmode" in self.explicit:
             find(self.explicit.get("evaluate_from", run.best))
         elif "resume" in self.explicit and run.holds_run():
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of a damaged record
+            with suppress(
+                OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+            ):  # of a damaged record
                 recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
                 # Where it started from is recorded as it was given; last.pt knows the file.
                 self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
@@ -141,7 +159,9 @@ class CommandLine:
     def _from_preset(self, preset: str) -> dict:
         chosen = PRESETS[self.explicit.get("preset", preset)]
         released = RELEASED_CHOICES if self.explicit.get("released") else {}
-        share = {"val_size": None} if self.explicit.get("data") == "folder" else {}  # a preset does not know its number of images
+        share = (
+            {"val_size": None} if self.explicit.get("data") == "folder" else {}
+        )  # a preset does not know its number of images
         return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
 
 
@@ -155,14 +175,21 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     explicit = vars(parser.parse_args(argv))
     if explicit.get("nesterov") and explicit.get("momentum") == 0:
         parser.error("--nesterov needs a --momentum above 0")
-    for first, second in (("resume", "overwrite"), ("single_stage", "pretrained"), ("evalmode", "resume"), ("evalmode", "overwrite")):
+    for first, second in (
+        ("resume", "overwrite"),
+        ("single_stage", "pretrained"),
+        ("evalmode", "resume"),
+        ("evalmode", "overwrite"),
+    ):
         if first in explicit and second in explicit:
             parser.error(f"{FLAGS[first]} and {FLAGS[second]} do not go together")
     if "evaluate_from" in explicit and "evalmode" not in explicit:
         parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
     if stage == "GE" and "pretrained" in explicit and "save" not in explicit:
         parser.error("--pretrained needs --save, the directory of the new run")
-    has_origin = stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
+    has_origin = (
+        stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
+    )
     goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
     if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
         explicit["data"] = "folder"
@@ -204,7 +231,9 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     demo = {**PRESETS["demo"]["both"], **PRESETS["demo"][stage]}
-    described = sorted(OPTIONS.values(), key=lambda o: (o.metadata.get("group") != COMMON, o.name in NETWORK_FIELDS))
+    described = sorted(
+        OPTIONS.values(), key=lambda o: (o.metadata.get("group") != COMMON, o.name in NETWORK_FIELDS)
+    )
     groups: dict[str, Any] = {}
     for choice in described:
         known = choice.metadata
@@ -214,7 +243,9 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         default = known.get("shown") or _shown(demo.get(choice.name, choice.default))
         text = f"{known['help']} (default: {default})".replace("%", "%%")
-        group.add_argument(known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice))
+        group.add_argument(
+            known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice)
+        )
     return parser
 
 
@@ -228,7 +259,9 @@ def as_typed(name: str, value: Any) -> Any:
     if (value is None and OPTIONS[name].default is None) or (isinstance(value, bool) and "action" in rules):
         return value
     try:
-        typed = rules.get("type", bool)(separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+        typed = rules.get("type", bool)(
+            separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        )
     except argparse.ArgumentTypeError:
         typed = None
     if typed is None or "action" in rules or typed not in rules.get("choices", [typed]):

@@ -29,8 +29,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-import datasets
-from datasets import HELD_OUT_SHARE, LARGEST_IN_MEMORY, NORMALIZATION, DataInfo, Part, evaluation_transform, read_image
+from image_data import sources as datasets
+from image_data.sources import (
+    HELD_OUT_SHARE,
+    LARGEST_IN_MEMORY,
+    NORMALIZATION,
+    DataInfo,
+    Part,
+    evaluation_transform,
+    read_image,
+)
 from models.saved import Split
 from settings import Settings
 from utils import UserError
@@ -38,7 +46,10 @@ from utils import UserError
 Batch = tuple[Tensor, Tensor]
 
 CROP_PADDING = 4
-CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops: share of the image, width by height
+CROP_AREAS, CROP_RATIOS = (
+    (0.08, 1.0),
+    (3 / 4, 4 / 3),
+)  # of random resized crops: share of the image, width by height
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no others
 
 
@@ -70,13 +81,17 @@ class Shard:
 class Normalizer:
     """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation over the data set (of values 0 to 1)."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool = False):
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool = False
+    ):
         self.scale = (1 / (255 * torch.tensor(std))).reshape(1, 3, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).reshape(1, 3, 1, 1).to(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.to(torch.float32, memory_format=self.memory_format), self.scale)
+        return torch.addcmul(
+            self.shift, images.to(torch.float32, memory_format=self.memory_format), self.scale
+        )
 
 
 class Batches:
@@ -88,10 +103,14 @@ class Batches:
         augment: the flag's value, "none" for all but training images.
     """
 
-    def __init__(self, num_images: int, settings: Settings, augment: str, normalize: Normalizer, shard: Shard):
+    def __init__(
+        self, num_images: int, settings: Settings, augment: str, normalize: Normalizer, shard: Shard
+    ):
         self.batch_size, self.shard = settings.batch_size, shard
         if self.batch_size % self.shard.world_size:
-            raise UserError(f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; use a multiple")
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; use a multiple"
+            )
         self.num_images, self.seed, self.workers = num_images, settings.seed, settings.workers
         self.augment, self.normalize, self.device = augment, normalize, normalize.scale.device
 
@@ -133,7 +152,9 @@ class InMemoryBatches(Batches):
         generator = self._generator(epoch)
         order = torch.randperm(self.num_images, generator=generator)
         # Everything random of the epoch is drawn and sent at once: no transfer, and so no waiting, in a step.
-        offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(self.device)
+        offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(
+            self.device
+        )
         flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
         seeds = _image_seeds(self.num_images, generator)
         numbers = self._steps(order, first_step)  # on the host, for the seeds
@@ -143,7 +164,9 @@ class InMemoryBatches(Batches):
                 images = crop_and_flip(images, offsets[chosen], flips[chosen])
             if self.policy is not None:
                 # One image at a time, as torchvision draws one operation for everything it is given.
-                images = torch.stack([_seeded(self.policy, x, s) for x, s in zip(images, seeds[own].tolist(), strict=True)])
+                images = torch.stack(
+                    [_seeded(self.policy, x, s) for x, s in zip(images, seeds[own].tolist(), strict=True)]
+                )
             yield self.normalize(images), self.targets[chosen]
 
     def picture(self, index: int) -> Tensor:
@@ -164,7 +187,9 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, rows, columns, H, W), a strided look without copies
+    windows = padded.unfold(2, height, 1).unfold(
+        3, width, 1
+    )  # (N, C, rows, columns, H, W), a strided look without copies
     cropped = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
     return torch.where(flips[:, None, None, None], cropped.flip(-1), cropped)
 
@@ -177,7 +202,9 @@ class FileBatches(Batches):
         # An array, as a million Path objects would be copied bit by bit into every worker that counts references to them.
         names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         self.plain = _ImageFiles(names, targets, evaluation_transform(image_size))
-        transform = self.plain.transform if self.augment == "none" else TrainingTransform(image_size, self.augment)
+        transform = (
+            self.plain.transform if self.augment == "none" else TrainingTransform(image_size, self.augment)
+        )
         self.augmented = _ImageFiles(names, targets, transform)
         self._steps_to_load: list[list[tuple[int, int]]] = []
         self._loader: DataLoader | None = None
@@ -187,14 +214,20 @@ class FileBatches(Batches):
         generator = self._generator(epoch)
         order = torch.randperm(self.num_images, generator=generator)
         seeds = _image_seeds(self.num_images, generator)
-        steps = [list(zip(part.tolist(), seeds[part].tolist(), strict=True)) for part in self._steps(order, first_step)]
+        steps = [
+            list(zip(part.tolist(), seeds[part].tolist(), strict=True))
+            for part in self._steps(order, first_step)
+        ]
         return self._load(self.augmented, steps)
 
     def picture(self, index: int) -> Tensor:
         return read_image(self.plain.path(index), self.plain.transform)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._load(self.plain, [[(i, 0) for i in part.tolist()] for part in self.own().split(self.batch_size) if len(part)])
+        return self._load(
+            self.plain,
+            [[(i, 0) for i in part.tolist()] for part in self.own().split(self.batch_size) if len(part)],
+        )
 
     def _load(self, files: "_ImageFiles", steps: list[list[tuple[int, int]]]) -> Iterator[Batch]:
         # The same loader every epoch keeps its processes; it reads the list of steps anew.
@@ -202,7 +235,9 @@ class FileBatches(Batches):
         if self._loader is None or self._loader.dataset is not files:
             self.close()
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*worker processes")  # more than cores were asked for
+                warnings.filterwarnings(
+                    "ignore", message=".*worker processes"
+                )  # more than cores were asked for
                 self._loader = DataLoader(
                     files,
                     batch_sampler=self._steps_to_load,
@@ -298,12 +333,17 @@ class TrainingTransform:
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
         # A JPEG is decoded at 1/2, 1/4 or 1/8, if then the crop still has enough pixels; other formats come as they are.
         full_width = image.width
-        image.draft(None, tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size))
+        image.draft(
+            None, tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size)
+        )
         reduction = round(full_width / image.width)
         top, left, height, width = (n // reduction for n in (top, left, height, width))
         # Turned upright after the crop, whose shape is as likely either way.
         crop = datasets.rgb(image.crop((left, top, left + width, top + height)))
-        if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # without these, PIL is twice as fast
+        if torch.backends.cpu.get_cpu_capability() not in (
+            "AVX2",
+            "AVX512",
+        ):  # without these, PIL is twice as fast
             crop = crop.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
         crop = v2.functional.resize(crop, [self.image_size] * 2, antialias=True)
@@ -335,7 +375,11 @@ def load_data(
     """
     shard, (held_out, names) = shard or Shard(), split or (None, None)
     image_size = settings.image_size or (224 if settings.data in ("imagenet", "folder") else 32)
-    in_memory, trains, test_alone = image_size <= LARGEST_IN_MEMORY, settings.evalmode is None, settings.evalmode in TEST_ALONE
+    in_memory, trains, test_alone = (
+        image_size <= LARGEST_IN_MEMORY,
+        settings.evalmode is None,
+        settings.evalmode in TEST_ALONE,
+    )
     has_mean = stored is not None or settings.data in NORMALIZATION or not in_memory
     found = datasets.find(settings, image_size, stored, only_test=test_alone and has_mean)
     known = datasets.recognise(found, stored, names)
@@ -344,7 +388,9 @@ def load_data(
         held_out = datasets.choose_held_out(len(found.train), size, settings.split_seed)
         if settings.val_size is None and not test_alone:
             purpose = "to choose the best epoch and the thresholds"
-            found.notes.append(f"{HELD_OUT_SHARE} % of the training images are held out {purpose}; --val-size N changes that")
+            found.notes.append(
+                f"{HELD_OUT_SHARE} % of the training images are held out {purpose}; --val-size N changes that"
+            )
     is_held_out = torch.isin(known, held_out)
     kept = (~is_held_out & (known >= 0)).nonzero().flatten()
     parts = {
@@ -372,17 +418,41 @@ def load_data(
     if trains and not settings.skip_unreadable:  # the first epoch reads all other images
         for name, indices in (("val", val.own()), ("test", test.own()), ("train", train.left_out(0))):
             datasets.read_files(parts[name].take(indices), image_size, False, found.notes)
-    digests = datasets.name_digests(found.names) if len(found.names) == len(found.train) else torch.empty(0, dtype=torch.int64)
-    info = DataInfo(settings.data, found.class_names, image_size, list(mean), list(std), len(found.train), found.fingerprint)
+    digests = (
+        datasets.name_digests(found.names)
+        if len(found.names) == len(found.train)
+        else torch.empty(0, dtype=torch.int64)
+    )
+    info = DataInfo(
+        settings.data,
+        found.class_names,
+        image_size,
+        list(mean),
+        list(std),
+        len(found.train),
+        found.fingerprint,
+    )
     if stored is not None:  # what its split refers to
         info = replace(info, num_training_images=stored.num_training_images, fingerprint=stored.fingerprint)
-    return Data(info, Split(held_out, digests if names is None else names), found.notes, found.sorted_by_name, train, val, test)
+    return Data(
+        info,
+        Split(held_out, digests if names is None else names),
+        found.notes,
+        found.sorted_by_name,
+        train,
+        val,
+        test,
+    )
 
 
 def _normalization(name: str, training_part: Part) -> tuple[Sequence[float], Sequence[float]]:
     if name in NORMALIZATION or training_part.images is None:
         return NORMALIZATION.get(name, NORMALIZATION["imagenet"])
     if len(training_part) == 0:
-        raise UserError(f"--data {name} of small images is normalised by its training images; --data-root must hold train/CLASS/ too")
+        raise UserError(
+            f"--data {name} of small images is normalised by its training images; --data-root must hold train/CLASS/ too"
+        )
     pixels = training_part.images.transpose(0, 1).flatten(1).float() / 255
-    return [round(x, 4) for x in pixels.mean(1).tolist()], [round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()]
+    return [round(x, 4) for x in pixels.mean(1).tolist()], [
+        round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()
+    ]

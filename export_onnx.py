@@ -16,17 +16,30 @@ from utils import CommandLineParser, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Export what these arguments name (None: those of the process) and return the exit status."""
-    parser = CommandLineParser(prog="export_onnx.py", description="Write a trained network as one ONNX file that stops early.")
+    parser = CommandLineParser(
+        prog="export_onnx.py", description="Write a trained network as one ONNX file that stops early."
+    )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="of either stage: a file, directory of a run, or name in weights/"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="of either stage: a file, directory of a run, or name in weights/",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
-    parser.add_argument("--policy", type=Path, metavar="FILE", help="its policies (default: policy.json beside the checkpoint, if any)")
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="its policies (default: policy.json beside the checkpoint, if any)",
+    )
     arguments = parser.parse_args(argv)
     atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
 
-    from adaptive_inference.export import export_onnx  # here, as PyTorch takes seconds to load, and --help needs none
-    from adaptive_inference.form import form_for
+    from adaptive_inference.export import (
+        export_onnx,
+    )  # here, as PyTorch takes seconds to load, and --help needs none
+    from adaptive_inference.fold import form_for
     from adaptive_inference.policies import describe, read_policy
     from engine.checkpoint import load_saved
     from models.files import policy_path
@@ -34,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load_saved(arguments.model, {})
         if saved.description is None:
-            raise UserError(f"{arguments.model} is of the released program, which stores neither classes nor preprocessing")
+            raise UserError(
+                f"{arguments.model} is of the released program, which stores neither classes nor preprocessing"
+            )
         policy = arguments.policy or policy_path(saved.path)
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:

@@ -39,7 +39,12 @@ class OnnxPredictor:
         ValueError: it is damaged, or ``export_onnx.py`` of this version did not write it.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)):
+    def __init__(
+        self,
+        path: str | Path,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ):
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
         options = onnxruntime.SessionOptions()
@@ -50,9 +55,13 @@ class OnnxPredictor:
         except Exception as error:  # the runtime's own types are not public in all its versions
             raise ValueError(f"cannot load the model {path}: {' '.join(str(error).split())[:200]}") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no file of this version of export_onnx.py: its format is {ascii(metadata.get('format'))[:60]}")
+            raise ValueError(
+                f"{path} is no file of this version of export_onnx.py: its format is {ascii(metadata.get('format'))[:60]}"
+            )
         names = ("class_names", "image_size", "operations", "points")
-        self.class_names, self.image_size, self.operations, self.points = (json.loads(metadata[name]) for name in names)
+        self.class_names, self.image_size, self.operations, self.points = (
+            json.loads(metadata[name]) for name in names
+        )
         self.num_exits, self.num_classes = len(self.operations), len(self.class_names)
 
     def choose(self, operations: float | None = None) -> np.ndarray:
@@ -66,14 +75,21 @@ class OnnxPredictor:
         """
         points = [point for point in self.points if operations is None or point["operations"] <= operations]
         if not points:
-            raise ValueError(f"none of this file's {len(self.points)} policies spends at most {operations} operations")
+            raise ValueError(
+                f"none of this file's {len(self.points)} policies spends at most {operations} operations"
+            )
         if operations is None:
-            best = min(points, key=lambda point: (abs(point["operations"] - self.operations[-1] / 2), -point["val_acc1"]))
+            best = min(
+                points,
+                key=lambda point: (abs(point["operations"] - self.operations[-1] / 2), -point["val_acc1"]),
+            )
         else:
             best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
         return np.array(best["thresholds"], np.float32)
 
-    def predict(self, images: np.ndarray, thresholds: Sequence[float] | np.ndarray | None = None) -> Prediction:
+    def predict(
+        self, images: np.ndarray, thresholds: Sequence[float] | np.ndarray | None = None
+    ) -> Prediction:
         """Answer images (N, 3, S, S) uint8, RGB as in files; each leaves at the first exit whose confidence reaches its threshold.
 
         Args:
@@ -84,8 +100,12 @@ class OnnxPredictor:
         """
         size = self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {images.dtype} {images.shape}; this network wants uint8 (N, 3, {size}, {size})")
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}; this network wants uint8 (N, 3, {size}, {size})"
+            )
         thresholds = self.choose() if thresholds is None else np.asarray(thresholds, np.float32)
         if thresholds.shape != (self.num_exits,):
             raise ValueError(f"thresholds are {thresholds.shape}; this network has {self.num_exits} exits")
-        return Prediction(*self.session.run(list(Prediction._fields), {"images": images, "thresholds": thresholds}))
+        return Prediction(
+            *self.session.run(list(Prediction._fields), {"images": images, "thresholds": thresholds})
+        )

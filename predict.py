@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         path = find_model(arguments.model)
         if is_terminal(sys.stderr):
             sys.stderr.write("predict.py: loading PyTorch\n")
-        from engine.prediction import answer_all  # here, as PyTorch takes seconds to load, and --help needs none
+        from engine.prediction import (
+            answer_all,
+        )  # here, as PyTorch takes seconds to load, and --help needs none
 
         return answer_all(arguments, path)
     except UserError as error:
@@ -56,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> CommandLineParser:
     """Every flag."""
     parser = CommandLineParser(
-        prog="predict.py", description="Classify images, each with as much of the network as it needs.", allow_abbrev=False
+        prog="predict.py",
+        description="Classify images, each with as much of the network as it needs.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of images")
@@ -66,20 +70,67 @@ def parser() -> CommandLineParser:
         metavar="NAME|FILE",
         help="a network of weights/, or a file of ours or a released one (default: your newest run in save/, else imta_cifar100)",
     )
-    add("--policy", type=Path, metavar="FILE", help="thresholds for this network (default: policy.json beside it)")
-    add("--budget", type=_budget, help="mean an image at most: 2ms, 40%% of the operations, or 12.5M operations (default: about 50%%)")
+    add(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="thresholds for this network (default: policy.json beside it)",
+    )
+    add(
+        "--budget",
+        type=_budget,
+        help="mean an image at most: 2ms, 40%% of the operations, or 12.5M operations (default: about 50%%)",
+    )
     add("--accuracy", type=_percentage, metavar="PERCENT", help="on held-out images at least")
-    add("--max-loss", type=_percentage, metavar="PERCENT", help="of accuracy against the whole network, with --confidence-level")
+    add(
+        "--max-loss",
+        type=_percentage,
+        metavar="PERCENT",
+        help="of accuracy against the whole network, with --confidence-level",
+    )
     add("--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)")
-    add("--disagreement", action="store_true", help="--max-loss counts every answer that is not the whole network's")
-    add("--deadline", type=_deadline, metavar="5ms", help="answer each image, or batch, by the last exit finished in that time")
-    add("--rule", choices=list(RULES), help="only thresholds found by this rule (default: ensemble or optimised, if there are any)")
-    add("--format", choices=["table", "csv", "json"], default="table", help="of the answers; json has the five best classes")
+    add(
+        "--disagreement",
+        action="store_true",
+        help="--max-loss counts every answer that is not the whole network's",
+    )
+    add(
+        "--deadline",
+        type=_deadline,
+        metavar="5ms",
+        help="answer each image, or batch, by the last exit finished in that time",
+    )
+    add(
+        "--rule",
+        choices=list(RULES),
+        help="only thresholds found by this rule (default: ensemble or optimised, if there are any)",
+    )
+    add(
+        "--format",
+        choices=["table", "csv", "json"],
+        default="table",
+        help="of the answers; json has the five best classes",
+    )
     add("--output", type=Path, metavar="FILE", help="write the answers there (default: standard output)")
-    add("--batch-size", type=at_least(1), metavar="N", help="images at a time; all get their mean time (default: 64, with --deadline 1)")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="images at a time; all get their mean time (default: 64, with --deadline 1)",
+    )
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line, of a released file, which holds none")
-    add("--image-size", type=at_least(1), metavar="PIXELS", help="of a released file (default: 32 or 224, by its layers)")
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, one a line, of a released file, which holds none",
+    )
+    add(
+        "--image-size",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="of a released file (default: 32 or 224, by its layers)",
+    )
     return parser
 
 
@@ -87,11 +138,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The typed command line; mistakes end the program with one line and status 2."""
     flags = parser()
     arguments = flags.parse_args(argv)
-    wishes = [name for name in ("budget", "accuracy", "max_loss", "deadline", "rule") if getattr(arguments, name) is not None]
+    wishes = [
+        name
+        for name in ("budget", "accuracy", "max_loss", "deadline", "rule")
+        if getattr(arguments, name) is not None
+    ]
     for name, company in (("deadline", ()), ("max_loss", ("budget", "accuracy"))):
         others = [other for other in wishes if other != name and other not in company]
         if name in wishes and others:
-            flags.error(f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them")
+            flags.error(
+                f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them"
+            )
     if arguments.max_loss is None and (arguments.confidence_level is not None or arguments.disagreement):
         flags.error("--confidence-level and --disagreement belong to --max-loss")
     return arguments
@@ -115,7 +172,9 @@ def _budget(text: str) -> Budget:
     try:
         return Budget((in_range(0, 100) if unit == "%" else above(0))(text.removesuffix(unit)), unit)
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; milliseconds (2ms), a percentage (40%) or millions (12.5M)") from None
+        raise argparse.ArgumentTypeError(
+            f"{error}; milliseconds (2ms), a percentage (40%) or millions (12.5M)"
+        ) from None
 
 
 def _deadline(text: str) -> float:

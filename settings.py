@@ -64,12 +64,24 @@ class Settings(NetworkOptions):
         metavar="DIR",
     )
     save: Path | None = _free(
-        None, "--save", "directory of this run", group=COMMON, kind=folder, metavar="DIR", shown="save/PRESET/GE or save/PRESET/IMTA"
+        None,
+        "--save",
+        "directory of this run",
+        group=COMMON,
+        kind=folder,
+        metavar="DIR",
+        shown="save/PRESET/GE or save/PRESET/IMTA",
     )
     resume: bool = _free(
-        False, "--resume", "go on from the last checkpoint in --save, with its settings; start where none is", group=COMMON, switch=True
+        False,
+        "--resume",
+        "go on from the last checkpoint in --save, with its settings; start where none is",
+        group=COMMON,
+        switch=True,
     )
-    overwrite: bool = _free(False, "--overwrite", "start anew in a directory that holds a run", group=COMMON, switch=True)
+    overwrite: bool = _free(
+        False, "--overwrite", "start anew in a directory that holds a run", group=COMMON, switch=True
+    )
     evalmode: str | None = _free(
         None,
         "--evalmode",
@@ -82,9 +94,21 @@ class Settings(NetworkOptions):
         nargs="?",
         const="dynamic",
     )
-    epochs: int = option(300, "--epochs", "passes over the training images", group=COMMON, kind=at_least(1, MAX_EPOCHS))
-    batch_size: int = option(64, "--batch-size", "images a step, over all processes and GPUs", group=COMMON, aliases=("-b",))
-    lr: float = option(0.1, "--lr", "peak learning rate", group=COMMON, aliases=("--learning-rate",), kind=above(0), metavar="LR")
+    epochs: int = option(
+        300, "--epochs", "passes over the training images", group=COMMON, kind=at_least(1, MAX_EPOCHS)
+    )
+    batch_size: int = option(
+        64, "--batch-size", "images a step, over all processes and GPUs", group=COMMON, aliases=("-b",)
+    )
+    lr: float = option(
+        0.1,
+        "--lr",
+        "peak learning rate",
+        group=COMMON,
+        aliases=("--learning-rate",),
+        kind=above(0),
+        metavar="LR",
+    )
 
     evaluate_from: Path | None = _free(
         None,
@@ -111,20 +135,41 @@ class Settings(NetworkOptions):
         shown="none; stage 2: the directory GE beside --save",
     )
     seed: int = option(1, "--seed", "seed of initialisation, order and augmentation", kind=_SEED)
-    deterministic: bool = option(False, "--deterministic", "only operations that repeat bit for bit on the same machine", switch=True)
+    deterministic: bool = option(
+        False, "--deterministic", "only operations that repeat bit for bit on the same machine", switch=True
+    )
     gpu: tuple[int, ...] | None = _free(
-        None, "--gpu", "GPU or GPUs of this process, such as 0,1,2,3", kind=int_list(","), metavar="IDS", shown="the first GPU, or the CPU"
+        None,
+        "--gpu",
+        "GPU or GPUs of this process, such as 0,1,2,3",
+        kind=int_list(","),
+        metavar="IDS",
+        shown="the first GPU, or the CPU",
     )
     print_freq: int = _free(100, "--print-freq", "steps between two lines of the log", aliases=("-p",))
     save_every_steps: int | None = _free(
-        None, "--save-every-steps", "also save a checkpoint every N steps", kind=at_least(1), shown="at the end of an epoch"
+        None,
+        "--save-every-steps",
+        "also save a checkpoint every N steps",
+        kind=at_least(1),
+        shown="at the end of an epoch",
     )
     save_every_minutes: float | None = _free(
-        None, "--save-every-minutes", "also save a checkpoint every M minutes", kind=above(0), metavar="M", shown="at the end of an epoch"
+        None,
+        "--save-every-minutes",
+        "also save a checkpoint every M minutes",
+        kind=above(0),
+        metavar="M",
+        shown="at the end of an epoch",
     )
 
     image_size: int | None = _data(
-        None, "--image-size", "height and width of images", kind=at_least(1), metavar="PIXELS", shown="32, ImageNet and folders 224"
+        None,
+        "--image-size",
+        "height and width of images",
+        kind=at_least(1),
+        metavar="PIXELS",
+        shown="32, ImageNet and folders 224",
     )
     val_size: int | None = _data(
         None,
@@ -158,23 +203,41 @@ class Settings(NetworkOptions):
         choices=("standard", "trivial", "randaugment", "none"),
     )
 
-    small_inputs: bool | None = option(None, "--small-inputs", NETWORK_FIELDS["small_inputs"].metadata["help"], shown="up to 64 pixels")
+    small_inputs: bool | None = option(
+        None, "--small-inputs", NETWORK_FIELDS["small_inputs"].metadata["help"], shown="up to 64 pixels"
+    )
 
-    temperature: float = _stage_2(1.0, "--temperature", "temperature of the distillation", aliases=("-T",), kind=above(0), metavar="T")
+    temperature: float = _stage_2(
+        1.0, "--temperature", "temperature of the distillation", aliases=("-T",), kind=above(0), metavar="T"
+    )
     gamma: float = _stage_2(0.1, "--gamma", "weight of the distillation against the labels", metavar="G")
-    isc: bool = _stage_2(True, "--isc", "Inline Subnetwork Collaboration: exits read the logits of the exit before them")
+    isc: bool = _stage_2(
+        True, "--isc", "Inline Subnetwork Collaboration: exits read the logits of the exit before them"
+    )
     ofa: bool = _stage_2(True, "--ofa", "One-for-all distillation: exits learn from the last exit of stage 1")
     isc_gradient: str = _stage_2(
-        "cut", "--isc-gradient", "gradient from an exit into the one before: cut (paper), flow (released code)", choices=("cut", "flow")
+        "cut",
+        "--isc-gradient",
+        "gradient from an exit into the one before: cut (paper), flow (released code)",
+        choices=("cut", "flow"),
     )
     kl_reduction: str = _stage_2(
-        "sum", "--kl", "over classes: sum (paper), mean (released code, 1/C of the weight)", choices=("sum", "mean")
+        "sum",
+        "--kl",
+        "over classes: sum (paper), mean (released code, 1/C of the weight)",
+        choices=("sum", "mean"),
     )
     backbone_bn: str = _stage_2(
-        "frozen", "--backbone-bn", "BatchNorm of the frozen network: frozen (paper), moving (released code)", choices=("frozen", "moving")
+        "frozen",
+        "--backbone-bn",
+        "BatchNorm of the frozen network: frozen (paper), moving (released code)",
+        choices=("frozen", "moving"),
     )
     single_stage: bool = _stage_2(
-        False, "--single-stage", "train network and classifiers at once from scratch (GE + ISC + OFA)", switch=True
+        False,
+        "--single-stage",
+        "train network and classifiers at once from scratch (GE + ISC + OFA)",
+        switch=True,
     )
     released: bool = option(
         False,
@@ -183,16 +246,31 @@ class Settings(NetworkOptions):
         switch=True,
     )
 
-    lr_type: str = _optimisation("multistep", "--lr-type", "schedule after the warm-up", choices=("multistep", "cosine"))
-    lr_milestones: tuple[float, ...] | None = _optimisation(
-        None, "--lr-milestones", "epochs at which multistep decays", kind=float_list, metavar="E,E", shown="at 50 % and 75 %"
+    lr_type: str = _optimisation(
+        "multistep", "--lr-type", "schedule after the warm-up", choices=("multistep", "cosine")
     )
-    decay_rate: float = _optimisation(0.1, "--decay-rate", "factor of every multistep decay", kind=above(0), metavar="R")
-    warmup_epochs: float = _optimisation(0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0), metavar="E")
+    lr_milestones: tuple[float, ...] | None = _optimisation(
+        None,
+        "--lr-milestones",
+        "epochs at which multistep decays",
+        kind=float_list,
+        metavar="E,E",
+        shown="at 50 % and 75 %",
+    )
+    decay_rate: float = _optimisation(
+        0.1, "--decay-rate", "factor of every multistep decay", kind=above(0), metavar="R"
+    )
+    warmup_epochs: float = _optimisation(
+        0.0, "--warmup-epochs", "epochs of linear warm-up", kind=in_range(0), metavar="E"
+    )
     momentum: float = _optimisation(0.9, "--momentum", "momentum of SGD", metavar="M")
     nesterov: bool = _optimisation(False, "--nesterov", "Nesterov momentum")
-    weight_decay: float = _optimisation(1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0), metavar="W")
-    label_smoothing: float = _optimisation(0.0, "--label-smoothing", "label smoothing of the cross-entropies", metavar="S")
+    weight_decay: float = _optimisation(
+        1e-4, "--weight-decay", "weight decay", aliases=("--wd",), kind=in_range(0), metavar="W"
+    )
+    label_smoothing: float = _optimisation(
+        0.0, "--label-smoothing", "label smoothing of the cross-entropies", metavar="S"
+    )
     ema_decay: float | None = _optimisation(
         None,
         "--ema-decay",
@@ -204,7 +282,9 @@ class Settings(NetworkOptions):
     clip_grad: float | None = _optimisation(
         None, "--clip-grad", "clip the gradient's norm", kind=above(0), metavar="NORM", shown="no clipping"
     )
-    accumulate: int = _optimisation(1, "--accumulate", "work a step's images off in N parts, for less memory; the batch size stays")
+    accumulate: int = _optimisation(
+        1, "--accumulate", "work a step's images off in N parts, for less memory; the batch size stays"
+    )
 
     amp: str = _speed(
         "auto",
@@ -212,7 +292,9 @@ class Settings(NetworkOptions):
         "mixed precision; auto: the 16-bit type that the device is faster with, off where none is",
         choices=("auto", "off", "bf16", "fp16"),
     )
-    tf32: bool = _speed(True, "--tf32", "TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it")
+    tf32: bool = _speed(
+        True, "--tf32", "TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it"
+    )
     channels_last: bool = _speed(True, "--channels-last", "memory layout NHWC")
     fused_optimizer: bool = _speed(True, "--fused-optimizer", "update all weights in one kernel")
     compile: str = _speed(
@@ -223,21 +305,31 @@ class Settings(NetworkOptions):
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     )
     checkpoint_activations: bool = _speed(
-        False, "--checkpoint-activations", "compute what is inside blocks again in the backward pass: less memory, more time"
+        False,
+        "--checkpoint-activations",
+        "compute what is inside blocks again in the backward pass: less memory, more time",
     )
     sync_bn: bool = _speed(
-        False, "--sync-bn", "batch normalisation over all GPUs of torchrun together; they wait for each other at every layer"
+        False,
+        "--sync-bn",
+        "batch normalisation over all GPUs of torchrun together; they wait for each other at every layer",
     )
 
 
 def plain(settings: Settings) -> dict[str, Any]:
     """Settings in plain types, as checkpoints and ``run.json`` keep them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+    }
 
 
 OPTIONS: dict[str, Field] = {described.name: described for described in fields(Settings)}
 FLAGS = {name: described.metadata["flag"] for name, described in OPTIONS.items()}
-INHERITED = [name for name, described in OPTIONS.items() if name in NETWORK_FIELDS or described.metadata.get("inherited")]
+INHERITED = [
+    name
+    for name, described in OPTIONS.items()
+    if name in NETWORK_FIELDS or described.metadata.get("inherited")
+]
 
 RESUMABLE = {name for name, described in OPTIONS.items() if described.metadata.get("resumable")}
 
@@ -252,9 +344,30 @@ RELEASED_CHOICES = {
 
 _DEMO = {"num_blocks": 4, "step_mode": "lin_grow", "num_channels": 4, "growth_rate": 4}
 _FOLDER = {"num_blocks": 4, "base": 2, "step": 2, "num_channels": 16, "growth_rate": 8}
-_CIFAR_5_EXITS = {"num_blocks": 5, "step_mode": "lin_grow", "step": 1, "base": 1, "num_channels": 16, "growth_rate": 6}
-_CIFAR_7_EXITS = {"num_blocks": 7, "step_mode": "even", "step": 2, "base": 4, "num_channels": 16, "growth_rate": 6}
-_IMAGENET = {"num_blocks": 5, "step_mode": "even", "step": 4, "base": 4, "num_channels": 32, "growth_rate": 16}
+_CIFAR_5_EXITS = {
+    "num_blocks": 5,
+    "step_mode": "lin_grow",
+    "step": 1,
+    "base": 1,
+    "num_channels": 16,
+    "growth_rate": 6,
+}
+_CIFAR_7_EXITS = {
+    "num_blocks": 7,
+    "step_mode": "even",
+    "step": 2,
+    "base": 4,
+    "num_channels": 16,
+    "growth_rate": 6,
+}
+_IMAGENET = {
+    "num_blocks": 5,
+    "step_mode": "even",
+    "step": 4,
+    "base": 4,
+    "num_channels": 32,
+    "growth_rate": 16,
+}
 _IMAGENET_SCALES = {"growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4)}
 _BATCH_512_COSINE = {"batch_size": 512, "lr": 0.8, "lr_type": "cosine"}
 _BATCH_128_NESTEROV = {"batch_size": 128, "lr_type": "cosine", "weight_decay": 5e-4, "nesterov": True}
@@ -286,7 +399,13 @@ PRESETS = {
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "cifar100-boosted": {
-        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_5_EXITS, "boosted_exits": True, **_BATCH_128_NESTEROV},
+        "both": {
+            "data": "cifar100",
+            "val_size": 5000,
+            **_CIFAR_5_EXITS,
+            "boosted_exits": True,
+            **_BATCH_128_NESTEROV,
+        },
         "GE": {"epochs": 30, "lr": 0.2, "warmup_epochs": 1.0},
         "IMTA": {"epochs": 10, "lr": 0.1},
     },
@@ -296,7 +415,14 @@ PRESETS = {
         "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
     },
     "imagenet": {
-        "both": {"data": "imagenet", "val_size": 50000, **_IMAGENET, **_IMAGENET_SCALES, "epochs": 90, **_BATCH_256_MULTISTEP},
+        "both": {
+            "data": "imagenet",
+            "val_size": 50000,
+            **_IMAGENET,
+            **_IMAGENET_SCALES,
+            "epochs": 90,
+            **_BATCH_256_MULTISTEP,
+        },
         "GE": {},
         "IMTA": {},
     },

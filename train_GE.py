@@ -19,9 +19,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from datasets import DataInfo
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
+from image_data.sources import DataInfo
 from models import MSDNet, sum_of_cross_entropies
 from models.options import NETWORK_FIELDS
 from utils import UserError
@@ -73,7 +73,9 @@ class Stage1(Stage):
 
 def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
     trunk, num_classes = origin.network.trunk, len(data.class_names)
-    same_classes = origin.data.class_names == data.class_names if origin.data else trunk.num_classes == num_classes
+    same_classes = (
+        origin.data.class_names == data.class_names if origin.data else trunk.num_classes == num_classes
+    )
     network = MSDNet(**{**trunk.config, "num_classes": num_classes})
     weights = {name: x for name, x in trunk.state_dict().items() if same_classes or ".linear." not in name}
     network.load_state_dict(weights, strict=False)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import inference_form
-from datasets import DataInfo
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
+from image_data.sources import DataInfo
 from models import IMTA, MSDNet, one_for_all_loss
 from train_GE import Stage1
 from utils import UserError
@@ -38,7 +38,11 @@ class Distillation(nn.Module):
         # What stays as it is runs as fast as it can: BatchNorm folded, without a graph.
         is_constant = network.freeze_batchnorm
         # In the type that mixed precision would cast it to in every step.
-        self.frozen = inference_form(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
+        self.frozen = (
+            inference_form(network.backbone, settings.channels_last, mixed_precision(settings))
+            if is_constant
+            else None
+        )
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,
@@ -50,7 +54,9 @@ class Distillation(nn.Module):
         features = self.network.features(images) if self.frozen is None else self._frozen_features(images)
         logits = self.network.classify(features)
         teacher_logits = self.network.teacher_logits(features, logits)
-        return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(logits, dim=1)
+        return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(
+            logits, dim=1
+        )
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> list[Tensor]:
@@ -77,7 +83,9 @@ class Stage2(Stage):
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> IMTA:
         """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
-            raise UserError(f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}")
+            raise UserError(
+                f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}"
+            )
         return IMTA(
             origin.network if origin else Stage1().make_network(settings, data, None),
             isc=settings.isc,
@@ -94,7 +102,11 @@ class Stage2(Stage):
         """Of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None where nothing is frozen."""
         if not network.freeze_backbone:
             return None
-        tensors = network.backbone.state_dict() if network.freeze_batchnorm else dict(network.backbone.named_parameters())
+        tensors = (
+            network.backbone.state_dict()
+            if network.freeze_batchnorm
+            else dict(network.backbone.named_parameters())
+        )
         digest = hashlib.sha256()
         for name, tensor in tensors.items():
             digest.update(name.encode())
@@ -103,7 +115,11 @@ class Stage2(Stage):
 
     def title(self, settings: Settings) -> str:
         """Name of this run in a plot."""
-        parts = [name for name, used in (("ISC", settings.isc), ("OFA", settings.ofa and settings.gamma > 0)) if used]
+        parts = [
+            name
+            for name, used in (("ISC", settings.isc), ("OFA", settings.ofa and settings.gamma > 0))
+            if used
+        ]
         return " + ".join(["single stage" if settings.single_stage else "stage 2", *parts])
 
     def share_of_work(self, settings: Settings) -> float:

@@ -26,13 +26,21 @@ def in_words(error: UserError | OSError) -> str:
     """One line of what went wrong."""
     if isinstance(error, UserError):
         return str(error)
-    return one_line(f"cannot read or write {error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    return one_line(
+        f"cannot read or write {error.filename}: {error.strerror}"
+        if error.filename
+        else str(error.strerror or error)
+    )
 
 
 def one_line(text: str) -> str:
     """``text`` fit for one line of a terminal, whatever names or values it quotes."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    return (
+        text
+        if len(text) <= LONGEST_MESSAGE
+        else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    )
 
 
 def tell(text: str, stream_name: str = "stdout") -> None:
@@ -81,7 +89,9 @@ def _number(text: str, kind: type) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
+        ) from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
@@ -120,7 +130,9 @@ def int_list(separator: str) -> Callable[[str], tuple[int, ...]]:
         try:
             values = tuple(int(part) for part in text.split(separator))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0{separator}1{separator}2") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a list of whole numbers such as 0{separator}1{separator}2"
+            ) from None
         if min(values) < 0:
             raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
         return values
@@ -155,7 +167,9 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
     try:
         if path.is_dir():  # else noticed at the end
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if path.exists() and not path.is_file():  # a pipe or a device, such as /dev/null, is not for replacing
+        if (
+            path.exists() and not path.is_file()
+        ):  # a pipe or a device, such as /dev/null, is not for replacing
             with path.open(mode, **options) as stream:
                 yield stream
             return

@@ -82,7 +82,9 @@ def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     return exits
 
 
-def curve_rows(thresholds: Tensor, val: ExitAnswers, test: ExitAnswers, operations: Sequence[float]) -> list[dict]:
+def curve_rows(
+    thresholds: Tensor, val: ExitAnswers, test: ExitAnswers, operations: Sequence[float]
+) -> list[dict]:
     """What thresholds (P, K), of P policies, reach on held-out and on test images.
 
     Args:
@@ -95,11 +97,18 @@ def curve_rows(thresholds: Tensor, val: ExitAnswers, test: ExitAnswers, operatio
     rows = []
     for p, own in enumerate(thresholds, start=1):
         row = {"p": p, "thresholds": own.tolist()}
-        for names, answers in ((("val_acc1", "val_operations", "val_shares"), val), (("test_acc1", "operations", "shares"), test)):
+        for names, answers in (
+            (("val_acc1", "val_operations", "val_shares"), val),
+            (("test_acc1", "operations", "shares"), test),
+        ):
             exits = assign_exits(answers.confidence, own)
             counts = torch.bincount(exits, minlength=len(operations))
             num_correct = answers.correct.gather(0, exits[None]).sum().item()
             cost = sum(count * to_exit for count, to_exit in zip(counts.tolist(), operations, strict=True))
-            row |= zip(names, (100 * num_correct / len(exits), cost / len(exits), (counts / len(exits)).tolist()), strict=True)
+            row |= zip(
+                names,
+                (100 * num_correct / len(exits), cost / len(exits), (counts / len(exits)).tolist()),
+                strict=True,
+            )
         rows.append(row)
     return rows

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.form import inference_form
+from adaptive_inference.fold import inference_form
 from adaptive_inference.policies import PolicyCurve, describe
 from models.operations import count_operations
 from models.saved import Description
@@ -36,7 +36,9 @@ POINT = ("rule", "p", "val_acc1", "operations")
 OUTPUTS = {"classes": "INT64", "confidence": "FLOAT", "exits": "INT64", "logits": "FLOAT"}
 
 
-def export_onnx(network: nn.Module, path: Path, description: Description, curve: PolicyCurve | None = None) -> None:
+def export_onnx(
+    network: nn.Module, path: Path, description: Description, curve: PolicyCurve | None = None
+) -> None:
     """Write ``network`` and what is known of it as one file.
 
     Args:
@@ -53,18 +55,29 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
     size, points = description.image_size, curve.of_rule(None) if curve else ()
     if size < network.minimum_image_size:
-        raise UserError(f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}")
+        raise UserError(
+            f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}"
+        )
     if any(point.policy.measure != "softmax" for point in points):
-        raise UserError(f"an ONNX file compares softmax alone; these policies are of {points[0].policy.measure}")
+        raise UserError(
+            f"an ONNX file compares softmax alone; these policies are of {points[0].policy.measure}"
+        )
     form = inference_form(network, channels_last=False, dtype=torch.float32).cpu()
-    graph = _Graph(onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count())
-    mean, std = (255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std))
+    graph = _Graph(
+        onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count()
+    )
+    mean, std = (
+        255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std)
+    )
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
     weights = np.array(points[0].policy.weights if points else np.eye(network.num_exits), np.float32)
     answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), {}, weights)
     answer = [graph.record("Identity", [x], [name])[0] for name, x in zip(OUTPUTS, answer, strict=True)]
-    inputs = [graph.declared("images", "UINT8", ["N", 3, size, size]), graph.declared("thresholds", "FLOAT", [network.num_exits])]
+    inputs = [
+        graph.declared("images", "UINT8", ["N", 3, size, size]),
+        graph.declared("thresholds", "FLOAT", [network.num_exits]),
+    ]
     model = onnx.helper.make_model(
         graph.finished(answer, inputs, [["N"], ["N"], ["N"], ["N", network.num_classes]]),
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
@@ -76,9 +89,17 @@ def export_onnx(network: nn.Module, path: Path, description: Description, curve:
         "class_names": list(description.class_names),
         "image_size": size,
         "operations": count_operations(network, size),
-        "points": [{name: getattr(point, name) for name in POINT} | {"thresholds": point.policy.thresholds} for point in points],
+        "points": [
+            {name: getattr(point, name) for name in POINT} | {"thresholds": point.policy.thresholds}
+            for point in points
+        ],
     }
-    texts = {"format": FORMAT, "network": describe(form), "fingerprint": form.fingerprint, "confidence": "softmax"}
+    texts = {
+        "format": FORMAT,
+        "network": describe(form),
+        "fingerprint": form.fingerprint,
+        "confidence": "softmax",
+    }
     onnx.helper.set_model_props(model, texts | {name: json.dumps(value) for name, value in metadata.items()})
     onnx.checker.check_model(model)
     with atomic_write(path, "wb") as stream:
@@ -106,7 +127,13 @@ def _record_exits(
     k = plans[0].k
     logits, cells = advance(form, plans[0], cells, seen.get(k - 1))
     seen = {**seen, k: logits}
-    answered = _sum([x if weights[k, j] == 1 else graph.add("Mul", [x, weights[k, j]]) for j, x in seen.items() if weights[k, j]])
+    answered = _sum(
+        [
+            x if weights[k, j] == 1 else graph.add("Mul", [x, weights[k, j]])
+            for j, x in seen.items()
+            if weights[k, j]
+        ]
+    )
     probs = graph.add("Softmax", [answered], axis=1)
     classes = graph.add("ArgMax", [probs], axis=1, keepdims=0)
     exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
@@ -122,7 +149,9 @@ def _record_exits(
     stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
     unchanged = [stop.add("Identity", [x]) for x in answer]
     cells = {key: go_on.add("GatherND", [x, rows]) for key, x in cells.items()}
-    needed = {j: go_on.add("GatherND", [x, rows]) for j, x in seen.items() if j == k or weights[k + 1 :, j].any()}
+    needed = {
+        j: go_on.add("GatherND", [x, rows]) for j, x in seen.items() if j == k or weights[k + 1 :, j].any()
+    }
     later = _record_exits(go_on, form, plans[1:], cells, needed, weights)
     merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
     branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
@@ -142,7 +171,9 @@ class _Graph:
         self.nodes: list[Any] = []
         self.weights: dict[str, Any] = {}
 
-    def record(self, operator: str, inputs: list[Any], outputs: list[str], **attributes: Any) -> list["_Value"]:
+    def record(
+        self, operator: str, inputs: list[Any], outputs: list[str], **attributes: Any
+    ) -> list["_Value"]:
         """Add a node; inputs are values, parameters and constants, None where there is none."""
         names = [x.name if isinstance(x, _Value) else self._weight(x) for x in inputs if x is not None]
         self.nodes.append(self.onnx.helper.make_node(operator, names, outputs, **attributes))
@@ -164,10 +195,20 @@ class _Graph:
         """An input or output; a branch need not know its shapes."""
         return self.onnx.helper.make_tensor_value_info(name, getattr(self.onnx.TensorProto, kind), shape)
 
-    def finished(self, answer: list["_Value"], inputs: Sequence[Any] = (), shapes: Sequence[list | None] = (None,) * len(OUTPUTS)) -> Any:
+    def finished(
+        self,
+        answer: list["_Value"],
+        inputs: Sequence[Any] = (),
+        shapes: Sequence[list | None] = (None,) * len(OUTPUTS),
+    ) -> Any:
         """The graph, whose outputs are ``answer``."""
-        outputs = [self.declared(x.name, kind, shape) for x, kind, shape in zip(answer, OUTPUTS.values(), shapes, strict=True)]
-        return self.onnx.helper.make_graph(self.nodes, f"graph_{next(self.numbers)}", inputs, outputs, list(self.weights.values()))
+        outputs = [
+            self.declared(x.name, kind, shape)
+            for x, kind, shape in zip(answer, OUTPUTS.values(), shapes, strict=True)
+        ]
+        return self.onnx.helper.make_graph(
+            self.nodes, f"graph_{next(self.numbers)}", inputs, outputs, list(self.weights.values())
+        )
 
 
 class _Value:
@@ -186,15 +227,27 @@ class _Value:
         return self.graph.add("Flatten", [self], axis=axis)
 
     @classmethod
-    def __torch_function__(cls, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None) -> "_Value":
+    def __torch_function__(
+        cls, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> "_Value":
         operator = _OPERATORS.get(getattr(function, "__name__", ""))
         if operator is None:
             raise TypeError(f"no ONNX operator is known for {function}")
         return operator(*arguments, **(options or {}))
 
 
-def _conv(x: _Value, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> _Value:
-    return x.graph.add("Conv", [x, weight, bias], strides=stride, pads=padding * 2, dilations=dilation, group=groups)
+def _conv(
+    x: _Value,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple,
+    padding: tuple,
+    dilation: tuple,
+    groups: int,
+) -> _Value:
+    return x.graph.add(
+        "Conv", [x, weight, bias], strides=stride, pads=padding * 2, dilations=dilation, group=groups
+    )
 
 
 def _add(x: _Value, y: _Value, alpha: float) -> _Value:
@@ -202,7 +255,9 @@ def _add(x: _Value, y: _Value, alpha: float) -> _Value:
 
 
 def _max_pool(x: _Value, kernel_size: int, stride: int, padding: int, *_: Any, **__: Any) -> _Value:
-    return x.graph.add("MaxPool", [x], kernel_shape=[kernel_size] * 2, strides=[stride] * 2, pads=[padding] * 4)
+    return x.graph.add(
+        "MaxPool", [x], kernel_shape=[kernel_size] * 2, strides=[stride] * 2, pads=[padding] * 4
+    )
 
 
 _OPERATORS: dict[str, Callable[..., _Value]] = {
@@ -212,5 +267,7 @@ _OPERATORS: dict[str, Callable[..., _Value]] = {
     "relu": lambda x, inplace=False: x.graph.add("Relu", [x]),
     "cat": lambda tensors, dim: tensors[0].graph.add("Concat", list(tensors), axis=dim),
     "max_pool2d": _max_pool,
-    "adaptive_avg_pool2d": lambda x, output_size: x.graph.add("GlobalAveragePool", [x]),  # to 1x1, in every exit
+    "adaptive_avg_pool2d": lambda x, output_size: x.graph.add(
+        "GlobalAveragePool", [x]
+    ),  # to 1x1, in every exit
 }

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.measures import MEASURES, RULES
-from adaptive_inference.risk import CERTIFICATE, Losses, MaxLoss, certified
+from adaptive_inference.promises.risk import CERTIFICATE, Losses, MaxLoss, certified
 from models.options import NETWORK_FIELDS
 from utils import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from adaptive_inference.timing import BlockTimes
+    from adaptive_inference.promises.timing import BlockTimes
 
 FORMAT = "imta-msdnet policy 2"
 MAX_FILE_SIZE = 4 * 2**20  # bytes
@@ -49,18 +49,27 @@ def next_answer(measure: str, logits: Tensor, previous: Answer | None) -> Answer
         previous: the exit before's answer to the same images, None at the first exit.
     """
     # Half precision would make many confidences equal.
-    probs = torch.softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1)
+    probs = torch.softmax(
+        logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1
+    )
     largest, classes = probs.max(dim=1)
     if measure == "softmax":
         return Answer(classes, largest)
     if measure == "entropy":
-        return Answer(classes, 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2)))
+        return Answer(
+            classes, 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2))
+        )
     if measure == "margin":
         best = probs.topk(2, dim=1).values
         return Answer(classes, best[:, 0] - best[:, 1])
     if measure == "patience":
         alone = torch.ones_like(largest)
-        return Answer(classes, alone if previous is None else torch.where(classes == previous.classes, previous.confidence + 1, alone))
+        return Answer(
+            classes,
+            alone
+            if previous is None
+            else torch.where(classes == previous.classes, previous.confidence + 1, alone),
+        )
     raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
 
 
@@ -100,8 +109,12 @@ class Policy:
             raise ValueError(f"thresholds are {self.thresholds}; they must be one finite number an exit")
         if self.measure not in MEASURES:
             raise ValueError(f"measure is {self.measure!r}; allowed: {', '.join(MEASURES)}")
-        if self.temperatures is not None and not (len(self.temperatures) == count and min(self.temperatures) > 0):
-            raise ValueError(f"temperatures are {self.temperatures}; they must be one positive number an exit")
+        if self.temperatures is not None and not (
+            len(self.temperatures) == count and min(self.temperatures) > 0
+        ):
+            raise ValueError(
+                f"temperatures are {self.temperatures}; they must be one positive number an exit"
+            )
         if self.ensemble is not None and [len(row) for row in self.ensemble] != [count] * count:
             raise ValueError(f"weights of an ensemble must be {count} rows of {count} numbers")
 
@@ -109,7 +122,9 @@ class Policy:
     def weights(self) -> tuple[tuple[float, ...], ...]:
         """Of the logits of all exits in the answers at each exit: those of the ensemble, else 1 / temperature of the exit alone."""
         alone = [1 / temperature for temperature in self.temperatures or [1.0] * len(self.thresholds)]
-        return self.ensemble or tuple(tuple(x if j == k else 0.0 for j in range(len(alone))) for k, x in enumerate(alone))
+        return self.ensemble or tuple(
+            tuple(x if j == k else 0.0 for j in range(len(alone))) for k, x in enumerate(alone)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,13 +148,24 @@ class Point:
     losses: tuple[Losses, Losses] | None = None
 
     def __post_init__(self):
-        if self.rule not in RULES or type(self.p) is not int or not 0 <= self.val_acc1 <= 100 or self.operations <= 0:
+        if (
+            self.rule not in RULES
+            or type(self.p) is not int
+            or not 0 <= self.val_acc1 <= 100
+            or self.operations <= 0
+        ):
             raise ValueError("a point's rule, p, val_acc1 or operations are out of range")
-        if len(self.shares) != len(self.policy.thresholds) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-3:
+        if (
+            len(self.shares) != len(self.policy.thresholds)
+            or min(self.shares) < 0
+            or abs(sum(self.shares) - 1) > 1e-3
+        ):
             raise ValueError("a point's shares are not one an exit, of one whole")
         if self.rule == "ensemble" and self.policy.ensemble is None:
             raise ValueError("the weights of its ensemble are missing")
-        if self.rule == "tested" and not (self.losses and len(self.losses) == 2 and all(x.are_counts for x in self.losses)):
+        if self.rule == "tested" and not (
+            self.losses and len(self.losses) == 2 and all(x.are_counts for x in self.losses)
+        ):
             raise ValueError("a point's losses are no counts of two sets of images")
 
 
@@ -169,7 +195,9 @@ class PolicyCurve:
             UserError: it was made for another; ``source`` is named.
         """
         if (len(self.operations), self.fingerprint) != (network.num_exits, network_fingerprint(network)):
-            raise UserError(f"{source} is the policy of another network ({self.network}); --evalmode dynamic makes one for this network")
+            raise UserError(
+                f"{source} is the policy of another network ({self.network}); --evalmode dynamic makes one for this network"
+            )
         if self.form != form_of(network):
             raise UserError(
                 f"{source} was made for this network in {self.form}, not in {form_of(network)}, whose answers are rounded otherwise; "
@@ -178,7 +206,9 @@ class PolicyCurve:
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """The point whose mean operations are nearest to ``operations``."""
-        return min(self.of_rule(rule), key=lambda point: (abs(point.operations - operations), -point.val_acc1))
+        return min(
+            self.of_rule(rule), key=lambda point: (abs(point.operations - operations), -point.val_acc1)
+        )
 
     def of_rule(self, rule: str | None) -> tuple[Point, ...]:
         """The points found by ``rule``; None: the best there are, those of an ensemble before optimised ones before others.
@@ -190,7 +220,9 @@ class PolicyCurve:
             if points := tuple(point for point in self.points if point.rule == name):
                 return points
         if rule:
-            raise UserError(f"no policy here is of the rule {rule}; there are {', '.join(sorted({point.rule for point in self.points}))}")
+            raise UserError(
+                f"no policy here is of the rule {rule}; there are {', '.join(sorted({point.rule for point in self.points}))}"
+            )
         return self.points
 
 
@@ -219,7 +251,13 @@ def choose(
         raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
     points = allowed_points(curve, accuracy, max_loss, rule)
     if operations is not None:
-        points = within(points, [point.operations / 1e6 for point in points], operations / 1e6, "M", curve.operations[-1] / 1e6)
+        points = within(
+            points,
+            [point.operations / 1e6 for point in points],
+            operations / 1e6,
+            "M",
+            curve.operations[-1] / 1e6,
+        )
     if milliseconds is not None:
         points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
     if operations is None and milliseconds is None:
@@ -228,7 +266,10 @@ def choose(
 
 
 def allowed_points(
-    curve: PolicyCurve, accuracy: float | None = None, max_loss: MaxLoss | float | None = None, rule: str | None = None
+    curve: PolicyCurve,
+    accuracy: float | None = None,
+    max_loss: MaxLoss | float | None = None,
+    rule: str | None = None,
 ) -> list[Point]:
     """The points that grant what is asked for.
 
@@ -249,11 +290,15 @@ def allowed_points(
     if not reached:
         best = max(point.val_acc1 for point in points)
         limited = " that is certain to lose so little" if max_loss else ""
-        raise UserError(f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %")
+        raise UserError(
+            f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %"
+        )
     return reached
 
 
-def within(points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None) -> list[Point]:
+def within(
+    points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None
+) -> list[Point]:
     """The points whose cost is at most ``limit``.
 
     Args:
@@ -285,7 +330,9 @@ def network_fingerprint(network: nn.Module) -> str:
     """
     if network.fingerprint is not None:
         return network.fingerprint
-    digest = hashlib.sha256(f"{describe(network)} {json.dumps(_chosen(network.config), sort_keys=True)}".encode())
+    digest = hashlib.sha256(
+        f"{describe(network)} {json.dumps(_chosen(network.config), sort_keys=True)}".encode()
+    )
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -332,12 +379,21 @@ def policy_curve(
     points = [
         Point(
             Policy(tuple(row["thresholds"]), *fixed, weights if rule == "ensemble" else None),
-            *(row["val_acc1"], row["val_operations"], tuple(row["val_shares"]), rule, row["p"], row.get("losses")),
+            *(
+                row["val_acc1"],
+                row["val_operations"],
+                tuple(row["val_shares"]),
+                rule,
+                row["p"],
+                row.get("losses"),
+            ),
         )
         for rule, rule_rows in rows.items()
         for row in rule_rows
     ]
-    return PolicyCurve(network_fingerprint(network), form_of(network), describe(network), tuple(operations), tuple(points))
+    return PolicyCurve(
+        network_fingerprint(network), form_of(network), describe(network), tuple(operations), tuple(points)
+    )
 
 
 def write_policy(path: Path, curve: PolicyCurve) -> None:
@@ -359,7 +415,9 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
     }
     for point in curve.points:
         row = {"thresholds": point.policy.thresholds, **asdict(point)}
-        content["points"].append({name: value for name, value in row.items() if name != "policy" and value is not None})
+        content["points"].append(
+            {name: value for name, value in row.items() if name != "policy" and value is not None}
+        )
     with atomic_write(path) as stream:
         json.dump(content, stream, indent=1)
         stream.write("\n")
@@ -402,13 +460,24 @@ def _parsed(content: Any) -> PolicyCurve:
     points = []
     for row in content["points"]:
         rule, results = row["rule"], _numbers([row["val_acc1"], row["operations"]])
-        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, ensemble if rule == "ensemble" else None)
+        policy = Policy(
+            _numbers(row["thresholds"]),
+            content["measure"],
+            temperatures,
+            ensemble if rule == "ensemble" else None,
+        )
         losses = tuple(Losses(*counts) for counts in row["losses"]) if rule == "tested" else None
         points.append(Point(policy, *results, _numbers(row["shares"]), rule, row["p"], losses))
     if any(point.rule == "tested" for point in points) and content.get("certificate") != CERTIFICATE:
         raise ValueError("its certificate is of another procedure than this version's")
     network = content["network"]
-    return PolicyCurve(network["fingerprint"], network["form"], network["description"], _numbers(content["operations"]), tuple(points))
+    return PolicyCurve(
+        network["fingerprint"],
+        network["form"],
+        network["description"],
+        _numbers(content["operations"]),
+        tuple(points),
+    )
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

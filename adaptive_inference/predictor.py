@@ -23,7 +23,7 @@ from adaptive_inference.policies import Answer, Point, Policy, confidence_by_exi
 from utils import UserError
 
 if TYPE_CHECKING:
-    from adaptive_inference.timing import BlockTimes
+    from adaptive_inference.promises.timing import BlockTimes
 
 
 ALLOWED_LATE = 0.005  # share of the calls that may miss a deadline
@@ -56,7 +56,9 @@ class AdaptivePredictor:
 
     def __init__(self, network: nn.Module, policy: Policy, lazy: bool = True):
         if len(policy.thresholds) != network.num_exits:
-            raise ValueError(f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits")
+            raise ValueError(
+                f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits"
+            )
         self.network, self.policy, self.lazy = network, policy, lazy
         self._scale: Tensor | None = None
 
@@ -119,15 +121,25 @@ class AdaptivePredictor:
     def _checked(self, images: Tensor) -> Tensor:
         description = self.network.description
         size = ("height", "width") if description is None else (description.image_size,) * 2
-        if images.dim() != 4 or images.shape[1] != 3 or (description is not None and images.shape[2:] != size):
-            raise UserError(f"images are {_shape(images.shape)}; this network wants {_shape(('N', 3, *size))}")
+        if (
+            images.dim() != 4
+            or images.shape[1] != 3
+            or (description is not None and images.shape[2:] != size)
+        ):
+            raise UserError(
+                f"images are {_shape(images.shape)}; this network wants {_shape(('N', 3, *size))}"
+            )
         if images.is_floating_point():
             return images
         if images.dtype != torch.uint8 or description is None:
             wanted = "normalised floats" if description is None else "uint8, or normalised floats"
-            raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}; this network wants {wanted}")
+            raise UserError(
+                f"images are {str(images.dtype).removeprefix('torch.')}; this network wants {wanted}"
+            )
         if self._scale is None or self._scale.device != images.device:
-            mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (description.mean, description.std))
+            mean, std = (
+                torch.tensor(values).reshape(1, 3, 1, 1) for values in (description.mean, description.std)
+            )
             self._scale, self._shift = (1 / (255 * std)).to(images.device), (-mean / std).to(images.device)
         return torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
 
@@ -148,7 +160,9 @@ class AnytimePredictor(AdaptivePredictor):
         UserError: not even the first exit would end in time.
     """
 
-    def __init__(self, network: nn.Module, milliseconds: float, timing: "BlockTimes", policy: Policy | None = None):
+    def __init__(
+        self, network: nn.Module, milliseconds: float, timing: "BlockTimes", policy: Policy | None = None
+    ):
         super().__init__(network, policy or Policy((NONE_LEAVE,) * network.num_exits))
         self.milliseconds, self.timing, self._began, self._margin = milliseconds, timing, 0.0, 1.0
         needed = timing.reserve(0, timing.batch_size)
@@ -163,14 +177,18 @@ class AnytimePredictor(AdaptivePredictor):
         self._began = time.perf_counter()
         prediction = super().__call__(images)
         wait_for(images.device)
-        self._margin = max(1.0, self._margin + CAUTION * ((self._elapsed() > self.milliseconds) - ALLOWED_LATE))
+        self._margin = max(
+            1.0, self._margin + CAUTION * ((self._elapsed() > self.milliseconds) - ALLOWED_LATE)
+        )
         return prediction
 
     def _elapsed(self) -> float:
         return 1e3 * (time.perf_counter() - self._began)
 
     def _may_start(self, k: int, num_images: int) -> bool:
-        return k == 0 or self._elapsed() + self._margin * self.timing.reserve(k, num_images) <= self.milliseconds
+        return (
+            k == 0 or self._elapsed() + self._margin * self.timing.reserve(k, num_images) <= self.milliseconds
+        )
 
 
 class BudgetPredictor(AdaptivePredictor):
@@ -186,7 +204,9 @@ class BudgetPredictor(AdaptivePredictor):
         UserError: the cheapest policy is expected to take longer.
     """
 
-    def __init__(self, network: nn.Module, points: Sequence[Point], milliseconds: float, timing: "BlockTimes"):
+    def __init__(
+        self, network: nn.Module, points: Sequence[Point], milliseconds: float, timing: "BlockTimes"
+    ):
         self.milliseconds, self.points = milliseconds, points
         self.expected = [timing.milliseconds(point.shares) for point in points]
         self.point = max(within(points, self.expected, milliseconds, "ms"), key=lambda point: point.val_acc1)
@@ -225,7 +245,9 @@ def wait_for(device: torch.device) -> None:
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
     """What the predictor answers, from the logits (K, N, C) of every exit."""
     confidence, _ = confidence_by_exit(logits, policy.measure)
-    return _prediction(logits, assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64)), policy)
+    return _prediction(
+        logits, assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64)), policy
+    )
 
 
 def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Prediction:
@@ -234,7 +256,9 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     if stacked.dtype in (torch.float16, torch.bfloat16):
         stacked = stacked.float()
     if policy.temperatures or policy.ensemble:
-        weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[exits, : len(stacked)]  # (N, exits run)
+        weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[
+            exits, : len(stacked)
+        ]  # (N, exits run)
         answered = torch.einsum("nk,knc->nc", weights, stacked)
     else:
         answered = stacked[exits, torch.arange(len(exits), device=stacked.device)]

@@ -23,16 +23,23 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
-from adaptive_inference.form import inference_form
+from adaptive_inference.fold import inference_form
 from adaptive_inference.policies import Policy, confidence_by_exit
-from adaptive_inference.precision import half_precision
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import load_saved
+from engine.precision import half_precision
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError
 
-SEVEN_EXITS = {"num_blocks": 7, "base": 4, "step": 2, "num_channels": 16, "growth_rate": 6, "num_classes": 100}
+SEVEN_EXITS = {
+    "num_blocks": 7,
+    "base": 4,
+    "step": 2,
+    "num_channels": 16,
+    "growth_rate": 6,
+    "num_classes": 100,
+}
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
 LEAST_SECONDS = 0.2  # of one measurement
 
@@ -42,13 +49,34 @@ _print = functools.partial(print, flush=True)
 def main(argv: list[str] | None = None) -> int:
     """Print the ratios; the exit status is 0 whatever they are, and 2 after a mistake."""
     parser = CommandLineParser(
-        prog="benchmarks.early_exit", description="Ratios of adaptive inference, measured in one run.", allow_abbrev=False
+        prog="benchmarks.early_exit",
+        description="Ratios of adaptive inference, measured in one run.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch and ONNX Runtime (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of PyTorch and ONNX Runtime (default: %(default)s)",
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network to measure (default: 7 exits, random weights)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of every comparison (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also show where the folded network spends its time")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="network to measure (default: 7 exits, random weights)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=7,
+        metavar="N",
+        help="rounds of every comparison (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also show where the folded network spends its time"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
@@ -71,8 +99,14 @@ class Benchmark:
 
     def run(self) -> None:
         """Print everything."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.arguments.threads} CPU threads"
-        _print(f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{self.arguments.threads} CPU threads"
+        )
+        _print(
+            f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}"
+        )
         _print(f"operations to each exit: {millions(*self.operations)}\n")
         forms = {"float32": inference_form(self.network)}
         half = half_precision(self.device)
@@ -90,9 +124,14 @@ class Benchmark:
         for batch_size in (256, 1):
             images = self.images(max(batch_size, 64))
             confidence, _ = confidence_by_exit(torch.stack(network(images)).float())
-            policies, shares = zip(*(_policy_spending(wanted, confidence, self.operations) for wanted in SHARES_OF_OPERATIONS), strict=True)
+            policies, shares = zip(
+                *(_policy_spending(wanted, confidence, self.operations) for wanted in SHARES_OF_OPERATIONS),
+                strict=True,
+            )
             predictors = [AdaptivePredictor(network, policy) for policy in policies]
-            full, *seconds = self.seconds([_each(images.split(batch_size), function) for function in (network, *predictors)])
+            full, *seconds = self.seconds(
+                [_each(images.split(batch_size), function) for function in (network, *predictors)]
+            )
             _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms an image")
             for share, measured in zip(shares, seconds, strict=True):
                 _print(f"    {100 * share:.0f} % of the operations: {measured / full:.3f}")
@@ -100,13 +139,23 @@ class Benchmark:
     def folded(self, forms: dict[str, nn.Module]) -> None:
         """The folded forms against the plain network."""
         images = self.images(64)
-        plain, *seconds = self.seconds([functools.partial(network, images) for network in (self.network, *forms.values())])
+        plain, *seconds = self.seconds(
+            [functools.partial(network, images) for network in (self.network, *forms.values())]
+        )
         for name, folded in zip(forms, seconds, strict=True):
-            _print(f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): {folded / plain:.3f}")
+            _print(
+                f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): {folded / plain:.3f}"
+            )
         if self.arguments.profile:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, with_flops=True) as recorded:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, with_flops=True
+            ) as recorded:
                 forms["float32"](images)
-            _print(recorded.key_averages(group_by_input_shape=True).table("self_cpu_time_total", row_limit=20, max_shapes_column_width=60))
+            _print(
+                recorded.key_averages(group_by_input_shape=True).table(
+                    "self_cpu_time_total", row_limit=20, max_shapes_column_width=60
+                )
+            )
 
     def onnx(self) -> None:
         """The ONNX file against PyTorch: times of one image and of 64."""
@@ -114,7 +163,9 @@ class Benchmark:
 
         if self.network.description is None:
             names = [str(c) for c in range(self.network.num_classes)]
-            self.network.description = SimpleNamespace(class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3)
+            self.network.description = SimpleNamespace(
+                class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3
+            )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             try:
@@ -128,11 +179,17 @@ class Benchmark:
         pixels = (255 * (self.images(64) / 4 + 0.5)).clamp(0, 255).byte()
         functions = [functools.partial(self.network, self.images(1))]
         for count, threshold in itertools.product((1, 64), (NONE_LEAVE, ALL_LEAVE)):
-            functions.append(functools.partial(runner.predict, pixels[:count].numpy(), [threshold] * runner.num_exits))
+            functions.append(
+                functools.partial(runner.predict, pixels[:count].numpy(), [threshold] * runner.num_exits)
+            )
         plain, *seconds = self.seconds(functions)
-        _print(f"ONNX Runtime, one image, every exit / plain network ({1e3 * plain:.2f} ms): {seconds[0] / plain:.3f}")
+        _print(
+            f"ONNX Runtime, one image, every exit / plain network ({1e3 * plain:.2f} ms): {seconds[0] / plain:.3f}"
+        )
         for count, full, first in zip((1, 64), seconds[::2], seconds[1::2], strict=True):
-            _print(f"  batch {count}, leaving at exit 1 / every exit ({1e3 * full:.2f} ms): {first / full:.3f}")
+            _print(
+                f"  batch {count}, leaving at exit 1 / every exit ({1e3 * full:.2f} ms): {first / full:.3f}"
+            )
 
     def images(self, count: int) -> Tensor:
         """Random images."""
@@ -144,16 +201,23 @@ class Benchmark:
     def seconds(self, functions: list[Callable[[], object]]) -> list[float]:
         """Median seconds of each function over rounds that call all of them in turn, each warm and so often that it takes long enough."""
         threads = torch.get_num_threads()
-        timers = [Timer("function()", globals={"function": function}, num_threads=threads) for function in functions]
+        timers = [
+            Timer("function()", globals={"function": function}, num_threads=threads) for function in functions
+        ]
         counts = [math.ceil(LEAST_SECONDS / timer.timeit(1).mean) for timer in timers]
-        rounds = ([timer.timeit(count).mean for timer, count in zip(timers, counts, strict=True)] for _ in range(self.arguments.repeats))
+        rounds = (
+            [timer.timeit(count).mean for timer, count in zip(timers, counts, strict=True)]
+            for _ in range(self.arguments.repeats)
+        )
         return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
         saved = load_saved(checkpoint, {})
-        return saved.network, saved.data.image_size if saved.data else max(32, saved.network.minimum_image_size)
+        return saved.network, saved.data.image_size if saved.data else max(
+            32, saved.network.minimum_image_size
+        )
     torch.manual_seed(0)
     network = IMTA(MSDNet(**SEVEN_EXITS)).eval()
     for module in network.modules():

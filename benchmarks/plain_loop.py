@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from datasets import NORMALIZATION, DataInfo
+from image_data.sources import NORMALIZATION, DataInfo
 from models import IMTA, MSDNet, one_for_all_loss, sum_of_cross_entropies
 
 
@@ -22,8 +22,12 @@ def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
     """Training images of ``cifar100`` (torchvision's archive in ``root``) or ``imagenet`` (folders of classes in ``root``/train)."""
     mean, std = NORMALIZATION[name]
     size = 32 if name == "cifar100" else 224
-    crop = transforms.RandomCrop(size, padding=4) if name == "cifar100" else transforms.RandomResizedCrop(size)
-    augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    crop = (
+        transforms.RandomCrop(size, padding=4) if name == "cifar100" else transforms.RandomResizedCrop(size)
+    )
+    augment = transforms.Compose(
+        [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
     if name == "cifar100":
         dataset: Dataset = datasets.CIFAR100(str(root), train=True, transform=augment)
     else:
@@ -40,9 +44,19 @@ class PlainLoop:
         workers: processes that augment images.
     """
 
-    def __init__(self, network: MSDNet | IMTA, dataset: Dataset, batch_size: int, workers: int, learning_rate: float, device: torch.device):
+    def __init__(
+        self,
+        network: MSDNet | IMTA,
+        dataset: Dataset,
+        batch_size: int,
+        workers: int,
+        learning_rate: float,
+        device: torch.device,
+    ):
         self.network, self.device = network.to(device).train(), device
-        loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(
+            dataset, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda"
+        )
         learning = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learning, learning_rate, momentum=0.9, weight_decay=1e-4)
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))

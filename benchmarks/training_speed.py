@@ -94,7 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=6, metavar="N", help="steps a round; on CUDA 50 are a good choice")
     add("--rounds", type=int, default=5, metavar="N", help="after one to warm up")
     add("--images", type=int, default=50_000, metavar="N", help="training images")
-    add("--profile", action="store_true", help="also print the operations that take most of a step of ours, in one process")
+    add(
+        "--profile",
+        action="store_true",
+        help="also print the operations that take most of a step of ours, in one process",
+    )
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:end])
@@ -116,7 +120,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     parse("GE", _flags(options))  # a mistake in the flags for our side
     (write_archive if options.network == "cifar100" else write_folder)(options.data_root, options.images)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{available_cores()} CPU cores"
-    _print(f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, torch {torch.__version__}")
+    _print(
+        f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, torch {torch.__version__}"
+    )
     for stage in options.stages:
         if {"speed", "busy", "memory"} & set(options.what):
             _compare(stage, options)
@@ -125,7 +131,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     if "startup" in options.what and options.network == "cifar100":
         for kind in ("empty", "full"):
             seconds, silence = _startup(options, folder)
-            _print(f"start to the first step, {kind} cache of compiled code: {seconds:.1f} s, longest silence {silence:.1f} s")
+            _print(
+                f"start to the first step, {kind} cache of compiled code: {seconds:.1f} s, longest silence {silence:.1f} s"
+            )
 
 
 def _compare(stage: int, options: argparse.Namespace) -> None:
@@ -148,7 +156,9 @@ def _compare(stage: int, options: argparse.Namespace) -> None:
                     rates.setdefault(f"{side}, busy", []).append(images / seconds)
     ours, other = (statistics.median(rates[side]) for side in ("ours", "plain loop"))
     ratio = _ratio(rates["ours"], rates["plain loop"])
-    _print(f"stage {stage}, images/s: plain loop {other:,.1f}, ours {ours:,.1f}, ours / plain loop {ratio:.3f}")
+    _print(
+        f"stage {stage}, images/s: plain loop {other:,.1f}, ours {ours:,.1f}, ours / plain loop {ratio:.3f}"
+    )
     for side in SIDES:
         if "busy" in options.what:
             _print(f"  {side}: beside a busy core / quiet {_ratio(rates[f'{side}, busy'], rates[side]):.3f}")
@@ -170,15 +180,25 @@ class Ours:
         data = load_data(settings, processes.device, processes.shard)
         seed_everything(settings.seed, settings.deterministic)
         network = stage.make_network(settings, data.info, None)
-        operations = count_operations(network, data.info.image_size)[-1] * data.train.num_images // processes.world_size
+        operations = (
+            count_operations(network, data.info.image_size)[-1]
+            * data.train.num_images
+            // processes.world_size
+        )
         if stage_number == 2:
             stage = train_IMTA.Stage2()
-            settings = with_precision(parse("IMTA", _flags(options)).settings(inherited=vars(first)), processes)
+            settings = with_precision(
+                parse("IMTA", _flags(options)).settings(inherited=vars(first)), processes
+            )
             network = stage.make_network(settings, data.info, Saved(Path("random weights"), network.eval()))
-        self.settings = settings = with_compilation(settings, stage, operations)  # as in a training of the published length
+        self.settings = settings = with_compilation(
+            settings, stage, operations
+        )  # as in a training of the published length
         place(network, Session(RunDirectory(Path("none")), settings, processes, Log(False)))
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
-        self.meters = Meters(network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled())
+        self.meters = Meters(
+            network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled()
+        )
         self.batches = itertools.chain.from_iterable(map(data.train.epoch, itertools.count()))
         self.batch_size, self.processes = data.train.batch_size, processes
 
@@ -195,7 +215,12 @@ class Ours:
 
 
 def _flags(options: argparse.Namespace) -> list[str]:
-    given = {"--preset": options.network, "--data-root": options.data_root, "--val-size": 0, "--lr": LEARNING_RATE}
+    given = {
+        "--preset": options.network,
+        "--data-root": options.data_root,
+        "--val-size": 0,
+        "--lr": LEARNING_RATE,
+    }
     given["--batch-size"] = options.batch_size
     return [str(word) for flag in given.items() for word in flag] + options.flags
 
@@ -207,11 +232,15 @@ def plain(stage_number: int, options: argparse.Namespace) -> PlainLoop:
     dataset, info = plain_dataset(options.network, options.data_root)
     network = train_GE.Stage1().make_network(settings, info, None)
     network = IMTA(network, freeze_batchnorm=False) if stage_number == 2 else network
-    return PlainLoop(network, dataset, options.batch_size, WORKERS, LEARNING_RATE, torch.device(options.device))
+    return PlainLoop(
+        network, dataset, options.batch_size, WORKERS, LEARNING_RATE, torch.device(options.device)
+    )
 
 
 @contextmanager
-def elsewhere(side: str, stage_number: int, options: argparse.Namespace) -> Iterator[Callable[[int], tuple[int, float, int]]]:
+def elsewhere(
+    side: str, stage_number: int, options: argparse.Namespace
+) -> Iterator[Callable[[int], tuple[int, float, int]]]:
     """A side in processes of its own, so that memory and settings of one do not reach the other.
 
     Yields:
@@ -219,7 +248,9 @@ def elsewhere(side: str, stage_number: int, options: argparse.Namespace) -> Iter
         meanwhile, in bytes.
     """
     connection, other_end = multiprocessing.Pipe()
-    process = AFRESH.Process(target=_obey, args=(other_end, side, stage_number, options))  # not a daemon: it may have workers
+    process = AFRESH.Process(
+        target=_obey, args=(other_end, side, stage_number, options)
+    )  # not a daemon: it may have workers
     process.start()
     other_end.close()  # so that the connection ends with the process
 
@@ -277,7 +308,18 @@ def _memory_of_family(pid: int) -> int:
 
 def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Seconds from the start of train_GE.py to the end of its first step, and the longest time without a line."""
-    command = [sys.executable, "-u", "-c", PROGRAM, *_flags(options), "--print-freq", "1", "--save", str(folder / "run"), "--overwrite"]
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        PROGRAM,
+        *_flags(options),
+        "--print-freq",
+        "1",
+        "--save",
+        str(folder / "run"),
+        "--overwrite",
+    ]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     began = last = time.perf_counter()
@@ -302,7 +344,9 @@ def _profile(stage_number: int, options: argparse.Namespace) -> None:
     with torch.profiler.profile() as profiler:
         loop.run(1)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    _print(f"a step of stage {stage_number}, ours:\n{profiler.key_averages().table(order, row_limit=12, max_name_column_width=48)}")
+    _print(
+        f"a step of stage {stage_number}, ours:\n{profiler.key_averages().table(order, row_limit=12, max_name_column_width=48)}"
+    )
 
 
 def accept_random_archive() -> None:

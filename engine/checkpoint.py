@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from args import as_typed
-from datasets import DataInfo
+from image_data.sources import DataInfo
 from models import IMTA, MSDNet, load_released
 from models.files import find
 from models.released import PUBLISHED_NAMES, read_checkpoint
@@ -38,7 +38,11 @@ class Saved:
     @property
     def settings(self) -> dict[str, Any] | None:
         """Settings of the run that wrote it."""
-        return {**settings_of(self.description), "image_size": self.description.image_size} if self.description else None
+        return (
+            {**settings_of(self.description), "image_size": self.description.image_size}
+            if self.description
+            else None
+        )
 
     @property
     def data(self) -> DataInfo | None:
@@ -133,5 +137,7 @@ def settings_of(description: Description) -> dict[str, Any]:
 
 def data_info_of(description: Description) -> DataInfo:
     """What a run remembers of its data set."""
-    preprocessing = {name: getattr(description, name) for name in ("class_names", "image_size", "mean", "std")}
+    preprocessing = {
+        name: getattr(description, name) for name in ("class_names", "image_size", "mean", "std")
+    }
     return DataInfo(**description.data, **preprocessing)

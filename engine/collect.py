@@ -12,7 +12,9 @@ from engine.distributed import Processes
 
 
 @torch.no_grad()
-def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -> tuple[Tensor, Tensor] | None:
+def collect_logits(
+    network: nn.Module, batches: Batches, processes: Processes
+) -> tuple[Tensor, Tensor] | None:
     """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); the main process gets them, others None."""
     network.eval()
     count = len(batches.own())
@@ -29,7 +31,9 @@ def collect_logits(network: nn.Module, batches: Batches, processes: Processes) -
 
 
 @torch.no_grad()
-def accuracy_per_exit(network: nn.Module, batches: Batches, processes: Processes) -> tuple[list[float], list[float]]:
+def accuracy_per_exit(
+    network: nn.Module, batches: Batches, processes: Processes
+) -> tuple[list[float], list[float]]:
     """Top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
     network.eval()
     correct = torch.zeros(2, network.num_exits, dtype=torch.float64, device=processes.device)
@@ -48,7 +52,9 @@ def correct_in_top(logits: Tensor, targets: Tensor) -> Tensor:
 def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list[dict]:
     """Every exit on its own: ``exit`` (1-based), ``operations``, ``acc1``, ``acc5`` in percent."""
     # One exit at a time keeps the memory small.
-    accuracies = [correct_in_top(z[None], targets)[:, 0].double().mean(dim=1).mul(100).tolist() for z in logits]
+    accuracies = [
+        correct_in_top(z[None], targets)[:, 0].double().mean(dim=1).mul(100).tolist() for z in logits
+    ]
     return [
         {"exit": k + 1, "operations": operations[k], "acc1": round(acc1, 4), "acc5": round(acc5, 4)}
         for k, (acc1, acc5) in enumerate(accuracies)

@@ -85,7 +85,9 @@ class Processes:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether ``error`` says that another process of the run is gone."""
     network_errors = (getattr(dist, "DistNetworkError", ()), getattr(dist, "DistBackendError", ()))
-    return isinstance(error, network_errors) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer"))
+    return isinstance(error, network_errors) or any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
+    )
 
 
 @contextmanager
@@ -103,15 +105,23 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if gpu is not None and (max(gpu) >= available or len(set(gpu)) < len(gpu)):
         one_each = "name each once" if len(set(gpu)) < len(gpu) else "counted from 0"
-        raise UserError(f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, {one_each}")
+        raise UserError(
+            f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, {one_each}"
+        )
     if gpu is not None and world_size > 1:
-        raise UserError("--gpu and torchrun do not go together: every process takes the GPU of its local rank")
+        raise UserError(
+            "--gpu and torchrun do not go together: every process takes the GPU of its local rank"
+        )
     if world_size > 1 and 0 < available < local_world_size:
-        raise UserError(f"torchrun started {local_world_size} processes here for {available} GPUs; use --nproc_per_node {available}")
+        raise UserError(
+            f"torchrun started {local_world_size} processes here for {available} GPUs; use --nproc_per_node {available}"
+        )
     is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and local_world_size < world_size
     if is_restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # A second start would find the addresses of the first one's processes there.
-        raise UserError("--max-restarts over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment")
+        raise UserError(
+            "--max-restarts over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
+        )
     if world_size > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         gpu_ids = (local_rank,) if local_rank < available else ()

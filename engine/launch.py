@@ -59,7 +59,11 @@ def process_count(batch_size: int) -> int:
             return at_least(1, batch_size)(wanted)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"PROCESSES={wanted}: {error} (--batch-size images are shared)") from None
-    return max(n for n in range(1, available_cores() + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= MIN_SHARE))
+    return max(
+        n
+        for n in range(1, available_cores() + 1)
+        if n == 1 or (batch_size % n == 0 and batch_size // n >= MIN_SHARE)
+    )
 
 
 @contextmanager
@@ -72,7 +76,12 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
         CopyEnded: a copy met an error that this process did not.
         UserError: as ``process_group`` and ``process_count``; no process can be started.
     """
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available() and not gpu and sys.platform == "linux"
+    is_alone = (
+        int(os.environ.get("WORLD_SIZE", "1")) == 1
+        and not torch.cuda.is_available()
+        and not gpu
+        and sys.platform == "linux"
+    )
     count = process_count(batch_size) if is_alone else 1
     if count == 1:
         with process_group(gpu) as processes:
@@ -116,7 +125,9 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
         try:
             copy = os.fork()
         except OSError as error:
-            raise UserError(f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others") from None
+            raise UserError(
+                f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others"
+            ) from None
         if copy == 0:
             _report = folder / f"{rank}.report"
             # However the first process ends, no copy stays behind.

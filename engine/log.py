@@ -67,7 +67,9 @@ class Log:
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar on a terminal; a log file gets lines instead."""
         is_shown = self.enabled and is_terminal(sys.stderr)
-        self._bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", leave=False, disable=not is_shown)
+        self._bar = tqdm(
+            total=steps, initial=first_step, desc=title, unit="step", leave=False, disable=not is_shown
+        )
         self._title, self._steps, self._start, self._first_step = title, steps, time.monotonic(), first_step
 
     def advance(self) -> None:
@@ -80,7 +82,9 @@ class Log:
         self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
         if self._bar.disable:
             left = duration(seconds_a_step * (self._steps - done))
-            self.line(f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left")
+            self.line(
+                f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left"
+            )
 
     def end_epoch(self) -> None:
         """Take the bar away."""

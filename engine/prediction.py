@@ -17,16 +17,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
-from adaptive_inference.ensemble import operations_together
-from adaptive_inference.form import form_for, inference_form
+from adaptive_inference.fold import form_for, inference_form
 from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction
-from adaptive_inference.risk import CERTIFICATE, MaxLoss
-from adaptive_inference.timing import measure_blocks
-from datasets import LEFT_OUT, NORMALIZATION, DataInfo, evaluation_transform, find_images, read_image
+from adaptive_inference.promises.ensemble import operations_together
+from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
+from adaptive_inference.promises.timing import measure_blocks
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
+from image_data.sources import (
+    LEFT_OUT,
+    NORMALIZATION,
+    DataInfo,
+    evaluation_transform,
+    find_images,
+    read_image,
+)
 from models import count_operations
 from models.files import WEIGHTS, policy_path
 from utils import UserError, complain, is_terminal
@@ -48,12 +55,17 @@ def answer_all(arguments: argparse.Namespace, path: Path) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError("not enough memory for so many images at a time; a smaller --batch-size needs less") from None
+        raise UserError(
+            "not enough memory for so many images at a time; a smaller --batch-size needs less"
+        ) from None
 
 
 def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
     network, device = load_network(path, arguments), _device(arguments.device)
-    info, batch_size = network.description, arguments.batch_size or (1 if arguments.deadline is not None else BATCH_SIZE)
+    info, batch_size = (
+        network.description,
+        arguments.batch_size or (1 if arguments.deadline is not None else BATCH_SIZE),
+    )
     predictor, policy, policy_line = make_predictor(arguments, path, network.to(device), batch_size)
     answering = Answering(predictor, arguments.deadline)
     files, complaints = find_images(arguments.paths)
@@ -93,14 +105,18 @@ def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
     network = load_saved(path, {}).network
     if network.description is None:
         if arguments.classes is None:
-            raise UserError(f"{path} is of the released program, which stores no class names; give --classes FILE, one name a line")
+            raise UserError(
+                f"{path} is of the released program, which stores no class names; give --classes FILE, one name a line"
+            )
         names = _class_names(arguments.classes, network.num_classes)
         data = "imagenet" if not network.trunk.small_inputs else "cifar10" if len(names) == 10 else "cifar100"
         size = arguments.image_size or (32 if network.trunk.small_inputs else 224)
         network.description = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
     elif arguments.classes is not None or arguments.image_size not in (None, network.description.image_size):
         known = network.description.image_size
-        raise UserError(f"{path} knows its classes and its image size, {known}: --classes and --image-size are for others")
+        raise UserError(
+            f"{path} knows its classes and its image size, {known}: --classes and --image-size are for others"
+        )
     return network
 
 
@@ -123,7 +139,9 @@ def make_predictor(
     policy, timing, chosen = Policy((NONE_LEAVE,) * form.num_exits), None, {}
     if deadline is not None or (budget is not None and budget.unit == "ms"):
         size, device = network.description.image_size, next(form.parameters()).device
-        timing = measure_blocks(form, torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), batch_size)
+        timing = measure_blocks(
+            form, torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), batch_size
+        )
     if deadline is not None:
         if curve is not None:
             policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
@@ -134,21 +152,35 @@ def make_predictor(
         line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
     else:
         level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
-        max_loss = None if arguments.max_loss is None else MaxLoss(arguments.max_loss, level, arguments.disagreement)
+        max_loss = (
+            None if arguments.max_loss is None else MaxLoss(arguments.max_loss, level, arguments.disagreement)
+        )
         expected = why = ""
         if timing is not None:
-            predictor = BudgetPredictor(form, allowed_points(curve, arguments.accuracy, max_loss, arguments.rule), budget.amount, timing)
+            predictor = BudgetPredictor(
+                form,
+                allowed_points(curve, arguments.accuracy, max_loss, arguments.rule),
+                budget.amount,
+                timing,
+            )
             point = predictor.point
             expected = f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing}); as time is really spent, others follow"
         else:
             if asked:
-                operations = budget and budget.amount * (1e6 if budget.unit == "M" else curve.operations[-1] / 100)
-                point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=max_loss, rule=arguments.rule)
+                operations = budget and budget.amount * (
+                    1e6 if budget.unit == "M" else curve.operations[-1] / 100
+                )
+                point = choose(
+                    curve, operations, accuracy=arguments.accuracy, max_loss=max_loss, rule=arguments.rule
+                )
             else:
                 point = curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
                 why = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
             predictor = AdaptivePredictor(form, point.policy)
-        policy, chosen = point.policy, {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
+        policy, chosen = (
+            point.policy,
+            {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)},
+        )
         if max_loss is not None:
             chosen["promise"], why = str(max_loss), f"; certain to {max_loss}"
         share = point.operations / curve.operations[-1]
@@ -156,7 +188,12 @@ def make_predictor(
             f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with "
             f"{point.operations / 1e6:.2f} M operations ({100 * share:.0f} % of the network){expected}{why}"
         )
-    about = {**chosen, "measure": policy.measure, "thresholds": policy.thresholds, "deadline_milliseconds": deadline}
+    about = {
+        **chosen,
+        "measure": policy.measure,
+        "thresholds": policy.thresholds,
+        "deadline_milliseconds": deadline,
+    }
     return predictor, about, line
 
 
@@ -229,7 +266,9 @@ def _in_words(summary: dict[str, Any]) -> str:
     )
 
 
-def _batches(files: list[Path], image_size: int, batch_size: int) -> Iterator[tuple[list[Path], Tensor | None]]:
+def _batches(
+    files: list[Path], image_size: int, batch_size: int
+) -> Iterator[tuple[list[Path], Tensor | None]]:
     """Names and bytes (n, 3, H, W) of readable images; names and None for one that is not, after a line on standard error."""
     transform = evaluation_transform(image_size)
     names, images = [], []
@@ -253,7 +292,9 @@ def _class_names(path: Path, count: int) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}") from None
+        raise UserError(
+            f"--classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        ) from None
     if len(names) != count:
         raise UserError(f"--classes {path} holds {len(names)} names, the network knows {count} classes")
     return names

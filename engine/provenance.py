@@ -46,7 +46,11 @@ def recorded(session: Session, command: str, resumed: bool, frozen_digest: str |
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
     }
-    run = {"settings": plain(session.settings), "frozen_digest": frozen_digest, "pieces": [*(_pieces(path) if resumed else []), piece]}
+    run = {
+        "settings": plain(session.settings),
+        "frozen_digest": frozen_digest,
+        "pieces": [*(_pieces(path) if resumed else []), piece],
+    }
     _write(path, run)
     try:
         yield
@@ -68,8 +72,12 @@ def commit() -> str | None:
     """Of the code, with ``-dirty`` if it was changed since; None outside a git clone."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False, timeout=60).returncode
+        name = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False, timeout=60
+        ).returncode
     except (OSError, subprocess.SubprocessError):
         return None
     return name + "-dirty" * (changed != 0)
@@ -78,7 +86,11 @@ def commit() -> str | None:
 def _pieces(path: Path) -> list[dict[str, Any]]:
     # A record that was lost or damaged is no reason to lose the run.
     try:
-        return [piece for piece in json.loads(path.read_text(encoding="utf-8"))["pieces"] if isinstance(piece, dict)]
+        return [
+            piece
+            for piece in json.loads(path.read_text(encoding="utf-8"))["pieces"]
+            if isinstance(piece, dict)
+        ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 

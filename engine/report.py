@@ -30,7 +30,10 @@ TITLES = {
 def table(rows: Sequence[dict], names: Sequence[str]) -> str:
     """The columns of these names, as far as there are such, right-aligned under their titles and a rule."""
     names = [name for name in names if name in rows[0]]
-    cells = [[TITLES.get(name, name) for name in names], *([_shown(name, row[name]) for name in names] for row in rows)]
+    cells = [
+        [TITLES.get(name, name) for name in names],
+        *([_shown(name, row[name]) for name in names] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -124,7 +127,9 @@ def _draw(axes: Axes, rows: list[dict], cost: str, accuracy: str, style: str, la
     if rows:
         points = sorted((row[cost] / unit, row[accuracy]) for row in rows)
         axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, alpha=0.85, label=label)
-    axes.set_xlabel("operations an image (millions)" if cost == "operations" else "milliseconds an image, one at a time")
+    axes.set_xlabel(
+        "operations an image (millions)" if cost == "operations" else "milliseconds an image, one at a time"
+    )
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(visible=True, alpha=0.3)
 

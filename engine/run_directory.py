@@ -42,7 +42,9 @@ class RunDirectory:
     def refuse_second(self) -> None:
         """Raise a ``UserError`` if something was trained here."""
         if self.holds_run():
-            raise UserError(f"{self.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere")
+            raise UserError(
+                f"{self.path} holds a run; --resume goes on with it, --overwrite starts anew, --save DIR goes elsewhere"
+            )
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed run was writing."""
@@ -61,23 +63,34 @@ class RunDirectory:
             str(self.path).encode()  # TensorBoard writes into no other folders
         except UnicodeEncodeError:
             raise UserError(f"cannot write into --save {str(self.path)!a}: its name is no text") from None
-        missing, owner = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], os.getpid()
+        missing, owner = (
+            [folder for folder in (self.path, *self.path.parents) if not folder.exists()],
+            os.getpid(),
+        )
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as stream:
             try:
                 # Of this process alone: one that loads images outlives a killed run by seconds, and would keep what flock locks.
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                raise UserError(f"another run is writing into {self.path}; choose another --save or wait for it") from None
+                raise UserError(
+                    f"another run is writing into {self.path}; choose another --save or wait for it"
+                ) from None
             except OSError as error:
-                complain(f"the file system of --save {self.path} has no locks ({error.strerror}): see to it that no other run writes there")
+                complain(
+                    f"the file system of --save {self.path} has no locks ({error.strerror}): see to it that no other run writes there"
+                )
             self._clear_leftovers()
             try:
                 yield
             finally:
                 made_here = missing and os.getpid() == owner  # not in a forked copy
-                with suppress(OSError):  # another run has come into one of the folders above, or they have gone
-                    if made_here and [path.name for path in self.path.iterdir()] == [".lock"]:  # a refused run leaves nothing behind
+                with suppress(
+                    OSError
+                ):  # another run has come into one of the folders above, or they have gone
+                    if made_here and [path.name for path in self.path.iterdir()] == [
+                        ".lock"
+                    ]:  # a refused run leaves nothing behind
                         (self.path / ".lock").unlink()
                         for folder in missing:
                             folder.rmdir()

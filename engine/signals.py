@@ -36,7 +36,10 @@ def listening() -> Iterator[Requests]:
     def save(number: int, frame: object) -> None:
         requests.save = True
 
-    before = {number: signal.signal(number, act) for number, act in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGUSR1, save))}
+    before = {
+        number: signal.signal(number, act)
+        for number, act in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGUSR1, save))
+    }
     try:
         yield requests
     finally:

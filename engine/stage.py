@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_inference import half_precision, read_policy
+from adaptive_inference import read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
-from datasets import DataInfo
 from engine.checkpoint import Saved, damage_named, data_info_of, load_checkpoint, load_saved, settings_of
 from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
+from engine.precision import half_precision
 from engine.provenance import commit, recorded
 from engine.report import draw_curves, millions, read_csv
 from engine.run_directory import RunDirectory
@@ -29,6 +29,7 @@ from engine.session import Session
 from engine.signals import Interrupted, Requests, listening
 from engine.stepper import refuse_combinations
 from engine.training import train
+from image_data.sources import DataInfo
 from models import Description, count_operations
 from models.saved import Split, build_network, load_weights, network_options
 from settings import Settings, plain
@@ -82,7 +83,9 @@ class Stage(ABC):
             UserError: it moved.
         """
         if self.frozen_digest(network) != description.frozen_digest:
-            raise UserError("the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more")
+            raise UserError(
+                "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more"
+            )
 
     def share_of_work(self, settings: Settings) -> float:
         """Operations that compiling makes faster on a CPU, compared with those of training the whole network."""
@@ -125,7 +128,10 @@ def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
         return interrupted.exit_status, f"stopped by a signal{interrupted.where}, {saved}{go_on}"
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            return 2, "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations"
+            return (
+                2,
+                "there is not enough memory; try a smaller --batch-size, --accumulate or --checkpoint-activations",
+            )
         if (lost := _lost_process(error)) is not None:
             return 1, f"{lost}{go_on}"
         raise
@@ -146,13 +152,17 @@ def _train_and_evaluate(stage: Stage, command: CommandLine, requests: Requests) 
     with run.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
         state = _state_to_resume(stage, command, run)
         origin = None if state else stage.find_origin(command)
-        settings = command.settings(settings_of(state["description"]) if state else None, origin.settings if origin else None)
+        settings = command.settings(
+            settings_of(state["description"]) if state else None, origin.settings if origin else None
+        )
         with shared_out(settings.batch_size, settings.gpu) as processes:
             log = Log(processes.is_main)
             try:
                 settings = with_precision(settings, processes)
                 _keep_threads_from_waiting(settings, processes)
-                _Run(stage, command, Session(run, settings, processes, log, requests), state, origin).complete()
+                _Run(
+                    stage, command, Session(run, settings, processes, log, requests), state, origin
+                ).complete()
             finally:
                 log.close()
 
@@ -161,17 +171,34 @@ class _Run:
     """Training and the evaluation after it, in one of the processes that share them: from the ``state`` the run goes on from, or the
     ``origin`` whose network it starts from, or neither."""
 
-    def __init__(self, stage: Stage, command: CommandLine, session: Session, state: dict[str, Any] | None, origin: Saved | None):
-        self.stage, self.command, self.session, self.state, self.origin = stage, command, session, state, origin
+    def __init__(
+        self,
+        stage: Stage,
+        command: CommandLine,
+        session: Session,
+        state: dict[str, Any] | None,
+        origin: Saved | None,
+    ):
+        self.stage, self.command, self.session, self.state, self.origin = (
+            stage,
+            command,
+            session,
+            state,
+            origin,
+        )
 
     def complete(self) -> None:
         """Load, train and evaluate."""
         session, stage, state = self.session, self.stage, self.state
         if state is not None:
-            session.log.line(f"going on with {session.run.last}: {state['epoch']} epochs and {state['step']} steps are done")
+            session.log.line(
+                f"going on with {session.run.last}: {state['epoch']} epochs and {state['step']} steps are done"
+            )
         data, network = self._load()
         operations = _operations(network, data.info.image_size)
-        settings = with_compilation(session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size)
+        settings = with_compilation(
+            session.settings, stage, data.train.num_images * operations[-1] // session.processes.world_size
+        )
         self.session = session = replace(session, settings=settings)
         refuse_combinations(network, settings, session.processes)
         description = state["description"] if state else self._description(data.info, network, operations)
@@ -180,7 +207,11 @@ class _Run:
         is_main = session.processes.is_main
         if is_main and state is None:
             _clear(session.run)
-        with recorded(session, str(self.command), state is not None, description.frozen_digest) if is_main else nullcontext():
+        with (
+            recorded(session, str(self.command), state is not None, description.frozen_digest)
+            if is_main
+            else nullcontext()
+        ):
             session.log.open(session.run, state["epoch"] + 1 if state else 0)
             self._train_and_evaluate(network, data, description)
             if is_main:
@@ -208,7 +239,9 @@ class _Run:
             return _read(self.session)
         if self.stage.may_change_data:
             data = _read(self.session)
-            if data.info.fingerprint != origin.data.fingerprint or torch.equal(data.split.held_out, origin.split.held_out):
+            if data.info.fingerprint != origin.data.fingerprint or torch.equal(
+                data.split.held_out, origin.split.held_out
+            ):
                 return data
         return _read(self.session, origin.data, origin.split)
 
@@ -226,18 +259,26 @@ class _Run:
             recipe=plain(settings),
             seed=settings.seed,
             commit=commit(),
-            data={"name": data.name, "num_training_images": data.num_training_images, "fingerprint": data.fingerprint},
+            data={
+                "name": data.name,
+                "num_training_images": data.num_training_images,
+                "fingerprint": data.fingerprint,
+            },
             origin=str(self.origin.path.resolve()) if self.origin else None,
             frozen_digest=self.stage.frozen_digest(network),
         )
 
     def _train_and_evaluate(self, network: nn.Module, data: Data, description: Description) -> None:
         session, stage = self.session, self.stage
-        progress = train(stage.make_objective(network, session.settings), description, data, session, self.state)
+        progress = train(
+            stage.make_objective(network, session.settings), description, data, session, self.state
+        )
         stage.check_result(network, description)  # of the last epoch, then of the best
         load_weights(network, load_saved(session.run.best, {}).network.state_dict())
         stage.check_result(network, description)
-        session.log.line(f"evaluating the best epoch, {progress.best_epoch} of {session.settings.epochs}: {session.run.best}")
+        session.log.line(
+            f"evaluating the best epoch, {progress.best_epoch} of {session.settings.epochs}: {session.run.best}"
+        )
         evaluation = Evaluation(session, network, data, description.operations, _curves_of(description))
         evaluation.run(["anytime", "dynamic"] if data.val.num_images else ["anytime"])
 
@@ -258,7 +299,9 @@ def _state_to_resume(stage: Stage, command: CommandLine, run: RunDirectory) -> d
     if not run.last.exists():
         # The log comes after last.pt, best.safetensors before it: without both the run was killed while it saved for the first time.
         if run.log.exists():
-            raise UserError(f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew")
+            raise UserError(
+                f"{run.path} holds a run without last.pt, which --resume needs; --overwrite starts anew"
+            )
         if int(os.environ.get("RANK", "0")) == 0:
             Log(True).line(f"nothing to resume in {run.path}: starting from scratch")
         return None
@@ -313,7 +356,10 @@ def with_compilation(settings: Settings, stage: Stage, operations_an_epoch: floa
     possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
     on_gpu = torch.cuda.is_available()
     # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
-    is_long = settings.epochs * operations_an_epoch * (1.0 if on_gpu else stage.share_of_work(settings)) > COMPILING_PAYS
+    is_long = (
+        settings.epochs * operations_an_epoch * (1.0 if on_gpu else stage.share_of_work(settings))
+        > COMPILING_PAYS
+    )
     fitting = "reduce-overhead" if on_gpu and settings.accumulate == 1 else "default"
     return replace(settings, compile=fitting if possible and is_long else "off")
 
@@ -322,14 +368,19 @@ def place(network: nn.Module, session: Session) -> None:
     """Move a network to its device, in the memory layout and precision that the settings ask for."""
     settings = session.settings
     set_tf32(settings.tf32)
-    network.to(session.processes.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+    network.to(
+        session.processes.device,
+        memory_format=torch.channels_last if settings.channels_last else torch.preserve_format,
+    )
     network.trunk.checkpoint_activations = settings.checkpoint_activations
 
 
 def _read(session: Session, stored: DataInfo | None = None, split: Split | None = None) -> Data:
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
-    with session.log.waiting(f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo")):
+    with session.log.waiting(
+        f"reading the images{of}" + f" in {settings.data_root}" * (settings.data != "demo")
+    ):
         return load_data(settings, processes.device, processes.shard, stored, split)
 
 
@@ -345,14 +396,20 @@ def _introduce(network: nn.Module, data: Data, operations: list[int], session: S
     parts = {"training": data.train, "held-out": data.val, "test": data.test}
     counts = ", ".join(f"{part.num_images:,} {name}" for name, part in parts.items() if part.num_images)
     session.log.line(f"{data.info.name}: {counts} images")
-    session.log.line(f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations")
-    session.log.line(f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}")
+    session.log.line(
+        f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations"
+    )
+    session.log.line(
+        f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}"
+    )
 
 
 def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
     if data.sorted_by_name:
         names = ", ".join(data.info.class_names[:3])
-        log.line(f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)")
+        log.line(
+            f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)"
+        )
 
 
 def _clear(run: RunDirectory) -> None:
@@ -383,16 +440,24 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
         data = _read(session, saved.data, saved.split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
-            raise UserError(f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}")
+            raise UserError(
+                f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}"
+            )
         place(network, session)
         if saved.description is None:
             _say_class_order(saved, data, log)
             if settings.evalmode == "dynamic":
-                log.line(f"{source} remembers no held-out split: thresholds are set on images it may have seen, and promise nothing")
+                log.line(
+                    f"{source} remembers no held-out split: thresholds are set on images it may have seen, and promise nothing"
+                )
         _introduce(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
-            curves = _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
-            Evaluation(session, network, data, operations, curves, saved.split is not None).run([settings.evalmode])
+            curves = (
+                _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
+            )
+            Evaluation(session, network, data, operations, curves, saved.split is not None).run(
+                [settings.evalmode]
+            )
 
 
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
@@ -400,6 +465,17 @@ def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:
     writer.add_figure("accuracy against operations", draw_curves(known_curves(run, curves)))
     for path in filter(Path.exists, (run.budgeted, run.optimised)):
         for row in read_csv(path, ("operations", "test_acc1")):
-            writer.add_scalar(f"test_acc1_by_thousand_operations/{path.stem}", row["test_acc1"], int(row["operations"]) // 1000)
-    options = {name: x if isinstance(x, (int, float)) else one_line(str(x)) for name, x in plain(session.settings).items()}
-    writer.add_hparams(options, {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)}, run_name=".")
+            writer.add_scalar(
+                f"test_acc1_by_thousand_operations/{path.stem}",
+                row["test_acc1"],
+                int(row["operations"]) // 1000,
+            )
+    options = {
+        name: x if isinstance(x, (int, float)) else one_line(str(x))
+        for name, x in plain(session.settings).items()
+    }
+    writer.add_hparams(
+        options,
+        {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(run.anytime)},
+        run_name=".",
+    )

@@ -64,7 +64,9 @@ class Stepper:
         """Whether the first step, which compiles, has been done."""
         return self._model is not None
 
-    def step(self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    def step(
+        self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
         """One step on this process's share of a batch; nothing waits for the device, unless fp16 scaling does.
 
         With ``accumulate`` the batch is worked off in parts. They count by their sizes, so the gradient is that of the mean loss over the
@@ -77,7 +79,13 @@ class Stepper:
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parts = list(zip(images.tensor_split(self.settings.accumulate), targets.tensor_split(self.settings.accumulate), strict=True))
+        parts = list(
+            zip(
+                images.tensor_split(self.settings.accumulate),
+                targets.tensor_split(self.settings.accumulate),
+                strict=True,
+            )
+        )
         for i, (part_images, part_targets) in enumerate(parts):
             # Processes exchange gradients once, with the last part.
             waits = i + 1 < len(parts) and isinstance(model, DistributedDataParallel)
@@ -110,7 +118,9 @@ class Stepper:
             if self.processes.world_size > 1:
                 # Those no exit depends on, such as finer scales of the last layer, have no gradient to exchange.
                 eager = _InPrecision(self.objective, self.processes.device, self.dtype)
-                for parameter in _parameters_without_gradient(eager, self.parameters, images[:2], targets[:2]):
+                for parameter in _parameters_without_gradient(
+                    eager, self.parameters, images[:2], targets[:2]
+                ):
                     parameter.requires_grad_(False)
             inner = _InPrecision(_compiled(self.objective, self.settings), self.processes.device, self.dtype)
             self._model = _parallel(inner, self.processes)
@@ -140,17 +150,25 @@ def refuse_combinations(network: nn.Module, settings: Settings, processes: Proce
         raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
     several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
     if several_gpus and (settings.sync_bn or settings.compile != "off"):
-        raise UserError(f"{'--sync-bn' if settings.sync_bn else '--compile'} needs one process a GPU: start with torchrun instead of --gpu")
+        raise UserError(
+            f"{'--sync-bn' if settings.sync_bn else '--compile'} needs one process a GPU: start with torchrun instead of --gpu"
+        )
     if settings.compile != "off" and settings.checkpoint_activations:
         raise UserError("--compile and --checkpoint-activations do not go together")
     if settings.compile not in ("off", "default") and settings.accumulate > 1:
-        raise UserError(f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate needs; use default")
+        raise UserError(
+            f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate needs; use default"
+        )
     if settings.compile != "off" and share % settings.accumulate:
-        raise UserError(f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide {share} images")
+        raise UserError(
+            f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide {share} images"
+        )
     if settings.accumulate > share:
         raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
     parts = torch.empty(share).tensor_split(settings.accumulate)
-    smallest = min(len(chunk) for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1)))  # as DataParallel deals them out
+    smallest = min(
+        len(chunk) for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))
+    )  # as DataParallel deals them out
     if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
         raise UserError(
             f"the BatchNorm of the ISC links needs at least 2 images at a time; --batch-size {settings.batch_size} gives {smallest}"
@@ -167,7 +185,9 @@ def _compiled(objective: nn.Module, settings: Settings) -> nn.Module:
     return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
 
 
-def _parameters_without_gradient(objective: nn.Module, parameters: list[Tensor], images: Tensor, targets: Tensor) -> list[Tensor]:
+def _parameters_without_gradient(
+    objective: nn.Module, parameters: list[Tensor], images: Tensor, targets: Tensor
+) -> list[Tensor]:
     with frozen_statistics(objective):
         losses, _ = objective(images, targets)
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)

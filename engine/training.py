@@ -58,7 +58,9 @@ class Meters:
 
     def __init__(self, num_exits: int, device: torch.device, only_finite: bool = False):
         self.only_finite = only_finite
-        self.totals = torch.zeros(2 + num_exits, dtype=torch.float64, device=device)  # images, loss, correct by exit
+        self.totals = torch.zeros(
+            2 + num_exits, dtype=torch.float64, device=device
+        )  # images, loss, correct by exit
 
     def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: losses (N,), logits (N, K, C), targets (N,)."""
@@ -79,7 +81,13 @@ class Meters:
         return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
 
-def train(objective: nn.Module, description: Description, data: Data, session: Session, state: dict[str, Any] | None = None) -> Progress:
+def train(
+    objective: nn.Module,
+    description: Description,
+    data: Data,
+    session: Session,
+    state: dict[str, Any] | None = None,
+) -> Progress:
     """Train until ``epochs`` of the settings are done, and leave ``last.pt``, the best epoch and ``log.jsonl`` in the run's directory.
 
     The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
@@ -109,11 +117,17 @@ class _Trainer:
         self.objective, self.description, self.data, self.session = objective, description, data, session
         self.network = objective.network
         self.stepper = Stepper(objective, session.settings, session.processes)
-        self.meters = Meters(self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled())
+        self.meters = Meters(
+            self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled()
+        )
         self.progress = Progress()
         self.began = self.saved = 0.0
         decay = session.settings.ema_decay
-        self.average = None if decay is None else AveragedModel(self.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+        self.average = (
+            None
+            if decay is None
+            else AveragedModel(self.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+        )
 
     @property
     def answering(self) -> nn.Module:
@@ -168,7 +182,9 @@ class _Trainer:
     def _requested(self, requests: Requests) -> int:
         """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
         costs a wait, so they do it only now and then."""
-        if self.session.processes.world_size > 1 and self.progress.step % min(self.session.settings.print_freq, MAX_STEPS_DEAF):
+        if self.session.processes.world_size > 1 and self.progress.step % min(
+            self.session.settings.print_freq, MAX_STEPS_DEAF
+        ):
             return 0
         minutes = self.session.settings.save_every_minutes
         is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
@@ -179,11 +195,19 @@ class _Trainer:
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.session.processes.sum(self.meters.totals.clone()))
         self._refuse_divergence(loss)
-        self.session.log.step(self.progress.step, self.session.settings.batch_size, f"{LOSS} {loss:.4f}, last exit {accuracies[-1]:.2f} %")
+        self.session.log.step(
+            self.progress.step,
+            self.session.settings.batch_size,
+            f"{LOSS} {loss:.4f}, last exit {accuracies[-1]:.2f} %",
+        )
 
     def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
         if not math.isfinite(loss):
-            last = f"last good checkpoint: {self.session.run.last}" if self.session.run.last.exists() else "nothing was saved yet"
+            last = (
+                f"last good checkpoint: {self.session.run.last}"
+                if self.session.run.last.exists()
+                else "nothing was saved yet"
+            )
             raise UserError(
                 f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
                 f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
@@ -242,7 +266,11 @@ class _Trainer:
         if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
             self._refuse_divergence(math.nan, "sum of the weights")
         if is_best:
-            accuracy = {name: values for name, values in progress.history[-1].items() if name in ("val_acc1", "val_acc5")}
+            accuracy = {
+                name: values
+                for name, values in progress.history[-1].items()
+                if name in ("val_acc1", "val_acc5")
+            }
             description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
             save_network(self.session.run.best, self.answering, description, self.data.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")

@@ -20,7 +20,7 @@ from torch import Tensor
 import export_onnx
 import predict
 from adaptive_inference import AdaptivePredictor, read_policy
-from datasets import evaluation_transform, read_image
+from image_data.sources import evaluation_transform, read_image
 from models.files import find, policy_path
 from onnx_predictor import OnnxPredictor
 
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         answers, onnx = Path(folder) / "answers.json", Path(folder) / "network.onnx"
         flags = ["--model", MODEL, "--device", "cpu", "--format", "json", "--output", str(answers)]
-        if predict.main([*(sys.argv[1:] if argv is None else argv), *flags]) or export_onnx.main(["--model", MODEL, "--output", str(onnx)]):
+        if predict.main([*(sys.argv[1:] if argv is None else argv), *flags]) or export_onnx.main(
+            ["--model", MODEL, "--output", str(onnx)]
+        ):
             return 2
         found = json.loads(answers.read_text(encoding="utf-8"))
         rows, runner = found["answers"], OnnxPredictor(onnx)
@@ -53,12 +55,17 @@ def main(argv: list[str] | None = None) -> int:
             print("ONNX in JavaScript: not tried, as node finds no onnxruntime-node")
     others = 0
     for row, *answered in zip(rows, *ways.values(), strict=True):
-        same = all((c, k) == answered[0][::2] and abs(p - row["confidence"]) <= TOLERANCE for c, p, k in answered)
+        same = all(
+            (c, k) == answered[0][::2] and abs(p - row["confidence"]) <= TOLERANCE for c, p, k in answered
+        )
         others += not same
         print(
-            f"{row['file']}: {row['class']}, {row['confidence']:.4f}, exit {row['exit']}" + ("" if same else f"; in other ways {answered}")
+            f"{row['file']}: {row['class']}, {row['confidence']:.4f}, exit {row['exit']}"
+            + ("" if same else f"; in other ways {answered}")
         )
-    print(f"{', '.join(ways)}: {f'{others} different' if others else 'identical'} answers to {len(pixels)} images")
+    print(
+        f"{', '.join(ways)}: {f'{others} different' if others else 'identical'} answers to {len(pixels)} images"
+    )
     return int(others > 0)
 
 
@@ -72,7 +79,10 @@ def by_hub(network: torch.nn.Module, pixels: Tensor, chosen: dict) -> Answers:
 def has_javascript() -> bool:
     """Whether ``classify.js`` would find what it needs."""
     command = ["node", "-e", "require('onnxruntime-node')"]
-    return bool(shutil.which("node")) and not subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+    return (
+        bool(shutil.which("node"))
+        and not subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+    )
 
 
 def by_javascript(onnx: Path, thresholds: list[float], pixels: Tensor) -> Answers:
@@ -80,9 +90,18 @@ def by_javascript(onnx: Path, thresholds: list[float], pixels: Tensor) -> Answer
     files = [onnx.with_name(f"{n}.ppm") for n in range(len(pixels))]
     for file, image in zip(files, pixels, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
-    command = ["node", str(ROOT / "examples" / "classify.js"), str(onnx), ",".join(map(str, thresholds)), *map(str, files)]
+    command = [
+        "node",
+        str(ROOT / "examples" / "classify.js"),
+        str(onnx),
+        ",".join(map(str, thresholds)),
+        *map(str, files),
+    ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [(int(c), float(p), int(k)) for c, p, k in re.findall(r": class (\d+), ([\d.]+), exit (\d+)\n", printed)]
+    return [
+        (int(c), float(p), int(k))
+        for c, p, k in re.findall(r": class (\d+), ([\d.]+), exit (\d+)\n", printed)
+    ]
 
 
 def _rows(prediction: tuple) -> Answers:

@@ -24,7 +24,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
         return path
     shipped = {file.stem: file for file in sorted(WEIGHTS.glob(f"*{SUFFIX}"))}
     if str(path) not in shipped:
-        names = "" if len(path.parts) > 1 or path.suffix else f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
+        names = (
+            ""
+            if len(path.parts) > 1 or path.suffix
+            else f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
+        )
         raise FileNotFoundError(f"there is no checkpoint {path}{names}")
     return shipped[str(path)]
 

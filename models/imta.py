@@ -51,7 +51,8 @@ class IMTA(ExitNetwork):
         # links[k - 1] is g between exits k - 1 and k.
         self.links = nn.ModuleList(_link(self.num_classes, width) for width in widths[1:]) if isc else None
         self.classifiers = nn.ModuleList(
-            nn.Linear(2 * width if isc and k > 0 else width, self.num_classes) for k, width in enumerate(widths)
+            nn.Linear(2 * width if isc and k > 0 else width, self.num_classes)
+            for k, width in enumerate(widths)
         )
         if freeze_backbone:
             backbone.requires_grad_(False)

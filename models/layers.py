@@ -18,7 +18,9 @@ FeatureGrid = dict[int, Tensor]
 BOOST = 0.5  # share of the earlier exits' logits
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False
+) -> nn.Sequential:
     """Convolution with "same" padding, batch normalisation, ReLU: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias),
@@ -27,7 +29,9 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: 
     )
 
 
-def bottleneck_conv(in_channels: int, out_channels: int, stride: int, bottleneck_factor: int | None) -> nn.Sequential:
+def bottleneck_conv(
+    in_channels: int, out_channels: int, stride: int, bottleneck_factor: int | None
+) -> nn.Sequential:
     """The paper's *normal* (stride 1) or *down* (stride 2) transformation.
 
     A 1x1 convolution to ``min(in_channels, bottleneck_factor * out_channels)`` channels comes before the 3x3 one; None leaves it out.
@@ -35,7 +39,9 @@ def bottleneck_conv(in_channels: int, out_channels: int, stride: int, bottleneck
     if bottleneck_factor is None:
         return conv_bn_relu(in_channels, out_channels, 3, stride)
     inner_channels = min(in_channels, bottleneck_factor * out_channels)
-    return nn.Sequential(*conv_bn_relu(in_channels, inner_channels, 1), *conv_bn_relu(inner_channels, out_channels, 3, stride))
+    return nn.Sequential(
+        *conv_bn_relu(in_channels, inner_channels, 1), *conv_bn_relu(inner_channels, out_channels, 3, stride)
+    )
 
 
 class Stem(nn.Module):
@@ -51,7 +57,9 @@ class Stem(nn.Module):
         if small_inputs:
             finest = conv_bn_relu(3, channels[0], 3)
         else:
-            finest = nn.Sequential(*conv_bn_relu(3, channels[0], 7, stride=2, bias=True), nn.MaxPool2d(3, stride=2, padding=1))
+            finest = nn.Sequential(
+                *conv_bn_relu(3, channels[0], 7, stride=2, bias=True), nn.MaxPool2d(3, stride=2, padding=1)
+            )
         coarser = [conv_bn_relu(channels[s - 1], channels[s], 3, stride=2) for s in range(1, len(channels))]
         self.scales = nn.ModuleList([finest, *coarser])
 
@@ -128,7 +136,9 @@ class Layer(GridStage):
                 normal[s] = self.normal[own](x)
             else:
                 down[s + 1] = self.down[coarser](x)
-        return {s: torch.cat([grid[s], *([down[s]] if s in down else []), normal[s]], dim=1) for s in self.scales}
+        return {
+            s: torch.cat([grid[s], *([down[s]] if s in down else []), normal[s]], dim=1) for s in self.scales
+        }
 
 
 def apply_each(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +157,9 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
     weight = torch.cat([convolution.weight for convolution in convolutions])
     # Convolutions have a bias only where BatchNorm is folded into them.
     bias = None if first[0].bias is None else torch.cat([convolution.bias for convolution in convolutions])
-    outputs = list(F.conv2d(x, weight, bias).split([convolution.out_channels for convolution in convolutions], dim=1))
+    outputs = list(
+        F.conv2d(x, weight, bias).split([convolution.out_channels for convolution in convolutions], dim=1)
+    )
     for i, layers in enumerate((first, second)):
         for layer in list(layers)[1:]:
             outputs[i] = layer(outputs[i])

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Boost, Exit, FeatureGrid, Layer, Stem, Transition, frozen_statistics, rescale_gradient
+from models.layers import (
+    Boost,
+    Exit,
+    FeatureGrid,
+    Layer,
+    Stem,
+    Transition,
+    frozen_statistics,
+    rescale_gradient,
+)
 from models.network import ExitNetwork
 from models.options import NetworkOptions, block_depths
 
@@ -42,7 +51,9 @@ class MSDNet(ExitNetwork):
         chosen = NetworkOptions(**options)
         chosen.check()
         # Plain types only: a checkpoint stores this and rebuilds the network from it.
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()}
+        plain = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()
+        }
         self.config = {"num_classes": num_classes, **plain}
         growth_factors, prune, reduction = chosen.growth_factors, chosen.prune, chosen.reduction
         self.num_exits, self.num_classes = chosen.num_blocks, num_classes
@@ -65,19 +76,32 @@ class MSDNet(ExitNetwork):
         num_layers = sum(depths)
         layer_number, scales = 0, range(self.num_scales)
         # If several scales are left at the end, no exit reads the finer ones of the last layers: those parameters get no gradient.
-        num_read_layers = num_layers - len(remaining_scales(num_layers, num_layers, self.num_scales, prune)) + 1
+        num_read_layers = (
+            num_layers - len(remaining_scales(num_layers, num_layers, self.num_scales, prune)) + 1
+        )
         for depth in depths:
             stages = []
             for _ in range(depth):
                 layer_number += 1
-                input_scales, scales = scales, remaining_scales(layer_number, num_layers, self.num_scales, prune)
+                input_scales, scales = (
+                    scales,
+                    remaining_scales(layer_number, num_layers, self.num_scales, prune),
+                )
                 shares = layer_number <= num_read_layers
-                stages.append(Layer(per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales, shares))
+                stages.append(
+                    Layer(
+                        per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales, shares
+                    )
+                )
                 width += chosen.growth_rate
-                if reduction > 0 and _transition_follows(layer_number, num_layers, len(scales) < len(input_scales), prune):
+                if reduction > 0 and _transition_follows(
+                    layer_number, num_layers, len(scales) < len(input_scales), prune
+                ):
                     reduced_width = math.floor(reduction * width)
                     if reduced_width < 1:
-                        raise ValueError(f"reduction {reduction} leaves no channel of {width} after layer {layer_number}")
+                        raise ValueError(
+                            f"reduction {reduction} leaves no channel of {width} after layer {layer_number}"
+                        )
                     stages.append(Transition(per_scale(width), per_scale(reduced_width), scales))
                     width = reduced_width
             self.blocks.append(nn.Sequential(*stages))
@@ -107,14 +131,20 @@ class MSDNet(ExitNetwork):
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
         """Logits (N, num_classes) of exit ``k`` from its features (N, C_k); those of exit k - 1 matter to boosted exits only."""
         logits = self.exits[k].linear(features)
-        return logits if self.boost is None or previous_logits is None else self.boost(logits, previous_logits)
+        return (
+            logits if self.boost is None or previous_logits is None else self.boost(logits, previous_logits)
+        )
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(grid)
         return checkpoint(
-            block, grid, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
+            block,
+            grid,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), frozen_statistics(block)),
         )
 
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
@@ -124,7 +154,9 @@ class MSDNet(ExitNetwork):
             return grid
         coarsest = self.num_scales - 1
         every_scale = self.gradient_equilibrium_scales == "trunk"
-        return {s: rescale_gradient(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
+        return {
+            s: rescale_gradient(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()
+        }
 
     def _checked(self, num_exits: int | None) -> int:
         if num_exits is None:

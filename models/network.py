@@ -20,7 +20,7 @@ class ExitNetwork(nn.Module, ABC):
     num_classes: int
     # What ``models.load`` read beside the weights.
     description: "Description | None" = None
-    # Of an ``adaptive_inference.form``: digest of the network it was made from.
+    # Of an ``adaptive_inference.fold``: digest of the network it was made from.
     fingerprint: str | None = None
 
     @property

@@ -38,7 +38,9 @@ def count_operations(network: nn.Module, image_size: int, lazy: bool = False) ->
 def measure_cost(network: nn.Module, image_size: int, lazy: bool = False) -> Cost:
     """As ``count_operations``, with the parameters used up to every exit."""
     if image_size < network.minimum_image_size:
-        raise ValueError(f"an image of {image_size} pixels is too small: this network needs at least {network.minimum_image_size}")
+        raise ValueError(
+            f"an image of {image_size} pixels is too small: this network needs at least {network.minimum_image_size}"
+        )
     # Shapes alone are needed: on the meta device nothing is computed.
     network = copy.deepcopy(network).to("meta").eval()
     operations = parameters = 0

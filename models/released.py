@@ -47,7 +47,10 @@ _COMMON = {"bottleneck": True, "prune": "max", "reduction": 0.5}
 _CIFAR = {**_COMMON, "nChannels": 16, "growthRate": 6, "grFactor": (1, 2, 4), "bnFactor": (1, 2, 4)}
 _IMAGENET = {**_COMMON, "nChannels": 32, "growthRate": 16, "grFactor": (1, 2, 4, 4), "bnFactor": (1, 2, 4, 4)}
 _PUBLISHED = {
-    True: [{**_CIFAR, "stepmode": "lin_grow", "base": 1, "step": 1}, {**_CIFAR, "stepmode": "even", "base": 4, "step": 2}],
+    True: [
+        {**_CIFAR, "stepmode": "lin_grow", "base": 1, "step": 1},
+        {**_CIFAR, "stepmode": "even", "base": 4, "step": 2},
+    ],
     False: [{**_IMAGENET, "stepmode": "even", "base": depth, "step": depth} for depth in range(2, 8)],
 }
 # Under these names programs keep the state dict, and before its names wrappers put these.
@@ -85,12 +88,16 @@ def load_released(
     checkpoint = read_checkpoint(Path(file_or_dict)) if is_file else file_or_dict
     try:
         if str(checkpoint.get("format")).startswith("imta-msdnet"):
-            raise ValueError("it is a run of this project to go on from; models.load reads the best.safetensors beside it")
+            raise ValueError(
+                "it is a run of this project to go on from; models.load reads the best.safetensors beside it"
+            )
         tensors = _tensors_of(checkpoint)
         stage_2 = any(name.startswith("net.") for name in tensors)
         is_rescaled = stage_2 or checkpoint.get("arch") == "msdnet_ge"
         rescale = is_rescaled if gradient_equilibrium is None else gradient_equilibrium
-        network = _fitting_network({name: tuple(t.shape) for name, t in tensors.items()}, flags, stage_2, rescale)
+        network = _fitting_network(
+            {name: tuple(t.shape) for name, t in tensors.items()}, flags, stage_2, rescale
+        )
         weights = _under_our_names(network, tensors)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
@@ -108,7 +115,9 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     if isinstance(network, MSDNet) and network.boost is not None:
         raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
-        raise ValueError("an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links")
+        raise ValueError(
+            "an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links"
+        )
     ours = network.state_dict()
     return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
 
@@ -160,7 +169,9 @@ def _parse_flags(given: Flags) -> Flags:
             raise ValueError(f"--{flag} says nothing about a released network; allowed: {', '.join(allowed)}")
     flags = {flag: value for flag, value in given.items() if value is not None}
     for flag in {"grFactor", "bnFactor"} & flags.keys():
-        flags[flag] = [int(part) for part in flags[flag].split("-")] if isinstance(flags[flag], str) else flags[flag]
+        flags[flag] = (
+            [int(part) for part in flags[flag].split("-")] if isinstance(flags[flag], str) else flags[flag]
+        )
     return flags
 
 
@@ -183,13 +194,19 @@ def read_checkpoint(path: Path) -> Mapping:
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged or foreign file can make any part of the readers fail.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = (
+            re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        )
         if refused:
             raise ValueError(
                 f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run code. If you trust its origin, "
                 "save its 'state_dict' alone on the machine it comes from, or allow that class with torch.serialization.safe_globals"
             ) from error
-        reason = str(error) if type(error) is ValueError and len(str(error)) < 120 else f"{type(error).__name__} while reading it"
+        reason = (
+            str(error)
+            if type(error) is ValueError and len(str(error)) < 120
+            else f"{type(error).__name__} while reading it"
+        )
         raise ValueError(f"{path}: it is no PyTorch checkpoint, or a damaged one ({reason})") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path}: it holds a {type(checkpoint).__name__}, not a checkpoint or state dict")
@@ -198,17 +215,27 @@ def read_checkpoint(path: Path) -> Mapping:
 
 def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
     """The tensors of a checkpoint or bare state dict, without what wrappers put before their names."""
-    state = next((checkpoint[name] for name in _STATE_DICTS if isinstance(checkpoint.get(name), Mapping)), checkpoint)
+    state = next(
+        (checkpoint[name] for name in _STATE_DICTS if isinstance(checkpoint.get(name), Mapping)), checkpoint
+    )
     if not any(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"it holds no state dict of a network, but {', '.join(map(ascii, state)) or 'nothing':.100}")
+        raise ValueError(
+            f"it holds no state dict of a network, but {', '.join(map(ascii, state)) or 'nothing':.100}"
+        )
     tensors = {}
     for full_name, x in state.items():
         if not isinstance(full_name, str) or not isinstance(x, Tensor):
-            raise ValueError(f"its state dict holds a {type(x).__name__} named {full_name!r}, where a tensor is expected")
+            raise ValueError(
+                f"its state dict holds a {type(x).__name__} named {full_name!r}, where a tensor is expected"
+            )
         name = ".".join(part for part in full_name.split(".") if part not in _WRAPPERS)
         if name in tensors:
             raise ValueError(f"{name} is there twice, with and without a prefix")
-        is_plain = x.layout == torch.strided and not x.is_meta and (x.is_floating_point() or name.endswith("num_batches_tracked"))
+        is_plain = (
+            x.layout == torch.strided
+            and not x.is_meta
+            and (x.is_floating_point() or name.endswith("num_batches_tracked"))
+        )
         # A tensor may repeat one number along a dimension of any claimed length.
         if not is_plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(f"{name} is not a plain tensor of floating point numbers, all of them stored")
@@ -223,7 +250,9 @@ def _under_our_names(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> dict
             # Files from before PyTorch 0.4.1 do not have it, and with a fixed momentum nothing depends on it.
             weights[our_name] = tensors.get(released_name, torch.tensor(0)).to(torch.int64, copy=True)
         else:
-            weights[our_name] = tensors[released_name].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            weights[our_name] = tensors[released_name].to(
+                torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
     return weights
 
 
@@ -248,7 +277,10 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
         try:
             with torch.device("meta"):
                 network: MSDNet | IMTA = MSDNet(
-                    **options, small_inputs=small_inputs, gradient_equilibrium=rescale, gradient_equilibrium_scales="coarsest"
+                    **options,
+                    small_inputs=small_inputs,
+                    gradient_equilibrium=rescale,
+                    gradient_equilibrium_scales="coarsest",
                 )
                 if stage_2:
                     network = IMTA(network, cut_isc_gradient=False, freeze_batchnorm=False)
@@ -260,10 +292,17 @@ def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool)
         differences = [
             f"{name} is {shapes.get(name, 'nothing')} there, where {expected.get(name, 'nothing')} belongs"
             for name in {**expected, **shapes}
-            if expected.get(name) != shapes.get(name) and not (name.endswith("num_batches_tracked") and name not in shapes)
+            if expected.get(name) != shapes.get(name)
+            and not (name.endswith("num_batches_tracked") and name not in shapes)
         ]
         if not differences:
             return network
         nearest = min(nearest or differences, differences, key=len)
-    what = "not the network of the given flags" if flags else "none of the published networks, and needs flags such as --base --step"
-    raise ValueError(f"it is {what}: {nearest[0]}" + (f", and {len(nearest) - 1} more" if len(nearest) > 1 else ""))
+    what = (
+        "not the network of the given flags"
+        if flags
+        else "none of the published networks, and needs flags such as --base --step"
+    )
+    raise ValueError(
+        f"it is {what}: {nearest[0]}" + (f", and {len(nearest) - 1} more" if len(nearest) > 1 else "")
+    )

@@ -73,7 +73,9 @@ class Description:
             value, kind = getattr(self, name), get_origin(hint)
             is_right = isinstance(value, kind if kind in (list, dict) else hint)
             if kind is list and is_right:
-                is_right = all(isinstance(x, (int, float) if float in get_args(hint) else get_args(hint)) for x in value)
+                is_right = all(
+                    isinstance(x, (int, float) if float in get_args(hint) else get_args(hint)) for x in value
+                )
             if not is_right:
                 raise ValueError(f"{name} is {value!a:.60}")
 
@@ -109,7 +111,9 @@ def is_network_file(path: Path) -> bool:
         return stream.read(9)[8:] == b"{"
 
 
-def save_network(path: Path, network: MSDNet | IMTA, description: Description, split: Split, half: bool = False) -> None:
+def save_network(
+    path: Path, network: MSDNet | IMTA, description: Description, split: Split, half: bool = False
+) -> None:
     """Write a file atomically; an old one stays until the new one has been read back.
 
     Args:
@@ -147,11 +151,17 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, S
         header = json.loads(content[8 : _header_end(content)]).get("__metadata__") or {}
     except Exception as error:  # what the readers raise depends on where the damage is
         if content[:2] == b"PK" or content[:1] == b"\x80":
-            raise ValueError(f"{path} is a PyTorch checkpoint; models.load_released reads those of the released programs") from None
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})") from None
+            raise ValueError(
+                f"{path} is a PyTorch checkpoint; models.load_released reads those of the released programs"
+            ) from None
+        raise ValueError(
+            f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})"
+        ) from None
     if header.get("format") != FORMAT:
         found = ascii(header["format"])[:80] if "format" in header else "missing"
-        raise ValueError(f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}")
+        raise ValueError(
+            f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}"
+        )
     if header.get("crc32") != _crc32(content, header.get("description", "")):
         raise ValueError(f"{path} is damaged: its checksum is another")
     try:
@@ -187,7 +197,9 @@ def build_network(options: dict[str, Any]) -> MSDNet | IMTA:
             return MSDNet(**options)
     # What PyTorch raises on absurd numbers depends on how absurd they are.
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
+        raise ValueError(
+            f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def load_weights(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> None:
@@ -231,9 +243,16 @@ def _check(description: Description, network: MSDNet | IMTA, split: Split) -> No
             raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
     if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is {description.image_size}")
-    if not all(abs(mean) < 1e3 and 1e-3 < std < 1e3 for mean, std in zip(description.mean, description.std, strict=True)):
+    if not all(
+        abs(mean) < 1e3 and 1e-3 < std < 1e3
+        for mean, std in zip(description.mean, description.std, strict=True)
+    ):
         raise ValueError(f"mean is {description.mean}, std {description.std}")
-    if {name: type(value) for name, value in description.data.items()} != {"name": str, "num_training_images": int, "fingerprint": str}:
+    if {name: type(value) for name, value in description.data.items()} != {
+        "name": str,
+        "num_training_images": int,
+        "fingerprint": str,
+    }:
         raise ValueError(f"data is {description.data!a:.80}")
     if not all(x.isfinite().all() for x in network.state_dict().values()):
         raise ValueError("not all weights are finite numbers")

@@ -42,7 +42,9 @@ class Stepwise:
 
     def __init__(self, network: nn.Module, images: Tensor, lazy: bool = True):
         if network.training:
-            raise ValueError("stepwise evaluation needs a network in evaluation mode: call network.eval() first")
+            raise ValueError(
+                "stepwise evaluation needs a network in evaluation mode: call network.eval() first"
+            )
         self.network = network
         self.exits_done = 0
         self._plans = exit_plans(network, lazy)
@@ -77,7 +79,9 @@ def stem_cells(network: nn.Module, images: Tensor) -> Cells:
     return {(0, scale): x for scale, x in network.trunk.stem(images).items()}
 
 
-def advance(network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None) -> tuple[Tensor, Cells]:
+def advance(
+    network: nn.Module, plan: ExitPlan, cells: Cells, previous_logits: Tensor | None
+) -> tuple[Tensor, Cells]:
     """Compute a block and its exit; nothing but the arguments is read, and nothing changed.
 
     Args:
@@ -108,7 +112,9 @@ def exit_plans(network: nn.Module, lazy: bool) -> tuple[ExitPlan, ...]:
 
 
 @functools.lru_cache(maxsize=64)  # planning would cost more time than a small network
-def _plans(stages: tuple[tuple[range, bool], ...], depths: tuple[int, ...], num_scales: int, lazy: bool) -> tuple[ExitPlan, ...]:
+def _plans(
+    stages: tuple[tuple[range, bool], ...], depths: tuple[int, ...], num_scales: int, lazy: bool
+) -> tuple[ExitPlan, ...]:
     """See ``exit_plans``.
 
     Args:

@@ -24,7 +24,10 @@ from utils import UserError
 
 # What a training says of itself differs from run to run: how fast it was, and what started it.
 MEASURED = {"seconds", "images_per_second", "launch"}
-TABLES, PICTURES = ("anytime.csv", "budgeted.csv", "optimised.csv", "ensemble.csv"), ("curves.png", "examples.png")
+TABLES, PICTURES = (
+    ("anytime.csv", "budgeted.csv", "optimised.csv", "ensemble.csv"),
+    ("curves.png", "examples.png"),
+)
 
 
 def unreadable(path: Path) -> tuple[list[str], int]:
@@ -74,8 +77,14 @@ def differences(run_path: Path, wanted: Path) -> list[str]:
     found = []
     for name, read in (("last.pt", _last), ("best.safetensors", _best)):
         ours, theirs = (read(path / name) for path in (run_path, wanted))
-        found += [f"{name}: {key}" for key in ours.keys() | theirs.keys() if _exact(ours.get(key)) != _exact(theirs.get(key))]
-    ours, theirs = ([_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted))
+        found += [
+            f"{name}: {key}"
+            for key in ours.keys() | theirs.keys()
+            if _exact(ours.get(key)) != _exact(theirs.get(key))
+        ]
+    ours, theirs = (
+        [_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted)
+    )
     found += [] if ours == theirs else ["log.jsonl"]
     for name in (*TABLES, "policy.json", *PICTURES):
         if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
@@ -91,12 +100,19 @@ def _last(path: Path) -> dict[str, Any]:
 
 def _best(path: Path) -> dict[str, Any]:
     saved = load_saved(path, {})
-    return {"state_dict": saved.network.state_dict(), **saved.split._asdict(), "description": _comparable(saved.description)}
+    return {
+        "state_dict": saved.network.state_dict(),
+        **saved.split._asdict(),
+        "description": _comparable(saved.description),
+    }
 
 
 def _comparable(description: Description) -> dict[str, Any]:
     # Whoever commits meanwhile changes nothing of the run.
-    return {**_without(dataclasses.asdict(description), {"commit"}), "recipe": _without(description.recipe, RESUMABLE)}
+    return {
+        **_without(dataclasses.asdict(description), {"commit"}),
+        "recipe": _without(description.recipe, RESUMABLE),
+    }
 
 
 def _without(row: dict, names: set[str]) -> dict:

@@ -2,7 +2,10 @@
 
 import os
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PROCESSES": "1"}  # before PyTorch looks for GPUs; processes have tests of their own
+os.environ |= {
+    "CUDA_VISIBLE_DEVICES": "",
+    "PROCESSES": "1",
+}  # before PyTorch looks for GPUs; processes have tests of their own
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
+from image_data import sources as datasets
 from models import IMTA, Description, MSDNet, count_operations
 from models.saved import network_options
 
@@ -46,9 +49,17 @@ def describe(network: MSDNet | IMTA) -> Description:
     )
 
 
-def policy_row(p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float]) -> dict:
+def policy_row(
+    p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float]
+) -> dict:
     """A policy and what it reached on held-out images, as ``policy_curve`` takes it."""
-    return {"p": p, "thresholds": thresholds, "val_acc1": accuracy, "val_operations": operations, "val_shares": shares}
+    return {
+        "p": p,
+        "thresholds": thresholds,
+        "val_acc1": accuracy,
+        "val_operations": operations,
+        "val_shares": shares,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +87,12 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
         assert train_GE.main(["--save", str(folder / "GE"), *TINY_FLAGS]) == 0
-        assert train_IMTA.main(["--pretrained", str(folder / "GE"), "--save", str(folder / "IMTA"), *TINY_STAGE_2]) == 0
+        assert (
+            train_IMTA.main(
+                ["--pretrained", str(folder / "GE"), "--save", str(folder / "IMTA"), *TINY_STAGE_2]
+            )
+            == 0
+        )
     return folder
 
 

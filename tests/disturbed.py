@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import dataloader
-import datasets
 import engine.launch
 import train_GE
 from engine.stepper import Stepper
+from image_data import sources as datasets
 from utils import UserError
 
 STEPS = 2

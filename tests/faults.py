@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-import datasets
 import engine.evaluate
-from adaptive_inference.timing import deadline_rows, measure_blocks, runtime_rows
+from adaptive_inference.promises.timing import deadline_rows, measure_blocks, runtime_rows
+from image_data import sources as datasets
 from models import load, to_released
 from tests.compare import differences, unreadable
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
@@ -39,7 +39,10 @@ from tests.forked import Outcome, prepare, run
 
 KINDS = ("kill", "term", "disk", "input")
 TRAININGS = {
-    "GE": ("train_GE", [*TINY_FLAGS, "--epochs", "2", "--augment", "standard", "--clip-grad", "5", "--warmup-epochs", "0.5"]),
+    "GE": (
+        "train_GE",
+        [*TINY_FLAGS, "--epochs", "2", "--augment", "standard", "--clip-grad", "5", "--warmup-epochs", "0.5"],
+    ),
     "IMTA": ("train_IMTA", [*TINY_STAGE_2, "--epochs", "2"]),
     "IMTA moving": ("train_IMTA", [*TINY_STAGE_2, "--epochs", "2", "--backbone-bn", "moving", "--released"]),
 }
@@ -50,7 +53,11 @@ CONSUMERS = [  # program, command line in a folder beside those of the runs, the
     ("train_GE", ["--save", "../GE", "--resume"], "GE/best.safetensors"),
     ("train_GE", ["--save", "../GE", "--evalmode", "dynamic"], "GE/best.safetensors"),
     ("train_GE", ["--save", "../GE", "--evalmode", "runtime"], "GE/policy.json"),
-    ("train_GE", ["--save", "../new", "--evalmode", "anytime", "--evaluate-from", *RELEASED], "released.pth.tar"),
+    (
+        "train_GE",
+        ["--save", "../new", "--evalmode", "anytime", "--evaluate-from", *RELEASED],
+        "released.pth.tar",
+    ),
     ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
     ("train_IMTA", [*START, "--pretrained", "../GE"], "GE/best.safetensors"),
     ("train_IMTA", [*START, "--val-size", "64", "--pretrained", *RELEASED], "released.pth.tar"),
@@ -77,7 +84,12 @@ def _unlike(path: Path, wanted: Path) -> list[str]:
 
 def _truncate(rng: random.Random, path: Path) -> str:
     size = path.stat().st_size
-    os.truncate(path, kept := rng.choice([rng.randrange(size), rng.randrange(min(size, 1000)), max(size - 1 - rng.randrange(200), 0)]))
+    os.truncate(
+        path,
+        kept := rng.choice(
+            [rng.randrange(size), rng.randrange(min(size, 1000)), max(size - 1 - rng.randrange(200), 0)]
+        ),
+    )
     return f"cut to {kept} of {size} bytes"
 
 
@@ -97,7 +109,11 @@ def _noise(rng: random.Random, path: Path) -> str:
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 class Harness:
@@ -133,7 +149,9 @@ class Harness:
         kind, number = name.rsplit("-", 1)
         folder = self.folder / name
         folder.mkdir()
-        make = {"disk": self._disk, "input": self._input}.get(kind, partial(self._interrupted_again_and_again, kind))
+        make = {"disk": self._disk, "input": self._input}.get(
+            kind, partial(self._interrupted_again_and_again, kind)
+        )
         problems = make(random.Random(f"{self.seed} {name}"), folder, int(number))
         shutil.rmtree(folder, ignore_errors=True)
         for problem in problems:
@@ -145,15 +163,23 @@ class Harness:
         # Stage 1 moves all weights, so it gets more than its share.
         name = ("GE", "GE", "IMTA", "GE", "IMTA moving")[number % 5]
         wanted, (program, flags) = self.finished(name), TRAININGS[name]
-        often = rng.choice([["--save-every-steps", "1"], ["--save-every-steps", "1"], ["--save-every-steps", "3"], []])
+        often = rng.choice(
+            [["--save-every-steps", "1"], ["--save-every-steps", "1"], ["--save-every-steps", "3"], []]
+        )
         return name, program, [*flags, *self._origin(name), *often], wanted
 
-    def _interrupted_again_and_again(self, kind: str, rng: random.Random, folder: Path, number: int) -> list[str]:
+    def _interrupted_again_and_again(
+        self, kind: str, rng: random.Random, folder: Path, number: int
+    ) -> list[str]:
         """One training, interrupted at random instants and resumed until it comes to its end."""
         name, program, flags, wanted = self._training(rng, number)
         problems, path, resume = [], folder / "run", []
         for attempt in range(50):
-            number = signal.SIGKILL if kind == "kill" else rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
+            number = (
+                signal.SIGKILL
+                if kind == "kill"
+                else rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
+            )
             # Later and later, for the day that the machine is slower than when it was left undisturbed.
             instant = rng.random() * self.seconds[name] * (1 + attempt / 10)
             strike = partial(_send, number) if self.tried[kind] < self.wanted.get(kind, math.inf) else None
@@ -162,25 +188,35 @@ class Harness:
             if outcome.status == 0:
                 break
             self.tried[kind] += outcome.struck
-            found = self._wrong_end(kind, outcome, number) + _not_whole(path, MOST_LEFTOVERS if kind == "kill" else 0)
+            found = self._wrong_end(kind, outcome, number) + _not_whole(
+                path, MOST_LEFTOVERS if kind == "kill" else 0
+            )
             problems += [f"{where}: {problem}" for problem in found]
             if outcome.status == 2 or outcome.status is None:  # it does not go on
                 return problems
             resume = ["--resume"]
         else:
             return [*problems, "50 resumptions did not bring it to its end"]
-        return problems + [f"{name} at its end: {problem}" for problem in _not_whole(path) + _unlike(path, wanted)]
+        return problems + [
+            f"{name} at its end: {problem}" for problem in _not_whole(path) + _unlike(path, wanted)
+        ]
 
     def _wrong_end(self, kind: str, outcome: Outcome, number: int) -> list[str]:
         if outcome.status is None:
             return ["it hangs"]
         if kind == "kill":
             was_killed = outcome.status == -signal.SIGKILL
-            return [] if was_killed else [f"status {outcome.status} before the kill: {outcome.errors.strip()[-300:]}"]
+            return (
+                []
+                if was_killed
+                else [f"status {outcome.status} before the kill: {outcome.errors.strip()[-300:]}"]
+            )
         lines = outcome.errors.splitlines()
         if outcome.status == 128 + number and len(lines) == 1 and "--resume" in lines[0]:
             return []
-        return [f"signal {number}: status {outcome.status}, {len(lines)} lines on standard error: {lines[-1:]}"]
+        return [
+            f"signal {number}: status {outcome.status}, {len(lines)} lines on standard error: {lines[-1:]}"
+        ]
 
     def _disk(self, rng: random.Random, folder: Path, number: int) -> list[str]:
         """Files that may not grow beyond a random size; then they may, and the run goes on."""
@@ -194,7 +230,9 @@ class Harness:
             problems.append(f"status {outcome.status}, {len(lines)} lines on standard error: {lines[-1:]}")
         outcome = run(program, [*flags, "--resume", "--save", str(path)], folder)
         if outcome.status != 0:
-            problems.append(f"resumed with space, it ends with {outcome.status}: {outcome.errors.strip()[-300:]}")
+            problems.append(
+                f"resumed with space, it ends with {outcome.status}: {outcome.errors.strip()[-300:]}"
+            )
         else:
             problems += _unlike(path, wanted)
         return [f"{name}, {size} bytes: {problem}" for problem in problems]
@@ -205,35 +243,67 @@ class Harness:
             shutil.copytree(self.finished(name), folder / name)
         (folder / "cwd").mkdir()
         Image.frombytes("RGB", (32, 32), rng.randbytes(3072)).save(folder / "good.png")
-        torch.save({"arch": "msdnet_ge", "state_dict": to_released(load(folder / "GE"))}, folder / "released.pth.tar")
+        torch.save(
+            {"arch": "msdnet_ge", "state_dict": to_released(load(folder / "GE"))}, folder / "released.pth.tar"
+        )
         (program, argv, name), damage = rng.choice(CONSUMERS), (_truncate, _flip_bits, _noise)[number % 3]
-        described, before = f"{name} {damage(rng, folder / name)}, {program} {' '.join(argv)}", _snapshot(folder)
+        described, before = (
+            f"{name} {damage(rng, folder / name)}, {program} {' '.join(argv)}",
+            _snapshot(folder),
+        )
         outcome = run(program, argv, folder / "cwd", timeout=30)
         self.tried["input"] += 1
         lines, problems = outcome.errors.splitlines(), []
-        told = outcome.status == 2 and len(lines) == 1 and lines[0].startswith(program) and len(lines[0]) <= LONGEST_LINE
+        told = (
+            outcome.status == 2
+            and len(lines) == 1
+            and lines[0].startswith(program)
+            and len(lines[0]) <= LONGEST_LINE
+        )
         if not told and not (outcome.status == 0 and damage is _flip_bits):
-            problems.append(f"status {outcome.status}, {len(lines)} lines on standard error: {outcome.errors[-300:]!r}")
+            problems.append(
+                f"status {outcome.status}, {len(lines)} lines on standard error: {outcome.errors[-300:]!r}"
+            )
         # A run whose weights make it diverge says so after it has begun.
-        may_write = ("new", name.split("/")[0]) if outcome.status == 0 else ("new",) if "the loss is" in outcome.errors else ()
+        may_write = (
+            ("new", name.split("/")[0])
+            if outcome.status == 0
+            else ("new",)
+            if "the loss is" in outcome.errors
+            else ()
+        )
         after = _snapshot(folder)
         changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
-        problems += [f"{path} was written, changed or removed" for path in changed if path.split("/")[0] not in may_write]
+        problems += [
+            f"{path} was written, changed or removed"
+            for path in changed
+            if path.split("/")[0] not in may_write
+        ]
         return [f"{described}: {problem}" for problem in problems]
 
     def report(self) -> str:
         """The table of counts."""
         lines = [f"{kind:<24}{count:>8}" for kind, count in sorted(self.tried.items())]
-        return "\n".join([*lines, f"failures: {len(self.failures)}, in {len({name for name, _ in self.failures})} cases"])
+        return "\n".join(
+            [*lines, f"failures: {len(self.failures)}, in {len({name for name, _ in self.failures})} cases"]
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Kill, stop, starve and mislead the programs, and count what they do about it.")
+    parser = argparse.ArgumentParser(
+        description="Kill, stop, starve and mislead the programs, and count what they do about it."
+    )
     for kind, count in (("kills", 200), ("inputs", 500), ("terms", 50), ("full-disks", 20)):
-        parser.add_argument(f"--{kind}", type=int, default=count, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
-    parser.add_argument("--only", metavar="CASE", help="one case, such as kill-3 or input-17, as it was printed")
+        parser.add_argument(
+            f"--{kind}", type=int, default=count, metavar="N", help="how many (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", metavar="CASE", help="one case, such as kill-3 or input-17, as it was printed"
+    )
     options = parser.parse_args(argv)
     # Leave no folder behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -250,7 +320,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.only:
             harness.case(options.only)
         else:
-            for kind, wanted in zip(KINDS, (options.kills, options.terms, options.full_disks, options.inputs), strict=True):
+            for kind, wanted in zip(
+                KINDS, (options.kills, options.terms, options.full_disks, options.inputs), strict=True
+            ):
                 number = 0
                 harness.wanted[kind] = wanted
                 while harness.tried[kind] < wanted:

@@ -25,7 +25,12 @@ import torch
 PROGRAMS = ("train_GE", "train_IMTA", "predict")
 MEMORY = 3 * 2**30  # bytes a child may map beyond what the parent has
 # Imported by the programs when they first need them, which would be once a child.
-LATE_IMPORTS = ("torch.utils.tensorboard", "torch.utils.tensorboard.summary", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin")
+LATE_IMPORTS = (
+    "torch.utils.tensorboard",
+    "torch.utils.tensorboard.summary",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+)
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -101,7 +106,9 @@ def run(
     return Outcome(None if hangs else child.exitcode, errors, seconds, struck)
 
 
-def be_the_program(main: Callable[[list[str]], int], program: str, argv: list[str], folder: Path, outputs: tuple) -> NoReturn:
+def be_the_program(
+    main: Callable[[list[str]], int], program: str, argv: list[str], folder: Path, outputs: tuple
+) -> NoReturn:
     """Become a process group that calls ``main``, with ``outputs`` for standard output and error, and end as the program does."""
     status = 1
     try:

@@ -14,10 +14,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_flag_is_read_somewhere():
-    sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "args.py"] + [p.read_text() for p in ROOT.glob("engine/*.py")]
+    sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "args.py"] + [
+        p.read_text() for p in ROOT.glob("engine/*.py")
+    ]
     code = "\n".join(sources)
     options = OPTIONS.keys() - NETWORK_FIELDS.keys() - {"preset", "released"}  # read by args itself
-    unread = {name for name in options if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)}
+    unread = {
+        name
+        for name in options
+        if not re.search(rf"settings\.{name}\b|explicit\.get\(\"{name}\"\)|\"{name}\" in command", code)
+    }
     unread -= {"save", "pretrained"}  # properties of CommandLine
     assert unread == set()
     network = (ROOT / "models" / "msdnet.py").read_text()
@@ -34,8 +40,19 @@ def test_help_explains_every_flag_with_its_default(capsys):
 def test_published_presets():
     cifar100 = parse("GE", ["--preset", "cifar100"]).settings()
     assert (cifar100.epochs, cifar100.batch_size, cifar100.lr, cifar100.lr_type) == (300, 512, 0.8, "cosine")
-    assert block_depths(cifar100.num_blocks, cifar100.base, cifar100.step, cifar100.step_mode) == [1, 2, 3, 4, 5]
-    assert (cifar100.num_channels, cifar100.growth_rate, cifar100.growth_factors, cifar100.val_size) == (16, 6, (1, 2, 4), 5000)
+    assert block_depths(cifar100.num_blocks, cifar100.base, cifar100.step, cifar100.step_mode) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert (cifar100.num_channels, cifar100.growth_rate, cifar100.growth_factors, cifar100.val_size) == (
+        16,
+        6,
+        (1, 2, 4),
+        5000,
+    )
     stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
     assert (stage_2.epochs, stage_2.batch_size, stage_2.temperature, stage_2.gamma) == (180, 512, 1.0, 0.1)
     imagenet = parse("GE", ["--preset", "imagenet"]).settings()
@@ -43,7 +60,15 @@ def test_published_presets():
     assert (imagenet.lr_milestones, imagenet.val_size) == ((30.0, 60.0), 50000)
     assert imagenet.growth_factors == imagenet.bottleneck_factors == (1, 2, 4, 4)
     anytime = parse("GE", ["--preset", "cifar100-anytime"]).settings()
-    assert block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode) == [4, 2, 2, 2, 2, 2, 2]
+    assert block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode) == [
+        4,
+        2,
+        2,
+        2,
+        2,
+        2,
+        2,
+    ]
     assert (anytime.epochs, anytime.batch_size, anytime.lr, anytime.lr_type) == (300, 64, 0.1, "multistep")
 
 
@@ -121,11 +146,23 @@ def test_save_directory(stage, flags, directory):
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
-    stage_1 = plain(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]).settings())
+    stage_1 = plain(
+        parse(
+            "GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]
+        ).settings()
+    )
     settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
-    assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == ("cifar100", tmp_path, 7, 4)
+    assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == (
+        "cifar100",
+        tmp_path,
+        7,
+        4,
+    )
     assert (settings.batch_size, settings.epochs) == (512, 3)
-    assert parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset == "demo"
+    assert (
+        parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset
+        == "demo"
+    )
 
 
 def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
@@ -150,6 +187,9 @@ def test_a_resumed_run_keeps_its_settings():
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
     elsewhere = parse("GE", ["--resume", "--workers", "9", "--lr", "0.3", "--gpu", "1"])
     elsewhere.refuse_changes(stored)
-    assert (elsewhere.settings(stored).gpu, parse("GE", ["--resume"]).settings({**stored, "gpu": (0, 1)}).gpu) == ((1,), None)
+    assert (
+        elsewhere.settings(stored).gpu,
+        parse("GE", ["--resume"]).settings({**stored, "gpu": (0, 1)}).gpu,
+    ) == ((1,), None)
     with pytest.raises(UserError, match=r"--lr 0\.3, the command line says 0\.5"):
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)

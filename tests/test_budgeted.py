@@ -16,7 +16,9 @@ def answers_of(confidence, correct):
 def golden_case():
     """Answers to held-out and to test images, operations, and the released rows."""
     golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
-    val, test = (answers_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test"))
+    val, test = (
+        answers_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test")
+    )
     return val, test, golden["flops"], golden["rows"]
 
 
@@ -64,4 +66,7 @@ def test_shares_are_geometric_and_sum_to_one():
 
 def test_one_exit_takes_everything():
     answers = answers_of(torch.rand(1, 5), torch.rand(1, 5) > 0.5)
-    assert {row["operations"] for row in curve_rows(geometric_thresholds(answers.confidence), answers, answers, [7])} == {7}
+    assert {
+        row["operations"]
+        for row in curve_rows(geometric_thresholds(answers.confidence), answers, answers, [7])
+    } == {7}

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from adaptive_inference.ensemble import calibration_errors, classes_together, fit_ensemble, fit_temperatures, operations_together
+from adaptive_inference.promises.ensemble import (
+    calibration_errors,
+    classes_together,
+    fit_ensemble,
+    fit_temperatures,
+    operations_together,
+)
 
 
 def drawn(count=20_000, classes=5):

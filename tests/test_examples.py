@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adaptive_inference.examples import easy_and_hard, examples_figure
 from adaptive_inference.policies import Policy
+from engine.easy_and_hard import easy_and_hard, examples_figure
 
 # (class, logit) at every exit, for every image.
 ANSWERS = [

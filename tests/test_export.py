@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import export_onnx as program
-import synthetic
 from adaptive_inference.export import export_onnx
 from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
+from image_data import synthetic
 from models import MSDNet
 from tests.conftest import TINY_NETWORK, policy_row
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
@@ -29,7 +29,9 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.35]
 
 
 def description(size=32, num_classes=10):
-    return SimpleNamespace(class_names=[f"class {c}" for c in range(num_classes)], image_size=size, mean=MEAN, std=STD)
+    return SimpleNamespace(
+        class_names=[f"class {c}" for c in range(num_classes)], image_size=size, mean=MEAN, std=STD
+    )
 
 
 def random_pixels(count, size=32):
@@ -63,8 +65,14 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         """A network, its policies, and its file."""
         torch.manual_seed(0)
         network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
-        points = [(1, [0.2, 0.3, 0.4], 40.0, 1e5), (2, [0.5, 0.6, 0.7], 60.0, 2e5), (3, [0.8, 0.8, 0.8], 60.0, 3e5)]
-        curve = policy_curve(network, [1, 2, 3], {"geometric": [policy_row(*point, [0.2, 0.3, 0.5]) for point in points]})
+        points = [
+            (1, [0.2, 0.3, 0.4], 40.0, 1e5),
+            (2, [0.5, 0.6, 0.7], 60.0, 2e5),
+            (3, [0.8, 0.8, 0.8], 60.0, 3e5),
+        ]
+        curve = policy_curve(
+            network, [1, 2, 3], {"geometric": [policy_row(*point, [0.2, 0.3, 0.5]) for point in points]}
+        )
         export_onnx(network, path, description(), curve)
         return network, curve, path
 
@@ -87,12 +95,21 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         images = normalised(pixels)
         logits = logits_of(network, images)
         none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
-        for count, policy in ((0, none), (40, quantile_policy(logits, 0.4)), (40, none), (40, every), (1, none), (1, every)):
+        for count, policy in (
+            (0, none),
+            (40, quantile_policy(logits, 0.4)),
+            (40, none),
+            (40, every),
+            (1, none),
+            (1, every),
+        ):
             ours = runner.predict(pixels[:count].numpy(), policy.thresholds)
             expected = AdaptivePredictor(network, policy)(images[:count])
             assert ours.exits.tolist() == expected.exits.tolist()
             assert ours.classes.tolist() == expected.classes.tolist()
-            torch.testing.assert_close(torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4
+            )
             answered = logits[expected.exits, torch.arange(count)]
             torch.testing.assert_close(torch.from_numpy(ours.logits), answered, atol=1e-4, rtol=1e-4)
 
@@ -100,28 +117,48 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
     def test_same_probabilities_by_temperatures_and_ensembles(tmp_path, ensemble):
         network, pixels = make_network(2).float(), random_pixels(40)
         images = normalised(pixels)
-        row = policy_row(1, list(quantile_policy(logits_of(network, images), 0.4).thresholds), 50.0, 1e5, [0.4, 0.3, 0.3])
+        row = policy_row(
+            1, list(quantile_policy(logits_of(network, images), 0.4).thresholds), 50.0, 1e5, [0.4, 0.3, 0.3]
+        )
         rule = "ensemble" if ensemble else "optimised"
-        curve = policy_curve(network, [1, 2, 3], {rule: [row]}, temperatures=[2.0, 0.5, 3.0], ensemble=ensemble)
+        curve = policy_curve(
+            network, [1, 2, 3], {rule: [row]}, temperatures=[2.0, 0.5, 3.0], ensemble=ensemble
+        )
         export_onnx(network, tmp_path / "network.onnx", description(), curve)
         ours = OnnxPredictor(tmp_path / "network.onnx", threads=1).predict(pixels.numpy())
         expected = AdaptivePredictor(network, curve.points[0].policy)(images)
         assert len(set(ours.exits)) == 3
-        assert (ours.exits.tolist(), ours.classes.tolist()) == (expected.exits.tolist(), expected.classes.tolist())
-        torch.testing.assert_close(torch.from_numpy(ours.logits).softmax(1), expected.probs, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4)
+        assert (ours.exits.tolist(), ours.classes.tolist()) == (
+            expected.exits.tolist(),
+            expected.classes.tolist(),
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(ours.logits).softmax(1), expected.probs, atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4
+        )
 
     def test_the_file_describes_itself(exported):
         _, curve, path = exported
         runner = OnnxPredictor(path, threads=1)
-        assert (runner.class_names[3], runner.image_size, runner.num_exits, runner.num_classes) == ("class 3", 32, 3, 10)
+        assert (runner.class_names[3], runner.image_size, runner.num_exits, runner.num_classes) == (
+            "class 3",
+            32,
+            3,
+            10,
+        )
         assert runner.operations == sorted(runner.operations)
         metadata = runner.session.get_modelmeta().custom_metadata_map
         assert metadata["fingerprint"] == curve.fingerprint
         for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
-            np.testing.assert_array_equal(runner.choose(operations), np.array(curve.points[p - 1].policy.thresholds, np.float32))
+            np.testing.assert_array_equal(
+                runner.choose(operations), np.array(curve.points[p - 1].policy.thresholds, np.float32)
+            )
         pixels = random_pixels(20).numpy()
-        np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits)
+        np.testing.assert_array_equal(
+            runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits
+        )
         with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
             runner.choose(operations=10)
 
@@ -129,7 +166,11 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         runner, good = OnnxPredictor(exported[2], threads=1), random_pixels(2).numpy()
         for images, thresholds, message in (
             (good, [0.5] * 4, r"thresholds are \(4,\); this network has 3 exits"),
-            (good.astype(np.float32), [0.5] * 3, r"images are float32 \(2, 3, 32, 32\); this network wants uint8 \(N, 3, 32, 32\)"),
+            (
+                good.astype(np.float32),
+                [0.5] * 3,
+                r"images are float32 \(2, 3, 32, 32\); this network wants uint8 \(N, 3, 32, 32\)",
+            ),
             (good[:, :, :31], [0.5] * 3, r"images are uint8 \(2, 3, 31, 32\)"),
             (good[0], [0.5] * 3, r"images are uint8 \(3, 32, 32\)"),
         ):
@@ -156,7 +197,9 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
         network = exported[0]
         with pytest.raises(UserError, match="too small"):
             export_onnx(network, tmp_path / "x.onnx", description(8))
-        points = tuple(replace(point, policy=replace(point.policy, measure="margin")) for point in exported[1].points)
+        points = tuple(
+            replace(point, policy=replace(point.policy, measure="margin")) for point in exported[1].points
+        )
         with pytest.raises(UserError, match="softmax alone; these policies are of margin"):
             export_onnx(network, tmp_path / "x.onnx", description(), replace(exported[1], points=points))
         assert list(tmp_path.iterdir()) == []

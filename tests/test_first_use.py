@@ -18,7 +18,10 @@ from engine.report import read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "first_use.md").read_text(encoding="utf-8")
-TRAINING, USE, LATER = ([line for line in block.splitlines() if line] for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL))
+TRAINING, USE, LATER = (
+    [line for line in block.splitlines() if line]
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+)
 SMALL_NETWORK = "--nBlocks 2 --nChannels 4 --growthRate 4 --image-size 80 --workers 1"
 CLASSES = ("car", "cat", "daisy", "dog")
 
@@ -31,7 +34,9 @@ def place(tmp_path):
             (tmp_path / path.name).symlink_to(path)
     for number, script in enumerate(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)):
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
-        (tmp_path / ("answer.py", "onnx_answer.py")[number]).symlink_to(tmp_path / "elsewhere" / f"{number}.py")
+        (tmp_path / ("answer.py", "onnx_answer.py")[number]).symlink_to(
+            tmp_path / "elsewhere" / f"{number}.py"
+        )
         (tmp_path / "elsewhere" / f"{number}.py").write_text(script, encoding="utf-8")
     for i in range(120):
         pixels = torch.randint(90, (200, 200, 3), dtype=torch.uint8)
@@ -51,7 +56,12 @@ def run(command, place, extra=""):
     line = line if line.startswith("PYTHONPATH") else f"exec {line}"
     settings = {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        ["bash", "-c", line], cwd=place, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["bash", "-c", line],
+        cwd=place,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     seen = ""
     if "Ctrl-C" in comment:
@@ -61,7 +71,9 @@ def run(command, place, extra=""):
     output, errors = process.communicate(timeout=150)
     assert process.returncode == (130 if "Ctrl-C" in comment else 0), errors
     assert "Warning" not in output + errors
-    assert all(line.startswith(("predict.py: ", "train_GE.py: stopped")) for line in errors.splitlines()), errors
+    assert all(line.startswith(("predict.py: ", "train_GE.py: stopped")) for line in errors.splitlines()), (
+        errors
+    )
     if "train_" in command:
         assert (seen + output).splitlines()[0].endswith("loading PyTorch")
     return seen + output, errors
@@ -77,7 +89,11 @@ def use(place):
     _, errors = run(json_file + " --model save/folder/IMTA", place)
     assert "predict.py: policy " in errors
     answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
-    assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (24, 4, 24)
+    assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (
+        24,
+        4,
+        24,
+    )
     name, confidence, _, _, exit = run(library, place)[0].split()
     assert (name, exit) == (answer[0], answer[2])
     assert float(confidence) == pytest.approx(float(answer[1]), abs=1e-3)
@@ -108,7 +124,9 @@ def test_commands(place):
     assert output.endswith("next: python train_IMTA.py --pretrained save/folder/GE\n")
     output, _ = run(stage_2, place, "--epochs 1")
     assert output.endswith("next: python predict.py photo.jpg --model save/folder/IMTA\n")
-    assert {"anytime.csv", "budgeted.csv", "curves.png", "examples.png", "policy.json"} <= set(run(look, place)[0].split())
+    assert {"anytime.csv", "budgeted.csv", "curves.png", "examples.png", "policy.json"} <= set(
+        run(look, place)[0].split()
+    )
     with ThreadPoolExecutor(2) as pool:
         for work in [pool.submit(part, place) for part in (use, stop_and_go_on)]:
             work.result()

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from adaptive_inference.form import inference_form
-from adaptive_inference.precision import half_precision
+from adaptive_inference.fold import inference_form
+from engine.precision import half_precision
 from models import Stepwise, count_operations
 from tests.test_msdnet import VARIANTS, images_for
 from tests.test_predictor import make_network
@@ -32,7 +32,9 @@ def test_nothing_is_left_to_normalise_and_the_original_stays():
     network = make_network(2).train()
     before = copy.deepcopy(network.state_dict())
     form = inference_form(network)
-    assert not any(isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for module in form.modules())
+    assert not any(
+        isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for module in form.modules()
+    )
     assert not form.training
     assert not any(parameter.requires_grad for parameter in form.parameters())
     assert network.links.training

@@ -9,9 +9,18 @@ from torch import Tensor
 
 import train_IMTA
 from args import parse
-from datasets import DataInfo
 from engine.checkpoint import Saved
-from models import IMTA, MSDNet, count_operations, load_released, measure_cost, one_for_all_loss, sum_of_cross_entropies, to_released
+from image_data.sources import DataInfo
+from models import (
+    IMTA,
+    MSDNet,
+    count_operations,
+    load_released,
+    measure_cost,
+    one_for_all_loss,
+    sum_of_cross_entropies,
+    to_released,
+)
 from tests.golden import FIXTURES, PUBLISHED, STAGE_1, STAGE_2, golden_case, sketch
 
 
@@ -21,7 +30,9 @@ def assert_same(ours: Tensor | float, golden: Tensor | float) -> None:
 
 def assert_same_gradients(ours: dict[str, Tensor | None], golden: dict[str, list[float] | None]) -> None:
     """Both by released name; golden ones are sketches of float32 tensors, and None where no gradient reaches."""
-    assert {name for name, gradient in ours.items() if gradient is not None} == {name for name, g in golden.items() if g is not None}
+    assert {name for name, gradient in ours.items() if gradient is not None} == {
+        name for name, g in golden.items() if g is not None
+    }
     assert golden.keys() <= ours.keys()
     for name, expected in golden.items():
         if expected is None:
@@ -31,7 +42,9 @@ def assert_same_gradients(ours: dict[str, Tensor | None], golden: dict[str, list
         # The floor is for a bias before BatchNorm, whose gradient is zero but for rounding.
         tolerance = 1e-6 * expected.abs().max().item() + 1e-12
         found = sketch(name, ours[name])
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, expected, rtol=1e-6, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def five_steps(
@@ -48,7 +61,9 @@ def five_steps(
         loss.backward()
         if step == 0:
             first_logits = [z.detach() for z in logits]
-            first_gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+            first_gradients = {
+                name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()
+            }
         optimizer.step()
         losses.append(loss.item())
     return losses, first_logits, first_gradients
@@ -90,7 +105,12 @@ def test_stage_2_training_with_the_flag_released(run):
     case = golden_case(STAGE_2)
     golden = case["released_runs"][run]
     options = {"temperature": golden["temperature"], "gamma": golden["gamma"]}
-    flags = ["--released", "--amp", "off", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    flags = [
+        "--released",
+        "--amp",
+        "off",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
     settings = parse("IMTA", flags).settings()
     released = load_released(case["checkpoint"], **case["config"])
     data = DataInfo("cifar100", [str(i) for i in range(100)], 32, [0.5] * 3, [0.5] * 3, 1, "")
@@ -113,7 +133,10 @@ def test_stage_2_training_with_the_flag_released(run):
     assert_same(teachers[0], golden["teacher_logits"])
     assert_same_gradients(first_gradients, golden["gradients"])
     assert_same(losses, golden["losses"])
-    assert_same(one_for_all_loss(first_logits, targets, teachers[0], **options).mean().item(), golden["loss_batchmean"])
+    assert_same(
+        one_for_all_loss(first_logits, targets, teachers[0], **options).mean().item(),
+        golden["loss_batchmean"],
+    )
 
 
 def published_network(name: str) -> tuple[MSDNet, int]:

@@ -17,7 +17,9 @@ from tests.golden import STAGE_1, STAGE_2, golden_case
 @pytest.fixture(scope="module")
 def data_flags(tmp_path_factory):
     """Flags of 100 classes with an image each."""
-    folder = make_images(tmp_path_factory.mktemp("images"), [f"{label:02d}" for label in range(100)], train=1, test=1)
+    folder = make_images(
+        tmp_path_factory.mktemp("images"), [f"{label:02d}" for label in range(100)], train=1, test=1
+    )
     return ["--data", "cifar100", "--data-root", str(folder), "--val-size", "20", "--batch-size", "16"]
 
 
@@ -35,7 +37,9 @@ def released(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize(("name", "program"), [(STAGE_1[0], train_GE), (STAGE_1[1], train_GE), (STAGE_2, train_IMTA)])
+@pytest.mark.parametrize(
+    ("name", "program"), [(STAGE_1[0], train_GE), (STAGE_1[1], train_GE), (STAGE_2, train_IMTA)]
+)
 def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
     flags = [*released(name), *data_flags, "--save", "out"]
     for mode in ("anytime", "dynamic"):
@@ -43,14 +47,31 @@ def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
     data = load_data(parse("GE", data_flags).settings(), torch.device("cpu"))
     network = load_released(golden_case(name)["checkpoint"], **golden_case(name)["config"])
     with torch.no_grad():
-        correct = sum(torch.stack(network(images)).argmax(2).eq(targets).sum(1) for images, targets in data.test)
-    assert [row["acc1"] for row in read_csv(tmp_path / "out" / "anytime.csv")] == correct.tolist()  # of 100 images, so in percent
+        correct = sum(
+            torch.stack(network(images)).argmax(2).eq(targets).sum(1) for images, targets in data.test
+        )
+    assert [
+        row["acc1"] for row in read_csv(tmp_path / "out" / "anytime.csv")
+    ] == correct.tolist()  # of 100 images, so in percent
     assert len(read_csv(tmp_path / "out" / "budgeted.csv")) == 40
-    assert {point.rule for point in read_policy(tmp_path / "out" / "policy.json").points} <= {"geometric", "optimised", "ensemble"}
+    assert {point.rule for point in read_policy(tmp_path / "out" / "policy.json").points} <= {
+        "geometric",
+        "optimised",
+        "ensemble",
+    }
 
 
 def test_starts_stage_2_with_the_flags_of_its_network(data_flags, released, tmp_path, capsys):
-    flags = ["--pretrained", "released.pth.tar", "--save", "IMTA", "--epochs", "1", *data_flags, *released(STAGE_1[1])]
+    flags = [
+        "--pretrained",
+        "released.pth.tar",
+        "--save",
+        "IMTA",
+        "--epochs",
+        "1",
+        *data_flags,
+        *released(STAGE_1[1]),
+    ]
     assert train_IMTA.main(flags) == 0
     assert len(read_csv(tmp_path / "IMTA" / "anytime.csv")) == 3
     assert train_IMTA.main([*flags, "--overwrite", "--nBlocks", "7"]) == 2

@@ -33,20 +33,27 @@ class Operations(TorchDispatchMode):
 
 def test_a_step_starts_few_kernels():
     """Waiting for kernels to start is what small networks spend their time on."""
-    chosen = parse("GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]).settings()
+    chosen = parse(
+        "GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]
+    ).settings()
     options = {name: getattr(chosen, name) for name in NETWORK_FIELDS if name != "small_inputs"}
     objective = train_GE.JointTraining(MSDNet(100, **options, small_inputs=True), chosen).train()
     stepper = Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), ()))
     batch = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
     stepper.step(*batch, 0.1, lambda *_: None)
-    with Operations(lambda function, _: not function.is_view and function is not torch.ops.aten.detach.default) as kernels:
+    with Operations(
+        lambda function, _: not function.is_view and function is not torch.ops.aten.detach.default
+    ) as kernels:
         stepper.step(*batch, 0.1, lambda *_: None)
     assert 500 < kernels.number <= 1100
 
 
 def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
     """A GPU is waited for at each."""
-    real, questions = _Trainer._write, Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default)
+    real, questions = (
+        _Trainer._write,
+        Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default),
+    )
 
     def write(*arguments):
         with questions:
@@ -80,7 +87,9 @@ def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
     monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(dist.HashStore(), 1, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: joined.update(rest, backend=backend))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **rest: joined.update(rest, backend=backend)
+    )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with process_group(None) as processes:
         assert processes.gpu_ids == (1,)

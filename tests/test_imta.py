@@ -63,6 +63,8 @@ def test_single_stage_trains_everything_it_uses_and_teaches_itself(backbone, ima
     assert torch.equal(network.teacher_logits(features, logits), logits[-1].detach())
     sum(z.square().sum() for z in logits).backward()
     unreached = {name for name, p in network.named_parameters() if p.requires_grad and p.grad is None}
-    assert all(name.startswith("backbone.blocks.2") for name in unreached), "only fine scales after the last exit may stay without"
+    assert all(name.startswith("backbone.blocks.2") for name in unreached), (
+        "only fine scales after the last exit may stay without"
+    )
     assert not any(exit.linear.weight.requires_grad for exit in backbone.exits)
     assert backbone.stem.scales[0][0].weight.grad.any()

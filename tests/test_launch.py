@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 
 import train_GE
-from adaptive_inference import precision
 from args import parse
-from datasets import find
-from engine import launch
+from engine import launch, precision
 from engine.distributed import Processes, process_group
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted
 from engine.stage import with_compilation, with_precision
+from image_data.sources import find
 from tests import disturbed
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
@@ -36,7 +35,11 @@ CPU = Processes(0, 1, torch.device("cpu"), ())
 
 @pytest.mark.parametrize(
     ("has_instructions", "seconds", "expected"),
-    [(True, {torch.bfloat16: 1, None: 2}, torch.bfloat16), (True, {torch.bfloat16: 3, None: 2}, None), (False, {}, None)],
+    [
+        (True, {torch.bfloat16: 1, None: 2}, torch.bfloat16),
+        (True, {torch.bfloat16: 3, None: 2}, None),
+        (False, {}, None),
+    ],
 )
 def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instructions, seconds, expected):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
@@ -44,7 +47,9 @@ def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instru
     assert precision.half_precision(torch.device("cpu")) is expected
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
 def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision.half_precision(torch.device("cuda")) is expected
@@ -62,10 +67,15 @@ def test_long_trainings_compile_their_steps(monkeypatch):
     demo, cifar = parse("GE", []).settings(), parse("GE", ["--preset", "cifar100"]).settings()
     assert with_compilation(demo, Stage1(), 5_500 * 16e6).compile == "off"
     assert with_compilation(cifar, Stage1(), 45_000 * 58e6 / 2).compile == "default"
-    assert with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile == "off"
+    assert (
+        with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile
+        == "off"
+    )
     assert with_compilation(replace(demo, compile="default"), Stage1(), 1).compile == "default"
     stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
-    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6 / 2).compile == "off"  # frozen, it is no faster on a CPU
+    assert (
+        with_compilation(stage_2, Stage2(), 45_000 * 58e6 / 2).compile == "off"
+    )  # frozen, it is no faster on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_compilation(cifar, Stage1(), 45_000 * 58e6).compile == "reduce-overhead"  # one captured step
     assert with_compilation(stage_2, Stage2(), 45_000 * 58e6).compile == "reduce-overhead"
@@ -73,7 +83,8 @@ def test_long_trainings_compile_their_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cores", "batch", "processes"), [(1, 128, 1), (2, 128, 2), (2, 63, 1), (2, 32, 1), (8, 128, 4), (64, 512, 16), (3, 128, 2)]
+    ("cores", "batch", "processes"),
+    [(1, 128, 1), (2, 128, 2), (2, 63, 1), (2, 32, 1), (8, 128, 4), (64, 512, 16), (3, 128, 2)],
 )
 def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, processes):
     monkeypatch.delenv("PROCESSES")
@@ -95,7 +106,9 @@ def train(folder, *flags, environment=None, **streams):
     command = [sys.executable, disturbed.__file__, *TINY_FLAGS, "--save", "run", *flags]
     environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams)
+    return subprocess.run(
+        command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams
+    )
 
 
 def test_forked_processes_train_together_and_speak_once(tmp_path):
@@ -149,7 +162,13 @@ def test_a_closed_data_root_is_named(tmp_path, monkeypatch):
 
 
 def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
-    agent = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 1, "TORCHELASTIC_USE_AGENT_STORE": True}
+    agent = {
+        "WORLD_SIZE": 2,
+        "RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "TORCHELASTIC_MAX_RESTARTS": 1,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
     for name, value in agent.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(None):
@@ -185,12 +204,22 @@ def interrupt_unnoticed():
         (interrupt, 143, "what was saved before stays; go on with --resume"),  # compiling takes minutes
         (interrupt_unnoticed, 143, "after step 1 of 4, saved; go on with --resume"),
         (RuntimeError("CUDA error: out of memory"), 2, "not enough memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "not enough memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            2,
+            "not enough memory",
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "not enough memory"),
-        (dist.DistBackendError("NCCL communicator was aborted on rank 1"), 1, "another process of this run was lost"),
+        (
+            dist.DistBackendError("NCCL communicator was aborted on rank 1"),
+            1,
+            "another process of this run was lost",
+        ),
     ],
 )
-def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(tmp_path, tiny_demo, monkeypatch, capsys, first_step, status, words):
+def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
+    tmp_path, tiny_demo, monkeypatch, capsys, first_step, status, words
+):
     def run_it(objective, *batch):
         if isinstance(first_step, Exception):
             raise first_step

@@ -13,7 +13,11 @@ N, C, K = 6, 5, 3
 def case():
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(N, C, generator=generator, dtype=torch.float64) for _ in range(K)]
-    return logits, torch.randint(C, (N,), generator=generator), torch.randn(N, C, generator=generator, dtype=torch.float64)
+    return (
+        logits,
+        torch.randint(C, (N,), generator=generator),
+        torch.randn(N, C, generator=generator, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize(("temperature", "gamma"), [(1.0, 0.1), (3.0, 0.9), (2.0, 0.0), (1.0, 1.0)])
@@ -30,7 +34,10 @@ def test_one_for_all_loss(case, temperature, gamma):
 
 def test_released_kl_weighs_one_over_the_classes(case):
     logits, targets, teacher = case
-    loss = {mean: one_for_all_loss(logits, targets, teacher, 2.0, 1.0, kl_mean_over_classes=mean) for mean in (True, False)}
+    loss = {
+        mean: one_for_all_loss(logits, targets, teacher, 2.0, 1.0, kl_mean_over_classes=mean)
+        for mean in (True, False)
+    }
     last = F.cross_entropy(logits[-1], targets, reduction="none")
     torch.testing.assert_close((loss[True] - last) * C, loss[False] - last)
 
@@ -47,6 +54,10 @@ def test_no_gradient_into_the_teacher(case):
 def test_label_smoothing_reaches_every_cross_entropy(case):
     logits, targets, teacher = case
     for smoothing in (0.0, 0.1):
-        expected = sum(F.cross_entropy(z, targets, reduction="none", label_smoothing=smoothing) for z in logits)
+        expected = sum(
+            F.cross_entropy(z, targets, reduction="none", label_smoothing=smoothing) for z in logits
+        )
         torch.testing.assert_close(sum_of_cross_entropies(logits, targets, smoothing), expected)
-        torch.testing.assert_close(one_for_all_loss(logits, targets, teacher, gamma=0.0, label_smoothing=smoothing), expected)
+        torch.testing.assert_close(
+            one_for_all_loss(logits, targets, teacher, gamma=0.0, label_smoothing=smoothing), expected
+        )

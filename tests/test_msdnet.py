@@ -69,7 +69,9 @@ def test_boosted_exits_add_half_of_the_answer_so_far():
     answers[2].sum().backward()
     assert boosted.exits[2].linear.weight.grad.any()
     assert boosted.exits[1].linear.weight.grad is None
-    extra = [a - b for a, b in zip(*(count_operations(network, 32) for network in (boosted, plain)), strict=True)]
+    extra = [
+        a - b for a, b in zip(*(count_operations(network, 32) for network in (boosted, plain)), strict=True)
+    ]
     assert extra == [0, boosted.num_classes, 2 * boosted.num_classes]
     assert torch.equal(IMTA(boosted).teacher_logits(boosted.features(images), []), answers[2])
 
@@ -93,7 +95,13 @@ def test_gradient_equilibrium_by_hand(scales):
     Exit i (of K, from 1) is reached through exits 1 .. i-1, each of which multiplies by (K-j)/(K-j+1), and enters with 1/(K-i+1). The
     product telescopes to 1/K for every exit: that is the equilibrium. With one scale both settings mean the same.
     """
-    options = {**TINY_NETWORK, "growth_factors": (2,), "bottleneck_factors": (1,), "num_blocks": 4, "gradient_equilibrium_scales": scales}
+    options = {
+        **TINY_NETWORK,
+        "growth_factors": (2,),
+        "bottleneck_factors": (1,),
+        "num_blocks": 4,
+        "gradient_equilibrium_scales": scales,
+    }
     network = MSDNet(**options).double().eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     weight = network.stem.scales[0][0].weight
@@ -134,7 +142,11 @@ def test_he_initialisation():
     expected = (2 / (3 * 3 * conv.out_channels)) ** 0.5
     assert abs(conv.weight.std().item() / expected - 1) < 0.02
     assert not any(e.linear.bias.any() for e in network.exits)
-    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(
+        (m.weight == 1).all() and (m.bias == 0).all()
+        for m in network.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 @pytest.mark.parametrize(

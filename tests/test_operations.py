@@ -6,10 +6,20 @@ from models import IMTA, MSDNet, count_operations, measure_cost
 
 
 def test_one_scale_by_hand():
-    network = MSDNet(num_classes=10, num_blocks=1, base=1, num_channels=4, growth_rate=6, growth_factors=(1,), bottleneck_factors=(1,))
+    network = MSDNet(
+        num_classes=10,
+        num_blocks=1,
+        base=1,
+        num_channels=4,
+        growth_rate=6,
+        growth_factors=(1,),
+        bottleneck_factors=(1,),
+    )
     pixels = 32 * 32
     stem = pixels * (3 * 4 * 9 + 4)
-    layer = pixels * (4 * 4 + 4) + pixels * (4 * 6 * 9 + 6)  # 1x1 to min(4, 1 * 6) channels, 3x3 to 6, each with its ReLU
+    layer = pixels * (4 * 4 + 4) + pixels * (
+        4 * 6 * 9 + 6
+    )  # 1x1 to min(4, 1 * 6) channels, 3x3 to 6, each with its ReLU
     exit = 256 * (10 * 128 * 9 + 128) + 64 * (128 * 128 * 9 + 128) + 128 * 64 + 128 * 10 + 10
     assert count_operations(network, 32) == [stem + layer + exit]
 
@@ -19,9 +29,17 @@ def test_stage_2_counts_links_and_new_classifiers_and_no_old_ones():
     old, new = measure_cost(backbone, 32), measure_cost(IMTA(backbone), 32)
     link = 10 * 128 + 128 + 128  # linear, its bias, ReLU
     wider = 128 * 10  # a new classifier reads twice the features
-    assert [b - a for a, b in zip(old.operations, new.operations, strict=True)] == [0, link + wider, 2 * (link + wider)]
+    assert [b - a for a, b in zip(old.operations, new.operations, strict=True)] == [
+        0,
+        link + wider,
+        2 * (link + wider),
+    ]
     parameters = link + 128 + wider  # the link's BatchNorm has two a channel, its ReLU none
-    assert [b - a for a, b in zip(old.parameters, new.parameters, strict=True)] == [0, parameters, 2 * parameters]
+    assert [b - a for a, b in zip(old.parameters, new.parameters, strict=True)] == [
+        0,
+        parameters,
+        2 * parameters,
+    ]
 
 
 def test_lazy_never_costs_more_and_ends_the_same():
@@ -35,7 +53,9 @@ def test_counting_leaves_the_network_alone():
     network = MSDNet(num_blocks=2, num_channels=4, growth_rate=4).train()
     count_operations(network, 32)
     assert network.training
-    assert all(not m._forward_hooks and str(next(network.parameters()).device) == "cpu" for m in network.modules())
+    assert all(
+        not m._forward_hooks and str(next(network.parameters()).device) == "cpu" for m in network.modules()
+    )
 
 
 @pytest.mark.parametrize("small_inputs", [True, False])

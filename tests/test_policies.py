@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from adaptive_inference import curve_rows, geometric_thresholds, optimised_thresholds
-from adaptive_inference.form import form_for, inference_form
-from adaptive_inference.policies import Policy, choose, network_fingerprint, policy_curve, read_policy, write_policy
-from adaptive_inference.risk import Losses, MaxLoss
+from adaptive_inference.fold import form_for, inference_form
+from adaptive_inference.policies import (
+    Policy,
+    choose,
+    network_fingerprint,
+    policy_curve,
+    read_policy,
+    write_policy,
+)
+from adaptive_inference.promises.risk import Losses, MaxLoss
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK, policy_row
 from tests.test_budgeted import answers_of, golden_case
@@ -32,7 +39,13 @@ def curve(network):
     rows = [row(1, 50.0, 12e6), row(2, 61.0, 15e6), row(3, 60.0, 20e6), row(4, 70.0, 30e6)]
     losses = (Losses(100, 1, 0, 2), Losses(900, 5, 2, 9))
     by_rule = {"geometric": rows, "tested": [{**rows[2], "losses": losses}], "ensemble": rows[1:2]}
-    return policy_curve(network, OPERATIONS, by_rule, temperatures=[1.5, 1.0, 0.5], ensemble=[[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5]])
+    return policy_curve(
+        network,
+        OPERATIONS,
+        by_rule,
+        temperatures=[1.5, 1.0, 0.5],
+        ensemble=[[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5]],
+    )
 
 
 def test_round_trip(network, curve, tmp_path):
@@ -70,7 +83,9 @@ def test_wishes_choose(curve):
 
 def test_best_rules_come_first(network, curve):
     assert choose(curve, operations=20e6).rule == "ensemble"
-    curve = policy_curve(network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]})
+    curve = policy_curve(
+        network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]}
+    )
     assert choose(curve, operations=20e6).rule == "optimised"
     assert choose(curve, operations=20e6, rule="geometric").val_acc1 == 90.0
 
@@ -156,7 +171,10 @@ def test_impossible_policies(thresholds):
 
 def gains(geometric, optimised):
     """Test accuracy of the optimised curve less the geometric one's at its costs, by interpolation."""
-    (x, y), (new_x, new_y) = (zip(*sorted((r["operations"], r["test_acc1"]) for r in rows), strict=True) for rows in (geometric, optimised))
+    (x, y), (new_x, new_y) = (
+        zip(*sorted((r["operations"], r["test_acc1"]) for r in rows), strict=True)
+        for rows in (geometric, optimised)
+    )
     return np.interp(x, new_x, new_y) - np.array(y)
 
 
@@ -169,10 +187,14 @@ def test_optimised_curve_is_above_the_geometric_one():
     assert gains(geometric, optimised).mean() > 0.5
 
 
-@pytest.mark.parametrize(("num_exits", "num_images", "ties"), [(1, 100, False), (3, 5, False), (3, 40, False), (3, 200, True)])
+@pytest.mark.parametrize(
+    ("num_exits", "num_images", "ties"), [(1, 100, False), (3, 5, False), (3, 40, False), (3, 200, True)]
+)
 def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_exits, num_images, ties):
     confidence = torch.ones(num_exits, num_images) if ties else torch.rand(num_exits, num_images)
-    thresholds = optimised_thresholds(answers_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5)
+    thresholds = optimised_thresholds(
+        answers_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5
+    )
     assert thresholds.shape == (5, num_exits)
     assert thresholds[:, -1].tolist() == [-1e8] * 5
     assert torch.isfinite(thresholds).all()

@@ -15,7 +15,7 @@ from PIL import Image
 import engine.prediction
 import predict
 from adaptive_inference.policies import confidence_by_exit, policy_curve, write_policy
-from adaptive_inference.risk import Losses
+from adaptive_inference.promises.risk import Losses
 from models import IMTA, MSDNet, count_operations, to_released
 from models.saved import Split, save_network
 from tests.conftest import TINY_NETWORK, describe, policy_row
@@ -29,14 +29,27 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     network = IMTA(MSDNet(**TINY_NETWORK)).eval()
-    save_network(folder / "best.safetensors", network, describe(network), Split(torch.arange(3), torch.empty(0, dtype=torch.int64)))
+    save_network(
+        folder / "best.safetensors",
+        network,
+        describe(network),
+        Split(torch.arange(3), torch.empty(0, dtype=torch.int64)),
+    )
     with torch.no_grad():
         confidence, _ = confidence_by_exit(torch.stack(network(torch.randn(50, 3, 32, 32))))
     operations = count_operations(network, 32)
     rows = []
     for p in (10, 5, 1):
         mean = operations[0] * p / 10 + operations[2] * (1 - p / 10)
-        rows.append(policy_row(p, [confidence[0].quantile(1 - p / 10).item(), 1e8, -1e8], 90.0 - p, mean, [p / 10, 0.0, 1 - p / 10]))
+        rows.append(
+            policy_row(
+                p,
+                [confidence[0].quantile(1 - p / 10).item(), 1e8, -1e8],
+                90.0 - p,
+                mean,
+                [p / 10, 0.0, 1 - p / 10],
+            )
+        )
     tested = [{**rows[1], "losses": (Losses(100, 1, 1, 2), Losses(900, 2, 3, 9))}]
     curve = policy_curve(network, operations, {"geometric": rows, "tested": tested}, temperatures=[2.0] * 3)
     write_policy(folder / "policy.json", curve)
@@ -56,7 +69,9 @@ def images(tmp_path):
 
 
 def run(trained, *arguments):
-    return predict.main(["--model", str(trained / "best.safetensors"), "--device", "cpu", *map(str, arguments)])
+    return predict.main(
+        ["--model", str(trained / "best.safetensors"), "--device", "cpu", *map(str, arguments)]
+    )
 
 
 def test_formats_agree(trained, images, capsys):
@@ -64,7 +79,12 @@ def test_formats_agree(trained, images, capsys):
     printed = capsys.readouterr()
     content = json.loads(printed.out)
     rows, summary = content["answers"], content["summary"]
-    assert [row["file"].removeprefix(f"{images}/") for row in rows] == ["a.png", "b.png", "d.webp", "deeper/c.jpg"]
+    assert [row["file"].removeprefix(f"{images}/") for row in rows] == [
+        "a.png",
+        "b.png",
+        "d.webp",
+        "deeper/c.jpg",
+    ]
     for row in rows:
         assert len(row["top5"]) == 5
         assert (row["class"], row["confidence"]) == next(iter(row["top5"].items()))
@@ -82,7 +102,9 @@ def test_formats_agree(trained, images, capsys):
     assert run(trained, images, "--rule", "geometric", "--format", "csv", "--batch-size", "1") == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     names = ("file", "class", "exit", "operations")
-    assert [[row[name] for name in names] for row in table] == [[str(row[name]) for name in names] for row in rows]
+    assert [[row[name] for name in names] for row in table] == [
+        [str(row[name]) for name in names] for row in rows
+    ]
     assert run(trained, images) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
@@ -145,7 +167,12 @@ def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsy
     output = capsys.readouterr()
     assert len(json.loads(output.out)["answers"]) == 4
     errors = [line for line in output.err.splitlines() if "skipped" in line]
-    for name, reason in (("broken.png", ""), ("missing.png", ""), ("pipe.png", "no such file"), ("line.png", "differ too much")):
+    for name, reason in (
+        ("broken.png", ""),
+        ("missing.png", ""),
+        ("pipe.png", "no such file"),
+        ("line.png", "differ too much"),
+    ):
         (line,) = (line for line in errors if name in line)
         assert reason in line
     assert "empty holds no image" in output.err
@@ -175,7 +202,10 @@ def test_network_without_policy_answers_with_all_of_it(trained, images, tmp_path
 
 
 def test_released_file_with_classes(images, tmp_path, capsys):
-    torch.save({"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))}, tmp_path / "released.pth.tar")
+    torch.save(
+        {"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))},
+        tmp_path / "released.pth.tar",
+    )
     arguments = [str(images), "--model", str(tmp_path / "released.pth.tar")]
     assert predict.main(arguments) == 2
     assert "give --classes FILE" in capsys.readouterr().err
@@ -196,7 +226,19 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 
     monkeypatch.setattr(engine.prediction, "_batches", interrupted)
     for format in ("json", "csv", "table"):
-        assert run(trained, images, "--batch-size", "2", "--format", format, "--output", tmp_path / "new" / format) == 130
+        assert (
+            run(
+                trained,
+                images,
+                "--batch-size",
+                "2",
+                "--format",
+                format,
+                "--output",
+                tmp_path / "new" / format,
+            )
+            == 130
+        )
         printed = capsys.readouterr()
         assert printed.out == ""
         assert "interrupted; the 2 answers so far are kept" in printed.err.splitlines()[-1]
@@ -206,12 +248,18 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("redirection", "status", "message"), [("| head -1", 0, None), (">/dev/full", 2, "No space"), (">&-", 2, "is closed")]
+    ("redirection", "status", "message"),
+    [("| head -1", 0, None), (">/dev/full", 2, "No space"), (">&-", 2, "is closed")],
 )
 def test_standard_output_that_ends(trained, images, redirection, status, message):
     """Its reader leaves, its disk is full, or it was closed from the start."""
     command = f"{sys.executable} predict.py {images} --model {trained / 'best.safetensors'} --batch-size 1 {redirection}"
-    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    ended = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     assert ended.returncode == status, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "Exception" not in ended.stderr
@@ -232,7 +280,15 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
     [
         [],
         *(["x", "--budget", budget] for budget in ("nan", "-3", "200%")),
-        *(["x", *pair] for pair in (["--deadline", "0ms"], ["--max-loss", "200"], ["--confidence-level", "90"], ["--disagreement"])),
+        *(
+            ["x", *pair]
+            for pair in (
+                ["--deadline", "0ms"],
+                ["--max-loss", "200"],
+                ["--confidence-level", "90"],
+                ["--disagreement"],
+            )
+        ),
         ["x", "--deadline", "5ms", "--budget", "2ms"],
         ["x", "--max-loss", "1%", "--rule", "geometric"],
         ["x", "--max-loss", "1%", "--confidence-level", "0.95"],
@@ -250,6 +306,8 @@ def test_command_lines_that_are_refused(arguments, capsys):
 def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):
     device = tmp_path / "null"
     device.symlink_to(os.devnull)
-    assert predict.main([str(images), "--model", str(trained / "best.safetensors"), "--output", str(device)]) in (0, 1)
+    assert predict.main(
+        [str(images), "--model", str(trained / "best.safetensors"), "--output", str(device)]
+    ) in (0, 1)
     assert device.is_char_device()
     assert device.is_symlink()

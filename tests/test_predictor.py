@@ -7,7 +7,13 @@ import torch
 
 from adaptive_inference import predictor
 from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction, simulate
+from adaptive_inference.predictor import (
+    AdaptivePredictor,
+    AnytimePredictor,
+    BudgetPredictor,
+    Prediction,
+    simulate,
+)
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK
 from tests.test_msdnet import images_for
@@ -72,7 +78,9 @@ def test_any_batches(batch_size):
     policy = quantile_policy(logits, 0.4)
     predictor = AdaptivePredictor(network, policy)
     parts = [predictor(batch) for batch in images.split(batch_size)]
-    assert_same(type(parts[0])(*(torch.cat(values) for values in zip(*parts, strict=True))), simulate(logits, policy))
+    assert_same(
+        type(parts[0])(*(torch.cat(values) for values in zip(*parts, strict=True))), simulate(logits, policy)
+    )
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0, 3.0])
@@ -114,7 +122,8 @@ class Counting:
 
 @pytest.mark.parametrize("num_images", [1, 20])
 @pytest.mark.parametrize(
-    ("thresholds", "exit", "exits_run"), [((ALL, ALL, ALL), 0, 1), ((NONE, ALL, ALL), 1, 2), ((NONE, NONE, ALL), 2, 3), ((NONE,) * 3, 2, 3)]
+    ("thresholds", "exit", "exits_run"),
+    [((ALL, ALL, ALL), 0, 1), ((NONE, ALL, ALL), 1, 2), ((NONE, NONE, ALL), 2, 3), ((NONE,) * 3, 2, 3)],
 )
 def test_extreme_thresholds(num_images, thresholds, exit, exits_run):
     network = make_network(1)
@@ -137,7 +146,9 @@ def test_ties_leave_together():
 
 
 def test_no_image():
-    prediction = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))(torch.empty(0, 3, 32, 32, dtype=torch.float64))
+    prediction = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))(
+        torch.empty(0, 3, 32, 32, dtype=torch.float64)
+    )
     assert [len(values) for values in prediction] == [0, 0, 0, 0]
 
 
@@ -191,7 +202,10 @@ def test_bytes_are_normalised():
         (torch.zeros(3, 32, 32), "images are 3 x 32 x 32; this network wants N x 3 x 32 x 32"),
         (torch.zeros(2, 3, 32, 40), "2 x 3 x 32 x 40"),
         (torch.zeros(2, 1, 32, 32), "2 x 1 x 32 x 32"),
-        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "images are int64; this network wants uint8, or normalised floats"),
+        (
+            torch.zeros(2, 3, 32, 32, dtype=torch.int64),
+            "images are int64; this network wants uint8, or normalised floats",
+        ),
     ],
 )
 def test_images_of_another_kind(images, message):
@@ -219,7 +233,9 @@ def test_no_block_starts_that_would_end_late(exits):
     assert prediction.exits.tolist() == [exits - 1]
     assert len(counting.seen) == exits
     assert prediction.classes == logits_of(network, images)[exits - 1].argmax()
-    with pytest.raises(UserError, match="deadline of 5 ms is too short here: the first exit takes up to 10 ms"):
+    with pytest.raises(
+        UserError, match="deadline of 5 ms is too short here: the first exit takes up to 10 ms"
+    ):
         AnytimePredictor(network, 5.0, Timing(3))
 
 
@@ -227,7 +243,10 @@ def test_no_block_starts_that_would_end_late(exits):
 def test_a_budget_is_kept_on_a_machine_that_got_slower(monkeypatch, slowness):
     clock = [0.0]
     known = {"policy": Policy((0.5,))}
-    points = [SimpleNamespace(**known, val_acc1=50.0 + cost, operations=cost, shares=(float(cost),)) for cost in range(1, 11)]
+    points = [
+        SimpleNamespace(**known, val_acc1=50.0 + cost, operations=cost, shares=(float(cost),))
+        for cost in range(1, 11)
+    ]
 
     def answer(self, images):
         clock[0] += 1e-3 * slowness * len(images) * self.point.operations

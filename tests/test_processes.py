@@ -22,12 +22,26 @@ from tests.forked import be_the_program
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save", "run", *TINY_FLAGS, "--print-freq", "1"]
-FOLDER = ["--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12", "--batch-size", "12", "--epochs", "2"]
+FOLDER = [
+    "--data",
+    "folder",
+    "--image-size",
+    "72",
+    "--no-small-inputs",
+    "--val-size",
+    "12",
+    "--batch-size",
+    "12",
+    "--epochs",
+    "2",
+]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 
 # Forks from a process that has imported PyTorch and done nothing with it: an import costs each program seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.disturbed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"])
+CONTEXT.set_forkserver_preload(
+    ["tests.disturbed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
+)
 
 
 class Ended(NamedTuple):
@@ -48,7 +62,13 @@ def run(folder, *flags, processes=2, **environment):
     """``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
     children, port = [], free_port()
     for rank in range(processes):
-        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        of_rank = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
         # Two processes may not share the one GPU that a machine has.
         everything = {"CUDA_VISIBLE_DEVICES": "", **(of_rank if processes > 1 else {}), **environment}
         texts = {str(k): str(v) for k, v in everything.items()}
@@ -60,7 +80,10 @@ def run(folder, *flags, processes=2, **environment):
         child.join(max(0, last - time.monotonic()))
         child.kill()
         child.join()
-    output, errors = ("".join((folder / f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("stdout", "stderr"))
+    output, errors = (
+        "".join((folder / f"{rank}.{name}").read_text() for rank in range(processes))
+        for name in ("stdout", "stderr")
+    )
     return Ended([child.exitcode for child in children], output, errors)
 
 
@@ -97,13 +120,39 @@ def test_evaluation_gathered_from_two_processes_equals_that_of_one(undisturbed):
 
 def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path):
     """On two machines as ``docs/usage.md`` says; one process is late at the second start, and the other must wait for its new address."""
-    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", "one"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc_per_node", "1", "--max-restarts", "1"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    place = [
+        "--nnodes",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"localhost:{free_port()}",
+        "--rdzv_id",
+        "one",
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *place,
+        "--nproc_per_node",
+        "1",
+        "--max-restarts",
+        "1",
+    ]
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL)), "LATE": "1"}
     command = [*launcher, disturbed.__file__, *SMALL, "--save-every-steps", "1"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    agents = [subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment, **disturbance}, **streams) for _ in range(2)]
+    agents = [
+        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment, **disturbance}, **streams)
+        for _ in range(2)
+    ]
     try:
         outputs = [agent.communicate(timeout=170)[0] for agent in agents]
     finally:
@@ -142,7 +191,9 @@ def test_several_workers_go_on_exactly(image_folder, tmp_path):
     whole.mkdir()
     parts.mkdir()
     assert run(whole, *flags, processes=1).statuses == [0]
-    assert run(parts, *flags, processes=1, SIGNAL=int(signal.SIGKILL), MARKER="marker").statuses == [-signal.SIGKILL]
+    assert run(parts, *flags, processes=1, SIGNAL=int(signal.SIGKILL), MARKER="marker").statuses == [
+        -signal.SIGKILL
+    ]
     ended = run(parts, *flags, "--resume", processes=1)
     assert ended.statuses == [0], ended.errors
     assert differences(parts / "run", whole / "run") == []
@@ -150,7 +201,9 @@ def test_several_workers_go_on_exactly(image_folder, tmp_path):
 
 def test_a_killed_worker_ends_the_run(image_folder, tmp_path):
     began = time.monotonic()
-    ended = run(tmp_path, *FOLDER, "--data-root", str(image_folder), "--workers", "2", processes=1, KILL_LOADERS=1)
+    ended = run(
+        tmp_path, *FOLDER, "--data-root", str(image_folder), "--workers", "2", processes=1, KILL_LOADERS=1
+    )
     assert time.monotonic() - began < LONGEST
     assert ended.statuses == [1]
     assert "a process that loads images was lost" in ended.errors

@@ -20,7 +20,17 @@ def bare(network: nn.Module) -> dict[str, Tensor]:
 
 
 def small_network(**options) -> MSDNet:
-    return MSDNet(**{"num_classes": 10, "num_blocks": 3, "base": 2, "step": 1, "num_channels": 4, "growth_rate": 4, **options})
+    return MSDNet(
+        **{
+            "num_classes": 10,
+            "num_blocks": 3,
+            "base": 2,
+            "step": 1,
+            "num_channels": 4,
+            "growth_rate": 4,
+            **options,
+        }
+    )
 
 
 SMALL = {"base": 2, "step": 1, "stepmode": "even", "nChannels": 4, "growthRate": 4}
@@ -28,7 +38,9 @@ SMALL = {"base": 2, "step": 1, "stepmode": "even", "nChannels": 4, "growthRate":
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     theirs = b.state_dict()
-    return a.state_dict().keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in a.state_dict().items())
+    return a.state_dict().keys() == theirs.keys() and all(
+        torch.equal(x, theirs[name]) for name, x in a.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", [*STAGE_1, STAGE_2])
@@ -46,14 +58,19 @@ def test_a_released_file_with_its_flags(name, tmp_path):
         load_released(tmp_path / "checkpoint.pth.tar")
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model."]
+)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_layouts_of_other_programs(prefix, stage, tmp_path):
     network = small_network() if stage == 1 else IMTA(small_network())
     state = {prefix + name: x for name, x in bare(network).items()}
     assert same_weights(load_released(state, **SMALL), network)
     for key in ("state_dict", "model", "net", "model_state_dict"):
-        assert same_weights(load_released({key: state, "best_acc1": torch.tensor(7.0), "optimizer": {"state": {}}}, **SMALL), network)
+        assert same_weights(
+            load_released({key: state, "best_acc1": torch.tensor(7.0), "optimizer": {"state": {}}}, **SMALL),
+            network,
+        )
     torch.save({"model": state}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     assert same_weights(load_released(tmp_path / "old.pth.tar", **SMALL), network)
 
@@ -62,7 +79,11 @@ def test_layouts_of_other_programs(prefix, stage, tmp_path):
 def test_weights_become_float32_and_the_given_ones_stay_the_callers(dtype):
     """Counts of batches may be missing."""
     network = small_network()
-    state = {name: x.to(dtype) for name, x in to_released(network).items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: x.to(dtype)
+        for name, x in to_released(network).items()
+        if not name.endswith("num_batches_tracked")
+    }
     loaded = load_released(state, **SMALL)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.exits[0].linear.weight, network.exits[0].linear.weight.to(dtype).float())
@@ -83,7 +104,9 @@ def test_weights_become_float32_and_the_given_ones_stay_the_callers(dtype):
     ],
 )
 def test_gradient_equilibrium(file_arch, options, expected):
-    network = load_released({"arch": file_arch, "state_dict": to_released(small_network())}, **SMALL, **options)
+    network = load_released(
+        {"arch": file_arch, "state_dict": to_released(small_network())}, **SMALL, **options
+    )
     assert network.gradient_equilibrium is expected
     assert network.gradient_equilibrium_scales == "coarsest"
 
@@ -135,7 +158,9 @@ def test_the_way_there_and_back(stage, options):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     there = to_released(network)
     assert len(there) == len(network.state_dict())
-    back = load_released(there, **{flag: network.trunk.config[name] for flag, name in PUBLISHED_NAMES.items()})
+    back = load_released(
+        there, **{flag: network.trunk.config[name] for flag, name in PUBLISHED_NAMES.items()}
+    )
     assert same_weights(back, network)
     assert list(to_released(back)) == list(there)
 
@@ -171,17 +196,38 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
     ("state", "words"),
     [
         ({}, "it holds no state dict of a network, but nothing"),
-        ({"state_dict": [1, 2], "epoch": 3}, "it holds no state dict of a network, but 'state_dict', 'epoch'"),
-        ({"format": "imta-msdnet run 2", "state_dict": {}}, "models.load reads the best.safetensors beside it"),
+        (
+            {"state_dict": [1, 2], "epoch": 3},
+            "it holds no state dict of a network, but 'state_dict', 'epoch'",
+        ),
+        (
+            {"format": "imta-msdnet run 2", "state_dict": {}},
+            "models.load reads the best.safetensors beside it",
+        ),
         ({"module.net.weight": torch.ones(2)}, "it has no classifier.*.linear (the exits)"),
-        (changed(classifier__2__linear__weight=None, classifier__2__linear__bias=None), "not the network of the given flags"),
-        (changed(classifier__1__m__0__net__1__bias=None), "classifier.1.m.0.net.1.bias is nothing there, where (128,) belongs"),
-        (changed(surplus=torch.ones(1), other=torch.ones(1)), "surplus is (1,) there, where nothing belongs, and 1 more"),
+        (
+            changed(classifier__2__linear__weight=None, classifier__2__linear__bias=None),
+            "not the network of the given flags",
+        ),
+        (
+            changed(classifier__1__m__0__net__1__bias=None),
+            "classifier.1.m.0.net.1.bias is nothing there, where (128,) belongs",
+        ),
+        (
+            changed(surplus=torch.ones(1), other=torch.ones(1)),
+            "surplus is (1,) there, where nothing belongs, and 1 more",
+        ),
         (changed(classifier__0__linear__bias=torch.ones(1).expand(10)), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=torch.ones(10).to_sparse()), "is not a plain tensor"),
         (changed(classifier__0__linear__bias=torch.ones(10, device="meta")), "is not a plain tensor"),
-        (changed(classifier__0__linear__bias=[0.0] * 10), "its state dict holds a list named 'classifier.0.linear.bias'"),
-        (changed(module__classifier__0__linear__bias=torch.ones(10)), "classifier.0.linear.bias is there twice"),
+        (
+            changed(classifier__0__linear__bias=[0.0] * 10),
+            "its state dict holds a list named 'classifier.0.linear.bias'",
+        ),
+        (
+            changed(module__classifier__0__linear__bias=torch.ones(10)),
+            "classifier.0.linear.bias is there twice",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(state, words):
@@ -233,7 +279,9 @@ def test_a_malicious_file_does_not_run(zipped, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "checkpoint.pth.tar"
     content = {"state_dict": to_released(small_network()), "optimizer": RunsCode(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"checkpoint\.pth\.tar: besides tensors it holds \w+\.mkdir, which is not loaded") as raised:
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pth\.tar: besides tensors it holds \w+\.mkdir, which is not loaded"
+    ) as raised:
         load_released(path)
     assert "\n" not in str(raised.value)
     assert not marker.exists()

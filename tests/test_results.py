@@ -14,10 +14,10 @@ import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
 from args import parse
-from datasets import read_image
 from engine.report import millions, read_csv, write_csv
+from experiments import arms, ship, tables
+from image_data.sources import read_image
 from models import load
-from results import arms, ship, tables
 from tests.conftest import TINY_FLAGS, TINY_STAGE_2
 from utils import UserError
 
@@ -33,7 +33,13 @@ def test_documents_agree_with_the_result_files():
 
 def test_arms_on_different_backbones_are_not_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "TRAINING", {tmp_path: "short"})
-    for arm, digest in {"GE": None, "GE_ISC": "a", "GE_ISC_OFA_moving": "b", "released_IMTA": "c", "GE_OFA": "a"}.items():
+    for arm, digest in {
+        "GE": None,
+        "GE_ISC": "a",
+        "GE_ISC_OFA_moving": "b",
+        "released_IMTA": "c",
+        "GE_OFA": "a",
+    }.items():
         (tmp_path / "seed_1" / arm).mkdir(parents=True)
         (tmp_path / "seed_1" / arm / "run.json").write_text(json.dumps({"frozen_digest": digest}))
     tables.check_backbones()
@@ -72,7 +78,9 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
         assert arms.train_all(schedule, image_folder, tmp_path / "work", [5], ["GE_ISC"]) == 0
     assert trained == ["train_GE.py", "train_IMTA.py"]
     assert "seed 5, GE: complete" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(arms.KEPT_FILES)
+    assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(
+        arms.KEPT_FILES
+    )
     assert arms.seeds_of("GE_ISC", tmp_path / "results") == [tmp_path / "results" / "seed_5" / "GE_ISC"]
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
 
@@ -83,7 +91,10 @@ def test_a_run_that_fails_ends_the_series(tmp_path, image_folder, monkeypatch):
 
 
 def test_classes_from_an_archive(tmp_path, monkeypatch):
-    part = SimpleNamespace(targets=torch.tensor([0, 1, 2, 2]), images=torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).reshape(4, 3, 8, 8))
+    part = SimpleNamespace(
+        targets=torch.tensor([0, 1, 2, 2]),
+        images=torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).reshape(4, 3, 8, 8),
+    )
     monkeypatch.setattr(arms, "cifar_archive", lambda *_, **__: (part, part, ["a", "b", "c"], []))
     found = arms.choose_classes(tmp_path, tmp_path / "work" / "classes", 2)
     files = sorted(path.relative_to(found / "train") for path in (found / "train").rglob("*.png"))
@@ -109,7 +120,10 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert "\n0 minutes of stage 1 on " in card
-    assert f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} | " in card
+    assert (
+        f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} | "
+        in card
+    )
     assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
     assert "say with --save where its tables go" in capsys.readouterr().err
     # It is taken as stage 1 by its path, and goes on from there.

@@ -7,7 +7,14 @@ import torch
 
 from adaptive_inference import ExitAnswers
 from adaptive_inference.policies import Point, Policy
-from adaptive_inference.risk import LEARNING_PART, Losses, MaxLoss, certified, is_certain, rows_with_losses
+from adaptive_inference.promises.risk import (
+    LEARNING_PART,
+    Losses,
+    MaxLoss,
+    certified,
+    is_certain,
+    rows_with_losses,
+)
 from utils import UserError
 
 
@@ -32,7 +39,10 @@ def test_a_policy_just_too_bad_is_rarely_certified(disagreement):
 def test_a_good_policy_is_certified():
     """The limit is three standard errors away."""
     generator = torch.Generator().manual_seed(0)
-    passed = sum(is_certain((drawn(200, 0.02, 0.02, generator), drawn(2000, 0.02, 0.02, generator)), MaxLoss(1.5)) for _ in range(200))
+    passed = sum(
+        is_certain((drawn(200, 0.02, 0.02, generator), drawn(2000, 0.02, 0.02, generator)), MaxLoss(1.5))
+        for _ in range(200)
+    )
     assert passed > 140
 
 
@@ -47,7 +57,15 @@ def test_more_confidence_and_smaller_losses_need_more():
 
 
 def point(p, worse):
-    return Point(Policy((0.5, 0.5)), 50.0, float(p), (0.5, 0.5), "tested", p, (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 5 + worse)))
+    return Point(
+        Policy((0.5, 0.5)),
+        50.0,
+        float(p),
+        (0.5, 0.5),
+        "tested",
+        p,
+        (Losses(500, 5, 5, 10), Losses(5000, worse, 5, 5 + worse)),
+    )
 
 
 def test_the_sequence_stops_at_the_first_policy_that_may_lose_too_much():
@@ -65,7 +83,10 @@ def test_the_sequence_stops_at_the_first_policy_that_may_lose_too_much():
 
 def test_losses_against_a_loop():
     generator = torch.Generator().manual_seed(0)
-    confidence, classes = torch.rand(3, 200, generator=generator), torch.randint(3, (3, 200), generator=generator)
+    confidence, classes = (
+        torch.rand(3, 200, generator=generator),
+        torch.randint(3, (3, 200), generator=generator),
+    )
     targets = torch.randint(3, (200,), generator=generator)
     for row in rows_with_losses(ExitAnswers(confidence, classes, targets), [1, 2, 3], points=4):
         counts = [[0] * 4, [0] * 4]
@@ -73,5 +94,7 @@ def test_losses_against_a_loop():
             k = next(k for k in range(3) if confidence[k, i] >= row["thresholds"][k] or k == 2)
             ours, full, right = classes[k, i], classes[2, i], targets[i]
             events = (True, ours != right == full, ours == right != full, ours != full)
-            counts[int(i % LEARNING_PART != 0)] = [a + int(b) for a, b in zip(counts[int(i % LEARNING_PART != 0)], events, strict=True)]
+            counts[int(i % LEARNING_PART != 0)] = [
+                a + int(b) for a, b in zip(counts[int(i % LEARNING_PART != 0)], events, strict=True)
+            ]
         assert [list(losses) for losses in row["losses"]] == counts

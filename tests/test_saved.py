@@ -28,12 +28,19 @@ def network():
 
 @pytest.fixture
 def path(network, tmp_path):
-    save_network(tmp_path / "best.safetensors", network, describe(network), Split(torch.tensor([3, 5]), torch.empty(0, dtype=torch.int64)))
+    save_network(
+        tmp_path / "best.safetensors",
+        network,
+        describe(network),
+        Split(torch.tensor([3, 5]), torch.empty(0, dtype=torch.int64)),
+    )
     return tmp_path / "best.safetensors"
 
 
 def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
 
 
 def test_what_was_saved_comes_back(network, path):
@@ -51,7 +58,13 @@ def test_what_was_saved_comes_back(network, path):
 
 def test_half_precision_on_disk_is_float32_in_memory(network, path):
     size = path.stat().st_size
-    save_network(path, network, describe(network), Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64)), half=True)
+    save_network(
+        path,
+        network,
+        describe(network),
+        Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64)),
+        half=True,
+    )
     again = load(path)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     for name, x in network.state_dict().items():
@@ -83,7 +96,10 @@ def changed(network, /, **changes):
     return json.dumps({**dataclasses.asdict(describe(network)), **changes})
 
 
-@pytest.mark.parametrize("damage", ["cut", "header cut", "empty", "bit", "bit of a name", "text", "other safetensors", "pickle", "zip"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "header cut", "empty", "bit", "bit of a name", "text", "other safetensors", "pickle", "zip"],
+)
 def test_damaged_and_foreign_files_are_named_in_one_line(network, path, damage):
     content = path.read_bytes()
     if damage.startswith("bit"):
@@ -94,7 +110,14 @@ def test_damaged_and_foreign_files_are_named_in_one_line(network, path, damage):
     elif damage in ("pickle", "zip"):
         torch.save({"state_dict": network.state_dict()}, path, _use_new_zipfile_serialization=damage == "zip")
     else:
-        path.write_bytes({"cut": content[:-1000], "header cut": content[:100], "empty": b"", "text": b"not weights at all"}[damage])
+        path.write_bytes(
+            {
+                "cut": content[:-1000],
+                "header cut": content[:100],
+                "empty": b"",
+                "text": b"not weights at all",
+            }[damage]
+        )
     with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
         load(path)
     assert "\n" not in str(raised.value)
@@ -110,14 +133,41 @@ def test_contents_that_do_not_belong_together(network, path):
         ({"description": changed(network, class_names=["a"])}, "class_names has 1 entries, where 10 belong"),
         ({"description": changed(network, operations=["x"])}, "operations is"),
         ({"description": changed(network, std=[0.5, 0.5, float("nan")])}, "std"),
-        ({"description": changed(network, data={"name": 5, "num_training_images": "x", "fingerprint": []})}, "data is"),
+        (
+            {
+                "description": changed(
+                    network, data={"name": 5, "num_training_images": "x", "fingerprint": []}
+                )
+            },
+            "data is",
+        ),
         ({"description": changed(network, surplus=1)}, "surplus"),
         ({"description": changed(network, network={**options, "type": "ResNet"})}, "impossible network"),
-        ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_channels": 10**30}})}, "impossible"),
-        ({"description": changed(network, network={**options, "backbone": {**options["backbone"], "num_blocks": 2}})}, "another network"),
+        (
+            {
+                "description": changed(
+                    network, network={**options, "backbone": {**options["backbone"], "num_channels": 10**30}}
+                )
+            },
+            "impossible",
+        ),
+        (
+            {
+                "description": changed(
+                    network, network={**options, "backbone": {**options["backbone"], "num_blocks": 2}}
+                )
+            },
+            "another network",
+        ),
         ({"description": "[" * 10**5}, "damaged"),
-        ({"tensors": {**tensors, "classifiers.0.bias": torch.zeros(3)}}, "classifiers.0.bias is [3] there, [10] here"),
-        ({"tensors": {**tensors, "classifiers.0.bias": torch.full((10,), torch.nan)}}, "not all weights are finite numbers"),
+        (
+            {"tensors": {**tensors, "classifiers.0.bias": torch.zeros(3)}},
+            "classifiers.0.bias is [3] there, [10] here",
+        ),
+        (
+            {"tensors": {**tensors, "classifiers.0.bias": torch.full((10,), torch.nan)}},
+            "not all weights are finite numbers",
+        ),
         ({"tensors": {**tensors, "held_out": torch.tensor([100])}}, "held_out are not numbers of 100"),
     ]:
         path.write_bytes(content)
@@ -130,7 +180,14 @@ def test_contents_that_do_not_belong_together(network, path):
 
 @pytest.mark.parametrize(
     "absurd",
-    [{"val_size": "x"}, {"preset": []}, {"batch_size": -5}, {"growth_factors": "abc"}, {"isc": "on"}, {"lr_milestones": [1, float("nan")]}],
+    [
+        {"val_size": "x"},
+        {"preset": []},
+        {"batch_size": -5},
+        {"growth_factors": "abc"},
+        {"isc": "on"},
+        {"lr_milestones": [1, float("nan")]},
+    ],
 )
 def test_a_recipe_that_its_flags_would_refuse(network, path, absurd):
     rewritten(path, description=changed(network, recipe=absurd))
@@ -147,7 +204,9 @@ def test_the_old_file_stays_until_the_new_one_reads_back(network, path, monkeypa
     before = path.read_bytes()
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"other bytes")
     with pytest.raises(UserError, match="reads back differently"):
-        save_network(path, network, describe(network), Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64)))
+        save_network(
+            path, network, describe(network), Split(torch.tensor([0]), torch.empty(0, dtype=torch.int64))
+        )
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -171,6 +230,8 @@ network = torch.hub.load({str(tmp_path / "clone")!r}, "imta_cifar100", source="l
 with torch.no_grad():
     print(network.description.class_names[network(torch.zeros(1, 3, 32, 32))[-1].argmax()])
 """
-    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ended.stderr == ""
     assert ended.stdout.startswith("class ")

@@ -15,7 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 def run(command, folder, **environment):
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
 
 
 def test_launchers_know_the_presets_and_refuse_others_before_the_set_up(tmp_path):

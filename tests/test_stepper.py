@@ -24,7 +24,18 @@ from utils import UserError
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
-PLAIN_SGD = ["--momentum", "0", "--weight-decay", "0", "--batch-size", "12", "--amp", "off", "--compile", "off"]
+PLAIN_SGD = [
+    "--momentum",
+    "0",
+    "--weight-decay",
+    "0",
+    "--batch-size",
+    "12",
+    "--amp",
+    "off",
+    "--compile",
+    "off",
+]
 
 
 def settings(*flags, stage="GE"):
@@ -41,7 +52,9 @@ def make_objective(stage, chosen, **options):
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=generator), torch.randint(10, (12,), generator=generator)
+    return torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=generator), torch.randint(
+        10, (12,), generator=generator
+    )
 
 
 def one_step(objective, chosen, processes=ALONE, observe=lambda *_: None, rates=(1.0,)):
@@ -55,7 +68,13 @@ def one_step(objective, chosen, processes=ALONE, observe=lambda *_: None, rates=
 def assert_close(ours, expected, tolerance=1e-9):
     assert ours.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name],
+            expected[name],
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 class WithoutNormalisation(nn.Module):
@@ -130,12 +149,18 @@ def test_checkpointed_activations_change_neither_gradients_nor_statistics():
 def test_compiled_step_agrees(stage, monkeypatch):
     """Compiled in one piece, which a new learning rate leaves as it is: a GPU captures it once (``reduce-overhead``)."""
     # Tracing is what can fail on our networks; generating code takes minutes.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    )
     torch._dynamo.reset()
-    compiled, plain = (settings(*flags, "--momentum", "0.9", stage=stage) for flags in (["--compile", "default"], []))
+    compiled, plain = (
+        settings(*flags, "--momentum", "0.9", stage=stage) for flags in (["--compile", "default"], [])
+    )
     objectives = (make_objective(stage, chosen, num_blocks=2) for chosen in (compiled, plain))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        ours, expected = (one_step(o, c, rates=(0.1, 0.03, 0.2)) for o, c in zip(objectives, (compiled, plain), strict=True))
+        ours, expected = (
+            one_step(o, c, rates=(0.1, 0.03, 0.2)) for o, c in zip(objectives, (compiled, plain), strict=True)
+        )
     assert_close(ours, expected)
 
 
@@ -150,7 +175,9 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     chosen = settings("--amp", "fp16")
     objective = Overflowing().float()
     stepper, meters = Stepper(objective, chosen, ALONE), Meters(1, torch.device("cpu"), only_finite=True)
-    stepper.load_state_dict(Stepper(objective, settings(), ALONE).state_dict())  # of a run that needed no scaling
+    stepper.load_state_dict(
+        Stepper(objective, settings(), ALONE).state_dict()
+    )  # of a run that needed no scaling
     before = objective.linear.weight.clone()
     images, targets = batch()
     stepper.step(images.float(), targets, 0.1, meters.update)
@@ -196,7 +223,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     """The same global batch, float64, gloo, batch normalisation by stored statistics: weights after a step of SGD."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WORKER]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, cwd=ROOT) for rank in range(2)]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, cwd=ROOT) for rank in range(2)
+    ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     ours = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for stage in ("GE", "IMTA"):

@@ -5,14 +5,19 @@ import hashlib
 import pytest
 import torch
 
-from synthetic import CLASS_NAMES, generate
+from image_data.synthetic import CLASS_NAMES, generate
 
 
 def test_the_seed_alone_decides():
     """Bit for bit on every machine; a change of these images changes every figure of the demo."""
     state = torch.random.get_rng_state()
     images, labels = generate(1200, seed=3)
-    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((1200, 3, 32, 32), torch.uint8, (1200,), torch.int64)
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
+        (1200, 3, 32, 32),
+        torch.uint8,
+        (1200,),
+        torch.int64,
+    )
     assert hashlib.sha256(images.numpy()).hexdigest()[:16] == "83515661d9009e98"
     assert abs((labels[1:] == labels[:-1]).double().mean().item() - 1 / len(CLASS_NAMES)) < 0.05
     others, _ = generate(1200, seed=4)

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from adaptive_inference.policies import policy_curve
-from adaptive_inference.timing import BlockTimes, deadline_rows, distinct, measure_blocks, runtime_rows
+from adaptive_inference.promises.timing import (
+    BlockTimes,
+    deadline_rows,
+    distinct,
+    measure_blocks,
+    runtime_rows,
+)
 from tests.conftest import policy_row
 from tests.test_predictor import logits_of, make_network, quantile_policy
 
@@ -46,7 +52,12 @@ def test_rows():
     images = torch.randn(24, 3, 32, 32)
     logits = logits_of(network, images)
     shares = enumerate((0.9, 0.9, 0.5, 0.1), start=1)
-    rows = [policy_row(p, list(quantile_policy(logits, share).thresholds), 50.0, float(p), [share, 0.0, 1 - share]) for p, share in shares]
+    rows = [
+        policy_row(
+            p, list(quantile_policy(logits, share).thresholds), 50.0, float(p), [share, 0.0, 1 - share]
+        )
+        for p, share in shares
+    ]
     points = distinct(policy_curve(network, [1, 2, 3], {"geometric": rows}).points, 10)
     assert [point.p for point in points] == [2, 3, 4]
     assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]

@@ -10,7 +10,6 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import dataloader
-import datasets
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
@@ -20,6 +19,7 @@ from engine.checkpoint import load_checkpoint, load_saved, save_checkpoint
 from engine.report import read_csv
 from engine.schedule import learning_rate
 from engine.stepper import Stepper
+from image_data import sources as datasets
 from models import load
 from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
@@ -66,11 +66,22 @@ def test_a_run_leaves_tables_curves_logs_and_how_it_was_made(runs, stage):
     run = runs / stage
     anytime, budgeted = read_csv(run / "anytime.csv"), read_csv(run / "budgeted.csv")
     assert [row["exit"] for row in anytime] == [1, 2, 3]
-    assert list(anytime[0]) == ["exit", "operations", "acc1", "acc5", "ece", "ece_scaled", "temperature", "ensemble_acc1"]
+    assert list(anytime[0]) == [
+        "exit",
+        "operations",
+        "acc1",
+        "acc5",
+        "ece",
+        "ece_scaled",
+        "temperature",
+        "ensemble_acc1",
+    ]
     assert len(budgeted) == 40
     assert [len(read_csv(run / name)) for name in ("optimised.csv", "ensemble.csv")] == [40, 40]
     assert all(abs(sum(row[f"share_{k}"] for k in (1, 2, 3)) - 1) < 1e-5 for row in budgeted)
-    assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in ("curves.png", "examples.png"))
+    assert all(
+        (run / picture).read_bytes().startswith(b"\x89PNG") for picture in ("curves.png", "examples.png")
+    )
     assert any((run / "tensorboard").iterdir())
     (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert (row["epoch"], len(row["val_acc1"])) == (1, 3)
@@ -109,7 +120,9 @@ def test_moving_batchnorm_moves_statistics_only(runs):
     assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in moved)
 
 
-@pytest.mark.parametrize("flags", [["--no-isc"], ["--no-ofa"], ["--released"], ["--single-stage", *TINY_FLAGS]])
+@pytest.mark.parametrize(
+    "flags", [["--no-isc"], ["--no-ofa"], ["--released"], ["--single-stage", *TINY_FLAGS]]
+)
 def test_every_arm_of_the_paper_trains(runs, flags):
     origin = [] if "--single-stage" in flags else ["--pretrained", "GE"]
     assert train_IMTA.main([*origin, "--save", "new", *TINY_STAGE_2, *flags]) == 0
@@ -117,7 +130,11 @@ def test_every_arm_of_the_paper_trains(runs, flags):
 
 
 def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
-    monkeypatch.setattr(train_IMTA.Distillation, "_frozen_features", lambda objective, images: objective.network.features(images))
+    monkeypatch.setattr(
+        train_IMTA.Distillation,
+        "_frozen_features",
+        lambda objective, images: objective.network.features(images),
+    )
     assert train_imta(runs, "plain") == 0
     folded = weights(runs / "IMTA")
     for name, tensor in weights(runs / "plain").items():
@@ -159,7 +176,10 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("number", "status", "step"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)])
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)],
+)
 def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, number, status, step):
     """4 steps an epoch: in the middle of epoch 1, at its end, in the middle of epoch 2."""
     with monkeypatch.context() as patch:
@@ -199,7 +219,8 @@ def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "positions"), [([], [(0, 2), (1, 0)]), (["--save-every-minutes", "1e-9"], [(0, 1), (0, 2), (0, 3), (1, 0)])]
+    ("flags", "positions"),
+    [([], [(0, 2), (1, 0)]), (["--save-every-minutes", "1e-9"], [(0, 1), (0, 2), (0, 3), (1, 0)])],
 )
 def test_saves_in_the_middle_and_goes_on(tmp_path, monkeypatch, flags, positions):
     """(epoch, step) of everything that is saved as last.pt: on SIGUSR1, here in step 2, and after some minutes."""
@@ -220,7 +241,10 @@ def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch):
     accuracies = iter([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0], [0.0, 0.0, 90.0]])
     monkeypatch.setattr(training, "accuracy_per_exit", lambda *args: (next(accuracies), [100.0] * 3))
     assert train_ge(tmp_path / "GE", "--epochs", "3") == 0
-    best, last = load(tmp_path / "GE" / "best.safetensors").description, load_checkpoint(tmp_path / "GE" / "last.pt")
+    best, last = (
+        load(tmp_path / "GE" / "best.safetensors").description,
+        load_checkpoint(tmp_path / "GE" / "last.pt"),
+    )
     assert (best.epoch, best.accuracy["val_acc1"]) == (2, [40.0, 50.0, 60.0])
     assert (last["epoch"], last["best_epoch"], last["best_accuracy"]) == (3, 2, 50.0)
 
@@ -250,8 +274,16 @@ NEW_IMTA = ["--save", "new/IMTA", "--pretrained", "GE"]
         (train_GE, ["--save", "GE", *TINY_FLAGS], "--resume"),
         (train_GE, ["--save", "GE", *TINY_FLAGS, "--overwrite", "--image-size", "16"], "at least 17"),
         (train_GE, ["--save", "GE", "--resume", "--lr", "0.7"], "--lr 0.05"),
-        (train_GE, ["--save", "GE", "--resume", "--epochs", "7"], "--pretrained GE with a new --save starts from its weights"),
-        (train_GE, ["--save", "IMTA", "--evaluate-from", "GE/best.safetensors", "--evalmode", "anytime"], "holds another run"),
+        (
+            train_GE,
+            ["--save", "GE", "--resume", "--epochs", "7"],
+            "--pretrained GE with a new --save starts from its weights",
+        ),
+        (
+            train_GE,
+            ["--save", "IMTA", "--evaluate-from", "GE/best.safetensors", "--evalmode", "anytime"],
+            "holds another run",
+        ),
         (train_GE, ["--save", "file/GE", *TINY_FLAGS], "cannot read or write file"),
         (train_GE, ["--save", "new/GE", "--pretrained", "resnet"], "there are: "),
         (train_GE, ["--pretrained", "resnet"], "--pretrained needs --save"),
@@ -322,12 +354,25 @@ def test_stage_1_starts_from_weights(runs, image_folder):
     start = ["--pretrained", "GE", "--epochs", "1", "--batch-size", "16", "--lr", "1e-12", "--save"]
     assert train_GE.main([*start, "more"]) == 0
     assert train_GE.main([*start, "again", "--preset", "demo", "--val-size", "32"]) == 0
-    assert train_GE.main([*start, "tuned", "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]) == 0
+    assert (
+        train_GE.main(
+            [*start, "tuned", "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]
+        )
+        == 0
+    )
     more, again, tuned = (load_saved(runs / name, {}) for name in ("more", "again", "tuned"))
-    assert more.split.held_out.tolist() == again.split.held_out.tolist() == load_saved(runs / "GE", {}).split.held_out.tolist()
+    assert (
+        more.split.held_out.tolist()
+        == again.split.held_out.tolist()
+        == load_saved(runs / "GE", {}).split.held_out.tolist()
+    )
     assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
     assert tuned.network.num_classes == 3
-    assert (tuned.description.image_size, tuned.settings["num_blocks"], tuned.settings["epochs"]) == (32, 3, 1)
+    assert (tuned.description.image_size, tuned.settings["num_blocks"], tuned.settings["epochs"]) == (
+        32,
+        3,
+        1,
+    )
     for name, x in before.named_parameters():
         torch.testing.assert_close(more.network.get_parameter(name), x)
         if ".linear." not in name:
@@ -350,13 +395,21 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     assert train_GE.main(["--save", "GE", "--evalmode", "dynamic", "--measure", measure]) == 0
     saved = load_saved(run / "best.safetensors", {})
     curve = read_policy(run / "policy.json", saved.network)
-    data = dataloader.load_data(parse("GE", TINY_FLAGS).settings(stored=saved.settings), torch.device("cpu"), None, saved.data, saved.split)
+    data = dataloader.load_data(
+        parse("GE", TINY_FLAGS).settings(stored=saved.settings),
+        torch.device("cpu"),
+        None,
+        saved.data,
+        saved.split,
+    )
     images, targets = (torch.cat(parts) for parts in zip(*data.test, strict=True))
     for row, point in zip(read_csv(run / "budgeted.csv"), curve.of_rule("geometric"), strict=True):
         if row["p"] in (1, 20, 40):
             assert point.policy.measure == measure
             prediction = AdaptivePredictor(saved.network, point.policy)(images)
-            assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(row["test_acc1"], abs=0.01)
+            assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(
+                row["test_acc1"], abs=0.01
+            )
 
 
 def test_runtime_needs_the_policies_of_this_network(runs, capsys):
@@ -368,9 +421,21 @@ def test_runtime_needs_the_policies_of_this_network(runs, capsys):
     assert "--evalmode dynamic" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", [["--image-size", "72", "--no-small-inputs", "--workers", "0"], ["--image-size", "32"]])
+@pytest.mark.parametrize(
+    "size", [["--image-size", "72", "--no-small-inputs", "--workers", "0"], ["--image-size", "32"]]
+)
 def test_anytime_evaluation_needs_test_images_only(image_folder, tmp_path, size, capsys):
-    flags = ["--data", "folder", "--data-root", str(image_folder), "--val-size", "12", "--batch-size", "16", *size]
+    flags = [
+        "--data",
+        "folder",
+        "--data-root",
+        str(image_folder),
+        "--val-size",
+        "12",
+        "--batch-size",
+        "16",
+        *size,
+    ]
     run = tmp_path / "GE"
     assert train_ge(run, *flags) == 0
     assert load(run / "best.safetensors").description.class_names == ["ant", "bee", "cat"]
@@ -387,8 +452,16 @@ def test_anytime_evaluation_needs_test_images_only(image_folder, tmp_path, size,
 @pytest.mark.parametrize(
     ("flags", "steps_per_epoch", "rates"),
     [
-        (["cosine", "--epochs", "10", "--warmup-epochs", "0"], 5, {0: 1, 25: 0.5, 40: 0.5 * (1 - 0.8090169943749475)}),
-        (["multistep", "--epochs", "8", "--warmup-epochs", "2"], 1, dict(enumerate([0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]))),
+        (
+            ["cosine", "--epochs", "10", "--warmup-epochs", "0"],
+            5,
+            {0: 1, 25: 0.5, 40: 0.5 * (1 - 0.8090169943749475)},
+        ),
+        (
+            ["multistep", "--epochs", "8", "--warmup-epochs", "2"],
+            1,
+            dict(enumerate([0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])),
+        ),
         (
             ["multistep", "--lr-milestones", "1,3", "--decay-rate", "0.5", "--warmup-epochs", "0"],
             2,

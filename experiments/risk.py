@@ -1,9 +1,9 @@
 """How often a promise about accuracy fails, and what it saves, on real images.
 
-    python -m results.risk save/cifar100/IMTA --max-loss 1 --splits 200
+    python -m experiments.risk save/cifar100/IMTA --max-loss 1 --splits 200
 
 The test images of a run are split into two halves again and again: one half sets and tests policies as the held-out images of a run do
-(``adaptive_inference.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the
+(``adaptive_inference.promises.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the
 cheapest policy that lost no more on the first half. As all are the same images, a half on which a policy looks better than it is leaves
 another on which it looks worse: failures are counted too often rather than too seldom.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, assign_exits, geometric_thresholds
-from adaptive_inference.form import inference_form
+from adaptive_inference.fold import inference_form
 from adaptive_inference.policies import Point, Policy, confidence_by_exit
-from adaptive_inference.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
+from adaptive_inference.promises.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
 from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
@@ -34,7 +34,10 @@ def certified_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLo
     """Those of the cheapest policy that keeps the promise; no image leaves early where no policy is certain to."""
     rows = rows_with_losses(held, operations)
     results = ("val_acc1", "val_operations", "val_shares")
-    points = [Point(Policy(tuple(row["thresholds"])), *map(row.get, results), "tested", row["p"], row["losses"]) for row in rows]
+    points = [
+        Point(Policy(tuple(row["thresholds"])), *map(row.get, results), "tested", row["p"], row["losses"])
+        for row in rows
+    ]
     try:
         return certified(points, wanted)[-1].policy.thresholds
     except UserError:
@@ -55,11 +58,18 @@ def _percent_lost(losses: Losses, wanted: MaxLoss) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Print failures and savings for the run that the arguments name (None: those of the process)."""
-    parser = CommandLineParser(prog="results.risk", description="How often promises about accuracy fail, over splits of the test images.")
+    parser = CommandLineParser(
+        prog="experiments.risk",
+        description="How often promises about accuracy fail, over splits of the test images.",
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with a finished run")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: that of the run)")
-    parser.add_argument("--max-loss", type=float, default=1.0, metavar="PERCENT", help="(default: %(default)s)")
-    parser.add_argument("--confidence-level", type=float, default=95.0, metavar="PERCENT", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-loss", type=float, default=1.0, metavar="PERCENT", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--confidence-level", type=float, default=95.0, metavar="PERCENT", help="(default: %(default)s)"
+    )
     parser.add_argument("--disagreement", action="store_true", help="count every other answer as lost")
     parser.add_argument("--splits", type=int, default=200, metavar="N", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -1,14 +1,14 @@
 """Train and evaluate every arm of the comparison for every seed; run it again and it goes on.
 
-    python -m results.arms --data-root data/cifar100                         # 20 classes, 5 + 3 epochs: hours on a CPU
-    python -m results.arms --data-root data/cifar100 --schedule 10_epochs    # all classes, 10 + 4 epochs, for trials
-    python -m results.arms --data-root data/cifar100 --schedule 30_epochs    # all classes, 30 + 10 epochs: an hour or two an arm
-    python -m results.arms --data-root data/cifar100 --schedule 100_epochs   # all classes, 100 + 40 epochs
-    python -m results.arms --data-root data/cifar100 --schedule published    # 300 + 180 epochs
+    python -m experiments.arms --data-root data/cifar100                         # 20 classes, 5 + 3 epochs: hours on a CPU
+    python -m experiments.arms --data-root data/cifar100 --schedule 10_epochs    # all classes, 10 + 4 epochs, for trials
+    python -m experiments.arms --data-root data/cifar100 --schedule 30_epochs    # all classes, 30 + 10 epochs: an hour or two an arm
+    python -m experiments.arms --data-root data/cifar100 --schedule 100_epochs   # all classes, 100 + 40 epochs
+    python -m experiments.arms --data-root data/cifar100 --schedule published    # 300 + 180 epochs
 
 ``--data-root`` is that of ``train_GE.py --data cifar100``: torchvision's archive, downloaded when missing, or the folders ``train/CLASS/``
 and ``test/CLASS/``. Runs and checkpoints lie in ``--work``; when a run is complete, its small files are copied into ``seed_N/ARM/`` of
-the folder with the schedule's name, from which ``results/tables.py`` makes the tables and plots.
+the folder with the schedule's name, from which ``experiments/tables.py`` makes the tables and plots.
 """
 
 import json
@@ -22,11 +22,20 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from datasets import cifar_archive
+from image_data.sources import cifar_archive
 from utils import CommandLineParser, UserError
 
-HERE = Path(__file__).resolve().parent
-KEPT_FILES = ("run.json", "log.jsonl", "anytime.csv", "budgeted.csv", "optimised.csv", "ensemble.csv", "curves.png")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+KEPT_FILES = (
+    "run.json",
+    "log.jsonl",
+    "anytime.csv",
+    "budgeted.csv",
+    "optimised.csv",
+    "ensemble.csv",
+    "curves.png",
+)
 
 
 class Schedule(NamedTuple):
@@ -46,18 +55,28 @@ SCHEDULES = {
         5,
         ["--preset", "cifar100", "--val-size", "1000", "--epochs", "5", "--warmup-epochs", "1", *_SHORT],
         ["--epochs", "3", *_SHORT],
-        HERE / "short",
+        RESULTS / "short",
     ),
     **{
         f"{epochs_1}_epochs": Schedule(
             1,
-            ["--preset", "cifar100", "--epochs", str(epochs_1), "--warmup-epochs", "1", "--lr", "0.2", *_ONE_RECIPE],
+            [
+                "--preset",
+                "cifar100",
+                "--epochs",
+                str(epochs_1),
+                "--warmup-epochs",
+                "1",
+                "--lr",
+                "0.2",
+                *_ONE_RECIPE,
+            ],
             ["--epochs", str(epochs_2), "--lr", "0.1", *_ONE_RECIPE],
-            HERE / f"{epochs_1}_epochs",
+            RESULTS / f"{epochs_1}_epochs",
         )
         for epochs_1, epochs_2 in ((10, 4), (30, 10), (100, 40))
     },
-    "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], HERE / "published"),
+    "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], RESULTS / "published"),
 }
 
 
@@ -77,7 +96,9 @@ ARMS = {
     "GE_ISC": Arm("GE + ISC", "GE", ["--no-ofa"]),
     "GE_OFA": Arm("GE + OFA", "GE", ["--no-isc"]),
     "GE_classifiers": Arm("new classifiers alone, on GE", "GE", ["--no-isc", "--no-ofa"]),
-    "GE_ISC_OFA_T4": Arm("GE + ISC + OFA, T = 4, gamma = 0.5", "GE", ["--temperature", "4", "--gamma", "0.5"]),
+    "GE_ISC_OFA_T4": Arm(
+        "GE + ISC + OFA, T = 4, gamma = 0.5", "GE", ["--temperature", "4", "--gamma", "0.5"]
+    ),
     "GE_ISC_OFA_kl_mean": Arm("GE + ISC + OFA, `--kl mean`", "GE", ["--kl", "mean"]),
     "GE_ISC_OFA_flow": Arm("GE + ISC + OFA, `--isc-gradient flow`", "GE", ["--isc-gradient", "flow"]),
     "GE_ISC_OFA_moving": Arm("GE + ISC + OFA, `--backbone-bn moving`", "GE", ["--backbone-bn", "moving"]),
@@ -90,7 +111,11 @@ ARMS = {
     "GE_he": Arm("GE, `--init he`", None, ["--init", "he"]),
     "GE_10_epochs": Arm("GE, 10 epochs", None, ["--epochs", "10"]),
     "GE_multistep": Arm("GE, `--lr-type multistep`", None, ["--lr-type", "multistep"]),
-    "GE_plain_engine": Arm("GE, fast settings off", None, ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"]),
+    "GE_plain_engine": Arm(
+        "GE, fast settings off",
+        None,
+        ["--no-channels-last", "--no-fused-optimizer", "--amp", "off", "--no-tf32"],
+    ),
     "GE_bf16": Arm("GE in bf16, compiled", None, ["--amp", "bf16", "--compile", "default"]),
     "GE_ISC_OFA_bf16": Arm("GE + ISC + OFA in bf16, both stages", "GE_bf16", ["--amp", "bf16"]),
     "MSDNet_7": Arm("MSDNet", None, ["--preset", "cifar100-anytime", "--no-gradient-equilibrium"]),
@@ -164,7 +189,7 @@ def is_complete(run: Path) -> bool:
 
 def run_command(words: list[str]) -> int:
     """Run one of the programs, let it save when a signal asks to stop, and return its exit status."""
-    process = subprocess.Popen([sys.executable, *words], cwd=HERE.parent)
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
     # A terminal sends Ctrl-C to both; SIGTERM comes to this process alone.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
@@ -195,13 +220,26 @@ def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int],
 
 
 def main() -> int:
-    parser = CommandLineParser(prog="results.arms", description="Train every arm of the comparison for every seed.")
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100")
-    parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
+    parser = CommandLineParser(
+        prog="experiments.arms", description="Train every arm of the comparison for every seed."
+    )
     parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="with those they start from (default: all)"
+        "--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100"
+    )
+    parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)"
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        default=list(ARMS),
+        metavar="ARM",
+        help="with those they start from (default: all)",
     )
     arguments = parser.parse_args()
     schedule = SCHEDULES[arguments.schedule]

@@ -82,7 +82,9 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
         return _coverage(distance * shape_radius[:, None, None], image_size)
 
     def bar_coverage(shown: Array) -> Array:
-        x, _ = _local_coordinates(image_size, uniform(-0.8, 0.8, 2), np.ones(n, np.float32), _directions(uniform(-1, 1, 2)))
+        x, _ = _local_coordinates(
+            image_size, uniform(-0.8, 0.8, 2), np.ones(n, np.float32), _directions(uniform(-1, 1, 2))
+        )
         return _coverage(np.abs(x) - uniform(0.03, 0.10, 1, 1), image_size) * shown[:, None, None]
 
     # The object is the brighter one in every colour, by random shares; the random middle keeps brightness from telling the class.
@@ -119,7 +121,9 @@ def _directions(vectors: Array) -> Array:
     return vectors / length[:, None]
 
 
-def _local_coordinates(image_size: int, centre: Array, radius: Array, direction: Array) -> tuple[Array, Array]:
+def _local_coordinates(
+    image_size: int, centre: Array, radius: Array, direction: Array
+) -> tuple[Array, Array]:
     """Pixel positions in the frame of a shape: centred, turned so that x runs along ``direction``, in radii; (n, H, W) each."""
     pixel = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / image_size) - 1
     x = (pixel[None, :] - centre[:, :1])[:, None, :]

@@ -1,6 +1,6 @@
 """Make a file for the folder weights/ from a finished run, with the policies and the model card that belong to it.
 
-    python -m results.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
+    python -m experiments.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
 
 Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``. ``NAME.policy.json`` beside the file holds
 the thresholds of the rounded network, README.md the card of all networks in the folder, with the fields that Hugging Face reads.
@@ -20,16 +20,27 @@ from engine.checkpoint import Saved, load_saved
 from engine.collect import accuracy_at
 from engine.report import millions, read_csv
 from engine.run_directory import RunDirectory
+from experiments.tables import epochs
 from models import Description, load
 from models.files import SUFFIX
 from models.saved import save_network
-from results.tables import epochs
 from settings import RESUMABLE
 from utils import CommandLineParser, UserError, atomic_write
 
 MAX_LOSS = 0.05  # points of top-1
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
-RECIPE = ("epochs", "batch_size", "lr", "lr_type", "warmup_epochs", "momentum", "nesterov", "weight_decay", "augment", "label_smoothing")
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "lr_type",
+    "warmup_epochs",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "augment",
+    "label_smoothing",
+)
 
 MODEL = """- name: {name}
   results:
@@ -60,7 +71,9 @@ def _evaluated(file: Path, stage: str, folder: Path, *modes: str) -> RunDirector
     """The tables of a network in float32, a form that every machine computes in."""
     program = {"GE": train_GE, "IMTA": train_IMTA}[stage]
     for mode in modes:
-        if program.main(["--evaluate-from", str(file), "--evalmode", mode, "--amp", "off", "--save", str(folder)]):
+        if program.main(
+            ["--evaluate-from", str(file), "--evalmode", mode, "--amp", "off", "--save", str(folder)]
+        ):
             raise UserError(f"{file} cannot be evaluated")
     return RunDirectory(folder)
 
@@ -82,8 +95,13 @@ def ship(saved: Saved, output: Path) -> None:
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
             exit = lost.index(max(lost)) + 1
-            raise UserError(f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost")
-        budgets = {share: accuracy_at(read_csv(tables.ensemble), share / 100 * after[-1]["operations"]) for share in BUDGETS}
+            raise UserError(
+                f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost"
+            )
+        budgets = {
+            share: accuracy_at(read_csv(tables.ensemble), share / 100 * after[-1]["operations"])
+            for share in BUDGETS
+        }
         accuracy = {
             **saved.description.accuracy,
             "test_acc1": [row["acc1"] for row in after],
@@ -93,8 +111,16 @@ def ship(saved: Saved, output: Path) -> None:
             "budgets_test_acc1": [row["test_acc1"] for row in budgets.values() if row],
         }
         # Folders of this machine are of no use to others.
-        recipe = {name: value for name, value in saved.description.recipe.items() if name not in {*RESUMABLE, "pretrained"}}
-        cleared = {"origin": None, "frozen_digest": None, "training": training(RunDirectory(saved.path.parent))}
+        recipe = {
+            name: value
+            for name, value in saved.description.recipe.items()
+            if name not in {*RESUMABLE, "pretrained"}
+        }
+        cleared = {
+            "origin": None,
+            "frozen_digest": None,
+            "training": training(RunDirectory(saved.path.parent)),
+        }
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
@@ -111,9 +137,14 @@ def training(run: RunDirectory) -> dict[str, str | int]:
     try:
         piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
         hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
-        return {"hardware": hardware, "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60)}
+        return {
+            "hardware": hardware,
+            "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60),
+        }
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{run.record} and log.jsonl do not tell how {run.path} was trained: {error}") from None
+        raise UserError(
+            f"{run.record} and log.jsonl do not tell how {run.path} was trained: {error}"
+        ) from None
 
 
 def card(folder: Path) -> str:
@@ -126,7 +157,9 @@ def card(folder: Path) -> str:
     )
     sections = "".join(_section(name, description) for name, description in described.items())
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
-    return template.substitute(datasets=", ".join(data), models=models, name=next(iter(described)), sections=sections)
+    return template.substitute(
+        datasets=", ".join(data), models=models, name=next(iter(described)), sections=sections
+    )
 
 
 def _section(name: str, description: Description) -> str:
@@ -140,15 +173,22 @@ def _section(name: str, description: Description) -> str:
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.class_names),
         recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
-        exits="\n".join(f"| {k} | {millions(n)} | " + " | ".join(f"{x:.2f}" for x in row) + " |" for k, (n, *row) in enumerate(rows, 1)),
+        exits="\n".join(
+            f"| {k} | {millions(n)} | " + " | ".join(f"{x:.2f}" for x in row) + " |"
+            for k, (n, *row) in enumerate(rows, 1)
+        ),
         budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Ship the run these arguments name (None: those of the process) and return the exit status."""
-    parser = CommandLineParser(prog="results.ship", description="A file for weights/ from a finished run.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a finished run, whose images are still there")
+    parser = CommandLineParser(
+        prog="experiments.ship", description="A file for weights/ from a finished run."
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="directory of a finished run, whose images are still there"
+    )
     parser.add_argument("output", type=Path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}")
     arguments = parser.parse_args(argv)
     try:
@@ -157,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
         ship(saved, arguments.output)
     except UserError as error:
-        sys.stderr.write(f"results.ship: {error}\n")
+        sys.stderr.write(f"experiments.ship: {error}\n")
         return 2
     sys.stdout.write(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.2f} MB\n")
     return 0

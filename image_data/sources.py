@@ -29,18 +29,28 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-import synthetic
+from image_data import synthetic
 from settings import Settings
 from utils import UserError, is_folder
 
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif")
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the suffix says; for others PIL may start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "PPM",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "GIF",
+)  # whatever the suffix says; for others PIL may start programs
 NO_CONTENT = ("__MACOSX", "lost+found")  # besides names that begin with a dot
 
 LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
 LARGEST_SIDES_RATIO = 200  # of an image; resizing the shorter side would make the longer one enormous
 MAX_PIXELS = 89_478_485  # of an image that is decoded in full, PIL's own limit
-MAX_JPEG_PIXELS = 16384 * 12288  # of the largest phone cameras; beyond MAX_PIXELS they are decoded at a fraction of their size
+MAX_JPEG_PIXELS = (
+    16384 * 12288
+)  # of the largest phone cameras; beyond MAX_PIXELS they are decoded at a fraction of their size
 REDUCED_SIDE = 1024  # pixels that such a JPEG keeps at least
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 WAYS_ON = "mend or remove it, or leave it out with --skip-unreadable"
@@ -108,7 +118,9 @@ class Found:
     @property
     def fingerprint(self) -> str:
         """Of the names of classes and training images."""
-        return hashlib.sha256("\n".join([self.name, *self.class_names, *self.names]).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join([self.name, *self.class_names, *self.names]).encode()).hexdigest()[
+            :16
+        ]
 
 
 def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test: bool) -> Found:
@@ -121,10 +133,21 @@ def find(settings: Settings, image_size: int, stored: DataInfo | None, only_test
         UserError: missing, empty or closed folders, or classes that differ between training and test images.
     """
     if settings.data == "demo":
-        drawn = [synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size) for part in ("train", "test")]
+        drawn = [
+            synthetic.generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size) for part in ("train", "test")
+        ]
         train, test = (Part(targets, images) for images, targets in drawn)
-        return Found("demo", train, test, list(synthetic.CLASS_NAMES), [hashlib.sha256(train.images.numpy()).hexdigest()], [])
-    has_folders = any(is_folder(settings.data_root / name) for name in (("test", "val") if only_test else ("train",)))
+        return Found(
+            "demo",
+            train,
+            test,
+            list(synthetic.CLASS_NAMES),
+            [hashlib.sha256(train.images.numpy()).hexdigest()],
+            [],
+        )
+    has_folders = any(
+        is_folder(settings.data_root / name) for name in (("test", "val") if only_test else ("train",))
+    )
     if settings.data in ("cifar10", "cifar100") and not has_folders:
         return Found(settings.data, *cifar_archive(settings.data, settings.data_root, image_size), notes=[])
     return _find_folders(settings, stored, only_test)
@@ -139,7 +162,11 @@ def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) 
     folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]
     found = {folder: survey.classes(folder) for folder in folders}
     # A test folder may be empty or without labels; the other one then serves.
-    fitting = [folder for folder in folders if any(files for name, files in found[folder].items() if not known or name in known)]
+    fitting = [
+        folder
+        for folder in folders
+        if any(files for name, files in found[folder].items() if not known or name in known)
+    ]
     fitting = fitting or [folder for folder in folders if found[folder]]
     if survey.closed:
         raise UserError(survey.complaints()[0])
@@ -151,26 +178,36 @@ def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) 
     test = found[fitting[0]]
     if not only_test and set(train) != set(test):
         names = ", ".join(sorted(set(train) ^ set(test))[:5])
-        raise UserError(f"{root / 'train'} and {fitting[0]} must have the same classes; only one of them has: {names}")
+        raise UserError(
+            f"{root / 'train'} and {fitting[0]} must have the same classes; only one of them has: {names}"
+        )
     for folder, classes in ((root / "train", train), (fitting[0], test)):
         if empty := [name for name, files in classes.items() if not files]:
-            raise UserError(f"{folder / empty[0]} holds no image (a file ending with one of {' '.join(SUFFIXES)})")
+            raise UserError(
+                f"{folder / empty[0]} holds no image (a file ending with one of {' '.join(SUFFIXES)})"
+            )
     notes = survey.complaints()
     if is_folder(folders[0]) and folders[0] != fitting[0]:
-        notes.append(f"the test images are those of {fitting[0]}, as {folders[0]} has none in folders of the classes")
+        notes.append(
+            f"the test images are those of {fitting[0]}, as {folders[0]} has none in folders of the classes"
+        )
     are_numbers = all(name.isascii() and name.isdecimal() for name in test)
     in_order = sorted(test, key=lambda name: (int(name) if are_numbers else 0, name))
     class_names = stored.class_names if stored and set(stored.class_names) == set(test) else in_order
     # Whoever uses WordNet's names has them in the same order.
     is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
-    names = [text_of(path.relative_to(root / "train")) for name in class_names for path in train.get(name, [])]
+    names = [
+        text_of(path.relative_to(root / "train")) for name in class_names for path in train.get(name, [])
+    ]
     parts = (_file_part(classes, class_names) for classes in (train, test))
     return Found(settings.data, *parts, class_names, names, notes, sorted_by_name=not is_wordnet)
 
 
 def _file_part(classes: dict[str, list[Path]], class_names: list[str]) -> Part:
     pairs = [(path, label) for label, name in enumerate(class_names) for path in classes.get(name, [])]
-    return Part(torch.tensor([label for _, label in pairs], dtype=torch.int64), files=[path for path, _ in pairs])
+    return Part(
+        torch.tensor([label for _, label in pairs], dtype=torch.int64), files=[path for path, _ in pairs]
+    )
 
 
 class _Survey:
@@ -183,7 +220,9 @@ class _Survey:
     def classes(self, folder: Path) -> dict[str, list[Path]]:
         """The images of every class. Names that differ only in how Unicode composes their letters are those of one class."""
         classes = defaultdict(list)
-        for _, names, _ in itertools.islice(os.walk(folder, onerror=self.closed.append) if is_folder(folder) else (), 1):
+        for _, names, _ in itertools.islice(
+            os.walk(folder, onerror=self.closed.append) if is_folder(folder) else (), 1
+        ):
             for name in itertools.filterfalse(_is_hidden, names):
                 classes[text_of(name)].append(folder / name)
         return {name: self.images(folders) for name, folders in classes.items()}
@@ -191,7 +230,9 @@ class _Survey:
     def images(self, folders: list[Path]) -> list[Path]:
         """Image files anywhere below, folder by folder in order of their names."""
         seen, found = set(), []
-        for root, inner, names in itertools.chain(*(os.walk(f, followlinks=True, onerror=self.closed.append) for f in folders)):
+        for root, inner, names in itertools.chain(
+            *(os.walk(f, followlinks=True, onerror=self.closed.append) for f in folders)
+        ):
             real = Path(root).resolve()
             if real in seen:  # a link led here before; a loop of links would have no end
                 inner.clear()
@@ -220,7 +261,9 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         found = survey.images([path]) if is_folder(path) else [path]
         if not found:
-            complaints.append(f"the folder {path} holds no image (a file ending with one of {' '.join(SUFFIXES)})")
+            complaints.append(
+                f"the folder {path} holds no image (a file ending with one of {' '.join(SUFFIXES)})"
+            )
         files += found
     return files, complaints + survey.complaints()
 
@@ -258,7 +301,10 @@ def cifar_archive(name: str, root: Path, image_size: int) -> tuple[Part, Part, l
             f"no {name} in --data-root {root}, and no download ({str(error).splitlines()[0]}); "
             f"put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"
         ) from None
-    parts = [Part(torch.tensor(d.targets), torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()) for d in (train, test)]
+    parts = [
+        Part(torch.tensor(d.targets), torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous())
+        for d in (train, test)
+    ]
     return *parts, list(train.classes), [hashlib.sha256(parts[0].images.numpy()).hexdigest()]
 
 
@@ -278,7 +324,9 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
 def name_digests(names: list[str]) -> Tensor:
     """64 bits of every name, int64 (N,): enough to find the images of a checkpoint again."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+    return torch.tensor(
+        [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
+    )
 
 
 def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
@@ -292,8 +340,14 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
     """
     numbers, count = torch.arange(len(found.train)), len(found.train)
     if stored is not None and found.class_names != stored.class_names:
-        raise UserError(f"the checkpoint has {len(stored.class_names)} classes, the data have {len(found.class_names)} or other names")
-    if stored is None or count == 0 or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint):
+        raise UserError(
+            f"the checkpoint has {len(stored.class_names)} classes, the data have {len(found.class_names)} or other names"
+        )
+    if (
+        stored is None
+        or count == 0
+        or (count, found.fingerprint) == (stored.num_training_images, stored.fingerprint)
+    ):
         return numbers
     if digests is not None and len(digests) == stored.num_training_images and len(found.names) == count:
         known = {digest: i for i, digest in enumerate(digests.flatten().tolist())}
@@ -301,7 +355,9 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
         new = int((numbers < 0).sum())
         gone = stored.num_training_images - (count - new)
         if 100 * gone <= MAX_GONE * stored.num_training_images:
-            found.notes.append(f"of the checkpoint's training images {gone:,} have gone; {new:,} new ones are left out")
+            found.notes.append(
+                f"of the checkpoint's training images {gone:,} have gone; {new:,} new ones are left out"
+            )
             return numbers
     raise UserError(
         f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of {stored.name}, "
@@ -317,8 +373,12 @@ def choose_held_out(num_images: int, val_size: int | None, split_seed: int) -> T
     """
     size = max(1, num_images * HELD_OUT_SHARE // 100) if val_size is None else val_size
     if size >= num_images > 0:
-        raise UserError(f"--val-size {size} holds out all of the {num_images} training images; it must be smaller")
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(split_seed))[:size].sort().values
+        raise UserError(
+            f"--val-size {size} holds out all of the {num_images} training images; it must be smaller"
+        )
+    return (
+        torch.randperm(num_images, generator=torch.Generator().manual_seed(split_seed))[:size].sort().values
+    )
 
 
 def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Part:
@@ -340,7 +400,11 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
             image.load()
             return None
         image = rgb(image)
-        return np.asarray(image).transpose(2, 0, 1) if image.size == (image_size, image_size) else transform(image).numpy()
+        return (
+            np.asarray(image).transpose(2, 0, 1)
+            if image.size == (image_size, image_size)
+            else transform(image).numpy()
+        )
 
     def attempt(path: Path) -> np.ndarray | UserError | None:
         try:
@@ -356,9 +420,17 @@ def read_files(part: Part, image_size: int, skip: bool, notes: list[str]) -> Par
         if not skip:
             raise UserError(f"{summary}; {WAYS_ON}")
         notes.append(f"skipped: {summary}")
-        part = part.take(torch.tensor([not isinstance(result, UserError) for result in results]).nonzero().flatten())
-    images = [result for result in results if isinstance(result, np.ndarray)] or np.empty((0, 3, image_size, image_size), np.uint8)
-    return Part(part.targets, torch.from_numpy(np.stack(images) if len(images) else images)) if is_small else part
+        part = part.take(
+            torch.tensor([not isinstance(result, UserError) for result in results]).nonzero().flatten()
+        )
+    images = [result for result in results if isinstance(result, np.ndarray)] or np.empty(
+        (0, 3, image_size, image_size), np.uint8
+    )
+    return (
+        Part(part.targets, torch.from_numpy(np.stack(images) if len(images) else images))
+        if is_small
+        else part
+    )
 
 
 def evaluation_transform(image_size: int) -> v2.Transform:
@@ -383,11 +455,17 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
             with Image.open(path, formats=FORMATS) as image:
                 if max(image.size) > LARGEST_SIDES_RATIO * min(image.size):
                     raise ValueError(f"its sides of {image.width} and {image.height} pixels differ too much")
-                if image.width * image.height > (MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS):
-                    raise ValueError(f"its {image.width} x {image.height} pixels could be a decompression bomb")
+                if image.width * image.height > (
+                    MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+                ):
+                    raise ValueError(
+                        f"its {image.width} x {image.height} pixels could be a decompression bomb"
+                    )
                 return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
-        raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise UserError(
+            f"cannot read the image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
 
 
 def _in_bytes(image: Image.Image) -> Image.Image:

@@ -52,7 +52,12 @@ class BlockTimes:
         numbers = torch.arange(size + 1)
         total, reach = self.after[0], 1.0
         for k, share in enumerate(shares):
-            chances = torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0))).log_prob(numbers).exp().numpy()
+            chances = (
+                torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0)))
+                .log_prob(numbers)
+                .exp()
+                .numpy()
+            )
             total += float((chances * _at(numbers.numpy(), self.sizes[k], self.usual[k])).sum())
             reach -= share
         return total / size
@@ -76,7 +81,9 @@ def _at(numbers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> np.ndarray
     return np.where(numbers > sizes[-1], times[-1] * numbers / sizes[-1], inside)
 
 
-def measure_blocks(network: nn.Module, images: Tensor, batch_size: int = 1, seconds: float = MAX_SECONDS) -> BlockTimes:
+def measure_blocks(
+    network: nn.Module, images: Tensor, batch_size: int = 1, seconds: float = MAX_SECONDS
+) -> BlockTimes:
     """Time every block for the batches that occur when images leave one of ``batch_size``: warm, medians.
 
     Args:
@@ -98,7 +105,9 @@ def measure_blocks(network: nn.Module, images: Tensor, batch_size: int = 1, seco
         passes.append(watch(batch))
     spans, sizes = (np.array(values).T for values in zip(*passes, strict=True))
     columns, usual = [], 0.0
-    for span, number in zip(spans, [*sizes, np.full_like(sizes[0], batch_size)], strict=True):  # the last span is that of the answer
+    for span, number in zip(
+        spans, [*sizes, np.full_like(sizes[0], batch_size)], strict=True
+    ):  # the last span is that of the answer
         by_size: dict[float, list[float]] = {}
         for group in np.array_split(np.argsort(number, kind="stable"), GROUPS):
             if len(group):
@@ -121,7 +130,13 @@ class _Stopwatch(AdaptivePredictor):
     every exit, by chance, in some passes most, in some hardly any: all sizes occur, and none is new to the libraries afterwards."""
 
     def __init__(self, network: nn.Module):
-        super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits, ensemble=tuple(map(tuple, np.eye(network.num_exits).tolist()))))
+        super().__init__(
+            network,
+            Policy(
+                (NONE_LEAVE,) * network.num_exits,
+                ensemble=tuple(map(tuple, np.eye(network.num_exits).tolist())),
+            ),
+        )
         self._chance = random.Random(0)
 
     def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
@@ -156,7 +171,9 @@ class _Stopwatch(AdaptivePredictor):
         return leaves
 
 
-def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0) -> list[dict]:
+def runtime_rows(
+    network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0
+) -> list[dict]:
     """Mean time an image of policies at the batch size of ``times``, beside that of running every exit; they take turns.
 
     Args:
@@ -172,7 +189,9 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
     runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
     shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
     spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
-    batches = [batch for batch in images.split(size) if len(batch) == size] or [images]  # of a small data set, all at once
+    batches = [batch for batch in images.split(size) if len(batch) == size] or [
+        images
+    ]  # of a small data set, all at once
     for i in range(0, len(batches), TURN):
         for j, run in enumerate(runs):
             run(batches[i])  # not counted: the one before left its own data in the caches
@@ -198,7 +217,12 @@ def runtime_rows(network: nn.Module, points: list[Point], images: Tensor, times:
 
 
 def deadline_rows(
-    network: nn.Module, images: Tensor, times: BlockTimes, acc1: list[float], policy: Policy | None = None, calls: int = 500
+    network: nn.Module,
+    images: Tensor,
+    times: BlockTimes,
+    acc1: list[float],
+    policy: Policy | None = None,
+    calls: int = 500,
 ) -> list[dict]:
     """Answers by deadlines from that of the first exit to that of the last, one image at a time.
 
@@ -214,7 +238,9 @@ def deadline_rows(
         that exit k answered.
     """
     first = 1.02 * times.reserve(0, 1)
-    last = max(1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first)
+    last = max(
+        1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first
+    )
     rows, wait = [], partial(wait_for, images.device)
     for deadline in np.linspace(first, last, DEADLINES).tolist():
         predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
@@ -229,7 +255,9 @@ def deadline_rows(
         shares = (torch.bincount(torch.cat(exits).cpu(), minlength=network.num_exits) / calls).tolist()
         reached = sum(share * accuracy for share, accuracy in zip(shares, acc1, strict=True))
         by_exit = {f"share_{k}": round(share, 4) for k, share in enumerate(shares, start=1)}
-        rows.append({"milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit})
+        rows.append(
+            {"milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit}
+        )
     return rows
 
 

@@ -35,7 +35,9 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
     easy = ((exits == first) & correct[first]).nonzero().flatten()
     hard = (correct[-1] & ~correct[:-1].any(dim=0) & (exits == last)).nonzero().flatten()
     target_prob = logits[0].softmax(dim=1).gather(1, targets[:, None])[:, 0]
-    return easy[confidence[first, easy].argsort(descending=True, stable=True)], hard[target_prob[hard].argsort(stable=True)]
+    return easy[confidence[first, easy].argsort(descending=True, stable=True)], hard[
+        target_prob[hard].argsort(stable=True)
+    ]
 
 
 def examples_figure(
@@ -53,14 +55,20 @@ def examples_figure(
         targets: (N,).
         easy, hard: indices, as ``easy_and_hard`` gives.
     """
-    counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in (easy, hard)]
-    order = (torch.minimum(*counts) * (COLUMNS + 1) + torch.maximum(*counts)).argsort(descending=True, stable=True)
+    counts = [
+        torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in (easy, hard)
+    ]
+    order = (torch.minimum(*counts) * (COLUMNS + 1) + torch.maximum(*counts)).argsort(
+        descending=True, stable=True
+    )
     classes = sorted(order[:ROWS].tolist())
     step, right_half = 1 + GAP, COLUMNS * (1 + GAP) + WIDE_GAP
     width, height = right_half + COLUMNS * step, len(classes) * step
     labels = ["\n".join(wrap(class_names[label], 18)) for label in classes]
     longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
-    figure = Figure(figsize=(width + 0.3 + 0.08 * longest, height + 0.4), dpi=150, layout="constrained")  # inches
+    figure = Figure(
+        figsize=(width + 0.3 + 0.08 * longest, height + 0.4), dpi=150, layout="constrained"
+    )  # inches
     # A single coordinate system: one an image would take longer to draw than an evaluation of small images takes.
     axes = figure.add_subplot()
     axes.set_axis_off()
@@ -75,7 +83,10 @@ def examples_figure(
                 left = left_edge + column * step
                 pixels = picture(index).permute(1, 2, 0).cpu().numpy()
                 axes.imshow(pixels, interpolation="nearest", extent=(left, left + 1, top + 1, top))
-    for left_edge, title in ((0.0, "left at the first exit, right"), (right_half, "only the last exit is right")):
+    for left_edge, title in (
+        (0.0, "left at the first exit, right"),
+        (right_half, "only the last exit is right"),
+    ):
         axes.text(left_edge + COLUMNS * step / 2, -0.1, title, ha="center", va="bottom", fontsize=9)
     axes.set(xlim=(-0.1, width), ylim=(height, -0.1), aspect="equal")
     return figure

@@ -84,7 +84,10 @@ class _Problem:
         answered, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
         for k in range(len(confidence) - 2, -1, -1):
             leaves = confidence[k] >= thresholds[:, k : k + 1]
-            answered, cost = torch.where(leaves, correct[k], answered), torch.where(leaves, self.cost[k], cost)
+            answered, cost = (
+                torch.where(leaves, correct[k], answered),
+                torch.where(leaves, self.cost[k], cost),
+            )
         return answered.mean(dim=1), cost.mean(dim=1)
 
     def optimise(self, chosen: Tensor, start: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The result tables of the project's README and of the one in this folder, and the plot of the former, from the CSV files in this folder.
 
-python -m results.tables            # prints the tables
-python -m results.tables --write    # puts them into both README.md, between their markers, and draws the plot again
+python -m experiments.tables            # prints the tables
+python -m experiments.tables --write    # puts them into both README.md, between their markers, and draws the plot again
 """
 
 import json
@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from engine.collect import accuracy_at
 from engine.report import draw_curves, read_csv, save_figure
-from results.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
+from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from utils import CommandLineParser, UserError, atomic_write
 
-HERE = Path(__file__).resolve().parent
-DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "results" / "README.md")
 SHORT, TRIALS, MEDIUM, LONG, PUBLISHED = (
     SCHEDULES[name].results for name in ("short", "10_epochs", "30_epochs", "100_epochs", "published")
 )
@@ -37,9 +37,16 @@ PAPER = {"MSDNet": ("", "63.73", "", "", "71.81"), "IMTA": ("", "65.54", "", "",
 # The same network, plain MSDNet, budgeted prediction, by mean operations: Liuyang829/testMSDNet.
 REPORT_BUDGETED = ("59.1 at 7.2 M", "63.9 at 11.6 M, 67.3 at 17.2 M", "69.8 at 27.2 M", "", "")
 # Small static networks, one for a budget: chenyaofo/pytorch-cifar-models, last epoch of its logs (200 epochs, no images held out).
-STATIC = (("ShuffleNetV2 x0.5", 11.0, 67.45), ("MobileNetV2 x0.5", 28.1, 70.19), ("MobileNetV2 x0.75", 59.4, 73.58))
+STATIC = (
+    ("ShuffleNetV2 x0.5", 11.0, 67.45),
+    ("MobileNetV2 x0.5", 28.1, 70.19),
+    ("MobileNetV2 x0.75", 59.4, 73.58),
+)
 # A network with 7 exits and growth rate 6, read off a figure: arXiv 2306.02652.
-REPORT_7 = {"MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8), "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7)}
+REPORT_7 = {
+    "MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8),
+    "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7),
+}
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
 # What gained beyond the paper, in one: on boosted exits neither stage 2 nor ensembles of exits gain more.
@@ -100,7 +107,9 @@ def exit_accuracies(folder: Path) -> list[float]:
     return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
 
-def budget_accuracies(folder: Path, file: str = "budgeted.csv", budgets: Iterable[float] = BUDGETS) -> list[float]:
+def budget_accuracies(
+    folder: Path, file: str = "budgeted.csv", budgets: Iterable[float] = BUDGETS
+) -> list[float]:
     """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``budgets``."""
     rows = read_csv(folder / file)
     return [accuracy_at(rows, budget)["test_acc1"] for budget in budgets]
@@ -125,7 +134,10 @@ def comparison(
     rows = [["100 classes, as published", *row] for row in published]
     for results, training in TRAINING.items():
         for arm in arms:
-            columns, whose = over_seeds(arm, results, accuracies), "ours combined" if arm == COMBINED else "ours"
+            columns, whose = (
+                over_seeds(arm, results, accuracies),
+                "ours combined" if arm == COMBINED else "ours",
+            )
             if columns or (results == PUBLISHED and arm != COMBINED):
                 rows.append([training, f"{whose}: {ARMS[arm].title}", *(columns or [""] * len(names))])
     return markdown(["training", "network", *names], rows)
@@ -144,15 +156,23 @@ def exits_table() -> str:
 
 
 def budgets_table() -> str:
-    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, COMBINED), budget_accuracies)
+    return comparison(
+        [["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, COMBINED), budget_accuracies
+    )
 
 
 def static_table() -> str:
     """The main arms within the operations of each static network."""
     accuracies = partial(budget_accuracies, budgets=[1e6 * millions for _, millions, _ in STATIC])
     rows = [["static", *(f"{accuracy}" for *_, accuracy in STATIC)]]
-    rows += [[f"ours: {TITLES[arm]}", *own] for arm in (*MAIN_ARMS, COMBINED) if (own := over_seeds(arm, MEDIUM, accuracies))]
-    return markdown(["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC)], rows)
+    rows += [
+        [f"ours: {TITLES[arm]}", *own]
+        for arm in (*MAIN_ARMS, COMBINED)
+        if (own := over_seeds(arm, MEDIUM, accuracies))
+    ]
+    return markdown(
+        ["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC)], rows
+    )
 
 
 def exits_7_table() -> str:
@@ -168,7 +188,11 @@ def arms_table() -> str:
 
 def arms_budgets_table() -> str:
     rules = {"paper's": budget_accuracies, "optimised": partial(budget_accuracies, file="optimised.csv")}
-    rows = [[TITLES[arm], rule, *over_seeds(arm, SHORT, accuracies)] for arm in BUDGETED_ARMS for rule, accuracies in rules.items()]
+    rows = [
+        [TITLES[arm], rule, *over_seeds(arm, SHORT, accuracies)]
+        for arm in BUDGETED_ARMS
+        for rule, accuracies in rules.items()
+    ]
     return markdown(["arm", "thresholds", *budget_names()], rows)
 
 
@@ -180,12 +204,18 @@ def thresholds_table() -> str:
         by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in pair])
     means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
     columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
-    return markdown(["compared with the paper's rule", *budget_names(), "mean"], [["optimised thresholds", *columns]])
+    return markdown(
+        ["compared with the paper's rule", *budget_names(), "mean"], [["optimised thresholds", *columns]]
+    )
 
 
 def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
     """By seed, what ``after`` gains on ``before`` with the same seed: at every exit, then their mean."""
-    pairs = [(folder, folder.parent / before) for folder in seeds_of(after, results) if (folder.parent / before / "anytime.csv").exists()]
+    pairs = [
+        (folder, folder.parent / before)
+        for folder in seeds_of(after, results)
+        if (folder.parent / before / "anytime.csv").exists()
+    ]
     by_exit = [[a - b for a, b in zip(*map(exit_accuracies, pair), strict=True)] for pair in pairs]
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
@@ -193,11 +223,15 @@ def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
 def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
     """As ``gains``, of ensembles of exits on each exit alone."""
     by_seed = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, results)]
-    by_exit = [[row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]]
+    by_exit = [
+        [row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]
+    ]
     return [[*gain, statistics.mean(gain)] for gain in by_exit]
 
 
-def differences_table(differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT) -> str:
+def differences_table(
+    differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT
+) -> str:
     """Rows of ``gains``; where both names are one, of ``ensemble_gains``."""
     rows = []
     for before, after in differences:
@@ -240,26 +274,41 @@ def runs_table() -> str:
             minutes = [sum(epoch["seconds"] for epoch in epochs(folder)) / 60 for folder in folders]
             flags = " ".join(ARMS[arm].flags)
             seeds = ", ".join(folder.parent.name.removeprefix("seed_") for folder in folders)
-            rows.append([arm, f"`{flags}`" if flags else "", seeds, ", ".join(f"{number:.0f}" for number in minutes)])
+            rows.append(
+                [arm, f"`{flags}`" if flags else "", seeds, ", ".join(f"{number:.0f}" for number in minutes)]
+            )
     return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
 
 
 def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
     """``operations`` and ``accuracy`` of a file's rows, means over folders."""
     by_row = zip(*(read_csv(folder / file) for folder in folders), strict=True)
-    return [{name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)} for rows in by_row]
+    return [
+        {name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)}
+        for rows in by_row
+    ]
 
 
 def draw_arms(results: Path) -> Figure:
     """Every main arm's exits (points) and budgets (lines), means over seeds, and the combined arm, beside the static networks."""
     folders = {TITLES[arm]: seeds_of(arm, results) for arm in (*MAIN_ARMS, COMBINED)}
     figure = draw_curves(
-        {title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), []) for title, own in folders.items()}
+        {
+            title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), [])
+            for title, own in folders.items()
+        }
     )
     (axes,) = figure.axes
     for name, operations, accuracy in STATIC:
         axes.plot(operations, accuracy, "k^", markersize=6)
-        axes.annotate(name, (operations, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
+        axes.annotate(
+            name,
+            (operations, accuracy),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize="x-small",
+        )
     axes.margins(0.1)
     return figure
 
@@ -272,11 +321,18 @@ def check_backbones() -> None:
     """
     frozen: dict[tuple[Path, str], str] = {}
     for record in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
-        digest, arm = json.loads(record.read_text(encoding="utf-8")).get("frozen_digest"), ARMS[record.parent.name]
-        if digest is None or "moving" in arm.flags:  # where BatchNorm moves, the digest leaves its statistics out
+        digest, arm = (
+            json.loads(record.read_text(encoding="utf-8")).get("frozen_digest"),
+            ARMS[record.parent.name],
+        )
+        if (
+            digest is None or "moving" in arm.flags
+        ):  # where BatchNorm moves, the digest leaves its statistics out
             continue
         if frozen.setdefault((record.parent.parent, arm.origin), digest) != digest:
-            raise UserError(f"{record.parent} started from another {arm.origin} than its neighbours; run them again from one")
+            raise UserError(
+                f"{record.parent} started from another {arm.origin} than its neighbours; run them again from one"
+            )
 
 
 TABLES = {
@@ -301,13 +357,22 @@ def with_tables(text: str) -> str:
     """``text`` with its tables and effects: between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER SCHEDULE -->`` and
     ``<!-- end -->``."""
     text = re.sub(
-        r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text, flags=re.DOTALL
+        r"(<!-- table (\S+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
     )
-    return re.sub(r"(<!-- effect (.*?) -->).*?(<!-- end -->)", lambda match: f"{match[1]}{effect(*match[2].split())}{match[3]}", text)
+    return re.sub(
+        r"(<!-- effect (.*?) -->).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{effect(*match[2].split())}{match[3]}",
+        text,
+    )
 
 
 def main() -> None:
-    parser = CommandLineParser(prog="results.tables", description="Print the result tables, or write them and the plots anew.")
+    parser = CommandLineParser(
+        prog="experiments.tables", description="Print the result tables, or write them and the plots anew."
+    )
     parser.add_argument("--write", action="store_true", help="into both README.md and the picture")
     arguments = parser.parse_args()
     try:

@@ -16,7 +16,11 @@ def half_precision(device: torch.device) -> torch.dtype | None:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and cpu_multiplies_bfloat16() and _convolution_seconds(torch.bfloat16) < _convolution_seconds(None):
+    if (
+        device.type == "cpu"
+        and cpu_multiplies_bfloat16()
+        and _convolution_seconds(torch.bfloat16) < _convolution_seconds(None)
+    ):
         return torch.bfloat16
     return None
 
@@ -30,7 +34,11 @@ def cpu_multiplies_bfloat16() -> bool:
 def _convolution_seconds(dtype: torch.dtype | None) -> float:
     """The shortest of some forward and backward passes through a convolution of the size that training does most."""
     seconds = []
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
         layer = nn.Conv2d(48, 48, 3, padding=1).to(memory_format=torch.channels_last)
         images = torch.ones(16, 48, 16, 16).to(memory_format=torch.channels_last)
         for _ in range(ROUNDS + 1):  # the first one also chooses a kernel

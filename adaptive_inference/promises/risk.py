@@ -28,7 +28,9 @@ from utils import UserError
 if TYPE_CHECKING:
     from adaptive_inference.policies import Point
 
-LEARNING_PART = 10  # every so many-th held-out image sets thresholds; quantiles need few, the test is sharper with many
+LEARNING_PART = (
+    10  # every so many-th held-out image sets thresholds; quantiles need few, the test is sharper with many
+)
 CERTIFICATE = {
     "procedure": "Learn then Test, fixed sequence from dear to cheap",
     "bound": "betting, Waudby-Smith and Ramdas",
@@ -51,7 +53,10 @@ class Losses(NamedTuple):
     @property
     def are_counts(self) -> bool:
         """Whether they can be what they should be."""
-        return all(type(n) is int and n >= 0 for n in self) and self.worse + self.better <= self.other <= self.images > 0
+        return (
+            all(type(n) is int and n >= 0 for n in self)
+            and self.worse + self.better <= self.other <= self.images > 0
+        )
 
 
 class MaxLoss(NamedTuple):
@@ -80,7 +85,10 @@ def rows_with_losses(answers: ExitAnswers, operations: Sequence[float], points: 
     learned, tested = answers.of(learns), answers.of(~learns)
     thresholds = geometric_thresholds(learned.confidence, points)
     rows = curve_rows(thresholds, tested, tested, operations)
-    return [row | {"losses": (losses_of(own, learned), losses_of(own, tested))} for row, own in zip(rows, thresholds, strict=True)]
+    return [
+        row | {"losses": (losses_of(own, learned), losses_of(own, tested))}
+        for row, own in zip(rows, thresholds, strict=True)
+    ]
 
 
 def losses_of(thresholds: Tensor, answers: ExitAnswers) -> Losses:
@@ -102,7 +110,9 @@ def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
     if limit >= 1:
         return True
     learned, tested = losses
-    (known_up, known_down), (up, down) = ((x.other, 0) if wanted.disagreement else (x.worse, x.better) for x in losses)
+    (known_up, known_down), (up, down) = (
+        (x.other, 0) if wanted.disagreement else (x.worse, x.better) for x in losses
+    )
     # The best stake against a loss of this variance; one more image, so that none at all is not believed.
     variance = (known_up + known_down + 1) / (learned.images + 1)
     stake = min(math.sqrt(2 * needed / (tested.images * variance)), MAX_STAKE / (1 - limit))
@@ -118,14 +128,20 @@ def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
         ValueError: no such promise makes sense.
     """
     if not 0 <= wanted.percent <= 100 or not 50 <= wanted.level <= 100:
-        raise ValueError(f"{wanted} cannot be promised: a loss is 0 to 100 percent, a level of confidence 50 to 100")
+        raise ValueError(
+            f"{wanted} cannot be promised: a loss is 0 to 100 percent, a level of confidence 50 to 100"
+        )
     sequence = sorted((point for point in points if point.rule == "tested"), key=lambda point: -point.p)
     if not sequence:
-        raise UserError("nothing can be promised about accuracy: these policies were made without images to test them on")
+        raise UserError(
+            "nothing can be promised about accuracy: these policies were made without images to test them on"
+        )
     kept = list(takewhile(lambda point: is_certain(point.losses, wanted), sequence))
     if not kept:
         losses = sequence[0].losses
-        possible = next(tenth / 10 for tenth in range(1, 1001) if is_certain(losses, wanted._replace(percent=tenth / 10)))
+        possible = next(
+            tenth / 10 for tenth in range(1, 1001) if is_certain(losses, wanted._replace(percent=tenth / 10))
+        )
         raise UserError(
             f"no policy is certain to {wanted}: {losses[1].images} images tested them; what can be promised starts at {possible:g} %"
         )

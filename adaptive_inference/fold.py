@@ -21,7 +21,9 @@ from models import load
 from models.files import find, policy_path
 
 
-def inference_form(network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
+def inference_form(
+    network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A copy of ``network`` for prediction alone.
 
     Args:
@@ -58,7 +60,10 @@ def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
     Raises:
         UserError: the curve is of another network; ``source`` is named.
     """
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+    dtypes = {
+        str(dtype).removeprefix("torch."): dtype
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    }
     form = inference_form(network, dtype=dtypes.get(curve.form))
     curve.check(form, source)
     return form

@@ -33,7 +33,10 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
     An exit answers with the others before it only if that is right more often on images that were left out of the fit, by more than a
     standard error; else alone, with its temperature. None: every exit had better answer alone.
     """
-    rows = [[round(1 / temperature, 4) if j == k else 0.0 for j in range(len(logits))] for k, temperature in enumerate(temperatures)]
+    rows = [
+        [round(1 / temperature, 4) if j == k else 0.0 for j in range(len(logits))]
+        for k, temperature in enumerate(temperatures)
+    ]
     part = _part(targets)
     logits, targets = logits[:, part], targets[part]
     fold = torch.arange(len(targets)) % FOLDS
@@ -54,7 +57,9 @@ def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
     """Classes (K, N) that an ensemble answers at every exit, from logits (K, N, C); None: each exit alone."""
     if ensemble is None:
         return logits.argmax(dim=2)
-    return torch.stack([torch.einsum("k,knc->nc", torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble])
+    return torch.stack(
+        [torch.einsum("k,knc->nc", torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble]
+    )
 
 
 def operations_together(operations: Sequence[int], num_classes: int) -> list[int]:
@@ -75,7 +80,9 @@ def _fit(logits: Tensor, targets: Tensor) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(torch.einsum("k,knc->nc", logs.exp(), logits), targets) + PULL * logs.square().sum()
+        loss = (
+            cross_entropy(torch.einsum("k,knc->nc", logs.exp(), logits), targets) + PULL * logs.square().sum()
+        )
         loss.backward()
         return loss
 
@@ -84,7 +91,9 @@ def _fit(logits: Tensor, targets: Tensor) -> Tensor:
     return logs.detach().exp()
 
 
-def calibration_errors(logits: Tensor, targets: Tensor, temperatures: Sequence[float] | None = None, bins: int = 15) -> list[float]:
+def calibration_errors(
+    logits: Tensor, targets: Tensor, temperatures: Sequence[float] | None = None, bins: int = 15
+) -> list[float]:
     """Expected calibration error of every exit, in percent with three digits: the mean distance between confidence and accuracy, over
     bins of confidence.
 
@@ -95,8 +104,12 @@ def calibration_errors(logits: Tensor, targets: Tensor, temperatures: Sequence[f
     """
     errors = []
     for k, exit_logits in enumerate(logits):
-        confidence, classes = torch.softmax(exit_logits.float() / (temperatures[k] if temperatures else 1), dim=1).max(dim=1)
+        confidence, classes = torch.softmax(
+            exit_logits.float() / (temperatures[k] if temperatures else 1), dim=1
+        ).max(dim=1)
         bin_of = (confidence * bins).long().clamp(max=bins - 1)
-        difference = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, (confidence - (classes == targets).float()).double())
+        difference = torch.zeros(bins, dtype=torch.float64).index_add_(
+            0, bin_of, (confidence - (classes == targets).float()).double()
+        )
         errors.append(round(100 * float(difference.abs().sum()) / len(targets), 3))
     return errors
