@@ -3,7 +3,6 @@
 Options of the network are those of ``models.options``. This module imports nothing heavy.
 """
 
-import os
 from dataclasses import Field, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,10 @@ from typing import Any
 
 from adaptive_inference.measures import MEASURES
 from models.options import NETWORK_FIELDS, NetworkOptions, option
-from utils import above, at_least, float_list, folder, in_range, int_list
+from utils import above, at_least, available_cores, float_list, folder, in_range, int_list
 
 MAX_WORKERS, MAX_EPOCHS = 1024, 10**6
 MAX_DEFAULT_WORKERS = 4
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _SEED = at_least(0, 2**32 - 2)

@@ -1,6 +1,7 @@
-"""Small tools every program needs: one-line errors, kinds of flags, atomic files. This module imports nothing heavy."""
+"""Small tools of every program: one-line errors, kinds of flags, the console, atomic files, cores."""
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -16,36 +17,31 @@ is_folder = os.path.isdir  # also below a folder that may not be entered, where 
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The scripts print its one line and end with status 2."""
+    """A mistake that the user can fix. The programs print its one line and end with status 2."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
 
 
 def in_words(error: UserError | OSError) -> str:
-    """One line of what went wrong."""
+    """Return one line that says what went wrong."""
     if isinstance(error, UserError):
         return str(error)
-    return one_line(
-        f"cannot read or write {error.filename}: {error.strerror}"
-        if error.filename
-        else str(error.strerror or error)
-    )
+    if error.filename:
+        return one_line(f"cannot read or write {error.filename}: {error.strerror}")
+    return one_line(str(error.strerror or error))
 
 
 def one_line(text: str) -> str:
-    """``text`` fit for one line of a terminal, whatever names or values it quotes."""
+    """Return ``text`` as one line that is safe on a terminal, whatever names or values it quotes."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
-    return (
-        text
-        if len(text) <= LONGEST_MESSAGE
-        else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-    )
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 def tell(text: str, stream_name: str = "stdout") -> None:
-    """A line on standard output, at once. One that nobody can read any more, as the reader left or the disk is full, is lost in silence,
-    and so is all that follows."""
+    """Print a line at once. If the stream is closed or full, drop this line and all later ones."""
     stream = getattr(sys, stream_name)
     if stream is None:
         return
@@ -54,19 +50,19 @@ def tell(text: str, stream_name: str = "stdout") -> None:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except (OSError, ValueError):
-        # What is left in the buffer would fail once more when the program ends.
+        # What is left in the buffer would fail again when the program ends.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         setattr(sys, stream_name, None)
 
 
 def complain(text: str) -> None:
-    """The same on standard error."""
+    """Print a line on standard error, as ``tell`` does on standard output."""
     tell(text, "stderr")
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether a line of it can be written over: a terminal that knows its width."""
+    """Return True if the stream is a terminal whose lines can be overwritten."""
     try:
         return stream is not None and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
@@ -74,14 +70,71 @@ def is_terminal(stream: IO[str] | None) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """As ``1 day, 2:03:04``."""
+    """Return a time such as ``1 day, 2:03:04``."""
     return str(timedelta(seconds=round(min(max(seconds, 0), 1e9))))
 
 
+def available_cores(root: Path = Path("/")) -> int:
+    """Return the number of processor cores that this process may use.
+
+    A container's quota counts: with ``docker run --cpus 2`` on 64 cores, 64 threads would stop each other.
+
+    Args:
+        root: where the files of the system begin.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, _cpu_quota(root))))
+
+
+def _cpu_quota(root: Path) -> float:
+    """Return how many cores the control groups of this process allow, infinity without a limit."""
+    quota = math.inf
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 2 has no list of controllers. A container often sees its own group as the root.
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / group.lstrip("/")
+        for each in (folder, *folder.parents):
+            quota = min(quota, _quota_of_group(each))
+            if each == top:
+                break
+    return quota
+
+
+def _quota_of_group(folder: Path) -> float:
+    # Version 2 has both numbers in one file, version 1 in two; "max" and -1 stand for no limit.
+    words = _text(folder / "cpu.max").split()
+    words = words or (_text(folder / "cpu.cfs_quota_us") + _text(folder / "cpu.cfs_period_us")).split()
+    with suppress(ValueError, ZeroDivisionError):
+        used, period = map(int, words)
+        if used > 0:
+            return used / period
+    return math.inf
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 class CommandLineParser(argparse.ArgumentParser):
-    """Answers a mistake with one line and status 2."""
+    """A parser that ends the program with one line and status 2 after a mistake."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; an unknown flag is answered with the most similar one."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            similar = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return arguments
 
     def error(self, message: str) -> NoReturn:
+        """Print the message as one line and end with status 2."""
         self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")
 
 
@@ -89,26 +142,25 @@ def _number(text: str, kind: type) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
-        ) from None
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """Reads whole numbers from ``low`` to ``high``."""
+    """Return a converter of whole numbers from ``low`` to ``high``."""
     return _within(int, low, high)
 
 
 def in_range(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Reads numbers from ``low`` to ``high``."""
+    """Return a converter of numbers from ``low`` to ``high``."""
     return _within(float, low, high)
 
 
 def above(low: float) -> Callable[[str], float]:
-    """Reads numbers above ``low``."""
+    """Return a converter of numbers above ``low``."""
     return _within(float, math.nextafter(low, math.inf), math.inf, f"more than {low}")
 
 
@@ -124,14 +176,15 @@ def _within(kind: type, low: float, high: float, too_low: str | None = None) -> 
 
 
 def int_list(separator: str) -> Callable[[str], tuple[int, ...]]:
-    """Reads whole numbers with ``separator`` between them."""
+    """Return a converter of whole numbers with ``separator`` between them."""
 
     def convert(text: str) -> tuple[int, ...]:
         try:
             values = tuple(int(part) for part in text.split(separator))
         except ValueError:
+            example = separator.join("012")
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a list of whole numbers such as 0{separator}1{separator}2"
+                f"{text!r} is not a list of whole numbers such as {example}"
             ) from None
         if min(values) < 0:
             raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
@@ -141,22 +194,30 @@ def int_list(separator: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def float_list(text: str) -> tuple[float, ...]:
-    """Reads numbers with commas between them."""
+    """Convert numbers with commas between them."""
     return tuple(_number(part, float) for part in text.split(","))
 
 
-def folder(text: str) -> Path:
-    """Reads the name of a file or folder; ``~`` is the user's home."""
+def user_path(text: str) -> Path:
+    """Convert the name of a file or folder; ``~`` is the user's home. Every flag that takes a path uses this.
+
+    The shell leaves ``--output=~/file`` as it is. Where there is no such home, the name stays as it is.
+    """
     if not text:
-        raise argparse.ArgumentTypeError("an empty name is no folder")
-    return Path(text).expanduser()
+        raise argparse.ArgumentTypeError("an empty name is no file or folder")
+    return Path(os.path.expanduser(text))  # noqa: PTH111, as Path.expanduser raises where there is no such home
+
+
+folder = user_path
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | None = None) -> Iterator[IO]:
-    """Open a temporary file that takes the place of ``path`` when the block ends: readers see the old file or the new one, never half.
+    """Open a temporary file that replaces ``path`` when the block ends: readers see the old or the new file.
 
     Args:
+        path: the file to write; missing folders are made.
+        mode: as for ``open``.
         verify: called with the complete temporary file; what it raises keeps the old file in place.
 
     Raises:
@@ -167,9 +228,7 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
     try:
         if path.is_dir():  # else noticed at the end
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if (
-            path.exists() and not path.is_file()
-        ):  # a pipe or a device, such as /dev/null, is not for replacing
+        if path.exists() and not path.is_file():  # a pipe or a device, such as /dev/null, is not replaced
             with path.open(mode, **options) as stream:
                 yield stream
             return
@@ -186,5 +245,5 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            with suppress(OSError):  # it is where it belongs, or its folder is closed
+            with suppress(OSError):  # already in place, or its folder is closed
                 temporary.unlink()

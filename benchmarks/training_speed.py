@@ -49,8 +49,7 @@ from engine.stage import place, with_compilation, with_precision
 from engine.stepper import Stepper
 from engine.training import Meters
 from models import IMTA, count_operations
-from settings import available_cores
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, available_cores
 
 PARTS = ("speed", "busy", "memory", "startup")
 SIDES = ("plain loop", "ours")

@@ -1,16 +1,21 @@
-"""How PyTorch and the C library compute in this process: seeds, rounding, memory."""
+"""How PyTorch and the C library compute in this process: seeds, rounding, threads, memory."""
 
 import ctypes
 import os
 
 import torch
 
+from utils import available_cores
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a training step frees for the next one. By default it hands large blocks back to the system, which has to
-    clear them when it gives them out again. Does nothing where the library is not glibc."""
+    """Let the C library keep what a training step frees for the next one.
+
+    By default it returns large blocks to the system, which has to clear them when it hands them out again.
+    Does nothing where the library is not glibc.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -19,14 +24,31 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def limit_threads(threads: int | None = None) -> None:
+    """Set the number of PyTorch's threads.
+
+    Args:
+        threads: None: no more than a container's quota allows, unless OMP_NUM_THREADS is set.
+    """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(torch.get_num_threads(), available_cores())
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def set_tf32(enabled: bool) -> None:
-    """Whether float32 convolutions and matrix products on GPUs may round their inputs to TensorFloat-32."""
+    """Let GPUs round the inputs of float32 convolutions and matrix products to TensorFloat-32, or not."""
     torch.backends.cuda.matmul.allow_tf32 = enabled
     torch.backends.cudnn.allow_tf32 = enabled
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed PyTorch, from which all that is random comes; with ``deterministic`` only operations that repeat bit for bit are allowed."""
+    """Seed PyTorch, the source of all randomness.
+
+    Args:
+        seed: any number.
+        deterministic: allow only operations that repeat bit for bit.
+    """
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -35,7 +57,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether memory ran short, of the host or of a device."""
+    """Return True if the host or a device ran out of memory."""
     signs = (
         "can't allocate memory",
         "CUDA error: out of memory",

@@ -1,13 +1,17 @@
-"""Processes started by torchrun: found through the environment alone, one process when there is none.
+"""Processes started by torchrun, found through the environment alone; one process when there is none.
 
 with process_group(settings.gpu) as processes: ...
 """
 
 import os
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +21,18 @@ from torch.distributed.rendezvous import rendezvous
 from dataloader import Shard
 from utils import UserError
 
-# After which a process gives up waiting for the others; the longest of them may evaluate or compile meanwhile.
+# After this time a process gives up waiting for the others, which may evaluate or compile meanwhile.
 TIMEOUT = timedelta(minutes=15)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together; ``gpu_ids`` are the GPUs it drives (several: DataParallel), none on a CPU."""
+    """This process among those that train together.
+
+    ``gpu_ids`` are the GPUs it uses (several: DataParallel), none on a CPU.
+    """
 
     rank: int
     world_size: int
@@ -32,7 +41,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and lines."""
+        """True if this process writes files and lines."""
         return self.rank == 0
 
     @property
@@ -41,21 +50,22 @@ class Processes:
         return Shard(self.rank, self.world_size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all processes."""
+        """Return the sum of a tensor over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def interleave(self, own: Tensor, total: int) -> Tensor | None:
-        """What ``Batches`` dealt out for evaluation, put together by the main process; None in the others.
+        """Join in the main process what ``Batches`` dealt out for evaluation; return None in the others.
 
         Args:
             own: of ``total`` entries, process r holds r, r + world_size, ...; on the CPU.
+            total: number of entries in all processes.
         """
         if self.world_size == 1:
             return own
         most = -(-total // self.world_size)
-        # All parts must have one size.
+        # gather() wants parts of one size.
         padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
         parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
         dist.gather(padded, parts)
@@ -68,7 +78,7 @@ class Processes:
         return whole
 
     def largest(self, value: int) -> int:
-        """The largest of a number over all processes; they wait for each other, but not for their GPUs."""
+        """Return the largest of a number over all processes, which wait for each other, not for GPUs."""
         if self.world_size == 1:
             return value
         shared = torch.tensor(value)
@@ -76,14 +86,52 @@ class Processes:
         return int(shared)
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Give all processes the main one's BatchNorm statistics, which are those that are saved."""
+        """Give all processes the BatchNorm statistics of the main one, which are those that are saved."""
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
 
+class Launch(NamedTuple):
+    """The place of this process in a launch of torchrun, or alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def launch_of_environment() -> Launch:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; empty ones count as not set.
+
+    Raises:
+        UserError: a value is no number, or RANK is beyond WORLD_SIZE, such as one that a scheduler left.
+    """
+    world_size = _variable("WORLD_SIZE", 1, smallest=1)
+    rank = _variable("RANK", 0)
+    local_world_size = _variable("LOCAL_WORLD_SIZE", world_size, smallest=1)
+    if rank >= world_size:
+        given = f"WORLD_SIZE={world_size}" if os.environ.get("WORLD_SIZE") else "no WORLD_SIZE"
+        raise UserError(
+            f"the environment has RANK={rank} and {given}: torchrun sets both; unset RANK for one process"
+        )
+    return Launch(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size)
+
+
+def _variable(name: str, default: int, smallest: int = 0) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()) or int(text) < smallest:
+        raise UserError(
+            f"the environment has {name}={text!r}, which torchrun sets to a number from {smallest}; "
+            "unset it for one process"
+        )
+    return int(text)
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process of the run is gone."""
+    """Return True if ``error`` says that another process of the run is gone."""
     network_errors = (getattr(dist, "DistNetworkError", ()), getattr(dist, "DistBackendError", ()))
     return isinstance(error, network_errors) or any(
         word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
@@ -92,53 +140,114 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 @contextmanager
 def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
-    """Join the processes torchrun started, or be alone.
+    """Join the processes that torchrun started, or be alone.
 
     Args:
         gpu: --gpu; under torchrun every process takes the GPU of its local rank.
 
     Raises:
-        UserError: a GPU that does not exist, --gpu under torchrun, more processes than GPUs, or restarts that cannot work.
+        UserError: the environment names no launch that can work, or a GPU does not exist.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    available = torch.cuda.device_count()
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if gpu is not None and (max(gpu) >= available or len(set(gpu)) < len(gpu)):
-        one_each = "name each once" if len(set(gpu)) < len(gpu) else "counted from 0"
-        raise UserError(
-            f"--gpu {','.join(map(str, gpu))}: this machine has {available} GPU{'s' * (available != 1)}, {one_each}"
-        )
-    if gpu is not None and world_size > 1:
-        raise UserError(
-            "--gpu and torchrun do not go together: every process takes the GPU of its local rank"
-        )
-    if world_size > 1 and 0 < available < local_world_size:
-        raise UserError(
-            f"torchrun started {local_world_size} processes here for {available} GPUs; use --nproc_per_node {available}"
-        )
-    is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and local_world_size < world_size
-    if is_restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # A second start would find the addresses of the first one's processes there.
-        raise UserError(
-            "--max-restarts over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
-        )
-    if world_size > 1:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        gpu_ids = (local_rank,) if local_rank < available else ()
+    launch, available = launch_of_environment(), torch.cuda.device_count()
+    _refuse_gpus(launch, gpu, available)
+    _refuse_restarts(launch)
+    if launch.world_size > 1:
+        gpu_ids = (launch.local_rank,) if launch.local_rank < available else ()
     else:
         gpu_ids = gpu or ((0,) if available else ())
     device = torch.device("cuda", gpu_ids[0]) if gpu_ids else torch.device("cpu")
     if gpu_ids:
         torch.cuda.set_device(device)
-    if world_size > 1:
-        store, _, _ = next(rendezvous("env://", rank, world_size))
-        if local_world_size == world_size:
-            # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone.
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        # What lies in main memory, as signals and results do, is exchanged without the GPUs.
-        backend = "cpu:gloo,cuda:nccl" if gpu_ids else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    yield Processes(rank, world_size, device, gpu_ids)
+    if launch.world_size > 1:
+        _join(launch, device)
+    yield Processes(launch.rank, launch.world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
-    if world_size > 1:
+    if launch.world_size > 1:
         dist.destroy_process_group()
+
+
+def _refuse_gpus(launch: Launch, gpu: tuple[int, ...] | None, available: int) -> None:
+    if gpu is not None:
+        given = f"--gpu {','.join(map(str, gpu))}"
+        if len(set(gpu)) < len(gpu):
+            raise UserError(f"{given}: name each GPU once")
+        if not available:
+            raise UserError(f"{given}: PyTorch finds no GPU on this machine; leave --gpu out to use the CPU")
+        if max(gpu) >= available:
+            there = "GPU 0 alone" if available == 1 else f"GPUs 0 to {available - 1}"
+            raise UserError(f"{given}: this machine has {there}")
+        if launch.world_size > 1:
+            raise UserError(
+                "--gpu and torchrun do not go together: every process takes the GPU of its local rank"
+            )
+    if launch.world_size > 1 and 0 < available < launch.local_world_size:
+        raise UserError(
+            f"torchrun started {launch.local_world_size} processes here for {available} GPUs; "
+            f"use --nproc_per_node {available}"
+        )
+
+
+def _refuse_restarts(launch: Launch) -> None:
+    is_restarted = _variable("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+    has_several_machines = launch.local_world_size < launch.world_size
+    if is_restarted and has_several_machines and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # A second start would find the addresses of the first one's processes there.
+        raise UserError(
+            "--max-restarts over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "in torchrun's environment"
+        )
+
+
+def _join(launch: Launch, device: torch.device) -> None:
+    """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: they are missing, cannot be reached or, for rank 0, cannot be used.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "").strip(), _variable("MASTER_PORT", 0)
+    if not address or not 0 < port < 2**16:
+        raise UserError(
+            f"the environment has WORLD_SIZE={launch.world_size}, but MASTER_ADDR={address!r} and "
+            f"MASTER_PORT={port or ''!r}: torchrun sets all of them; unset WORLD_SIZE for one process"
+        )
+    try:
+        _interruptibly(lambda: socket.getaddrinfo(address, port))
+        _interruptibly(lambda: _init_process_group(launch, device))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"cannot meet the {launch.world_size} processes of this run at {address}:{port} "
+            f"(MASTER_ADDR and MASTER_PORT): {reason}"
+        ) from None
+
+
+def _init_process_group(launch: Launch, device: torch.device) -> None:
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size))
+    if launch.local_world_size == launch.world_size:
+        # torchrun keeps its store when it starts the processes again, with the addresses of those that are
+        # gone.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Data in main memory, such as signals and results, are exchanged without the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has its own
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+    )
+
+
+def _interruptibly(work: Callable[[], _T]) -> _T:
+    """Return the result of ``work``, done in a thread, so that signals are handled meanwhile.
+
+    While the main thread runs C++ code, Python handles none.
+    """
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()

@@ -1,8 +1,15 @@
-"""One process a core where a CPU trains: forked copies of this one, each with a single thread, that share every batch.
+"""One process per core where a CPU trains: forked workers with a single thread each share every batch.
 
 with shared_out(settings.batch_size, settings.gpu) as processes: ...   # runs once in every process
 
-Two threads of one process would wait for each other in every convolution, and very long where another program uses a core.
+Two threads of one process would wait for each other in every convolution, and very long where another program
+uses a core.
+
+This is ``os.fork`` and not ``torch.multiprocessing.start_processes``, because there the parent is one more
+process: it would have to pass signals on, read exit statuses out of pickled traces, and keep the run's lock
+for the others; and the signal that its workers get when the parent is killed is SIGINT, at which a training
+ends its step, evaluates nothing and saves. Here rank 0 is the process that the user started: signals reach
+it, its exit status is the run's, and a worker is killed with it.
 """
 
 import argparse
@@ -12,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +28,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.distributed import TIMEOUT, Processes, is_lost_peer, process_group
-from settings import available_cores
-from utils import UserError, at_least
+from engine.distributed import TIMEOUT, Processes, is_lost_peer, launch_of_environment, process_group
+from utils import UserError, at_least, available_cores
 
-MIN_SHARE = 32  # images of a step that a process must get: batch normalisation averages over them
+MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
-SECONDS_TO_REPORT = 5  # that a copy with an error gets to say so
+SECONDS_TO_REPORT = 5  # that a worker with an error gets to report it
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
-_report: Path | None = None  # where a forked copy says why it ended; None in the first process
+_report: Path | None = None  # where a worker reports why it ended; None in rank 0
 
 
 class CopyEnded(Exception):
-    """A forked copy ended for a reason of its own: the exit status and the line that the run ends with."""
+    """A worker ended for a reason of its own: the exit status and the line that the run ends with."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -41,15 +48,22 @@ class CopyEnded(Exception):
 
 
 def leave_copy(status: int, message: str = "") -> None:
-    """End this process if it is a forked copy, whose first process hears of the ``message``: what follows belongs to that one alone."""
+    """In a worker, report the message to rank 0 and exit; in rank 0 do nothing."""
     if _report is not None:
         if message:
             _report.write_text(f"{status} {message}", encoding="utf-8")
         os._exit(status)
 
 
-def process_count(batch_size: int) -> int:
-    """Processes to train with on the CPU: the environment's PROCESSES, else as many as there are cores and the batch can be shared by.
+def process_count(batch_size: int, cores: int | None = None) -> int:
+    """Return the number of processes to train with on the CPU.
+
+    It is the environment's PROCESSES, or the largest number of at most ``cores`` that divides the batch and
+    leaves each process ``MIN_SHARE`` images.
+
+    Args:
+        batch_size: images per step of all processes.
+        cores: by default those that this process may use.
 
     Raises:
         UserError: PROCESSES is no number, or more than there are images in a batch.
@@ -58,38 +72,52 @@ def process_count(batch_size: int) -> int:
         try:
             return at_least(1, batch_size)(wanted)
         except argparse.ArgumentTypeError as error:
-            raise UserError(f"PROCESSES={wanted}: {error} (--batch-size images are shared)") from None
-    return max(
-        n
-        for n in range(1, available_cores() + 1)
-        if n == 1 or (batch_size % n == 0 and batch_size // n >= MIN_SHARE)
+            raise UserError(
+                f"PROCESSES={wanted}: {error} (the processes share --batch-size images)"
+            ) from None
+    most = min(cores or available_cores(), batch_size // MIN_SHARE)
+    return max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
+
+
+def may_fork(gpu: tuple[int, ...] | None) -> bool:
+    """Return True where workers can be forked: a program of its own on Linux that trains on the CPU.
+
+    A worker would inherit the locks of other threads without the threads, and the terminal of an interactive
+    session.
+    """
+    is_program = (
+        sys.platform == "linux"
+        and threading.current_thread() is threading.main_thread()
+        and threading.active_count() == 1
+        and not hasattr(sys, "ps1")
+    )
+    return (
+        is_program and launch_of_environment().world_size == 1 and not gpu and not torch.cuda.is_available()
     )
 
 
 @contextmanager
 def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Processes]:
-    """The processes of a training: torchrun's, or GPUs of this process, or forked copies of it, one a core.
+    """Run the block in every process: torchrun's, or one with GPUs, or this one and forked workers.
 
-    The block runs in every process; a copy ends with ``leave_copy``.
+    A worker must end with ``leave_copy``.
+
+    Args:
+        batch_size: images per step of all processes.
+        gpu: --gpu.
 
     Raises:
-        CopyEnded: a copy met an error that this process did not.
-        UserError: as ``process_group`` and ``process_count``; no process can be started.
+        CopyEnded: a worker met an error that this process did not.
+        UserError: as ``process_group`` and ``process_count``; or no process can be started.
     """
-    is_alone = (
-        int(os.environ.get("WORLD_SIZE", "1")) == 1
-        and not torch.cuda.is_available()
-        and not gpu
-        and sys.platform == "linux"
-    )
-    count = process_count(batch_size) if is_alone else 1
+    count = process_count(batch_size) if may_fork(gpu) else 1
     if count == 1:
         with process_group(gpu) as processes:
             yield processes
         return
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    rank, copies = _fork(count, folder)
+    rank, workers = _fork(count, folder)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     seconds_to_end = 0
     try:
@@ -102,50 +130,50 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
         if is_lost_peer(error):
             if rank > 0:
                 os._exit(1)  # without a report: another process has the reason
-            _await(copies, SECONDS_TO_REPORT)
+            _wait_for(workers, SECONDS_TO_REPORT)
             for report in folder.glob("*.report"):
                 status, message = report.read_text(encoding="utf-8").split(" ", 1)
                 raise CopyEnded(int(status), message) from None
         raise
     finally:
         if rank == 0:
-            _await(copies, seconds_to_end)
+            _wait_for(workers, seconds_to_end)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
-    """Make ``count`` processes of this one; gives each its rank, and the first one the ids of the others.
+    """Fork this process; return the rank of each process and, in rank 0, the process ids of the workers.
 
     Raises:
         UserError: the system does not allow so many.
     """
     global _report
-    parent, copies = os.getpid(), []
+    parent, workers = os.getpid(), []
     for rank in range(1, count):
         try:
-            copy = os.fork()
+            worker = os.fork()
         except OSError as error:
             raise UserError(
                 f"cannot start {count} processes: {error.strerror}; PROCESSES=1 starts no others"
             ) from None
-        if copy == 0:
+        if worker == 0:
             _report = folder / f"{rank}.report"
-            # However the first process ends, no copy stays behind.
+            # However rank 0 ends, no worker stays behind.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
             return rank, []
-        copies.append(copy)
-    return 0, copies
+        workers.append(worker)
+    return 0, workers
 
 
-def _await(copies: list[int], seconds: float) -> None:
-    """Wait for the copies; those that still run after so many ``seconds`` are killed."""
+def _wait_for(workers: list[int], seconds: float) -> None:
+    """Wait until the workers have ended; kill those that still run after so many ``seconds``."""
     deadline = time.monotonic() + seconds
-    while copies:
-        if os.waitpid(copies[0], os.WNOHANG)[0]:
-            copies.pop(0)
+    while workers:
+        if os.waitpid(workers[0], os.WNOHANG)[0]:
+            workers.pop(0)
             continue
         if time.monotonic() > deadline:
-            os.kill(copies[0], signal.SIGKILL)
+            os.kill(workers[0], signal.SIGKILL)
         time.sleep(0.01)

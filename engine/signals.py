@@ -1,13 +1,20 @@
-"""SIGINT and SIGTERM ask a run to stop: in training it ends the step, saves, and says how to go on; elsewhere, and at a second signal, it
-stops at once. SIGUSR1 asks it to save and go on."""
+"""SIGINT and SIGTERM stop a run; SIGUSR1 makes it save and continue.
+
+In training the first signal ends the step, saves, and says how to resume; elsewhere, and at a second signal,
+the run stops at once.
+"""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run ``where`` it says; ``exit_status`` is the one to end with. No handler of other errors catches it."""
+    """A signal stopped the run; no handler of other errors catches it.
+
+    ``where`` says at which step, ``exit_status`` is the one to end with.
+    """
 
     def __init__(self, signal_number: int, is_saved: bool = False, where: str = ""):
         super().__init__(signal_number)
@@ -15,8 +22,11 @@ class Interrupted(BaseException):
 
 
 class Requests:
-    """What signals asked for: ``stop`` is the number of the last one that asked to stop, 0 for none. While ``at_once`` it acts, too; it is
-    noted all the same, as Python drops what is raised in some places."""
+    """What signals asked for.
+
+    ``stop`` is the number of the last signal that asked to stop, 0 for none. While ``at_once`` is True it
+    also raises; it is noted all the same, because Python drops exceptions that are raised in some places.
+    """
 
     def __init__(self) -> None:
         self.stop = 0
@@ -25,8 +35,16 @@ class Requests:
 
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Within the block SIGINT and SIGTERM raise ``Interrupted``, but while not ``at_once`` the first one is only noted; so is SIGUSR1."""
+    """Handle signals within the block.
+
+    SIGINT and SIGTERM raise ``Interrupted``, except that the first one is only noted while not ``at_once``;
+    SIGUSR1 is only noted. In a thread other than the main one, where Python handles no signals, nothing is
+    changed.
+    """
     requests = Requests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
 
     def stop(number: int, frame: object) -> None:
         is_first, requests.stop = not requests.stop, number
@@ -36,10 +54,8 @@ def listening() -> Iterator[Requests]:
     def save(number: int, frame: object) -> None:
         requests.save = True
 
-    before = {
-        number: signal.signal(number, act)
-        for number, act in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGUSR1, save))
-    }
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield requests
     finally:

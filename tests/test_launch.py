@@ -1,12 +1,13 @@
-"""What a training chooses for itself: its precision, whether it compiles, how many processes; and that several agree."""
+"""What a training chooses for itself: precision, compilation, the number of processes; and that they agree."""
 
 import contextlib
 import errno
-import io
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,18 @@ import torch.distributed as dist
 
 import train_GE
 from args import parse
-from engine import launch, precision
-from engine.distributed import Processes, process_group
+from engine import precision
+from engine.distributed import Processes, launch_of_environment, process_group
+from engine.launch import may_fork, process_count
 from engine.run_directory import RunDirectory
-from engine.signals import Interrupted
+from engine.signals import Interrupted, listening
 from engine.stage import with_compilation, with_precision
 from image_data.sources import find
 from tests import disturbed
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
-from utils import UserError, tell
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = Processes(0, 1, torch.device("cpu"), ())
@@ -88,17 +90,77 @@ def test_long_trainings_compile_their_steps(monkeypatch):
 )
 def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, processes):
     monkeypatch.delenv("PROCESSES")
-    monkeypatch.setattr(launch, "available_cores", lambda: cores)
-    assert launch.process_count(batch) == processes
+    assert process_count(batch, cores) == processes
 
 
 def test_processes_can_be_chosen(monkeypatch):
     monkeypatch.setenv("PROCESSES", "3")
-    assert launch.process_count(32) == 3
+    assert process_count(32) == 3
     for wanted in ("many", "0", "33"):
         monkeypatch.setenv("PROCESSES", wanted)
         with pytest.raises(UserError, match=f"PROCESSES={wanted}"):
-            launch.process_count(32)
+            process_count(32)
+
+
+def test_no_worker_is_forked_from_a_session_or_a_thread(monkeypatch):
+    assert may_fork(None)
+    assert not may_fork((0,))
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(may_fork, None).result()
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert not may_fork(None)
+
+
+def test_signals_are_left_alone_in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        before = signal.getsignal(signal.SIGTERM)
+
+        def listen():
+            with listening() as requests:
+                return requests.stop, signal.getsignal(signal.SIGTERM)
+
+        assert pool.submit(listen).result() == (0, before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "RANK=1 and no WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"RANK": "one"}, "RANK='one'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR='' and MASTER_PORT=''"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT=''"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511"}, "cannot meet"),
+    ],
+)
+def test_what_a_scheduler_left_in_the_environment_is_refused(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), process_group(None):
+        pass
+
+
+def test_a_port_that_another_program_uses_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"localhost:{port}"), process_group(None):
+            pass
+
+
+def test_empty_variables_count_as_not_set(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert launch_of_environment() == (0, 1, 0, 1)
+    monkeypatch.setenv("RANK", "0")
+    assert launch_of_environment().rank == 0
 
 
 def train(folder, *flags, environment=None, **streams):
@@ -173,12 +235,6 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(None):
         pass
-
-
-def test_a_terminal_that_knows_ascii_alone(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    tell("Zo\u00eb/caf\udce9.jpg")
-    assert sys.stdout.buffer.getvalue() == b"Zo\\xeb/caf\\udce9.jpg\n"
 
 
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
