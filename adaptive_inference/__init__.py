@@ -12,8 +12,8 @@ from typing import Any
 
 _MODULES = {
     "AdaptivePredictor": "predictor",
-    "AnytimePredictor": "predictor",
-    "BudgetPredictor": "predictor",
+    "AnytimePredictor": "promises.deadlines",
+    "BudgetPredictor": "promises.deadlines",
     "ExitAnswers": "budgeted",
     "MaxLoss": "promises.risk",
     "allowed_points": "policies",

@@ -4,41 +4,36 @@
     prediction = predictor(images)                       # (N, 3, H, W)
     prediction.classes, prediction.confidence, prediction.exits   # (N,) each
 
-    timing = measure_blocks(network, images[:1])
-    predictor = AnytimePredictor(network, 5.0, timing)              # the best answer within 5 ms
-    predictor = BudgetPredictor(network, curve.of_rule(None), 2.0, timing)   # 2 ms an image on average
-
 Answers are those of the simulation (``simulate``): an image leaves at the first exit whose confidence reaches that exit's threshold.
 """
 
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.budgeted import NONE_LEAVE, assign_exits
-from adaptive_inference.policies import Answer, Point, Policy, confidence_by_exit, next_answer, within
+from adaptive_inference.budgeted import assign_exits
+from adaptive_inference.policies import Answer, Policy, confidence_by_exit, next_answer
 from utils import UserError
-
-if TYPE_CHECKING:
-    from adaptive_inference.promises.timing import BlockTimes
-
-
-ALLOWED_LATE = 0.005  # share of the calls that may miss a deadline
-CAUTION = 0.2  # of the reserved times, that a late call adds to them; it wears off while calls are in time
-HORIZON_IMAGES, HORIZON_CALLS = 64, 2  # within their sum what was saved or overspent is made up for
 
 
 class Prediction(NamedTuple):
-    """Answers to N images, on the device of the images: ``classes`` (N,) int64, ``confidence`` (N,), the probability of that class,
-    ``exits`` (N,) int64, 0-based, at which they left, and ``probs`` (N, C) of all classes, by the policy's temperatures or ensemble."""
+    """Predictions for N images, on the device of the images.
+
+    Attributes:
+        classes: (N,) int64.
+        confidence: (N,), the probability of that class.
+        exits: (N,) int64, 0-based, at which the images left.
+        probs: (N, C), of all classes, with the policy's temperatures or ensemble.
+        log_sum_exp: (N,), of the logits of the exit that predicted, without temperatures or ensemble; ``promises.drift`` watches it.
+    """
 
     classes: Tensor
     confidence: Tensor
     exits: Tensor
     probs: Tensor
+    log_sum_exp: Tensor
 
 
 class AdaptivePredictor:
@@ -74,14 +69,14 @@ class AdaptivePredictor:
         images = self._checked(images)
         if len(images) == 0:
             none = torch.empty(0, dtype=torch.int64, device=images.device)
-            return self._answer([torch.empty(0, self.network.num_classes, device=images.device)], none)
+            return self.finish([torch.empty(0, self.network.num_classes, device=images.device)], none)
         run = self.network.begin(images, self.lazy)
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         here: Tensor | None = None  # indices of the images still in the batch, None for all
         answer: Answer | None = None
         for k, threshold in enumerate(self.policy.thresholds):
-            if not self._may_start(k, len(images) if here is None else len(here)):
+            if not self.may_start(k, len(images) if here is None else len(here)):
                 break
             logits = run.next_logits()
             answer = next_answer(self.policy.measure, logits, answer)
@@ -95,7 +90,7 @@ class AdaptivePredictor:
                 exits.index_fill_(0, here, k)
             if k == len(self.policy.thresholds) - 1:
                 break
-            leaves = self._leaves(answer, threshold)
+            leaves = self.leaves(answer.confidence, threshold)
             if len(leaves) == 1:
                 if leaves.item():
                     break
@@ -107,15 +102,20 @@ class AdaptivePredictor:
                 run.keep(going_on)
                 here = going_on if here is None else here[going_on]
                 answer = Answer(answer.classes[going_on], answer.confidence[going_on])
-        return self._answer(seen, exits)
+        return self.finish(seen, exits)
 
-    def _may_start(self, k: int, num_images: int) -> bool:
+    # Subclasses may override these three methods.
+
+    def may_start(self, k: int, num_images: int) -> bool:
+        """Return whether block ``k`` may start for so many images; if not, the exits so far predict."""
         return True
 
-    def _leaves(self, answer: Answer, threshold: float) -> Tensor:
-        return answer.confidence >= threshold
+    def leaves(self, confidence: Tensor, threshold: float) -> Tensor:
+        """Return which of the n present images leave at an exit, from their confidence (n,): (n,) bool."""
+        return confidence >= threshold
 
-    def _answer(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
+    def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
+        """Return the predictions, from the logits (N, C) of all exits that ran and the exit (N,) at which each image left."""
         return _prediction(logits, exits, self.policy)
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -144,104 +144,6 @@ class AdaptivePredictor:
         return torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
 
 
-class AnytimePredictor(AdaptivePredictor):
-    """Answer each batch by a deadline, with the last exit that was finished in time: no block is started that would not end in time.
-
-    After a late answer more time is reserved for a while, so that few are late also where something else slows the machine.
-
-    Args:
-        network: as for ``AdaptivePredictor``.
-        milliseconds: from the call to the answer, for a batch as a whole.
-        timing: of this network on this machine at least at the batch size in use, from ``timing.measure_blocks``. Almost all measured
-            passes through a block took no longer than is reserved for it.
-        policy: images may leave earlier still; None: every image stays until the deadline.
-
-    Raises:
-        UserError: not even the first exit would end in time.
-    """
-
-    def __init__(
-        self, network: nn.Module, milliseconds: float, timing: "BlockTimes", policy: Policy | None = None
-    ):
-        super().__init__(network, policy or Policy((NONE_LEAVE,) * network.num_exits))
-        self.milliseconds, self.timing, self._began, self._margin = milliseconds, timing, 0.0, 1.0
-        needed = timing.reserve(0, timing.batch_size)
-        if needed > milliseconds:
-            raise UserError(
-                f"a deadline of {milliseconds:g} ms is too short here: the first exit takes up to {needed:.3g} ms for a batch of "
-                f"{timing.batch_size}"
-            )
-
-    def __call__(self, images: Tensor) -> Prediction:
-        """As ``AdaptivePredictor``; the clock starts now."""
-        self._began = time.perf_counter()
-        prediction = super().__call__(images)
-        wait_for(images.device)
-        self._margin = max(
-            1.0, self._margin + CAUTION * ((self._elapsed() > self.milliseconds) - ALLOWED_LATE)
-        )
-        return prediction
-
-    def _elapsed(self) -> float:
-        return 1e3 * (time.perf_counter() - self._began)
-
-    def _may_start(self, k: int, num_images: int) -> bool:
-        return (
-            k == 0 or self._elapsed() + self._margin * self.timing.reserve(k, num_images) <= self.milliseconds
-        )
-
-
-class BudgetPredictor(AdaptivePredictor):
-    """Answer in so many milliseconds an image on average: the policy changes with the time that was really spent.
-
-    Args:
-        network: as for ``AdaptivePredictor``.
-        points: of a policy curve, those that may be used.
-        milliseconds: an image, the mean over all calls. Where even the dearest policy is cheaper, less is spent.
-        timing: of this network on this machine at the batch size in use, from ``timing.measure_blocks``.
-
-    Raises:
-        UserError: the cheapest policy is expected to take longer.
-    """
-
-    def __init__(
-        self, network: nn.Module, points: Sequence[Point], milliseconds: float, timing: "BlockTimes"
-    ):
-        self.milliseconds, self.points = milliseconds, points
-        self.expected = [timing.milliseconds(point.shares) for point in points]
-        self.point = max(within(points, self.expected, milliseconds, "ms"), key=lambda point: point.val_acc1)
-        super().__init__(network, self.point.policy)
-        self._images, self._spent, self._foreseen = 0, 0.0, 0.0
-
-    def __call__(self, images: Tensor) -> Prediction:
-        """As ``AdaptivePredictor``; waits for the answers, to learn how long they took."""
-        began = time.perf_counter()
-        prediction = super().__call__(images)
-        wait_for(images.device)
-        self._images += len(images)
-        self._spent += 1e3 * (time.perf_counter() - began)
-        self._foreseen += len(images) * self.expected[self.points.index(self.point)]
-        self._steer(len(images))
-        return prediction
-
-    def _steer(self, batch_size: int) -> None:
-        """Choose the next policy by what was spent."""
-        horizon = HORIZON_IMAGES + HORIZON_CALLS * batch_size
-        saved = self._images * self.milliseconds - self._spent
-        # At first the measured times are trusted.
-        trust = horizon * self.milliseconds
-        slowness = (self._spent + trust) / (self._foreseen + trust)
-        target = max((self.milliseconds + saved / horizon) / slowness, min(self.expected))
-        self.point = max(within(self.points, self.expected, target, "ms"), key=lambda point: point.val_acc1)
-        self.policy = self.point.policy
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
     """What the predictor answers, from the logits (K, N, C) of every exit."""
     confidence, _ = confidence_by_exit(logits, policy.measure)
@@ -255,16 +157,17 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
     if stacked.dtype in (torch.float16, torch.bfloat16):
         stacked = stacked.float()
+    own = stacked[exits, torch.arange(len(exits), device=stacked.device)]
     if policy.temperatures or policy.ensemble:
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[
             exits, : len(stacked)
         ]  # (N, exits run)
         answered = torch.einsum("nk,knc->nc", weights, stacked)
     else:
-        answered = stacked[exits, torch.arange(len(exits), device=stacked.device)]
+        answered = own
     probs = torch.softmax(answered, dim=1)
     confidence, classes = probs.max(dim=1)
-    return Prediction(classes, confidence, exits, probs)
+    return Prediction(classes, confidence, exits, probs, torch.logsumexp(own, dim=1))
 
 
 def _shape(sizes: tuple) -> str:

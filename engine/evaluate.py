@@ -16,6 +16,7 @@ from adaptive_inference import inference_form, optimised_thresholds, policy_curv
 from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import simulate
+from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.ensemble import (
     calibration_errors,
     classes_together,
@@ -24,7 +25,7 @@ from adaptive_inference.promises.ensemble import (
     operations_together,
 )
 from adaptive_inference.promises.risk import rows_with_losses
-from adaptive_inference.promises.timing import deadline_rows, distinct, measure_blocks, runtime_rows
+from adaptive_inference.promises.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Batch, Batches, Data
 from engine.collect import accuracy_at, anytime_rows, collect_logits, csv_rows
 from engine.easy_and_hard import easy_and_hard, examples_figure

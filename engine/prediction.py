@@ -19,7 +19,8 @@ from tqdm import tqdm
 from adaptive_inference.budgeted import NONE_LEAVE
 from adaptive_inference.fold import form_for, inference_form
 from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, BudgetPredictor, Prediction
+from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from adaptive_inference.promises.deadlines import AnytimePredictor, BudgetPredictor
 from adaptive_inference.promises.ensemble import operations_together
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from adaptive_inference.promises.timing import measure_blocks

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 
 import engine.evaluate
-from adaptive_inference.promises.timing import deadline_rows, measure_blocks, runtime_rows
+from adaptive_inference.promises.deadlines import deadline_rows
+from adaptive_inference.promises.timing import measure_blocks, runtime_rows
 from image_data import sources as datasets
 from models import load, to_released
 from tests.compare import differences, unreadable

@@ -1,13 +1,13 @@
-"""Measured time: blocks add up to policies, deadlines have answers."""
+"""Measured time: blocks add up to policies."""
 
 import numpy as np
 import pytest
 import torch
 
 from adaptive_inference.policies import policy_curve
+from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.timing import (
     BlockTimes,
-    deadline_rows,
     distinct,
     measure_blocks,
     runtime_rows,

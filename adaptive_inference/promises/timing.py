@@ -1,11 +1,13 @@
-"""Measured time beside counted operations: of blocks, of policies, of answers by a deadline.
+"""Measured time of blocks and policies, beside counted operations.
 
     times = measure_blocks(network, images[:1], batch_size=64)    # two seconds
-    times.milliseconds(point.shares)                              # an image, expected of a policy
-    times.reserve(k, 64)                                          # milliseconds that block and exit k will not exceed
+    times.milliseconds(point.shares)                              # expected of a policy, per image
+    times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
 
-A policy's time is that of its blocks at the batch sizes that occur: of a batch of B, n images reach block k, and n is binomial with the
-share of the held-out images that reached it. Blocks are timed inside the predictor, with all it does between them.
+The time of a policy is the sum over its blocks at the batch sizes that occur: n of B images reach block k,
+    and n is binomial with the
+share of the held-out images that reached it. Blocks are timed inside the predictor, together with everything
+it does between them.
 """
 
 import random
@@ -19,25 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE
-from adaptive_inference.policies import Answer, Point, Policy
-from adaptive_inference.predictor import AdaptivePredictor, AnytimePredictor, Prediction, wait_for
+from adaptive_inference.policies import Point, Policy
+from adaptive_inference.predictor import AdaptivePredictor, Prediction
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
-GROUPS = 5  # of similar sizes, each with a median
-DEADLINES = 8
-TURN = 8  # batches of a policy, before the next one's
+NUM_GROUPS = 5  # passes are grouped by similar batch size; each group gets a median
+TURN = 8  # batches timed with one policy before the next policy has its turn
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Measured milliseconds of every block with its exit; the first includes what comes before it.
+    """Measured milliseconds of every block with its exit; the first includes preprocessing and the stem.
 
     Args:
-        batch_size: that of the calls to expect.
-        sizes: numbers of images, (S,) for each of K blocks, growing, on average over similar batches.
-        usual, high: milliseconds at these sizes: medians, lifted so that they add up to the time of all passes; and of nearly all passes.
-        after: milliseconds from the last block that runs to the answer, usually and in nearly all passes.
+        batch_size: expected number of images per call.
+        sizes: the numbers of images that were timed, for each of K blocks an increasing array (S,).
+        usual: milliseconds at these sizes: medians, scaled so that they add up to the time of all passes.
+        high: milliseconds that nearly all passes stayed within, at these sizes.
+        after: milliseconds from the last block that runs to the prediction: median, and what nearly all
+            passes stayed within.
     """
 
     batch_size: int
@@ -47,7 +50,7 @@ class BlockTimes:
     after: tuple[float, float]
 
     def milliseconds(self, shares: tuple[float, ...]) -> float:
-        """Expected time an image of a policy that lets these ``shares`` of the images leave at each exit."""
+        """Return the expected time per image of a policy, from the share of images leaving at each exit."""
         size = self.batch_size
         numbers = torch.arange(size + 1)
         total, reach = self.after[0], 1.0
@@ -63,20 +66,20 @@ class BlockTimes:
         return total / size
 
     def reserve(self, k: int, num_images: int) -> float:
-        """Milliseconds within which block k (0-based) and the answer nearly always end, for so many images."""
+        """Return the milliseconds that block ``k`` and the prediction after it nearly always stay within."""
         sizes, high = self.sizes[k], self.high[k]
         index = int(np.searchsorted(sizes, num_images))
         return self.after[1] + float(high[index] if index < len(sizes) else high[-1] * num_images / sizes[-1])
 
     def __str__(self) -> str:
         parts = [f"{self.milliseconds((0.0,) * k + (1.0,)):.3g}" for k in range(len(self.sizes))]
-        return f"measured at batch {self.batch_size}: {' / '.join(parts)} ms an image to each exit"
+        return f"measured at batch {self.batch_size}: {' / '.join(parts)} ms per image to each exit"
 
 
 def _at(numbers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Times for these numbers of images: none for none, straight lines between the measured sizes, proportional beyond them."""
+    """Interpolate times (S,) at sizes (S,): 0 for no image, proportional beyond the largest size."""
     inside = np.interp(numbers, np.append(0, sizes), np.append(0.0, times))
-    # Even one image costs every call of a kernel; below the smallest measured size nothing gets cheaper.
+    # Below the smallest measured size nothing gets cheaper: every kernel is still launched.
     inside = np.where((numbers > 0) & (numbers < sizes[0]), times[0], inside)
     return np.where(numbers > sizes[-1], times[-1] * numbers / sizes[-1], inside)
 
@@ -84,12 +87,14 @@ def _at(numbers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> np.ndarray
 def measure_blocks(
     network: nn.Module, images: Tensor, batch_size: int = 1, seconds: float = MAX_SECONDS
 ) -> BlockTimes:
-    """Time every block for the batches that occur when images leave one of ``batch_size``: warm, medians.
+    """Measure the time of every block, for the batch sizes that occur as images leave a batch.
 
     Args:
-        network: in the form and on the device that will answer.
-        images: at least one (n, 3, H, W), as the predictor takes them; what they show makes no difference.
-        seconds: limit for everything. A batch that would exceed it is taken to cost in proportion to a smaller one.
+        network: folded, with the dtype and on the device that will predict.
+        images: (n, 3, H, W), at least one, as the predictor takes them; their content makes no difference.
+        batch_size: expected number of images per call.
+        seconds: limit for the whole measurement. A batch too large for it is assumed to cost in proportion to
+            a smaller one.
     """
     ends = time.perf_counter() + seconds
     watch = _Stopwatch(network)
@@ -103,45 +108,47 @@ def measure_blocks(
     passes = [(spans, sizes)]
     while time.perf_counter() < ends:
         passes.append(watch(batch))
-    spans, sizes = (np.array(values).T for values in zip(*passes, strict=True))
-    columns, usual = [], 0.0
-    for span, number in zip(
-        spans, [*sizes, np.full_like(sizes[0], batch_size)], strict=True
-    ):  # the last span is that of the answer
+    return _summary(batch_size, *(np.array(values).T for values in zip(*passes, strict=True)))
+
+
+def _summary(batch_size: int, spans: np.ndarray, sizes: np.ndarray) -> BlockTimes:
+    """Summarise P passes: milliseconds (K + 1, P) of blocks and prediction, images (K, P) per block."""
+    sizes = np.vstack([sizes, np.full(sizes.shape[1], batch_size)])  # the prediction is for all images
+    columns, total = [], 0.0
+    for span, number in zip(spans, sizes, strict=True):
         by_size: dict[float, list[float]] = {}
-        for group in np.array_split(np.argsort(number, kind="stable"), GROUPS):
+        for group in np.array_split(np.argsort(number, kind="stable"), NUM_GROUPS):
             if len(group):
                 by_size.setdefault(float(np.median(number[group])), []).extend(span[group])
-        medians, high = (np.array([of(values) for values in by_size.values()]) for of in (np.median, _high))
-        usual += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
+        medians = np.array([np.median(values) for values in by_size.values()])
+        high = np.array([np.quantile(values, RESERVED) for values in by_size.values()])
+        total += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
         columns.append((np.array(list(by_size)), medians, high))
-    # A promise is about means, which interruptions lift above medians.
-    columns = [(size, medians * spans.sum() / usual, high) for size, medians, high in columns]
-    *blocks, (_, answer, answer_high) = columns
-    return BlockTimes(batch_size, *zip(*blocks, strict=True), (float(answer[-1]), float(answer_high[-1])))
-
-
-def _high(values: np.ndarray) -> np.ndarray:
-    return np.quantile(values, RESERVED)
+    # Budgets are about means, which interruptions raise above the medians.
+    columns = [(size, medians * spans.sum() / total, high) for size, medians, high in columns]
+    *blocks, (_, after, after_high) = columns
+    return BlockTimes(batch_size, *zip(*blocks, strict=True), (float(after[-1]), float(after_high[-1])))
 
 
 class _Stopwatch(AdaptivePredictor):
-    """Gives the milliseconds (K + 1) of all blocks and of the answer, and the images (K) in each block. Of several images some leave at
-    every exit, by chance, in some passes most, in some hardly any: all sizes occur, and none is new to the libraries afterwards."""
+    """A predictor that measures its blocks.
+
+    A call returns the milliseconds (K + 1) of all blocks and of the prediction, and the number of images (K)
+    in each block. Some images of
+    a larger batch leave at every exit, at random: in some calls most of them, in others hardly any. All batch
+        sizes occur this way, and the
+    libraries have seen them all when the predictor is used afterwards.
+    """
 
     def __init__(self, network: nn.Module):
-        super().__init__(
-            network,
-            Policy(
-                (NONE_LEAVE,) * network.num_exits,
-                ensemble=tuple(map(tuple, np.eye(network.num_exits).tolist())),
-            ),
-        )
-        self._chance = random.Random(0)
+        alone = tuple(map(tuple, np.eye(network.num_exits).tolist()))
+        super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits, ensemble=alone))
+        self._random = random.Random(0)
 
     def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
         self._device, self._marks, self._sizes = images.device, [], []
-        self._rareness = self._chance.choice((0.3, 3.0, 60.0))
+        self._exponent = self._random.choice((0.3, 3.0, 60.0))  # the larger, the fewer images leave
+        self._mark()
         super().__call__(images)
         self._mark()
         return 1e3 * np.diff(self._marks), self._sizes
@@ -150,51 +157,56 @@ class _Stopwatch(AdaptivePredictor):
         wait_for(self._device)
         self._marks.append(time.perf_counter())
 
-    def _checked(self, images: Tensor) -> Tensor:
-        self._mark()
-        return super()._checked(images)
-
-    def _may_start(self, k: int, num_images: int) -> bool:
+    def may_start(self, k: int, num_images: int) -> bool:
         if k > 0:
             self._mark()
         self._sizes.append(num_images)
         return True
 
-    def _answer(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
-        self._mark()
-        return super()._answer(logits, exits)
-
-    def _leaves(self, answer: Answer, threshold: float) -> Tensor:
-        leaves = super()._leaves(answer, threshold)
+    def leaves(self, confidence: Tensor, threshold: float) -> Tensor:
+        leaves = super().leaves(confidence, threshold)
         if len(leaves) > 1:
-            leaves[: int(len(leaves) * self._chance.random() ** self._rareness)] = True
+            leaves[: int(len(leaves) * self._random.random() ** self._exponent)] = True
         return leaves
+
+    def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
+        self._mark()
+        return super().finish(logits, exits)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def runtime_rows(
     network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0
 ) -> list[dict]:
-    """Mean time an image of policies at the batch size of ``times``, beside that of running every exit; they take turns.
+    """Measure the mean time per image of policies, beside that of running every exit; they take turns.
 
     Args:
-        points: to time, of a policy curve.
-        images: on the device, (N, 3, H, W), as the predictor takes them; as many of them as there is time for.
-        seconds: after which no further images are begun.
+        network: as for ``measure_blocks``.
+        points: of a policy curve.
+        images: on the device, (N, 3, H, W), as the predictor takes them; as many of them are used as there is
+            time for.
+        times: of this network at the batch size to measure.
+        seconds: no further images are started after this time.
 
     Returns:
-        First a row for running every exit (``p`` 0, in a plain pass over the network), then one a point: ``batch_size``, ``p``,
-        ``milliseconds`` an image, ``expected_milliseconds`` by ``times``, and the number of ``images``.
+        First a row for running every exit (``p`` 0, a plain pass through the network), then one per point:
+        ``batch_size``, ``p``, ``milliseconds`` per image, ``expected_milliseconds`` by ``times``, and the
+        number of ``images``.
     """
     size, wait = times.batch_size, partial(wait_for, images.device)
     runs = [torch.inference_mode()(network), *(AdaptivePredictor(network, point.policy) for point in points)]
     shares = [(0.0,) * (network.num_exits - 1) + (1.0,), *(point.shares for point in points)]
     spent, count, ends = np.zeros(len(runs)), 0, time.perf_counter() + seconds
-    batches = [batch for batch in images.split(size) if len(batch) == size] or [
-        images
-    ]  # of a small data set, all at once
+    # A data set smaller than a batch is one batch.
+    batches = [batch for batch in images.split(size) if len(batch) == size] or [images]
     for i in range(0, len(batches), TURN):
         for j, run in enumerate(runs):
-            run(batches[i])  # not counted: the one before left its own data in the caches
+            run(batches[i])  # not counted: the previous run left its own data in the caches
             wait()
             began = time.perf_counter()
             for batch in batches[i : i + TURN]:
@@ -216,53 +228,8 @@ def runtime_rows(
     ]
 
 
-def deadline_rows(
-    network: nn.Module,
-    images: Tensor,
-    times: BlockTimes,
-    acc1: list[float],
-    policy: Policy | None = None,
-    calls: int = 500,
-) -> list[dict]:
-    """Answers by deadlines from that of the first exit to that of the last, one image at a time.
-
-    Args:
-        images: (N, 3, H, W), as the predictor takes them.
-        times: at batch 1.
-        acc1: of every exit. Time alone decides which exit answers, so its accuracy is that over all images.
-        policy: as for ``AnytimePredictor``.
-        calls: for every deadline.
-
-    Returns:
-        A row a deadline: ``milliseconds``, ``acc1`` in percent, ``late`` (share of the calls that took longer), ``share_k`` of the calls
-        that exit k answered.
-    """
-    first = 1.02 * times.reserve(0, 1)
-    last = max(
-        1.1 * sum(usual[0] for usual in times.usual[:-1]) + times.reserve(network.num_exits - 1, 1), first
-    )
-    rows, wait = [], partial(wait_for, images.device)
-    for deadline in np.linspace(first, last, DEADLINES).tolist():
-        predictor, late, exits = AnytimePredictor(network, deadline, times, policy), 0, []
-        for call in range(calls):
-            image = images[call % len(images)][None]
-            wait()
-            began = time.perf_counter()
-            prediction = predictor(image)
-            wait()
-            late += 1e3 * (time.perf_counter() - began) > deadline
-            exits.append(prediction.exits)
-        shares = (torch.bincount(torch.cat(exits).cpu(), minlength=network.num_exits) / calls).tolist()
-        reached = sum(share * accuracy for share, accuracy in zip(shares, acc1, strict=True))
-        by_exit = {f"share_{k}": round(share, 4) for k, share in enumerate(shares, start=1)}
-        rows.append(
-            {"milliseconds": round(deadline, 4), "acc1": round(reached, 4), "late": late / calls, **by_exit}
-        )
-    return rows
-
-
 def distinct(points: tuple[Point, ...], count: int) -> list[Point]:
-    """At most ``count`` points at equal distances along the curve, leaving out those that let the same images leave."""
+    """Return at most ``count`` points, equally spaced along the curve, without duplicate shares."""
     different = list({point.shares: point for point in points}.values())
     if len(different) <= count:
         return different

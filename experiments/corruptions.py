@@ -1,0 +1,70 @@
+"""Corruptions of images that are common in the field, each at five strengths.
+
+    corrupted = CORRUPTIONS["jpeg"].apply(images, 75)     # uint8 (N, 3, H, W) -> the same
+
+Every corruption is deterministic: the noise has a fixed seed.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A way to damage images.
+
+    Attributes:
+        title: what the strengths measure, for tables.
+        strengths: from weak to strong.
+        apply: images uint8 (N, 3, H, W) and a strength -> damaged images, uint8 (N, 3, H, W).
+    """
+
+    title: str
+    strengths: tuple[float, ...]
+    apply: Callable[[Tensor, float], Tensor]
+
+
+def gaussian_noise(images: Tensor, sigma: float) -> Tensor:
+    """Add independent Gaussian noise of standard deviation ``sigma`` (of 255) to every value."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return _to_bytes(images + sigma * noise)
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Blur with a Gaussian of standard deviation ``sigma`` pixels."""
+    size = 2 * round(4 * sigma) + 1
+    return _to_bytes(functional.gaussian_blur(images.float(), [size, size], [sigma, sigma]))
+
+
+def brightness(images: Tensor, factor: float) -> Tensor:
+    """Multiply every value by ``factor``."""
+    return _to_bytes(images * factor)
+
+
+def jpeg(images: Tensor, quality: float) -> Tensor:
+    """Store every image as a JPEG of this quality, and read it back."""
+    decoded = []
+    for image in images.permute(0, 2, 3, 1).numpy():
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "JPEG", quality=int(quality))
+        decoded.append(np.array(Image.open(stream)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)
+
+
+CORRUPTIONS = {
+    "noise": Corruption("Gaussian noise, sigma", (1.5, 3.0, 6.0, 10.0, 15.0), gaussian_noise),
+    "blur": Corruption("Gaussian blur, sigma in pixels", (0.4, 0.5, 0.6, 0.8, 1.0), gaussian_blur),
+    "brightness": Corruption("brightness, factor", (0.9, 0.8, 0.6, 0.45, 0.3), brightness),
+    "jpeg": Corruption("JPEG, quality", (95, 90, 75, 50, 30), jpeg),
+}
