@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from adaptive_inference.export import (
         export_onnx,
     )  # here, as PyTorch takes seconds to load, and --help needs none
-    from adaptive_inference.fold import form_for
+    from adaptive_inference.fold import folded_for
     from adaptive_inference.policies import describe, read_policy
     from engine.checkpoint import load_saved
     from models.files import policy_path
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         policy = arguments.policy or policy_path(saved.path)
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:
-            form_for(saved.network, curve, policy)
+            folded_for(saved.network, curve, policy)
         export_onnx(saved.network, arguments.output, saved.description, curve)
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")

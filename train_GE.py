@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from image_data.sources import DataInfo
-from models import MSDNet, sum_of_cross_entropies
+from models import IMTA, MSDNet, sum_of_cross_entropies
 from models.options import NETWORK_FIELDS
 from utils import UserError
 
@@ -47,7 +47,7 @@ class Stage1(Stage):
     next_command = "train_IMTA.py --pretrained"
 
     def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:
-        """The network the flags describe; with an ``origin`` its trunk, and its classifiers where the classes are the same.
+        """The network the flags describe; with an ``origin`` its weights, those of classifiers only where the classes are the same.
 
         Raises:
             UserError: an impossible combination of options.
@@ -72,12 +72,14 @@ class Stage1(Stage):
 
 
 def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
-    trunk, num_classes = origin.network.trunk, len(data.class_names)
+    stage_1 = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
+    num_classes = len(data.class_names)
     same_classes = (
-        origin.data.class_names == data.class_names if origin.data else trunk.num_classes == num_classes
+        origin.data.class_names == data.class_names if origin.data else stage_1.num_classes == num_classes
     )
-    network = MSDNet(**{**trunk.config, "num_classes": num_classes})
-    weights = {name: x for name, x in trunk.state_dict().items() if same_classes or ".linear." not in name}
+    network = MSDNet(**{**stage_1.config, "num_classes": num_classes})
+    left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
+    weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
     network.load_state_dict(weights, strict=False)
     return network
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import inference_form
+from adaptive_inference import fold
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
@@ -39,9 +39,7 @@ class Distillation(nn.Module):
         is_constant = network.freeze_batchnorm
         # In the type that mixed precision would cast it to in every step.
         self.frozen = (
-            inference_form(network.backbone, settings.channels_last, mixed_precision(settings))
-            if is_constant
-            else None
+            fold(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
         )
         self.loss_options = {
             "temperature": settings.temperature,

@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptive_inference.fold import inference_form
+from adaptive_inference.fold import fold
 from adaptive_inference.policies import PolicyCurve, describe
-from models.operations import count_operations
-from models.saved import Description
-from models.stepwise import Cells, ExitPlan, advance, exit_plans, stem_cells
+from models import Description, ExitNetwork, State, count_operations
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet onnx 3"
@@ -37,7 +35,7 @@ OUTPUTS = {"classes": "INT64", "confidence": "FLOAT", "exits": "INT64", "logits"
 
 
 def export_onnx(
-    network: nn.Module, path: Path, description: Description, curve: PolicyCurve | None = None
+    network: ExitNetwork, path: Path, description: Description, curve: PolicyCurve | None = None
 ) -> None:
     """Write ``network`` and what is known of it as one file.
 
@@ -54,15 +52,15 @@ def export_onnx(
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
     size, points = description.image_size, curve.of_rule(None) if curve else ()
-    if size < network.minimum_image_size:
-        raise UserError(
-            f"images of {size} pixels are too small: this network needs at least {network.minimum_image_size}"
-        )
+    try:
+        network.check_image_size(size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if any(point.policy.measure != "softmax" for point in points):
         raise UserError(
             f"an ONNX file compares softmax alone; these policies are of {points[0].policy.measure}"
         )
-    form = inference_form(network, channels_last=False, dtype=torch.float32).cpu()
+    form = fold(network, channels_last=False, dtype=torch.float32).cpu()
     graph = _Graph(
         onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count()
     )
@@ -72,7 +70,7 @@ def export_onnx(
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
     weights = np.array(points[0].policy.weights if points else np.eye(network.num_exits), np.float32)
-    answer = _record_exits(graph, form, exit_plans(form, lazy=True), stem_cells(form, images), {}, weights)
+    answer = _record_exits(graph, form, 0, form.start(images), {}, weights)
     answer = [graph.record("Identity", [x], [name])[0] for name, x in zip(OUTPUTS, answer, strict=True)]
     inputs = [
         graph.declared("images", "UINT8", ["N", 3, size, size]),
@@ -108,24 +106,24 @@ def export_onnx(
 
 def _record_exits(
     graph: "_Graph",
-    form: nn.Module,
-    plans: tuple[ExitPlan, ...],
-    cells: Cells,
+    form: ExitNetwork,
+    k: int,
+    state: State,
     seen: dict[int, "_Value"],
     weights: np.ndarray,
 ) -> list["_Value"]:
-    """Record these exits for the images still here, n of them.
+    """Record exit ``k`` and all later ones for the images still here, n of them.
 
     Args:
-        cells: as for ``advance``.
+        state: as for ``ExitNetwork.advance``.
         seen: logits (n, C) of earlier exits, those that are still needed.
         weights: (K, K), of all exits in the answers at each exit.
 
     Returns:
         ``OUTPUTS``, (n,) each but the logits (n, C), of the exits that answer.
     """
-    k = plans[0].k
-    logits, cells = advance(form, plans[0], cells, seen.get(k - 1))
+    features, state = form.advance(k, state)
+    logits = form.classify_next(k, features, seen.get(k - 1))
     seen = {**seen, k: logits}
     answered = _sum(
         [
@@ -138,7 +136,7 @@ def _record_exits(
     classes = graph.add("ArgMax", [probs], axis=1, keepdims=0)
     exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
     answer = [classes, graph.add("ReduceMax", [probs], axes=[1], keepdims=0), exits, answered]
-    if len(plans) == 1:
+    if k == form.num_exits - 1:
         return answer
     confidence = graph.add("ReduceMax", [graph.add("Softmax", [logits], axis=1)], axes=[1], keepdims=0)
     threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k, np.int64)])
@@ -148,11 +146,11 @@ def _record_exits(
 
     stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
     unchanged = [stop.add("Identity", [x]) for x in answer]
-    cells = {key: go_on.add("GatherND", [x, rows]) for key, x in cells.items()}
+    state = {key: go_on.add("GatherND", [x, rows]) for key, x in state.items()}
     needed = {
         j: go_on.add("GatherND", [x, rows]) for j, x in seen.items() if j == k or weights[k + 1 :, j].any()
     }
-    later = _record_exits(go_on, form, plans[1:], cells, needed, weights)
+    later = _record_exits(go_on, form, k + 1, state, needed, weights)
     merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
     branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
     return graph.record("If", [some_stay], [f"{name}_of_exit_{k}" for name in OUTPUTS], **branches)

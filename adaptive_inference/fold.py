@@ -1,61 +1,112 @@
-"""The inference form of a network: BatchNorm folded into the convolutions and linear layers before it, channels-last, half precision.
+"""Networks made fast for prediction: BatchNorm folded into the layers before it, channels-last, half precision.
 
-    fast = inference_form(network)          # a copy; the same interface, operation counts and, to rounding, logits
-    logits = fast(images.to(memory_format=torch.channels_last))
+    fast = fold(network)                    # a copy; the same interface, operation counts and, to rounding, logits
+    logits = fast(images)
     predictor = load_predictor("imta_cifar100", operations=20e6)
 
 Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a convolution with a bias.
 """
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.policies import PolicyCurve, choose, network_fingerprint, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
-from models import load
+from models import ExitNetwork, State, load
 from models.files import find, policy_path
 
+# By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation inside.
+PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
 
-def inference_form(
-    network: nn.Module, channels_last: bool = True, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """A copy of ``network`` for prediction alone.
+
+class FoldedNetwork(ExitNetwork):
+    """A network for prediction alone, as ``fold`` makes it: it casts images itself, and stays in evaluation mode.
 
     Args:
-        network: ``MSDNet`` or ``IMTA``; it is not changed.
-        channels_last: weights in the memory layout in which convolutions are faster on most devices.
+        network: folded, in evaluation mode.
+        fingerprint: of the network before folding (``policies.network_fingerprint``).
+        dtype: of its weights.
+        memory_format: of its weights.
+    """
+
+    def __init__(
+        self, network: ExitNetwork, fingerprint: str, dtype: torch.dtype, memory_format: torch.memory_format
+    ):
+        super().__init__()
+        self.network, self.fingerprint = network, fingerprint
+        self.dtype, self.memory_format = dtype, memory_format
+        self.config, self.description = network.config, network.description
+        self.num_exits, self.num_classes = network.num_exits, network.num_classes
+        self.feature_dims, self.boosted = network.feature_dims, network.boosted
+        self.train(False)
+
+    @property
+    def kind(self) -> str:
+        """That of the network before folding."""
+        return self.network.kind
+
+    def train(self, mode: bool = True) -> "FoldedNetwork":
+        """Stay in evaluation mode whatever ``mode`` is."""
+        return super().train(False)
+
+    def check_image_size(self, size: int) -> None:
+        """Raise ValueError if the network cannot take images of ``size`` x ``size`` pixels."""
+        self.network.check_image_size(size)
+
+    def start(self, images: Tensor) -> State:
+        """Compute what the first block reads from images (N, 3, H, W) of any floating-point type."""
+        return self.network.start(self._cast(images))
+
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Compute the features of exit ``k`` and the state that exit k + 1 needs."""
+        return self.network.advance(k, state)
+
+    def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
+        """Compute the logits of exit ``k``."""
+        return self.network.classify_next(k, features, previous_logits)
+
+    def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
+        """Compute the features of the first ``num_exits`` exits from images (N, 3, H, W) of any floating-point type."""
+        return self.network.features(self._cast(images), num_exits)
+
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of the classifiers."""
+        for name, parameter in self.network.classifier_parameters():
+            yield f"network.{name}", parameter
+
+    def _cast(self, images: Tensor) -> Tensor:
+        return images.to(dtype=self.dtype, memory_format=self.memory_format)
+
+
+def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | None = None) -> FoldedNetwork:
+    """Return a copy of ``network`` for prediction alone.
+
+    Args:
+        network: any network with exits; it is not changed.
+        channels_last: weights and activations in the memory layout in which convolutions are faster on most devices.
         dtype: type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
 
     Returns:
-        A network of the same class in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the
-        original (``policies.network_fingerprint``), and cannot be trained or saved as a checkpoint.
+        A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the original
+        (``policies.network_fingerprint``), and can be neither trained nor saved.
     """
-    form = copy.deepcopy(network).eval().requires_grad_(False)
-    form.fingerprint = network_fingerprint(network)
-    trunk = form.trunk
-    trunk.gradient_equilibrium = False  # the identity in prediction, and a function call a scale
-    for module in form.modules():
-        if isinstance(module, nn.Sequential):
-            _fold(module)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    form.to(dtype=dtype, memory_format=layout)
-    stem = trunk.stem
-    wanted_dtype = next(stem.parameters()).dtype
-
-    def prepare(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0].to(dtype=wanted_dtype, memory_format=layout),)
-
-    stem.register_forward_pre_hook(prepare)
-    return form
+    fingerprint = network_fingerprint(network)
+    original = network.network if isinstance(network, FoldedNetwork) else network
+    folded = copy.deepcopy(original).eval().requires_grad_(False)
+    fold_batch_norm(folded)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    folded.to(dtype=dtype, memory_format=memory_format)
+    return FoldedNetwork(folded, fingerprint, next(folded.parameters()).dtype, memory_format)
 
 
-def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
-    """The inference form of ``network`` that a policy curve was made for.
+def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> FoldedNetwork:
+    """Return ``network`` folded, in the dtype that a policy curve was made for.
 
     Raises:
         UserError: the curve is of another network; ``source`` is named.
@@ -64,17 +115,17 @@ def form_for(network: nn.Module, curve: PolicyCurve, source: Path) -> nn.Module:
         str(dtype).removeprefix("torch."): dtype
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     }
-    form = inference_form(network, dtype=dtypes.get(curve.form))
-    curve.check(form, source)
-    return form
+    folded = fold(network, dtype=dtypes.get(curve.form))
+    curve.check(folded, source)
+    return folded
 
 
 def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor:
-    """A predictor that is ready to answer: a network with its classes and preprocessing, in its fastest form, and a policy.
+    """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
     Args:
         path_or_name: as for ``models.load``; the policies lie beside it.
-        limits: as for ``choose``, such as ``operations``; without any the policy nearest to half of the network, as in predict.py.
+        limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the network, as in predict.py.
 
     Raises:
         OSError, ValueError: as ``models.load``.
@@ -84,17 +135,66 @@ def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor
     source = policy_path(file)
     curve = read_policy(source)
     point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
-    return AdaptivePredictor(form_for(load(file), curve, source), point.policy)
+    return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)
 
 
-def _fold(sequence: nn.Sequential) -> None:
+def fold_batch_norm(network: nn.Module) -> None:
+    """Fold BatchNorm in place wherever it follows a convolution or linear layer, in ``nn.Sequential`` and in traced graphs.
+
+    Args:
+        network: in evaluation mode.
+    """
+    for module in list(network.modules()):
+        if isinstance(module, fx.GraphModule):
+            _fold_graph(module)
+        elif type(module).forward is nn.Sequential.forward:
+            _fold_sequence(module)
+
+
+def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    """Return one module that computes ``norm(layer(x))`` in evaluation mode, None where these two cannot be fused.
+
+    Types are compared exactly: a subclass may compute something else.
+    """
+    if getattr(norm, "running_mean", None) is None:
+        return None
+    has_activation = type(norm).__name__ == NORM_WITH_ACTIVATION
+    if type(norm) is nn.BatchNorm2d or has_activation:
+        if type(layer) is not nn.Conv2d and type(layer).__name__ != PADDING_CONVOLUTION:
+            return None
+        convolution = fuse_conv_bn_eval(layer, norm)
+        return nn.Sequential(convolution, norm.drop, norm.act) if has_activation else convolution
+    if type(norm) is nn.BatchNorm1d and type(layer) is nn.Linear:
+        return fuse_linear_bn_eval(layer, norm)
+    return None
+
+
+def _fold_sequence(sequence: nn.Sequential) -> None:
     layers: list[nn.Module] = []
     for module in sequence:
-        if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
-        elif isinstance(module, nn.BatchNorm1d):
-            layers[-1] = fuse_linear_bn_eval(layers[-1], module)
-        else:
+        folded = fused(layers[-1], module) if layers else None
+        if folded is None:
             layers.append(module)
+        else:
+            layers[-1] = folded
     sequence._modules.clear()
     sequence.extend(layers)
+
+
+def _fold_graph(module: fx.GraphModule) -> None:
+    """Fold in a graph: a BatchNorm that alone reads a convolution or linear layer, where both are called only once."""
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    targets = [node.target for node in calls]
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if source not in calls or len(source.users) > 1:
+            continue
+        if targets.count(node.target) > 1 or targets.count(source.target) > 1:
+            continue
+        folded = fused(module.get_submodule(source.target), module.get_submodule(node.target))
+        if folded is not None:
+            module.set_submodule(source.target, folded)
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()

@@ -353,7 +353,7 @@ def form_of(network: nn.Module) -> str:
 
 def describe(network: nn.Module) -> str:
     """A network in a few words, for messages."""
-    return f"{type(network).__name__} with {network.num_exits} exits and {network.num_classes} classes"
+    return f"{network.kind} with {network.num_exits} exits and {network.num_classes} classes"
 
 
 def policy_curve(

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_inference.budgeted import assign_exits
 from adaptive_inference.policies import Answer, Policy, confidence_by_exit, next_answer
+from models import ExitNetwork, Stepwise
 from utils import UserError
+
+SHOWN_IMAGES = 10  # in an error message
 
 
 class Prediction(NamedTuple):
@@ -40,21 +43,20 @@ class AdaptivePredictor:
     """Classify batches with a network that stops as early as a policy allows.
 
     Args:
-        network: ``MSDNet`` or ``IMTA`` in evaluation mode (best in its ``inference_form``). With a
-            ``description``, as ``models.load`` gives it, it knows its image size, and how to normalise bytes.
+        network: in evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives it, it knows its
+            image size, and how to normalise bytes.
         policy: who leaves when, and how answers are made.
-        lazy: as for ``models.Stepwise``.
 
     Raises:
         ValueError: the policy has not one threshold an exit.
     """
 
-    def __init__(self, network: nn.Module, policy: Policy, lazy: bool = True):
+    def __init__(self, network: ExitNetwork, policy: Policy):
         if len(policy.thresholds) != network.num_exits:
             raise ValueError(
                 f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits"
             )
-        self.network, self.policy, self.lazy = network, policy, lazy
+        self.network, self.policy = network, policy
         self._scale: Tensor | None = None
 
     @torch.inference_mode()
@@ -64,13 +66,13 @@ class AdaptivePredictor:
         The host waits for the device at most once a block, to learn how many images go on; when none does, nothing more is launched.
 
         Raises:
-            UserError: the images are of another shape or type.
+            UserError: the images are of another shape or type, or the network's output for some of them is not finite.
         """
         images = self._checked(images)
         if len(images) == 0:
             none = torch.empty(0, dtype=torch.int64, device=images.device)
             return self.finish([torch.empty(0, self.network.num_classes, device=images.device)], none)
-        run = self.network.begin(images, self.lazy)
+        run = Stepwise(self.network, images)
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         here: Tensor | None = None  # indices of the images still in the batch, None for all
@@ -115,8 +117,21 @@ class AdaptivePredictor:
         return confidence >= threshold
 
     def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
-        """Return the predictions, from the logits (N, C) of all exits that ran and the exit (N,) at which each image left."""
-        return _prediction(logits, exits, self.policy)
+        """Return the predictions, from the logits (N, C) of all exits that ran and the exit (N,) at which each image left.
+
+        Raises:
+            UserError: an image's logits are not finite.
+        """
+        prediction = _prediction(logits, exits, self.policy)
+        is_finite = prediction.confidence.isfinite()
+        if not is_finite.all():
+            numbers = is_finite.logical_not().nonzero().flatten().tolist()
+            shown = ", ".join(map(str, numbers[:SHOWN_IMAGES])) + ", ..." * (len(numbers) > SHOWN_IMAGES)
+            raise UserError(
+                f"the network's output is not finite for {len(numbers)} of {len(exits)} images; "
+                f"their positions in the batch, from 0: {shown}"
+            )
+        return prediction
 
     def _checked(self, images: Tensor) -> Tensor:
         description = self.network.description

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
-from adaptive_inference.fold import inference_form
+from adaptive_inference.fold import fold
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import load_saved
@@ -104,14 +104,12 @@ class Benchmark:
             if self.device.type == "cuda"
             else f"{self.arguments.threads} CPU threads"
         )
-        _print(
-            f"{type(self.network).__name__}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}"
-        )
+        _print(f"{self.network.kind}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
         _print(f"operations to each exit: {millions(*self.operations)}\n")
-        forms = {"float32": inference_form(self.network)}
+        forms = {"float32": fold(self.network)}
         half = half_precision(self.device)
         if half is not None:
-            forms[str(half)] = inference_form(self.network, dtype=half)
+            forms[str(half)] = fold(self.network, dtype=half)
         for title, form in forms.items():
             self.budgeted(f"folded, {title}", form)
         self.folded(forms)
@@ -215,9 +213,7 @@ class Benchmark:
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
         saved = load_saved(checkpoint, {})
-        return saved.network, saved.data.image_size if saved.data else max(
-            32, saved.network.minimum_image_size
-        )
+        return saved.network, saved.data.image_size if saved.data else _image_size(saved.network)
     torch.manual_seed(0)
     network = IMTA(MSDNet(**SEVEN_EXITS)).eval()
     for module in network.modules():
@@ -225,6 +221,14 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.05, 0.5)
     return network, 32
+
+
+def _image_size(network: nn.Module) -> int:
+    try:
+        network.check_image_size(32)
+    except ValueError:
+        return 224
+    return 32
 
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:

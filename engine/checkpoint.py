@@ -70,7 +70,7 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
             description = split = None
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    config = {**network.trunk.config, **network.config}
+    config = {**network.config.get("backbone", {}), **network.config}
     for name, value in explicit.items():
         if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference import inference_form, optimised_thresholds, policy_curve, read_policy, write_policy
+from adaptive_inference import fold, policy_curve, read_policy, write_policy
 from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
 from adaptive_inference.policies import Policy, confidence_by_exit
 from adaptive_inference.predictor import simulate
@@ -24,6 +24,7 @@ from adaptive_inference.promises.ensemble import (
     fit_temperatures,
     operations_together,
 )
+from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import rows_with_losses
 from adaptive_inference.promises.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Batch, Batches, Data
@@ -65,7 +66,7 @@ class Evaluation:
     ):
         settings = session.settings
         self.session, self.data, self.operations, self.constants = session, data, operations, constants
-        self.network = inference_form(network, settings.channels_last, mixed_precision(settings))
+        self.network = fold(network, settings.channels_last, mixed_precision(settings))
         self.measure, self.has_split = settings.measure, has_split
 
     def run(self, modes: list[str]) -> None:

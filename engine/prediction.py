@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
-from adaptive_inference.fold import form_for, inference_form
+from adaptive_inference.fold import fold, folded_for
 from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.promises.deadlines import AnytimePredictor, BudgetPredictor
@@ -110,8 +110,9 @@ def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
                 f"{path} is of the released program, which stores no class names; give --classes FILE, one name a line"
             )
         names = _class_names(arguments.classes, network.num_classes)
-        data = "imagenet" if not network.trunk.small_inputs else "cifar10" if len(names) == 10 else "cifar100"
-        size = arguments.image_size or (32 if network.trunk.small_inputs else 224)
+        small_inputs = network.config.get("backbone", network.config)["small_inputs"]
+        data = "imagenet" if not small_inputs else "cifar10" if len(names) == 10 else "cifar100"
+        size = arguments.image_size or (32 if small_inputs else 224)
         network.description = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
     elif arguments.classes is not None or arguments.image_size not in (None, network.description.image_size):
         known = network.description.image_size
@@ -136,7 +137,7 @@ def make_predictor(
     source, deadline, budget = arguments.policy or policy_path(path), arguments.deadline, arguments.budget
     asked = any(wish is not None for wish in (budget, arguments.accuracy, arguments.max_loss))
     curve = read_policy(source) if asked or arguments.policy or arguments.rule or source.exists() else None
-    form = inference_form(network) if curve is None else form_for(network, curve, source)
+    form = fold(network) if curve is None else folded_for(network, curve, source)
     policy, timing, chosen = Policy((NONE_LEAVE,) * form.num_exits), None, {}
     if deadline is not None or (budget is not None and budget.unit == "ms"):
         size, device = network.description.image_size, next(form.parameters()).device

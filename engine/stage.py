@@ -372,7 +372,7 @@ def place(network: nn.Module, session: Session) -> None:
         session.processes.device,
         memory_format=torch.channels_last if settings.channels_last else torch.preserve_format,
     )
-    network.trunk.checkpoint_activations = settings.checkpoint_activations
+    network.checkpoint_activations = settings.checkpoint_activations
 
 
 def _read(session: Session, stored: DataInfo | None = None, split: Split | None = None) -> Data:
@@ -396,9 +396,7 @@ def _introduce(network: nn.Module, data: Data, operations: list[int], session: S
     parts = {"training": data.train, "held-out": data.val, "test": data.test}
     counts = ", ".join(f"{part.num_images:,} {name}" for name, part in parts.items() if part.num_images)
     session.log.line(f"{data.info.name}: {counts} images")
-    session.log.line(
-        f"{type(network).__name__}: {network.num_exits} exits at {millions(*operations)} operations"
-    )
+    session.log.line(f"{network.kind}: {network.num_exits} exits at {millions(*operations)} operations")
     session.log.line(
         f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}"
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from adaptive_inference import inference_form
+from adaptive_inference import fold
 from dataloader import Data
 from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
@@ -224,8 +224,10 @@ class _Trainer:
         if self.data.val.num_images:
             self.session.processes.share_buffers(self.answering)
             # As the network will answer: folded, in the precision of training.
-            form = inference_form(self.answering, self.session.settings.channels_last, self.stepper.dtype)
-            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(form, self.data.val, self.session.processes)
+            folded = fold(self.answering, self.session.settings.channels_last, self.stepper.dtype)
+            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(
+                folded, self.data.val, self.session.processes
+            )
             score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
         is_best = score > progress.best_accuracy
         row["best"] = is_best

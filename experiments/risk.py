@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, assign_exits, geometric_thresholds
-from adaptive_inference.fold import inference_form
+from adaptive_inference.fold import fold
 from adaptive_inference.policies import Point, Policy, confidence_by_exit
 from adaptive_inference.promises.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
 from args import parse
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
         settings = parse("GE", ["--evalmode", *flags]).settings(stored=saved.settings)
         data = load_data(settings, ALONE.device, None, saved.data, saved.split)
-        logits, targets = collect_logits(inference_form(saved.network), data.test, ALONE)
+        logits, targets = collect_logits(fold(saved.network), data.test, ALONE)
     except UserError as error:
         parser.error(str(error))
     answers = ExitAnswers(*confidence_by_exit(logits), targets)

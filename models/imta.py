@@ -1,4 +1,4 @@
-"""Inline Subnetwork Collaboration (ISC): new classifiers on an MSDNet, each fed with what the one before it concluded.
+"""Inline Subnetwork Collaboration (ISC): new classifiers on a trained network, each of which also reads the logits of the one before.
 
 Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.2.
 
@@ -6,33 +6,37 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from models.msdnet import MSDNet
-from models.network import ExitNetwork
+from .layers import add_boost
+from .network import ExitNetwork, State
 
 
 class IMTA(ExitNetwork):
-    """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})), f_k the backbone's pooled features, z_{k-1} the logits of exit k-1.
+    """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})), where f_k are the backbone's features and z_{k-1} the logits of exit k-1.
 
     Args:
-        backbone: the stage-1 network. Its own linear classifiers are not used, except the last one, the teacher of One-for-all.
+        backbone: the stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.
         isc: False leaves the link g out, and every new classifier reads its own features only (One-for-all alone).
         cut_isc_gradient: the loss of exit k does not reach exit k-1 through the link (the paper); False lets it flow (released code).
         freeze_backbone: parameters of the backbone do not learn. False is the single-stage variant, which trains everything at once and
             whose teacher is its own last exit.
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper); False lets it use and collect
             those of the batches (released code).
+        boosted: whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
     """
 
     def __init__(
         self,
-        backbone: MSDNet,
+        backbone: ExitNetwork,
         isc: bool = True,
         cut_isc_gradient: bool = True,
         freeze_backbone: bool = True,
         freeze_batchnorm: bool = True,
+        boosted: bool | None = None,
     ):
         super().__init__()
         self.config = {
@@ -42,12 +46,16 @@ class IMTA(ExitNetwork):
             "freeze_backbone": freeze_backbone,
             "freeze_batchnorm": freeze_batchnorm,
         }
+        self.boosted = backbone.boosted if boosted is None else boosted
+        if self.boosted != backbone.boosted:
+            self.config["boosted"] = self.boosted
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
+        self.feature_dims = backbone.feature_dims
         self.cut_isc_gradient = cut_isc_gradient
         self.freeze_backbone = freeze_backbone
         self.freeze_batchnorm = freeze_backbone and freeze_batchnorm
-        widths = [exit.feature_channels for exit in backbone.exits]
+        widths = self.feature_dims
         # links[k - 1] is g between exits k - 1 and k.
         self.links = nn.ModuleList(_link(self.num_classes, width) for width in widths[1:]) if isc else None
         self.classifiers = nn.ModuleList(
@@ -56,43 +64,82 @@ class IMTA(ExitNetwork):
         )
         if freeze_backbone:
             backbone.requires_grad_(False)
-        for exit in backbone.exits:  # replaced by the new classifiers
-            exit.linear.requires_grad_(False)
+        for _, parameter in backbone.classifier_parameters():  # replaced by the new classifiers
+            parameter.requires_grad_(False)
         self.train(self.training)  # a frozen backbone goes into evaluation mode
 
     @property
-    def trunk(self) -> MSDNet:
-        """The multi-scale network whose features the classifiers read."""
-        return self.backbone
+    def checkpoint_activations(self) -> bool:
+        """That of the backbone."""
+        return self.backbone.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.backbone.checkpoint_activations = value
 
     def train(self, mode: bool = True) -> "IMTA":
-        """As ``nn.Module.train``, but a frozen backbone stays in evaluation mode: its BatchNorm must not follow the batches."""
+        """Set the mode, as ``nn.Module.train``, but keep a frozen backbone in evaluation mode: its BatchNorm must not follow the batches."""
         super().train(mode)
         if self.freeze_batchnorm:
             self.backbone.eval()
         return self
 
+    def check_image_size(self, size: int) -> None:
+        """Raise ValueError if the backbone cannot take images of ``size`` x ``size`` pixels."""
+        self.backbone.check_image_size(size)
+
+    def start(self, images: Tensor) -> State:
+        """Compute what the backbone's first block reads from images (N, 3, H, W)."""
+        return self.backbone.start(images)
+
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Compute the backbone's features (n, feature_dims[k]) of exit ``k`` and the state that exit k + 1 needs."""
+        return self.backbone.advance(k, state)
+
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> the backbone's pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
+        """Compute the backbone's features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.features(images, num_exits)
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Inline Subnetwork Collaboration: logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1
-        (None for the first)."""
-        if self.links is None or previous_logits is None:
-            return self.classifiers[k](features)
-        if self.cut_isc_gradient:
-            previous_logits = previous_logits.detach()
-        return self.classifiers[k](torch.cat([features, self.links[k - 1](previous_logits)], dim=1))
+        """Inline Subnetwork Collaboration: compute the logits (N, num_classes) of exit ``k``.
+
+        Args:
+            k: number of the exit, from 0.
+            features: of exit ``k``, (N, feature_dims[k]).
+            previous_logits: of exit k - 1, (N, num_classes); None for the first exit.
+        """
+        if self.links is not None and previous_logits is not None:
+            linked = previous_logits.detach() if self.cut_isc_gradient else previous_logits
+            features = torch.cat([features, self.links[k - 1](linked)], dim=1)
+        logits = self.classifiers[k](features)
+        return add_boost(logits, previous_logits) if self.boosted else logits
 
     def teacher_logits(self, features: list[Tensor], logits: list[Tensor]) -> Tensor:
-        """Soft targets of One-for-all, without a graph: the last exit of the frozen stage-1 network, or of this network in the
-        single-stage variant. ``features`` and ``logits`` are those of all exits; the result is (N, num_classes)."""
+        """Return the soft targets of One-for-all (N, num_classes), without gradient.
+
+        They are the last exit's logits of the frozen stage-1 network, or of this network in the single-stage variant.
+
+        Args:
+            features: of all exits.
+            logits: of all exits.
+        """
         if not self.freeze_backbone:
             return logits[-1].detach()
         with torch.no_grad():
             return self.backbone.classify(features)[-1]
+
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of the classifiers and links, and of the backbone's classifiers."""
+        for prefix, module in (("classifiers", self.classifiers), ("links", self.links)):
+            if module is not None:
+                yield from module.named_parameters(prefix)
+        for name, parameter in self.backbone.classifier_parameters():
+            yield f"backbone.{name}", parameter
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield those of the backbone."""
+        return self.backbone.pretrained_parameters()
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

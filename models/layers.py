@@ -77,9 +77,14 @@ class GridStage(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
-        """A ``scale`` of this stage; ``inputs`` gives those of the stage before, by their number."""
+        """Compute one scale of this stage; ``inputs(scale)`` gives a scale of the stage before."""
+
+    def reads(self, scale: int) -> tuple[int, ...]:
+        """Return the scales of the stage before that ``scale`` of this stage depends on."""
+        return (scale,)
 
     def forward(self, grid: FeatureGrid) -> FeatureGrid:
+        """Compute all scales."""
         return {scale: self.compute(scale, grid.__getitem__) for scale in self.scales}
 
 
@@ -118,7 +123,12 @@ class Layer(GridStage):
             if has_finer:
                 self.down[str(s)] = bottleneck_conv(width[s - 1], new_channels, 2, bottleneck_factors[s - 1])
 
+    def reads(self, scale: int) -> tuple[int, ...]:
+        """Return ``scale`` itself, and the next finer one where ``down`` reads it."""
+        return (scale, scale - 1) if str(scale) in self.down else (scale,)
+
     def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+        """Compute one scale: concat(x_s, down(x_{s-1}), normal(x_s))."""
         key = str(scale)
         x = inputs(scale)
         from_finer = [self.down[key](inputs(scale - 1))] if key in self.down else []
@@ -204,13 +214,15 @@ class Exit(nn.Module):
         return self.pool(self.convolutions(x)).flatten(1)
 
 
-class Boost(nn.Module):
-    """Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): an exit's classifier learns what is wrong
-    with the answer so far, to which its own logits are added. A module, so that operation counts see it."""
+def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
+    """Add half of the logits (N, C) of the exit before, if there is one; their gradient stops here.
 
-    def forward(self, logits: Tensor, previous_logits: Tensor) -> Tensor:
-        """Own logits (N, C) plus half of those of the exit before, whose gradient stops here; (N, C)."""
-        return torch.add(logits, previous_logits.detach(), alpha=BOOST)
+    Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): a classifier learns what is
+    still wrong with the prediction of the exits before it.
+    """
+    if previous_logits is None:
+        return logits
+    return torch.add(logits, previous_logits.detach(), alpha=BOOST)
 
 
 @contextmanager

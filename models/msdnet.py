@@ -8,6 +8,7 @@ Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -16,18 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import (
-    Boost,
+from .layers import (
     Exit,
     FeatureGrid,
     Layer,
     Stem,
     Transition,
+    add_boost,
     frozen_statistics,
     rescale_gradient,
 )
-from models.network import ExitNetwork
-from models.options import NetworkOptions, block_depths
+from .lazy import Cell, exit_plans
+from .network import ExitNetwork, State, checked_num_exits
+from .options import NetworkOptions, block_depths
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -61,9 +63,7 @@ class MSDNet(ExitNetwork):
         self.small_inputs = chosen.small_inputs
         self.gradient_equilibrium = chosen.gradient_equilibrium
         self.gradient_equilibrium_scales = chosen.gradient_equilibrium_scales
-        self.boost = Boost() if chosen.boosted_exits else None
-        # Keep only what passes between blocks for the backward pass, and compute the rest again there: less memory, more time.
-        self.checkpoint_activations = False
+        self.boosted = chosen.boosted_exits
 
         def per_scale(multiple: int) -> list[int]:
             return [multiple * factor for factor in growth_factors]
@@ -108,19 +108,44 @@ class MSDNet(ExitNetwork):
             coarsest_channels = width * growth_factors[-1]
             exit_channels = SMALL_INPUT_EXIT_CHANNELS if self.small_inputs else coarsest_channels
             self.exits.append(Exit(coarsest_channels, exit_channels, num_classes))
+        self.feature_dims = tuple(exit.feature_channels for exit in self.exits)
+        self._plans = exit_plans(self.blocks, self.num_scales)
         if chosen.initialization == "he":
             self.apply(_he_normal)
 
     @property
-    def trunk(self) -> "MSDNet":
-        """The multi-scale network itself, as ``IMTA.trunk`` is."""
-        return self
+    def minimum_image_size(self) -> int:
+        """Smallest height and width in pixels: each exit pools a map of at least 2x2, as in the published networks."""
+        halvings = self.num_scales - 1 + 2 + (0 if self.small_inputs else 2)
+        return 2**halvings + 1
+
+    def check_image_size(self, size: int) -> None:
+        """Raise ValueError if images of ``size`` x ``size`` pixels are too small."""
+        if size < self.minimum_image_size:
+            raise ValueError(
+                f"images of {size} pixels are too small: this network needs at least {self.minimum_image_size}"
+            )
+
+    def start(self, images: Tensor) -> State:
+        """Compute the stem's scales from images (N, 3, H, W)."""
+        return {_key((0, scale)): x for scale, x in self.stem(images).items()}
+
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Compute the features (n, feature_dims[k]) of exit ``k`` and the state that later exits need; see ``models.lazy``."""
+        plan, state = self._plans[k], dict(state)
+        stages = [stage for block in self.blocks for stage in block]
+        for depth, scale in plan.computed:
+            state[_key((depth, scale))] = stages[depth - 1].compute(
+                scale, lambda s, below=depth - 1: state[_key((below, s))]
+            )
+        features = self.exits[k].features(state[_key(plan.read)])
+        return features, {key: state[key] for key in map(_key, plan.kept)}
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
         features = []
         grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}
-        for k in range(self._checked(num_exits)):
+        for k in range(checked_num_exits(self, num_exits)):
             grid = self._run_block(k, grid)  # more channels, and perhaps fewer fine scales
             remaining_exits = self.num_exits - k
             grid = self._rescale(grid, 1 / remaining_exits)
@@ -129,11 +154,14 @@ class MSDNet(ExitNetwork):
         return features
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Logits (N, num_classes) of exit ``k`` from its features (N, C_k); those of exit k - 1 matter to boosted exits only."""
+        """Compute the logits (N, num_classes) of exit ``k``; those of exit k - 1 matter to boosted exits only."""
         logits = self.exits[k].linear(features)
-        return (
-            logits if self.boost is None or previous_logits is None else self.boost(logits, previous_logits)
-        )
+        return add_boost(logits, previous_logits) if self.boosted else logits
+
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of the exits' linear layers."""
+        for k, exit in enumerate(self.exits):
+            yield from exit.linear.named_parameters(f"exits.{k}.linear")
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]
@@ -150,7 +178,7 @@ class MSDNet(ExitNetwork):
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
         """Gradient Equilibrium. Before exit i of K (1-based) by 1 / (K-i+1) and after it by K-i: the exit's own gradient reaches the
         trunk times 1 / (K-i+1), that of all later exits times (K-i) / (K-i+1)."""
-        if not self.gradient_equilibrium:
+        if not self.gradient_equilibrium or not torch.is_grad_enabled():
             return grid
         coarsest = self.num_scales - 1
         every_scale = self.gradient_equilibrium_scales == "trunk"
@@ -158,12 +186,11 @@ class MSDNet(ExitNetwork):
             s: rescale_gradient(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()
         }
 
-    def _checked(self, num_exits: int | None) -> int:
-        if num_exits is None:
-            return self.num_exits
-        if not 1 <= num_exits <= self.num_exits:
-            raise ValueError(f"num_exits is {num_exits}; this network has 1 to {self.num_exits}")
-        return num_exits
+
+def _key(cell: Cell) -> str:
+    """Return the name of a cell in the state, such as d4_s1 for stage 4 and scale 1."""
+    depth, scale = cell
+    return f"d{depth}_s{scale}"
 
 
 def remaining_scales(layer_number: int, num_layers: int, num_scales: int, prune: str) -> range:

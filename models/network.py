@@ -1,59 +1,164 @@
-"""What the networks of both stages have in common: exits that are run one after another."""
+"""The one interface of all networks with exits: ``MSDNet``, ``IMTA`` on top of any of them, and folded copies.
+
+Training, prediction, operation counts and export use nothing else of a network. A network runs in one of two ways:
+
+- ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is both);
+- ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads, so that
+  images can leave in between (``early_exit`` is the loop; ``Stepwise`` is the same for loops of one's own).
+"""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from models.stepwise import Stepwise
-
-if TYPE_CHECKING:
-    from models.msdnet import MSDNet
-    from models.saved import Description
+# What later exits need of earlier blocks: batch first in every tensor; keys are identifiers ("d4_s1"), in a fixed order.
+State = dict[str, Tensor]
 
 
 class ExitNetwork(nn.Module, ABC):
-    """A network with classifiers along its depth. ``config`` holds the plain options that make the same network again."""
+    """A network with classifiers (exits) along its depth.
+
+    Attributes:
+        config: options, of plain types, from which the constructor makes the same network.
+        num_exits: number of exits, K.
+        num_classes: number of classes, C.
+        feature_dims: number of features that each exit's classifier reads, one per exit.
+        boosted: whether exit k adds a share of the logits of exit k - 1 to its own.
+        checkpoint_activations: in ``features``, keep only what passes between blocks for the backward pass and compute the
+            rest again there: less memory, more time.
+        description: what its file says about it (``models.saved.Description``), None without a file.
+        fingerprint: digest of the network that a folded copy was made from, None for all other networks.
+    """
 
     config: dict[str, Any]
     num_exits: int
     num_classes: int
-    # What ``models.load`` read beside the weights.
-    description: "Description | None" = None
-    # Of an ``adaptive_inference.fold``: digest of the network it was made from.
+    feature_dims: tuple[int, ...]
+    boosted: bool = False
+    checkpoint_activations: bool = False
+    description: Any = None
     fingerprint: str | None = None
 
     @property
-    @abstractmethod
-    def trunk(self) -> "MSDNet":
-        """The multi-scale network whose features the classifiers read."""
-
-    @property
-    def minimum_image_size(self) -> int:
-        """Smallest height and width in pixels: an exit pools a map of at least 2x2, as in the published networks."""
-        trunk = self.trunk
-        halvings = trunk.num_scales - 1 + 2 + (0 if trunk.small_inputs else 2)
-        return 2**halvings + 1
-
-    def begin(self, images: Tensor, lazy: bool = True) -> Stepwise:
-        """A pass over the exits for images (N, 3, H, W) that may stop at any of them; see ``Stepwise``."""
-        return Stepwise(self, images, lazy)
+    def kind(self) -> str:
+        """Name of the class, for files and messages."""
+        return type(self).__name__
 
     @abstractmethod
-    def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
+    def check_image_size(self, size: int) -> None:
+        """Raise ValueError if the network cannot take images of ``size`` x ``size`` pixels."""
+
+    # Inference: evaluation mode, without Gradient Equilibrium. The arguments are never changed.
+
+    @abstractmethod
+    def start(self, images: Tensor) -> State:
+        """Compute what the first block reads from images (N, 3, H, W)."""
+
+    @abstractmethod
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Compute what exit ``k`` needs.
+
+        Args:
+            k: number of the exit, from 0.
+            state: of n images, from ``start`` (k = 0) or from ``advance`` of exit k - 1.
+
+        Returns:
+            The features (n, feature_dims[k]) of exit ``k``, and the state that exit k + 1 needs.
+        """
 
     @abstractmethod
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Logits (N, num_classes) of exit ``k`` from its features (N, C_k) and the logits of exit k - 1 (None for the first)."""
+        """Compute the logits (N, C) of exit ``k``.
+
+        Args:
+            k: number of the exit, from 0.
+            features: of exit ``k``, (N, feature_dims[k]).
+            previous_logits: of exit k - 1, (N, C); None for the first exit.
+        """
+
+    # Training: whole blocks, with Gradient Equilibrium.
+
+    @abstractmethod
+    def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W)."""
+
+    # Parameters
+
+    @abstractmethod
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of the classifiers, which belong to the classes and fit no others."""
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that came with pretrained weights and learn at a smaller learning rate."""
+        yield from ()
+
+    # Written once, for all networks
 
     def classify(self, features: list[Tensor]) -> list[Tensor]:
-        """Features of the first exits, (N, C_k) each -> their logits, (N, num_classes) each."""
+        """Compute the logits (N, C) of the first exits from their features."""
         logits: list[Tensor] = []
         for k, f in enumerate(features):
             logits.append(self.classify_next(k, f, logits[-1] if logits else None))
         return logits
 
     def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> logits (N, num_classes) of the first ``num_exits`` exits (None: all), shallowest first."""
+        """Compute the logits (N, C) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W)."""
         return self.classify(self.features(images, num_exits))
+
+    @torch.no_grad()
+    def early_exit(self, images: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Classify each image at the first exit whose largest softmax probability reaches that exit's threshold.
+
+        Images that leave are dropped from the batch; later blocks run for the others only.
+
+        Args:
+            images: (N, 3, H, W), normalised as in training.
+            thresholds: one per exit. All images that are left leave at the last exit, whatever its threshold.
+
+        Returns:
+            Logits (N, C) of the exit at which each image left, and the number (N,) of that exit, from 0.
+
+        Raises:
+            ValueError: the network is in training mode, or the number of thresholds is not that of the exits.
+        """
+        check_evaluation_mode(self)
+        if len(thresholds) != self.num_exits:
+            raise ValueError(f"there are {len(thresholds)} thresholds for {self.num_exits} exits")
+        state, logits = self.start(images), None
+        remaining = torch.arange(len(images), device=images.device)
+        for k, threshold in enumerate(thresholds):
+            features, state = self.advance(k, state)
+            logits = self.classify_next(k, features, logits)
+            if k == 0:
+                result, exits = logits.clone(), torch.zeros_like(remaining)
+            else:
+                result[remaining], exits[remaining] = logits, k
+            confidence = logits.float().softmax(dim=1).amax(dim=1)
+            stays = (confidence < threshold).nonzero().flatten()
+            if len(stays) == 0:
+                break
+            state, logits = {key: x[stays] for key, x in state.items()}, logits[stays]
+            remaining = remaining[stays]
+        return result, exits
+
+
+def checked_num_exits(network: ExitNetwork, num_exits: int | None) -> int:
+    """Return ``num_exits``, or the number of all exits for None.
+
+    Raises:
+        ValueError: the network has fewer exits.
+    """
+    if num_exits is None:
+        return network.num_exits
+    if not 1 <= num_exits <= network.num_exits:
+        raise ValueError(f"num_exits is {num_exits}; this network has 1 to {network.num_exits}")
+    return num_exits
+
+
+def check_evaluation_mode(network: nn.Module) -> None:
+    """Raise ValueError in training mode: BatchNorm over a shrinking batch would change what later exits see."""
+    if network.training:
+        raise ValueError("early exit needs a network in evaluation mode: call network.eval() first")

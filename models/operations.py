@@ -1,17 +1,24 @@
 """Operations and parameters up to every exit, counted as the published plots count them.
 
-A convolution or linear layer costs its multiply-adds (and a linear layer one addition a bias), a ReLU one an element, a pooling
-layer its kernel size times its outputs; batch normalisation is free, as it can be folded into the convolution before it.
+A convolution or linear layer costs its multiply-adds (and a linear layer one addition per bias), a ReLU one operation per
+element, a pooling layer its kernel size times its outputs, and the sum of boosted exits one addition per logit. Batch
+normalisation is free, as it can be folded into the convolution before it.
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from models.layers import Boost
-from models.stepwise import Stepwise
+from .network import ExitNetwork
+from .stepwise import Stepwise
+
+aten = torch.ops.aten
 
 
 class Cost(NamedTuple):
@@ -21,61 +28,108 @@ class Cost(NamedTuple):
     parameters: list[int]
 
 
-def count_operations(network: nn.Module, image_size: int, lazy: bool = False) -> list[int]:
-    """Operations for one image of ``image_size`` x ``image_size`` pixels up to every exit.
+def count_operations(network: ExitNetwork, image_size: int, lazy: bool = False) -> list[int]:
+    """Count the operations for one image of ``image_size`` x ``image_size`` pixels up to every exit.
 
     Args:
-        network: ``MSDNet`` or ``IMTA``. Only what an exit needs is counted: of a stage-2 network the ISC links and the new classifiers,
+        network: any network with exits. Only what runs is counted: in a stage-2 network the ISC links and the new classifiers,
             and not the stage-1 classifiers.
-        lazy: count as ``Stepwise`` computes, instead of whole blocks (the published way).
+        image_size: height and width in pixels.
+        lazy: count what ``Stepwise`` computes, instead of whole blocks (the published way).
 
     Raises:
-        ValueError: the image is too small for the network.
+        ValueError: the network does not take images of this size.
     """
     return measure_cost(network, image_size, lazy).operations
 
 
-def measure_cost(network: nn.Module, image_size: int, lazy: bool = False) -> Cost:
-    """As ``count_operations``, with the parameters used up to every exit."""
-    if image_size < network.minimum_image_size:
-        raise ValueError(
-            f"an image of {image_size} pixels is too small: this network needs at least {network.minimum_image_size}"
-        )
+def measure_cost(
+    network: ExitNetwork, image_size: int, lazy: bool = False, multiply_adds_only: bool = False
+) -> Cost:
+    """Count operations like ``count_operations``, and the parameters used up to every exit.
+
+    Args:
+        network: any network with exits.
+        image_size: height and width in pixels.
+        lazy: count what ``Stepwise`` computes, instead of whole blocks.
+        multiply_adds_only: leave out biases, ReLU, pooling and boosted exits' sums.
+
+    Raises:
+        ValueError: the network does not take images of this size.
+    """
+    network.check_image_size(image_size)
     # Shapes alone are needed: on the meta device nothing is computed.
     network = copy.deepcopy(network).to("meta").eval()
-    operations = parameters = 0
-
-    def add_cost(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal operations, parameters
-        operations += _operations_of(module, inputs[0], output)
-        parameters += sum(p.numel() for p in module.parameters())
-
-    for module in network.modules():
-        if not list(module.children()):
-            module.register_forward_hook(add_cost)
+    counter = _Counter(set(network.parameters()), {} if multiply_adds_only else SMALL_OPERATIONS)
+    dtype = next(network.parameters()).dtype
+    images = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=dtype)
     cost = Cost([], [])
     with torch.no_grad():
-        run = Stepwise(network, torch.zeros(1, 3, image_size, image_size, device="meta"), lazy)
-        for _ in range(network.num_exits):
-            run.next_logits()
-            cost.operations.append(operations)
-            cost.parameters.append(parameters)
+        for _ in _lazily(network, images, counter) if lazy else _by_whole_blocks(network, images, counter):
+            cost.operations.append(counter.operations)
+            cost.parameters.append(sum(parameter.numel() for parameter in counter.used))
     return cost
 
 
-def _operations_of(module: nn.Module, x: Tensor, output: Tensor) -> int:
-    if isinstance(module, nn.Conv2d):
-        return output.numel() * module.weight[0].numel()
-    if isinstance(module, nn.Linear):
-        return module.weight.numel() + module.bias.numel()
-    if isinstance(module, nn.ReLU):
-        return x.numel()
-    if isinstance(module, nn.MaxPool2d):
-        return output.numel() * module.kernel_size**2
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return x.numel()
-    if isinstance(module, Boost):
-        return output.numel()
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
-        return 0
-    raise TypeError(f"no operation count for a layer of type {type(module).__name__}")
+def _lazily(network: ExitNetwork, images: Tensor, counter: "_Counter") -> Iterator[None]:
+    with counter:
+        run = Stepwise(network, images)
+    for _ in range(network.num_exits):
+        with counter:
+            run.next_logits()
+        yield
+
+
+def _by_whole_blocks(network: ExitNetwork, images: Tensor, counter: "_Counter") -> Iterator[None]:
+    for k in range(network.num_exits):
+        counter.reset()
+        with counter:
+            network(images, k + 1)
+        yield
+
+
+def _pooling_window(_x: Tensor, kernel_size: list[int], *_: Any, out: Tensor) -> int:
+    return out.numel() * kernel_size[0] * kernel_size[-1]
+
+
+# Operations besides multiply-adds, by arguments and output of a call. All calls that are neither here nor in PyTorch's list
+# of multiply-adds are free.
+SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
+    aten.addmm: lambda _bias, *_, out: out.numel(),
+    aten.add: lambda *_, out: out.numel(),
+    aten.relu: lambda x, out: x.numel(),
+    aten.relu_: lambda x, out: x.numel(),
+    aten.max_pool2d_with_indices: lambda *args, out: _pooling_window(*args, out=out[0]),
+    aten.avg_pool2d: _pooling_window,
+    aten.mean: lambda x, *_, out: x.numel(),
+    aten._adaptive_avg_pool2d: lambda x, *_, out: x.numel(),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of all calls made while it is active, and collects the parameters that they read."""
+
+    def __init__(self, parameters: set[Tensor], small_operations: dict[Any, Callable[..., int]]):
+        super().__init__()
+        self.parameters, self.small_operations = parameters, small_operations
+        self.reset()
+
+    def reset(self) -> None:
+        self.operations, self.used = 0, set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.used.update(
+            x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in self.parameters
+        )
+        packet = function.overloadpacket
+        if packet in flop_registry:
+            self.operations += (
+                flop_registry[packet](*args, **kwargs, out_val=out) // 2
+            )  # two per multiply-add
+        if packet in self.small_operations:
+            self.operations += self.small_operations[packet](*args, out=out)
+        return out

@@ -112,7 +112,7 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     Raises:
         ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with ``boosted_exits=True``).
     """
-    if isinstance(network, MSDNet) and network.boost is not None:
+    if network.boosted:
         raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError(

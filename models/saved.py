@@ -241,7 +241,8 @@ def _check(description: Description, network: MSDNet | IMTA, split: Split) -> No
     for name, length in lengths.items():
         if len(getattr(description, name)) != length:
             raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
-    if not network.minimum_image_size <= description.image_size <= MAX_IMAGE_SIZE:
+    network.check_image_size(description.image_size)
+    if description.image_size > MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is {description.image_size}")
     if not all(
         abs(mean) < 1e3 and 1e-3 < std < 1e3

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import curve_rows, geometric_thresholds, optimised_thresholds
-from adaptive_inference.fold import form_for, inference_form
+from adaptive_inference import curve_rows, fold, geometric_thresholds
+from adaptive_inference.fold import folded_for
 from adaptive_inference.policies import (
     Policy,
     choose,
@@ -16,6 +16,7 @@ from adaptive_inference.policies import (
     read_policy,
     write_policy,
 )
+from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import Losses, MaxLoss
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK, policy_row
@@ -51,7 +52,7 @@ def curve(network):
 def test_round_trip(network, curve, tmp_path):
     write_policy(tmp_path / "policy.json", curve)
     assert read_policy(tmp_path / "policy.json", network) == curve
-    assert read_policy(tmp_path / "policy.json", inference_form(network)) == curve
+    assert read_policy(tmp_path / "policy.json", fold(network)) == curve
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
     assert [point.rule for point in curve.points if point.policy.ensemble] == ["ensemble"]
 
@@ -99,8 +100,8 @@ def test_policy_of_another_network_or_form_is_refused(network, curve, tmp_path):
             read_policy(path, other)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="made for this network in float32, not in bfloat16"):
-        read_policy(path, inference_form(network, dtype=torch.bfloat16))
-    assert form_for(network, curve, path).fingerprint == curve.fingerprint
+        read_policy(path, fold(network, dtype=torch.bfloat16))
+    assert folded_for(network, curve, path).fingerprint == curve.fingerprint
 
 
 def test_fingerprint_follows_the_weights(network):

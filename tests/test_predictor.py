@@ -48,10 +48,9 @@ def quantile_policy(logits, share, measure="softmax"):
     return Policy(tuple(middle.tolist()), measure)
 
 
-@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("measure", ["softmax", "entropy", "margin"])
-def test_same_as_simulation(stage, lazy, measure):
+def test_same_as_simulation(stage, measure):
     """Later exits see only the images that stayed."""
     network = make_network(stage)
     images = torch.randn(97, 3, 32, 32, dtype=torch.float64)
@@ -60,7 +59,7 @@ def test_same_as_simulation(stage, lazy, measure):
         policy = quantile_policy(logits, share, measure)
         expected, counting = simulate(logits, policy), Counting(network)
         assert len(expected.exits.unique()) > 1
-        assert_same(AdaptivePredictor(counting, policy, lazy)(images), expected)
+        assert_same(AdaptivePredictor(counting, policy)(images), expected)
         assert counting.seen == [count for k in range(3) if (count := int((expected.exits >= k).sum()))]
 
 
@@ -97,20 +96,15 @@ class Counting:
     """A network that counts how many images every exit sees."""
 
     def __init__(self, network):
-        self.network, self.num_exits, self.description, self.seen = network, network.num_exits, None, []
+        self.num_exits, self.num_classes = network.num_exits, network.num_classes
+        self.training, self.description = False, None
+        self.network, self.seen = network, []
+        self.start, self.classify_next = network.start, network.classify_next
 
-    def begin(self, images, lazy):
-        run, seen = self.network.begin(images, lazy), self.seen
-
-        class Run:
-            def next_logits(self):
-                logits = run.next_logits()
-                seen.append(len(logits))
-                return logits
-
-            keep = staticmethod(run.keep)
-
-        return Run()
+    def advance(self, k, state):
+        features, state = self.network.advance(k, state)
+        self.seen.append(len(features))
+        return features, state
 
 
 @pytest.mark.parametrize("num_images", [1, 20])
@@ -148,6 +142,16 @@ def test_no_image():
 def test_policy_of_other_length_is_refused():
     with pytest.raises(ValueError, match="4 thresholds"):
         AdaptivePredictor(make_network(1), Policy((ALL,) * 4))
+
+
+@pytest.mark.parametrize("ensemble", [None, ((1.0, 0.0, 0.0), (0.5, 0.6, 0.0), (0.2, 0.3, 0.7))])
+def test_output_that_is_not_finite_is_an_error_that_names_the_images(ensemble):
+    predictor = AdaptivePredictor(make_network(2), Policy((0.5,) * 3, ensemble=ensemble))
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    predictor(images)
+    images[1, 0, 0, 0], images[4] = float("nan"), float("inf")
+    with pytest.raises(UserError, match=r"not finite for 2 of 5 images; .* from 0: 1, 4$"):
+        predictor(images)
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -159,7 +159,11 @@ def test_the_way_there_and_back(stage, options):
     there = to_released(network)
     assert len(there) == len(network.state_dict())
     back = load_released(
-        there, **{flag: network.trunk.config[name] for flag, name in PUBLISHED_NAMES.items()}
+        there,
+        **{
+            flag: network.config.get("backbone", network.config)[name]
+            for flag, name in PUBLISHED_NAMES.items()
+        },
     )
     assert same_weights(back, network)
     assert list(to_released(back)) == list(there)

@@ -1,4 +1,4 @@
-"""Exit-by-exit evaluation gives what the full pass gives, lazily or not, whoever leaves."""
+"""Exit-by-exit evaluation gives what the full pass gives, whichever images leave."""
 
 import pytest
 import torch
@@ -8,24 +8,22 @@ from tests.conftest import TINY_NETWORK
 from tests.test_msdnet import VARIANTS, images_for
 
 
-@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("options", VARIANTS)
-def test_same_logits_as_the_full_pass(options, lazy):
+def test_same_logits_as_the_full_pass(options):
     network = MSDNet(**{**TINY_NETWORK, **options}).eval()
     images = images_for(network)
-    run = Stepwise(network, images, lazy)
+    run = Stepwise(network, images)
     for expected in network(images):
         torch.testing.assert_close(run.next_logits(), expected)
     with pytest.raises(IndexError):
         run.next_logits()
 
 
-@pytest.mark.parametrize("lazy", [True, False])
-def test_images_that_leave_do_not_change_the_others(lazy):
+def test_images_that_leave_do_not_change_the_others():
     network = IMTA(MSDNet(**{**TINY_NETWORK, "num_blocks": 5})).double().eval()
     images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
     everything = network(images)
-    run, here = Stepwise(network, images, lazy), torch.arange(8)
+    run, here = Stepwise(network, images), torch.arange(8)
     for k in range(5):
         torch.testing.assert_close(run.next_logits(), everything[k][here])
         stays = torch.ones(len(here), dtype=torch.bool)
