@@ -32,14 +32,14 @@ from torchvision.transforms import v2
 from image_data import sources as datasets
 from image_data.sources import (
     HELD_OUT_SHARE,
+    LARGE_CROP_SHARE,
     LARGEST_IN_MEMORY,
     NORMALIZATION,
-    DataInfo,
     Part,
     evaluation_transform,
     read_image,
 )
-from models.saved import Split
+from models.saved import DataInfo, Split
 from settings import Settings
 from utils import UserError
 
@@ -427,12 +427,14 @@ def load_data(
         settings.data,
         found.class_names,
         image_size,
+        1.0 if in_memory else LARGE_CROP_SHARE,
+        "bilinear",
         list(mean),
         list(std),
         len(found.train),
         found.fingerprint,
     )
-    if stored is not None:  # what its split refers to
+    if stored is not None and stored.knows_training_images:  # what its split refers to
         info = replace(info, num_training_images=stored.num_training_images, fingerprint=stored.fingerprint)
     return Data(
         info,

@@ -46,10 +46,6 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         saved = load_saved(arguments.model, {})
-        if saved.description is None:
-            raise UserError(
-                f"{arguments.model} is of the released program, which stores neither classes nor preprocessing"
-            )
         policy = arguments.policy or policy_path(saved.path)
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:

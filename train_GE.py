@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
-from image_data.sources import DataInfo
 from models import IMTA, MSDNet, sum_of_cross_entropies
 from models.options import NETWORK_FIELDS
+from models.saved import DataInfo
 from utils import UserError
 
 
@@ -74,8 +74,8 @@ class Stage1(Stage):
 def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
     stage_1 = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
     num_classes = len(data.class_names)
-    same_classes = (
-        origin.data.class_names == data.class_names if origin.data else stage_1.num_classes == num_classes
+    same_classes = stage_1.num_classes == num_classes and (
+        origin.data.class_names == data.class_names or not origin.data.knows_training_images
     )
     network = MSDNet(**{**stage_1.config, "num_classes": num_classes})
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}

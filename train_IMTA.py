@@ -23,8 +23,8 @@ from adaptive_inference import fold
 from engine.checkpoint import Saved
 from engine.stage import Stage, run_stage
 from engine.stepper import mixed_precision
-from image_data.sources import DataInfo
 from models import IMTA, MSDNet, one_for_all_loss
+from models.saved import DataInfo
 from train_GE import Stage1
 from utils import UserError
 

@@ -51,7 +51,7 @@ def export_onnx(
         import onnx
     except ImportError:
         raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    size, points = description.image_size, curve.of_rule(None) if curve else ()
+    size, points = description.data.image_size, curve.of_rule(None) if curve else ()
     try:
         network.check_image_size(size)
     except ValueError as error:
@@ -65,7 +65,8 @@ def export_onnx(
         onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count()
     )
     mean, std = (
-        255 * np.array(values, np.float32).reshape(3, 1, 1) for values in (description.mean, description.std)
+        255 * np.array(values, np.float32).reshape(3, 1, 1)
+        for values in (description.data.mean, description.data.std)
     )
     pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
     images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
@@ -84,7 +85,7 @@ def export_onnx(
         doc_string="An image leaves at the first exit whose largest probability reaches that exit's threshold. Exits count from 0.",
     )
     metadata = {
-        "class_names": list(description.class_names),
+        "class_names": list(description.data.class_names),
         "image_size": size,
         "operations": count_operations(network, size),
         "points": [

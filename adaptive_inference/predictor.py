@@ -135,7 +135,7 @@ class AdaptivePredictor:
 
     def _checked(self, images: Tensor) -> Tensor:
         description = self.network.description
-        size = ("height", "width") if description is None else (description.image_size,) * 2
+        size = ("height", "width") if description is None else (description.data.image_size,) * 2
         if (
             images.dim() != 4
             or images.shape[1] != 3
@@ -153,7 +153,8 @@ class AdaptivePredictor:
             )
         if self._scale is None or self._scale.device != images.device:
             mean, std = (
-                torch.tensor(values).reshape(1, 3, 1, 1) for values in (description.mean, description.std)
+                torch.tensor(values).reshape(1, 3, 1, 1)
+                for values in (description.data.mean, description.data.std)
             )
             self._scale, self._shift = (1 / (255 * std)).to(images.device), (-mean / std).to(images.device)
         return torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)

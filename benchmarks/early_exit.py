@@ -161,9 +161,10 @@ class Benchmark:
 
         if self.network.description is None:
             names = [str(c) for c in range(self.network.num_classes)]
-            self.network.description = SimpleNamespace(
+            data = SimpleNamespace(
                 class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3
             )
+            self.network.description = SimpleNamespace(data=data)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             try:
@@ -213,7 +214,7 @@ class Benchmark:
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
         saved = load_saved(checkpoint, {})
-        return saved.network, saved.data.image_size if saved.data else _image_size(saved.network)
+        return saved.network, saved.data.image_size
     torch.manual_seed(0)
     network = IMTA(MSDNet(**SEVEN_EXITS)).eval()
     for module in network.modules():
@@ -221,14 +222,6 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.05, 0.5)
     return network, 32
-
-
-def _image_size(network: nn.Module) -> int:
-    try:
-        network.check_image_size(32)
-    except ValueError:
-        return 224
-    return 32
 
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:

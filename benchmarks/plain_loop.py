@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from image_data.sources import NORMALIZATION, DataInfo
+from image_data.sources import LARGE_CROP_SHARE, NORMALIZATION
 from models import IMTA, MSDNet, one_for_all_loss, sum_of_cross_entropies
+from models.saved import DataInfo
 
 
 def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
@@ -32,7 +33,11 @@ def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
         dataset: Dataset = datasets.CIFAR100(str(root), train=True, transform=augment)
     else:
         dataset = datasets.ImageFolder(str(root / "train"), transform=augment)
-    return dataset, DataInfo(name, list(dataset.classes), size, list(mean), list(std), len(dataset), "")
+    crop_share = 1.0 if name == "cifar100" else LARGE_CROP_SHARE
+    info = DataInfo(
+        name, list(dataset.classes), size, crop_share, "bilinear", list(mean), list(std), len(dataset), ""
+    )
+    return dataset, info
 
 
 class PlainLoop:

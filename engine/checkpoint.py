@@ -1,11 +1,10 @@
 """The files of a run: ``best.safetensors`` (``models.saved``), and ``last.pt``, from which the run itself goes on.
 
-saved = load_saved(path, {})       # of this project, or of a released program
+saved = load_saved(path, {})
 save_checkpoint(path, state)
 state = load_checkpoint(path)
 """
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,59 +14,54 @@ from typing import Any
 import torch
 
 from args import as_typed
-from image_data.sources import DataInfo
-from models import IMTA, MSDNet, load_released
+from models import IMTA, MSDNet
 from models.files import find
-from models.released import PUBLISHED_NAMES, read_checkpoint
-from models.saved import Description, Split, is_network_file, read_network
+from models.released import read_checkpoint
+from models.saved import DataInfo, Description, Split, convert_command, read_network
 from settings import FLAGS, OPTIONS
 from utils import UserError, atomic_write
 
-FORMAT = "imta-msdnet run 2"
+FORMAT = "imta-msdnet run 3"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A network from a file, in evaluation mode. Of a released one only the network is known."""
+    """A network from a file, in evaluation mode, with its description and held-out split."""
 
     path: Path
     network: MSDNet | IMTA
-    description: Description | None = None
-    split: Split | None = None
+    description: Description
+    split: Split
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def settings(self) -> dict[str, Any]:
         """Settings of the run that wrote it."""
-        return (
-            {**settings_of(self.description), "image_size": self.description.image_size}
-            if self.description
-            else None
-        )
+        return {**settings_of(self.description), "image_size": self.data.image_size}
 
     @property
-    def data(self) -> DataInfo | None:
-        """What it remembers of its data set."""
-        return data_info_of(self.description) if self.description else None
+    def data(self) -> DataInfo:
+        """Its data set."""
+        return self.description.data
+
+    @property
+    def known_split(self) -> Split | None:
+        """The split, None where the training images are unknown."""
+        return self.split if self.data.knows_training_images else None
 
 
 def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
-    """The network of a run's directory, of a file or name (``models.load``) of this project, or of a released program's checkpoint.
+    """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
-        explicit: what the command line says. Network options must agree with the file; where a released file leaves them open, they
-            decide.
+        path: As ``models.load`` takes it.
+        explicit: Typed flags; network options among them must agree with the file.
 
     Raises:
-        UserError: one line: the file is missing, damaged or foreign, or what disagrees.
+        UserError: One line: the file is missing, damaged, foreign or of another version, or what disagrees.
     """
     try:
         path = find(path)
-        if is_network_file(path):
-            network, description, split = read_network(path)
-        else:
-            flags = {flag: explicit[name] for flag, name in PUBLISHED_NAMES.items() if name in explicit}
-            network = load_released(path, gradient_equilibrium=explicit.get("gradient_equilibrium"), **flags)
-            description = split = None
+        network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     config = {**network.config.get("backbone", {}), **network.config}
@@ -78,24 +72,17 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain types only) atomically; an old file stays until the new one was read back without fault.
+    """Write ``state`` (tensors and plain types only) atomically.
 
     Raises:
-        UserError: the file cannot be written; an old one is then untouched.
+        UserError: The file cannot be written; an old one is then untouched.
     """
     try:
-        with atomic_write(path, "wb", _check_archive) as stream:
-            torch.save({"format": FORMAT, **state}, stream)
+        with atomic_write(path, "wb") as stream:
+            torch.save({**state, "format": FORMAT}, stream)
     except RuntimeError as error:
         # The archive writer fails once more while it closes after a full disk, and hides the first error.
         raise UserError(f"cannot write {path}: {error.__context__ or error}".splitlines()[0]) from None
-
-
-def _check_archive(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise OSError(f"what was written reads back differently ({damaged})")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -108,13 +95,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
+    if state.get("format") == "imta-msdnet run 2":
+        raise UserError(
+            f"{path} was written by an earlier version: an unfinished training is finished with the code it began with; "
+            f"convert a finished run: {convert_command(path.parent)}"
+        )
     if state.get("format") != FORMAT:
         raise UserError(f"{path} is no run of this version of the project to go on from")
     with damage_named(path):
         if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - state.keys():
             raise KeyError(*missing)
         split = Split(state["held_out"], state["names"])
-        return {**state, "description": Description(**state["description"]), "split": split}
+        return {**state, "description": Description.from_dict(state["description"]), "split": split}
 
 
 @contextmanager
@@ -133,11 +125,3 @@ def settings_of(description: Description) -> dict[str, Any]:
         UserError: one that its flag would refuse.
     """
     return {name: as_typed(name, value) for name, value in description.recipe.items() if name in OPTIONS}
-
-
-def data_info_of(description: Description) -> DataInfo:
-    """What a run remembers of its data set."""
-    preprocessing = {
-        name: getattr(description, name) for name in ("class_names", "image_size", "mean", "std")
-    }
-    return DataInfo(**description.data, **preprocessing)

@@ -29,8 +29,6 @@ from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
 from image_data.sources import (
     LEFT_OUT,
-    NORMALIZATION,
-    DataInfo,
     evaluation_transform,
     find_images,
     read_image,
@@ -64,7 +62,7 @@ def answer_all(arguments: argparse.Namespace, path: Path) -> int:
 def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
     network, device = load_network(path, arguments), _device(arguments.device)
     info, batch_size = (
-        network.description,
+        network.description.data,
         arguments.batch_size or (1 if arguments.deadline is not None else BATCH_SIZE),
     )
     predictor, policy, policy_line = make_predictor(arguments, path, network.to(device), batch_size)
@@ -98,26 +96,17 @@ def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
-    """A network with its ``description``; that of a released file comes from --classes and --image-size.
+    """Load a network with its ``description``.
 
     Raises:
-        UserError: the file cannot be read, or is of the released program and --classes is missing.
+        UserError: The file cannot be read, or --classes or --image-size disagree with it.
     """
     network = load_saved(path, {}).network
-    if network.description is None:
-        if arguments.classes is None:
-            raise UserError(
-                f"{path} is of the released program, which stores no class names; give --classes FILE, one name a line"
-            )
-        names = _class_names(arguments.classes, network.num_classes)
-        small_inputs = network.config.get("backbone", network.config)["small_inputs"]
-        data = "imagenet" if not small_inputs else "cifar10" if len(names) == 10 else "cifar100"
-        size = arguments.image_size or (32 if small_inputs else 224)
-        network.description = DataInfo(data, names, size, *map(list, NORMALIZATION[data]), 0, "")
-    elif arguments.classes is not None or arguments.image_size not in (None, network.description.image_size):
-        known = network.description.image_size
+    known = network.description.data.image_size
+    if arguments.classes is not None or arguments.image_size not in (None, known):
         raise UserError(
-            f"{path} knows its classes and its image size, {known}: --classes and --image-size are for others"
+            f"{path} knows its classes and its image size, {known}: --classes and --image-size belong to the command that "
+            "converts released checkpoints, python -m engine.convert"
         )
     return network
 
@@ -140,7 +129,7 @@ def make_predictor(
     form = fold(network) if curve is None else folded_for(network, curve, source)
     policy, timing, chosen = Policy((NONE_LEAVE,) * form.num_exits), None, {}
     if deadline is not None or (budget is not None and budget.unit == "ms"):
-        size, device = network.description.image_size, next(form.parameters()).device
+        size, device = network.description.data.image_size, next(form.parameters()).device
         timing = measure_blocks(
             form, torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), batch_size
         )
@@ -208,7 +197,7 @@ class Answering:
     """
 
     def __init__(self, predictor: AdaptivePredictor, deadline: float | None):
-        self.predictor, self.info, self.deadline = predictor, predictor.network.description, deadline
+        self.predictor, self.info, self.deadline = predictor, predictor.network.description.data, deadline
         self.operations = count_operations(predictor.network, self.info.image_size)
         if predictor.policy.ensemble:
             self.operations = operations_together(self.operations, predictor.network.num_classes)
@@ -288,18 +277,6 @@ def _batches(
             names, images = [], []
     if names:
         yield names, torch.stack(images)
-
-
-def _class_names(path: Path, count: int) -> list[str]:
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-        ) from None
-    if len(names) != count:
-        raise UserError(f"--classes {path} holds {len(names)} names, the network knows {count} classes")
-    return names
 
 
 def _device(name: str | None) -> torch.device:

@@ -15,7 +15,7 @@ from torch import nn
 from adaptive_inference import read_policy
 from args import CommandLine, parse
 from dataloader import Data, load_data
-from engine.checkpoint import Saved, damage_named, data_info_of, load_checkpoint, load_saved, settings_of
+from engine.checkpoint import Saved, damage_named, load_checkpoint, load_saved, settings_of
 from engine.device import is_out_of_memory, seed_everything, set_tf32
 from engine.distributed import Processes, is_lost_peer, process_group
 from engine.evaluate import Evaluation, known_curves
@@ -29,9 +29,8 @@ from engine.session import Session
 from engine.signals import Interrupted, Requests, listening
 from engine.stepper import refuse_combinations
 from engine.training import train
-from image_data.sources import DataInfo
 from models import Description, count_operations
-from models.saved import Split, build_network, load_weights, network_options
+from models.saved import DataInfo, Split, build_network, load_weights, network_options
 from settings import Settings, plain
 from utils import UserError, complain, in_words, one_line
 
@@ -221,11 +220,11 @@ class _Run:
     def _load(self) -> tuple[Data, nn.Module]:
         settings, state = self.session.settings, self.state
         if state is not None:
-            data = _read(self.session, data_info_of(state["description"]), state["split"])
+            data = _read(self.session, state["description"].data, state["split"])
             network = _network_to_resume(self.session.run, state)
         else:
             data = self._data_to_start()
-            if self.origin and self.origin.description is None:
+            if self.origin and not self.origin.data.knows_training_images:
                 _say_class_order(self.origin, data, self.session.log)
             seed_everything(settings.seed, settings.deterministic)
             network = self.stage.make_network(settings, data.info, self.origin)
@@ -235,7 +234,7 @@ class _Run:
     def _data_to_start(self) -> Data:
         """Images that were held out from the network a run starts from stay so: it would know the others already."""
         origin = self.origin
-        if origin is None or origin.data is None:
+        if origin is None:
             return _read(self.session)
         if self.stage.may_change_data:
             data = _read(self.session)
@@ -243,27 +242,19 @@ class _Run:
                 data.split.held_out, origin.split.held_out
             ):
                 return data
-        return _read(self.session, origin.data, origin.split)
+        return _read(self.session, origin.data, origin.known_split)
 
     def _description(self, data: DataInfo, network: nn.Module, operations: list[int]) -> Description:
         settings = self.session.settings
         return Description(
             network=network_options(network),
-            class_names=data.class_names,
-            image_size=data.image_size,
-            mean=data.mean,
-            std=data.std,
+            data=data,
             operations=operations,
             stage=self.stage.name,
             title=self.stage.title(settings),
             recipe=plain(settings),
             seed=settings.seed,
             commit=commit(),
-            data={
-                "name": data.name,
-                "num_training_images": data.num_training_images,
-                "fingerprint": data.fingerprint,
-            },
             origin=str(self.origin.path.resolve()) if self.origin else None,
             frozen_digest=self.stage.frozen_digest(network),
         )
@@ -403,10 +394,11 @@ def _introduce(network: nn.Module, data: Data, operations: list[int], session: S
 
 
 def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
-    if data.sorted_by_name:
+    if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])
         log.line(
-            f"{saved.path} stores no class names: its classes are taken in the order of the folders' names ({names}, ...)"
+            f"{saved.path} is a converted checkpoint with other class names: its classes are taken in the order of the "
+            f"folders' names ({names}, ...)"
         )
 
 
@@ -435,14 +427,14 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
             _keep_threads_from_waiting(settings, processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(run, settings, processes, log)
-        data = _read(session, saved.data, saved.split)
+        data = _read(session, saved.data, saved.known_split)
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
                 f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}"
             )
         place(network, session)
-        if saved.description is None:
+        if not saved.data.knows_training_images:
             _say_class_order(saved, data, log)
             if settings.evalmode == "dynamic":
                 log.line(
@@ -450,12 +442,8 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
                 )
         _introduce(network, data, operations, session)
         with run.lock() if processes.is_main else nullcontext():
-            curves = (
-                _curves_of(saved.description) if saved.description else {"title": source.stem, "origin": None}
-            )
-            Evaluation(session, network, data, operations, curves, saved.split is not None).run(
-                [settings.evalmode]
-            )
+            curves, knows_split = _curves_of(saved.description), saved.data.knows_training_images
+            Evaluation(session, network, data, operations, curves, knows_split).run([settings.evalmode])
 
 
 def _to_tensorboard(session: Session, curves: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ Answers = list[tuple[int, float, int]]  # class, confidence, exit from 1
 def main(argv: list[str] | None = None) -> int:
     """Answer these image files in every way; the exit status is 0 if all agree, 1 if not, 2 after a mistake."""
     network = torch.hub.load(str(ROOT), MODEL, source="local")
-    names, transform = network.description.class_names, evaluation_transform(network.description.image_size)
+    names, transform = (
+        network.description.data.class_names,
+        evaluation_transform(network.description.data.image_size),
+    )
     with tempfile.TemporaryDirectory() as folder:
         answers, onnx = Path(folder) / "answers.json", Path(folder) / "network.onnx"
         flags = ["--model", MODEL, "--device", "cpu", "--format", "json", "--output", str(answers)]

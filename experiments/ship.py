@@ -51,8 +51,8 @@ MODEL = """- name: {name}
 SECTION = """
 ## {name}
 
-{d.title}, trained on {d.data[name]} ({d.data[num_training_images]} training images, {d.recipe[val_size]} of them held out),
-{d.image_size} x {d.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
+{d.title}, trained on {d.data.name} ({d.data.num_training_images} training images, {d.recipe[val_size]} of them held out),
+{d.data.image_size} x {d.data.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
 Held-out images chose the epoch and the thresholds; test images chose nothing.
@@ -150,9 +150,9 @@ def training(run: RunDirectory) -> dict[str, str | int]:
 def card(folder: Path) -> str:
     """The model card of all shipped networks in ``folder``."""
     described = {path.stem: load(path).description for path in sorted(folder.glob(f"*{SUFFIX}"))}
-    data = sorted({description.data["name"] for description in described.values()})
+    data = sorted({description.data.name for description in described.values()})
     models = "\n".join(
-        MODEL.format(name=name, data=description.data["name"], accuracy=description.accuracy["test_acc1"][-1])
+        MODEL.format(name=name, data=description.data.name, accuracy=description.accuracy["test_acc1"][-1])
         for name, description in described.items()
     )
     sections = "".join(_section(name, description) for name, description in described.items())
@@ -171,7 +171,7 @@ def _section(name: str, description: Description) -> str:
         name=name,
         d=description,
         stage=2 if description.stage == "IMTA" else 1,
-        classes=len(description.class_names),
+        classes=len(description.data.class_names),
         recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),
         exits="\n".join(
             f"| {k} | {millions(n)} | " + " | ".join(f"{x:.2f}" for x in row) + " |"
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.run, {})
-        if saved.description is None or arguments.output.suffix != SUFFIX:
+        if arguments.output.suffix != SUFFIX:
             raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
         ship(saved, arguments.output)
     except UserError as error:

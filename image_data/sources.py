@@ -30,6 +30,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from image_data import synthetic
+from models.saved import DataInfo
 from settings import Settings
 from utils import UserError, is_folder
 
@@ -46,6 +47,7 @@ FORMATS = (
 NO_CONTENT = ("__MACOSX", "lost+found")  # besides names that begin with a dot
 
 LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
+LARGE_CROP_SHARE = 0.875  # of the shorter side of images larger than that
 LARGEST_SIDES_RATIO = 200  # of an image; resizing the shorter side would make the longer one enormous
 MAX_PIXELS = 89_478_485  # of an image that is decoded in full, PIL's own limit
 MAX_JPEG_PIXELS = (
@@ -65,19 +67,6 @@ NORMALIZATION = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a checkpoint remembers of its data set, in plain types."""
-
-    name: str
-    class_names: list[str]
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    num_training_images: int
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -193,7 +182,7 @@ def _find_folders(settings: Settings, stored: DataInfo | None, only_test: bool) 
         )
     are_numbers = all(name.isascii() and name.isdecimal() for name in test)
     in_order = sorted(test, key=lambda name: (int(name) if are_numbers else 0, name))
-    class_names = stored.class_names if stored and set(stored.class_names) == set(test) else in_order
+    class_names = stored.class_names if stored and sorted(stored.class_names) == sorted(test) else in_order
     # Whoever uses WordNet's names has them in the same order.
     is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
     names = [
@@ -339,6 +328,12 @@ def recognise(found: Found, stored: DataInfo | None, digests: Tensor | None) -> 
         UserError: the classes are others, or so are too many of the images.
     """
     numbers, count = torch.arange(len(found.train)), len(found.train)
+    if stored is not None and not stored.knows_training_images:
+        if len(stored.class_names) != len(found.class_names):
+            raise UserError(
+                f"the checkpoint has {len(stored.class_names)} classes, the data have {len(found.class_names)}"
+            )
+        return numbers
     if stored is not None and found.class_names != stored.class_names:
         raise UserError(
             f"the checkpoint has {len(stored.class_names)} classes, the data have {len(found.class_names)} or other names"

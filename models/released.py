@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.files import SUFFIX
 from models.imta import IMTA
 from models.layers import Transition
 from models.msdnet import MSDNet
-from models.saved import is_network_file
 
 Shapes = dict[str, tuple[int, ...]]
 Flags = dict[str, Any]
@@ -89,7 +89,7 @@ def load_released(
     try:
         if str(checkpoint.get("format")).startswith("imta-msdnet"):
             raise ValueError(
-                "it is a run of this project to go on from; models.load reads the best.safetensors beside it"
+                "it is a run of this project to resume; models.load reads the best.safetensors beside it"
             )
         tensors = _tensors_of(checkpoint)
         stage_2 = any(name.startswith("net.") for name in tensors)
@@ -103,6 +103,14 @@ def load_released(
         raise ValueError(f"{source}: {error}") from error
     network.load_state_dict(weights, assign=True)
     return network.eval()
+
+
+def is_network_file(path: Path) -> bool:
+    """Return True if a file is, or should be, a safetensors file."""
+    if path.suffix == SUFFIX or not path.is_file():
+        return path.suffix == SUFFIX
+    with path.open("rb") as stream:
+        return stream.read(9)[8:] == b"{"
 
 
 def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:

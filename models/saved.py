@@ -1,148 +1,207 @@
 """Networks as files: weights in a safetensors file, whose header describes the network, its data and its training.
 
     network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
-    network.description.class_names, network.description.mean
+    network.description.data.class_names, network.description.data.mean
     save_network(path, network, description, split)
 
-The ``safetensors`` library checks sizes and runs no code, and a checksum tells damage.
+The ``safetensors`` library checks sizes and runs no code, and a checksum finds damage.
 """
 
 import dataclasses
 import json
 import os
+import shlex
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.files import SUFFIX, find
+from models.files import find
 from models.imta import IMTA
 from models.msdnet import MSDNet
 
-FORMAT = "imta-msdnet network 2"
+FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a file says of its network, in plain types.
+class DataInfo:
+    """The data set of a network and how its images are prepared, in plain types.
 
-    Args:
+    Attributes:
+        name: Value of --data, such as ``cifar100`` or ``folder``.
+        class_names: Names in the order of the logits; two classes may have the same name.
+        image_size: Height and width in pixels.
+        crop_share: Share of the shorter side that the central crop of an evaluation image keeps.
+        interpolation: Name of the interpolation that resizes images.
+        mean: Mean of each of the three channels, for values from 0 to 1.
+        std: Standard deviation of each of the three channels, for values from 0 to 1.
+        num_training_images: Number of training images, held-out ones included; 0 if the training images are unknown.
+        fingerprint: Digest of the names of classes and training images.
+    """
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    crop_share: float
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+    num_training_images: int
+    fingerprint: str
+
+    @property
+    def knows_training_images(self) -> bool:
+        """Return True if the training images, and so the held-out ones, are known; a released checkpoint knows none."""
+        return self.num_training_images > 0
+
+
+@dataclass(frozen=True)
+class Description:
+    """The record of a network: everything a file says about it, in plain types.
+
+    Attributes:
         network: ``type``, and the options of its constructor.
-        class_names: in the order of the logits.
-        image_size: height and width in pixels.
-        mean, std: of the three channels, for values from 0 to 1.
-        operations: to each exit.
+        data: Its data set: class names and preprocessing.
+        operations: Operations to each exit, per image.
         stage: ``GE`` or ``IMTA``.
-        title: of its curves.
-        recipe: the settings it was trained with.
-        seed: of initialisation, order and augmentation.
-        commit: of the code, None outside a git clone.
-        data: ``name``, ``num_training_images`` and ``fingerprint`` of its data set.
-        epoch: training epochs done.
-        accuracy: of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more where it was measured.
-        origin: the file that training started from.
-        frozen_digest: fingerprint of what stage 2 must not change.
+        title: Title of its curves.
+        recipe: Settings it was trained with.
+        seed: Seed of initialisation, order and augmentation; None if unknown.
+        commit: Commit of the code; None outside a git clone.
+        epoch: Completed training epochs.
+        accuracy: Accuracy of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more where it was measured.
+        origin: File that training started from.
+        frozen_digest: Digest of what stage 2 must not change.
         training: ``hardware`` and ``minutes`` of a shipped network's training.
     """
 
     network: dict[str, Any]
-    class_names: list[str]
-    image_size: int
-    mean: list[float]
-    std: list[float]
+    data: DataInfo
     operations: list[int]
     stage: str
     title: str
     recipe: dict[str, Any]
-    seed: int
+    seed: int | None
     commit: str | None
-    data: dict[str, Any]
     epoch: int = 0
     accuracy: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     origin: str | None = None
     frozen_digest: str | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
-        for name, hint in get_type_hints(Description).items():
-            value, kind = getattr(self, name), get_origin(hint)
-            is_right = isinstance(value, kind if kind in (list, dict) else hint)
-            if kind is list and is_right:
-                is_right = all(
-                    isinstance(x, (int, float) if float in get_args(hint) else get_args(hint)) for x in value
-                )
-            if not is_right:
-                raise ValueError(f"{name} is {value!a:.60}")
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Description":
+        """Return the description that ``dataclasses.asdict`` turned into plain types."""
+        return cls(**{**values, "data": DataInfo(**values["data"])})
 
 
 class Split(NamedTuple):
     """The training images a network learned from, and those it did not.
 
-    ``held_out`` (N,) int64: indices of the images that were held out, sorted; ``names`` (M,) int64: digests of the names of all training
-    images, by which files that came or went are told apart; empty for an archive.
+    Attributes:
+        held_out: Sorted indices of the images that were held out, (N,) int64.
+        names: Digests of the names of all training images, (M,) int64, by which files that came or went are told apart; empty for an
+            archive.
     """
 
     held_out: Tensor
     names: Tensor
 
+    @classmethod
+    def unknown(cls) -> "Split":
+        """Return the split of a network whose training images are unknown."""
+        return cls(*(torch.empty(0, dtype=torch.int64) for _ in cls._fields))
+
 
 def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
-    """The network of a file, of a run's directory or of a name in ``weights/``: float32, on the CPU, in evaluation mode.
+    """Load the network of a file, of a run's directory or of a name in ``weights/``.
 
-    Its ``description`` tells the rest.
+    Returns:
+        The network in float32, on the CPU, in evaluation mode, with its ``description``.
 
     Raises:
-        OSError: there is no such file, or no such name.
-        ValueError: as ``read_network``.
+        OSError: There is no such file, or no such name.
+        ValueError: As ``read_network``.
     """
     return read_network(find(path_or_name))[0]
 
 
-def is_network_file(path: Path) -> bool:
-    """Whether a file is, or should be, a safetensors file."""
-    if path.suffix == SUFFIX or not path.is_file():
-        return path.suffix == SUFFIX
-    with path.open("rb") as stream:
-        return stream.read(9)[8:] == b"{"
+def convert_command(path: str | os.PathLike) -> str:
+    """Return the command that converts a file that ``load`` cannot read: a released checkpoint, or one of format 2."""
+    return f"python -m engine.convert {shlex.quote(str(path))}"
 
 
 def save_network(
     path: Path, network: MSDNet | IMTA, description: Description, split: Split, half: bool = False
 ) -> None:
-    """Write a file atomically; an old one stays until the new one has been read back.
+    """Write a file atomically.
 
     Args:
-        half: weights of convolutions and linear layers in float16; all others stay as they are.
+        path: The file to write or to replace.
+        network: Its weights are written.
+        description: Written into the header.
+        split: The held-out images.
+        half: Write weights of convolutions and linear layers in float16; all others stay as they are.
 
     Raises:
-        UserError: the file cannot be written; an old one is then untouched.
+        UserError: The file cannot be written; an old one is then untouched.
+    """
+    tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
+    if half:
+        tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
+    tensors |= {name: x.cpu().contiguous() for name, x in split._asdict().items()}
+    write_tensors(path, tensors, description)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], description: Description) -> None:
+    """Write the tensors of a network and of its split atomically, with ``description`` in the header.
+
+    Raises:
+        UserError: The file cannot be written; an old one is then untouched.
     """
     # Here, as torch.hub loads this module, and must not import a module of so common a name.
     from utils import atomic_write
 
-    content = _to_bytes(network, description, split, half)
-
-    def check(written: Path) -> None:
-        if written.read_bytes() != content:
-            raise OSError("what was written reads back differently")
-
-    with atomic_write(path, "wb", check) as stream:
-        stream.write(content)
+    text = json.dumps(dataclasses.asdict(description))
+    header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
+    with atomic_write(path, "wb") as stream:
+        stream.write(safetensors.torch.save(tensors, header))
 
 
 def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, Split]:
-    """Network (float32, on the CPU, in evaluation mode), description and split of a file.
+    """Read network (float32, on the CPU, in evaluation mode), description and split of a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, damaged, foreign or of another version; one line that names it.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, damaged, foreign or of another version; one line that names it.
     """
     path = Path(path)
+    tensors, header = read_safetensors(path)
+    if header.get("format") != FORMAT:
+        found = ascii(header["format"])[:80] if "format" in header else "missing"
+        is_old = header.get("format") == "imta-msdnet network 2"
+        way = f"; convert it once: {convert_command(path)}" if is_old else ""
+        raise ValueError(
+            f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}{way}"
+        )
+    try:
+        return from_tensors(tensors, Description.from_dict(json.loads(header["description"])))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the texts of the header of a file whose checksum is right.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, damaged or foreign; one line that names it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     content = path.read_bytes()
@@ -152,26 +211,28 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, S
     except Exception as error:  # what the readers raise depends on where the damage is
         if content[:2] == b"PK" or content[:1] == b"\x80":
             raise ValueError(
-                f"{path} is a PyTorch checkpoint; models.load_released reads those of the released programs"
+                f"{path} is a PyTorch checkpoint; convert it once: {convert_command(path)}"
             ) from None
         raise ValueError(
             f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})"
         ) from None
-    if header.get("format") != FORMAT:
-        found = ascii(header["format"])[:80] if "format" in header else "missing"
-        raise ValueError(
-            f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}"
-        )
-    if header.get("crc32") != _crc32(content, header.get("description", "")):
+    if "crc32" in header and header["crc32"] != _crc32(content, header.get("description", "")):
         raise ValueError(f"{path} is damaged: its checksum is another")
-    try:
-        description = Description(**json.loads(header["description"]))
-        network = build_network(description.network)
-        split = Split(*(tensors.pop(name) for name in Split._fields))
-        load_weights(network, tensors)
-        _check(description, network, split)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
+    return tensors, header
+
+
+def from_tensors(
+    tensors: dict[str, Tensor], description: Description
+) -> tuple[MSDNet | IMTA, Description, Split]:
+    """Build the network that ``description`` describes from the tensors of its file.
+
+    Raises:
+        KeyError, ValueError: The tensors are not those of the described network and split.
+    """
+    network = build_network(description.network)
+    split = Split(*(tensors.pop(name) for name in Split._fields))
+    load_weights(network, tensors)
+    _check(description, network, split)
     network.description = description
     return network.eval(), description, split
 
@@ -217,16 +278,6 @@ def load_weights(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> None:
     network.load_state_dict({name: x.to(expected[name].dtype) for name, x in tensors.items()}, assign=assign)
 
 
-def _to_bytes(network: MSDNet | IMTA, description: Description, split: Split, half: bool) -> bytes:
-    tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
-    if half:
-        tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
-    tensors |= {name: x.cpu().contiguous() for name, x in split._asdict().items()}
-    text = json.dumps(dataclasses.asdict(description))
-    header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
-    return safetensors.torch.save(tensors, header)
-
-
 def _header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
@@ -237,27 +288,21 @@ def _crc32(content: bytes, description: str) -> str:
 
 
 def _check(description: Description, network: MSDNet | IMTA, split: Split) -> None:
-    lengths = {"class_names": network.num_classes, "operations": network.num_exits, "mean": 3, "std": 3}
-    for name, length in lengths.items():
-        if len(getattr(description, name)) != length:
-            raise ValueError(f"{name} has {len(getattr(description, name))} entries, where {length} belong")
-    network.check_image_size(description.image_size)
-    if description.image_size > MAX_IMAGE_SIZE:
-        raise ValueError(f"image_size is {description.image_size}")
-    if not all(
-        abs(mean) < 1e3 and 1e-3 < std < 1e3
-        for mean, std in zip(description.mean, description.std, strict=True)
-    ):
-        raise ValueError(f"mean is {description.mean}, std {description.std}")
-    if {name: type(value) for name, value in description.data.items()} != {
-        "name": str,
-        "num_training_images": int,
-        "fingerprint": str,
-    }:
-        raise ValueError(f"data is {description.data!a:.80}")
+    data = description.data
+    lengths = {
+        "class_names": (data.class_names, network.num_classes),
+        "operations": (description.operations, network.num_exits),
+    }
+    for name, (values, length) in lengths.items():
+        if len(values) != length:
+            raise ValueError(f"{name} has {len(values)} entries, where {length} belong")
+    network.check_image_size(data.image_size)
+    if data.image_size > MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is {data.image_size}")
     if not all(x.isfinite().all() for x in network.state_dict().values()):
         raise ValueError("not all weights are finite numbers")
-    num_images = description.data["num_training_images"]
-    held_out, is_list = split.held_out, all(x.dtype == torch.int64 and x.dim() == 1 for x in split)
-    if not is_list or (len(held_out) and not 0 <= held_out.min() <= held_out.max() < num_images):
-        raise ValueError(f"held_out are not numbers of {num_images} training images")
+    if (
+        len(split.held_out)
+        and not 0 <= split.held_out.min() <= split.held_out.max() < data.num_training_images
+    ):
+        raise ValueError(f"held_out are not numbers of {data.num_training_images} training images")

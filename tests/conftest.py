@@ -15,7 +15,7 @@ from PIL import Image
 
 from image_data import sources as datasets
 from models import IMTA, Description, MSDNet, count_operations
-from models.saved import network_options
+from models.saved import DataInfo, network_options
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
@@ -33,17 +33,23 @@ def describe(network: MSDNet | IMTA) -> Description:
     """A description of a small network of ten classes."""
     return Description(
         network_options(network),
-        class_names=[f"class {i}" for i in range(10)],
-        image_size=32,
-        mean=[0.5] * 3,
-        std=[0.25] * 3,
+        data=DataInfo(
+            name="demo",
+            class_names=[f"class {i}" for i in range(10)],
+            image_size=32,
+            crop_share=1.0,
+            interpolation="bilinear",
+            mean=[0.5] * 3,
+            std=[0.25] * 3,
+            num_training_images=100,
+            fingerprint="0" * 16,
+        ),
         operations=count_operations(network, 32),
         stage="IMTA",
         title="test",
         recipe={"data": "demo", "epochs": 1, "growth_factors": [1, 2, 4]},
         seed=1,
         commit=None,
-        data={"name": "demo", "num_training_images": 100, "fingerprint": "0" * 16},
         epoch=3,
         accuracy={"val_acc1": [50.0]},
     )

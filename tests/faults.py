@@ -48,7 +48,7 @@ TRAININGS = {
     "IMTA moving": ("train_IMTA", [*TINY_STAGE_2, "--epochs", "2", "--backbone-bn", "moving", "--released"]),
 }
 START = ["--batch-size", "32", "--epochs", "1", "--save", "../new"]
-RELEASED = ["../released.pth.tar", "--nChannels", "4", "--growthRate", "4"]
+RELEASED = "../released.pth.tar"
 CONSUMERS = [  # program, command line in a folder beside those of the runs, the file that is damaged
     ("train_GE", ["--save", "../GE", "--resume"], "GE/last.pt"),
     ("train_GE", ["--save", "../GE", "--resume"], "GE/best.safetensors"),
@@ -56,12 +56,12 @@ CONSUMERS = [  # program, command line in a folder beside those of the runs, the
     ("train_GE", ["--save", "../GE", "--evalmode", "runtime"], "GE/policy.json"),
     (
         "train_GE",
-        ["--save", "../new", "--evalmode", "anytime", "--evaluate-from", *RELEASED],
+        ["--save", "../new", "--evalmode", "anytime", "--evaluate-from", RELEASED],
         "released.pth.tar",
     ),
     ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
     ("train_IMTA", [*START, "--pretrained", "../GE"], "GE/best.safetensors"),
-    ("train_IMTA", [*START, "--val-size", "64", "--pretrained", *RELEASED], "released.pth.tar"),
+    ("train_IMTA", [*START, "--val-size", "64", "--pretrained", RELEASED], "released.pth.tar"),
     ("predict", ["--model", "../GE/best.safetensors", "../good.png"], "GE/best.safetensors"),
     ("predict", ["--model", "../GE/best.safetensors", "../good.png"], "GE/policy.json"),
 ]

@@ -29,9 +29,8 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.35]
 
 
 def description(size=32, num_classes=10):
-    return SimpleNamespace(
-        class_names=[f"class {c}" for c in range(num_classes)], image_size=size, mean=MEAN, std=STD
-    )
+    class_names = [f"class {c}" for c in range(num_classes)]
+    return SimpleNamespace(data=SimpleNamespace(class_names=class_names, image_size=size, mean=MEAN, std=STD))
 
 
 def random_pixels(count, size=32):

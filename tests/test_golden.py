@@ -10,7 +10,6 @@ from torch import Tensor
 import train_IMTA
 from args import parse
 from engine.checkpoint import Saved
-from image_data.sources import DataInfo
 from models import (
     IMTA,
     MSDNet,
@@ -21,6 +20,7 @@ from models import (
     sum_of_cross_entropies,
     to_released,
 )
+from models.saved import DataInfo
 from tests.golden import FIXTURES, PUBLISHED, STAGE_1, STAGE_2, golden_case, sketch
 
 
@@ -113,8 +113,10 @@ def test_stage_2_training_with_the_flag_released(run):
     ]
     settings = parse("IMTA", flags).settings()
     released = load_released(case["checkpoint"], **case["config"])
-    data = DataInfo("cifar100", [str(i) for i in range(100)], 32, [0.5] * 3, [0.5] * 3, 1, "")
-    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone))
+    data = DataInfo(
+        "cifar100", [str(i) for i in range(100)], 32, 1.0, "bilinear", [0.5] * 3, [0.5] * 3, 1, ""
+    )
+    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone, None, None))
     network.load_state_dict(released.state_dict())
     objective = train_IMTA.Distillation(network.double(), settings).train()
     images, targets, teachers = case["images"].double(), case["targets"], []

@@ -8,6 +8,7 @@ import train_IMTA
 from adaptive_inference import read_policy
 from args import parse
 from dataloader import load_data
+from engine import convert
 from engine.report import read_csv
 from models import load_released
 from tests.conftest import make_images
@@ -24,26 +25,32 @@ def data_flags(tmp_path_factory):
 
 
 @pytest.fixture
-def released(tmp_path, monkeypatch):
-    """Writes released.pth.tar into the working folder, and gives the flags of its network, which is smaller than the published ones."""
+def converted(data_flags, tmp_path, monkeypatch):
+    """Convert a golden checkpoint to network.safetensors in the working folder; its flags are smaller than the published ones."""
     monkeypatch.chdir(tmp_path)
 
-    def write(name):
+    def convert_golden(name):
         case = golden_case(name)
         torch.save(case["checkpoint"], "released.pth.tar")
         names = ("nBlocks", "base", "step", "stepmode", "nChannels", "growthRate")
-        return [word for name in names for word in (f"--{name}", str(case["config"][name]))]
+        flags = [word for name in names for word in (f"--{name}", str(case["config"][name]))]
+        folder = data_flags[data_flags.index("--data-root") + 1]
+        assert (
+            convert.main(["released.pth.tar", "network.safetensors", "--classes", f"{folder}/test", *flags])
+            == 0
+        )
 
-    return write
+    return convert_golden
 
 
 @pytest.mark.parametrize(
     ("name", "program"), [(STAGE_1[0], train_GE), (STAGE_1[1], train_GE), (STAGE_2, train_IMTA)]
 )
-def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
-    flags = [*released(name), *data_flags, "--save", "out"]
+def test_evaluated_as_it_is(data_flags, converted, tmp_path, name, program):
+    converted(name)
     for mode in ("anytime", "dynamic"):
-        assert program.main(["--evaluate-from", "released.pth.tar", "--evalmode", mode, *flags]) == 0
+        flags = ["--evaluate-from", "network.safetensors", "--evalmode", mode, *data_flags, "--save", "out"]
+        assert program.main(flags) == 0
     data = load_data(parse("GE", data_flags).settings(), torch.device("cpu"))
     network = load_released(golden_case(name)["checkpoint"], **golden_case(name)["config"])
     with torch.no_grad():
@@ -61,18 +68,15 @@ def test_evaluated_as_it_is(data_flags, released, tmp_path, name, program):
     }
 
 
-def test_starts_stage_2_with_the_flags_of_its_network(data_flags, released, tmp_path, capsys):
-    flags = [
-        "--pretrained",
-        "released.pth.tar",
-        "--save",
-        "IMTA",
-        "--epochs",
-        "1",
-        *data_flags,
-        *released(STAGE_1[1]),
-    ]
+def test_starts_stage_2(data_flags, converted, tmp_path):
+    converted(STAGE_1[1])
+    flags = ["--pretrained", "network.safetensors", "--save", "IMTA", "--epochs", "1", *data_flags]
     assert train_IMTA.main(flags) == 0
     assert len(read_csv(tmp_path / "IMTA" / "anytime.csv")) == 3
-    assert train_IMTA.main([*flags, "--overwrite", "--nBlocks", "7"]) == 2
-    assert "the file has 3 exits, --nBlocks says 7" in capsys.readouterr().err
+
+
+def test_a_released_checkpoint_names_the_command(data_flags, tmp_path, capsys):
+    torch.save(golden_case(STAGE_1[1])["checkpoint"], tmp_path / "released.pth.tar")
+    path = str(tmp_path / "released.pth.tar")
+    assert train_IMTA.main(["--pretrained", path, "--save", str(tmp_path / "IMTA"), *data_flags]) == 2
+    assert f"python -m engine.convert {path}" in capsys.readouterr().err

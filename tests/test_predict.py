@@ -146,7 +146,7 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
         (["--rule", "optimised"], "optimised"),
         (["--policy", "missing.json"], "no policy file"),
         (["--device", "no-such-device"], "--device"),
-        (["--classes", "x"], "are for others"),
+        (["--classes", "x"], "python -m engine.convert"),
     ],
 )
 def test_wishes_that_cannot_be_granted(trained, images, capsys, flags, message):
@@ -201,20 +201,11 @@ def test_network_without_policy_answers_with_all_of_it(trained, images, tmp_path
     assert "there is no policy file" in capsys.readouterr().err
 
 
-def test_released_file_with_classes(images, tmp_path, capsys):
-    torch.save(
-        {"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))},
-        tmp_path / "released.pth.tar",
-    )
-    arguments = [str(images), "--model", str(tmp_path / "released.pth.tar")]
-    assert predict.main(arguments) == 2
-    assert "give --classes FILE" in capsys.readouterr().err
-    (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    assert predict.main([*arguments, "--classes", str(tmp_path / "names.txt"), "--format", "json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["answers"]) == 4
-    (tmp_path / "names.txt").write_text("one\n")
-    assert predict.main([*arguments, "--classes", str(tmp_path / "names.txt")]) == 2
-    assert "holds 1 names, the network knows 10 classes" in capsys.readouterr().err
+def test_a_released_checkpoint_names_the_command(images, tmp_path, capsys):
+    path = tmp_path / "released.pth.tar"
+    torch.save({"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))}, path)
+    assert predict.main([str(images), "--model", str(path)]) == 2
+    assert f"python -m engine.convert {path}" in capsys.readouterr().err
 
 
 def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch, capsys):

@@ -182,7 +182,8 @@ def test_temperatures_and_ensembles_change_answers_and_not_who_leaves(temperatur
 
 def described_network():
     network = make_network(1).float()
-    network.description = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    data = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    network.description = SimpleNamespace(data=data)
     return network
 
 

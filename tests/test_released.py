@@ -205,7 +205,7 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
             "it holds no state dict of a network, but 'state_dict', 'epoch'",
         ),
         (
-            {"format": "imta-msdnet run 2", "state_dict": {}},
+            {"format": "imta-msdnet run 3", "state_dict": {}},
             "models.load reads the best.safetensors beside it",
         ),
         ({"module.net.weight": torch.ones(2)}, "it has no classifier.*.linear (the exits)"),

@@ -1,0 +1,247 @@
+"""Convert released checkpoints, and files of this project's format 2, to today's files.
+
+    python -m engine.convert save/cifar100/GE                                    # a finished run, in place
+    python -m engine.convert old.safetensors new.safetensors
+    python -m engine.convert msdnet-step=4.pth.tar imagenet.safetensors --classes names.txt
+
+An unfinished training is finished with the code it began with.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import FORMAT as RUN_FORMAT
+from engine.checkpoint import save_checkpoint
+from engine.run_directory import RunDirectory
+from image_data.sources import LARGE_CROP_SHARE, LARGEST_IN_MEMORY, NORMALIZATION
+from models import count_operations, load_released
+from models.files import SUFFIX
+from models.options import NETWORK_FIELDS
+from models.released import PUBLISHED_NAMES, is_network_file, read_checkpoint
+from models.saved import (
+    FORMAT,
+    DataInfo,
+    Description,
+    Split,
+    from_tensors,
+    network_options,
+    read_safetensors,
+    save_network,
+    write_tensors,
+)
+from utils import CommandLineParser, UserError, at_least, folder, in_range, in_words, int_list, one_line
+
+OLD_NETWORK, OLD_RUN = "imta-msdnet network 2", "imta-msdnet run 2"
+DATA_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert what these arguments name (None: those of the process) and return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        for line in convert(arguments):
+            sys.stdout.write(f"{one_line(line)}\n")
+    except (UserError, OSError, ValueError) as error:
+        text = one_line(str(error)) if isinstance(error, ValueError) else in_words(error)
+        sys.stderr.write(f"engine.convert: {text}\n")
+        return 2
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> Iterator[str]:
+    """Convert the file or the run that ``arguments.input`` names; yield a line about each file.
+
+    Raises:
+        UserError, OSError, ValueError: One line: a file is missing, damaged or of another kind, or --classes is missing.
+    """
+    path, output = arguments.input, arguments.output
+    if path.is_dir():
+        yield from _convert_run(RunDirectory(path), RunDirectory(output or path))
+    elif is_network_file(path):
+        yield _convert_network(path, output or path)
+    else:
+        checkpoint = read_checkpoint(path)
+        if str(checkpoint.get("format")).startswith("imta-msdnet run"):
+            yield _convert_last(path, output or path)
+        else:
+            yield _convert_released(path, output or path.with_name(_stem(path) + SUFFIX), arguments)
+
+
+def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
+    """Convert the network, the policies and the checkpoint of a run; other files are copied where the folder is a new one."""
+    if not old.best.exists():
+        raise UserError(f"{old.path} holds no {old.best.name}: it is no run of this project")
+    yield _convert_network(old.best, new.best)
+    if old.last.exists():
+        try:
+            yield _convert_last(old.last, new.last)
+        except UserError as error:
+            yield f"left alone: {error}"
+    if old.path.resolve() != new.path.resolve():
+        for path in old.results:
+            if path not in (old.best, old.last) and path.exists():
+                shutil.copyfile(path, new.path / path.name)
+
+
+def _convert_network(path: Path, output: Path) -> str:
+    tensors, header = read_safetensors(path)
+    if header.get("format") == FORMAT:
+        return f"{path} is of today's format already"
+    if header.get("format") != OLD_NETWORK:
+        raise UserError(f"{path} is no network of this project: its format is {header.get('format')!a:.80}")
+    try:
+        description = _from_format_2(json.loads(header["description"]))
+        from_tensors(dict(tensors), description)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or made by another program: {error}") from None
+    write_tensors(output, tensors, description)
+    return f"network: {output}"
+
+
+def _convert_last(path: Path, output: Path) -> str:
+    state = dict(read_checkpoint(path))
+    if state.get("format") == RUN_FORMAT:
+        return f"{path} is of today's format already"
+    if state.get("format") != OLD_RUN:
+        raise UserError(f"{path} is no run of this project: its format is {state.get('format')!a:.80}")
+    try:
+        description = _from_format_2(state["description"])
+        is_finished = state["epoch"] >= description.recipe["epochs"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    if not is_finished:
+        raise UserError(f"{path}: an unfinished training is finished with the code it began with")
+    save_checkpoint(output, {**state, "description": asdict(description)})
+    return f"finished run: {output}"
+
+
+def _convert_released(path: Path, output: Path, arguments: argparse.Namespace) -> str:
+    flags = {flag: getattr(arguments, flag) for flag in PUBLISHED_NAMES if hasattr(arguments, flag)}
+    network = load_released(path, gradient_equilibrium=arguments.gradient_equilibrium, **flags)
+    if arguments.classes is None:
+        raise UserError(
+            f"{path} is of a released program, which stores no class names: give --classes FILE, one name a line, or the "
+            "folder that holds a folder for each class"
+        )
+    options = network.config.get("backbone", network.config)
+    name = arguments.data or DATA_OF_CLASSES.get(network.num_classes, "folder")
+    image_size = arguments.image_size or (32 if options["small_inputs"] else 224)
+    mean, std = NORMALIZATION.get(name, NORMALIZATION["imagenet"])
+    data = _data_info(
+        name=name,
+        class_names=read_class_names(arguments.classes, network.num_classes),
+        image_size=image_size,
+        mean=list(mean),
+        std=list(std),
+        num_training_images=0,
+        fingerprint="",
+    )
+    description = Description(
+        network=network_options(network),
+        data=data,
+        operations=count_operations(network, image_size),
+        stage="GE" if options is network.config else "IMTA",
+        title=_stem(path),
+        recipe={"preset": name, "data": name, **{o: options[o] for o in NETWORK_FIELDS if o in options}},
+        seed=None,
+        commit=None,
+    )
+    save_network(output, network, description, Split.unknown())
+    return f"network: {output}"
+
+
+def read_class_names(path: Path, count: int) -> list[str]:
+    """Read the names of ``count`` classes from a file with one name a line, or from the names of the folders in a folder.
+
+    Two classes may have the same name; a byte order mark is no part of a name.
+
+    Raises:
+        UserError: The file cannot be read, or holds another number of names.
+    """
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--classes {path} cannot be read: {reason}") from None
+        names = [line.strip() for line in lines if line.strip()]
+    if len(names) != count:
+        raise UserError(f"--classes {path} holds {len(names)} names, the network knows {count} classes")
+    return names
+
+
+def _from_format_2(values: dict[str, Any]) -> Description:
+    values = dict(values)
+    preprocessing = {name: values.pop(name) for name in ("class_names", "image_size", "mean", "std")}
+    return Description(**{**values, "data": _data_info(**values["data"], **preprocessing)})
+
+
+def _data_info(*, image_size: int, **values: Any) -> DataInfo:
+    crop_share = 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
+    return DataInfo(image_size=image_size, crop_share=crop_share, interpolation="bilinear", **values)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".tar").rsplit(".", 1)[0]
+
+
+def _parser() -> CommandLineParser:
+    parser = CommandLineParser(
+        prog="engine.convert",
+        usage="python -m engine.convert INPUT [OUTPUT] [flags]",
+        description="Convert a released checkpoint, or a file or run of this project's format 2, to today's files. "
+        "An unfinished training is finished with the code it began with.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("input", type=folder, metavar="INPUT", help="checkpoint, network, policy file or directory of a run")
+    add(
+        "output",
+        type=folder,
+        metavar="OUTPUT",
+        nargs="?",
+        help="default: in place; of a released checkpoint: NAME.safetensors beside it",
+    )
+    released = parser.add_argument_group("released checkpoints, which store no more than weights")
+    add = released.add_argument
+    add(
+        "--classes",
+        type=folder,
+        metavar="FILE",
+        help="names of the classes, one a line, or a folder with a folder for each class",
+    )
+    add("--image-size", type=at_least(1), metavar="PIXELS", help="default: 32 or 224, by its layers")
+    add(
+        "--data",
+        choices=[*NORMALIZATION, "folder"],
+        type=str.lower,
+        help="data set, for the normalisation (default: by the number of classes)",
+    )
+    add(
+        "--GE",
+        dest="gradient_equilibrium",
+        action=argparse.BooleanOptionalAction,
+        help="default: as the file says",
+    )
+    network = parser.add_argument_group("networks of other sizes than the published ones")
+    for flag in ("nBlocks", "base", "step", "nChannels", "growthRate"):
+        network.add_argument(f"--{flag}", type=at_least(1), metavar="N", default=argparse.SUPPRESS)
+    for flag in ("grFactor", "bnFactor"):
+        network.add_argument(f"--{flag}", type=int_list("-"), metavar="1-2-4", default=argparse.SUPPRESS)
+    network.add_argument("--stepmode", choices=["even", "lin_grow"], default=argparse.SUPPRESS)
+    network.add_argument("--prune", choices=["max", "min"], default=argparse.SUPPRESS)
+    network.add_argument("--reduction", type=in_range(0, 1), metavar="R", default=argparse.SUPPRESS)
+    network.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

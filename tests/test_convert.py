@@ -1,0 +1,114 @@
+"""The command that converts files of format 2 and released checkpoints: what comes out works like today's files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import predict
+import train_GE
+from adaptive_inference.policies import network_fingerprint, read_policy
+from engine import convert
+from engine.checkpoint import load_checkpoint, load_saved
+from models import MSDNet, load, to_released
+from models.released import read_checkpoint
+from utils import UserError
+
+FORMAT_2 = Path(__file__).parent / "fixtures" / "format_2"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A small finished run that the code of format 2 wrote, demo data, both stages."""
+    shutil.copytree(FORMAT_2, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("stage", ["GE", "IMTA"])
+def test_a_run_of_format_2(run, stage, capsys):
+    path = run / stage / "best.safetensors"
+    with pytest.raises(ValueError, match=f"python -m engine.convert {path}"):
+        load(path)
+    assert convert.main([str(run / stage)]) == 0
+    expected = json.loads((run / "expected.json").read_text())[stage]
+    network = load(path)
+    images = torch.linspace(-2, 2, 2 * 3 * 40 * 40).reshape(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.stack(network(images)), torch.tensor(expected["logits"]), atol=1e-4, rtol=1e-4
+        )
+    assert network_fingerprint(network) == expected["fingerprint"]
+    assert read_policy(run / stage / "policy.json").fingerprint == expected["fingerprint"]
+    description = network.description
+    assert (description.data.name, description.data.image_size, description.data.crop_share) == (
+        "demo",
+        40,
+        1.0,
+    )
+    assert description.data.class_names[:2] == ["solid circle", "hollow circle"]
+    assert (description.data.num_training_images, len(load_saved(path, {}).split.held_out)) == (13000, 100)
+    assert description.stage == stage
+    assert convert.main([str(run / stage)]) == 0
+    assert "is of today's format already" in capsys.readouterr().out
+
+
+def test_a_finished_checkpoint_of_format_2_is_resumed(run, tmp_path, capsys):
+    path = run / "GE" / "last.pt"
+    assert train_GE.main(["--save", str(run / "GE"), "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert f"python -m engine.convert {run / 'GE'}" in message
+    assert "an unfinished training is finished with the code it began with" in message
+    assert convert.main([str(run / "GE"), str(tmp_path / "new")]) == 0
+    assert load_checkpoint(tmp_path / "new" / "last.pt")["epoch"] == 1
+    assert (tmp_path / "new" / "policy.json").exists()
+    with pytest.raises(UserError, match="written by an earlier version"):
+        load_checkpoint(path)  # a new folder leaves the old one alone
+
+
+def test_an_unfinished_training_is_finished_with_its_own_code(run, capsys):
+    state = dict(read_checkpoint(run / "GE" / "last.pt"))
+    torch.save({**state, "epoch": 0, "step": 7}, run / "GE" / "last.pt")
+    assert convert.main([str(run / "GE" / "last.pt")]) == 2
+    assert "finished with the code it began with" in capsys.readouterr().err
+    assert convert.main([str(run / "GE")]) == 0
+    assert "left alone" in capsys.readouterr().out
+    assert load(run / "GE").num_exits == 2
+
+
+def test_released_checkpoints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = MSDNet(num_classes=10, step_mode="lin_grow").eval()
+    torch.save({"state_dict": to_released(network), "arch": "msdnet_ge"}, "model.pth.tar")
+    assert convert.main(["model.pth.tar"]) == 2
+    assert "give --classes FILE" in capsys.readouterr().err
+    names = ["crane", "crane", *"abcdefgh"]
+    Path("names.txt").write_text("\ufeff" + "\n".join(names) + "\n", encoding="utf-8")
+    assert convert.main(["model.pth.tar", "--classes", "names.txt"]) == 0
+    converted = load("model.safetensors")
+    data = converted.description.data
+    assert (data.name, data.class_names, data.image_size) == ("cifar10", names, 32)
+    assert not data.knows_training_images
+    with torch.no_grad():
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(converted(images), network(images))
+    assert predict.main(["missing.png", "--model", "model.safetensors"]) == 1
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    (tmp_path / "text").write_text("no checkpoint")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "names").write_text("one\n")
+    torch.save({"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))}, tmp_path / "a.pth")
+    for arguments, words in [
+        (["missing.pth"], "there is no checkpoint"),
+        (["text"], "no PyTorch checkpoint"),
+        (["empty"], "it is no run"),
+        (["a.pth", "--classes", str(tmp_path / "names")], "holds 1 names, the network knows 10 classes"),
+        (["a.pth", "--nBlocks", "7"], "the file has 5 exits, --nBlocks says 7"),
+    ]:
+        assert convert.main([str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
