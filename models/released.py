@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.files import SUFFIX
-from models.imta import IMTA
-from models.layers import Transition
-from models.msdnet import MSDNet
+from .files import SUFFIX
+from .imta import IMTA
+from .layers import Transition
+from .msdnet import MSDNet
 
 Shapes = dict[str, tuple[int, ...]]
 Flags = dict[str, Any]

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.files import find
-from models.imta import IMTA
-from models.msdnet import MSDNet
+from .files import find
+from .imta import IMTA
+from .msdnet import MSDNet
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels
