@@ -9,6 +9,7 @@ processes. Order and augmentation are functions of (seed, epoch, step) alone, so
 """
 
 import atexit
+import copy
 import hashlib
 import math
 import os
@@ -113,6 +114,7 @@ class Batches:
             )
         self.num_images, self.seed, self.workers = num_images, settings.seed, settings.workers
         self.augment, self.normalize, self.device = augment, normalize, normalize.scale.device
+        self.chosen: Tensor | None = None  # indices to evaluate, None for all
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -136,8 +138,17 @@ class Batches:
         return order[len(self) * self.batch_size :].sort().values
 
     def own(self) -> Tensor:
-        """Indices of the images this process evaluates."""
+        """Return the indices of the images this process evaluates."""
+        if self.chosen is not None:
+            return self.chosen
         return torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
+
+    def spread(self, count: int) -> "Batches":
+        """Return batches of about ``count`` of this process's images, evenly spread over the classes, which follow one another."""
+        own = self.own()
+        part = copy.copy(self)
+        part.chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
+        return part
 
 
 class InMemoryBatches(Batches):

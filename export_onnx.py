@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     from adaptive_inference.export import (
         export_onnx,
     )  # here, as PyTorch takes seconds to load, and --help needs none
+    from adaptive_inference.fingerprint import describe
     from adaptive_inference.fold import folded_for
-    from adaptive_inference.policies import describe, read_policy
+    from adaptive_inference.policies import read_policy
     from engine.checkpoint import load_saved
     from models.files import policy_path
 
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
     count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
-    if curve is not None and curve.form != "float32":
-        count += f" (found in {curve.form}; in float32 an image close to a threshold may leave elsewhere)"
+    if curve is not None and curve.dtype != "float32":
+        count += f" (found in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
     sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")
     return 0
 

@@ -4,18 +4,20 @@
 time is in ``adaptive_inference.promises``.
 """
 
-from .budgeted import ExitAnswers, curve_rows, geometric_thresholds
+from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
+from .choosing import allowed_points, choose
+from .confidence import confidence_by_exit
 from .fold import fold, load_predictor
-from .policies import allowed_points, choose, confidence_by_exit, policy_curve, read_policy, write_policy
+from .policies import policy_curve, read_policy, write_policy
 from .predictor import AdaptivePredictor, simulate
 
 __all__ = [
     "AdaptivePredictor",
-    "ExitAnswers",
+    "ExitPredictions",
     "allowed_points",
     "choose",
     "confidence_by_exit",
-    "curve_rows",
+    "evaluate_thresholds",
     "fold",
     "geometric_thresholds",
     "load_predictor",

@@ -1,11 +1,12 @@
-"""Budgeted batch prediction: one budget for a whole set of images, spent on those that need it (MSDNet paper, section 3 and 5).
+"""Budgeted batch prediction: one budget for a set of images, spent where it helps (MSDNet paper, sections 3 and 5).
 
-    val, test = (ExitAnswers(*confidence_by_exit(logits), targets) for logits, targets in (held_out, new))
-    rows = curve_rows(geometric_thresholds(val.confidence), val, test, count_operations(network, 32))
-    rows[19]["test_acc1"], rows[19]["operations"]
+    val = ExitPredictions.from_logits(val_logits, val_targets)           # held-out images
+    thresholds = geometric_thresholds(val.confidence)                    # (40, K), from cheap to full
+    result = evaluate_thresholds(thresholds[19], test, count_operations(network, 32))
+    result.acc1, result.operations
 
-An image leaves at the first exit whose confidence, the largest softmax probability, reaches that exit's threshold. The thresholds are
-set on held-out images so that a wanted share leaves at every exit.
+An image leaves at the first exit whose confidence, the largest softmax probability, reaches that exit's threshold.
+The thresholds are set on held-out images so that a wanted share leaves at every exit.
 """
 
 from collections.abc import Sequence
@@ -14,48 +15,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaptive_inference.confidence import confidence_by_exit
+
 # Thresholds of exits at which no image, or every image, leaves; the released program's numbers.
 NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
 
 
-class ExitAnswers(NamedTuple):
-    """What every exit says of N images, ``confidence`` and ``classes`` (K, N) as ``policies.confidence_by_exit`` gives them, and what they
-    show, ``targets`` (N,)."""
+class ExitPredictions(NamedTuple):
+    """Predictions of every exit for N images with labels.
+
+    Attributes:
+        confidence: (K, N), as from ``confidence_by_exit``.
+        classes: (K, N), int64.
+        targets: (N,), int64.
+    """
 
     confidence: Tensor
     classes: Tensor
     targets: Tensor
 
+    @classmethod
+    def from_logits(cls, logits: Tensor, targets: Tensor, measure: str = "softmax") -> "ExitPredictions":
+        """Return the predictions of logits (K, N, C) for images with targets (N,)."""
+        return cls(*confidence_by_exit(logits, measure), targets)
+
     @property
     def correct(self) -> Tensor:
-        """Whether an exit's class is right, (K, N)."""
+        """Whether each exit predicts the right class, (K, N) bool."""
         return self.classes == self.targets
 
-    def of(self, images: Tensor) -> "ExitAnswers":
-        """The answers to these images: a mask (N,) or indices."""
-        return ExitAnswers(*(values[..., images] for values in self))
+    def subset(self, images: Tensor) -> "ExitPredictions":
+        """Return the predictions for these images: a mask (N,) or indices."""
+        return ExitPredictions(*(values[..., images] for values in self))
+
+
+class BudgetedResult(NamedTuple):
+    """Result of a set of thresholds on a set of images.
+
+    Attributes:
+        acc1: top-1 accuracy in percent.
+        operations: mean per image.
+        shares: K shares of the images, by the exit at which they leave.
+    """
+
+    acc1: float
+    operations: float
+    shares: tuple[float, ...]
 
 
 def exit_shares(ratio: float, num_exits: int) -> Tensor:
-    """Share of the images that should leave at each exit: q_k proportional to ratio^k, k = 1 .. K. Returns (K,), float32, sum 1.
+    """Return the share of the images that should leave at each exit: q_k proportional to ratio^k, k = 1 .. K.
 
     Single precision and the logarithm as in the released program: floor(N q_k) depends on the rounding.
+
+    Returns:
+        (K,), float32, with sum 1.
     """
     q = torch.exp(torch.tensor(ratio, dtype=torch.float32).log() * torch.arange(1, num_exits + 1))
     return q / q.sum()
 
 
 def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
-    """Thresholds for ``points`` budgets, from cheap to full: budget p lets shares of about ``exit_shares(2 p / points)`` leave.
+    """Return the paper's thresholds: at budget p, shares of about ``exit_shares(2 p / points)`` leave.
 
-    Exit by exit, among the images not yet gone, the threshold is the confidence of the floor(N q_k)-th most confident one. Where that
-    number is 0, or more than are left, none leave. The last exit takes everything.
+    Exit by exit, among the images that have not left, the threshold is the confidence of the floor(N q_k)-th most
+    confident one. Where that number is 0, or more than are left, none leave. The last exit takes everything.
 
     Args:
         confidence: (K, N) of the held-out images.
+        points: number of budgets.
 
     Returns:
-        (points, K), dtype of ``confidence``.
+        (points, K), from cheap to full, in the dtype of ``confidence``.
     """
     num_exits, num_images = confidence.shape
     order = confidence.argsort(dim=1, descending=True)
@@ -74,7 +105,15 @@ def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
 
 
 def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
-    """Exit (0-based) at which each image leaves: confidence (K, N), thresholds (K,) -> (N,), int64."""
+    """Return the exit (0-based) at which each image leaves.
+
+    Args:
+        confidence: (K, N).
+        thresholds: (K,).
+
+    Returns:
+        (N,), int64.
+    """
     last = len(confidence) - 1
     exits = torch.full(confidence.shape[1:], last, device=confidence.device)
     for k in reversed(range(last)):
@@ -82,33 +121,13 @@ def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     return exits
 
 
-def curve_rows(
-    thresholds: Tensor, val: ExitAnswers, test: ExitAnswers, operations: Sequence[float]
-) -> list[dict]:
-    """What thresholds (P, K), of P policies, reach on held-out and on test images.
-
-    Args:
-        operations: to each exit, K numbers.
-
-    Returns:
-        One dict a policy: its number ``p`` from 1, ``thresholds``, ``val_acc1`` and ``test_acc1`` (percent), ``val_operations`` and
-        ``operations`` (means), ``val_shares`` and ``shares`` (of the images that leave at each exit).
-    """
-    rows = []
-    for p, own in enumerate(thresholds, start=1):
-        row = {"p": p, "thresholds": own.tolist()}
-        for names, answers in (
-            (("val_acc1", "val_operations", "val_shares"), val),
-            (("test_acc1", "operations", "shares"), test),
-        ):
-            exits = assign_exits(answers.confidence, own)
-            counts = torch.bincount(exits, minlength=len(operations))
-            num_correct = answers.correct.gather(0, exits[None]).sum().item()
-            cost = sum(count * to_exit for count, to_exit in zip(counts.tolist(), operations, strict=True))
-            row |= zip(
-                names,
-                (100 * num_correct / len(exits), cost / len(exits), (counts / len(exits)).tolist()),
-                strict=True,
-            )
-        rows.append(row)
-    return rows
+def evaluate_thresholds(
+    thresholds: Tensor, predictions: ExitPredictions, operations: Sequence[float]
+) -> BudgetedResult:
+    """Return what thresholds (K,) reach on a set of images; ``operations`` are K numbers, to each exit."""
+    exits = assign_exits(predictions.confidence, thresholds)
+    counts = torch.bincount(exits, minlength=len(operations))
+    num_correct = predictions.correct.gather(0, exits[None]).sum().item()
+    cost = sum(count * to_exit for count, to_exit in zip(counts.tolist(), operations, strict=True))
+    count = len(exits)
+    return BudgetedResult(100 * num_correct / count, cost / count, tuple((counts / count).tolist()))

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive_inference.fingerprint import describe
 from adaptive_inference.fold import fold
-from adaptive_inference.policies import PolicyCurve, describe
+from adaptive_inference.policies import PolicyCurve
 from models import Description, ExitNetwork, State, count_operations
 from utils import UserError, atomic_write
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from adaptive_inference.policies import PolicyCurve, choose, network_fingerprint, read_policy
+from adaptive_inference.choosing import choose
+from adaptive_inference.fingerprint import network_fingerprint
+from adaptive_inference.policies import PolicyCurve, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import ExitNetwork, State, load
 from models.files import find, policy_path
@@ -30,7 +32,7 @@ class FoldedNetwork(ExitNetwork):
 
     Args:
         network: folded, in evaluation mode.
-        fingerprint: of the network before folding (``policies.network_fingerprint``).
+        fingerprint: of the network before folding (``fingerprint.network_fingerprint``).
         dtype: of its weights.
         memory_format: of its weights.
     """
@@ -94,7 +96,7 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
 
     Returns:
         A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the original
-        (``policies.network_fingerprint``), and can be neither trained nor saved.
+        (``fingerprint.network_fingerprint``), and can be neither trained nor saved.
     """
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network
@@ -115,7 +117,7 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
         str(dtype).removeprefix("torch."): dtype
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     }
-    folded = fold(network, dtype=dtypes.get(curve.form))
+    folded = fold(network, dtype=dtypes.get(curve.dtype))
     curve.check(folded, source)
     return folded
 

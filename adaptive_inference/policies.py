@@ -1,101 +1,48 @@
-"""Policies: the thresholds at which images leave, the measure they are compared with, and the file both live in.
+"""Policies: thresholds at which images leave, how predictions are made, and the file that holds them.
 
     curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 
-A policy file is JSON: fingerprints of the network and the form of it that it belongs to, the measure, the operations to each exit, the
-temperature of each exit, the weights of an ensemble of exits, how promises about accuracy are tested, and a list of points from cheap to
-full: thresholds, and what they reached on the held-out images.
+A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the operations to
+each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap to full:
+thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds their loss.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, evaluate_thresholds
+from adaptive_inference.fingerprint import describe, dtype_of, network_fingerprint
 from adaptive_inference.measures import MEASURES, RULES
-from adaptive_inference.promises.risk import CERTIFICATE, Losses, MaxLoss, certified
-from models.options import NETWORK_FIELDS
+from models import files
 from utils import UserError, atomic_write
 
-if TYPE_CHECKING:
-    from adaptive_inference.promises.timing import BlockTimes
-
-FORMAT = "imta-msdnet policy 2"
+FORMAT = "imta-msdnet policy 3"
 MAX_FILE_SIZE = 4 * 2**20  # bytes
-
-
-class Answer(NamedTuple):
-    """What an exit says of n images: ``classes`` (n,) int64, ``confidence`` (n,)."""
-
-    classes: Tensor
-    confidence: Tensor
-
-
-def next_answer(measure: str, logits: Tensor, previous: Answer | None) -> Answer:
-    """Class and confidence of the next exit; higher is more confident.
-
-    Args:
-        measure: ``softmax``, the largest probability (the paper); ``entropy``, 1 - H(probabilities) / log C; ``margin``, the largest
-            probability less the second; ``patience``, how many exits in a row, this one included, agree (Zhou et al., "BERT Loses
-            Patience", NeurIPS 2020, arXiv 2006.04152).
-        logits: (n, C).
-        previous: the exit before's answer to the same images, None at the first exit.
-    """
-    # Half precision would make many confidences equal.
-    probs = torch.softmax(
-        logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1
-    )
-    largest, classes = probs.max(dim=1)
-    if measure == "softmax":
-        return Answer(classes, largest)
-    if measure == "entropy":
-        return Answer(
-            classes, 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2))
-        )
-    if measure == "margin":
-        best = probs.topk(2, dim=1).values
-        return Answer(classes, best[:, 0] - best[:, 1])
-    if measure == "patience":
-        alone = torch.ones_like(largest)
-        return Answer(
-            classes,
-            alone
-            if previous is None
-            else torch.where(classes == previous.classes, previous.confidence + 1, alone),
-        )
-    raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
-
-
-def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:
-    """Logits (K, N, C) of every exit -> confidence (K, N) and class (K, N), int64."""
-    answers, answer = [], None
-    for exit_logits in logits:
-        answer = next_answer(measure, exit_logits, answer)
-        answers.append(answer)
-    return torch.stack([a.confidence for a in answers]), torch.stack([a.classes for a in answers])
 
 
 @dataclass(frozen=True)
 class Policy:
-    """When images leave, and how their answers are made.
+    """Rule by which images leave, and by which predictions are made.
 
     Args:
-        thresholds: one an exit, compared with the measure of its logits.
-        measure: as in ``next_answer``.
-        temperatures: one an exit, by which its logits are divided before they become the probabilities of answers; None: 1 everywhere. Who
-            leaves does not depend on them.
-        ensemble: a row an exit, of a weight an exit: answers come from the sum, with these weights, of the logits of all exits so far.
-            Who leaves is decided by the exit's own logits; temperatures are not used. None: each exit answers alone.
+        thresholds: one per exit, compared with the confidence of its logits.
+        measure: as in ``confidence.next_prediction``.
+        temperatures: one per exit; its logits are divided by it before they become the probabilities of a prediction.
+            None: 1 everywhere. They do not decide who leaves.
+        ensemble: one row per exit, of one weight per exit: the prediction at an exit comes from the sum, with these
+            weights, of the logits of all exits so far. The exit's own logits decide who leaves; temperatures are not
+            used. None: each exit predicts alone.
 
     Raises:
-        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that do not fit.
+        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that do not
+            fit.
     """
 
     thresholds: tuple[float, ...]
@@ -106,25 +53,51 @@ class Policy:
     def __post_init__(self):
         count = len(self.thresholds)
         if not self.thresholds or not all(map(math.isfinite, self.thresholds)):
-            raise ValueError(f"thresholds are {self.thresholds}; they must be one finite number an exit")
+            raise ValueError(f"thresholds are {self.thresholds}; they must be one finite number per exit")
         if self.measure not in MEASURES:
             raise ValueError(f"measure is {self.measure!r}; allowed: {', '.join(MEASURES)}")
-        if self.temperatures is not None and not (
-            len(self.temperatures) == count and min(self.temperatures) > 0
+        temperatures = self.temperatures
+        if temperatures is not None and not (
+            len(temperatures) == count and all(0 < t < math.inf for t in temperatures)
         ):
-            raise ValueError(
-                f"temperatures are {self.temperatures}; they must be one positive number an exit"
-            )
-        if self.ensemble is not None and [len(row) for row in self.ensemble] != [count] * count:
-            raise ValueError(f"weights of an ensemble must be {count} rows of {count} numbers")
+            raise ValueError(f"temperatures are {temperatures}; they must be one positive number per exit")
+        if self.ensemble is not None:
+            finite = all(math.isfinite(weight) for row in self.ensemble for weight in row)
+            if [len(row) for row in self.ensemble] != [count] * count or not finite:
+                raise ValueError(f"weights of an ensemble must be {count} rows of {count} finite numbers")
 
     @property
     def weights(self) -> tuple[tuple[float, ...], ...]:
-        """Of the logits of all exits in the answers at each exit: those of the ensemble, else 1 / temperature of the exit alone."""
-        alone = [1 / temperature for temperature in self.temperatures or [1.0] * len(self.thresholds)]
-        return self.ensemble or tuple(
-            tuple(x if j == k else 0.0 for j in range(len(alone))) for k, x in enumerate(alone)
-        )
+        """Weights (K, K) of the logits of all exits in the prediction at each exit.
+
+        Those of the ensemble, or 1 / temperature of the exit alone.
+        """
+        if self.ensemble:
+            return self.ensemble
+        count = len(self.thresholds)
+        alone = [1 / temperature for temperature in self.temperatures or [1.0] * count]
+        return tuple(tuple(alone[k] if j == k else 0.0 for j in range(count)) for k in range(count))
+
+    @property
+    def runs_everything(self) -> bool:
+        """Whether every image goes on to the last exit."""
+        return all(threshold >= NONE_LEAVE for threshold in self.thresholds[:-1])
+
+
+class LossCounts(NamedTuple):
+    """Counts of images that bound the loss of a policy against the full network.
+
+    Attributes:
+        images: number of images that tested the policy.
+        worse: of these, wrong where the full network is right.
+        better: right where the full network is wrong.
+        other: of another class than the full network's, right or wrong.
+    """
+
+    images: int
+    worse: int
+    better: int
+    other: int
 
 
 @dataclass(frozen=True)
@@ -132,11 +105,13 @@ class Point:
     """A policy and what it reached on held-out images.
 
     Args:
-        val_acc1: in percent.
-        operations: mean.
-        shares: of the images, that leave at each exit.
-        rule: how its thresholds were found, ``p`` its number on that rule's curve, from 1.
-        losses: of the rule "tested": on the images that set the thresholds, and on the others.
+        policy: thresholds and the rest.
+        val_acc1: top-1 accuracy in percent.
+        operations: mean per image.
+        shares: of the images, by the exit at which they leave.
+        rule: how its thresholds were found, one of ``RULES``.
+        p: its number on that rule's curve, from 1 for the cheapest.
+        losses: of the rule "certified": counts on images that the thresholds do not depend on.
     """
 
     policy: Policy
@@ -145,73 +120,89 @@ class Point:
     shares: tuple[float, ...]
     rule: str = "geometric"
     p: int = 1
-    losses: tuple[Losses, Losses] | None = None
+    losses: LossCounts | None = None
 
     def __post_init__(self):
-        if (
-            self.rule not in RULES
-            or type(self.p) is not int
-            or not 0 <= self.val_acc1 <= 100
-            or self.operations <= 0
-        ):
-            raise ValueError("a point's rule, p, val_acc1 or operations are out of range")
-        if (
-            len(self.shares) != len(self.policy.thresholds)
-            or min(self.shares) < 0
-            or abs(sum(self.shares) - 1) > 1e-3
-        ):
-            raise ValueError("a point's shares are not one an exit, of one whole")
+        if self.rule not in RULES or type(self.p) is not int:
+            raise ValueError("a point's rule or p is out of range")
+        if not 0 <= self.val_acc1 <= 100 or self.operations <= 0:
+            raise ValueError("a point's val_acc1 or operations are out of range")
+        if len(self.shares) != len(self.policy.thresholds) or min(self.shares) < 0:
+            raise ValueError("a point's shares are not one per exit")
+        if abs(sum(self.shares) - 1) > 1e-3:
+            raise ValueError("a point's shares do not add up to 1")
         if self.rule == "ensemble" and self.policy.ensemble is None:
             raise ValueError("the weights of its ensemble are missing")
-        if self.rule == "tested" and not (
-            self.losses and len(self.losses) == 2 and all(x.are_counts for x in self.losses)
-        ):
-            raise ValueError("a point's losses are no counts of two sets of images")
+        if self.rule == "certified" and not _are_counts(self.losses):
+            raise ValueError("the losses of a certified point are not counts of images")
+
+
+def _are_counts(losses: LossCounts | None) -> bool:
+    if losses is None or not all(type(count) is int and count >= 0 for count in losses):
+        return False
+    return losses.worse + losses.better <= losses.other <= losses.images and losses.images > 0
 
 
 @dataclass(frozen=True)
 class PolicyCurve:
-    """The points of a network, from cheap to full. ``operations`` are those to each exit, as published counts go; ``form`` is that of
-    ``form_of``."""
+    """Points of a network, from cheap to full.
+
+    Args:
+        fingerprint: of the network's weights.
+        dtype: of the network that gave the logits, such as ``float32``.
+        network: the network in words.
+        operations: to each exit, as published counts go.
+        points: of all rules.
+        num_images: held-out images that the points, temperatures and weights rest on; None: not known.
+        certificate: procedure that counted the losses of the certified points; None where there are none.
+    """
 
     fingerprint: str
-    form: str
+    dtype: str
     network: str
     operations: tuple[float, ...]
     points: tuple[Point, ...]
+    num_images: int | None = None
+    certificate: dict[str, Any] | None = None
 
     def __post_init__(self):
-        if not all(isinstance(text, str) for text in (self.fingerprint, self.form, self.network)):
+        if not all(isinstance(text, str) for text in (self.fingerprint, self.dtype, self.network)):
             raise ValueError("its network is not described in words")
         if list(self.operations) != sorted(self.operations) or min(self.operations, default=0) <= 0:
             raise ValueError("its operations do not grow from exit to exit")
         if not self.points or any(len(point.shares) != len(self.operations) for point in self.points):
             raise ValueError("it has no points, or one of another number of exits")
+        if self.num_images is not None and (type(self.num_images) is not int or self.num_images < 1):
+            raise ValueError("its number of held-out images is not a number of images")
 
     def check(self, network: nn.Module, source: Path) -> None:
-        """Hold the curve to the network and the form of it that will answer.
+        """Check that the curve was made for this network and dtype.
 
         Raises:
             UserError: it was made for another; ``source`` is named.
         """
         if (len(self.operations), self.fingerprint) != (network.num_exits, network_fingerprint(network)):
             raise UserError(
-                f"{source} is the policy of another network ({self.network}); --evalmode dynamic makes one for this network"
+                f"{source} is the policy of another network ({self.network}); "
+                "--evalmode dynamic makes one for this network"
             )
-        if self.form != form_of(network):
+        if self.dtype != dtype_of(network):
             raise UserError(
-                f"{source} was made for this network in {self.form}, not in {form_of(network)}, whose answers are rounded otherwise; "
-                "--evalmode dynamic makes one for the form it evaluates"
+                f"{source} was made for this network in {self.dtype}, not in {dtype_of(network)}, which rounds "
+                "logits differently; --evalmode dynamic makes one for the dtype it evaluates"
             )
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
-        """The point whose mean operations are nearest to ``operations``."""
+        """Return the point whose mean operations are nearest to ``operations``."""
         return min(
             self.of_rule(rule), key=lambda point: (abs(point.operations - operations), -point.val_acc1)
         )
 
     def of_rule(self, rule: str | None) -> tuple[Point, ...]:
-        """The points found by ``rule``; None: the best there are, those of an ensemble before optimised ones before others.
+        """Return the points found by ``rule``.
+
+        Args:
+            rule: None: the best rule the curve has: ensemble, else optimised, else any.
 
         Raises:
             UserError: there is none.
@@ -220,180 +211,60 @@ class PolicyCurve:
             if points := tuple(point for point in self.points if point.rule == name):
                 return points
         if rule:
-            raise UserError(
-                f"no policy here is of the rule {rule}; there are {', '.join(sorted({point.rule for point in self.points}))}"
-            )
+            known = ", ".join(sorted({point.rule for point in self.points}))
+            raise UserError(f"no policy here is of the rule {rule}; there are {known}")
         return self.points
 
 
-def choose(
-    curve: PolicyCurve,
-    operations: float | None = None,
-    milliseconds: float | None = None,
-    accuracy: float | None = None,
-    max_loss: MaxLoss | float | None = None,
-    timing: "BlockTimes | None" = None,
-    rule: str | None = None,
-) -> Point:
-    """The point that grants all that is asked for: within a budget the most accurate on held-out images, without one the cheapest.
+def evaluate_points(
+    rule: str, thresholds: Tensor, policy: Policy, val: ExitPredictions, operations: Sequence[float]
+) -> tuple[Point, ...]:
+    """Return one point for each row of thresholds.
 
     Args:
-        operations: an image, the mean at most.
-        milliseconds: an image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor`` keeps to it as measured).
-        accuracy, max_loss, rule: as for ``allowed_points``.
-        timing: of this network on this machine, from ``timing.measure_blocks``.
-
-    Raises:
-        UserError: no point does; the line says what is possible.
-        ValueError: ``milliseconds`` without ``timing``.
+        rule: how they were found.
+        thresholds: (P, K).
+        policy: measure, temperatures and ensemble of all of them.
+        val: predictions for held-out images.
+        operations: to each exit.
     """
-    if milliseconds is not None and timing is None:
-        raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
-    points = allowed_points(curve, accuracy, max_loss, rule)
-    if operations is not None:
-        points = within(
-            points,
-            [point.operations / 1e6 for point in points],
-            operations / 1e6,
-            "M",
-            curve.operations[-1] / 1e6,
-        )
-    if milliseconds is not None:
-        points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
-    if operations is None and milliseconds is None:
-        return min(points, key=lambda point: (point.operations, -point.val_acc1))
-    return max(points, key=lambda point: (point.val_acc1, -point.operations))
-
-
-def allowed_points(
-    curve: PolicyCurve,
-    accuracy: float | None = None,
-    max_loss: MaxLoss | float | None = None,
-    rule: str | None = None,
-) -> list[Point]:
-    """The points that grant what is asked for.
-
-    Args:
-        accuracy: on held-out images at least, in percent.
-        max_loss: of accuracy against the full network, with a level of confidence; a number is in percent, at the usual level.
-        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
-
-    Raises:
-        UserError: no point does; the line says what is possible.
-        ValueError: ``max_loss`` with a ``rule``, or out of range.
-    """
-    if max_loss is not None and rule is not None:
-        raise ValueError(f"max_loss has a rule of its own, tested; {rule} promises nothing")
-    max_loss = MaxLoss(max_loss) if isinstance(max_loss, (int, float)) else max_loss
-    points = list(curve.of_rule(rule)) if max_loss is None else certified(curve.points, max_loss)
-    reached = [point for point in points if accuracy is None or point.val_acc1 >= accuracy]
-    if not reached:
-        best = max(point.val_acc1 for point in points)
-        limited = " that is certain to lose so little" if max_loss else ""
-        raise UserError(
-            f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %"
-        )
-    return reached
-
-
-def within(
-    points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None
-) -> list[Point]:
-    """The points whose cost is at most ``limit``.
-
-    Args:
-        whole: the cost of the whole network, to name a share of it.
-
-    Raises:
-        UserError: all cost more; the line says what to ask for.
-    """
-    cheapest = min(costs)
-    if cheapest > limit:
-        percent = "" if whole is None else f" or {math.ceil(100 * cheapest / whole)}%"
-        raise UserError(
-            f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy allowed needs {cheapest:.4g}{unit}; "
-            f"ask for {_rounded_up(cheapest)}{unit}{percent}"
-        )
-    return [point for point, cost in zip(points, costs, strict=True) if cost <= limit]
-
-
-def _rounded_up(value: float) -> str:
-    """Three digits, not below ``value``."""
-    step = 10 ** (math.floor(math.log10(value)) - 2)
-    return f"{math.ceil(value / step) * step:.6g}"
-
-
-def network_fingerprint(network: nn.Module) -> str:
-    """Digest of a network's description and weights: thresholds suit these weights only.
-
-    The inference form of a network, in PyTorch or in ONNX, keeps the fingerprint of the network it was made from.
-    """
-    if network.fingerprint is not None:
-        return network.fingerprint
-    digest = hashlib.sha256(
-        f"{describe(network)} {json.dumps(_chosen(network.config), sort_keys=True)}".encode()
-    )
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
-
-
-def _chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """Without options of a network at their defaults: an option that comes later then changes no fingerprint."""
-    defaults = {name: described.default for name, described in NETWORK_FIELDS.items()}
-    chosen = {name: _chosen(value) if isinstance(value, dict) else value for name, value in config.items()}
-    return {name: value for name, value in chosen.items() if name not in defaults or value != defaults[name]}
-
-
-def form_of(network: nn.Module) -> str:
-    """What decides how a network's answers are rounded: ``float32``, ``bfloat16``, ``float16`` or ``float64``."""
-    return str(next(network.parameters()).dtype).removeprefix("torch.")
-
-
-def describe(network: nn.Module) -> str:
-    """A network in a few words, for messages."""
-    return f"{network.kind} with {network.num_exits} exits and {network.num_classes} classes"
+    points = []
+    for p, row in enumerate(thresholds, start=1):
+        own = replace(policy, thresholds=tuple(row.tolist()))
+        points.append(Point(own, *evaluate_thresholds(row, val, operations), rule, p))
+    return tuple(points)
 
 
 def policy_curve(
     network: nn.Module,
-    operations: list[int],
-    rows: dict[str, list[dict]],
-    measure: str = "softmax",
-    temperatures: Sequence[float] | None = None,
-    ensemble: Sequence[Sequence[float]] | None = None,
+    operations: Sequence[float],
+    points: Sequence[Point],
+    num_images: int | None = None,
+    certificate: dict[str, Any] | None = None,
 ) -> PolicyCurve:
-    """The curve of ``network`` from rows by rule.
-
-    Args:
-        network: in the form that gave the logits.
-        operations: to each exit.
-        rows: by rule: ``geometric`` and ``optimised`` of ``curve_rows``, ``tested`` of ``risk.rows_with_losses``, ``ensemble`` of
-            ``curve_rows`` with the ensemble's answers; or some of these.
-        measure: the one the thresholds are of.
-        temperatures, ensemble: as for ``Policy``; the ensemble answers at the points of its rule alone.
-    """
-    fixed = (measure, temperatures and tuple(temperatures))
-    weights = ensemble and tuple(map(tuple, ensemble))
-    points = [
-        Point(
-            Policy(tuple(row["thresholds"]), *fixed, weights if rule == "ensemble" else None),
-            *(
-                row["val_acc1"],
-                row["val_operations"],
-                tuple(row["val_shares"]),
-                rule,
-                row["p"],
-                row.get("losses"),
-            ),
-        )
-        for rule, rule_rows in rows.items()
-        for row in rule_rows
-    ]
+    """Return the curve of ``network``, which is in the dtype that gave the logits; the rest is as in ``PolicyCurve``."""
     return PolicyCurve(
-        network_fingerprint(network), form_of(network), describe(network), tuple(operations), tuple(points)
+        network_fingerprint(network),
+        dtype_of(network),
+        describe(network),
+        tuple(operations),
+        tuple(points),
+        num_images,
+        certificate,
     )
+
+
+def policy_path(network_file: Path, dtype: str = "float32") -> Path:
+    """Return where the policies of a network file for this dtype are, or would be.
+
+    ``NAME.policy.bfloat16.json`` or ``policy.bfloat16.json`` in its directory, where there is one; else
+    ``NAME.policy.json`` or ``policy.json``, which are of any dtype.
+    """
+    own = network_file.with_suffix(f".policy.{dtype}.json")
+    for path in (own, network_file.with_name(f"policy.{dtype}.json")):
+        if path.exists():
+            return path
+    return files.policy_path(network_file)
 
 
 def write_policy(path: Path, curve: PolicyCurve) -> None:
@@ -405,32 +276,39 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
     policies = [point.policy for point in curve.points]
     content = {
         "format": FORMAT,
-        "network": {"description": curve.network, "fingerprint": curve.fingerprint, "form": curve.form},
+        "network": {"description": curve.network, "fingerprint": curve.fingerprint, "dtype": curve.dtype},
         "measure": policies[0].measure,
         "temperatures": policies[0].temperatures,
         "ensemble": next((policy.ensemble for policy in policies if policy.ensemble), None),
         "operations": curve.operations,
-        "certificate": CERTIFICATE if any(point.rule == "tested" for point in curve.points) else None,
-        "points": [],
+        "num_images": curve.num_images,
+        "certificate": curve.certificate,
+        "points": [_as_row(point) for point in curve.points],
     }
-    for point in curve.points:
-        row = {"thresholds": point.policy.thresholds, **asdict(point)}
-        content["points"].append(
-            {name: value for name, value in row.items() if name != "policy" and value is not None}
-        )
     with atomic_write(path) as stream:
-        json.dump(content, stream, indent=1)
+        json.dump(content, stream, indent=1, allow_nan=False)
         stream.write("\n")
 
 
+def _as_row(point: Point) -> dict[str, Any]:
+    row = {"rule": point.rule, "p": point.p, "thresholds": point.policy.thresholds}
+    row |= {"val_acc1": point.val_acc1, "operations": point.operations, "shares": point.shares}
+    if point.policy.ensemble is not None:
+        row["uses_ensemble"] = True
+    if point.losses is not None:
+        row["losses"] = point.losses._asdict()
+    return row
+
+
 def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCurve:
-    """Read a policy file; nothing in it is trusted.
+    """Read a policy file.
 
     Args:
-        network: the network it must belong to, None to take the file as it is.
+        path: of the file.
+        network: the network it must belong to; None: do not check.
 
     Raises:
-        UserError: one line: the file is missing, too large, damaged, or of another network or form.
+        UserError: one line: the file is missing, too large, damaged, or of another network or dtype.
     """
     path = Path(path)
     try:
@@ -445,7 +323,7 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
         raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise UserError(f"{path} is no policy file of this project: {reason}") from None
+        raise UserError(f"{path} is not a policy file of this project: {reason}") from None
     if network is not None:
         curve.check(network, path)
     return curve
@@ -454,29 +332,25 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
 def _parsed(content: Any) -> PolicyCurve:
     if content["format"] != FORMAT:
         raise ValueError(f'its "format" is not "{FORMAT}"')
-    temperatures, ensemble = content.get("temperatures"), content.get("ensemble")
+    temperatures, ensemble = content["temperatures"], content["ensemble"]
     temperatures = None if temperatures is None else _numbers(temperatures)
     ensemble = None if ensemble is None else tuple(map(_numbers, ensemble))
     points = []
     for row in content["points"]:
-        rule, results = row["rule"], _numbers([row["val_acc1"], row["operations"]])
-        policy = Policy(
-            _numbers(row["thresholds"]),
-            content["measure"],
-            temperatures,
-            ensemble if rule == "ensemble" else None,
-        )
-        losses = tuple(Losses(*counts) for counts in row["losses"]) if rule == "tested" else None
-        points.append(Point(policy, *results, _numbers(row["shares"]), rule, row["p"], losses))
-    if any(point.rule == "tested" for point in points) and content.get("certificate") != CERTIFICATE:
-        raise ValueError("its certificate is of another procedure than this version's")
+        own = ensemble if row.get("uses_ensemble") else None
+        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, own)
+        results = _numbers([row["val_acc1"], row["operations"]])
+        losses = LossCounts(**row["losses"]) if "losses" in row else None
+        points.append(Point(policy, *results, _numbers(row["shares"]), row["rule"], row["p"], losses))
     network = content["network"]
     return PolicyCurve(
         network["fingerprint"],
-        network["form"],
+        network["dtype"],
         network["description"],
         _numbers(content["operations"]),
         tuple(points),
+        content["num_images"],
+        content["certificate"],
     )
 
 
@@ -484,3 +358,30 @@ def _numbers(values: Any) -> tuple[float, ...]:
     if not all(type(value) in (int, float) and -1e300 < value < 1e300 for value in values):
         raise ValueError("where numbers belong, there are others than finite ones")
     return tuple(map(float, values))
+
+
+def from_format_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a policy file of format 2 as one of format 3.
+
+    Its points of the rule "tested" are left out: they were compared with the last exit alone, and are not what
+    ``promises.risk`` certifies today.
+
+    Raises:
+        KeyError: ``content`` lacks something.
+    """
+    network = dict(content["network"])
+    network["dtype"] = network.pop("form")
+    tested = [row for row in content["points"] if row["rule"] == "tested"]
+    points = [dict(row) for row in content["points"] if row["rule"] != "tested"]
+    for row in points:
+        if row["rule"] == "ensemble":
+            row["uses_ensemble"] = True
+    return content | {
+        "format": FORMAT,
+        "network": network,
+        "temperatures": content.get("temperatures"),
+        "ensemble": content.get("ensemble"),
+        "num_images": sum(images for images, *_ in tested[0]["losses"]) if tested else None,
+        "certificate": None,
+        "points": points,
+    }

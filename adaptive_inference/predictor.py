@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.policies import Answer, Policy, confidence_by_exit, next_answer
+from adaptive_inference.confidence import ExitPrediction, confidence_by_exit, next_prediction
+from adaptive_inference.policies import Policy
 from models import ExitNetwork, Stepwise
 from utils import UserError
 
@@ -61,7 +62,7 @@ class AdaptivePredictor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
-        """Answer images (N, 3, H, W), uint8 as they are in files, or floats normalised as in training.
+        """Classify images (N, 3, H, W), uint8 as they are in files, or floats normalised as in training.
 
         The host waits for the device at most once a block, to learn how many images go on; when none does, nothing more is launched.
 
@@ -76,12 +77,12 @@ class AdaptivePredictor:
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         here: Tensor | None = None  # indices of the images still in the batch, None for all
-        answer: Answer | None = None
+        answer: ExitPrediction | None = None
         for k, threshold in enumerate(self.policy.thresholds):
             if not self.may_start(k, len(images) if here is None else len(here)):
                 break
             logits = run.next_logits()
-            answer = next_answer(self.policy.measure, logits, answer)
+            answer = next_prediction(self.policy.measure, logits, answer)
             # Every present image is answered; a later exit overrules. That needs no list of those that leave.
             if here is None:
                 seen.append(logits)
@@ -103,7 +104,7 @@ class AdaptivePredictor:
             if len(going_on) < len(leaves):
                 run.keep(going_on)
                 here = going_on if here is None else here[going_on]
-                answer = Answer(answer.classes[going_on], answer.confidence[going_on])
+                answer = ExitPrediction(answer.classes[going_on], answer.confidence[going_on])
         return self.finish(seen, exits)
 
     # Subclasses may override these three methods.

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, curve_rows, geometric_thresholds
+from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, assign_exits, geometric_thresholds
+from adaptive_inference.confidence import confidence_by_exit
 from adaptive_inference.fold import fold
-from adaptive_inference.policies import Policy, confidence_by_exit
+from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import load_saved
 from engine.precision import half_precision
@@ -226,9 +227,11 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:
     """Geometric thresholds that spend about ``wanted`` of all operations on these images, and the share they do spend."""
-    answers = ExitAnswers(confidence, confidence, confidence[0])  # what they say does not matter
-    rows = curve_rows(geometric_thresholds(confidence, points=400), answers, answers, operations)
-    shares = {row["operations"] / operations[-1]: row["thresholds"] for row in rows}
+    counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
+    shares = {
+        counts[assign_exits(confidence, thresholds)].mean().item(): thresholds.tolist()
+        for thresholds in geometric_thresholds(confidence, points=400)
+    }
     nearest = min(shares, key=lambda share: abs(share - wanted))
     return Policy(tuple(shares[nearest])), nearest
 

@@ -59,25 +59,3 @@ def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list
         {"exit": k + 1, "operations": operations[k], "acc1": round(acc1, 4), "acc5": round(acc5, 4)}
         for k, (acc1, acc5) in enumerate(accuracies)
     ]
-
-
-def csv_rows(rows: list[dict]) -> list[dict]:
-    """Rows of ``budgeted.csv``: ``p``, mean ``operations``, ``val_acc1``, ``test_acc1``, ``share_k`` of the test images and
-    ``threshold_k`` of every exit k = 1 .. K."""
-    return [
-        {
-            "p": row["p"],
-            "operations": round(row["operations"]),
-            "val_acc1": round(row["val_acc1"], 4),
-            "test_acc1": round(row["test_acc1"], 4),
-            **{f"share_{k}": round(share, 6) for k, share in enumerate(row["shares"], start=1)},
-            **{f"threshold_{k}": threshold for k, threshold in enumerate(row["thresholds"], start=1)},
-        }
-        for row in rows
-    ]
-
-
-def accuracy_at(rows: list[dict], operations: float) -> dict | None:
-    """The row with the highest held-out accuracy among those that spend at most ``operations``, None if all spend more."""
-    affordable = [row for row in rows if row["operations"] <= operations]
-    return max(affordable, key=lambda row: row["val_acc1"], default=None)

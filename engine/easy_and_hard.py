@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.policies import Policy, confidence_by_exit
+from adaptive_inference.confidence import confidence_by_exit
+from adaptive_inference.policies import Policy
 
 ROWS, COLUMNS = 4, 5  # classes, and images of each kind
 GAP, WIDE_GAP = 0.08, 0.4  # between images, and between the two kinds, in image widths

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.choosing import allowed_points, choose
 from adaptive_inference.fold import fold, folded_for
-from adaptive_inference.policies import Policy, allowed_points, choose, read_policy
+from adaptive_inference.policies import Policy, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.promises.deadlines import AnytimePredictor, BudgetPredictor
 from adaptive_inference.promises.ensemble import operations_together
-from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
+from adaptive_inference.promises.risk import LEVEL, MaxLoss
 from adaptive_inference.promises.timing import measure_blocks
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
@@ -142,7 +143,7 @@ def make_predictor(
         predictor = AdaptivePredictor(form, policy)
         line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
     else:
-        level = CERTIFICATE["level"] if arguments.confidence_level is None else arguments.confidence_level
+        level = LEVEL if arguments.confidence_level is None else arguments.confidence_level
         max_loss = (
             None if arguments.max_loss is None else MaxLoss(arguments.max_loss, level, arguments.disagreement)
         )

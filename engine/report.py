@@ -4,9 +4,12 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from adaptive_inference.budgeted import ExitPredictions, evaluate_thresholds
+from adaptive_inference.policies import Point
 from utils import UserError, atomic_write
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
@@ -50,6 +53,50 @@ def _shown(name: str, value: float | str) -> str:
 def millions(*operations: float) -> str:
     """As ``7.94 M``, several as ``1.92 / 5.27 / 7.94 M``."""
     return " / ".join(f"{number / 1e6:.2f}" for number in operations) + " M"
+
+
+def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequence[float]) -> list[dict]:
+    """Return the rows of ``budgeted.csv``: points, and what their policies reach on test images.
+
+    Args:
+        points: of one rule.
+        test: predictions for the test images.
+        operations: to each exit.
+
+    Returns:
+        ``p``; ``val_operations`` and ``operations``, means on held-out and on test images; ``val_acc1``, ``test_acc1``;
+        ``share_k`` of the test images that leave at exit k = 1 .. K, and ``threshold_k``.
+    """
+    rows = []
+    for point in points:
+        thresholds = point.policy.thresholds
+        result = evaluate_thresholds(torch.tensor(thresholds, dtype=test.confidence.dtype), test, operations)
+        row = {
+            "p": point.p,
+            "val_operations": round(point.operations),
+            "operations": round(result.operations),
+        }
+        row |= {"val_acc1": round(point.val_acc1, 4), "test_acc1": round(result.acc1, 4)}
+        row |= {f"share_{k}": round(share, 6) for k, share in enumerate(result.shares, start=1)}
+        row |= {f"threshold_{k}": threshold for k, threshold in enumerate(thresholds, start=1)}
+        rows.append(row)
+    return rows
+
+
+def best_within(rows: Sequence[dict], operations: float) -> dict | None:
+    """Return the row of ``budgeted.csv`` that is best on held-out images within a budget.
+
+    Test images choose nothing: the budget is compared with the mean operations on held-out images.
+
+    Args:
+        rows: of ``budget_rows``.
+        operations: the budget, a mean per image.
+
+    Returns:
+        The row, None if all of them spend more.
+    """
+    affordable = [row for row in rows if row.get("val_operations", row["operations"]) <= operations]
+    return max(affordable, key=lambda row: row["val_acc1"], default=None)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

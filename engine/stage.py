@@ -419,7 +419,7 @@ def _evaluate_only(stage: Stage, command: CommandLine) -> None:
     settings = command.settings(stored=saved.settings)
     amp = command.explicit.get("amp", Settings.amp)
     if settings.evalmode == "runtime" and amp == "auto":  # as its policies were made
-        amp = {"bfloat16": "bf16", "float16": "fp16"}.get(read_policy(run.policy).form, "off")
+        amp = {"bfloat16": "bf16", "float16": "fp16"}.get(read_policy(run.policy).dtype, "off")
     with process_group(settings.gpu) as processes:
         log = Log(processes.is_main)
         settings = with_precision(replace(settings, amp=amp), processes)

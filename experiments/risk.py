@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from adaptive_inference.budgeted import NONE_LEAVE, ExitAnswers, assign_exits, geometric_thresholds
+from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, assign_exits, geometric_thresholds
 from adaptive_inference.fold import fold
-from adaptive_inference.policies import Point, Policy, confidence_by_exit
-from adaptive_inference.promises.risk import Losses, MaxLoss, certified, losses_of, rows_with_losses
+from adaptive_inference.policies import LossCounts, Policy
+from adaptive_inference.promises.risk import MaxLoss, certified, certified_points, count_losses
 from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
@@ -30,29 +30,21 @@ from utils import CommandLineParser, UserError
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 
 
-def certified_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
-    """Those of the cheapest policy that keeps the promise; no image leaves early where no policy is certain to."""
-    rows = rows_with_losses(held, operations)
-    results = ("val_acc1", "val_operations", "val_shares")
-    points = [
-        Point(Policy(tuple(row["thresholds"])), *map(row.get, results), "tested", row["p"], row["losses"])
-        for row in rows
-    ]
-    try:
-        return certified(points, wanted)[-1].policy.thresholds
-    except UserError:
-        return [NONE_LEAVE] * len(operations)
+def certified_thresholds(held: ExitPredictions, operations: list[int], wanted: MaxLoss) -> list[float]:
+    """Return those of the cheapest policy that keeps the promise."""
+    points = certified_points(held, Policy((NONE_LEAVE,) * len(operations)), operations)
+    return certified(points, wanted)[-1].policy.thresholds
 
 
-def usual_thresholds(held: ExitAnswers, operations: list[int], wanted: MaxLoss) -> list[float]:
-    """Those of the cheapest policy of the geometric rule that lost no more on the same images, or as above."""
+def usual_thresholds(held: ExitPredictions, operations: list[int], wanted: MaxLoss) -> list[float]:
+    """Return those of the cheapest policy of the geometric rule that lost no more on the same images."""
     for thresholds in geometric_thresholds(held.confidence):
-        if _percent_lost(losses_of(thresholds, held), wanted) <= wanted.percent:
+        if _percent_lost(count_losses(thresholds, held), wanted) <= wanted.percent:
             return thresholds.tolist()
     return [NONE_LEAVE] * len(operations)
 
 
-def _percent_lost(losses: Losses, wanted: MaxLoss) -> float:
+def _percent_lost(losses: LossCounts, wanted: MaxLoss) -> float:
     return 100 * (losses.other if wanted.disagreement else losses.worse - losses.better) / losses.images
 
 
@@ -82,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         logits, targets = collect_logits(fold(saved.network), data.test, ALONE)
     except UserError as error:
         parser.error(str(error))
-    answers = ExitAnswers(*confidence_by_exit(logits), targets)
+    predictions = ExitPredictions.from_logits(logits, targets)
     operations = count_operations(saved.network, data.info.image_size)
     counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
     generator = torch.Generator().manual_seed(0)
@@ -91,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     for way, choose in {"certified": certified_thresholds, "usual choice": usual_thresholds}.items():
         lost, spent = [], []
         for halves in splits:
-            held, new = map(answers.of, halves)
+            held, new = map(predictions.subset, halves)
             thresholds = torch.tensor(choose(held, operations, wanted))
-            lost.append(_percent_lost(losses_of(thresholds, new), wanted))
+            lost.append(_percent_lost(count_losses(thresholds, new), wanted))
             spent.append(counts[assign_exits(new.confidence, thresholds)].mean().item())
         share = sum(x > wanted.percent for x in lost) / len(splits)
         error = math.sqrt(share * (1 - share) / len(splits))

@@ -17,8 +17,7 @@ from string import Template
 import train_GE
 import train_IMTA
 from engine.checkpoint import Saved, load_saved
-from engine.collect import accuracy_at
-from engine.report import millions, read_csv
+from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
 from experiments.tables import epochs
 from models import Description, load
@@ -99,7 +98,7 @@ def ship(saved: Saved, output: Path) -> None:
                 f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost"
             )
         budgets = {
-            share: accuracy_at(read_csv(tables.ensemble), share / 100 * after[-1]["operations"])
+            share: best_within(read_csv(tables.ensemble), share / 100 * after[-1]["operations"])
             for share in BUDGETS
         }
         accuracy = {

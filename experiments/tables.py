@@ -14,8 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from engine.collect import accuracy_at
-from engine.report import draw_curves, read_csv, save_figure
+from engine.report import best_within, draw_curves, read_csv, save_figure
 from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from utils import CommandLineParser, UserError, atomic_write
 
@@ -112,7 +111,7 @@ def budget_accuracies(
 ) -> list[float]:
     """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``budgets``."""
     rows = read_csv(folder / file)
-    return [accuracy_at(rows, budget)["test_acc1"] for budget in budgets]
+    return [best_within(rows, budget)["test_acc1"] for budget in budgets]
 
 
 def epochs(folder: Path) -> list[dict]:

@@ -8,11 +8,13 @@ os.environ |= {
 }  # before PyTorch looks for GPUs; processes have tests of their own
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from adaptive_inference.policies import Point, Policy
 from image_data import sources as datasets
 from models import IMTA, Description, MSDNet, count_operations
 from models.saved import DataInfo, network_options
@@ -55,17 +57,11 @@ def describe(network: MSDNet | IMTA) -> Description:
     )
 
 
-def policy_row(
-    p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float]
-) -> dict:
-    """A policy and what it reached on held-out images, as ``policy_curve`` takes it."""
-    return {
-        "p": p,
-        "thresholds": thresholds,
-        "val_acc1": accuracy,
-        "val_operations": operations,
-        "val_shares": shares,
-    }
+def policy_point(
+    p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float], **policy: Any
+) -> Point:
+    """A point of the geometric rule; ``policy`` are further arguments of its policy."""
+    return Point(Policy(tuple(thresholds), **policy), accuracy, operations, tuple(shares), p=p)
 
 
 @pytest.fixture(autouse=True)

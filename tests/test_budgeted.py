@@ -3,36 +3,36 @@
 import pytest
 import torch
 
-from adaptive_inference import ExitAnswers, curve_rows, geometric_thresholds
+from adaptive_inference import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from adaptive_inference.budgeted import assign_exits, exit_shares
 from tests.golden import FIXTURES
 
 
-def answers_of(confidence, correct):
+def predictions_of(confidence, correct):
     """The right class is always 0, a wrong one 1."""
-    return ExitAnswers(confidence, (~correct).long(), torch.zeros(confidence.shape[1], dtype=torch.int64))
+    return ExitPredictions(confidence, (~correct).long(), torch.zeros(confidence.shape[1], dtype=torch.int64))
 
 
 def golden_case():
-    """Answers to held-out and to test images, operations, and the released rows."""
+    """Predictions for held-out and to test images, operations, and the released rows."""
     golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
     val, test = (
-        answers_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test")
+        predictions_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test")
     )
     return val, test, golden["flops"], golden["rows"]
 
 
 def test_golden_table():
     val, test, operations, released = golden_case()
-    rows = curve_rows(geometric_thresholds(val.confidence), val, test, operations)
-    assert len(rows) == 40
-    for ours, theirs in zip(rows, released, strict=True):
-        assert exit_shares(ours["p"] / 20, len(operations)).tolist() == theirs["q"]
-        assert ours["thresholds"] == theirs["thresholds"]
-        for name in ("val", "test"):
-            assert ours[f"{name}_acc1"] == pytest.approx(theirs[f"{name}_acc"], abs=1e-9)
-        for name, stored in (("val_operations", "val_flops"), ("operations", "test_flops")):
-            assert ours[name] == pytest.approx(theirs[stored], rel=1e-6)  # stored in single precision
+    all_thresholds = geometric_thresholds(val.confidence)
+    assert len(all_thresholds) == 40
+    for p, (thresholds, theirs) in enumerate(zip(all_thresholds, released, strict=True), start=1):
+        assert exit_shares(p / 20, len(operations)).tolist() == theirs["q"]
+        assert thresholds.tolist() == theirs["thresholds"]
+        for name, predictions in (("val", val), ("test", test)):
+            ours = evaluate_thresholds(thresholds, predictions, operations)
+            assert ours.acc1 == pytest.approx(theirs[f"{name}_acc"], abs=1e-9)
+            assert ours.operations == pytest.approx(theirs[f"{name}_flops"], rel=1e-6)  # in single precision
 
 
 def brute_force_thresholds(confidence, shares):
@@ -65,8 +65,6 @@ def test_shares_are_geometric_and_sum_to_one():
 
 
 def test_one_exit_takes_everything():
-    answers = answers_of(torch.rand(1, 5), torch.rand(1, 5) > 0.5)
-    assert {
-        row["operations"]
-        for row in curve_rows(geometric_thresholds(answers.confidence), answers, answers, [7])
-    } == {7}
+    predictions = predictions_of(torch.rand(1, 5), torch.rand(1, 5) > 0.5)
+    for thresholds in geometric_thresholds(predictions.confidence):
+        assert evaluate_thresholds(thresholds, predictions, [7]).operations == 7

@@ -19,7 +19,7 @@ from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
 from image_data import synthetic
 from models import MSDNet
-from tests.conftest import TINY_NETWORK, policy_row
+from tests.conftest import TINY_NETWORK, policy_point
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
@@ -69,9 +69,7 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
             (2, [0.5, 0.6, 0.7], 60.0, 2e5),
             (3, [0.8, 0.8, 0.8], 60.0, 3e5),
         ]
-        curve = policy_curve(
-            network, [1, 2, 3], {"geometric": [policy_row(*point, [0.2, 0.3, 0.5]) for point in points]}
-        )
+        curve = policy_curve(network, [1, 2, 3], [policy_point(*point, [0.2, 0.3, 0.5]) for point in points])
         export_onnx(network, path, description(), curve)
         return network, curve, path
 
@@ -116,13 +114,11 @@ if INSTALLED:  # an optional install: elsewhere there is nothing to test
     def test_same_probabilities_by_temperatures_and_ensembles(tmp_path, ensemble):
         network, pixels = make_network(2).float(), random_pixels(40)
         images = normalised(pixels)
-        row = policy_row(
-            1, list(quantile_policy(logits_of(network, images), 0.4).thresholds), 50.0, 1e5, [0.4, 0.3, 0.3]
-        )
+        thresholds = list(quantile_policy(logits_of(network, images), 0.4).thresholds)
+        policy = {"temperatures": (2.0, 0.5, 3.0), "ensemble": ensemble and tuple(map(tuple, ensemble))}
+        point = policy_point(1, thresholds, 50.0, 1e5, [0.4, 0.3, 0.3], **policy)
         rule = "ensemble" if ensemble else "optimised"
-        curve = policy_curve(
-            network, [1, 2, 3], {rule: [row]}, temperatures=[2.0, 0.5, 3.0], ensemble=ensemble
-        )
+        curve = policy_curve(network, [1, 2, 3], [replace(point, rule=rule)])
         export_onnx(network, tmp_path / "network.onnx", description(), curve)
         ours = OnnxPredictor(tmp_path / "network.onnx", threads=1).predict(pixels.numpy())
         expected = AdaptivePredictor(network, curve.points[0].policy)(images)

@@ -1,33 +1,45 @@
-"""Policy files are written whole and read with suspicion; budgets choose; optimised thresholds beat the geometric rule."""
+"""Policy files are written whole and read strictly; budgets choose; optimised thresholds beat the geometric rule."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import curve_rows, fold, geometric_thresholds
+from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds
+from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.fold import folded_for
 from adaptive_inference.policies import (
+    LossCounts,
     Policy,
-    choose,
-    network_fingerprint,
+    evaluate_points,
+    from_format_2,
     policy_curve,
+    policy_path,
     read_policy,
     write_policy,
 )
 from adaptive_inference.promises.optimised import optimised_thresholds
-from adaptive_inference.promises.risk import Losses, MaxLoss
+from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet
-from tests.conftest import TINY_NETWORK, policy_row
-from tests.test_budgeted import answers_of, golden_case
+from tests.conftest import TINY_NETWORK, policy_point
+from tests.test_budgeted import golden_case, predictions_of
 from utils import UserError
 
 OPERATIONS = [10_000_000, 20_000_000, 40_000_000]
+POLICY = {"temperatures": (1.5, 1.0, 0.5)}
+ENSEMBLE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.2, 0.3, 0.5))
 
 
-def row(p, accuracy, operations):
-    return policy_row(p, [0.9 - p / 100, 0.5, -1e8], accuracy, operations, [1 - p / 10, 0.0, p / 10])
+def make_point(p, accuracy, operations):
+    thresholds = [0.9 - p / 100, 0.5, -1e8]
+    return policy_point(p, thresholds, accuracy, operations, [1 - p / 10, 0.0, p / 10], **POLICY)
+
+
+def of_rule(point, rule, **changes):
+    policy = replace(point.policy, ensemble=ENSEMBLE if rule == "ensemble" else None)
+    return replace(point, rule=rule, policy=policy, **changes)
 
 
 @pytest.fixture
@@ -37,16 +49,11 @@ def network():
 
 @pytest.fixture
 def curve(network):
-    rows = [row(1, 50.0, 12e6), row(2, 61.0, 15e6), row(3, 60.0, 20e6), row(4, 70.0, 30e6)]
-    losses = (Losses(100, 1, 0, 2), Losses(900, 5, 2, 9))
-    by_rule = {"geometric": rows, "tested": [{**rows[2], "losses": losses}], "ensemble": rows[1:2]}
-    return policy_curve(
-        network,
-        OPERATIONS,
-        by_rule,
-        temperatures=[1.5, 1.0, 0.5],
-        ensemble=[[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5]],
-    )
+    points = [make_point(1, 50.0, 12e6), make_point(2, 61.0, 15e6), make_point(3, 60.0, 20e6)]
+    points.append(make_point(4, 70.0, 30e6))
+    certified = of_rule(points[2], "certified", losses=LossCounts(900, 5, 2, 9))
+    points += [certified, of_rule(points[1], "ensemble")]
+    return policy_curve(network, OPERATIONS, points, 1000, CERTIFICATE)
 
 
 def test_round_trip(network, curve, tmp_path):
@@ -57,41 +64,85 @@ def test_round_trip(network, curve, tmp_path):
     assert [point.rule for point in curve.points if point.policy.ensemble] == ["ensemble"]
 
 
+def test_a_number_that_is_not_finite_is_not_written(curve, tmp_path):
+    first = replace(curve.points[0], operations=float("inf"))
+    with pytest.raises(ValueError, match="JSON"):
+        write_policy(tmp_path / "policy.json", replace(curve, points=(first, *curve.points[1:])))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_thresholds_become_points():
+    val, _, operations, _ = golden_case()
+    thresholds = geometric_thresholds(val.confidence)
+    points = evaluate_points("geometric", thresholds, Policy((0.0,) * len(operations)), val, operations)
+    assert [point.p for point in points] == list(range(1, 41))
+    assert [list(point.policy.thresholds) for point in points] == thresholds.tolist()
+    assert points[7].val_acc1 == evaluate_thresholds(thresholds[7], val, operations).acc1
+
+
+def test_a_file_of_format_2_is_converted(curve, tmp_path):
+    """Its points stay, but for those that promised something against the last exit alone."""
+    write_policy(tmp_path / "policy.json", curve)
+    old = json.loads((tmp_path / "policy.json").read_text())
+    old["network"]["form"] = old["network"].pop("dtype")
+    old |= {"format": "imta-msdnet policy 2", "certificate": {"bound": "betting"}}
+    del old["num_images"]
+    for row in old["points"]:
+        row.pop("uses_ensemble", None)
+        if row["rule"] == "certified":
+            row |= {"rule": "tested", "losses": [[100, 1, 0, 2], [900, 5, 2, 9]]}
+    (tmp_path / "policy.json").write_text(json.dumps(from_format_2(old)))
+    converted = read_policy(tmp_path / "policy.json")
+    kept = tuple(point for point in curve.points if point.rule != "certified")
+    assert converted == replace(curve, points=kept, certificate=None)
+    with pytest.raises(UserError, match="nothing can be promised"):
+        choose(converted, max_loss=MaxLoss(2.0))
+
+
+def test_names_of_files_say_the_dtype(curve, tmp_path):
+    network_file = tmp_path / "tiny.safetensors"
+    assert policy_path(network_file, "bfloat16") == tmp_path / "policy.json"
+    for name in ("tiny.policy.json", "tiny.policy.bfloat16.json"):
+        write_policy(tmp_path / name, curve)
+    assert policy_path(network_file) == tmp_path / "tiny.policy.json"
+    assert policy_path(network_file, "bfloat16") == tmp_path / "tiny.policy.bfloat16.json"
+    assert policy_path(network_file, "float16") == tmp_path / "tiny.policy.json"
+
+
 class Timing:
-    """One millisecond an exit."""
+    """One millisecond per exit."""
 
     def milliseconds(self, shares):
         return sum(share * k for k, share in enumerate(shares, start=1))
 
 
-def test_wishes_choose(curve):
+def test_limits_choose(curve):
     rule = "geometric"
-    assert choose(curve, operations=29e6, rule=rule).p == 2  # more accurate than the dearer point 3
+    assert choose(curve, operations=29e6, rule=rule).p == 2  # more accurate than the more expensive point 3
     assert choose(curve, operations=30e6, rule=rule).p == 4
     assert choose(curve, milliseconds=1.7, timing=Timing(), rule=rule).p == 2
     assert choose(curve, accuracy=60.5, rule=rule).p == 2
     assert choose(curve, accuracy=61.5, rule=rule).p == 4
     assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
-    assert choose(curve, max_loss=MaxLoss(2.0)).rule == choose(curve, max_loss=2).rule == "tested"
+    assert choose(curve, max_loss=MaxLoss(2.0)).rule == "certified"
     with pytest.raises(ValueError, match="geometric promises nothing"):
-        choose(curve, max_loss=2, rule=rule)
+        choose(curve, max_loss=MaxLoss(2.0), rule=rule)
     with pytest.raises(ValueError, match="50 to 100"):
         choose(curve, max_loss=MaxLoss(2.0, 0.95))
     assert curve.nearest(19e6, rule).p == 3
-    with pytest.raises(UserError, match="of the rule optimised; there are ensemble, geometric, tested"):
+    with pytest.raises(UserError, match="of the rule optimised; there are certified, ensemble, geometric"):
         curve.of_rule("optimised")
 
 
 def test_best_rules_come_first(network, curve):
     assert choose(curve, operations=20e6).rule == "ensemble"
-    curve = policy_curve(
-        network, OPERATIONS, {"geometric": [row(1, 90.0, 12e6)], "optimised": [row(1, 80.0, 11e6)]}
-    )
+    points = [make_point(1, 90.0, 12e6), of_rule(make_point(1, 80.0, 11e6), "optimised")]
+    curve = policy_curve(network, OPERATIONS, points)
     assert choose(curve, operations=20e6).rule == "optimised"
     assert choose(curve, operations=20e6, rule="geometric").val_acc1 == 90.0
 
 
-def test_policy_of_another_network_or_form_is_refused(network, curve, tmp_path):
+def test_policy_of_another_network_or_dtype_is_refused(network, curve, tmp_path):
     path = tmp_path / "policy.json"
     write_policy(path, curve)
     others = MSDNet(**TINY_NETWORK), MSDNet(**{**TINY_NETWORK, "num_blocks": 4}), IMTA(MSDNet(**TINY_NETWORK))
@@ -131,7 +182,7 @@ def change(*keys, to):
         lambda content: json.dumps(content)[:-20],
         lambda content: json.dumps(content) + " " * 5 * 2**20,
         change("format", to="another"),
-        change("network", "form", to=None),
+        change("network", "dtype", to=None),
         change("measure", to="luck"),
         change("temperatures", to=[1.0, 1.0, 0.0]),
         change("ensemble", to=[[1.0, 0.0]] * 3),
@@ -142,8 +193,10 @@ def change(*keys, to):
         change("points", 0, "thresholds", 0, to=float("nan")),
         change("points", 0, "thresholds", 0, to=10**400),
         change("points", 0, "shares", to=[0.5, 0.4, 0.2]),
-        change("certificate", "bound", to="none"),
-        change("points", 4, "losses", 0, to=[900, 5, 2, 901]),
+        change("num_images", to=-1),
+        change("ensemble", 0, 0, to=float("nan")),
+        change("points", 4, "losses", "other", to=901),
+        change("points", 4, "losses", to=[900, 5, 2, 9]),
         change("points", 0, "val_acc1", to=101),
         change("points", 0, "rule", to="guess"),
         change("points", 0, "p", to=1.5),
@@ -155,7 +208,7 @@ def test_damaged_files_are_refused_in_one_line(curve, tmp_path, damage):
     write_policy(path, curve)
     damaged = damage(json.loads(path.read_text()))
     path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    with pytest.raises(UserError, match=r"policy\.json is no policy file") as caught:
+    with pytest.raises(UserError, match=r"policy\.json is not a policy file") as caught:
         read_policy(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot read"):
@@ -171,10 +224,10 @@ def test_impossible_policies(thresholds):
 
 
 def gains(geometric, optimised):
-    """Test accuracy of the optimised curve less the geometric one's at its costs, by interpolation."""
+    """Return the test accuracy of the optimised curve minus the geometric one's at its costs, by interpolation."""
     (x, y), (new_x, new_y) = (
-        zip(*sorted((r["operations"], r["test_acc1"]) for r in rows), strict=True)
-        for rows in (geometric, optimised)
+        zip(*sorted((result.operations, result.acc1) for result in results), strict=True)
+        for results in (geometric, optimised)
     )
     return np.interp(x, new_x, new_y) - np.array(y)
 
@@ -182,10 +235,11 @@ def gains(geometric, optimised):
 def test_optimised_curve_is_above_the_geometric_one():
     val, test, operations, _ = golden_case()
     rules = geometric_thresholds(val.confidence), optimised_thresholds(val, operations)
-    geometric, optimised = (curve_rows(thresholds, val, test, operations) for thresholds in rules)
-    for ours, theirs in zip(optimised, geometric, strict=True):
-        assert ours["val_operations"] <= theirs["val_operations"] * 1.001
-    assert gains(geometric, optimised).mean() > 0.5
+    for theirs, ours in zip(*rules, strict=True):
+        limit = evaluate_thresholds(theirs, val, operations).operations
+        assert evaluate_thresholds(ours, val, operations).operations <= limit * 1.001
+    results = [[evaluate_thresholds(row, test, operations) for row in rule] for rule in rules]
+    assert gains(*results).mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -194,7 +248,7 @@ def test_optimised_curve_is_above_the_geometric_one():
 def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_exits, num_images, ties):
     confidence = torch.ones(num_exits, num_images) if ties else torch.rand(num_exits, num_images)
     thresholds = optimised_thresholds(
-        answers_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5
+        predictions_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5
     )
     assert thresholds.shape == (5, num_exits)
     assert thresholds[:, -1].tolist() == [-1e8] * 5

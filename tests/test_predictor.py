@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaptive_inference.policies import MEASURES, Policy, confidence_by_exit
+from adaptive_inference.confidence import MEASURES, confidence_by_exit
+from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor, simulate
 from models import IMTA, MSDNet
 from tests.conftest import TINY_NETWORK

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference.policies import policy_curve
 from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.timing import (
     BlockTimes,
@@ -12,7 +11,7 @@ from adaptive_inference.promises.timing import (
     measure_blocks,
     runtime_rows,
 )
-from tests.conftest import policy_row
+from tests.conftest import policy_point
 from tests.test_predictor import logits_of, make_network, quantile_policy
 
 
@@ -53,12 +52,12 @@ def test_rows():
     logits = logits_of(network, images)
     shares = enumerate((0.9, 0.9, 0.5, 0.1), start=1)
     rows = [
-        policy_row(
+        policy_point(
             p, list(quantile_policy(logits, share).thresholds), 50.0, float(p), [share, 0.0, 1 - share]
         )
         for p, share in shares
     ]
-    points = distinct(policy_curve(network, [1, 2, 3], {"geometric": rows}).points, 10)
+    points = distinct(tuple(rows), 10)
     assert [point.p for point in points] == [2, 3, 4]
     assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]
     times = measure_blocks(network, images[:1], 1, seconds=0.2)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference.budgeted import NONE_LEAVE
-from adaptive_inference.policies import Point, Policy, within
+from adaptive_inference.choosing import within
+from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.promises.timing import BlockTimes, wait_for
 from utils import UserError

@@ -1,6 +1,6 @@
 """Optimised thresholds: the highest held-out accuracy under a cost budget, instead of the paper's geometric shares.
 
-    rows = curve_rows(optimised_thresholds(val, operations), val, test, operations)   # as for geometric_thresholds
+    thresholds = optimised_thresholds(val, operations)                 # (40, K), as from geometric_thresholds
 
 For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda * operations_k. With all other
 thresholds fixed, the best threshold of exit k is found at once: leaving instead of going on gains a known amount for every image that
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitAnswers, geometric_thresholds
+from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitPredictions, geometric_thresholds
 
 GRID = 100  # cuts an exit
 FOLDS = 5
@@ -25,7 +25,7 @@ PRICES = 40
 ABSENT = 0.02
 
 
-def optimised_thresholds(val: ExitAnswers, operations: Sequence[float], points: int = 40) -> Tensor:
+def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], points: int = 40) -> Tensor:
     """Thresholds for the budgets that the geometric rule of ``points`` points spends on the same images.
 
     Args:
@@ -50,7 +50,7 @@ def optimised_thresholds(val: ExitAnswers, operations: Sequence[float], points: 
 class _Problem:
     """Thresholds as ``cuts`` (..., K - 1): the share of all held-out images that are at least as confident, 0 to 1."""
 
-    def __init__(self, answers: ExitAnswers, operations: Sequence[float]):
+    def __init__(self, answers: ExitPredictions, operations: Sequence[float]):
         self.confidence = confidence = answers.confidence
         self.correct = answers.correct.float()
         # In units of the full network: prices are then percentages of accuracy for the whole network.

@@ -1,148 +1,242 @@
 """Promises about accuracy: policies that lose at most so much against the full network, with a level of confidence.
 
-    rows = rows_with_losses(answers, operations)     # to held-out images; kept in policy.json
-    points = certified(curve.points, MaxLoss(1.0, level=95.0))       # or choose(curve, max_loss=MaxLoss(1.0))
+    points = certified_points(val, policy, operations)                  # part of policy.json
+    point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
 
-"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024, arXiv 2405.20915): some held-out
-images set the thresholds of a curve of policies, the others test these one after another, from dear to cheap, up to the first one that may
-lose too much. A sequence fixed beforehand needs no correction for many tests. A loss is 1 for an image on which the policy is wrong and the
-full network right, -1 the other way round, 0 otherwise (or 1 for every image with another answer). That its mean exceeds a limit is
-rejected by betting against it (Waudby-Smith and Ramdas 2024, arXiv 2010.09686): were it so, the wealth of no such bettor would be likely to
-grow large. The stake is set by the images that set the thresholds, so that the order of the others does not matter.
+"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024,
+arXiv 2405.20915): some held-out images, drawn by a seed, set the thresholds of a curve of policies. The others test
+these one after another, from the full network to the cheapest, up to the first one that may lose too much. A sequence
+fixed beforehand needs no correction for many tests.
 
-Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if new images come from the
-same distribution.
+A loss is measured against the full network as ``--budget 100%`` runs it: its last exit, with the ensemble of exits
+where there is one. It is 1 for an image on which the policy is wrong and the full network right, -1 the other way
+round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both tests are exact: see ``p_value``.
+
+Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if new
+images come from the same distribution, for the network and the weights of its ensemble as they are. The full network
+loses nothing, so it is always among the points.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import ExitAnswers, assign_exits, curve_rows, geometric_thresholds
+from adaptive_inference.budgeted import (
+    ALL_LEAVE,
+    NONE_LEAVE,
+    ExitPredictions,
+    assign_exits,
+    geometric_thresholds,
+)
+from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve, evaluate_points
 from utils import UserError
 
-if TYPE_CHECKING:
-    from adaptive_inference.policies import Point
-
-LEARNING_PART = (
-    10  # every so many-th held-out image sets thresholds; quantiles need few, the test is sharper with many
-)
+LEVEL = 95.0
+LEARNING_SHARE = 0.1  # quantiles need few images, and the test is sharper with many
+SPLIT_SEED = 0
 CERTIFICATE = {
-    "procedure": "Learn then Test, fixed sequence from dear to cheap",
-    "bound": "betting, Waudby-Smith and Ramdas",
-    "split": f"of every {LEARNING_PART} held-out images the first sets the thresholds (geometric rule), the others test them",
-    "losses": "images, wrong where the full network is right, right where it is wrong, another answer; of both parts",
-    "level": 95.0,
+    "procedure": "Learn then Test, fixed sequence from the full network to the cheapest policy",
+    "reference": "the last exit for every image, with the ensemble of exits where there is one",
+    "tests": "binomial for disagreement; trinomial, maximised over the share of changed images, for accuracy",
+    "learning_share": LEARNING_SHARE,
+    "split_seed": SPLIT_SEED,
 }
-MAX_STAKE = 0.9  # of the stake that may lose everything
-
-
-class Losses(NamedTuple):
-    """A policy's answers to ``images`` images beside the full network's: ``worse`` are wrong where that is right, ``better`` right where it
-    is wrong, ``other`` all those of another class."""
-
-    images: int
-    worse: int
-    better: int
-    other: int
-
-    @property
-    def are_counts(self) -> bool:
-        """Whether they can be what they should be."""
-        return (
-            all(type(n) is int and n >= 0 for n in self)
-            and self.worse + self.better <= self.other <= self.images > 0
-        )
+NUISANCE_ERROR = (
+    1e-5  # probability that the share of changed images lies outside the values that are searched
+)
+NUISANCE_VALUES = 12
 
 
 class MaxLoss(NamedTuple):
-    """At most ``percent`` of accuracy lost against the full network, or of answers that are others than its, with ``level`` percent
-    confidence."""
+    """Limit on what a policy may lose against the full network.
+
+    Attributes:
+        percent: of accuracy, or of images with another prediction.
+        level: of confidence, in percent.
+        disagreement: whether every other prediction counts, right or wrong.
+    """
 
     percent: float
-    level: float = CERTIFICATE["level"]
+    level: float = LEVEL
     disagreement: bool = False
 
     def __str__(self) -> str:
-        what = "answer otherwise than the full network on" if self.disagreement else "lose"
+        what = "disagree with the full network on" if self.disagreement else "lose"
         return f"{what} at most {self.percent:g} % with {self.level:g} % confidence"
 
+    def points(self, curve: PolicyCurve) -> list[Point]:
+        """Return the points of ``curve`` that keep the promise, the full network first.
 
-def rows_with_losses(answers: ExitAnswers, operations: Sequence[float], points: int = 40) -> list[dict]:
-    """Policies and their losses, from the answers to the held-out images.
-
-    Returns:
-        Rows as of ``curve_rows``, with ``losses``: on the images that set the thresholds, and on those that test them; the results of the
-        row are of the latter. None of them if there are too few images.
-    """
-    learns = torch.arange(len(answers.targets)) % LEARNING_PART == 0
-    if learns.sum() in (0, len(learns)):
-        return []
-    learned, tested = answers.of(learns), answers.of(~learns)
-    thresholds = geometric_thresholds(learned.confidence, points)
-    rows = curve_rows(thresholds, tested, tested, operations)
-    return [
-        row | {"losses": (losses_of(own, learned), losses_of(own, tested))}
-        for row, own in zip(rows, thresholds, strict=True)
-    ]
+        Raises:
+            UserError: the curve has no certified points.
+            ValueError: percent or level are out of range.
+        """
+        if curve.certificate != CERTIFICATE:
+            raise UserError(
+                "nothing can be promised about accuracy: these policies were not tested on held-out images in the "
+                "way of this version; --evalmode dynamic tests them"
+            )
+        return certified(curve.points, self)
 
 
-def losses_of(thresholds: Tensor, answers: ExitAnswers) -> Losses:
-    """Of the policy with these thresholds (K,)."""
-    classes, targets = answers.classes, answers.targets
-    answered = classes.gather(0, assign_exits(answers.confidence, thresholds)[None])[0]
-    right, full_right = answered == targets, classes[-1] == targets
-    events = (full_right & ~right, right & ~full_right, answered != classes[-1])
-    return Losses(len(targets), *(int(event.sum()) for event in events))
+def learning_images(num_images: int, seed: int = SPLIT_SEED) -> Tensor:
+    """Return which held-out images set the thresholds, (num_images,) bool; the others test them."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    return order < round(LEARNING_SHARE * num_images)
 
 
-def is_certain(losses: tuple[Losses, Losses], wanted: MaxLoss) -> bool:
-    """Whether the tested images rule out that more than ``wanted`` is lost.
+def certified_points(
+    val: ExitPredictions,
+    policy: Policy,
+    operations: Sequence[float],
+    points: int = 40,
+    seed: int = SPLIT_SEED,
+) -> tuple[Point, ...]:
+    """Return policies with the counts of their losses, the full network last.
 
     Args:
-        losses: on the images that set the thresholds, and on those that test them.
+        val: predictions for the held-out images; the classes are those of the ensemble where there is one.
+        policy: measure, temperatures and ensemble of the policies.
+        operations: to each exit.
+        points: number of policies beside the full network; 0 where the held-out images may not be new to the network.
+        seed: of the split.
+
+    Returns:
+        Points whose results are those on the images that test them. Only the full network if there are too few images.
     """
-    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100) if wanted.level < 100 else math.inf
-    if limit >= 1:
-        return True
-    learned, tested = losses
-    (known_up, known_down), (up, down) = (
-        (x.other, 0) if wanted.disagreement else (x.worse, x.better) for x in losses
+    num_exits = len(val.confidence)
+    learns = learning_images(len(val.targets), seed)
+    full = torch.tensor([[NONE_LEAVE] * (num_exits - 1) + [ALL_LEAVE]], dtype=val.confidence.dtype)
+    tested = val
+    thresholds = full
+    if points and learns.any():
+        tested = val.subset(~learns)
+        thresholds = torch.cat([geometric_thresholds(val.confidence[:, learns], points), full])
+    rated = evaluate_points("geometric", thresholds, policy, tested, operations)
+    return tuple(
+        replace(point, rule="certified", losses=count_losses(row, tested))
+        for point, row in zip(rated, thresholds, strict=True)
     )
-    # The best stake against a loss of this variance; one more image, so that none at all is not believed.
-    variance = (known_up + known_down + 1) / (learned.images + 1)
-    stake = min(math.sqrt(2 * needed / (tested.images * variance)), MAX_STAKE / (1 - limit))
-    counts = {1: up, -1: down, 0: tested.images - up - down}
-    return sum(count * math.log1p(stake * (limit - loss)) for loss, count in counts.items()) >= needed
 
 
-def certified(points: Sequence["Point"], wanted: MaxLoss) -> list["Point"]:
-    """The points of the rule "tested" that keep the promise, from dear to cheap.
+def count_losses(thresholds: Tensor, predictions: ExitPredictions) -> LossCounts:
+    """Count the losses of the policy with these thresholds (K,) against the last exit."""
+    classes, targets = predictions.classes, predictions.targets
+    exits = assign_exits(predictions.confidence, thresholds)
+    predicted, full = classes.gather(0, exits[None])[0], classes[-1]
+    worse = (full == targets) & (predicted != targets)
+    better = (predicted == targets) & (full != targets)
+    return LossCounts(len(targets), int(worse.sum()), int(better.sum()), int((predicted != full).sum()))
+
+
+def certified(points: Sequence[Point], wanted: MaxLoss) -> list[Point]:
+    """Return the points of the rule "certified" that keep the promise, from the full network to the cheapest.
 
     Raises:
-        UserError: none does; the line says what could be promised.
-        ValueError: no such promise makes sense.
+        UserError: no point was tested.
+        ValueError: percent or level are out of range.
     """
     if not 0 <= wanted.percent <= 100 or not 50 <= wanted.level <= 100:
         raise ValueError(
             f"{wanted} cannot be promised: a loss is 0 to 100 percent, a level of confidence 50 to 100"
         )
-    sequence = sorted((point for point in points if point.rule == "tested"), key=lambda point: -point.p)
+    sequence = sorted((point for point in points if point.rule == "certified"), key=lambda point: -point.p)
     if not sequence:
-        raise UserError(
-            "nothing can be promised about accuracy: these policies were made without images to test them on"
-        )
-    kept = list(takewhile(lambda point: is_certain(point.losses, wanted), sequence))
-    if not kept:
-        losses = sequence[0].losses
-        possible = next(
-            tenth / 10 for tenth in range(1, 1001) if is_certain(losses, wanted._replace(percent=tenth / 10))
-        )
-        raise UserError(
-            f"no policy is certain to {wanted}: {losses[1].images} images tested them; what can be promised starts at {possible:g} %"
-        )
-    return kept
+        raise UserError("nothing can be promised about accuracy: no held-out images tested these policies")
+    return list(takewhile(lambda point: is_certain(point, wanted), sequence))
+
+
+def is_certain(point: Point, wanted: MaxLoss) -> bool:
+    """Return True if the images that tested the point rule out that more than ``wanted`` is lost."""
+    if point.policy.runs_everything:
+        return True
+    return p_value(point.losses, wanted.percent / 100, wanted.disagreement) <= 1 - wanted.level / 100
+
+
+def smallest_limit(point: Point, wanted: MaxLoss) -> float:
+    """Return the smallest loss in percent, in steps of 0.1, that is certain for a point at the level of ``wanted``."""
+    tenths = range(1001)
+    return next(tenth / 10 for tenth in tenths if is_certain(point, wanted._replace(percent=tenth / 10)))
+
+
+def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> float:
+    """Return the p-value of the hypothesis that the mean loss is ``limit`` or more.
+
+    Disagreement: the number of other predictions is binomial, and the p-value its lower tail at ``limit``.
+
+    Accuracy: the numbers of worse and better images are trinomial. The hypothesis fixes the difference of their
+    probabilities, not their sum, the share of changed images. Outcomes are ordered by the difference of the counts,
+    studentised, and the p-value is the largest probability of an outcome at most as large as this one, over all
+    sums in a confidence interval of level 1 - ``NUISANCE_ERROR`` (Berger and Boos 1994), plus that error.
+
+    Args:
+        losses: counts on the images that test a policy.
+        limit: as a share, 0 to 1.
+        disagreement: which loss.
+    """
+    if limit >= 1:
+        return 0.0
+    if disagreement:
+        return _binomial_tail(losses.other, losses.images, limit)
+    return _trinomial_tail(losses.images, losses.worse, losses.better, limit)
+
+
+def _binomial_tail(count: int, trials: int, chance: float) -> float:
+    """Return P(X <= count) of a binomial X."""
+    if chance <= 0:
+        return 1.0
+    numbers = torch.arange(count + 1, dtype=torch.float64)
+    logs = -(torch.lgamma(numbers + 1) + torch.lgamma(trials - numbers + 1))
+    logs += math.lgamma(trials + 1) + numbers * math.log(chance) + (trials - numbers) * math.log1p(-chance)
+    return min(float(logs.exp().sum()), 1.0)
+
+
+@lru_cache(maxsize=100_000)
+def _trinomial_tail(images: int, worse: int, better: int, limit: float) -> float:
+    numbers = torch.arange(images + 1, dtype=torch.float64)
+    # By the number of changed images: the difference worse - better up to which an outcome is as small as observed.
+    standard_error = (numbers.clamp(min=images * limit) - images * limit**2).clamp(min=1e-12).sqrt()
+    observed = (worse - better - images * limit) / standard_error[worse + better]
+    largest_difference = images * limit + observed * standard_error + 1e-9
+    log_factorial = torch.lgamma(numbers + 1)
+    largest = 0.0
+    for changed in _possible_shares(images, worse + better, limit):
+        up, down = (changed + limit) / 2, max(changed - limit, 0.0) / 2
+        same = torch.tensor(1 - changed, dtype=torch.float64)
+        log_rest = log_factorial[-1] - log_factorial.flip(0) + torch.xlogy(images - numbers, same)
+        ups, downs = _likely_counts(images, up)[:, None], _likely_counts(images, down)[None, :]
+        total = ups + downs
+        logs = log_rest[total.clamp(max=images)]
+        for counts, chance in ((ups, up), (downs, down)):
+            logs = (
+                logs + torch.xlogy(counts, torch.tensor(chance, dtype=torch.float64)) - log_factorial[counts]
+            )
+        as_small = (ups - downs <= largest_difference[total.clamp(max=images)]) & (total <= images)
+        largest = max(largest, float(logs.exp()[as_small].sum()))
+    return min(largest + NUISANCE_ERROR, 1.0)
+
+
+def _possible_shares(images: int, changed: int, limit: float) -> list[float]:
+    """Return values across the confidence interval of the share of changed images, by Chernoff's bound."""
+    lowest = max(limit, 0.01 / images)
+    shares = torch.logspace(math.log10(lowest), 0, 4000, dtype=torch.float64).clamp(max=1.0)
+    observed = torch.tensor(changed / images, dtype=torch.float64)
+    divergence = torch.xlogy(observed, observed / shares)
+    divergence += torch.xlogy(1 - observed, (1 - observed) / (1 - shares).clamp(min=1e-300))
+    possible = shares[images * divergence <= math.log(2 / NUISANCE_ERROR)]
+    if len(possible) == 0:  # fewer images changed than the hypothesis allows
+        return [lowest]
+    return possible[torch.linspace(0, len(possible) - 1, NUISANCE_VALUES).long().unique()].tolist()
+
+
+def _likely_counts(images: int, chance: float) -> Tensor:
+    """Return the counts of a binomial but for a share of about 1e-10 of its outcomes."""
+    width = 6.5 * math.sqrt(images * chance * (1 - chance)) + 12
+    first, last = max(0, math.floor(images * chance - width)), min(images, math.ceil(images * chance + width))
+    return torch.arange(first, last + 1)

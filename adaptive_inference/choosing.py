@@ -1,0 +1,126 @@
+"""Choice of a policy by what is asked for: operations, time, accuracy, or a promise about accuracy.
+
+point = choose(curve, operations=12.5e6)
+point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))         # MaxLoss of adaptive_inference.promises.risk
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from adaptive_inference.policies import Point, PolicyCurve
+from utils import UserError
+
+
+class Promise(Protocol):
+    """A promise that some points of a curve keep, such as ``promises.risk.MaxLoss``."""
+
+    def points(self, curve: PolicyCurve) -> list[Point]:
+        """Return the points that keep it, or raise a UserError that says what could be promised."""
+
+
+class Timing(Protocol):
+    """Measured time of a network on this machine, such as ``promises.timing.BlockTimes``."""
+
+    def milliseconds(self, shares: tuple[float, ...]) -> float:
+        """Return the expected time per image of a policy that lets these shares leave at each exit."""
+
+
+def choose(
+    curve: PolicyCurve,
+    operations: float | None = None,
+    milliseconds: float | None = None,
+    accuracy: float | None = None,
+    max_loss: Promise | None = None,
+    timing: Timing | None = None,
+    rule: str | None = None,
+) -> Point:
+    """Return the most accurate point within a budget, or the cheapest one where no budget is given.
+
+    Args:
+        curve: the points to choose from.
+        operations: per image, the mean at most.
+        milliseconds: per image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor`` keeps to it
+            as measured).
+        accuracy: as for ``allowed_points``.
+        max_loss: as for ``allowed_points``.
+        timing: of this network on this machine, from ``timing.measure_blocks``.
+        rule: as for ``allowed_points``.
+
+    Raises:
+        UserError: no point fits; the line says what is possible.
+        ValueError: ``milliseconds`` without ``timing``.
+    """
+    if milliseconds is not None and timing is None:
+        raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
+    points = allowed_points(curve, accuracy, max_loss, rule)
+    if operations is not None:
+        costs = [point.operations / 1e6 for point in points]
+        points = within(points, costs, operations / 1e6, "M", curve.operations[-1] / 1e6)
+    if milliseconds is not None:
+        points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
+    if operations is None and milliseconds is None:
+        return min(points, key=lambda point: (point.operations, -point.val_acc1))
+    return max(points, key=lambda point: (point.val_acc1, -point.operations))
+
+
+def allowed_points(
+    curve: PolicyCurve,
+    accuracy: float | None = None,
+    max_loss: Promise | None = None,
+    rule: str | None = None,
+) -> list[Point]:
+    """Return the points that satisfy what is asked for.
+
+    Args:
+        curve: the points to choose from.
+        accuracy: on held-out images at least, in percent.
+        max_loss: a promise about accuracy that the point must keep, ``promises.risk.MaxLoss``.
+        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
+
+    Raises:
+        UserError: no point does; the line says what is possible.
+        ValueError: ``max_loss`` with a ``rule``.
+    """
+    if max_loss is not None and rule is not None:
+        raise ValueError(f"max_loss has a rule of its own, certified; {rule} promises nothing")
+    points = list(curve.of_rule(rule)) if max_loss is None else max_loss.points(curve)
+    reached = [point for point in points if accuracy is None or point.val_acc1 >= accuracy]
+    if not reached:
+        best = max(point.val_acc1 for point in points)
+        limited = "" if max_loss is None else " that is certain to lose so little"
+        raise UserError(
+            f"no policy{limited} reaches {accuracy:g} % on the held-out images; the best has {best:.2f} %"
+        )
+    return reached
+
+
+def within(
+    points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None
+) -> list[Point]:
+    """Return the points whose cost is at most ``limit``.
+
+    Args:
+        points: to choose from.
+        costs: one per point.
+        limit: in the unit of the costs.
+        unit: for the error.
+        whole: cost of the whole network, from which the error computes a percentage.
+
+    Raises:
+        UserError: all cost more; the line says what to ask for.
+    """
+    cheapest = min(costs)
+    if cheapest > limit:
+        percent = "" if whole is None else f" or {math.ceil(100 * cheapest / whole)}%"
+        raise UserError(
+            f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy allowed needs "
+            f"{cheapest:.4g}{unit}; ask for {_rounded_up(cheapest)}{unit}{percent}"
+        )
+    return [point for point, cost in zip(points, costs, strict=True) if cost <= limit]
+
+
+def _rounded_up(value: float) -> str:
+    """Return ``value`` with three digits, rounded up."""
+    step = 10 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step) * step:.6g}"

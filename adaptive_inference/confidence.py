@@ -1,0 +1,63 @@
+"""Class and confidence of an exit's prediction, from its logits.
+
+confidence, classes = confidence_by_exit(logits)     # logits (K, N, C) -> (K, N), (K, N)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptive_inference.measures import MEASURES
+
+
+class ExitPrediction(NamedTuple):
+    """Prediction of one exit for n images: ``classes`` (n,) int64 and ``confidence`` (n,)."""
+
+    classes: Tensor
+    confidence: Tensor
+
+
+def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | None) -> ExitPrediction:
+    """Return the class and the confidence of the next exit; higher is more confident.
+
+    Args:
+        measure: ``softmax``, the largest probability (the paper); ``entropy``, 1 - H(probabilities) / log C;
+            ``margin``, the largest probability minus the second; ``patience``, the number of exits in a row, this
+            one included, that predict the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020,
+            arXiv 2006.04152).
+        logits: (n, C).
+        previous: prediction of the exit before for the same images, None at the first exit.
+
+    Raises:
+        ValueError: the measure is unknown.
+    """
+    # Half precision would make many confidences equal.
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    probs = torch.softmax(logits.float() if half else logits, dim=1)
+    largest, classes = probs.max(dim=1)
+    if measure == "softmax":
+        return ExitPrediction(classes, largest)
+    if measure == "entropy":
+        negative_entropy = torch.special.xlogy(probs, probs).sum(dim=1)
+        return ExitPrediction(classes, 1 + negative_entropy / math.log(max(probs.shape[1], 2)))
+    if measure == "margin":
+        best = probs.topk(2, dim=1).values
+        return ExitPrediction(classes, best[:, 0] - best[:, 1])
+    if measure == "patience":
+        one = torch.ones_like(largest)
+        if previous is None:
+            return ExitPrediction(classes, one)
+        agrees = classes == previous.classes
+        return ExitPrediction(classes, torch.where(agrees, previous.confidence + 1, one))
+    raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
+
+
+def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:
+    """Return confidence (K, N) and class (K, N), int64, of every exit, from logits (K, N, C)."""
+    predictions, prediction = [], None
+    for exit_logits in logits:
+        prediction = next_prediction(measure, exit_logits, prediction)
+        predictions.append(prediction)
+    return torch.stack([p.confidence for p in predictions]), torch.stack([p.classes for p in predictions])
