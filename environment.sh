@@ -1,13 +1,16 @@
-# Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter. Sourced by the launchers.
+# Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter.
+# Sourced by the launchers.
 #
-# The active python3 is used if it satisfies the requirements; otherwise .venv (or $VENV) beside this file is created and filled, once.
+# The active python3 is used if it satisfies the requirements; otherwise .venv beside this file (or $VENV) is
+# created and filled, once.
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
 
-# The launchers' first word. A mistyped one should not cost the set-up.
-if [[ -n ${preset:-} ]] && [[ ! $preset =~ ^(demo|folder|cifar10|cifar100|cifar100-anytime|cifar100-boosted|imagenet)$ || " $* " == *" --preset"* ]]; then
-    echo "$(basename "$0"): the first word is the preset: demo, folder, cifar10, cifar100, cifar100-anytime, cifar100-boosted or imagenet" >&2
+# The launchers' first word, checked here because a mistyped one should not cost the set-up.
+presets="demo folder cifar10 cifar100 cifar100-anytime cifar100-boosted imagenet"
+if [[ -n ${preset:-} ]] && [[ " $presets " != *" $preset "* || " $* " == *" --preset"* ]]; then
+    echo "$(basename "$0"): the first word is the preset: ${presets// /, }" >&2
     exit 2
 fi
 
@@ -35,6 +38,11 @@ supported_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
+make_environment() {
+    [[ -x $VENV/bin/python ]] || "$1" -m venv "$VENV" || return
+    "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"
+}
+
 prepare_environment() {
     local base="${PYTHON:-python3}"
     if ! supported_python "$base"; then
@@ -46,9 +54,14 @@ prepare_environment() {
         return
     fi
     if ! satisfies_requirements "$VENV/bin/python"; then
+        if ! mkdir -p "$VENV" 2>/dev/null || [[ ! -w $VENV ]]; then
+            echo "cannot write $VENV; VENV=/a/folder/of/yours bash $(basename "$0") makes the environment elsewhere" >&2
+            return 2
+        fi
         echo "setting up the Python environment $VENV from requirements.txt, once (several GB, some minutes)"
-        if ! { [[ -x $VENV/bin/python ]] || "$base" -m venv "$VENV"; } || ! "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"; then
-            echo "could not set up $VENV: see the message above (Debian and Ubuntu need the package python3-venv); run the same command again to go on" >&2
+        if ! make_environment "$base"; then
+            echo "could not set up $VENV: see the message above; run the same command again to continue" \
+                "(Debian and Ubuntu need the package python3-venv; VENV=/a/folder/of/yours uses another folder)" >&2
             return 2
         fi
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment as the launchers do, and run the tests; arguments go on to pytest.
+# Set up the environment as the launchers do, and run the tests; arguments are passed to pytest.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

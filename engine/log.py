@@ -1,61 +1,66 @@
-"""What a run tells: lines and a progress bar on the terminal, one JSON line an epoch, TensorBoard."""
+"""The output of a run: lines and a progress bar on the terminal, one JSON line per epoch, TensorBoard.
+
+Lines go through ``logging``, as those of the logger ``imta_msdnet``; a program that calls ``train_GE.main``
+may add its own handlers.
+"""
 
 import json
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.run_directory import RunDirectory
 from utils import atomic_write, duration, is_terminal, tell
 
-SECONDS_TO_REMIND = 8
+LOGGER = logging.getLogger("imta_msdnet")
+
+
+class ConsoleHandler(logging.Handler):
+    """A handler that prints lines on standard output, above a progress bar if there is one.
+
+    If standard output is closed or full, lines are dropped.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        with tqdm.external_write_mode(nolock=True):
+            tell(self.format(record))
 
 
 class Log:
-    """Output of the main process; the other ones are silent."""
+    """Output of the main process; with ``enabled=False``, in the others, nothing is written."""
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
-        self.writer: Any = None
+        self.writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
+        if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):
+            LOGGER.addHandler(ConsoleHandler())
+            LOGGER.setLevel(logging.INFO)
+            LOGGER.propagate = False
 
     def line(self, text: str) -> None:
-        """One line on standard output, above a progress bar if there is one."""
+        """Print a line."""
         if self.enabled:
-            with tqdm.external_write_mode(nolock=True):
-                tell(text)
+            LOGGER.info("%s", text)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Say what the block does, and every few seconds that it still does."""
+        """Print what the block does."""
         self.line(what)
-        ended, began = threading.Event(), time.monotonic()
-
-        def remind() -> None:
-            while not ended.wait(SECONDS_TO_REMIND):
-                self.line(f"  still at it after {time.monotonic() - began:.0f} s")
-
-        reminder = threading.Thread(target=remind, daemon=True)
-        reminder.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            reminder.join()
+        yield
 
     def open(self, run: RunDirectory, first_step: int) -> None:
-        """Begin or continue TensorBoard's events; those from ``first_step`` on, of an interrupted attempt, are dropped."""
+        """Begin or continue TensorBoard's events; drop those of an interrupted attempt, from ``first_step`` on."""
         if self.enabled:
-            # Takes seconds to import, which evaluation need not wait for.
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = _leave_to_the_next_call
+            threading.excepthook = _ignore_failed_writes
             self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
 
     def close(self) -> None:
@@ -65,7 +70,7 @@ class Log:
             self.writer.close()
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
-        """Show a bar on a terminal; a log file gets lines instead."""
+        """Show a bar if standard error is a terminal; a log file gets lines instead."""
         is_shown = self.enabled and is_terminal(sys.stderr)
         self._bar = tqdm(
             total=steps, initial=first_step, desc=title, unit="step", leave=False, disable=not is_shown
@@ -77,27 +82,26 @@ class Log:
         self._bar.update(1)
 
     def step(self, done: int, batch_size: int, summary: str) -> None:
-        """Report after ``done`` of an epoch's steps."""
-        seconds_a_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
-        self._bar.set_postfix_str(f"{summary}, {batch_size / seconds_a_step:,.0f} images/s")
+        """Report losses and speed after ``done`` of an epoch's steps."""
+        seconds_per_step = (time.monotonic() - self._start) / max(done - self._first_step, 1)
+        speed = f"{batch_size / seconds_per_step:,.0f} images/s"
+        self._bar.set_postfix_str(f"{summary}, {speed}")
         if self._bar.disable:
-            left = duration(seconds_a_step * (self._steps - done))
-            self.line(
-                f"{self._title} {done}/{self._steps}  {summary}  {batch_size / seconds_a_step:,.0f} images/s  {left} left"
-            )
+            left = duration(seconds_per_step * (self._steps - done))
+            self.line(f"{self._title} {done}/{self._steps}  {summary}  {speed}  {left} left")
 
     def end_epoch(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
     def write_history(self, path: Path, history: list[dict]) -> None:
-        """Write every epoch's row as a JSON line; the file always agrees with the checkpoint it came with."""
+        """Write every epoch's row as a JSON line, so that the file always agrees with its checkpoint."""
         if self.enabled:
             with atomic_write(path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in history)
 
     def scalars(self, row: dict, step: int) -> None:
-        """An epoch's numbers to TensorBoard, lists as one curve an exit."""
+        """Write an epoch's numbers to TensorBoard, lists as one curve per exit."""
         if self.writer is None:
             return
         for name, value in row.items():
@@ -108,7 +112,7 @@ class Log:
                 self.writer.add_scalar(name, value, step)
 
 
-def _leave_to_the_next_call(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread keeps what it cannot write for the next call, and would print it with a trace as well."""
+def _ignore_failed_writes(failure: threading.ExceptHookArgs) -> None:
+    """Print no trace of TensorBoard's thread: it keeps what it cannot write for the next call."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
