@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.choosing import choose
@@ -21,6 +21,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import PolicyCurve, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import ExitNetwork, State, load
+from models.backbone import Backbone
 from models.files import find, policy_path
 
 # By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation inside.
@@ -141,16 +142,19 @@ def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor
 
 
 def fold_batch_norm(network: nn.Module) -> None:
-    """Fold BatchNorm in place wherever it follows a convolution or linear layer, in ``nn.Sequential`` and in traced graphs.
+    """Fold BatchNorm in place wherever it follows a convolution or linear layer, in ``nn.Sequential`` and in a ``Backbone``.
 
     Args:
         network: in evaluation mode.
     """
-    for module in list(network.modules()):
-        if isinstance(module, fx.GraphModule):
-            _fold_graph(module)
-        elif type(module).forward is nn.Sequential.forward:
-            _fold_sequence(module)
+    if isinstance(network, Backbone):
+        network.fold_batch_norm(fused)
+        fold_batch_norm(network.exits)
+        return
+    if type(network).forward is nn.Sequential.forward:
+        _fold_sequence(network)
+    for child in network.children():
+        fold_batch_norm(child)
 
 
 def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
@@ -181,22 +185,3 @@ def _fold_sequence(sequence: nn.Sequential) -> None:
             layers[-1] = folded
     sequence._modules.clear()
     sequence.extend(layers)
-
-
-def _fold_graph(module: fx.GraphModule) -> None:
-    """Fold in a graph: a BatchNorm that alone reads a convolution or linear layer, where both are called only once."""
-    calls = [node for node in module.graph.nodes if node.op == "call_module"]
-    targets = [node.target for node in calls]
-    for node in calls:
-        source = node.args[0] if node.args else None
-        if source not in calls or len(source.users) > 1:
-            continue
-        if targets.count(node.target) > 1 or targets.count(source.target) > 1:
-            continue
-        folded = fused(module.get_submodule(source.target), module.get_submodule(node.target))
-        if folded is not None:
-            module.set_submodule(source.target, folded)
-            node.replace_all_uses_with(source)
-            module.graph.erase_node(node)
-    module.delete_all_unused_submodules()
-    module.recompile()

@@ -1,5 +1,9 @@
-"""The networks and losses of the paper: ``MSDNet`` with Gradient Equilibrium, ``IMTA`` with ISC, and the losses with One-for-all."""
+"""The networks and losses of the paper: ``MSDNet`` with Gradient Equilibrium, ``IMTA`` with ISC, and the losses with One-for-all.
 
+``Backbone`` puts exits with Gradient Equilibrium on any other network.
+"""
+
+from .backbone import Backbone
 from .imta import IMTA
 from .losses import one_for_all_loss, sum_of_cross_entropies
 from .msdnet import MSDNet
@@ -9,15 +13,18 @@ from .options import NetworkOptions
 from .released import load_released, to_released
 from .saved import Description, load
 from .stepwise import Stepwise
+from .zoo import build_backbone
 
 __all__ = [
     "IMTA",
+    "Backbone",
     "Description",
     "ExitNetwork",
     "MSDNet",
     "NetworkOptions",
     "State",
     "Stepwise",
+    "build_backbone",
     "count_operations",
     "load",
     "load_released",

@@ -1,0 +1,514 @@
+"""Exits on any network that ``torch.fx`` can trace, such as those of torchvision and timm, with Gradient Equilibrium.
+
+    network = Backbone(torchvision.models.resnet18(), exits=["layer1", "layer2", "layer3"], num_classes=100)
+    logits = network(torch.randn(8, 3, 224, 224))  # a list of 4 tensors (8, 100)
+
+The network is cut at the outputs of the named modules (``models.tracing``). At every cut an exit reads the one tensor that crosses it:
+maps go through convolution, BatchNorm, ReLU, average pooling and a linear layer; tokens through LayerNorm, their mean and a linear layer.
+The last exit is the network's own last linear layer. ``models.zoo`` builds networks by their names.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import add_boost, conv_bn_relu, frozen_statistics, rescale_gradient
+from .network import ExitNetwork, State, checked_num_exits
+from .tracing import (
+    PREFIX,
+    PROBE_BATCH,
+    Piece,
+    Survey,
+    Traces,
+    block_paths,
+    find_layout,
+    layer_outputs,
+    make_piece,
+    meta_copy,
+    nearest_places,
+    survey,
+    trace,
+    with_cloned_input,
+)
+
+LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
+EXIT_WIDTHS = (128, 512)  # fewest and most channels of an exit's convolution
+_UNCHANGING = (nn.Identity, nn.Flatten)  # may follow the last linear layer
+
+
+class MapExit(nn.Module):
+    """An exit on maps: convolution, BatchNorm, ReLU, average pooling, linear."""
+
+    def __init__(self, channels: int, num_classes: int, channels_last: bool):
+        super().__init__()
+        self.channels, self.channels_last = channels, channels_last
+        self.feature_channels = min(max(channels, EXIT_WIDTHS[0]), EXIT_WIDTHS[1])
+        self.convolution = conv_bn_relu(channels, self.feature_channels, 3, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(self.feature_channels, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return pooled features (N, feature_channels) of maps (N, C, H, W), or (N, H, W, C)."""
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        return self.pool(self.convolution(x)).flatten(1)
+
+
+class TokenExit(nn.Module):
+    """An exit on tokens: LayerNorm, mean, linear."""
+
+    def __init__(self, channels: int, num_classes: int, channels_first: bool, has_tokens: bool = True):
+        super().__init__()
+        self.channels_first, self.has_tokens = channels_first, has_tokens
+        self.feature_channels = channels
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the mean (N, C) of normalised tokens (N, L, C), or (N, C, L)."""
+        if self.channels_first:
+            x = x.transpose(1, 2)
+        x = self.norm(x)
+        return x.mean(dim=1) if self.has_tokens else x
+
+
+class Backbone(ExitNetwork):
+    """A network with exits at the outputs of some of its modules, and its own end as the last exit.
+
+    Args:
+        network: takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is not copied.
+        exits: paths of modules, in the order in which the network runs them; or the number of all exits. Then the early ones are put
+            at the network's own blocks such that operations are spread evenly.
+        num_classes: None keeps the network's own. Another number replaces its last linear layer.
+        boosted_exits: an exit adds its logits to half of those of the exit before.
+        gradient_equilibrium: rescale gradients at the exits.
+        layout: one of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
+        image_size: a size that the network takes, where it takes none of the usual ones.
+        origin: ``library``, ``name`` and ``options`` of the network's constructor, by which a file can describe it.
+
+    Raises:
+        ValueError: the network cannot be traced, has no last linear layer, or cannot be cut there; one line says which.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        exits: Sequence[str] | int = 4,
+        num_classes: int | None = None,
+        *,
+        boosted_exits: bool = False,
+        gradient_equilibrium: bool = True,
+        layout: str | Sequence[str] | None = None,
+        image_size: int | None = None,
+        origin: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        traces = trace(network)
+        self.network = network
+        for name, tensor in traces.constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._classifier, ends = _last_linear(network, traces)
+        surveys = survey(network, traces, image_size)
+        paths = (
+            _even_exits(network, traces, surveys, exits)
+            if isinstance(exits, int)
+            else _checked_exits(network, traces, list(exits), ends)
+        )
+        layouts = _layouts(traces, surveys, paths, layout)
+        self._pieces = _pieces(traces, paths, ends)
+        linear = network.get_submodule(self._classifier)
+        self.num_exits = len(paths) + 1
+        self.num_classes = linear.out_features if num_classes is None else num_classes
+        self.has_new_classifier = self.num_classes != linear.out_features
+        if self.has_new_classifier:
+            self._set(self._classifier, nn.Linear(linear.in_features, self.num_classes).to(linear.weight))
+        self.exits = nn.ModuleList(
+            _make_exit(_any_shape(surveys, traces, path), kind, self.num_classes)
+            for path, kind in zip(paths, layouts, strict=True)
+        ).to(linear.weight)
+        self.feature_dims = (*(exit.feature_channels for exit in self.exits), linear.in_features)
+        self.gradient_equilibrium = gradient_equilibrium
+        self.boosted = boosted_exits
+        self.frozen = False
+        self._accepted_sizes = set(surveys)
+        self._takes_one_size = len(surveys) == 1
+        self._clone_where_needed(next(iter(surveys)))
+        self.config = {
+            **(origin or {"library": None, "name": type(network).__name__, "options": {}}),
+            "exits": list(paths),
+            "num_classes": self.num_classes,
+            "boosted_exits": boosted_exits,
+            "gradient_equilibrium": gradient_equilibrium,
+            "layout": layouts,
+            "image_size": image_size,
+        }
+
+    # Inference
+
+    def start(self, images: Tensor) -> State:
+        return {"x": images}
+
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        x = self._pieces[k].evaluation(self, state["x"])
+        if k == self.num_exits - 1:
+            return x, {}
+        return self.exits[k].features(x), {"x": x}
+
+    def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
+        is_last = k == self.num_exits - 1
+        linear = self.network.get_submodule(self._classifier) if is_last else self.exits[k].linear
+        logits = linear(features)
+        return add_boost(logits, previous_logits) if self.boosted else logits
+
+    # Training
+
+    def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
+        """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all) of images (N, 3, H, W)."""
+        features, x = [], images
+        for k in range(checked_num_exits(self, num_exits)):
+            x = self._run_piece(k, x)
+            remaining_exits = self.num_exits - k
+            if remaining_exits == 1:
+                features.append(x)
+                break
+            x = self._rescale(x, 1 / remaining_exits)
+            features.append(self.exits[k].features(x))
+            x = self._rescale(x, remaining_exits - 1)
+        return features
+
+    def _run_piece(self, k: int, x: Tensor) -> Tensor:
+        run = self._pieces[k].function(self.training and not self.frozen)
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return run(self, x)
+        # The random state is kept: dropout has to draw the same masks again.
+        return checkpoint(
+            run,
+            self,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), frozen_statistics(self.network)),
+        )
+
+    def _rescale(self, x: Tensor, factor: float) -> Tensor:
+        return rescale_gradient(x, factor) if self.gradient_equilibrium else x
+
+    def freeze_network(self) -> None:
+        """Let only the exits learn, and the last linear layer if it is new. The rest stays in evaluation mode."""
+        self.frozen = True
+        self.network.requires_grad_(False)
+        if self.has_new_classifier:
+            self.network.get_submodule(self._classifier).requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode as ``nn.Module.train`` does, but keep a frozen network in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.network.eval()
+        return self
+
+    # Parameters and weights
+
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and parameters of all linear classifiers."""
+        for k, exit in enumerate(self.exits):
+            for name, parameter in exit.linear.named_parameters():
+                yield f"exits.{k}.linear.{name}", parameter
+        for name, parameter in self.network.get_submodule(self._classifier).named_parameters():
+            yield f"{PREFIX}{self._classifier}.{name}", parameter
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that come from the network itself."""
+        new = f"{self._classifier}." if self.has_new_classifier else None
+        for name, parameter in self.network.named_parameters():
+            if new is None or not name.startswith(new):
+                yield parameter
+
+    def load_pretrained(self, weights: dict[str, Tensor], source: str = "the given weights") -> None:
+        """Load a state dict of the network without exits. Its last linear layer is left out where the classes differ.
+
+        Raises:
+            ValueError: the weights are those of another network.
+        """
+        own = self.network.state_dict()
+        classifier = f"{self._classifier}."
+        weights = {
+            name: x
+            for name, x in weights.items()
+            if not (name.startswith(classifier) and name in own and own[name].shape != x.shape)
+        }
+        wrong = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
+        missing = [
+            name
+            for name in own
+            if name not in weights
+            and not name.startswith(classifier)
+            and not name.endswith("num_batches_tracked")
+        ]
+        if wrong or missing:
+            what = f"{wrong[0]} does not belong to it" if wrong else f"{missing[0]} is missing"
+            more = len(wrong) + len(missing) - 1
+            raise ValueError(
+                f"{source}: these weights are not those of {self.config['name']}: {what}"
+                + (f", and {more} more" if more else "")
+            )
+        self.network.load_state_dict(weights, strict=False)
+        self.has_new_classifier = f"{classifier}weight" not in weights
+
+    # Image sizes
+
+    def check_image_size(self, size: int) -> None:
+        if size in self._accepted_sizes:
+            return
+        runner = meta_copy(self).eval()
+        reason = _failure(runner, size)
+        if reason is None:
+            self._accepted_sizes.add(size)
+            return
+        known = min(self._accepted_sizes)
+        if self._takes_one_size:
+            raise ValueError(f"this network takes images of {known} pixels only, not of {size}")
+        if size > known:
+            raise ValueError(f"this network does not take images of {size} pixels ({reason:.150})")
+        too_small, works = size, known
+        while works - too_small > 1:
+            middle = (too_small + works) // 2
+            too_small, works = (
+                (middle, works) if _failure(runner, middle) is not None else (too_small, middle)
+            )
+        raise ValueError(f"images of {size} pixels are too small: this network needs at least {works}")
+
+    # Folding
+
+    def fold_batch_norm(self, fused: Callable[[nn.Module, nn.Module], nn.Module | None]) -> None:
+        """Fold every BatchNorm of the network into the layer before it, in place. Only evaluation mode is left.
+
+        Args:
+            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
+        """
+        graphs = [piece.evaluation_graph for piece in self._pieces]
+        calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
+        self._pieces = [Piece(self._folded(graph, calls, fused), None) for graph in graphs]
+
+    def _folded(
+        self,
+        graph: fx.Graph,
+        calls: Counter[str],
+        fused: Callable[[nn.Module, nn.Module], nn.Module | None],
+    ) -> fx.Graph:
+        new = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            source = node.args[0] if node.args else None
+            if _is_pair(source, node, calls):
+                layer = fused(self.get_submodule(source.target), self.get_submodule(node.target))
+                if layer is not None:
+                    self._set(source.target.removeprefix(PREFIX), layer)
+                    self._set(node.target.removeprefix(PREFIX), nn.Identity())
+                    values[node] = values[source]
+                    continue
+            values[node] = new.node_copy(node, values.__getitem__)
+        return new
+
+    def _set(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.network.get_submodule(parent), name, module)
+
+    def _clone_where_needed(self, size: int) -> None:
+        """Let pieces that change their input in place copy it first: the exit and whoever holds the state still need it."""
+        runner = meta_copy(self)
+        for training in (False, True):
+            runner.train(training)
+            x = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+            for k in range(self.num_exits):
+                version = x._version
+                with torch.no_grad():
+                    y = runner._pieces[k].function(training)(runner, x)
+                if x._version != version:
+                    self._pieces[k] = with_cloned_input(self._pieces[k])
+                x = y
+
+
+def _failure(runner: Backbone, size: int) -> str | None:
+    """Return why a network on the meta device cannot run on images of a size, None if it can."""
+    images = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+    try:
+        with torch.no_grad():
+            runner(images)
+            first = runner.advance(0, runner.start(images))[1]["x"]
+    except Exception as error:  # what a network raises on images of a wrong size is its own affair
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    is_single = first.dim() == 4 and first.numel() == PROBE_BATCH * runner.exits[0].channels
+    return "the first exit reads a map of one pixel" if is_single else None
+
+
+def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.Node]]:
+    """Return the path of the network's last linear layer, and the node of its input in both modes."""
+    found = {}
+    for mode in ("evaluation", "training"):
+        graph = getattr(traces, mode).graph
+        node = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+        while _is_unchanging(network, node):
+            node = node.args[0]
+        found[mode] = node
+    for mode, node in found.items():
+        if not _is_linear(network, node):
+            output = getattr(traces, mode).name(node) if isinstance(node, fx.Node) else "several values"
+            raise ValueError(
+                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: its output in {mode} mode is "
+                f"{output}"
+            )
+    path = found["evaluation"].target.removeprefix(PREFIX)
+    return path, {mode: node.args[0] for mode, node in found.items()}
+
+
+def _module_of(network: nn.Module, node: Any) -> nn.Module | None:
+    is_call = isinstance(node, fx.Node) and node.op == "call_module"
+    return network.get_submodule(node.target.removeprefix(PREFIX)) if is_call else None
+
+
+def _is_unchanging(network: nn.Module, node: Any) -> bool:
+    return isinstance(_module_of(network, node), _UNCHANGING)
+
+
+def _is_linear(network: nn.Module, node: Any) -> bool:
+    return isinstance(_module_of(network, node), nn.Linear)
+
+
+def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) -> str | None:
+    """Return why no exit can be at the output of a module, None if one can."""
+    for one in traces.both:
+        if path in one.repeated:
+            return "the network runs it more than once"
+        if path not in one.outputs:
+            return "its output is not one tensor"
+        node = one.outputs[path]
+        crossing = [other for other in one.crossing(node) if other is not node]
+        if crossing:
+            return f"{len(crossing) + 1} values cross a cut there ({', '.join(map(one.name, [node, *crossing]))}), and only one may"
+        if ends and one.position(node) >= one.position(
+            ends["evaluation" if one is traces.evaluation else "training"]
+        ):
+            return "nothing but the last linear layer comes after it"
+    return None
+
+
+def _checked_exits(
+    network: nn.Module, traces: Traces, paths: list[str], ends: dict[str, fx.Node]
+) -> list[str]:
+    if not paths:
+        raise ValueError("exits is empty: name at least one module, or say a number of exits")
+    for path in paths:
+        if path not in traces.evaluation.outputs and path not in traces.evaluation.repeated:
+            raise ValueError(_unknown_exit(network, traces, path))
+        reason = _refusal(traces, path, ends)
+        if reason:
+            raise ValueError(f"no exit can be at {path!r}: {reason}")
+    places: dict[int, str] = {}
+    for path in paths:
+        place = traces.evaluation.position(traces.evaluation.outputs[path])
+        if place in places:
+            raise ValueError(f"the exits {places[place]!r} and {path!r} are the same place")
+        places[place] = path
+    if list(places) != sorted(places):
+        raise ValueError(
+            f"exits must be in the network's order: {', '.join(places[p] for p in sorted(places))}"
+        )
+    return paths
+
+
+def _unknown_exit(network: nn.Module, traces: Traces, path: str) -> str:
+    one = traces.evaluation
+    known = [p for p in block_paths(network, one, {}, 0) if _refusal(traces, p) is None]
+    near = difflib.get_close_matches(path, list(one.outputs), 3) or known
+    listed = ", ".join(near[:20]) + (", ..." if len(near) > 20 else "")
+    return f"there is no module {path!r} in {type(network).__name__}; exits can be at: {listed}"
+
+
+def _even_exits(network: nn.Module, traces: Traces, surveys: dict[int, Survey], count: int) -> list[str]:
+    """Return the paths of ``count`` - 1 early exits that spread the operations evenly."""
+    one, measured = traces.evaluation, next(iter(surveys.values()))
+    total = max(measured.operations.values())
+    if count < 2:
+        raise ValueError(
+            f"exits is {count}; at least 2 are needed, of which the last is the network's own end"
+        )
+    places: dict[fx.Node, str] = {}
+    blocks = block_paths(network, one, measured.own_operations, total // count)
+    # A plain chain of layers has no blocks: there, exits can be after activations and pooling.
+    for path in [*blocks, *(layer_outputs(network, one) if len(blocks) < count else [])]:
+        node = one.outputs[path]
+        if _refusal(traces, path) is None and len(measured.shapes.get(node, ())) in (3, 4):
+            places.setdefault(node, path)
+    # An exit that comes with the last operations saves nothing.
+    nodes = [node for node in one.graph.nodes if node in places]
+    nodes = [node for node in nodes if 0 < measured.operations[node] < (1 - 0.5 / count) * total]
+    if len(nodes) < count - 1:
+        raise ValueError(
+            f"exits is {count}; {type(network).__name__} has places for {len(nodes) + 1} at most: "
+            f"{', '.join(places[node] for node in nodes) or 'its end'}"
+        )
+    shares = [measured.operations[node] / total for node in nodes]
+    return [places[nodes[i]] for i in nearest_places(shares, count - 1)]
+
+
+def _layouts(
+    traces: Traces, surveys: dict[int, Survey], paths: list[str], given: str | Sequence[str] | None
+) -> list[str]:
+    if given is not None:
+        layouts = [given] * len(paths) if isinstance(given, str) else list(given)
+        if len(layouts) != len(paths) or any(layout not in LAYOUTS for layout in layouts):
+            raise ValueError(
+                f"layout is {given!r}; allowed: {', '.join(LAYOUTS)}, one for all {len(paths)} early exits or one for each"
+            )
+        return layouts
+    layouts = []
+    for path in paths:
+        try:
+            layouts.append(
+                find_layout(
+                    [s.shapes.get(traces.evaluation.outputs[path], ()) or (0,) for s in surveys.values()]
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"no exit can be at {path!r}: {error}") from None
+    return layouts
+
+
+def _pieces(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> list[Piece]:
+    pieces = []
+    for k in range(len(paths) + 1):
+        start = paths[k - 1] if k else None
+        is_last = k == len(paths)
+        end = (
+            ends if is_last else {m: getattr(traces, m).outputs[paths[k]] for m in ("evaluation", "training")}
+        )
+        pieces.append(make_piece(start, end, traces))
+    return pieces
+
+
+def _any_shape(surveys: dict[int, Survey], traces: Traces, path: str) -> tuple[int, ...]:
+    return next(iter(surveys.values())).shapes[traces.evaluation.outputs[path]]
+
+
+def _make_exit(shape: tuple[int, ...], layout: str, num_classes: int) -> nn.Module:
+    channels = shape[layout.index("C")]
+    if len(layout) == 4:
+        return MapExit(channels, num_classes, channels_last=layout == "NHWC")
+    return TokenExit(channels, num_classes, channels_first=layout == "NCL", has_tokens=layout != "NC")
+
+
+def _is_pair(source: Any, node: fx.Node, calls: Counter[str]) -> bool:
+    """Return whether ``node`` alone reads ``source``, and both are modules that run once."""
+    return (
+        isinstance(source, fx.Node)
+        and node.op == source.op == "call_module"
+        and len(source.users) == 1
+        and calls[node.target] == calls[source.target] == 1
+    )

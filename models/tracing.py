@@ -1,0 +1,433 @@
+"""Cutting a network into pieces with ``torch.fx``.
+
+A network is traced twice, in training and in evaluation mode, as a trace fixes the value of ``self.training``. Every module call is
+recorded with the node of its output, so that a cut can be named by the path of a module. A piece is the code between two cuts. It is a
+plain function ``(root, x) -> y`` that runs the modules of ``root.network``: the pieces own no modules and no parameters.
+
+    traces = trace(network)
+    piece = make_piece(traces, None, "layer1")     # from the images to the output of layer1
+    y = piece.evaluation(root, images)             # root.network is the network
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+PREFIX = "network."  # the traced network is the attribute ``network`` of the root
+PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
+PROBE_BATCH = 2
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_LAYERS = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+
+class TracedRoot(nn.Module):
+    """The network as the only attribute of a module, so that its other arguments take their defaults."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+
+@dataclass
+class Trace:
+    """A graph of a network in one mode.
+
+    Attributes:
+        graph: its only placeholder is the images.
+        outputs: node of the output of every module that was called once and returned one value, by path.
+        repeated: paths of modules that were called more than once.
+        leaves: paths of the modules that were not traced into.
+        owners: path of the innermost module in which a node was made.
+    """
+
+    graph: fx.Graph
+    outputs: dict[str, fx.Node]
+    repeated: set[str]
+    leaves: set[str]
+    owners: dict[fx.Node, str]
+    _positions: dict[fx.Node, int] = field(init=False)
+    _last_uses: dict[fx.Node, int] = field(init=False)
+
+    def __post_init__(self):
+        self._positions = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._last_uses = {
+            node: max((self._positions[user] for user in node.users), default=-1) for node in self.graph.nodes
+        }
+
+    @property
+    def images(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op == "placeholder")
+
+    def position(self, node: fx.Node) -> int:
+        return self._positions[node]
+
+    def crossing(self, node: fx.Node) -> list[fx.Node]:
+        """Return the values that are computed up to ``node`` and used after it; parameters do not count."""
+        place = self._positions[node]
+        return [
+            other
+            for other, position in self._positions.items()
+            if position <= place and self._last_uses[other] > place and other.op != "get_attr"
+        ]
+
+    def name(self, node: fx.Node) -> str:
+        """Return a name of a value that a person can find in the network."""
+        if node.op == "placeholder":
+            return "the images"
+        if node.op == "call_module":
+            return str(node.target).removeprefix(PREFIX)
+        owner = self.owners.get(node, "")
+        return f"{node.name} in {owner}" if owner else node.name
+
+
+@dataclass
+class Traces:
+    """The graphs of a network in both modes, and the tensors that tracing made."""
+
+    training: Trace
+    evaluation: Trace
+    constants: dict[str, Tensor]
+
+    @property
+    def both(self) -> tuple[Trace, Trace]:
+        return self.evaluation, self.training
+
+
+def trace(network: nn.Module) -> Traces:
+    """Trace a network in both modes; its modules keep their modes.
+
+    Raises:
+        ValueError: ``torch.fx`` cannot trace it.
+    """
+    root = TracedRoot(network)
+    traces = {}
+    for training in (True, False):
+        with _mode(network, training):
+            try:
+                traces[training] = _Tracer().run(root)
+            except Exception as error:  # any code of the network can fail on a proxy
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"torch.fx cannot trace {type(network).__name__}: {reason:.200}") from error
+    constants = {
+        name: value
+        for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
+        if name.startswith("_tensor_constant")
+    }
+    return Traces(traces[True], traces[False], constants)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are the modules of torch.nn, of torchvision.ops and of timm's own list; containers are traced into."""
+
+    def __init__(self):
+        modules, functions = _timm_leaves()
+        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=functions)
+        self._leaf_types = modules
+        self._open: list[str] = []
+
+    def run(self, root: TracedRoot) -> Trace:
+        self._outputs: dict[str, fx.Node] = {}
+        self._repeated: set[str] = set()
+        self._leaves: set[str] = set()
+        self._owners: dict[fx.Node, str] = {}
+        graph = self.trace(root)
+        return Trace(graph, self._outputs, self._repeated, self._leaves, self._owners)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _CONTAINERS):
+            return False
+        if isinstance(m, _LAYERS):
+            return True
+        is_operation = type(m).__module__.startswith("torchvision.ops.") and not list(m.children())
+        return is_operation or type(m) in self._leaf_types or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m).removeprefix(PREFIX)
+        self._open.append(path)
+        if self.is_leaf_module(m, path):
+            self._leaves.add(path)
+        result = super().call_module(m, forward, args, kwargs)
+        self._open.pop()
+        if path in self._outputs:
+            self._repeated.add(path)
+        if isinstance(result, fx.Proxy):
+            self._outputs[path] = result.node
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self._open:
+            self._owners[node] = self._open[-1]
+        return node
+
+
+def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
+    try:
+        from timm.models import get_notrace_functions, get_notrace_modules
+    except ImportError:
+        return frozenset(), ()
+    return frozenset(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+@contextmanager
+def _mode(network: nn.Module, training: bool) -> Iterator[None]:
+    flags = {module: module.training for module in network.modules()}
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+class Piece:
+    """The code between two cuts: ``evaluation(root, x)``, and ``training(root, x)`` for training mode.
+
+    The graphs are not changed after this, so copies of a network share their pieces.
+    """
+
+    def __init__(self, evaluation: fx.Graph, training: fx.Graph | None):
+        self.evaluation_graph, self.training_graph = evaluation, training
+        self.evaluation = _compiled(evaluation)
+        self.training = None if training is None else _compiled(training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Piece":
+        return self
+
+    def function(self, training: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+        """Return the code of a mode.
+
+        Raises:
+            RuntimeError: a folded network has no training mode.
+        """
+        if not training:
+            return self.evaluation
+        if self.training is None:
+            raise RuntimeError("a folded network cannot be trained")
+        return self.training
+
+
+def make_piece(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Piece:
+    """Return the piece from the output of module ``start`` (None: from the images) to the nodes ``end`` of both modes."""
+    graphs = {}
+    for mode in ("evaluation", "training"):
+        one = getattr(traces, mode)
+        first = one.images if start is None else one.outputs[start]
+        graphs[mode] = _between(one, first, end[mode])
+    return Piece(**graphs)
+
+
+def with_cloned_input(piece: Piece) -> Piece:
+    """Return a piece that copies its input first, for one that begins with an in-place operation."""
+    graphs = []
+    for graph in (piece.evaluation_graph, piece.training_graph):
+        new = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            values[node] = new.node_copy(node, values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = new.call_method("clone", (values[node],))
+        graphs.append(new)
+    return Piece(*graphs)
+
+
+def _between(one: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
+    graph = fx.Graph()
+    values = {first: graph.placeholder("x")}
+
+    def value(node: fx.Node) -> fx.Node:
+        # Parameters may have been read long before: every piece reads its own.
+        if node not in values and node.op == "get_attr":
+            values[node] = graph.node_copy(node)
+        return values[node]
+
+    begin, end = one.position(first), one.position(last)
+    for node in one.graph.nodes:
+        if begin < one.position(node) <= end and node.op not in ("placeholder", "get_attr", "output"):
+            values[node] = graph.node_copy(node, value)
+    graph.output(value(last))
+    return graph
+
+
+def _compiled(graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<piece of a network>", "exec"), namespace)
+    return namespace["forward"]
+
+
+@dataclass
+class Survey:
+    """Shapes and multiply-adds up to every node, for images of one size.
+
+    Attributes:
+        shapes: of every node that is one tensor, for a batch of ``PROBE_BATCH`` images.
+        operations: multiply-adds of all nodes up to and including a node.
+        own_operations: those of the node alone.
+    """
+
+    shapes: dict[fx.Node, tuple[int, ...]]
+    operations: dict[fx.Node, int]
+    own_operations: dict[fx.Node, int]
+
+
+class _Surveyor(fx.Interpreter):
+    def __init__(self, root: nn.Module, graph: fx.Graph, counter: FlopCounterMode):
+        super().__init__(root, graph=graph)
+        self.counter = counter
+        self.result = Survey({}, {}, {})
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        after = self.counter.get_total_flops()
+        self.result.operations[n] = after // (2 * PROBE_BATCH)
+        self.result.own_operations[n] = (after - before) // (2 * PROBE_BATCH)
+        if isinstance(value, Tensor):
+            self.result.shapes[n] = tuple(value.shape)
+        return value
+
+
+def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[int, Survey]:
+    """Run the evaluation graph on the meta device for images of two sizes, or of the one size that the network takes.
+
+    Args:
+        image_size: a size to try first.
+
+    Raises:
+        ValueError: the network runs with none of the usual sizes.
+    """
+    root = TracedRoot(meta_copy(network).eval())
+    for name, tensor in traces.constants.items():
+        setattr(root, name, tensor.to("meta"))
+    found, reason = {}, ""
+    for size in dict.fromkeys((*([] if image_size is None else [image_size]), *PROBE_SIZES)):
+        images = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+        counter = FlopCounterMode(display=False)
+        surveyor = _Surveyor(root, traces.evaluation.graph, counter)
+        try:
+            with torch.no_grad(), counter:
+                surveyor.run(images)
+        except Exception as error:  # what a network raises on images of a wrong size is its own affair
+            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        found[size] = surveyor.result
+        if len(found) == 2:
+            break
+    if not found:
+        raise ValueError(
+            f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150}); say image_size="
+        )
+    return found
+
+
+def meta_copy(module: nn.Module) -> Any:
+    """Return a copy of a module on the meta device; no tensor is copied on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def find_layout(shapes: list[tuple[int, ...]]) -> str:
+    """Return where the channels are in a tensor: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC".
+
+    Args:
+        shapes: of the same tensor for images of one or two sizes. The channels are the dimension that does not change.
+
+    Raises:
+        ValueError: the shapes do not tell.
+    """
+    shape = shapes[0]
+    if shape[0] != PROBE_BATCH or not 2 <= len(shape) <= 4:
+        raise ValueError(
+            f"it has the shape {shape} for {PROBE_BATCH} images, and no exit can read that: exits read maps "
+            "(N, C, H, W) or (N, H, W, C) and tokens (N, L, C)"
+        )
+    if len(shape) == 2:
+        return "NC"
+    fixed = [d for d in range(1, len(shape)) if all(other[d] == shape[d] for other in shapes)]
+    if len(fixed) != 1 or len(shapes) == 1:
+        fixed = _guessed_channels(shape)
+    if len(fixed) != 1:
+        raise ValueError(
+            f"its channels cannot be told from the shapes {' and '.join(map(str, shapes))}: say layout="
+        )
+    return {3: {1: "NCL", 2: "NLC"}, 4: {1: "NCHW", 3: "NHWC"}}[len(shape)].get(fixed[0], "") or _refuse(
+        shapes
+    )
+
+
+def _guessed_channels(shape: tuple[int, ...]) -> list[int]:
+    """Return the dimension of the channels where images have one size: tokens come before channels, and maps are square."""
+    if len(shape) == 3:
+        return [2]
+    return [d for d, (a, b) in {1: (2, 3), 3: (1, 2)}.items() if shape[a] == shape[b] != shape[d]]
+
+
+def _refuse(shapes: list[tuple[int, ...]]) -> str:
+    raise ValueError(
+        f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: say layout="
+    )
+
+
+def block_paths(network: nn.Module, one: Trace, own_operations: dict[fx.Node, int], limit: int) -> list[str]:
+    """Return the paths of the network's own blocks, outermost first.
+
+    Containers are always opened, other modules only if they hold more than ``limit`` operations.
+    """
+    paths: list[str] = []
+
+    def operations_in(path: str) -> int:
+        return sum(
+            count
+            for node, count in own_operations.items()
+            if f"{one.owners.get(node, '')}.".startswith(f"{path}.")
+        )
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if path in one.leaves:
+                continue
+            if path in one.outputs and any(isinstance(part, _WEIGHTED) for part in child.modules()):
+                paths.append(path)
+            if isinstance(child, _CONTAINERS) or operations_in(path) > limit:
+                visit(child, f"{path}.")
+
+    visit(network, "")
+    return paths
+
+
+def layer_outputs(network: nn.Module, one: Trace) -> list[str]:
+    """Return the paths of the layers without weights, such as activations and pooling, in the order of the network."""
+    found = [path for path in one.outputs if path in one.leaves and path not in one.repeated]
+    return [path for path in found if not isinstance(network.get_submodule(path), _LAYERS)]
+
+
+def nearest_places(shares: list[float], count: int) -> list[int]:
+    """Return the indices of ``count`` increasing ``shares``, each as near as it can be to its multiple of 1 / (count + 1)."""
+    chosen: list[int] = []
+    for j in range(1, count + 1):
+        allowed = range(chosen[-1] + 1 if chosen else 0, len(shares) - (count - j))
+        chosen.append(min(allowed, key=lambda i, goal=j / (count + 1): abs(shares[i] - goal)))
+    return chosen

@@ -1,0 +1,221 @@
+"""Networks of torchvision and timm by their names, with exits, pretrained weights, and the preprocessing these weights expect.
+
+    network = build_backbone("mobilenet_v3_small", exits=4, num_classes=10, pretrained="DEFAULT")
+    network = build_backbone("timm/tf_efficientnet_lite0", pretrained="tf_efficientnet_lite0.safetensors")
+    preprocessing("mobilenet_v3_small", "DEFAULT")     # image size, crop share, mean, std, interpolation
+
+Only the constructors that the two libraries register are called. timm is optional.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from .backbone import Backbone
+
+TIMM_PREFIX = "timm/"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Under these names programs keep the state dict, and before the names of its tensors wrappers put these.
+_STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state", "state_dict_ema", "model_ema")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+class Preprocessing(NamedTuple):
+    """What a network's weights expect of images; ``crop_share`` is the share of the shorter side that is kept."""
+
+    image_size: int
+    crop_share: float
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+
+
+def build_backbone(
+    arch: str,
+    exits: Sequence[str] | int = 4,
+    num_classes: int | None = None,
+    *,
+    pretrained: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    options: dict[str, Any] | None = None,
+    **of_backbone: Any,
+) -> Backbone:
+    """Build a network of torchvision (``NAME``) or timm (``timm/NAME``) with exits.
+
+    Args:
+        arch: name of the network.
+        exits: as for ``Backbone``.
+        num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
+        pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of weights; None for none.
+        image_size: of the images it will see; operations are spread evenly for this size.
+        options: of the network's constructor, plain types.
+        of_backbone: further arguments of ``Backbone``.
+
+    Raises:
+        ValueError: an unknown name, a network that cannot be cut, or weights of another network.
+        OSError: the weights cannot be read or downloaded.
+    """
+    origin = {"library": None, "name": arch, "options": dict(options or {})}
+    origin["library"], origin["name"] = _split_name(arch)
+    network = _construct(**origin)
+    backbone = Backbone(network, exits, num_classes, image_size=image_size, origin=origin, **of_backbone)
+    if pretrained is not None:
+        backbone.load_pretrained(_weights(origin, pretrained), str(pretrained))
+    return backbone
+
+
+def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None) -> Backbone:
+    """Build the network that a ``Backbone.config`` describes, with new weights.
+
+    Args:
+        config: its ``library`` is torchvision, timm, or None for a network of one's own.
+        network: that network, needed where ``library`` is None.
+
+    Raises:
+        ValueError: the network is missing or unknown, or cannot be cut as it was.
+    """
+    config = dict(config)
+    origin = {key: config.pop(key) for key in ("library", "name", "options")}
+    if network is None:
+        if origin["library"] is None:
+            raise ValueError(
+                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in load(path, network=my_network)"
+            )
+        network = _construct(**origin)
+    return Backbone(network, origin=origin, **config)
+
+
+def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Preprocessing:
+    """Return what the weights of a network expect of images; ImageNet's usual values where nothing is known.
+
+    Args:
+        arch: as for ``build_backbone``.
+        pretrained: name of torchvision's weights. For files and None, those of the default weights count.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    library, name = _split_name(arch)
+    if library == "timm":
+        return _timm_preprocessing(name)
+    every = torchvision.models.get_model_weights(name)
+    known = isinstance(pretrained, str) and pretrained in every.__members__
+    weights = every[pretrained] if known else getattr(every, "DEFAULT", None)
+    if weights is None:
+        return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear")
+    transform = weights.transforms()
+    size, resized = transform.crop_size[0], transform.resize_size[0]
+    return Preprocessing(
+        size, size / resized, list(transform.mean), list(transform.std), transform.interpolation.value
+    )
+
+
+def _timm_preprocessing(name: str) -> Preprocessing:
+    found = _timm().get_pretrained_cfg(name)
+    if found is None:
+        return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bicubic")
+    return Preprocessing(
+        found.input_size[-1], found.crop_pct, list(found.mean), list(found.std), found.interpolation
+    )
+
+
+def _split_name(arch: str) -> tuple[str, str]:
+    """Return library and name of a network.
+
+    Raises:
+        ValueError: there is none of that name; those with similar names are listed.
+    """
+    if arch.startswith(TIMM_PREFIX):
+        library, name = "timm", arch.removeprefix(TIMM_PREFIX)
+        known = _timm().list_models()
+    else:
+        library, name = "torchvision", arch
+        known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        prefix = TIMM_PREFIX if library == "timm" else ""
+        near = [f"{prefix}{other}" for other in difflib.get_close_matches(name, known, 3)]
+        if not near and library == "torchvision":
+            near = [f"those of timm as {TIMM_PREFIX}NAME", "msdnet"]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{library} has no classification network {name!a:.60}{hint}")
+    return library, name
+
+
+def _construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Module:
+    """Return a network from one of the constructors that a library registers, with random weights, on the CPU."""
+    if library not in ("torchvision", "timm"):
+        raise ValueError(f"the library is {library!a:.60}; allowed: torchvision, timm")
+    _split_name(f"{TIMM_PREFIX}{name}" if library == "timm" else name)
+    try:
+        with torch.device("cpu"):
+            if library == "timm":
+                return _timm().create_model(name, pretrained=False, **options)
+            return torchvision.models.get_model(name, weights=None, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{library} cannot build {name} with the options {options}: {error!s:.150}"
+        ) from None
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("networks of timm need the package timm: pip install timm") from None
+    return timm
+
+
+def _weights(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str, Tensor]:
+    """Return the state dict of pretrained weights: a file, or those of the library."""
+    name = origin["name"]
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return read_weights(path)
+    if origin["library"] == "timm":
+        if pretrained != "DEFAULT":
+            raise FileNotFoundError(f"there is no file {pretrained}; timm's own weights are called DEFAULT")
+        return _timm().create_model(name, pretrained=True, **origin["options"]).state_dict()
+    every = torchvision.models.get_model_weights(name)
+    if pretrained not in every.__members__:
+        raise FileNotFoundError(
+            f"there is no file {pretrained}, and {name} has no weights of that name: {', '.join(every.__members__) or 'none'}"
+        )
+    return every[pretrained].get_state_dict(progress=False, check_hash=True)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors file or a PyTorch checkpoint (``weights_only=True``), without what wrappers add.
+
+    Raises:
+        ValueError: it holds no state dict, or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            is_safetensors = stream.read(9)[8:] == b"{"
+        found = (
+            safetensors.torch.load_file(path)
+            if is_safetensors
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make any part of the readers fail
+        raise ValueError(f"{path} is damaged, or holds more than weights ({type(error).__name__})") from None
+    for name in _STATE_DICTS:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"{path} holds no state dict of a network")
+    weights = {}
+    for name, x in found.items():
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
+        weights[name] = x
+    return weights

@@ -1,0 +1,342 @@
+"""Any network with exits: the pieces compute what the uncut network does, in both modes; what cannot be cut is refused."""
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from adaptive_inference import fold
+from models import IMTA, Stepwise, count_operations
+from models.backbone import Backbone
+from models.operations import measure_cost
+from models.zoo import build_backbone, preprocessing, rebuild_backbone
+from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
+
+NAMES = list(SMALL)
+
+
+def images_for(name, count=4):
+    return torch.randn(count, 3, SMALL[name][2], SMALL[name][2])
+
+
+def uncut(name, seed=0):
+    torch.manual_seed(seed)
+    return shaken(SMALL[name][0]())
+
+
+def last_exit(network, images):
+    return network.classify(network.features(images))[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_equals_the_uncut_network(name):
+    network, original, images = make_small(name).eval(), uncut(name).eval(), images_for(name)
+    with torch.no_grad():
+        assert torch.equal(network(images)[-1], original(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_equals_the_uncut_network_in_outputs_and_statistics(name):
+    # Exits with dropout or other random layers would draw from the same generator: theirs have none.
+    network, original, images = make_small(name).train(), uncut(name).train(), images_for(name)
+    torch.manual_seed(1)
+    expected = original(images)
+    torch.manual_seed(1)
+    assert torch.equal(last_exit(network, images), expected)
+    own = network.network.state_dict()
+    for key, x in original.state_dict().items():
+        assert torch.equal(own[key], x), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stepwise_equals_all_at_once_and_a_prefix(name):
+    network, images = make_small(name).eval(), images_for(name)
+    with torch.no_grad():
+        logits, run = network(images), Stepwise(network, images)
+        for k, expected in enumerate(logits):
+            assert torch.equal(run.next_logits(), expected)
+            assert torch.equal(network(images, k + 1)[-1], expected)
+    for features, width in zip(network.features(images), network.feature_dims, strict=True):
+        assert features.shape == (4, width)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_advance_leaves_its_arguments_alone(name):
+    network, images = make_small(name).eval(), images_for(name)
+    state = network.start(images)
+    with torch.no_grad():
+        for k in range(network.num_exits):
+            before = {key: x.clone() for key, x in state.items()}
+            following = network.advance(k, state)[1]
+            assert all(torch.equal(state[key], x) for key, x in before.items())
+            state = following
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("boosted", [False, True])
+def test_every_parameter_gets_a_gradient(name, boosted):
+    network = make_small(name, boosted_exits=boosted).train()
+    sum(z.square().sum() for z in network(images_for(name))).backward()
+    assert [key for key, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_gradient_equilibrium_scales_what_reaches_each_block():
+    """Exit k's gradient reaches the first block times 1 / (K - k), and (K - j - 1) / (K - j) for each exit j before it."""
+    images = images_for("resnet")
+    plain = make_small("resnet", gradient_equilibrium=False).eval()
+    balanced = make_small("resnet").eval()
+    balanced.load_state_dict(plain.state_dict())
+    first = "network.conv1.weight"
+    factors = [1 / 4, 3 / 4 * 1 / 3, 3 / 4 * 2 / 3 * 1 / 2, 3 / 4 * 2 / 3 * 1 / 2]
+    for k, factor in enumerate(factors):
+        gradients = []
+        for network in (plain, balanced):
+            network.zero_grad()
+            network(images)[k].square().sum().backward()
+            gradients.append(network.get_parameter(first).grad)
+        torch.testing.assert_close(gradients[1], gradients[0] * factor)
+
+
+def test_boosted_exits_add_half_of_the_detached_logits_before():
+    images = images_for("resnet")
+    plain, boosted = make_small("resnet").eval(), make_small("resnet", boosted_exits=True).eval()
+    own, total = plain(images), boosted(images)
+    expected = own[0]
+    for k in range(1, 4):
+        expected = own[k] + 0.5 * expected
+        torch.testing.assert_close(total[k], expected)
+    assert boosted.boosted
+    total[1].sum().backward()
+    assert boosted.exits[0].linear.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin", "chain"])
+def test_recomputed_activations_see_the_same_masks(name):
+    images, gradients = images_for(name), []
+    for checkpointing in (False, True):
+        network = make_small(name).train()
+        network.checkpoint_activations = checkpointing
+        torch.manual_seed(3)
+        sum(z.square().sum() for z in network(images)).backward()
+        gradients.append([p.grad for p in network.parameters()] + list(network.buffers()))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_tensor_is_stored_once_and_copies_are_independent():
+    network = make_small("vit").eval()
+    original = uncut("vit")
+    own = [key for key in network.state_dict() if key.startswith("network.")]
+    assert own == [f"network.{key}" for key in original.state_dict()]
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        before = network(images_for("vit"))[-1]
+        for p in twin.parameters():
+            p.zero_()
+        assert not twin(images_for("vit"))[-1].any()
+    assert before.any()
+    assert all(p.any() for p in network.network.parameters())
+
+
+def test_rebuilt_from_its_config():
+    network = build_backbone("mobilenet_v3_small", 3, num_classes=7, image_size=64).eval()
+    assert network.config["library"] == "torchvision"
+    assert len(network.config["exits"]) == 2
+    twin = rebuild_backbone(network.config).eval()
+    twin.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(network(images), twin(images), strict=True))
+    own = make_small("chain").eval()
+    with pytest.raises(ValueError, match=r"Chain.*network="):
+        rebuild_backbone(own.config)
+    twin = rebuild_backbone(own.config, Chain())
+    twin.load_state_dict(own.state_dict())
+    assert torch.equal(twin.eval()(images)[0], own(images)[0])
+
+
+def test_new_classes_replace_the_last_layer_alone():
+    network = Backbone(small_resnet(), ["layer2"], num_classes=3)
+    assert network.has_new_classifier
+    assert network.num_classes == 3
+    assert [tuple(p.shape) for name, p in network.classifier_parameters() if "weight" in name] == [
+        (3, 128),
+        (3, 512),
+    ]
+    pretrained = {id(p) for p in network.pretrained_parameters()}
+    new = {name for name, p in network.named_parameters() if id(p) not in pretrained}
+    assert all(name.startswith(("exits.", "network.fc.")) for name in new)
+    assert "network.fc.weight" in new
+    weights = small_resnet().state_dict()
+    network.load_pretrained(weights)
+    assert torch.equal(network.network.conv1.weight, weights["conv1.weight"])
+    same = Backbone(small_resnet(), ["layer2"])
+    same.load_pretrained(weights)
+    assert torch.equal(same.network.fc.weight, weights["fc.weight"])
+    assert not same.has_new_classifier
+    with pytest.raises(ValueError, match="not those of Chain"):
+        make_small("chain").load_pretrained(weights)
+
+
+def test_a_frozen_network_keeps_weights_and_statistics():
+    network = Backbone(small_resnet(), ["layer1", "layer2"], num_classes=5)
+    network.freeze_network()
+    network.train()
+    before = copy.deepcopy(network.network.state_dict())
+    learning = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, 0.1)
+    sum(z.square().sum() for z in network(torch.randn(4, 3, 32, 32))).backward()
+    optimizer.step()
+    changed = [key for key, x in network.network.state_dict().items() if not torch.equal(x, before[key])]
+    assert changed == ["fc.weight", "fc.bias"]
+    assert network.exits[0].convolution[1].training
+    assert not network.network.bn1.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folded_network_gives_the_same_logits(name):
+    network, images = make_small(name).eval(), images_for(name)
+    folded = fold(network)
+    with torch.no_grad():
+        for logits, expected in zip(folded(images), network(images), strict=True):
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    left = [key for key, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left == []
+    assert count_operations(folded, SMALL[name][2]) == count_operations(network, SMALL[name][2])
+    with pytest.raises(RuntimeError, match="folded network cannot be trained"):
+        folded.network.train().features(images)
+
+
+def test_isc_on_any_network():
+    network, images = IMTA(make_small("chain")).eval(), images_for("chain")
+    logits = network(images)
+    assert [z.shape for z in logits] == [(4, 10)] * 3
+    torch.testing.assert_close(fold(network)(images)[-1], logits[-1])
+    network.train()
+    sum(z.sum() for z in network(images_for("chain"))).backward()
+    assert all(p.grad is None for p in network.backbone.parameters())
+    assert all(p.grad is not None for p in network.classifiers.parameters())
+
+
+def test_even_exits_lie_at_even_shares_of_the_operations():
+    network = build_backbone("resnet18", exits=4, num_classes=10, image_size=64)
+    blocks = {name for name, _ in network.network.named_modules()}
+    assert set(network.config["exits"]) <= blocks
+    operations = count_operations(network, 64)
+    for k, count in enumerate(operations[:-1]):
+        assert abs(count / operations[-1] - (k + 1) / 4) < 0.15
+
+
+def test_operations_are_those_of_the_uncut_network_and_the_exits():
+    network = make_small("resnet")
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.device("meta"):
+        copy.deepcopy(network.network).to("meta").eval()(torch.empty(1, 3, 32, 32))
+    last = measure_cost(network, 32, multiply_adds_only=True, lazy=True).operations[-1]
+    heads = 0
+    for width, side in ((64, 8), (128, 4), (256, 2)):
+        exit_width = max(width, 128)
+        heads += (side // 2) ** 2 * 9 * width * exit_width + exit_width * 10
+    assert last == counter.get_total_flops() // 2 + heads
+
+
+@pytest.mark.parametrize(
+    ("make", "exits", "message"),
+    [
+        (small_resnet, ["layer7"], "no module 'layer7' in ResNet; exits can be at: layer"),
+        (small_resnet, ["layer1.0.conv1"], "2 values cross a cut there .layer1.0.conv1, maxpool."),
+        (small_resnet, ["layer2", "layer1"], "in the network's order: layer1, layer2"),
+        (small_resnet, ["layer1", "layer1.0"], "'layer1' and 'layer1.0' are the same place"),
+        (small_resnet, ["layer1.0.relu"], "more than once"),
+        (small_resnet, ["fc"], "nothing but the last linear layer"),
+        (small_resnet, [], "exits is empty"),
+        (small_resnet, 1, "at least 2"),
+        (small_resnet, 30, "has places for"),
+        (torchvision.models.squeezenet1_1, 3, "does not end in an nn.Linear"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_in_one_line(make, exits, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Backbone(make(), exits)
+    assert "\n" not in str(caught.value)
+
+
+class Undecided(nn.Module):
+    def forward(self, images):
+        return images if images.sum() > 0 else -images
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"torch.fx cannot trace Undecided: .*control flow"):
+        Backbone(Undecided())
+
+
+def test_layout_is_found_and_can_be_said():
+    assert make_small("swin").config["layout"] == ["NHWC", "NHWC"]
+    assert make_small("vit").config["layout"] == ["NLC", "NLC"]
+    assert make_small("convnext").config["layout"] == ["NCHW", "NCHW"]
+    said = Backbone(small_resnet(), ["layer1", "layer2"], layout="NCHW")
+    assert said.feature_dims == (128, 128, 512)
+    with pytest.raises(ValueError, match="layout is 'CHWN'; allowed"):
+        Backbone(small_resnet(), ["layer1"], layout="CHWN")
+
+
+def test_image_sizes():
+    vit, resnet = make_small("vit"), make_small("resnet")
+    vit.check_image_size(32)
+    with pytest.raises(ValueError, match="takes images of 32 pixels only, not of 64"):
+        vit.check_image_size(64)
+    for size in (32, 33, 224):
+        resnet.check_image_size(size)
+    with pytest.raises(ValueError, match="images of 4 pixels are too small: this network needs at least 5"):
+        resnet.check_image_size(4)
+    resnet.check_image_size(5)
+
+
+def test_names():
+    with pytest.raises(
+        ValueError, match="torchvision has no classification network 'resnet19'; did you mean resnet1"
+    ):
+        build_backbone("resnet19")
+    with pytest.raises(ValueError, match="no classification network 'maskrcnn_resnet50_fpn'"):
+        build_backbone("maskrcnn_resnet50_fpn")
+    with pytest.raises(ValueError, match="cannot build resnet18 with the options"):
+        build_backbone("resnet18", options={"depth": 3})
+    with pytest.raises(
+        FileNotFoundError, match="no file NONE, and resnet18 has no weights of that name: IMAGENET1K_V1"
+    ):
+        build_backbone("resnet18", pretrained="NONE")
+
+
+def test_preprocessing_comes_with_the_weights():
+    found = preprocessing("mobilenet_v3_small", "DEFAULT")
+    assert (found.image_size, found.crop_share, found.interpolation) == (224, 0.875, "bilinear")
+    assert found.mean == [0.485, 0.456, 0.406]
+    assert found.std == [0.229, 0.224, 0.225]
+
+
+def test_weights_from_files(tmp_path):
+    weights = torchvision.models.mobilenet_v3_small(num_classes=4).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}}, tmp_path / "a.pth")
+    for file in ("a.safetensors", "a.pth"):
+        network = build_backbone("mobilenet_v3_small", 3, 4, pretrained=tmp_path / file, image_size=64)
+        assert all(torch.equal(x, weights[k]) for k, x in network.network.state_dict().items())
+    (tmp_path / "b.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"b.pth is damaged"):
+        build_backbone("mobilenet_v3_small", pretrained=tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"a.pth: these weights are not those of resnet18"):
+        build_backbone("resnet18", pretrained=tmp_path / "a.pth")
+
+
+def test_timm_networks():
+    pytest.importorskip("timm")
+    network = build_backbone("timm/test_resnet", exits=["layer1", "layer2"], num_classes=5).eval()
+    assert network.config["library"] == "timm"
+    assert network(torch.randn(2, 3, 64, 64))[-1].shape == (2, 5)
+    with pytest.raises(ValueError, match="did you mean timm/"):
+        build_backbone("timm/tf_efficientnet_lite9")
+    found = preprocessing("timm/tf_efficientnet_lite0")
+    assert found.mean == [0.5, 0.5, 0.5]
+    assert found.interpolation == "bicubic"
