@@ -5,8 +5,8 @@
     result = evaluate_thresholds(thresholds[19], test, count_operations(network, 32))
     result.acc1, result.operations
 
-An image leaves at the first exit whose confidence, the largest softmax probability, reaches that exit's threshold.
-The thresholds are set on held-out images so that a wanted share leaves at every exit.
+An image leaves at the first exit whose confidence, the largest softmax probability, reaches that exit's
+threshold. The thresholds are set on held-out images so that a wanted share leaves at every exit.
 """
 
 from collections.abc import Sequence
@@ -78,8 +78,9 @@ def exit_shares(ratio: float, num_exits: int) -> Tensor:
 def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
     """Return the paper's thresholds: at budget p, shares of about ``exit_shares(2 p / points)`` leave.
 
-    Exit by exit, among the images that have not left, the threshold is the confidence of the floor(N q_k)-th most
-    confident one. Where that number is 0, or more than are left, none leave. The last exit takes everything.
+    Exit by exit, among the images that have not left, the threshold is the confidence of the floor(N q_k)-th
+    most confident one. Where that number is 0, or more than are left, none leave. The last exit takes
+    everything.
 
     Args:
         confidence: (K, N) of the held-out images.

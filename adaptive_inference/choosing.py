@@ -1,7 +1,7 @@
 """Choice of a policy by what is asked for: operations, time, accuracy, or a promise about accuracy.
 
-point = choose(curve, operations=12.5e6)
-point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))         # MaxLoss of adaptive_inference.promises.risk
+point = choose(curve, operations=12.5e6) point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))         #
+MaxLoss of adaptive_inference.promises.risk
 """
 
 import math
@@ -40,8 +40,8 @@ def choose(
     Args:
         curve: the points to choose from.
         operations: per image, the mean at most.
-        milliseconds: per image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor`` keeps to it
-            as measured).
+        milliseconds: per image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor``
+            keeps to it as measured).
         accuracy: as for ``allowed_points``.
         max_loss: as for ``allowed_points``.
         timing: of this network on this machine, from ``timing.measure_blocks``.
@@ -76,7 +76,8 @@ def allowed_points(
         curve: the points to choose from.
         accuracy: on held-out images at least, in percent.
         max_loss: a promise about accuracy that the point must keep, ``promises.risk.MaxLoss``.
-        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of its own.
+        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of
+            its own.
 
     Raises:
         UserError: no point does; the line says what is possible.

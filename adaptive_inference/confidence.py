@@ -24,8 +24,8 @@ def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | Non
 
     Args:
         measure: ``softmax``, the largest probability (the paper); ``entropy``, 1 - H(probabilities) / log C;
-            ``margin``, the largest probability minus the second; ``patience``, the number of exits in a row, this
-            one included, that predict the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020,
+            ``margin``, the largest probability minus the second; ``patience``, the number of exits in a row,
+            this one included, that predict the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020,
             arXiv 2006.04152).
         logits: (n, C).
         previous: prediction of the exit before for the same images, None at the first exit.

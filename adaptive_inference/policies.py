@@ -3,9 +3,11 @@
     curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 
-A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the operations to
-each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap to full:
-thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds their loss.
+A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
+    operations to
+each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap
+to full: thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds
+their loss.
 """
 
 import json
@@ -34,15 +36,15 @@ class Policy:
     Args:
         thresholds: one per exit, compared with the confidence of its logits.
         measure: as in ``confidence.next_prediction``.
-        temperatures: one per exit; its logits are divided by it before they become the probabilities of a prediction.
-            None: 1 everywhere. They do not decide who leaves.
-        ensemble: one row per exit, of one weight per exit: the prediction at an exit comes from the sum, with these
-            weights, of the logits of all exits so far. The exit's own logits decide who leaves; temperatures are not
-            used. None: each exit predicts alone.
+        temperatures: one per exit; its logits are divided by it before they become the probabilities of a
+            prediction. None: 1 everywhere. They do not decide who leaves.
+        ensemble: one row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
+            these weights, of the logits of all exits so far. The exit's own logits decide who leaves;
+            temperatures are not used. None: each exit predicts alone.
 
     Raises:
-        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that do not
-            fit.
+        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that
+            do not fit.
     """
 
     thresholds: tuple[float, ...]
@@ -363,8 +365,8 @@ def _numbers(values: Any) -> tuple[float, ...]:
 def from_format_2(content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a policy file of format 2 as one of format 3.
 
-    Its points of the rule "tested" are left out: they were compared with the last exit alone, and are not what
-    ``promises.risk`` certifies today.
+    Its points of the rule "tested" are left out: they were compared with the last exit alone, and are not
+    what ``promises.risk`` certifies today.
 
     Raises:
         KeyError: ``content`` lacks something.

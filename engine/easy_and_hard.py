@@ -22,7 +22,8 @@ GAP, WIDE_GAP = 0.08, 0.4  # between images, and between the two kinds, in image
 def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Indices of the easy images, the most confident first, and of the hard ones, the least sure first exit first.
 
-    Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the last exit, which is right,
+    Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the
+        last exit, which is right,
     while every other exit is wrong.
 
     Args:

@@ -16,6 +16,7 @@ from adaptive_inference.policies import Point, Policy, PolicyCurve, evaluate_poi
 from adaptive_inference.predictor import simulate
 from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.ensemble import (
+    MANY_IMAGES,
     calibration_errors,
     classes_together,
     fit_ensemble,
@@ -33,6 +34,7 @@ from engine.report import (
     budget_rows,
     draw_curves,
     draw_runtime,
+    percent,
     read_csv,
     save_figure,
     table,
@@ -54,7 +56,8 @@ Labelled = tuple[Tensor, Tensor]  # logits (K, N, C) of every exit and targets (
 class Evaluation:
     """Evaluates ``network`` on ``data`` and writes into the run's directory; only the main process writes and prints.
 
-    The network is evaluated as it predicts, folded and in the dtype of ``--amp``, so that thresholds hold there.
+    The network is evaluated as it predicts, folded and in the dtype of ``--amp``, so that thresholds hold
+    there.
 
     Args:
         session: the run.
@@ -62,7 +65,8 @@ class Evaluation:
         data: its test images, and its held-out images for ``dynamic``.
         operations: to each exit.
         constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
-        has_split: whether the held-out images are known to be new to the network, so that they can test promises.
+        has_split: whether the held-out images are known to be new to the network, so that they can test
+            promises.
     """
 
     def __init__(
@@ -104,7 +108,8 @@ class Evaluation:
             self.anytime(*test, policy)
         if "dynamic" in modes:
             self.budgeted(val, test, policy)
-        save_figure(draw_curves(known_curves(self.session.run, self.constants)), self.session.run.curves)
+        curves = known_curves(self.session.run, self.constants)
+        save_figure(draw_curves(curves, len(test[1])), self.session.run.curves)
         log.line(f"accuracy against operations: {self.session.run.curves}")
 
     def known_policy(self) -> Policy | None:
@@ -139,28 +144,24 @@ class Evaluation:
         log.line(f"\nevery exit on the {len(targets):,} test images ({run.anytime})")
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
         shown = [row | {"lazy_operations": n} for row, n in zip(rows, lazy, strict=True)]
-        names = (
-            "exit",
-            "operations",
-            "lazy_operations",
-            "acc1",
-            "acc5",
-            "ece",
-            "ece_scaled",
-            "ensemble_acc1",
-        )
-        log.line(table(shown, names))
+        names = ["exit", "operations", "lazy_operations", "acc1", "ece"]
+        if logits.shape[2] > 5:
+            names.insert(4, "acc5")
+        if policy is not None:
+            names += ["ece_scaled"] + (["ensemble_acc1"] if policy.ensemble else [])
+        log.line(table(shown, names, len(targets)))
 
     def budgeted(self, val: Labelled, test: Labelled, policy: Policy) -> None:
         """Evaluate budgeted prediction: tables of the rules, the policy file, a picture of easy and hard images."""
         run, log = self.session.run, self.session.log
+        log.line(temperature_line(policy, len(val[1])))
         curve = find_policies(self.network, self.operations, val, policy, self.has_split)
         write_policy(run.policy, curve)
         tables = self._tables(curve, test, policy)
         for path, rows in tables.items():
             write_csv(path, rows)
-        log.line(f"\nbudgeted batch prediction, every fourth of 40 budgets ({', '.join(map(str, tables))})")
-        log.line(self._budget_table(*tables.values()))
+        log.line(f"\nbudgeted batch prediction ({', '.join(map(str, tables))})")
+        log.line(budget_table(*tables.values(), self.operations[-1], len(test[1])))
         log.line(self._half_line(tables[run.budgeted], *test))
         log.line(f"thresholds for predict.py: {run.policy}")
         self._draw_examples(*test, curve.nearest(self.operations[-1] / 2, "optimised").policy)
@@ -176,25 +177,15 @@ class Evaluation:
             run.ensemble: budget_rows(curve.of_rule(best), together, spent),
         }
 
-    def _budget_table(self, geometric: list[dict], optimised: list[dict], ensemble: list[dict]) -> str:
-        full, shown = self.operations[-1], []
-        for row, *others in list(zip(geometric, optimised, ensemble, strict=True))[3::4]:
-            best = [f"{x['test_acc1']:.2f} at {100 * x['operations'] / full:.0f} %" for x in others]
-            shares = {f"exit {k} %": row[f"share_{k}"] for k in range(1, len(self.operations) + 1)}
-            shares = {title: f"{100 * share:.0f}" for title, share in shares.items()}
-            shares |= {"optimised rule": best[0], "ensemble of exits": best[1]}
-            shown.append({**row, "share_of_operations": 100 * row["operations"] / full, **shares})
-        return table(shown, ("p", "operations", "share_of_operations", "test_acc1", *shares))
-
     def _half_line(self, rows: list[dict], logits: Tensor, targets: Tensor) -> str:
-        full = self.operations[-1]
+        full, count = self.operations[-1], len(targets)
         (last,) = anytime_rows(logits[-1:], targets, [full])
-        everything = f"last exit for every image: {last['acc1']:.2f} %"
+        everything = f"last exit for every image: {percent(last['acc1'], count)} % of {count:,} test images"
         half = best_within(rows, full / 2)
         if half is None:
             return everything
         return (
-            f"within half of the full operations: {half['test_acc1']:.2f} % "
+            f"within half of the full operations: {percent(half['test_acc1'], count)} % "
             f"(budget {half['p']}, the best on held-out images); {everything}"
         )
 
@@ -316,6 +307,50 @@ def find_policies(
         points += evaluate_points("ensemble", thresholds, policy, together, spent)
     points += certified_points(together, policy, spent, points=40 if certify else 0)
     return policy_curve(network, operations, points, len(val[1]), CERTIFICATE)
+
+
+def temperature_line(policy: Policy, num_images: int) -> str:
+    """Return a line about the temperatures and the number of held-out images they rest on."""
+    temperatures = " / ".join(f"{temperature:.2f}" for temperature in policy.temperatures)
+    few = "" if num_images >= MANY_IMAGES else ", few: none is set below 1, and confidences are uncertain"
+    return f"temperatures of the exits {temperatures}, fitted on {num_images:,} held-out images{few}"
+
+
+def budget_table(
+    geometric: list[dict], optimised: list[dict], ensemble: list[dict], full: int, num_images: int
+) -> str:
+    """Return about ten budgets of the three rules as a table, each of them different.
+
+    Args:
+        geometric: rows of ``budgeted.csv``.
+        optimised: rows of ``optimised.csv``.
+        ensemble: rows of ``ensemble.csv``.
+        full: operations of the whole network.
+        num_images: number of test images.
+    """
+    others = {"optimised rule": optimised, "ensemble of exits": ensemble}
+    if ensemble == optimised:
+        del others["ensemble of exits"]
+    shown: dict[tuple, dict] = {}
+    for i, row in list(enumerate(geometric))[3::4]:
+        line = {**row, "share_of_operations": 100 * row["operations"] / full}
+        for k in range(1, sum(name.startswith("share_") for name in row) + 1):
+            line[f"exit {k} %"] = f"{100 * row[f'share_{k}']:.0f}"
+        for title, rows in others.items():
+            accuracy, share = percent(rows[i]["test_acc1"], num_images), 100 * rows[i]["operations"] / full
+            line[title] = f"{accuracy} at {share:.0f} %"
+        shown.setdefault(
+            tuple(value for name, value in line.items() if name not in ("p", "val_operations")), line
+        )
+    rows = list(shown.values())
+    exits = [name for name in rows[0] if name.startswith("exit ")]
+    names = ("p", "operations", "share_of_operations", "test_acc1", *exits, *others)
+    legend = (
+        "(budget: of 40, from 1 for the cheapest; exit k %: share of the images that leave there; "
+        + "".join(f"{title}: top-1 % at % of the full operations; " for title in others)
+        + f"{num_images:,} test images)"
+    )
+    return f"{table(rows, names, num_images)}\n{legend}"
 
 
 def percent_right(classes: Tensor, targets: Tensor) -> list[float]:

@@ -1,6 +1,7 @@
-"""Results as people read them: tables on the terminal, CSV files, one picture of accuracy against operations."""
+"""Results for people: tables on the terminal, CSV files, pictures of accuracy against operations and time."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,45 +14,72 @@ from adaptive_inference.policies import Point
 from utils import UserError, atomic_write
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
-# Of the columns of a run's files, and of percentages made of them, on the terminal.
+FEW_IMAGES = 1_000  # below, accuracies are drawn as points with error bars
+# Titles of the columns of a run's files, and of percentages made of them, on the terminal.
 TITLES = {
+    "p": "budget",
     "batch_size": "batch",
-    "lazy_operations": "evaluated lazily",
+    "lazy_operations": "lazy",
     "share_of_operations": "% of full",
-    "milliseconds": "ms an image",
-    "expected_milliseconds": "expected",
+    "milliseconds": "ms per image",
+    "expected_milliseconds": "expected ms",
     "share_of_time": "% of full time",
     "acc1": "top-1 %",
     "test_acc1": "top-1 %",
     "acc5": "top-5 %",
-    "ece": "ECE %",
-    "ece_scaled": "ECE % scaled",
+    "ece": "calibration error %",
+    "ece_scaled": "with temperature",
     "ensemble_acc1": "ensemble top-1 %",
+}
+PERCENTAGES = ("acc1", "test_acc1", "acc5", "ece", "ece_scaled", "ensemble_acc1")
+LEGENDS = {
+    "operations": "operations: multiply-adds per image, as the papers count them",
+    "lazy_operations": "lazy: those that predict.py needs, which computes only what the next exit reads",
+    "ece": "calibration error: mean distance between confidence and accuracy",
+    "ece_scaled": "with temperature: the same after dividing each exit's logits by its temperature",
+    "ensemble_acc1": "ensemble: prediction from all exits so far",
+    "expected_milliseconds": "expected: from the times of single blocks",
 }
 
 
-def table(rows: Sequence[dict], names: Sequence[str]) -> str:
-    """The columns of these names, as far as there are such, right-aligned under their titles and a rule."""
+def table(rows: Sequence[dict], names: Sequence[str], num_images: int | None = None) -> str:
+    """Return rows as text: right-aligned columns, a rule below their titles, and a legend.
+
+    Args:
+        rows: of numbers or text.
+        names: columns to show; those that the rows lack are left out.
+        num_images: number of images that percentages are of; they get no more digits than these allow.
+    """
     names = [name for name in names if name in rows[0]]
     cells = [
         [TITLES.get(name, name) for name in names],
-        *([_shown(name, row[name]) for name in names] for row in rows),
+        *([_shown(name, row[name], num_images) for name in names] for row in rows),
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    legends = [LEGENDS[name] for name in names if name in LEGENDS]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *(f"({legend})" for legend in legends)])
 
 
-def _shown(name: str, value: float | str) -> str:
+def _shown(name: str, value: float | str, num_images: int | None) -> str:
     if name in ("operations", "lazy_operations"):
         return millions(value)
-    if isinstance(value, float):
-        return f"{value:.{0 if name.startswith('share') else 3 if name.endswith('milliseconds') else 2}f}"
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if name in PERCENTAGES:
+        return percent(value, num_images)
+    digits = 0 if name.startswith("share") else 3 if name.endswith("milliseconds") else 2
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float, num_images: int | None = None) -> str:
+    """Return a percentage of so many images with the digits that they allow: none up to 100, one up to 1,000, else two."""
+    digits = 2 if num_images is None else min(max(math.ceil(math.log10(max(num_images, 1))) - 2, 0), 2)
+    return f"{value:.{digits}f}"
 
 
 def millions(*operations: float) -> str:
-    """As ``7.94 M``, several as ``1.92 / 5.27 / 7.94 M``."""
+    """Return operations as ``7.94 M``, several as ``1.92 / 5.27 / 7.94 M``."""
     return " / ".join(f"{number / 1e6:.2f}" for number in operations) + " M"
 
 
@@ -64,8 +92,8 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
         operations: to each exit.
 
     Returns:
-        ``p``; ``val_operations`` and ``operations``, means on held-out and on test images; ``val_acc1``, ``test_acc1``;
-        ``share_k`` of the test images that leave at exit k = 1 .. K, and ``threshold_k``.
+        ``p``; ``val_operations`` and ``operations``, means on held-out and on test images; ``val_acc1``,
+        ``test_acc1``; ``share_k`` of the test images that leave at exit k = 1 .. K, and ``threshold_k``.
     """
     rows = []
     for point in points:
@@ -100,7 +128,7 @@ def best_within(rows: Sequence[dict], operations: float) -> dict | None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows of the same keys."""
+    """Write rows with the same keys."""
     with atomic_write(path) as stream:
         writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -108,9 +136,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
-    """Rows of numbers that ``write_csv`` wrote.
+    """Return rows of numbers that ``write_csv`` wrote.
 
     Args:
+        path: of the file.
         columns: names that every row must have.
 
     Raises:
@@ -130,55 +159,80 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
         raise UserError(f"{path} is damaged ({reason}); write it again with --evalmode") from None
 
 
-def draw_curves(runs: dict[str, tuple[list[dict], list[dict], list[dict]]]) -> Figure:
-    """Accuracy against operations.
+def draw_curves(
+    runs: dict[str, tuple[list[dict], list[dict], list[dict]]], num_images: int | None = None
+) -> Figure:
+    """Draw accuracy against operations.
 
     Args:
-        runs: name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty): exits are points, budgets of
-            the paper's rule a line, those of the optimised rule a dotted one.
+        runs: name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty).
+            Exits are circles; budgets are a line for the paper's rule and a dotted one for the optimised
+            rule.
+        num_images: number of test images. Where there are few, budgets are points with error bars of one
+            standard error, as lines between them would show little but chance.
     """
     figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    few = num_images if num_images is not None and num_images < FEW_IMAGES else None
     for i, (name, (anytime, budgeted, optimised)) in enumerate(runs.items()):
-        _draw(axes, budgeted, "operations", "test_acc1", f"C{i}-", f"{name}: budgeted")
-        _draw(axes, optimised, "operations", "test_acc1", f"C{i}:", f"{name}: budgeted, optimised rule")
-        _draw(axes, anytime, "operations", "acc1", f"C{i}o--", f"{name}: each exit")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # outside it hides no point
+        curves = (
+            (budgeted, "test_acc1", "s" if few else "-", f"{name}: budgeted"),
+            (optimised, "test_acc1", "^" if few else ":", f"{name}: budgeted, optimised rule"),
+            (anytime, "acc1", "o" if few else "o--", f"{name}: each exit"),
+        )
+        for rows, accuracy, style, label in curves:
+            _draw(axes, rows, "operations", accuracy, f"C{i}{style}", label, few)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # outside it covers no point
     return figure
 
 
 def draw_runtime(budgets: list[dict], exits: list[dict], deadlines: list[dict]) -> Figure:
-    """Accuracy against operations, and against milliseconds at batch 1; rows have ``acc1`` and ``operations``, ``milliseconds`` or both.
+    """Draw accuracy against operations, and against milliseconds at batch 1.
 
     Args:
-        budgets: of policies.
-        exits: of every exit, of operations alone.
-        deadlines: of time alone.
+        budgets: rows of policies, with ``acc1``, ``operations`` and ``milliseconds``.
+        exits: rows of every exit, with ``acc1`` and ``operations``.
+        deadlines: rows with ``acc1`` and ``milliseconds``.
     """
-    figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw(left, budgets, "operations", "acc1", "-", "budget (mean over images)")
-    _draw(left, exits, "operations", "acc1", "o--", "each exit for all images")
-    _draw(right, budgets, "milliseconds", "acc1", "-", "budget (mean over images)")
-    _draw(right, deadlines, "milliseconds", "acc1", "o--", "deadline (for every image)")
+    _draw(left, budgets, "operations", "acc1", "C0-", "budget (mean over images)")
+    _draw(left, exits, "operations", "acc1", "C1o--", "each exit for all images")
+    _draw(right, budgets, "milliseconds", "acc1", "C0-", "")
+    _draw(right, deadlines, "milliseconds", "acc1", "C2s--", "deadline (for every image)")
     for axes in (left, right):
         axes.set_xlim(left=0)
-        axes.legend(loc="lower right", fontsize="small")
         axes.label_outer()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
-def _draw(axes: Axes, rows: list[dict], cost: str, accuracy: str, style: str, label: str) -> None:
-    """A line through these columns of ``rows``, if there are any."""
-    unit = 1e6 if cost == "operations" else 1
-    if rows:
-        points = sorted((row[cost] / unit, row[accuracy]) for row in rows)
-        axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, alpha=0.85, label=label)
+def _draw(
+    axes: Axes,
+    rows: list[dict],
+    cost: str,
+    accuracy: str,
+    style: str,
+    label: str,
+    num_images: int | None = None,
+) -> None:
+    """Draw these columns of ``rows``, if there are any; with error bars if ``num_images`` is given."""
     axes.set_xlabel(
-        "operations an image (millions)" if cost == "operations" else "milliseconds an image, one at a time"
+        "operations per image (millions)" if cost == "operations" else "milliseconds per image, one at a time"
     )
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.grid(visible=True, alpha=0.3)
+    if not rows:
+        return
+    unit = 1e6 if cost == "operations" else 1
+    points = sorted({(row[cost] / unit, row[accuracy]) for row in rows})
+    costs, accuracies = zip(*points, strict=True)
+    look = {"linewidth": 1.2, "markersize": 5, "alpha": 0.85, "label": label or None}
+    if num_images is None:
+        axes.plot(costs, accuracies, style, **look)
+        return
+    errors = [math.sqrt(value * (100 - value) / num_images) for value in accuracies]
+    axes.errorbar(costs, accuracies, yerr=errors, fmt=style, elinewidth=0.8, **look)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -2,10 +2,12 @@
 
     python -m experiments.risk save/cifar100/IMTA --max-loss 1 --splits 200
 
-The test images of a run are split into two halves again and again: one half sets and tests policies as the held-out images of a run do
-(``adaptive_inference.promises.risk``), the other stands for new images, on which the promise is kept or not. Beside it the usual choice: the
-cheapest policy that lost no more on the first half. As all are the same images, a half on which a policy looks better than it is leaves
-another on which it looks worse: failures are counted too often rather than too seldom.
+The test images of a run are split into two halves again and again: one half sets and tests policies as the
+    held-out images of a run do
+(``adaptive_inference.promises.risk``), the other stands for new images, on which the promise is kept or not.
+Beside it the usual choice: the cheapest policy that lost no more on the first half. As all are the same
+images, a half on which a policy looks better than it is leaves another on which it looks worse: failures are
+counted too often rather than too seldom.
 """
 
 import math

@@ -2,8 +2,9 @@
 
     python -m experiments.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
 
-Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``. ``NAME.policy.json`` beside the file holds
-the thresholds of the rounded network, README.md the card of all networks in the folder, with the fields that Hugging Face reads.
+Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``.
+``NAME.policy.json`` beside the file holds the thresholds of the rounded network, README.md the card of all
+networks in the folder, with the fields that Hugging Face reads.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The result tables of the project's README and of the one in this folder, and the plot of the former, from the CSV files in this folder.
 
-python -m experiments.tables            # prints the tables
-python -m experiments.tables --write    # puts them into both README.md, between their markers, and draws the plot again
+python -m experiments.tables            # prints the tables python -m experiments.tables --write    # puts
+them into both README.md, between their markers, and draws the plot again
 """
 
 import json

@@ -1,13 +1,17 @@
-"""Better answers from the same exits, without training: probabilities that mean something, and ensembles of all exits so far.
+"""Better predictions from the same exits, without training: calibrated probabilities, and ensembles of all exits so far.
 
-    temperatures = fit_temperatures(val_logits, val_targets)                      # of held-out images, one an exit
-    weights = fit_ensemble(val_logits, val_targets, temperatures)                 # (K, K), None where no exit gains
-    calibration_errors(test_logits, test_targets, temperatures)                   # percent, of every exit
+    temperatures = fit_temperatures(val_logits, val_targets)                      # on held-out images, one
+    per exit weights = fit_ensemble(val_logits, val_targets, temperatures)                 # (K, K), None
+    where no exit gains calibration_errors(test_logits, test_targets, temperatures)                   #
+    percent, of every exit
 
-A temperature (Guo et al., ICML 2017, arXiv 1706.04599) divides an exit's logits; an ensemble adds the logits of all exits so far, each with
-a weight: a weighted geometric mean of their probabilities. Both minimise the cross-entropy on held-out images.
+A temperature (Guo et al., ICML 2017, arXiv 1706.04599) divides an exit's logits; an ensemble adds the logits
+of all exits so far, each with a weight: a weighted geometric mean of their probabilities. Both minimise the
+cross-entropy on held-out images plus a penalty, which counts as much as a few dozen images do: with few
+images temperatures stay near 1 and weights near those of the exit alone, with many it makes no difference.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,55 +19,153 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 MAX_IMAGES = 10_000  # more hardly change a few numbers
+MANY_IMAGES = 1_000  # with fewer, no temperature is below 1: that would make confidences larger
+TEMPERATURE_SPREAD = 0.25  # standard deviation of the log of a temperature, before any image is seen
+LARGEST_TEMPERATURE = 10.0
+WEIGHT_SPREAD = 0.3  # standard deviation of a weight around that of the exit alone, before any image is seen
+LARGEST_WEIGHT = 4.0
 FOLDS = 5
-PULL = 1e-4  # towards weights of 1: even where answers never err, the best weights are finite
+NEEDED_GAIN = 2.0  # standard errors by which an ensemble must be right more often than the exit alone
 
-Ensemble = tuple[tuple[float, ...], ...]  # weights, a row an exit
+Ensemble = tuple[tuple[float, ...], ...]  # weights, one row per exit
 
 
 def fit_temperatures(logits: Tensor, targets: Tensor) -> list[float]:
-    """Temperatures of every exit, from logits (K, N, C) and targets (N,)."""
+    """Return a temperature for every exit, from 1 / ``LARGEST_TEMPERATURE`` to ``LARGEST_TEMPERATURE``.
+
+    Args:
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+    """
     part = _part(targets)
-    return [round(1 / float(_fit(exit_logits[None, part], targets[part])), 4) for exit_logits in logits]
+    temperatures = [_fit_temperature(exit_logits[part], targets[part]) for exit_logits in logits]
+    lowest = 1.0 if len(targets) < MANY_IMAGES else 0.0
+    return [round(max(temperature, lowest), 3) for temperature in temperatures]
+
+
+def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Find the minimum by bisection on the log of the inverse temperature, where the slope changes its sign."""
+    own = logits.gather(1, targets[:, None])[:, 0]
+    low, high = -math.log(LARGEST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
+    for _ in range(14):
+        middle = (low + high) / 2
+        factor = math.exp(middle)
+        expected = (torch.softmax(factor * logits, dim=1) * logits).sum(dim=1)
+        slope = factor * float((expected - own).double().sum()) + middle / TEMPERATURE_SPREAD**2
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
 
 
 def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ensemble | None:
-    """Weights (K, K) of the exits in the answers at each exit, from logits (K, N, C) and targets (N,).
+    """Return weights (K, K) of the exits in the prediction at each exit.
 
-    An exit answers with the others before it only if that is right more often on images that were left out of the fit, by more than a
-    standard error; else alone, with its temperature. None: every exit had better answer alone.
+    An exit predicts with the others before it only if that is right more often on images that were left out
+    of the fit, by at least ``NEEDED_GAIN`` standard errors; else alone, with its temperature.
+
+    Args:
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+        temperatures: of every exit.
+
+    Returns:
+        The weights; None: every exit predicts alone.
     """
-    rows = [
-        [round(1 / temperature, 4) if j == k else 0.0 for j in range(len(logits))]
-        for k, temperature in enumerate(temperatures)
-    ]
+    num_exits = len(logits)
+    rows = [_alone(k, temperatures, num_exits).tolist() for k in range(num_exits)]
     part = _part(targets)
     logits, targets = logits[:, part], targets[part]
-    fold = torch.arange(len(targets)) % FOLDS
     gained = False
-    for k in range(1, len(logits) if len(targets) >= FOLDS else 0):
-        seen, together = logits[: k + 1], torch.empty_like(targets)
-        for f in range(FOLDS):
-            weights = _fit(seen[:, fold != f], targets[fold != f])
-            together[fold == f] = torch.einsum("k,knc->nc", weights, seen[:, fold == f]).argmax(dim=1)
-        gains = (together == targets).double() - (logits[k].argmax(dim=1) == targets).double()
-        if gains.mean() > gains.std() / len(gains) ** 0.5:
-            rows[k][: k + 1] = [round(weight, 4) for weight in _fit(seen, targets).tolist()]
+    for k in range(1, num_exits if len(targets) >= FOLDS else 0):
+        start = _alone(k, temperatures, k + 1)
+        if _gains(logits[: k + 1], targets, start):
+            rows[k][: k + 1] = _fit_weights(logits[: k + 1], targets, start).tolist()
             gained = True
-    return tuple(map(tuple, rows)) if gained else None
+    return tuple(tuple(round(weight, 4) for weight in row) for row in rows) if gained else None
+
+
+def _alone(k: int, temperatures: Sequence[float], count: int) -> Tensor:
+    weights = torch.zeros(count, dtype=torch.float64)
+    weights[k] = 1 / temperatures[k]
+    return weights
+
+
+def _gains(logits: Tensor, targets: Tensor, start: Tensor) -> bool:
+    """Return whether an ensemble is right more often than the last of these exits, on images left out of the fit."""
+    fold = torch.arange(len(targets)) % FOLDS
+    together = torch.empty_like(targets)
+    for f in range(FOLDS):
+        weights = _fit_weights(logits[:, fold != f], targets[fold != f], start)
+        together[fold == f] = _weighted(weights, logits[:, fold == f]).argmax(dim=1)
+    gains = (together == targets).double() - (logits[-1].argmax(dim=1) == targets).double()
+    return bool(gains.sum() > 0 and gains.mean() >= NEEDED_GAIN * gains.std() / len(gains) ** 0.5)
+
+
+def _fit_weights(logits: Tensor, targets: Tensor, start: Tensor) -> Tensor:
+    """Return the best weights by Newton's method; the cross-entropy of a weighted sum is convex in the weights.
+
+    Args:
+        logits: (k, n, C).
+        targets: (n,).
+        start: (k,), of the last exit alone, towards which the penalty pulls.
+
+    Returns:
+        (k,), from 0 to ``LARGEST_WEIGHT``, rounded so that the rounding of logits hardly changes them.
+    """
+    own = logits.gather(2, targets.expand(len(logits), -1)[..., None])[..., 0]
+    weights, loss = start, _penalised(start, logits, targets, start)
+    for _ in range(30):
+        step = _newton_step(weights, logits, own, start)
+        for shorter in range(12):
+            tried = (weights + step / 2**shorter).clamp(0, LARGEST_WEIGHT)
+            tried_loss = _penalised(tried, logits, targets, start)
+            if tried_loss < loss:
+                break
+        else:
+            break
+        converged = float((tried - weights).abs().max()) < 1e-5
+        weights, loss = tried, tried_loss
+        if converged:
+            break
+    return (weights * 100).round() / 100
+
+
+def _newton_step(weights: Tensor, logits: Tensor, own: Tensor, start: Tensor) -> Tensor:
+    """Return the step of the weights; those at a limit that would leave it stay."""
+    probs = torch.softmax(_weighted(weights, logits), dim=1)  # (n, C)
+    mean = (probs * logits).sum(dim=2)  # (k, n)
+    slope = (mean - own).double().sum(dim=1) + (weights - start) / WEIGHT_SPREAD**2
+    second = (probs * logits).flatten(1) @ logits.flatten(1).T - mean @ mean.T
+    curvature = second.double() + torch.eye(len(weights)).double() / WEIGHT_SPREAD**2
+    free = ((weights > 0) | (slope < 0)) & ((weights < LARGEST_WEIGHT) | (slope > 0))
+    step = torch.zeros_like(weights)
+    if free.any():
+        step[free] = torch.linalg.solve(curvature[free][:, free], -slope[free])
+    return step
+
+
+def _penalised(weights: Tensor, logits: Tensor, targets: Tensor, start: Tensor) -> float:
+    loss = cross_entropy(_weighted(weights, logits).double(), targets, reduction="sum")
+    return float(loss) + float(((weights - start) ** 2).sum()) / (2 * WEIGHT_SPREAD**2)
+
+
+def _weighted(weights: Tensor, logits: Tensor) -> Tensor:
+    return torch.einsum("k,knc->nc", weights.to(logits.dtype), logits)
 
 
 def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
-    """Classes (K, N) that an ensemble answers at every exit, from logits (K, N, C); None: each exit alone."""
+    """Return the classes (K, N) that an ensemble predicts at every exit.
+
+    Args:
+        logits: (K, N, C).
+        ensemble: None: each exit alone.
+    """
     if ensemble is None:
         return logits.argmax(dim=2)
-    return torch.stack(
-        [torch.einsum("k,knc->nc", torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble]
-    )
+    return torch.stack([_weighted(torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble])
 
 
 def operations_together(operations: Sequence[int], num_classes: int) -> list[int]:
-    """Operations to each exit where an ensemble answers, from those where each exit answers alone: the k-th adds k times the classes."""
+    """Return the operations to each exit where an ensemble predicts: the k-th adds k times the number of classes."""
     return [n + k * num_classes for k, n in enumerate(operations, start=1)]
 
 
@@ -71,45 +173,25 @@ def _part(targets: Tensor) -> slice:
     return slice(None, None, -(-len(targets) // MAX_IMAGES))
 
 
-def _fit(logits: Tensor, targets: Tensor) -> Tensor:
-    """Positive weights (k,) of logits (k, n, C) whose weighted sum has the least cross-entropy, (n,) targets."""
-    logs = torch.zeros(len(logits), requires_grad=True)
-    with torch.no_grad():
-        logs[:-1] = -2.0  # the last exit is the best one
-    optimizer = torch.optim.LBFGS([logs], max_iter=30, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (
-            cross_entropy(torch.einsum("k,knc->nc", logs.exp(), logits), targets) + PULL * logs.square().sum()
-        )
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return logs.detach().exp()
-
-
 def calibration_errors(
     logits: Tensor, targets: Tensor, temperatures: Sequence[float] | None = None, bins: int = 15
 ) -> list[float]:
-    """Expected calibration error of every exit, in percent with three digits: the mean distance between confidence and accuracy, over
-    bins of confidence.
+    """Return the expected calibration error of every exit, in percent with three digits.
+
+    It is the mean distance between confidence and accuracy, over bins of confidence.
 
     Args:
         logits: (K, N, C).
         targets: (N,).
         temperatures: K numbers; None: 1 everywhere.
+        bins: of equal width.
     """
     errors = []
     for k, exit_logits in enumerate(logits):
-        confidence, classes = torch.softmax(
-            exit_logits.float() / (temperatures[k] if temperatures else 1), dim=1
-        ).max(dim=1)
+        probs = torch.softmax(exit_logits.float() / (temperatures[k] if temperatures else 1), dim=1)
+        confidence, classes = probs.max(dim=1)
         bin_of = (confidence * bins).long().clamp(max=bins - 1)
-        difference = torch.zeros(bins, dtype=torch.float64).index_add_(
-            0, bin_of, (confidence - (classes == targets).float()).double()
-        )
+        gaps = (confidence - (classes == targets).float()).double()
+        difference = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, gaps)
         errors.append(round(100 * float(difference.abs().sum()) / len(targets), 3))
     return errors

@@ -2,12 +2,14 @@
 
     thresholds = optimised_thresholds(val, operations)                 # (40, K), as from geometric_thresholds
 
-For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda * operations_k. With all other
-thresholds fixed, the best threshold of exit k is found at once: leaving instead of going on gains a known amount for every image that
-reaches k, and the best cut is the largest cumulative gain over the images by falling confidence. A sweep over the exits, from the last to
-the first, starts from the point of the geometric rule that is best at that price (more sweeps change nothing that lasts). Budgets between
-the prices' costs are reached by interpolation. Two guards keep it from fitting the accidents of the held-out images: cuts lie on a grid of
-quantiles, and every threshold is the mean, in quantiles, of fits that each leave out one fold.
+For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda *
+operations_k. With all other thresholds fixed, the best threshold of exit k is found at once: leaving instead
+of going on gains a known amount for every image that reaches k, and the best cut is the largest cumulative
+gain over the images by falling confidence. A sweep over the exits, from the last to the first, starts from
+the point of the geometric rule that is best at that price (more sweeps change nothing that lasts). Budgets
+between the prices' costs are reached by interpolation. Two guards keep it from fitting the accidents of the
+held-out images: cuts lie on a grid of quantiles, and every threshold is the mean, in quantiles, of fits that
+each leave out one fold.
 """
 
 from collections.abc import Sequence

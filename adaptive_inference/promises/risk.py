@@ -4,17 +4,18 @@
     point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
 
 "Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024,
-arXiv 2405.20915): some held-out images, drawn by a seed, set the thresholds of a curve of policies. The others test
-these one after another, from the full network to the cheapest, up to the first one that may lose too much. A sequence
-fixed beforehand needs no correction for many tests.
+arXiv 2405.20915): some held-out images, drawn by a seed, set the thresholds of a curve of policies. The
+others test these one after another, from the full network to the cheapest, up to the first one that may lose
+too much. A sequence fixed beforehand needs no correction for many tests.
 
-A loss is measured against the full network as ``--budget 100%`` runs it: its last exit, with the ensemble of exits
-where there is one. It is 1 for an image on which the policy is wrong and the full network right, -1 the other way
-round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both tests are exact: see ``p_value``.
+A loss is measured against the full network as ``--budget 100%`` runs it: its last exit, with the ensemble of
+exits where there is one. It is 1 for an image on which the policy is wrong and the full network right, -1 the
+other way round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both tests are exact:
+see ``p_value``.
 
-Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if new
-images come from the same distribution, for the network and the weights of its ensemble as they are. The full network
-loses nothing, so it is always among the points.
+Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out
+images, if new images come from the same distribution, for the network and the weights of its ensemble as they
+are. The full network loses nothing, so it is always among the points.
 """
 
 import math
@@ -104,11 +105,13 @@ def certified_points(
         val: predictions for the held-out images; the classes are those of the ensemble where there is one.
         policy: measure, temperatures and ensemble of the policies.
         operations: to each exit.
-        points: number of policies beside the full network; 0 where the held-out images may not be new to the network.
+        points: number of policies beside the full network; 0 where the held-out images may not be new to the
+            network.
         seed: of the split.
 
     Returns:
-        Points whose results are those on the images that test them. Only the full network if there are too few images.
+        Points whose results are those on the images that test them. Only the full network if there are too
+        few images.
     """
     num_exits = len(val.confidence)
     learns = learning_images(len(val.targets), seed)
@@ -170,10 +173,12 @@ def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> flo
 
     Disagreement: the number of other predictions is binomial, and the p-value its lower tail at ``limit``.
 
-    Accuracy: the numbers of worse and better images are trinomial. The hypothesis fixes the difference of their
-    probabilities, not their sum, the share of changed images. Outcomes are ordered by the difference of the counts,
-    studentised, and the p-value is the largest probability of an outcome at most as large as this one, over all
-    sums in a confidence interval of level 1 - ``NUISANCE_ERROR`` (Berger and Boos 1994), plus that error.
+    Accuracy: the numbers of worse and better images are trinomial. The hypothesis fixes the difference of
+        their
+    probabilities, not their sum, the share of changed images. Outcomes are ordered by the difference of the
+    counts, studentised, and the p-value is the largest probability of an outcome at most as large as this
+    one, over all sums in a confidence interval of level 1 - ``NUISANCE_ERROR`` (Berger and Boos 1994), plus
+    that error.
 
     Args:
         losses: counts on the images that test a policy.
