@@ -15,6 +15,7 @@ from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, geometric_t
 from adaptive_inference.policies import Point, Policy, PolicyCurve, evaluate_points
 from adaptive_inference.predictor import simulate
 from adaptive_inference.promises.deadlines import deadline_rows
+from adaptive_inference.promises.drift import reference_of, write_reference
 from adaptive_inference.promises.ensemble import (
     MANY_IMAGES,
     calibration_errors,
@@ -157,6 +158,8 @@ class Evaluation:
         log.line(temperature_line(policy, len(val[1])))
         curve = find_policies(self.network, self.operations, val, policy, self.has_split)
         write_policy(run.policy, curve)
+        if self.has_split:
+            write_reference(run.reference, reference_of(val[0], curve))
         tables = self._tables(curve, test, policy)
         for path, rows in tables.items():
             write_csv(path, rows)

@@ -24,6 +24,7 @@ class RunDirectory:
         self.optimised = path / "optimised.csv"
         self.ensemble = path / "ensemble.csv"
         self.policy = path / "policy.json"
+        self.reference = path / "reference.safetensors"
         self.runtime = path / "runtime.csv"
         self.runtime_picture = path / "runtime.png"
         self.examples = path / "examples.png"

@@ -22,7 +22,7 @@ from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
 from experiments.tables import epochs
 from models import Description, load
-from models.files import SUFFIX
+from models.files import SUFFIX, networks_in
 from models.saved import save_network
 from settings import RESUMABLE
 from utils import CommandLineParser, UserError, atomic_write
@@ -124,6 +124,7 @@ def ship(saved: Saved, output: Path) -> None:
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
+        shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))
 
@@ -149,7 +150,7 @@ def training(run: RunDirectory) -> dict[str, str | int]:
 
 def card(folder: Path) -> str:
     """The model card of all shipped networks in ``folder``."""
-    described = {path.stem: load(path).description for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    described = {path.stem: load(path).description for path in networks_in(folder)}
     data = sorted({description.data.name for description in described.values()})
     models = "\n".join(
         MODEL.format(name=name, data=description.data.name, accuracy=description.accuracy["test_acc1"][-1])

@@ -22,7 +22,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
         path /= BEST
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in sorted(WEIGHTS.glob(f"*{SUFFIX}"))}
+    shipped = {file.stem: file for file in networks_in(WEIGHTS)}
     if str(path) not in shipped:
         names = (
             ""
@@ -31,6 +31,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
         )
         raise FileNotFoundError(f"there is no checkpoint {path}{names}")
     return shipped[str(path)]
+
+
+def networks_in(folder: Path) -> list[Path]:
+    """Return the network files of a folder, sorted; ``NAME.reference.safetensors`` belongs to one and is none."""
+    return [file for file in sorted(folder.glob(f"*{SUFFIX}")) if not Path(file.stem).suffix]
 
 
 def policy_path(file: Path) -> Path:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
+from adaptive_inference.promises.drift import read_reference
 from args import parse
 from engine.report import millions, read_csv, write_csv
 from experiments import arms, ship, tables
@@ -116,7 +117,9 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     assert file.stat().st_size < 0.7 * (finished / "GE" / "best.safetensors").stat().st_size
     assert network.description.accuracy["val_acc1"] == before.description.accuracy["val_acc1"]
     assert str(finished) not in str(network.description)
-    assert len(read_policy(file.with_suffix(".policy.json"), network).points) > 0
+    curve = read_policy(file.with_suffix(".policy.json"), network)
+    reference = read_reference(file.with_suffix(".reference.safetensors"), curve)
+    assert len(reference.scores(curve.points[-1].policy)) > 0
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert "\n0 minutes of stage 1 on " in card

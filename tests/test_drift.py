@@ -1,0 +1,147 @@
+"""The drift alarm rarely fires on images like the held-out ones, and soon on others."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from adaptive_inference import AdaptivePredictor, policy_curve, simulate
+from adaptive_inference.policies import Point, Policy
+from adaptive_inference.promises.drift import (
+    BETS,
+    NUM_IMAGES,
+    SHARED,
+    DriftAlarm,
+    read_reference,
+    reference_of,
+    reference_path,
+    write_reference,
+)
+from tests.test_predictor import make_network, quantile_policy
+from utils import UserError
+
+
+def fired(alarm, scores, batch_size=64):
+    """Feed scores in batches, and return after how many images the alarm fired, or None."""
+    for batch in scores.split(batch_size):
+        alarm.update(batch)
+    return alarm.fired_after
+
+
+def test_false_alarms_are_rare():
+    generator = torch.Generator().manual_seed(1)
+    count = 0
+    for seed in range(100):
+        scores = torch.randn(1500, generator=generator)
+        count += fired(DriftAlarm(scores[:500], seed=seed), scores[500:]) is not None
+    assert count <= 4  # of 1 expected at most; 5 or more have a probability below 0.4 %
+
+
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_fires_soon_on_shifted_scores(shift):
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(2500, generator=generator)
+    alarm = DriftAlarm(scores[:2000])
+    assert fired(alarm, scores[2000:]) is None
+    fired_after = fired(alarm, torch.randn(500, generator=generator) + shift)
+    assert 500 < fired_after < 580
+    assert alarm.num_images == fired_after  # it stops counting
+    assert alarm.log_capital >= math.log(100)
+
+
+def test_capital_against_a_plain_loop():
+    """Compare with p-values by counting and with the product of the bets, on scores with many ties."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randint(-5, 5, (90,), generator=generator).half() / 4
+    alarm, random = DriftAlarm(scores[:30], level=1e-12, seed=7), np.random.default_rng(7)
+    capitals = np.full(len(BETS), 1 / len(BETS))
+    for i in range(30, 90):
+        alarm.update(scores[i : i + 1])
+        larger = (scores[:i] > scores[i]).sum().item()
+        equal = (scores[:i] == scores[i]).sum().item() + 1
+        p = (larger + random.random() * equal) / (i + 1)
+        capitals = capitals * (1 + BETS * (p - 0.5))
+        capitals = (1 - SHARED) * capitals + SHARED * capitals.sum() / len(BETS)
+        assert alarm.log_capital == pytest.approx(math.log(capitals.sum()))
+
+
+def test_batches_do_not_matter():
+    scores = torch.randn(700, generator=torch.Generator().manual_seed(4))
+    single, batched = DriftAlarm(scores[:500]), DriftAlarm(scores[:500])
+    fired(single, scores[500:], 1)
+    fired(batched, scores[500:], 100)
+    assert single.log_capital == batched.log_capital
+
+
+def test_extreme_scores():
+    alarm = DriftAlarm(torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e9]))
+    assert not alarm.update(torch.tensor([math.nan, math.inf, -1e9, 0.0]))
+    assert math.isfinite(alarm.log_capital)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return make_network(2).float()
+
+
+@pytest.fixture(scope="module")
+def logits(network):
+    with torch.no_grad():
+        return torch.stack(network(torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(5))))
+
+
+def curve_of(network, policy):
+    return policy_curve(network, [1, 2, 3], [Point(policy, 50.0, 2.0, (0.5, 0.0, 0.5))])
+
+
+@pytest.mark.parametrize("measure", ["softmax", "entropy", "margin", "patience"])
+def test_scores_are_those_of_the_predictor(network, logits, measure):
+    policy = quantile_policy(logits, 0.5, measure)
+    if measure == "patience":
+        policy = Policy((2.0, 2.0, -1e8), measure)
+    reference = reference_of(logits, curve_of(network, policy))
+    assert torch.equal(
+        reference.scores(policy).sort().values, simulate(logits, policy).log_sum_exp.half().sort().values
+    )
+    images = torch.randn(20, 3, 32, 32)
+    with torch.no_grad():
+        expected = simulate(torch.stack(network(images)), policy)
+    predicted = AdaptivePredictor(network, policy)(images)
+    torch.testing.assert_close(predicted.log_sum_exp, expected.log_sum_exp)
+
+
+def test_file(network, logits, tmp_path):
+    policy = quantile_policy(logits, 0.5)
+    curve = curve_of(network, policy)
+    path = reference_path(tmp_path / "name.policy.json")
+    assert path == tmp_path / "name.reference.safetensors"
+    assert reference_path(tmp_path / "policy.json") == tmp_path / "reference.safetensors"
+    assert reference_path(tmp_path / "policy.bfloat16.json") == tmp_path / "reference.bfloat16.safetensors"
+    with pytest.raises(UserError, match="--evalmode dynamic writes it"):
+        read_reference(path, curve)
+    many = logits.repeat(1, 10, 1)
+    write_reference(path, reference_of(many, curve))
+    reference = read_reference(path, curve)
+    assert reference.scores(policy).shape == (NUM_IMAGES,)
+    assert torch.equal(reference.scores(policy), reference_of(many, curve).scores(policy))
+    assert path.stat().st_size < 40 * NUM_IMAGES
+    with pytest.raises(UserError, match="belongs to another network or dtype"):
+        read_reference(path, curve_of(make_network(1).float(), policy))
+    with pytest.raises(ValueError, match="compares the margin of 3 exits"):
+        reference.scores(Policy(policy.thresholds, "margin"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "text"])
+def test_damaged_file(network, logits, tmp_path, damage):
+    curve, path = curve_of(network, quantile_policy(logits, 0.5)), tmp_path / "reference.safetensors"
+    write_reference(path, reference_of(logits, curve))
+    content = path.read_bytes()
+    changed = {
+        "cut": content[:-100],
+        "foreign": content.replace(b"reference 1", b"reference 9"),
+        "text": b"no",
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(UserError, match="is no reference file of this project"):
+        read_reference(path, curve)
