@@ -68,7 +68,7 @@ class CommandLine:
                 f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
             )
             raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
-        for name in ("val_size", "split_seed"):
+        for name in ("val_size", "test_size", "split_seed"):
             before = known.get(name)
             if name in known and self.explicit.get(name, before) != before:
                 given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptive_inference.measures import MEASURES
 from models.options import NETWORK_FIELDS, NetworkOptions, option
-from utils import above, at_least, available_cores, float_list, folder, in_range, int_list
+from utils import above, at_least, available_cores, float_list, folder, in_range, int_list, share_or_count
 
 MAX_WORKERS, MAX_EPOCHS = 1024, 10**6
 MAX_DEFAULT_WORKERS = 4
@@ -172,11 +172,19 @@ class Settings(NetworkOptions):
         kind=at_least(0),
         shown="1000, CIFAR 5000, ImageNet 50000, folders 10 %",
     )
-    split_seed: int = _data(0, "--split-seed", "seed of the choice of held-out images", kind=_SEED)
+    test_size: float | None = _data(
+        None,
+        "--test-size",
+        "split test images off, for folders without test/ and val/: a share such as 20% of every class, or a number",
+        kind=share_or_count,
+        metavar="N",
+        shown="those in test/ or val/",
+    )
+    split_seed: int = _data(0, "--split-seed", "seed of the choice of held-out and test images", kind=_SEED)
     workers: int = _data(
         min(available_cores(), MAX_DEFAULT_WORKERS),
         "--workers",
-        "processes that decode large images",
+        "threads that decode images of more than 64 pixels; 0: none beside the training",
         aliases=("-j",),
         kind=at_least(0, MAX_WORKERS),
         shown=f"as many as cores, at most {MAX_DEFAULT_WORKERS}",
@@ -185,7 +193,14 @@ class Settings(NetworkOptions):
     skip_unreadable: bool = _data(
         False,
         "--skip-unreadable",
-        "read every image once at the start, and go on without those that cannot be read",
+        "go on without images that cannot be read: in training the next one of the epoch takes the place, in evaluation they are left out",
+        switch=True,
+        resumable=True,
+    )
+    check_images: bool = _data(
+        False,
+        "--check-images",
+        "read every image once at the start, rather than meet an unreadable one later",
         switch=True,
         resumable=True,
     )

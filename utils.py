@@ -198,6 +198,16 @@ def float_list(text: str) -> tuple[float, ...]:
     return tuple(_number(part, float) for part in text.split(","))
 
 
+def share_or_count(text: str) -> float:
+    """Read a share such as ``20%`` or ``0.2``, or a whole number from 1 on."""
+    value = _number(text.removesuffix("%"), float) / (100 if text.endswith("%") else 1)
+    if 0 < value < 1:
+        return value
+    if text.endswith("%") or value != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither a share such as 20% nor a number of images")
+    return int(value)
+
+
 def user_path(text: str) -> Path:
     """Convert the name of a file or folder; ``~`` is the user's home. Every flag that takes a path uses this.
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from image_data.sources import LARGE_CROP_SHARE, NORMALIZATION
+from image_data.parts import NORMALIZATION
+from image_data.transforms import LARGE_CROP_SHARE
 from models import IMTA, MSDNet, one_for_all_loss, sum_of_cross_entropies
 from models.saved import DataInfo
 

@@ -7,15 +7,20 @@ rows = anytime_rows(logits, targets, operations)
 import torch
 from torch import Tensor, nn
 
-from dataloader import Batches
 from engine.distributed import Processes
+from image_data.batches import Batches
+from utils import UserError
 
 
 @torch.no_grad()
 def collect_logits(
     network: nn.Module, batches: Batches, processes: Processes
 ) -> tuple[Tensor, Tensor] | None:
-    """Logits of every exit for all images, on the CPU: (K, N, C) float32, and targets (N,); the main process gets them, others None."""
+    """Collect the logits of every exit for all images that can be read.
+
+    Returns:
+        In the main process the logits (K, N, C), float32 on the CPU, and the targets (N,); None in the others.
+    """
     network.eval()
     count = len(batches.own())
     logits = torch.empty(count, network.num_exits, network.num_classes)
@@ -26,20 +31,31 @@ def collect_logits(
         logits[part] = torch.stack(network(images), dim=1).float().cpu()
         targets[part] = labels.cpu()
         start += len(labels)
-    logits, targets = (processes.interleave(own, batches.num_images) for own in (logits, targets))
-    return (logits.transpose(0, 1).contiguous(), targets) if processes.is_main else None
+    indices = batches.own()  # fewer if some could not be read
+    logits, targets = (processes.gather(own[:start], indices) for own in (logits, targets))
+    batches.collected = processes.gather(indices, indices)
+    if not processes.is_main:
+        return None
+    if len(targets) == 0:
+        raise UserError(f"none of the {batches.num_images} images can be read")
+    return logits.transpose(0, 1).contiguous(), targets
 
 
 @torch.no_grad()
 def accuracy_per_exit(
     network: nn.Module, batches: Batches, processes: Processes
 ) -> tuple[list[float], list[float]]:
-    """Top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
+    """Return top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
     network.eval()
-    correct = torch.zeros(2, network.num_exits, dtype=torch.float64, device=processes.device)
+    # Images, and which of them were right by top-1 and top-5, for every exit.
+    totals = torch.zeros(3, network.num_exits, dtype=torch.float64, device=processes.device)
     for images, labels in batches:
-        correct += correct_in_top(torch.stack(network(images)), labels).sum(dim=2)
-    acc1, acc5 = (100 * processes.sum(correct) / batches.num_images).tolist()
+        totals[0] += len(labels)
+        totals[1:] += correct_in_top(torch.stack(network(images)), labels).sum(dim=2)
+    count, *correct = processes.sum(totals)
+    if count[0] == 0:
+        raise UserError(f"none of the {batches.num_images} images can be read")
+    acc1, acc5 = (100 * torch.stack(correct) / count).tolist()
     return acc1, acc5
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint
 from engine.run_directory import RunDirectory
-from image_data.sources import LARGE_CROP_SHARE, LARGEST_IN_MEMORY, NORMALIZATION
+from image_data.parts import NORMALIZATION
+from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
 from models.files import SUFFIX
 from models.options import NETWORK_FIELDS

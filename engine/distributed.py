@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from dataloader import Shard
+from image_data.batches import Shard
 from utils import UserError
 
 # After this time a process gives up waiting for the others, which may evaluate or compile meanwhile.
@@ -55,26 +55,31 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def interleave(self, own: Tensor, total: int) -> Tensor | None:
-        """Join in the main process what ``Batches`` dealt out for evaluation; return None in the others.
+    def gather(self, own: Tensor, indices: Tensor) -> Tensor | None:
+        """Put rows of all processes together in the main process; return None in the others.
 
         Args:
-            own: of ``total`` entries, process r holds r, r + world_size, ...; on the CPU.
-            total: number of entries in all processes.
+            own: rows of this process, on the CPU.
+            indices: of these rows, int64 from 0, by which all rows are sorted; each index occurs in one process.
         """
         if self.world_size == 1:
             return own
-        most = -(-total // self.world_size)
-        # gather() wants parts of one size.
-        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
-        dist.gather(padded, parts)
-        if parts is None:
+        most = self.largest(len(own))
+        # All parts must have one size.
+        padded, numbers = (_padded(x, most) for x in (own, indices + 1))
+        parts, part_numbers = (
+            [torch.empty_like(x) for _ in range(self.world_size)] for x in (padded, numbers)
+        )
+        dist.gather(padded, parts if self.is_main else None)
+        dist.gather(numbers, part_numbers if self.is_main else None)
+        if not self.is_main:
             return None
-        whole = own.new_empty(total, *own.shape[1:])
-        for rank, part in enumerate(parts):
-            entries = whole[rank :: self.world_size]
-            entries.copy_(part[: len(entries)])
+        in_order = torch.cat(part_numbers).sort().values
+        in_order = in_order[in_order > 0]
+        whole = own.new_empty(len(in_order), *own.shape[1:])
+        for part, part_number in zip(parts, part_numbers, strict=True):
+            count = int((part_number > 0).sum())
+            whole[torch.searchsorted(in_order, part_number[:count])] = part[:count]
         return whole
 
     def largest(self, value: int) -> int:
@@ -90,6 +95,11 @@ class Processes:
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Append zeros up to so many rows."""
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 class Launch(NamedTuple):

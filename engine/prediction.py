@@ -28,12 +28,9 @@ from adaptive_inference.promises.timing import measure_blocks
 from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory
-from image_data.sources import (
-    LEFT_OUT,
-    evaluation_transform,
-    find_images,
-    read_image,
-)
+from image_data.folders import LEFT_OUT, find_images
+from image_data.reading import read_image
+from image_data.transforms import evaluation_transform
 from models import count_operations
 from models.files import WEIGHTS, policy_path
 from utils import UserError, complain, is_terminal

@@ -138,8 +138,6 @@ def _outcome_of(stage: Stage, command: CommandLine) -> tuple[int, str]:
 
 
 def _lost_process(error: RuntimeError) -> str | None:
-    if "DataLoader worker" in str(error):
-        return f"a process that loads images was lost ({str(error).splitlines()[0]}); if memory is short, use fewer --workers"
     if is_lost_peer(error):
         return f"another process of this run was lost ({str(error).splitlines()[0][:200]})"
     return None

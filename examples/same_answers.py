@@ -20,7 +20,8 @@ from torch import Tensor
 import export_onnx
 import predict
 from adaptive_inference import AdaptivePredictor, read_policy
-from image_data.sources import evaluation_transform, read_image
+from image_data.reading import read_image
+from image_data.transforms import evaluation_transform
 from models.files import find, policy_path
 from onnx_predictor import OnnxPredictor
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from image_data.sources import cifar_archive
+from image_data.archives import read_cifar
 from utils import CommandLineParser, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +155,7 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
                     link.symlink_to(folder.resolve())
     elif not target.is_dir():
         unfinished = target.with_name(f"{target.name}.unfinished")
-        train, test, class_names, _ = cifar_archive("cifar100", source, image_size=32)
+        train, test, class_names = read_cifar("cifar100", source)
         for name, part in (("train", train), ("test", test)):
             for label in range(0, len(class_names), every):
                 folder = unfinished / name / class_names[label]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from adaptive_inference.policies import Point, Policy
-from image_data import sources as datasets
+from image_data import synthetic
 from models import IMTA, Description, MSDNet, count_operations
 from models.saved import DataInfo, network_options
 
@@ -76,7 +76,7 @@ def _own_seed_and_settings(monkeypatch):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo data set with few images."""
-    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+    monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+        patch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
         assert train_GE.main(["--save", str(folder / "GE"), *TINY_FLAGS]) == 0
         assert (
             train_IMTA.main(

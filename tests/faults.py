@@ -32,7 +32,7 @@ from PIL import Image
 import engine.evaluate
 from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.timing import measure_blocks, runtime_rows
-from image_data import sources as datasets
+from image_data import synthetic
 from models import load, to_released
 from tests.compare import differences, unreadable
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     # Leave no folder behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare()
-    datasets.DEMO_IMAGES = TINY_DEMO
+    synthetic.DEMO_IMAGES = TINY_DEMO
     # How long prediction takes is not what is tried here.
     engine.evaluate.runtime_rows = partial(runtime_rows, seconds=0.1)
     engine.evaluate.measure_blocks = partial(measure_blocks, seconds=0.1)

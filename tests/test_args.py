@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_flag_is_read_somewhere():
     sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "args.py"] + [
-        p.read_text() for p in ROOT.glob("engine/*.py")
+        p.read_text() for folder in ("engine", "image_data") for p in ROOT.glob(f"{folder}/*.py")
     ]
     code = "\n".join(sources)
     options = OPTIONS.keys() - NETWORK_FIELDS.keys() - {"preset", "released"}  # read by args itself

@@ -24,7 +24,7 @@ from engine.launch import may_fork, process_count
 from engine.run_directory import RunDirectory
 from engine.signals import Interrupted, listening
 from engine.stage import with_compilation, with_precision
-from image_data.sources import find
+from image_data.data_sets import find_data_set
 from tests import disturbed
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
@@ -220,7 +220,7 @@ def test_a_directory_is_that_of_one_process(tmp_path):
 def test_a_closed_data_root_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"--data-root {tmp_path} may not be entered"):
-        find(parse("GE", ["--data-root", str(tmp_path)]).settings(), 32, None, False)
+        find_data_set(parse("GE", ["--data-root", str(tmp_path)]).settings(), 32)
 
 
 def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):

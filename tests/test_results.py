@@ -17,7 +17,7 @@ from adaptive_inference.promises.drift import read_reference
 from args import parse
 from engine.report import millions, read_csv, write_csv
 from experiments import arms, ship, tables
-from image_data.sources import read_image
+from image_data.reading import read_image
 from models import load
 from tests.conftest import TINY_FLAGS, TINY_STAGE_2
 from utils import UserError

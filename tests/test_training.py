@@ -19,7 +19,7 @@ from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
 from engine.schedule import learning_rate
 from engine.stepper import Stepper
-from image_data import sources as datasets
+from image_data import synthetic
 from models import load
 from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
@@ -170,7 +170,7 @@ TWO_EPOCHS = ["--epochs", "2", "--augment", "standard"]
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+        patch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
         assert train_ge(folder, *TWO_EPOCHS) == 0
     return folder
 
@@ -203,7 +203,7 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
 
 
 def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "DEMO_IMAGES", TINY_DEMO)
+    monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
     assert train_ge(tmp_path / "last", *TWO_EPOCHS, "--ema-decay", "0") == 0
     assert same_tensors(weights(tmp_path / "last"), weights(undisturbed))
     network = torch.nn.BatchNorm1d(2)
@@ -286,7 +286,7 @@ NEW_IMTA = ["--save", "new/IMTA", "--pretrained", "GE"]
         (train_GE, ["--save", "file/GE", *TINY_FLAGS], "cannot read or write file"),
         (train_GE, ["--save", "new/GE", "--pretrained", "resnet"], "there are: "),
         (train_GE, ["--pretrained", "resnet"], "--pretrained needs --save"),
-        (train_GE, [*NEW_GE, "--val-size", "1000000"], "--val-size 1000000"),
+        (train_GE, [*NEW_GE, "--val-size", "1000000"], "1000000 images are to be held out"),
         (train_GE, [*NEW_GE, "--data", "folder", "--data-root", "nowhere"], "nowhere"),
         (train_GE, [*NEW_GE, "--gpu", "99"], "this machine has"),
         (train_IMTA, ["--save", "GE", "--resume"], "train_GE.py"),

@@ -1,0 +1,268 @@
+"""Batches of normalised float tensors on the training device.
+
+    batches = FileBatches(part, 224, settings, normalize)
+    for images, targets in batches.epoch(0): ...   # training: (N, 3, H, W), (N,)
+    for images, targets in batches: ...            # evaluation
+
+Small images live on the device as bytes, and a whole batch is cropped and flipped there at once; large ones are decoded by threads. Order
+and augmentation are functions of (seed, epoch, step) alone, so a run can be resumed at any step, with any number of threads.
+"""
+
+import copy
+import hashlib
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from image_data.parts import Part
+from image_data.reading import read_image
+from image_data.threads import map_batches
+from image_data.transforms import (
+    CROP_PADDING,
+    DrawsFrom,
+    TrainingTransform,
+    augmentation_policy,
+    crop_and_flip,
+    evaluation_transform,
+)
+from utils import UserError, complain
+
+Batch = tuple[Tensor, Tensor]
+WAYS_ON = "repair or remove it, or leave it out with --skip-unreadable"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``rank`` of ``world_size`` processes that share every batch."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Normalizer:
+    """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation (of values 0 to 1)."""
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool = False
+    ):
+        self.scale = (1 / (255 * torch.tensor(std))).reshape(1, 3, 1, 1).to(device)
+        self.shift = (-torch.tensor(mean) / torch.tensor(std)).reshape(1, 3, 1, 1).to(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise a batch."""
+        images = images.to(torch.float32, memory_format=self.memory_format)
+        return torch.addcmul(self.shift, images, self.scale)
+
+
+class Batches:
+    """Batches of one part of a data set.
+
+    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's images once, in order.
+    ``picture(row)`` is an image as the network sees it in evaluation, before normalisation: bytes (3, H, W).
+
+    Args:
+        part: the images.
+        settings: batch_size, of all processes together; seed; augment; workers and skip_unreadable, for files.
+        augment: whether ``epoch`` augments.
+        normalize: its device is that of the batches.
+        shard: what this process gets of every batch.
+    """
+
+    def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
+        self.batch_size, self.shard = settings.batch_size, shard
+        if self.batch_size % self.shard.world_size:
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; use a multiple"
+            )
+        self.num_images, self.seed = len(part), settings.seed
+        self.augment = settings.augment if augment else "none"
+        self.normalize, self.device = normalize, normalize.scale.device
+        # Images that an evaluation of this process found unreadable, and the indices of those whose results all processes collected.
+        self.unreadable: set[int] = set()
+        self.chosen: Tensor | None = None  # indices to evaluate, None for all
+        self.collected: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of steps per epoch."""
+        return self.num_images // self.batch_size
+
+    def own(self) -> Tensor:
+        """Return the indices of the images that this process evaluates, without those that were found unreadable."""
+        own = self.chosen
+        if own is None:
+            own = torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
+        return own[~torch.isin(own, torch.tensor(sorted(self.unreadable), dtype=torch.int64))]
+
+    def spread(self, count: int) -> "Batches":
+        """Return batches of about ``count`` of this process's images, evenly spread over the classes, which follow one another."""
+        own, part = self.own(), copy.copy(self)
+        part.chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
+        return part
+
+    def picture(self, row: int) -> Tensor:
+        """Return the image behind a row of the collected results, bytes (3, H, W)."""
+        return self._picture(row if self.collected is None else int(self.collected[row]))
+
+    def _picture(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        # One 64-bit seed from two numbers, far apart for neighbouring ones.
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def _steps(self, order: Tensor, first_step: int) -> Iterator[Tensor]:
+        """Yield this process's share of ``order`` for every step."""
+        share = self.batch_size // self.shard.world_size
+        for step in range(first_step, len(self)):
+            start = step * self.batch_size + self.shard.rank * share
+            yield order[start : start + share]
+
+
+class InMemoryBatches(Batches):
+    """Batches of small images, (N, 3, H, W) bytes that live on the device; arguments as for ``Batches``."""
+
+    def __init__(self, part: Part, *how: Any):
+        super().__init__(part, *how)
+        self.images, self.targets = part.images.to(self.device), part.targets.to(self.device)
+        self.policy = augmentation_policy(self.augment)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from ``first_step`` on."""
+        generator = self._generator(epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        # All random numbers of the epoch are drawn and sent at once: no step waits for a transfer.
+        offsets = torch.randint(2 * CROP_PADDING + 1, (self.num_images, 2), generator=generator).to(
+            self.device
+        )
+        flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
+        seeds = _image_seeds(self.num_images, generator)
+        numbers = self._steps(order, first_step)  # on the host, for the seeds
+        for chosen, own in zip(self._steps(order.to(self.device), first_step), numbers, strict=True):
+            images = self.images[chosen]
+            if self.augment != "none":
+                images = crop_and_flip(images, offsets[chosen], flips[chosen])
+            if self.policy is not None:
+                # One by one, as torchvision draws one operation for everything it is given.
+                pairs = zip(images, seeds[own].tolist(), strict=True)
+                images = torch.stack([_seeded(self.policy, image, seed) for image, seed in pairs])
+            yield self.normalize(images), self.targets[chosen]
+
+    def _picture(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the images of this process once."""
+        for chosen in self.own().to(self.device).split(self.batch_size):
+            yield self.normalize(self.images[chosen]), self.targets[chosen]
+
+
+class FileBatches(Batches):
+    """Batches of image files that threads decode, augment and resize; arguments as for ``Batches``."""
+
+    def __init__(self, part: Part, image_size: int, settings: Namespace, *how: Any):
+        super().__init__(part, settings, *how)
+        self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
+        self.files, self.targets = [os.fspath(file) for file in part.files], part.targets.tolist()
+        self.plain = evaluation_transform(image_size)
+        self.augmented = self.plain if self.augment == "none" else TrainingTransform(image_size, self.augment)
+        self._named: set[int] = set()
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from ``first_step`` on.
+
+        With ``skip_unreadable`` the next readable image of the epoch's order takes the place of an unreadable one.
+        """
+        generator = self._generator(epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        seeds = _image_seeds(self.num_images, generator)
+
+        def read(place: int) -> tuple[Tensor, int]:
+            seed = int(seeds[order[place]])
+            for next_place in chain(range(place, self.num_images), range(place)):
+                index = int(order[next_place])
+                image = self._read(index, lambda image: _seeded(self.augmented, image, seed))
+                if image is not None:
+                    return image, self.targets[index]
+            raise UserError("none of the training images can be read")
+
+        places = self._steps(torch.arange(self.num_images), first_step)
+        return self._load(read, places)
+
+    def _picture(self, index: int) -> Tensor:
+        return read_image(self.files[index], self.plain)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the images of this process once; with ``skip_unreadable`` without those that cannot be read."""
+
+        def read(index: int) -> tuple[Tensor, int] | None:
+            image = self._read(index, self.plain)
+            if image is None:
+                self.unreadable.add(index)
+                return None
+            return image, self.targets[index]
+
+        return self._load(read, self.own().split(self.batch_size))
+
+    def check(self) -> list[str]:
+        """Read all images of this process, and return a line about each that is unreadable."""
+
+        def problem(index: int) -> str | None:
+            try:
+                read_image(self.files[index], _load_reduced)
+            except UserError as error:
+                return str(error)
+            return None
+
+        parts = map_batches(problem, (part.tolist() for part in self.own().split(64)), self.workers)
+        return [line for part in parts for line in part if line is not None]
+
+    def _read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | None:
+        """Return an image, or None for an unreadable one that may be skipped; it is named once."""
+        try:
+            return read_image(self.files[index], transform)
+        except UserError as error:
+            if not self.skip_unreadable:
+                raise UserError(f"{error}; {WAYS_ON}; a run is continued with --resume") from None
+            if index not in self._named:
+                self._named.add(index)
+                with tqdm.external_write_mode():
+                    complain(f"skipped: {error}")
+            return None
+
+    def _load(self, read: Callable[[int], Any], steps: Iterator[Tensor]) -> Iterator[Batch]:
+        for results in map_batches(read, (part.tolist() for part in steps), self.workers):
+            pairs = [pair for pair in results if pair is not None]
+            if not pairs:
+                continue
+            # Stacked as they lie in memory, pixel by pixel.
+            images = torch.stack([image.permute(1, 2, 0) for image, _ in pairs]).permute(0, 3, 1, 2)
+            targets = torch.tensor([target for _, target in pairs])
+            if self.device.type == "cuda":
+                images, targets = images.pin_memory(), targets.pin_memory()
+            images, targets = (x.to(self.device, non_blocking=True) for x in (images, targets))
+            yield self.normalize(images), targets
+
+
+def _image_seeds(num_images: int, generator: torch.Generator) -> Tensor:
+    """Draw a seed for every image, so that its augmentation does not depend on who makes it, or when."""
+    return torch.randint(2**62, (num_images,), generator=generator)
+
+
+def _seeded(transform: Callable[[Any], Tensor], image: Any, seed: int) -> Tensor:
+    with DrawsFrom(torch.Generator().manual_seed(seed)):
+        return transform(image)
+
+
+def _load_reduced(image: Image.Image) -> None:
+    image.draft(None, (1, 1))  # all of a JPEG is read, but only an eighth of its pixels per side is made
+    image.load()

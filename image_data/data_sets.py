@@ -1,0 +1,238 @@
+"""Every data set as training and test images: the demo, CIFAR's archives, and folders of images.
+
+    data_set = find_data_set(settings, image_size=224)
+    data_set.train.files, data_set.test.targets, data_set.class_names
+
+Folders are ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``); with ``--test-size`` only ``train/CLASS/``, or ``CLASS/`` alone.
+"""
+
+import hashlib
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from image_data import synthetic
+from image_data.archives import read_cifar
+from image_data.folders import Survey, a_file_ending, listed, text_of
+from image_data.parts import DataSet, Part, name_digests
+from image_data.split import choose_test
+from models.saved import DataInfo
+from utils import UserError, is_folder
+
+Classes = dict[str, list[Path]]
+
+
+class Folders(NamedTuple):
+    """Folders of images that belong together."""
+
+    train: Classes
+    train_folder: Path
+    test: Classes
+    test_folder: Path
+    notes: list[str]
+
+
+def find_data_set(
+    settings: Namespace,
+    image_size: int,
+    stored: DataInfo | None = None,
+    digests: Tensor | None = None,
+    only_test: bool = False,
+) -> DataSet:
+    """Find the data set that ``settings`` name.
+
+    Args:
+        settings: data, data_root, test_size, split_seed.
+        image_size: of the demo's images, and to check that of CIFAR's.
+        stored: what a checkpoint remembers; its classes keep their order.
+        digests: of the names of the checkpoint's training images; where test images are split off, they are all others.
+        only_test: leave folders of training images alone.
+
+    Raises:
+        UserError: missing, empty or closed folders, or classes that differ between training and test images.
+    """
+    if settings.data == "demo":
+        train, test = (
+            Part(targets, images)
+            for images, targets in (synthetic.demo(part, image_size) for part in ("train", "test"))
+        )
+        return DataSet("demo", train, test, list(synthetic.CLASS_NAMES), [_pixel_digest(train)], [])
+    has_folders = any(
+        is_folder(settings.data_root / name) for name in (("test", "val") if only_test else ("train",))
+    )
+    if settings.data in ("cifar10", "cifar100") and not has_folders:
+        if image_size != 32:
+            raise UserError(f"--image-size {image_size} is not that of {settings.data}, 32")
+        train, test, class_names = read_cifar(settings.data, settings.data_root)
+        return DataSet(settings.data, train, test, class_names, [_pixel_digest(train)], [])
+    return _from_folders(settings, stored, digests, only_test)
+
+
+def _pixel_digest(part: Part) -> str:
+    return hashlib.sha256(part.images.numpy()).hexdigest()
+
+
+def _from_folders(
+    settings: Namespace, stored: DataInfo | None, digests: Tensor | None, only_test: bool
+) -> DataSet:
+    if settings.test_size is None:
+        found = _find_folders(settings, stored, only_test)
+    else:
+        found = _split_folders(settings, digests)
+    class_names = _in_order(found.test, stored)
+    if stored is None:
+        _refuse_single_class(found, class_names)
+    names = [
+        text_of(path.relative_to(found.train_folder))
+        for name in class_names
+        for path in found.train.get(name, [])
+    ]
+    parts = (_file_part(classes, class_names) for classes in (found.train, found.test))
+    # Whoever uses WordNet's names has them in the same order.
+    is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
+    return DataSet(settings.data, *parts, class_names, names, found.notes, sorted_by_name=not is_wordnet)
+
+
+def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool) -> Folders:
+    """Find ``train/`` and ``test/`` or ``val/``."""
+    root, survey = settings.data_root, Survey()
+    if is_folder(root) and not os.access(root, os.X_OK):
+        raise UserError(f"--data-root {root} may not be entered")
+    train = {} if only_test else survey.classes(root / "train")
+    folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]
+    found = {folder: survey.classes(folder) for folder in folders}
+    _refuse_closed(survey)
+    known = set(train) or set(stored.class_names if stored else ())
+    # A test folder may be empty or without labels; the other one then serves.
+    labelled = [folder for folder in folders if _has_images(found[folder], known)]
+    fitting = labelled or [folder for folder in folders if found[folder]]
+    if not fitting or not (train or only_test):
+        raise UserError(_what_is_missing(root, bool(train), [folder.name for folder in fitting]))
+    test_folder = fitting[0]
+    notes = survey.complaints()
+    if is_folder(folders[0]) and folders[0] != test_folder:
+        notes.append(
+            f"the test images are those of {test_folder}, as {folders[0]} has none in folders of the classes"
+        )
+    result = Folders(train, root / "train", found[test_folder], test_folder, notes)
+    if not only_test:
+        _refuse_different_classes(result)
+    for folder, classes in ((result.train_folder, train), (test_folder, result.test)):
+        _refuse_empty_classes(folder, classes)
+    return result
+
+
+def _split_folders(settings: Namespace, digests: Tensor | None) -> Folders:
+    """Split test images off those of ``train/CLASS/``, or ``CLASS/``."""
+    root, survey = settings.data_root, Survey()
+    for folder in (root / "test", root / "val"):
+        if is_folder(root / "train") and _has_images(survey.classes(folder), set()):
+            raise UserError(f"{folder} holds test images: --test-size is for data without them")
+    folder = root / "train" if is_folder(root / "train") else root
+    survey = Survey()
+    classes = dict(sorted(survey.classes(folder).items()))
+    _refuse_closed(survey)
+    if not classes:
+        raise UserError(_what_is_missing(root, False, []))
+    _refuse_empty_classes(folder, classes)
+    files = _file_part(classes, list(classes))
+    if digests is not None and len(digests):
+        names = [text_of(path.relative_to(folder)) for path in files.files]
+        is_test = ~torch.isin(name_digests(names), digests)
+    else:
+        is_test = choose_test(files.targets, settings.test_size, settings.split_seed)
+    parts: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
+    labels = [name for name, of_class in classes.items() for _ in of_class]
+    for name, path, chosen in zip(labels, files.files, is_test.tolist(), strict=True):
+        parts[chosen][name].append(path)
+    note = (
+        f"{int(is_test.sum()):,} of the {len(files):,} images of {folder} are the test images (--test-size)"
+    )
+    return Folders(parts[0], folder, parts[1], folder, [*survey.complaints(), note])
+
+
+def _file_part(classes: Classes, class_names: list[str]) -> Part:
+    files = [path for name in class_names for path in classes.get(name, [])]
+    labels = [label for label, name in enumerate(class_names) for _ in classes.get(name, [])]
+    return Part(torch.tensor(labels, dtype=torch.int64), files=files)
+
+
+def _in_order(classes: Classes, stored: DataInfo | None) -> list[str]:
+    """Return the class names in the order of a checkpoint; without one, sorted, numbers as such."""
+    if stored and sorted(stored.class_names) == sorted(classes):
+        return stored.class_names
+    are_numbers = all(name.isascii() and name.isdecimal() for name in classes)
+    return sorted(classes, key=lambda name: (int(name) if are_numbers else 0, name))
+
+
+def _has_images(classes: Classes, known: set[str]) -> bool:
+    """Return True if one of the ``known`` classes has an image; of any class if none is known."""
+    return any(files for name, files in classes.items() if not known or name in known)
+
+
+def _refuse_closed(survey: Survey) -> None:
+    if survey.closed:
+        raise UserError(survey.complaints()[0])
+
+
+def _refuse_empty_classes(folder: Path, classes: Classes) -> None:
+    if empty := [name for name, files in classes.items() if not files]:
+        raise UserError(f"{folder / empty[0]} holds no image ({a_file_ending()})")
+
+
+def _refuse_different_classes(found: Folders) -> None:
+    missing = {
+        found.train_folder: [name for name in found.test if name not in found.train],
+        found.test_folder: [name for name in found.train if name not in found.test],
+    }
+    if any(missing.values()):
+        lacks = (f"{folder} lacks {listed(sorted(names))}" for folder, names in missing.items() if names)
+        raise UserError(
+            f"{found.train_folder} and {found.test_folder} must have the same classes: {'; '.join(lacks)}"
+        )
+
+
+def _refuse_single_class(found: Folders, class_names: list[str]) -> None:
+    if len(class_names) > 1:
+        return
+    folder, name = found.train_folder if found.train else found.test_folder, class_names[0]
+    count = len(found.train.get(name, [])) or len(found.test[name])
+    inner = sorted(map(text_of, Survey().inner_folders(folder / name)))
+    hint = (
+        f" in the folders {listed(inner)}; if these are the classes, move them up into {folder}"
+        if inner
+        else ""
+    )
+    raise UserError(
+        f"at least two classes are needed; {folder} holds one, {name}, with {count:,} images{hint}"
+    )
+
+
+def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
+    """Say in one line which folders are there and which are not."""
+    if not is_folder(root):
+        return f"there is no folder {root} (--data-root)"
+    split_off = "--test-size 20% splits test images off"
+    if has_train:
+        return (
+            f"{root} has train/ but no test images: put a fifth or so of every class into {root}/test/CLASS/ (or val/CLASS/), "
+            f"or {split_off}"
+        )
+    survey = Survey()
+    if tests:
+        return f"{root} has {tests[0]}/ but no training images in folders train/CLASS/"
+    classes = {name: files for name, files in survey.classes(root).items() if files}
+    if is_folder(root / "train"):
+        return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
+    if classes:
+        return f"{root} has no train/ and no test/, but images in the folders {listed(sorted(classes))}: if these are the classes, {split_off}"
+    images = survey.images([root])
+    found = f"{len(images):,} images, but no folder of a class" if images else "no image"
+    return (
+        f"{root} holds {found}: images belong into train/CLASS/ and test/CLASS/ (or val/CLASS/); "
+        "an archive needs --data or --preset, which say what it is"
+    )

@@ -1,0 +1,74 @@
+"""What a data set consists of before it becomes batches."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a data set: small images as bytes (N, 3, H, W), or files; and their targets (N,)."""
+
+    targets: Tensor
+    images: Tensor | None = None
+    files: list[Path] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: Tensor) -> "Part":
+        """Return the images with these indices, which are sorted."""
+        if len(indices) == len(self):  # all of them: no copy
+            return self
+        return Part(
+            self.targets[indices],
+            None if self.images is None else self.images[indices],
+            None if self.files is None else [self.files[i] for i in indices.tolist()],
+        )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set before images are held out.
+
+    Args:
+        names: of the training images, or one digest of all their pixels.
+        notes: lines for the user.
+        sorted_by_name: classes are numbered by the order of their folders' names, which another program may not share.
+    """
+
+    name: str
+    train: Part
+    test: Part
+    class_names: list[str]
+    names: list[str]
+    notes: list[str]
+    sorted_by_name: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the names of classes and training images."""
+        text = "\n".join([self.name, *self.class_names, *self.names])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def digests(self) -> Tensor:
+        """64 bits of the name of every training image, int64 (N,); empty for an archive."""
+        return name_digests(self.names if len(self.names) == len(self.train) else [])
+
+
+def name_digests(names: list[str]) -> Tensor:
+    """Return 64 bits of every name, int64 (N,): enough to find the images of a checkpoint again."""
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return torch.tensor(
+        [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
+    )

@@ -1,0 +1,104 @@
+"""Image files in RGB: upright, on a white background, with their contrast, and never a decompression bomb.
+
+image = read_image("photo.jpg")                                # a PIL image
+pixels = read_image("photo.jpg", evaluation_transform(224))    # bytes (3, 224, 224)
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from utils import UserError
+
+# The content decides, whatever the suffix says. For other formats PIL may start programs.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+MAX_SIDES_RATIO = 200  # longer by shorter side; resizing the shorter side would make the longer one enormous
+MAX_PIXELS = 89_478_485  # of an image that is decoded in full; PIL's own limit
+MAX_JPEG_PIXELS = 16384 * 12288  # the largest phone cameras; above MAX_PIXELS they are decoded reduced
+REDUCED_SIDE = 1024  # pixels that a reduced JPEG keeps at least
+BACKGROUND = (255, 255, 255)  # behind transparent pixels
+
+
+def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
+    """Open an image file and return what ``transform`` makes of it.
+
+    Args:
+        path: a file in one of ``FORMATS``.
+        transform: gets the opened image, which is not decoded yet; None: ``rgb``.
+
+    Raises:
+        UserError: the file cannot be read, or is so large that it looks like a decompression bomb.
+    """
+    path = Path(path)
+    _ignore_pillow_warnings()
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise OSError("there is no such file")
+        Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(image)
+            return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
+    except Exception as error:  # what a decoder raises on damaged bytes depends on the format
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read the image {path}: {reason}") from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, upright as its EXIF data say and with ``BACKGROUND`` behind transparent pixels.
+
+    JPEGs of more than ``MAX_PIXELS`` are reduced while they are decoded.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
+    image.load()
+    with suppress(Exception):  # damaged EXIF data are no reason to lose the image
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    opaque = Image.new("RGB", image.size, BACKGROUND)
+    opaque.paste(image, mask=image.getchannel("A"))
+    return opaque
+
+
+def file_size(path: str | Path) -> tuple[int, int] | None:
+    """Return width and height of an image file from its header, or None if it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # depends on the format
+        return None
+
+
+def _check_size(image: Image.Image) -> None:
+    if max(image.size) > MAX_SIDES_RATIO * min(image.size):
+        raise ValueError(f"its sides of {image.width} and {image.height} pixels differ too much")
+    if image.width * image.height > (MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS):
+        raise ValueError(f"its {image.width} x {image.height} pixels could be a decompression bomb")
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Scale gray values of 16 or 32 bits, or floats, from the darkest to the brightest of the image to bytes.
+
+    PIL would cut them off at 255.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    is_number = np.isfinite(values)
+    low, high = (values[is_number].min(), values[is_number].max()) if is_number.any() else (0.0, 0.0)
+    scaled = (np.where(is_number, values, low) / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
+    gray = Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    gray.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return gray
+
+
+@cache
+def _ignore_pillow_warnings() -> None:
+    """Ignore warnings about odd but readable files, once: ``catch_warnings`` does not work in threads."""
+    warnings.filterwarnings("ignore", module="PIL")

@@ -1,0 +1,143 @@
+"""Which images are trained on, which are held out to choose epochs and thresholds, and which are test images."""
+
+import torch
+from torch import Tensor
+
+from image_data.folders import listed
+from image_data.parts import DataSet, name_digests
+from models.saved import DataInfo
+from utils import UserError
+
+HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
+MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
+
+
+def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> Tensor:
+    """Choose training images to hold out.
+
+    They are drawn from all images alike. Where that would take all images of a class, one of them stays, and an image of another class
+    is held out in its place.
+
+    Args:
+        targets: (N,), of all training images.
+        val_size: how many to hold out; None: ``HELD_OUT_SHARE``.
+        split_seed: of the draw.
+
+    Returns:
+        Sorted indices.
+
+    Raises:
+        UserError: fewer than one image would be left to train on.
+    """
+    count = len(targets)
+    size = max(1, count * HELD_OUT_SHARE // 100) if val_size is None else val_size
+    if size >= count > 0:
+        raise UserError(
+            f"{size} images are to be held out, but there are only {count} training images; give a smaller --val-size"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    is_held_out = torch.zeros(count, dtype=torch.bool)
+    is_held_out[order[:size]] = True
+    _leave_one_of_each_class(targets, order, is_held_out)
+    return is_held_out.nonzero().flatten()
+
+
+def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor) -> None:
+    """Exchange images, so that no class loses all its training images while another has some to spare."""
+    left = torch.bincount(targets[~is_held_out], minlength=int(targets.max()) + 1 if len(targets) else 0)
+    emptied = order[is_held_out[order] & (left[targets[order]] == 0)].tolist()
+    if not emptied:
+        return
+    spare = iter(order[~is_held_out[order] & (left[targets[order]] > 1)].tolist())
+    for index in emptied:
+        if left[targets[index]] > 0:  # another one of its class has come back
+            continue
+        substitute = next((i for i in spare if left[targets[i]] > 1), None)
+        if substitute is None:
+            return
+        is_held_out[index], is_held_out[substitute] = False, True
+        left[targets[index]] += 1
+        left[targets[substitute]] -= 1
+
+
+def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
+    """Choose test images, as equal a share of every class as whole numbers allow.
+
+    Args:
+        targets: (N,), of all images.
+        test_size: a share below 1, or a number of images.
+        split_seed: of the draw.
+
+    Returns:
+        Which images are test images, bool (N,). Every class with at least two images keeps one and gives one.
+
+    Raises:
+        UserError: there are not so many images.
+    """
+    count = len(targets)
+    size = round(count * test_size) if test_size < 1 else int(test_size)
+    if size >= count:
+        raise UserError(f"--test-size {size} takes all of the {count} images; it must be smaller")
+    per_class = torch.bincount(targets)
+    wanted = per_class * size / count
+    chosen = wanted.floor().long()
+    most_missing = (wanted - chosen).argsort(descending=True, stable=True)
+    chosen[most_missing[: size - int(chosen.sum())]] += 1
+    chosen = torch.minimum(chosen.clamp(min=1), (per_class - 1).clamp(min=0))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    is_test = torch.zeros(count, dtype=torch.bool)
+    for label, number in enumerate(chosen.tolist()):
+        is_test[order[targets[order] == label][:number]] = True
+    return is_test
+
+
+def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
+    """Find the training images that a checkpoint knows.
+
+    Images may have gone or come since: the split of the others stays, and unknown ones belong to no part of it.
+
+    Args:
+        data_set: as found now.
+        stored: what the checkpoint remembers; None: there is no checkpoint, and the images are numbered as they are.
+        digests: the ``name_digests`` of the checkpoint's training images; without them, all must be there.
+
+    Returns:
+        The number of every training image among those of the checkpoint, -1 for an unknown one.
+
+    Raises:
+        UserError: the classes are others, or so are too many of the images.
+    """
+    count = len(data_set.train)
+    if stored is not None:
+        _refuse_other_classes(stored, data_set.class_names)
+    if stored is None or count == 0 or not stored.knows_training_images:
+        return torch.arange(count)
+    if (count, data_set.fingerprint) == (stored.num_training_images, stored.fingerprint):
+        return torch.arange(count)
+    if digests is not None and len(digests) == stored.num_training_images and len(data_set.names) == count:
+        known = {digest: i for i, digest in enumerate(digests.tolist())}
+        numbers = torch.tensor([known.get(digest, -1) for digest in name_digests(data_set.names).tolist()])
+        new = int((numbers < 0).sum())
+        gone = stored.num_training_images - (count - new)
+        if 100 * gone <= MAX_GONE * stored.num_training_images:
+            data_set.notes.append(
+                f"of the checkpoint's training images {gone:,} have gone; {new:,} new ones are left out"
+            )
+            return numbers
+    raise UserError(
+        f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of {stored.name}, "
+        f"these are {count}, or others; its held-out split would mix with training images"
+    )
+
+
+def _refuse_other_classes(info: DataInfo, found: list[str]) -> None:
+    stored = info.class_names
+    # A released network does not know the names of its classes.
+    if stored == found or (not info.knows_training_images and len(stored) == len(found)):
+        return
+    here, there = ([name for name in a if name not in set(b)] for a, b in ((found, stored), (stored, found)))
+    raise UserError(
+        f"the checkpoint has {len(stored)} classes ({listed(stored)}), the data have {len(found)} ({listed(found)})"
+        + (f"; only the checkpoint has {listed(there)}" if there else "")
+        + (f"; only the data have {listed(here)}" if here else "")
+    )

@@ -1,0 +1,101 @@
+"""From an image to the bytes that a network sees: fixed for evaluation, random for training.
+
+pixels = read_image(path, evaluation_transform(224))                    # bytes (3, 224, 224)
+with DrawsFrom(torch.Generator().manual_seed(1)):
+    pixels = read_image(path, TrainingTransform(224, "trivial"))        # a function of the seed alone
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from image_data.reading import rgb
+
+LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
+LARGE_CROP_SHARE = 0.875  # of the shorter side of larger images, that evaluation sees
+CROP_PADDING = 4  # pixels around small images, from which training crops
+# Random resized crops: share of the image, and width by height.
+CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+class DrawsFrom(TorchFunctionMode):
+    """Within the block, in this thread alone, torchvision draws from ``generator`` instead of torch's global one.
+
+    Threads share the global generator; numbers drawn from it would depend on which thread is first.
+    """
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Add ``generator`` to the calls that draw."""
+        kwargs = kwargs or {}
+        if function in (torch.rand, torch.randint, torch.Tensor.uniform_):
+            kwargs = {"generator": self.generator, **kwargs}
+        return function(*args, **kwargs)
+
+
+def evaluation_transform(image_size: int) -> v2.Transform:
+    """Return a transform: opened image -> bytes (3, image_size, image_size), the centre of the resized image."""
+    crop_share = 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
+    resize = v2.Resize(round(image_size / crop_share), antialias=True)
+    return v2.Compose([rgb, resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+
+
+class TrainingTransform:
+    """Opened image -> bytes (3, image_size, image_size): random resized crop, flip, and the policy ``augment``.
+
+    Only what the crop needs is decoded, and PyTorch resizes bytes faster than PIL does.
+    """
+
+    def __init__(self, image_size: int, augment: str = "standard"):
+        self.image_size, self.policy = image_size, augmentation_policy(augment)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return a random crop."""
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then still has enough pixels; other formats in full.
+        full_width = image.width
+        enough = tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size)
+        image.draft(None, enough)
+        reduction = round(full_width / image.width)
+        top, left, height, width = (n // reduction for n in (top, left, height, width))
+        # Turned upright after the crop, whose shape is as likely either way.
+        crop = rgb(image.crop((left, top, left + width, top + height)))
+        if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            # Without these instructions PIL is twice as fast.
+            crop = crop.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+        crop = v2.functional.resize(crop, [self.image_size] * 2, antialias=True)
+        if torch.rand(()) < 0.5:
+            crop = crop.flip(-1)
+        return crop if self.policy is None else self.policy(crop)
+
+
+def augmentation_policy(augment: str) -> v2.Transform | None:
+    """Return the transform that ``--augment`` adds to crops and flips, None for ``standard`` and ``none``."""
+    policies = {"trivial": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
+    return policies[augment]() if augment in policies else None
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Pad with ``CROP_PADDING`` black pixels, cut windows of the old size, and mirror some.
+
+    Args:
+        images: (N, C, H, W).
+        offsets: row and column of each window in the padded image, (N, 2), from 0 to 2 * CROP_PADDING.
+        flips: which images to mirror left to right, (N,) bool.
+    """
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, rows, columns, H, W)
+    cropped = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    return torch.where(flips[:, None, None, None], cropped.flip(-1), cropped)
