@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import find
 from .imta import IMTA
 from .msdnet import MSDNet
+from .network import ExitNetwork
+from .zoo import NeedsNetworkError, rebuild_backbone
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels
@@ -118,8 +120,12 @@ class Split(NamedTuple):
         return cls(*(torch.empty(0, dtype=torch.int64) for _ in cls._fields))
 
 
-def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
+def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> ExitNetwork:
     """Load the network of a file, of a run's directory or of a name in ``weights/``.
+
+    Args:
+        path_or_name: The file, directory or name.
+        network: The network without exits, for the file of a ``Backbone`` on a network of one's own; it becomes part of the result.
 
     Returns:
         The network in float32, on the CPU, in evaluation mode, with its ``description``.
@@ -128,7 +134,7 @@ def load(path_or_name: str | os.PathLike) -> MSDNet | IMTA:
         OSError: There is no such file, or no such name.
         ValueError: As ``read_network``.
     """
-    return read_network(find(path_or_name))[0]
+    return read_network(find(path_or_name), network)[0]
 
 
 def convert_command(path: str | os.PathLike) -> str:
@@ -137,7 +143,7 @@ def convert_command(path: str | os.PathLike) -> str:
 
 
 def save_network(
-    path: Path, network: MSDNet | IMTA, description: Description, split: Split, half: bool = False
+    path: Path, network: ExitNetwork, description: Description, split: Split, half: bool = False
 ) -> None:
     """Write a file atomically.
 
@@ -173,8 +179,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: Descripti
         stream.write(safetensors.torch.save(tensors, header))
 
 
-def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, Split]:
+def read_network(
+    path: str | os.PathLike, network: nn.Module | None = None
+) -> tuple[ExitNetwork, Description, Split]:
     """Read network (float32, on the CPU, in evaluation mode), description and split of a file.
+
+    Args:
+        path: The file.
+        network: As in ``load``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -190,7 +202,9 @@ def read_network(path: str | os.PathLike) -> tuple[MSDNet | IMTA, Description, S
             f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}{way}"
         )
     try:
-        return from_tensors(tensors, Description.from_dict(json.loads(header["description"])))
+        return from_tensors(tensors, Description.from_dict(json.loads(header["description"])), network)
+    except NeedsNetworkError as error:
+        raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
 
@@ -222,14 +236,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def from_tensors(
-    tensors: dict[str, Tensor], description: Description
-) -> tuple[MSDNet | IMTA, Description, Split]:
+    tensors: dict[str, Tensor], description: Description, network: nn.Module | None = None
+) -> tuple[ExitNetwork, Description, Split]:
     """Build the network that ``description`` describes from the tensors of its file.
 
     Raises:
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
-    network = build_network(description.network)
+    network = build_network(description.network, network)
     split = Split(*(tensors.pop(name) for name in Split._fields))
     load_weights(network, tensors)
     _check(description, network, split)
@@ -237,33 +251,45 @@ def from_tensors(
     return network.eval(), description, split
 
 
-def network_options(network: MSDNet | IMTA) -> dict[str, Any]:
-    """Plain description from which ``build_network`` makes the same network."""
-    return {"type": type(network).__name__, **network.config}
+def network_options(network: ExitNetwork) -> dict[str, Any]:
+    """Return the plain description from which ``build_network`` makes the same network."""
+    return {"type": network.kind, **network.config}
 
 
-def build_network(options: dict[str, Any]) -> MSDNet | IMTA:
-    """The network that ``network_options`` described, on the meta device: shapes without memory, for ``load_weights``.
+def build_network(options: dict[str, Any], network: nn.Module | None = None) -> ExitNetwork:
+    """Build the network that ``network_options`` described, for ``load_weights``.
+
+    An MSDNet is built on the meta device: shapes without memory. A ``Backbone`` is built on the CPU by one of the constructors that
+    its library registers, or on ``network``: a file runs no code of its own.
 
     Raises:
-        ValueError: they describe none.
+        ValueError: they describe none, or none without ``network``.
     """
     kind, options = options.get("type"), {name: value for name, value in options.items() if name != "type"}
     try:
+        if kind == "IMTA":
+            inner = options.pop("backbone")
+            backbone = build_network(
+                {"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network
+            )
+            with torch.device(next(backbone.parameters()).device):
+                return IMTA(backbone, **options)
+        if kind == "Backbone":
+            return rebuild_backbone(options, network)
+        if kind != "MSDNet":
+            raise ValueError(f"its type is {kind!a:.60}")
         with torch.device("meta"):
-            if kind == "IMTA":
-                return IMTA(MSDNet(**options.pop("backbone")), **options)
-            if kind != "MSDNet":
-                raise ValueError(f"its type is {kind!a:.60}")
             return MSDNet(**options)
+    except NeedsNetworkError:
+        raise
     # What PyTorch raises on absurd numbers depends on how absurd they are.
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         ) from None
 
 
-def load_weights(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> None:
+def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:
     """Strict ``load_state_dict``; a network on the meta device gets the tensors themselves, in its own types.
 
     Raises:
@@ -287,7 +313,7 @@ def _crc32(content: bytes, description: str) -> str:
     return f"{zlib.crc32(memoryview(content)[_header_end(content) :], zlib.crc32(description.encode())):08x}"
 
 
-def _check(description: Description, network: MSDNet | IMTA, split: Split) -> None:
+def _check(description: Description, network: ExitNetwork, split: Split) -> None:
     data = description.data
     lengths = {
         "class_names": (data.class_names, network.num_classes),

@@ -11,13 +11,13 @@ plain function ``(root, x) -> y`` that runs the modules of ``root.network``: the
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -134,7 +134,11 @@ class _Tracer(fx.Tracer):
 
     def __init__(self):
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=functions)
+        operations = sys.modules.get("torchvision.ops")
+        super().__init__(
+            autowrap_modules=(math,) if operations is None else (math, operations),
+            autowrap_functions=functions,
+        )
         self._leaf_types = modules
         self._open: list[str] = []
 
@@ -177,11 +181,10 @@ class _Tracer(fx.Tracer):
 
 
 def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
-    try:
-        from timm.models import get_notrace_functions, get_notrace_modules
-    except ImportError:
+    timm_models = sys.modules.get("timm.models")  # not loaded: the network has no part of timm
+    if timm_models is None:
         return frozenset(), ()
-    return frozenset(get_notrace_modules()), tuple(get_notrace_functions())
+    return frozenset(timm_models.get_notrace_modules()), tuple(timm_models.get_notrace_functions())
 
 
 @contextmanager

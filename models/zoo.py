@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from .backbone import Backbone
@@ -25,6 +24,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Under these names programs keep the state dict, and before the names of its tensors wrappers put these.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state", "state_dict_ema", "model_ema")
 _WRAPPERS = ("module.", "_orig_mod.")
+
+
+class NeedsNetworkError(ValueError):
+    """A file describes exits on a network that it cannot build: one of its author's own, or of a library that is missing."""
 
 
 class Preprocessing(NamedTuple):
@@ -85,7 +88,7 @@ def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None
     origin = {key: config.pop(key) for key in ("library", "name", "options")}
     if network is None:
         if origin["library"] is None:
-            raise ValueError(
+            raise NeedsNetworkError(
                 f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in load(path, network=my_network)"
             )
         network = _construct(**origin)
@@ -105,7 +108,7 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     library, name = _split_name(arch)
     if library == "timm":
         return _timm_preprocessing(name)
-    every = torchvision.models.get_model_weights(name)
+    every = _torchvision().get_model_weights(name)
     known = isinstance(pretrained, str) and pretrained in every.__members__
     weights = every[pretrained] if known else getattr(every, "DEFAULT", None)
     if weights is None:
@@ -137,7 +140,7 @@ def _split_name(arch: str) -> tuple[str, str]:
         known = _timm().list_models()
     else:
         library, name = "torchvision", arch
-        known = torchvision.models.list_models(module=torchvision.models)
+        known = _torchvision().list_models(module=_torchvision())
     if name not in known:
         prefix = TIMM_PREFIX if library == "timm" else ""
         near = [f"{prefix}{other}" for other in difflib.get_close_matches(name, known, 3)]
@@ -157,18 +160,24 @@ def _construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Mo
         with torch.device("cpu"):
             if library == "timm":
                 return _timm().create_model(name, pretrained=False, **options)
-            return torchvision.models.get_model(name, weights=None, **options)
+            return _torchvision().get_model(name, weights=None, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"{library} cannot build {name} with the options {options}: {error!s:.150}"
         ) from None
 
 
+def _torchvision() -> Any:
+    from torchvision import models  # torch.hub loads this module where torchvision is missing
+
+    return models
+
+
 def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise ValueError("networks of timm need the package timm: pip install timm") from None
+        raise NeedsNetworkError("networks of timm need the package timm: pip install timm") from None
     return timm
 
 
@@ -182,7 +191,7 @@ def _weights(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str,
         if pretrained != "DEFAULT":
             raise FileNotFoundError(f"there is no file {pretrained}; timm's own weights are called DEFAULT")
         return _timm().create_model(name, pretrained=True, **origin["options"]).state_dict()
-    every = torchvision.models.get_model_weights(name)
+    every = _torchvision().get_model_weights(name)
     if pretrained not in every.__members__:
         raise FileNotFoundError(
             f"there is no file {pretrained}, and {name} has no weights of that name: {', '.join(every.__members__) or 'none'}"

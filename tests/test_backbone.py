@@ -9,9 +9,11 @@ import torchvision
 from torch import nn
 
 from adaptive_inference import fold
-from models import IMTA, Stepwise, count_operations
+from adaptive_inference.fingerprint import network_fingerprint
+from models import IMTA, Description, Stepwise, count_operations, load
 from models.backbone import Backbone
 from models.operations import measure_cost
+from models.saved import DataInfo, Split, network_options, save_network
 from models.zoo import build_backbone, preprocessing, rebuild_backbone
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
 
@@ -340,3 +342,43 @@ def test_timm_networks():
     found = preprocessing("timm/tf_efficientnet_lite0")
     assert found.mean == [0.5, 0.5, 0.5]
     assert found.interpolation == "bicubic"
+
+
+def test_files(tmp_path):
+    for network, own in ((make_small("chain"), Chain()), (IMTA(make_small("chain")), Chain())):
+        description, split = describe(network), Split.unknown()
+        save_network(tmp_path / "own.safetensors", network, description, split)
+        with pytest.raises(
+            ValueError, match=r"own.safetensors: it is a network of its author's own, 'Chain'"
+        ):
+            load(tmp_path / "own.safetensors")
+        with pytest.raises(ValueError, match=r"another network|impossible network"):
+            load(tmp_path / "own.safetensors", network=small_resnet())
+        again = load(tmp_path / "own.safetensors", network=own)
+        images = images_for("chain")
+        assert all(torch.equal(a, b) for a, b in zip(again(images), network.eval()(images), strict=True))
+        assert again.config == network.config
+
+
+def test_a_file_of_a_named_network_needs_no_other(tmp_path):
+    network = build_backbone("mobilenet_v3_small", 3, num_classes=5, image_size=32)
+    save_network(tmp_path / "named.safetensors", network, describe(network), Split.unknown())
+    again, images = load(tmp_path / "named.safetensors"), torch.randn(2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(again(images), network.eval()(images), strict=True))
+    assert network_fingerprint(again) == network_fingerprint(network)
+
+
+def describe(network):
+    data = DataInfo(
+        "folder",
+        [f"class {i}" for i in range(network.num_classes)],
+        32,
+        1.0,
+        "bilinear",
+        [0.5] * 3,
+        [0.5] * 3,
+        0,
+        "",
+    )
+    operations = count_operations(network, 32)
+    return Description(network_options(network), data, operations, "GE", "title", {}, 1, None)
