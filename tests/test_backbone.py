@@ -1,6 +1,10 @@
 """Any network with exits: the pieces compute what the uncut network does, in both modes; what cannot be cut is refused."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -382,3 +386,20 @@ def describe(network):
     )
     operations = count_operations(network, 32)
     return Description(network_options(network), data, operations, "GE", "title", {}, 1, None)
+
+
+def test_example_of_own_network_runs_outside_the_clone(tmp_path):
+    clone = Path(__file__).parents[1]
+    program = tmp_path / "own_network.py"
+    program.write_text((clone / "examples" / "own_network.py").read_text())
+    ended = subprocess.run(
+        [sys.executable, program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    accuracy, images = float(ended.stdout.split()[0]), ended.stdout.rpartition(" images leave ")[2]
+    assert accuracy > 90
+    assert sum(int(part.split()[0]) for part in images.split(", ")) == 200
