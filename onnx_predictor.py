@@ -1,24 +1,32 @@
-"""Predict with a file that ``export_onnx.py`` wrote. Needs numpy and onnxruntime alone: copy this module wherever the file goes.
+"""Predict with what ``export_onnx.py`` wrote.
 
-predictor = OnnxPredictor("network.onnx")
+This module needs numpy and onnxruntime only: copy it wherever the network goes.
+
+predictor = OnnxPredictor("network.onnx")    # or the directory of a file per block
 prediction = predictor.predict(images, predictor.choose(operations=20e6))    # images (N, 3, S, S) uint8
 [predictor.class_names[c] for c in prediction.classes]
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
-FORMAT = "imta-msdnet onnx 3"
+FORMAT = "imta-msdnet onnx 4"
 
 
 class Prediction(NamedTuple):
-    """Answers to N images: ``classes`` (N,) int64; ``confidence`` (N,), the probability of that class; ``exits`` (N,) int64, from 0;
-    ``logits`` (N, C), whose softmax are the probabilities of all classes."""
+    """Predictions for N images.
+
+    Attributes:
+        classes: (N,) int64.
+        confidence: (N,) float32, the probability of that class.
+        exits: (N,) int64, the exit at which each image left, from 0.
+        logits: (N, C) float32, whose softmax are the probabilities of all classes.
+    """
 
     classes: np.ndarray
     confidence: np.ndarray
@@ -27,16 +35,22 @@ class Prediction(NamedTuple):
 
 
 class OnnxPredictor:
-    """A network that stops early, with ``class_names``, ``image_size``, ``operations`` to each exit, and the policies' ``points``.
+    """A network that stops early, as one ONNX file or as a directory with one file per block.
 
     Args:
-        path: of the file.
-        threads: of one operation; None leaves it to ONNX Runtime.
-        providers: where it runs, in ONNX Runtime's words, such as ``["CUDAExecutionProvider"]``.
+        path: the file or the directory.
+        threads: threads per operator; None leaves the number to ONNX Runtime.
+        providers: where the network runs, in ONNX Runtime's words, such as ``["CUDAExecutionProvider"]``.
+
+    Attributes:
+        class_names: names of the C classes.
+        image_size: height and width of the images, S.
+        operations: operations per image to each of the K exits.
+        points: the policies, as dictionaries with thresholds, held-out accuracy and mean operations.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or ``export_onnx.py`` of this version did not write it.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, or was not written by this version of ``export_onnx.py``.
     """
 
     def __init__(
@@ -45,67 +59,150 @@ class OnnxPredictor:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-            metadata = self.session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # the runtime's own types are not public in all its versions
-            raise ValueError(f"cannot load the model {path}: {' '.join(str(error).split())[:200]}") from None
-        if metadata.get("format") != FORMAT:
+        path = Path(path).expanduser()
+        self.threads, self.providers = threads, list(providers)
+        self._in_blocks = path.is_dir()
+        if self._in_blocks:
+            content = _read_json(path / "network.json")
+        else:
+            self._session = self._open(path)
+            content = _from_texts(self._session.get_modelmeta().custom_metadata_map)
+        if content.get("format") != FORMAT:
+            written = ascii(content.get("format"))[:60]
             raise ValueError(
-                f"{path} is no file of this version of export_onnx.py: its format is {ascii(metadata.get('format'))[:60]}"
+                f"{path} was not written by this version of export_onnx.py: "
+                f"its format is {written}, not {FORMAT!r}"
             )
-        names = ("class_names", "image_size", "operations", "points")
-        self.class_names, self.image_size, self.operations, self.points = (
-            json.loads(metadata[name]) for name in names
-        )
+        self.class_names: list[str] = content["class_names"]
+        self.image_size: int = content["image_size"]
+        self.operations: list[float] = content["operations"]
+        self.points: list[dict[str, Any]] = content["points"]
         self.num_exits, self.num_classes = len(self.operations), len(self.class_names)
+        self._weights = np.array(content["weights"], np.float32)  # (K, K)
+        if self._in_blocks:
+            self._blocks = [self.load_block(path / block["file"]) for block in content["blocks"]]
+
+    def load_block(self, path: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """Load the file of a block; another runtime overrides this.
+
+        Returns:
+            A function from the state and ``previous_logits`` (``images`` for the first block) to ``logits``
+            and the next state.
+        """
+        session = self._open(path)
+        inputs = [value.name for value in session.get_inputs()]
+        outputs = [value.name for value in session.get_outputs()]
+        return lambda state: dict(
+            zip(outputs, session.run(outputs, {name: state[name] for name in inputs}), strict=True)
+        )
 
     def choose(self, operations: float | None = None) -> np.ndarray:
-        """Thresholds (K,) of the policy most accurate on held-out images, of those whose mean is at most ``operations`` an image.
+        """Return the thresholds (K,) of the policy that is most accurate on held-out images within a budget.
 
         Args:
-            operations: None: the policy that is nearest to half of the network's, as predict.py chooses.
+            operations: mean operations per image at most; None chooses the policy nearest to half of the
+                network's, as predict.py does.
 
         Raises:
-            ValueError: every policy spends more, or the file has none.
+            ValueError: if every policy needs more, or there is none.
         """
-        points = [point for point in self.points if operations is None or point["operations"] <= operations]
-        if not points:
-            raise ValueError(
-                f"none of this file's {len(self.points)} policies spends at most {operations} operations"
-            )
+        if not self.points:
+            raise ValueError("this network was exported without policies: pass thresholds")
         if operations is None:
-            best = min(
-                points,
-                key=lambda point: (abs(point["operations"] - self.operations[-1] / 2), -point["val_acc1"]),
+            half = self.operations[-1] / 2
+            best = min(self.points, key=lambda point: (abs(point["operations"] - half), -point["val_acc1"]))
+            return np.array(best["thresholds"], np.float32)
+        points = [point for point in self.points if point["operations"] <= operations]
+        if not points:
+            minimum = min(point["operations"] for point in self.points)
+            raise ValueError(
+                f"no policy needs at most {operations:.4g} operations per image: "
+                f"the cheapest of {len(self.points)} needs {minimum:.4g}"
             )
-        else:
-            best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
+        best = max(points, key=lambda point: (point["val_acc1"], -point["operations"]))
         return np.array(best["thresholds"], np.float32)
 
     def predict(
         self, images: np.ndarray, thresholds: Sequence[float] | np.ndarray | None = None
     ) -> Prediction:
-        """Answer images (N, 3, S, S) uint8, RGB as in files; each leaves at the first exit whose confidence reaches its threshold.
+        """Classify images; each leaves at the first exit whose confidence reaches its threshold.
 
         Args:
+            images: (N, 3, S, S) uint8, RGB as in image files.
             thresholds: (K,), compared with the largest softmax probability; None: those of ``choose()``.
 
         Raises:
-            ValueError: images of another type or size, or another number of thresholds.
+            ValueError: if the images have another type or size, or there are not K thresholds.
         """
         size = self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
-                f"images are {images.dtype} {images.shape}; this network wants uint8 (N, 3, {size}, {size})"
+                f"images are {images.dtype} {images.shape}; this network needs uint8 (N, 3, {size}, {size})"
             )
         thresholds = self.choose() if thresholds is None else np.asarray(thresholds, np.float32)
         if thresholds.shape != (self.num_exits,):
             raise ValueError(f"thresholds are {thresholds.shape}; this network has {self.num_exits} exits")
-        return Prediction(
-            *self.session.run(list(Prediction._fields), {"images": images, "thresholds": thresholds})
-        )
+        if self._in_blocks:
+            return self._predict_in_blocks(images, thresholds)
+        inputs = {"images": images, "thresholds": thresholds}
+        return Prediction(*self._session.run(list(Prediction._fields), inputs))
+
+    def _predict_in_blocks(self, images: np.ndarray, thresholds: np.ndarray) -> Prediction:
+        """Run one block after another, each for the images that are still here."""
+        seen = np.zeros((len(images), self.num_exits, self.num_classes), np.float32)  # logits of every exit
+        exits = np.zeros(len(images), np.int64)
+        here = np.arange(len(images))  # indices of the images that stay
+        state = {"images": images}
+        for k, run in enumerate(self._blocks):
+            if len(here) == 0:
+                break
+            state = run(state)
+            logits = state.pop("logits")
+            seen[here, k] = logits
+            exits[here] = k
+            stay = ~(_softmax(logits).max(axis=1) >= thresholds[k])
+            here = here[stay]
+            state = {key.removeprefix("next_"): x[stay] for key, x in state.items()}
+            state["previous_logits"] = logits[stay]
+        logits = np.einsum("nk,nkc->nc", self._weights[exits], seen)
+        probs = _softmax(logits)
+        return Prediction(probs.argmax(axis=1), probs.max(axis=1), exits, logits)
+
+    def _open(self, path: Path) -> onnxruntime.InferenceSession:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads or 0
+        # Threads that spin while they wait make every call many times slower when another program uses a
+        # core.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=self.providers)
+        except Exception as error:  # the runtime's own types are not public in all its versions
+            raise ValueError(f"cannot load the model {path}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _from_texts(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the metadata of a file in plain types; all but plain texts are JSON."""
+    if metadata.get("format") != FORMAT:
+        return metadata
+    return metadata | {
+        name: json.loads(metadata[name])
+        for name in ("class_names", "image_size", "operations", "points", "weights")
+    }
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the probabilities (n, C) of logits (n, C)."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)

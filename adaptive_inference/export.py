@@ -1,273 +1,404 @@
-"""Export to one ONNX file that stops early, in any language that ONNX Runtime speaks.
+"""Export of any ``ExitNetwork`` to ONNX: one file that stops early, or one file per block.
 
-    export_onnx(network, Path("network.onnx"), description, read_policy(Path("policy.json"), network))
+    export_onnx(network, Path("network.onnx"), read_policy(Path("policy.json"), network))
+    export_blocks(network, Path("network"), read_policy(Path("policy.json"), network))
+
+The single file has these inputs and outputs:
 
     inputs    images (N, 3, S, S) uint8, thresholds (K,) float32
-    outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32 of the answers
+    outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32
 
-An image leaves at the first exit whose largest softmax probability reaches that exit's threshold; nested ``If`` nodes run later blocks for
-the others only. It is answered by that exit's logits, divided by its temperature, or by the ensemble of all exits so far. Normalisation is
-inside; the file's metadata name the classes and the policies (``onnx_predictor.py`` reads them). Needs the package onnx
-(requirements-export.txt). The folded network is recorded node by node, so nothing depends on PyTorch's exporter.
+Each image leaves at the first exit whose largest softmax probability reaches that exit's threshold; nested
+``If`` nodes run later blocks for the other images only. The logits are those of the exit divided by its
+temperature, or the policy's weighted sum over all exits so far. The first block normalises the images.
+
+The files of ``export_blocks`` have no control flow, for runtimes that support none. Block k reads the state
+of the network and the logits of exit k - 1, and returns the logits of exit k and the next state;
+``network.json`` names the files, their inputs and outputs, and holds what the metadata of the single file
+hold. ``onnx_predictor.py`` and ``examples/browser/predictor.mjs`` run both kinds.
+
+PyTorch's own exporter (torch.export) converts each block. It needs the packages onnx and onnxscript
+(requirements-export.txt).
 """
 
-import functools
-import itertools
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptive_inference.fingerprint import describe
+from adaptive_inference.fingerprint import describe, network_fingerprint
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import PolicyCurve
-from models import Description, ExitNetwork, State, count_operations
+from models.network import ExitNetwork
 from utils import UserError, atomic_write
 
-FORMAT = "imta-msdnet onnx 3"
-OPSET, IR_VERSION = 17, 8  # read by every ONNX Runtime since 1.12
-POINT = ("rule", "p", "val_acc1", "operations")
-OUTPUTS = {"classes": "INT64", "confidence": "FLOAT", "exits": "INT64", "logits": "FLOAT"}
+try:
+    import onnx
+    import onnxscript  # noqa: F401 - torch.onnx.export needs it
+    from onnx import TensorProto, compose, helper, numpy_helper
+except ImportError:
+    onnx = None
+
+FORMAT = "imta-msdnet onnx 4"
+OPSET, IR_VERSION = 18, 8  # read by every ONNX Runtime since 1.14
+# TensorProto.FLOAT is 1 and TensorProto.INT64 is 7; onnx may be missing here.
+OUTPUTS = {"classes": 7, "confidence": 1, "exits": 7, "logits": 1}
 
 
 def export_onnx(
-    network: ExitNetwork, path: Path, description: Description, curve: PolicyCurve | None = None
+    network: ExitNetwork,
+    path: Path,
+    curve: PolicyCurve | None = None,
+    blocks: Sequence["onnx.GraphProto"] | None = None,
 ) -> None:
-    """Write ``network`` and what is known of it as one file.
+    """Write ``network`` as one ONNX file that stops early.
 
     Args:
-        network: ``MSDNet`` or ``IMTA``; it is folded on the way, and not changed.
-        description: its classes and preprocessing, such as ``network.description``.
-        curve: its policies, of which the best rule's go into the file: its points, and how they make answers.
+        network: a network with a description; it is not changed.
+        path: the file to write.
+        curve: its policies. Those of the best rule go into the file.
+        blocks: what ``convert_blocks`` returned for this network; None converts it here.
 
     Raises:
-        UserError: onnx is not installed, the images are too small, the policies do not compare softmax, or the file cannot be written.
+        UserError: if a package is missing, the policies do not compare softmax, or the file cannot be
+            written.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise UserError("this needs the package onnx: pip install -r requirements-export.txt") from None
-    size, points = description.data.image_size, curve.of_rule(None) if curve else ()
-    try:
-        network.check_image_size(size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if any(point.policy.measure != "softmax" for point in points):
-        raise UserError(
-            f"an ONNX file compares softmax alone; these policies are of {points[0].policy.measure}"
-        )
-    form = fold(network, channels_last=False, dtype=torch.float32).cpu()
-    graph = _Graph(
-        onnx, {id(parameter): name for name, parameter in form.named_parameters()}, itertools.count()
-    )
-    mean, std = (
-        255 * np.array(values, np.float32).reshape(3, 1, 1)
-        for values in (description.data.mean, description.data.std)
-    )
-    pixels = graph.add("Cast", [_Value(graph, "images")], to=onnx.TensorProto.FLOAT)
-    images = graph.add("Div", [graph.add("Sub", [pixels, mean]), std])
-    weights = np.array(points[0].policy.weights if points else np.eye(network.num_exits), np.float32)
-    answer = _record_exits(graph, form, 0, form.start(images), {}, weights)
-    answer = [graph.record("Identity", [x], [name])[0] for name, x in zip(OUTPUTS, answer, strict=True)]
-    inputs = [
-        graph.declared("images", "UINT8", ["N", 3, size, size]),
-        graph.declared("thresholds", "FLOAT", [network.num_exits]),
+    metadata = _metadata(network, curve)
+    blocks = [
+        compose.add_prefix_graph(block, f"exit{k + 1}_", rename_inputs=k > 0)
+        for k, block in enumerate(blocks or convert_blocks(network))
     ]
-    model = onnx.helper.make_model(
-        graph.finished(answer, inputs, [["N"], ["N"], ["N"], ["N", network.num_classes]]),
-        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
-        producer_name="imta-msdnet",
-        ir_version=IR_VERSION,
-        doc_string="An image leaves at the first exit whose largest probability reaches that exit's threshold. Exits count from 0.",
-    )
-    metadata = {
-        "class_names": list(description.data.class_names),
-        "image_size": size,
-        "operations": count_operations(network, size),
+    graph, results = _add_exits(blocks, np.array(metadata["weights"], np.float32))
+    shapes = {"classes": ["N"], "confidence": ["N"], "exits": ["N"], "logits": ["N", network.num_classes]}
+    for name, result in zip(shapes, results, strict=True):
+        graph.add("Identity", result, name=name)
+    thresholds = helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [network.num_exits])
+    outputs = [helper.make_tensor_value_info(name, OUTPUTS[name], shape) for name, shape in shapes.items()]
+    whole = graph.finish(outputs, [*blocks[0].input, thresholds])
+    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
+    _write(_model(whole, texts), path)
+
+
+def export_blocks(
+    network: ExitNetwork,
+    folder: Path,
+    curve: PolicyCurve | None = None,
+    blocks: Sequence["onnx.GraphProto"] | None = None,
+) -> None:
+    """Write ``network`` as one ONNX file per block, and ``network.json``.
+
+    Args:
+        network: a network with a description; it is not changed.
+        folder: the directory to write; it is made if it does not exist.
+        curve: its policies. Those of the best rule go into ``network.json``.
+        blocks: what ``convert_blocks`` returned for this network; None converts it here.
+
+    Raises:
+        UserError: if a package is missing, the policies do not compare softmax, or a file cannot be written.
+    """
+    metadata = _metadata(network, curve)
+    metadata["blocks"] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {folder}: {error.strerror}") from None
+    for number, graph in enumerate(blocks or convert_blocks(network), start=1):
+        file = f"block{number}.onnx"
+        _write(_model(graph, {"format": FORMAT}), folder / file)
+        inputs, outputs = (
+            {value.name: _shape(value) for value in values} for values in (graph.input, graph.output)
+        )
+        metadata["blocks"].append({"file": file, "inputs": inputs, "outputs": outputs})
+    with atomic_write(folder / "network.json") as stream:
+        json.dump(metadata, stream, indent=1, allow_nan=False)
+        stream.write("\n")
+
+
+def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]:
+    """Return what both kinds of export say of the network, in plain types."""
+    points = curve.of_rule(None) if curve else ()
+    if any(point.policy.measure != "softmax" for point in points):
+        measure = points[0].policy.measure
+        raise UserError(f"an ONNX file compares softmax only; these policies compare {measure}")
+    data = network.description.data
+    return {
+        "format": FORMAT,
+        "network": describe(network),
+        "fingerprint": network_fingerprint(network),
+        "confidence": "softmax",
+        "class_names": list(data.class_names),
+        "image_size": data.image_size,
+        "preprocessing": {
+            "crop_share": data.crop_share,
+            "interpolation": data.interpolation,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+        "operations": list(network.description.operations),
+        "weights": [list(row) for row in points[0].policy.weights]
+        if points
+        else np.eye(network.num_exits).tolist(),
         "points": [
-            {name: getattr(point, name) for name in POINT} | {"thresholds": point.policy.thresholds}
+            {
+                "rule": point.rule,
+                "p": point.p,
+                "val_acc1": point.val_acc1,
+                "operations": point.operations,
+                "thresholds": list(point.policy.thresholds),
+            }
             for point in points
         ],
     }
-    texts = {
-        "format": FORMAT,
-        "network": describe(form),
-        "fingerprint": form.fingerprint,
-        "confidence": "softmax",
-    }
-    onnx.helper.set_model_props(model, texts | {name: json.dumps(value) for name, value in metadata.items()})
+
+
+class _Block(nn.Module):
+    """Block and exit ``k`` as a function of tensors alone.
+
+    Args:
+        network: a folded network.
+        k: the block.
+        names: keys of the state that the block reads; unused by the first block, which reads images.
+    """
+
+    def __init__(self, network: ExitNetwork, k: int, names: Sequence[str]):
+        super().__init__()
+        self.network, self.k, self.names = network, k, names
+        data = network.description.data
+        # (1, 3, 1, 1) each, for pixels from 0 to 255
+        self.register_buffer("mean", 255 * torch.tensor(data.mean).reshape(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(data.std).reshape(1, 3, 1, 1))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits (n, C) of the exit, and the next state.
+
+        Args:
+            tensors: images (n, 3, S, S) uint8 for the first block; the logits of the exit before and the
+                state for all others.
+        """
+        logits, state = self.run(*tensors)
+        return (logits, *state.values())
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what ``forward`` returns, with the names of the state."""
+        if self.k == 0:
+            previous_logits, state = None, self.network.start((tensors[0].float() - self.mean) / self.std)
+        else:
+            previous_logits, state = tensors[0], dict(zip(self.names, tensors[1:], strict=True))
+        features, state = self.network.advance(self.k, state)
+        return self.network.classify_next(self.k, features, previous_logits), state
+
+
+def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
+    """Convert each block with its exit; this takes seconds per block.
+
+    Args:
+        network: a network with a description; it is not changed.
+
+    Returns:
+        A graph per block. Its inputs are ``images``, or those of ``previous_logits`` and the state that it
+        reads; its outputs are ``logits`` and the next state, whose names begin with ``next_``.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    if onnx is None:
+        raise UserError("this needs the packages onnx and onnxscript: pip install -r requirements-export.txt")
+    size = network.description.data.image_size
+    network = fold(network, channels_last=False, dtype=torch.float32).cpu()
+    # Two images, as the exporter would turn a batch of one into a constant.
+    tensors, names = (torch.zeros(2, 3, size, size, dtype=torch.uint8),), ["images"]
+    graphs = []
+    for k in range(network.num_exits):
+        block = _Block(network, k, names[1:]).eval()
+        with torch.no_grad():
+            logits, state = block.run(*tensors)
+        graphs.append(_convert(block, tensors, names, ["logits", *(f"next_{key}" for key in state)]))
+        tensors, names = (logits, *state.values()), ["previous_logits", *state]
+    return graphs
+
+
+def _convert(
+    block: _Block, tensors: tuple[Tensor, ...], inputs: list[str], outputs: list[str]
+) -> "onnx.GraphProto":
+    """Return the graph of one block, without what the exporter notes on the source code."""
+    dynamic_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+    with warnings.catch_warnings(), _quiet("torch", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            block,
+            tensors,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes=(dynamic_batch,),
+            optimize=True,
+            verbose=False,
+        )
+    graph = program.model_proto.graph
+    nodes = []
+    for node in graph.node:
+        node.ClearField("metadata_props")  # a stack trace, with paths of this machine
+        node.ClearField("doc_string")
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    return helper.make_graph(
+        nodes,
+        graph.name,
+        [_declare(value) for value in graph.input if value.name in used],
+        [_declare(value) for value in graph.output],
+        [tensor for tensor in graph.initializer if tensor.name in used],
+    )
+
+
+def _declare(value: "onnx.ValueInfoProto") -> "onnx.ValueInfoProto":
+    """Return an input or output with the size of the batch called N."""
+    return helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, _shape(value))
+
+
+def _shape(value: "onnx.ValueInfoProto") -> list[int | str]:
+    """Return the sizes of an input or output, the first of which is the batch, N."""
+    return ["N", *(size.dim_value for size in value.type.tensor_type.shape.dim[1:])]
+
+
+class _Graph:
+    """Nodes and constants of one graph while it is put together.
+
+    Args:
+        prefix: what all its names begin with; the branches of ``If`` see the names of the graphs around them.
+    """
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(
+        self, operator: str, *inputs: str | np.ndarray, name: str | None = None, **attributes: Any
+    ) -> str:
+        """Add a node with one output, and return its name; arrays become constants."""
+        names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+        name = name or f"{self.prefix}{operator}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, names, [name], **attributes))
+        return name
+
+    def add_weighted_sum(self, names: dict[int, str], weights: np.ndarray) -> str:
+        """Add the sum of these tensors, each times its weight; those of weight 0 are left out."""
+        total = None
+        for j, name in names.items():
+            if weights[j] == 0:
+                continue
+            term = name if weights[j] == 1 else self.add("Mul", name, weights[j])
+            total = term if total is None else self.add("Add", total, term)
+        return total
+
+    def add_largest_probability(self, logits: str) -> str:
+        """Add the largest softmax probability (n,) of logits (n, C)."""
+        probs = self.add("Softmax", logits, axis=1)
+        return self.add("ReduceMax", probs, np.array([1]), keepdims=0)
+
+    def finish(
+        self, outputs: Sequence["onnx.ValueInfoProto"], inputs: Sequence["onnx.ValueInfoProto"] = ()
+    ) -> "onnx.GraphProto":
+        """Return the graph."""
+        return helper.make_graph(self.nodes, f"{self.prefix}graph", inputs, outputs, self.constants)
+
+    def finish_branch(self, results: Sequence[str]) -> "onnx.GraphProto":
+        """Return the graph as a branch of ``If``, with the values of these names as ``OUTPUTS``."""
+        types = zip(results, OUTPUTS.values(), strict=True)
+        return self.finish([helper.make_tensor_value_info(name, kind, None) for name, kind in types])
+
+    def _constant(self, value: np.ndarray) -> str:
+        name = f"{self.prefix}constant{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+
+def _add_exits(
+    blocks: Sequence["onnx.GraphProto"],
+    weights: np.ndarray,
+    k: int = 0,
+    rows: str = "",
+    seen: dict[int, str] | None = None,
+) -> tuple[_Graph, list[str]]:
+    """Put block ``k`` and all later ones together, each inside the ``If`` of the exit before.
+
+    Args:
+        blocks: the graph of every block; all names of block k begin with ``exit{k + 1}_``.
+        weights: (K, K), of the logits of all exits in the predictions at each exit.
+        k: the block.
+        rows: name of the indices (n, 1) of the images that stay, among those of the exit before.
+        seen: names of the logits of earlier exits, of the images of the exit before.
+
+    Returns:
+        The graph, and the names of its ``OUTPUTS``.
+    """
+    graph, before = _Graph(f"exit{k + 1}_"), f"exit{k}_"
+    logits = {}
+    if k > 0:
+        for value in blocks[k].input:
+            key = value.name.removeprefix(graph.prefix)
+            source = f"{before}logits" if key == "previous_logits" else f"{before}next_{key}"
+            graph.add("GatherND", source, rows, name=value.name)
+        logits = {j: graph.add("GatherND", name, rows) for j, name in seen.items() if weights[k:, j].any()}
+    graph.nodes += blocks[k].node
+    graph.constants += blocks[k].initializer
+    logits[k] = f"{graph.prefix}logits"
+    predicted = graph.add_weighted_sum(logits, weights[k])
+    classes = graph.add("ArgMax", predicted, axis=1, keepdims=0)
+    exits = graph.add("Expand", np.array([k]), graph.add("Shape", classes))
+    results = [classes, graph.add_largest_probability(predicted), exits, predicted]
+    if k == len(blocks) - 1:
+        return graph, results
+
+    threshold = graph.add("Gather", "thresholds", np.array(k))
+    leaves = graph.add("GreaterOrEqual", graph.add_largest_probability(logits[k]), threshold)
+    stay = graph.add("Transpose", graph.add("NonZero", graph.add("Not", leaves)))
+    some_stay = graph.add("Cast", graph.add("Size", stay), to=TensorProto.BOOL)
+    later, later_results = _add_exits(blocks, weights, k + 1, stay, logits)
+    merged = [later.add("ScatterND", x, stay, y) for x, y in zip(results, later_results, strict=True)]
+    stop = _Graph(f"{graph.prefix}stop_")
+    unchanged = [stop.add("Identity", x) for x in results]
+    names = [f"{graph.prefix}{name}_at_last" for name in OUTPUTS]
+    branches = {"then_branch": later.finish_branch(merged), "else_branch": stop.finish_branch(unchanged)}
+    graph.nodes.append(helper.make_node("If", [some_stay], names, **branches))
+    return graph, names
+
+
+def _model(graph: "onnx.GraphProto", metadata: dict[str, str]) -> "onnx.ModelProto":
+    """Return a checked model."""
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="imta-msdnet",
+    )
+    helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
+    return model
+
+
+def _write(model: "onnx.ModelProto", path: Path) -> None:
     with atomic_write(path, "wb") as stream:
         stream.write(model.SerializeToString())
 
 
-def _record_exits(
-    graph: "_Graph",
-    form: ExitNetwork,
-    k: int,
-    state: State,
-    seen: dict[int, "_Value"],
-    weights: np.ndarray,
-) -> list["_Value"]:
-    """Record exit ``k`` and all later ones for the images still here, n of them.
-
-    Args:
-        state: as for ``ExitNetwork.advance``.
-        seen: logits (n, C) of earlier exits, those that are still needed.
-        weights: (K, K), of all exits in the answers at each exit.
-
-    Returns:
-        ``OUTPUTS``, (n,) each but the logits (n, C), of the exits that answer.
-    """
-    features, state = form.advance(k, state)
-    logits = form.classify_next(k, features, seen.get(k - 1))
-    seen = {**seen, k: logits}
-    answered = _sum(
-        [
-            x if weights[k, j] == 1 else graph.add("Mul", [x, weights[k, j]])
-            for j, x in seen.items()
-            if weights[k, j]
-        ]
-    )
-    probs = graph.add("Softmax", [answered], axis=1)
-    classes = graph.add("ArgMax", [probs], axis=1, keepdims=0)
-    exits = graph.add("Expand", [np.array([k], np.int64), graph.add("Shape", [classes])])
-    answer = [classes, graph.add("ReduceMax", [probs], axes=[1], keepdims=0), exits, answered]
-    if k == form.num_exits - 1:
-        return answer
-    confidence = graph.add("ReduceMax", [graph.add("Softmax", [logits], axis=1)], axes=[1], keepdims=0)
-    threshold = graph.add("Gather", [_Value(graph, "thresholds"), np.array(k, np.int64)])
-    stays = graph.add("Not", [graph.add("GreaterOrEqual", [confidence, threshold])])
-    rows = graph.add("Transpose", [graph.add("NonZero", [stays])])  # (n', 1)
-    some_stay = graph.add("Cast", [graph.add("Size", [rows])], to=graph.onnx.TensorProto.BOOL)
-
-    stop, go_on = (_Graph(graph.onnx, graph.parameter_names, graph.numbers) for _ in range(2))
-    unchanged = [stop.add("Identity", [x]) for x in answer]
-    state = {key: go_on.add("GatherND", [x, rows]) for key, x in state.items()}
-    needed = {
-        j: go_on.add("GatherND", [x, rows]) for j, x in seen.items() if j == k or weights[k + 1 :, j].any()
-    }
-    later = _record_exits(go_on, form, k + 1, state, needed, weights)
-    merged = [go_on.add("ScatterND", [x, rows, y]) for x, y in zip(answer, later, strict=True)]
-    branches = {"then_branch": go_on.finished(merged), "else_branch": stop.finished(unchanged)}
-    return graph.record("If", [some_stay], [f"{name}_of_exit_{k}" for name in OUTPUTS], **branches)
-
-
-def _sum(values: Sequence["_Value"]) -> "_Value":
-    return functools.reduce(lambda x, y: x.graph.add("Add", [x, y]), values)
-
-
-class _Graph:
-    """Nodes and weights as they are recorded, of the model or of a branch, which may also read what the graphs around it hold."""
-
-    def __init__(self, onnx: ModuleType, parameter_names: dict[int, str], numbers: "itertools.count"):
-        self.onnx, self.parameter_names = onnx, parameter_names
-        self.numbers = numbers  # for names, which must differ between branches, too
-        self.nodes: list[Any] = []
-        self.weights: dict[str, Any] = {}
-
-    def record(
-        self, operator: str, inputs: list[Any], outputs: list[str], **attributes: Any
-    ) -> list["_Value"]:
-        """Add a node; inputs are values, parameters and constants, None where there is none."""
-        names = [x.name if isinstance(x, _Value) else self._weight(x) for x in inputs if x is not None]
-        self.nodes.append(self.onnx.helper.make_node(operator, names, outputs, **attributes))
-        return [_Value(self, name) for name in outputs]
-
-    def add(self, operator: str, inputs: list[Any], **attributes: Any) -> "_Value":
-        """``record`` a node with one output."""
-        return self.record(operator, inputs, [f"{operator}_{next(self.numbers)}"], **attributes)[0]
-
-    def _weight(self, value: Tensor | np.ndarray) -> str:
-        if isinstance(value, Tensor):
-            name, array = self.parameter_names[id(value)], np.ascontiguousarray(value.detach().numpy())
-        else:
-            name, array = f"constant_{next(self.numbers)}", value
-        self.weights[name] = self.onnx.numpy_helper.from_array(array, name)
-        return name
-
-    def declared(self, name: str, kind: str, shape: list[int | str] | None) -> Any:
-        """An input or output; a branch need not know its shapes."""
-        return self.onnx.helper.make_tensor_value_info(name, getattr(self.onnx.TensorProto, kind), shape)
-
-    def finished(
-        self,
-        answer: list["_Value"],
-        inputs: Sequence[Any] = (),
-        shapes: Sequence[list | None] = (None,) * len(OUTPUTS),
-    ) -> Any:
-        """The graph, whose outputs are ``answer``."""
-        outputs = [
-            self.declared(x.name, kind, shape)
-            for x, kind, shape in zip(answer, OUTPUTS.values(), shapes, strict=True)
-        ]
-        return self.onnx.helper.make_graph(
-            self.nodes, f"graph_{next(self.numbers)}", inputs, outputs, list(self.weights.values())
-        )
-
-
-class _Value:
-    """Stands for a tensor while a network runs: PyTorch hands every function called with one to ``__torch_function__``."""
-
-    def __init__(self, graph: _Graph, name: str):
-        self.graph, self.name = graph, name
-
-    def to(self, **_options: Any) -> "_Value":
-        return self
-
-    def detach(self) -> "_Value":
-        return self
-
-    def flatten(self, axis: int) -> "_Value":
-        return self.graph.add("Flatten", [self], axis=axis)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None
-    ) -> "_Value":
-        operator = _OPERATORS.get(getattr(function, "__name__", ""))
-        if operator is None:
-            raise TypeError(f"no ONNX operator is known for {function}")
-        return operator(*arguments, **(options or {}))
-
-
-def _conv(
-    x: _Value,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple,
-    padding: tuple,
-    dilation: tuple,
-    groups: int,
-) -> _Value:
-    return x.graph.add(
-        "Conv", [x, weight, bias], strides=stride, pads=padding * 2, dilations=dilation, group=groups
-    )
-
-
-def _add(x: _Value, y: _Value, alpha: float) -> _Value:
-    return x.graph.add("Add", [x, x.graph.add("Mul", [y, np.array(alpha, np.float32)])])
-
-
-def _max_pool(x: _Value, kernel_size: int, stride: int, padding: int, *_: Any, **__: Any) -> _Value:
-    return x.graph.add(
-        "MaxPool", [x], kernel_shape=[kernel_size] * 2, strides=[stride] * 2, pads=[padding] * 4
-    )
-
-
-_OPERATORS: dict[str, Callable[..., _Value]] = {
-    "conv2d": _conv,
-    "add": _add,
-    "linear": lambda x, weight, bias: x.graph.add("Gemm", [x, weight, bias], transB=1),
-    "relu": lambda x, inplace=False: x.graph.add("Relu", [x]),
-    "cat": lambda tensors, dim: tensors[0].graph.add("Concat", list(tensors), axis=dim),
-    "max_pool2d": _max_pool,
-    "adaptive_avg_pool2d": lambda x, output_size: x.graph.add(
-        "GlobalAveragePool", [x]
-    ),  # to 1x1, in every exit
-}
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Let these loggers report errors only."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

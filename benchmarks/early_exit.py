@@ -163,15 +163,20 @@ class Benchmark:
         if self.network.description is None:
             names = [str(c) for c in range(self.network.num_classes)]
             data = SimpleNamespace(
-                class_names=names, image_size=self.image_size, mean=[0.5] * 3, std=[0.25] * 3
+                class_names=names,
+                image_size=self.image_size,
+                crop_share=1.0,
+                interpolation="bilinear",
+                mean=[0.5] * 3,
+                std=[0.25] * 3,
             )
-            self.network.description = SimpleNamespace(data=data)
+            self.network.description = SimpleNamespace(data=data, operations=self.operations)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             try:
                 from onnx_predictor import OnnxPredictor
 
-                export_onnx(self.network, path, self.network.description)
+                export_onnx(self.network, path)
             except (ImportError, UserError) as error:
                 _print(f"ONNX Runtime: not measured, {error}")
                 return

@@ -1,12 +1,12 @@
-"""Export: one ONNX file answers what the PyTorch predictor answers, image by image; what it cannot use is refused in one line."""
+"""Both kinds of ONNX export give the predictions of PyTorch, image by image; bad input is one line."""
 
 import importlib.util
+import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,37 +14,97 @@ import torch
 from PIL import Image
 
 import export_onnx as program
-from adaptive_inference.export import export_onnx
+from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, export_onnx
 from adaptive_inference.policies import Policy, policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
 from image_data import synthetic
-from models import MSDNet
-from tests.conftest import TINY_NETWORK, policy_point
+from tests.conftest import describe, policy_point
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
-INSTALLED = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+INSTALLED = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 ROOT = Path(__file__).resolve().parents[1]
-MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.35]
+if INSTALLED:
+    import onnx
+
+    from examples import same_predictions
+    from onnx_predictor import OnnxPredictor
+
+needs_onnx = pytest.mark.skipif(not INSTALLED, reason="needs requirements-export.txt")
+needs_node = pytest.mark.skipif(
+    not (INSTALLED and same_predictions.has_node()),
+    reason="needs Node.js and npm install in examples/browser",
+)
+needs_openvino = pytest.mark.skipif(
+    not (INSTALLED and importlib.util.find_spec("openvino")), reason="needs openvino"
+)
 
 
-def description(size=32, num_classes=10):
-    class_names = [f"class {c}" for c in range(num_classes)]
-    return SimpleNamespace(data=SimpleNamespace(class_names=class_names, image_size=size, mean=MEAN, std=STD))
+def described_network(stage, size=32, **options):
+    """Return a small network in single precision with a description."""
+    network = make_network(stage, **options).float()
+    description = describe(network)
+    network.description = replace(description, data=replace(description.data, image_size=size))
+    return network
 
 
 def random_pixels(count, size=32):
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
 
 
-def normalised(pixels):
-    return (pixels / 255 - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1)
+def normalised(network, pixels):
+    data = network.description.data
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (data.mean, data.std))
+    return (pixels / 255 - mean) / std
 
 
-def test_missing_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)  # what importing a missing package comes to
-    with pytest.raises(UserError, match=r"needs the package onnx: pip install -r requirements-export\.txt"):
-        export_onnx(MSDNet(**TINY_NETWORK).eval(), tmp_path / "x.onnx", description())
+def export_both(network, folder, curve=None, blocks=None):
+    """Export ``network`` in both kinds, and return their predictors."""
+    blocks = blocks or convert_blocks(network)
+    export_onnx(network, folder / "network.onnx", curve, blocks)
+    export_blocks(network, folder / "network", curve, blocks)
+    return [OnnxPredictor(folder / name, threads=1) for name in ("network.onnx", "network")]
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """A network and its converted blocks."""
+    torch.manual_seed(0)
+    network = described_network(2)
+    return network, convert_blocks(network)
+
+
+@pytest.fixture(scope="module")
+def exported(converted, tmp_path_factory):
+    """A network, its policies, and the directory of its two exports."""
+    network, blocks = converted
+    folder = tmp_path_factory.mktemp("onnx")
+    points = [
+        policy_point(1, [0.2, 0.3, 0.4], 40.0, 1e5, [0.2, 0.3, 0.5]),
+        policy_point(2, [0.5, 0.6, 0.7], 60.0, 2e5, [0.2, 0.3, 0.5]),
+        policy_point(3, [0.8, 0.8, 0.8], 60.0, 3e5, [0.2, 0.3, 0.5]),
+    ]
+    curve = policy_curve(network, network.description.operations, points)
+    export_both(network, folder, curve, blocks)
+    return network, curve, folder
+
+
+@pytest.fixture(params=["network.onnx", "network"], ids=["one file", "a file per block"])
+def export_path(exported, request):
+    """Each kind of export in turn."""
+    return exported[2] / request.param
+
+
+def test_missing_package_is_one_line(tmp_path):
+    code = (
+        "import sys; sys.modules['onnxscript'] = None\n"  # what importing a missing package comes to
+        "import export_onnx\n"
+        f"sys.exit(export_onnx.main(['--model', 'imta_cifar100', '--output', {str(tmp_path / 'x.onnx')!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    message = "this needs the packages onnx and onnxscript: pip install -r requirements-export.txt"
+    assert result.stderr == f"export_onnx.py: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,166 +113,229 @@ def test_command_line_without_a_checkpoint(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-if INSTALLED:  # an optional install: elsewhere there is nothing to test
-    import onnx
-
-    from examples import same_answers
-    from onnx_predictor import OnnxPredictor
-
-    @pytest.fixture(scope="module")
-    def exported(tmp_path_factory):
-        """A network, its policies, and its file."""
-        torch.manual_seed(0)
-        network, path = make_network(2).float(), tmp_path_factory.mktemp("onnx") / "network.onnx"
-        points = [
-            (1, [0.2, 0.3, 0.4], 40.0, 1e5),
-            (2, [0.5, 0.6, 0.7], 60.0, 2e5),
-            (3, [0.8, 0.8, 0.8], 60.0, 3e5),
-        ]
-        curve = policy_curve(network, [1, 2, 3], [policy_point(*point, [0.2, 0.3, 0.5]) for point in points])
-        export_onnx(network, path, description(), curve)
-        return network, curve, path
-
-    @pytest.mark.parametrize(
-        ("stage", "options", "size"),
-        [
-            (1, {}, 32),
-            (2, {"num_blocks": 4, "step_mode": "lin_grow"}, 32),
-            (2, {"bottleneck": False, "prune": "min", "base": 2}, 24),
-            (1, {"reduction": 0.0, "boosted_exits": True}, 33),
-            (1, {"num_blocks": 1}, 32),
-            (1, {"small_inputs": False}, 65),
-        ],
-    )
-    def test_same_answers(stage, options, size, tmp_path):
-        network = make_network(stage, **options).float()
-        export_onnx(network, tmp_path / "network.onnx", description(size))
-        runner = OnnxPredictor(tmp_path / "network.onnx", threads=1)
-        pixels = random_pixels(40, size)
-        images = normalised(pixels)
-        logits = logits_of(network, images)
-        none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
-        for count, policy in (
-            (0, none),
-            (40, quantile_policy(logits, 0.4)),
-            (40, none),
-            (40, every),
-            (1, none),
-            (1, every),
-        ):
-            ours = runner.predict(pixels[:count].numpy(), policy.thresholds)
+@needs_onnx
+@pytest.mark.parametrize(
+    ("stage", "options", "size"),
+    [
+        (2, {"step_mode": "lin_grow", "bottleneck": False, "prune": "min"}, 24),
+        (1, {"reduction": 0.0, "boosted_exits": True}, 33),
+        (1, {"num_blocks": 1}, 32),
+    ],
+)
+def test_same_predictions(stage, options, size, tmp_path):
+    network = described_network(stage, size, **options)
+    pixels = random_pixels(40, size)
+    images = normalised(network, pixels)
+    logits = logits_of(network, images)
+    none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
+    some = quantile_policy(logits, 0.4)
+    for runner in export_both(network, tmp_path):
+        for count, policy in ((0, none), (40, some), (40, none), (40, every), (1, none), (1, every)):
+            found = runner.predict(pixels[:count].numpy(), policy.thresholds)
             expected = AdaptivePredictor(network, policy)(images[:count])
-            assert ours.exits.tolist() == expected.exits.tolist()
-            assert ours.classes.tolist() == expected.classes.tolist()
+            assert found.exits.tolist() == expected.exits.tolist()
+            assert found.classes.tolist() == expected.classes.tolist()
             torch.testing.assert_close(
-                torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4
+                torch.from_numpy(found.confidence), expected.confidence, atol=1e-5, rtol=1e-4
             )
-            answered = logits[expected.exits, torch.arange(count)]
-            torch.testing.assert_close(torch.from_numpy(ours.logits), answered, atol=1e-4, rtol=1e-4)
+            at_exit = logits[expected.exits, torch.arange(count)]
+            torch.testing.assert_close(torch.from_numpy(found.logits), at_exit, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize("ensemble", [None, [[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [0.2, 0.0, 0.7]]])
-    def test_same_probabilities_by_temperatures_and_ensembles(tmp_path, ensemble):
-        network, pixels = make_network(2).float(), random_pixels(40)
-        images = normalised(pixels)
-        thresholds = list(quantile_policy(logits_of(network, images), 0.4).thresholds)
-        policy = {"temperatures": (2.0, 0.5, 3.0), "ensemble": ensemble and tuple(map(tuple, ensemble))}
-        point = policy_point(1, thresholds, 50.0, 1e5, [0.4, 0.3, 0.3], **policy)
-        rule = "ensemble" if ensemble else "optimised"
-        curve = policy_curve(network, [1, 2, 3], [replace(point, rule=rule)])
-        export_onnx(network, tmp_path / "network.onnx", description(), curve)
-        ours = OnnxPredictor(tmp_path / "network.onnx", threads=1).predict(pixels.numpy())
-        expected = AdaptivePredictor(network, curve.points[0].policy)(images)
-        assert len(set(ours.exits)) == 3
-        assert (ours.exits.tolist(), ours.classes.tolist()) == (
-            expected.exits.tolist(),
-            expected.classes.tolist(),
-        )
+
+@needs_onnx
+@pytest.mark.parametrize("ensemble", [None, [[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [0.2, 0.0, 0.7]]])
+def test_same_probabilities_by_temperatures_and_ensembles(converted, tmp_path, ensemble):
+    (network, blocks), pixels = converted, random_pixels(40)
+    images = normalised(network, pixels)
+    thresholds = list(quantile_policy(logits_of(network, images), 0.4).thresholds)
+    policy = {"temperatures": (2.0, 0.5, 3.0), "ensemble": ensemble and tuple(map(tuple, ensemble))}
+    point = policy_point(1, thresholds, 50.0, 1e5, [0.4, 0.3, 0.3], **policy)
+    point = replace(point, rule="ensemble" if ensemble else "optimised")
+    curve = policy_curve(network, network.description.operations, [point])
+    expected = AdaptivePredictor(network, curve.points[0].policy)(images)
+    for runner in export_both(network, tmp_path, curve, blocks):
+        found = runner.predict(pixels.numpy())
+        assert len(set(found.exits)) == 3
+        assert found.exits.tolist() == expected.exits.tolist()
+        assert found.classes.tolist() == expected.classes.tolist()
+        probs = torch.from_numpy(found.logits).softmax(1)
+        torch.testing.assert_close(probs, expected.probs, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
-            torch.from_numpy(ours.logits).softmax(1), expected.probs, atol=1e-5, rtol=1e-4
-        )
-        torch.testing.assert_close(
-            torch.from_numpy(ours.confidence), expected.confidence, atol=1e-5, rtol=1e-4
+            torch.from_numpy(found.confidence), expected.confidence, atol=1e-5, rtol=1e-4
         )
 
-    def test_the_file_describes_itself(exported):
-        _, curve, path = exported
-        runner = OnnxPredictor(path, threads=1)
-        assert (runner.class_names[3], runner.image_size, runner.num_exits, runner.num_classes) == (
-            "class 3",
-            32,
-            3,
-            10,
-        )
-        assert runner.operations == sorted(runner.operations)
-        metadata = runner.session.get_modelmeta().custom_metadata_map
-        assert metadata["fingerprint"] == curve.fingerprint
-        for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
-            np.testing.assert_array_equal(
-                runner.choose(operations), np.array(curve.points[p - 1].policy.thresholds, np.float32)
-            )
-        pixels = random_pixels(20).numpy()
-        np.testing.assert_array_equal(
-            runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits
-        )
-        with pytest.raises(ValueError, match="none of this file's 3 policies spends at most 10 operations"):
-            runner.choose(operations=10)
 
-    def test_bad_calls_are_one_line(exported):
-        runner, good = OnnxPredictor(exported[2], threads=1), random_pixels(2).numpy()
-        for images, thresholds, message in (
-            (good, [0.5] * 4, r"thresholds are \(4,\); this network has 3 exits"),
-            (
-                good.astype(np.float32),
-                [0.5] * 3,
-                r"images are float32 \(2, 3, 32, 32\); this network wants uint8 \(N, 3, 32, 32\)",
-            ),
-            (good[:, :, :31], [0.5] * 3, r"images are uint8 \(2, 3, 31, 32\)"),
-            (good[0], [0.5] * 3, r"images are uint8 \(3, 32, 32\)"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                runner.predict(images, thresholds)
-            # The file itself refuses them, too, in any language.
-            with pytest.raises(Exception, match=r"(?i)invalid|unexpected"):
-                runner.session.run(None, {"images": images, "thresholds": np.array(thresholds, np.float32)})
+@needs_onnx
+def test_an_export_describes_itself(exported, export_path):
+    _, curve, _ = exported
+    runner = OnnxPredictor(export_path, threads=1)
+    assert (runner.class_names[3], runner.image_size, runner.num_exits, runner.num_classes) == (
+        "class 3",
+        32,
+        3,
+        10,
+    )
+    assert runner.operations == sorted(runner.operations)
+    for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
+        expected = np.array(curve.points[p - 1].policy.thresholds, np.float32)
+        np.testing.assert_array_equal(runner.choose(operations), expected)
+    pixels = random_pixels(20).numpy()
+    np.testing.assert_array_equal(runner.predict(pixels).exits, runner.predict(pixels, [0.8, 0.8, 0.8]).exits)
+    with pytest.raises(ValueError, match="at most 10 operations per image: the cheapest of 3 needs 1e\\+05"):
+        runner.choose(operations=10)
 
-    def test_bad_files_are_one_line(exported, tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            OnnxPredictor(tmp_path / "missing.onnx")
-        (tmp_path / "cut.onnx").write_bytes(exported[2].read_bytes()[:-1000])
-        with pytest.raises(ValueError, match=r"cannot load the model .*cut\.onnx") as caught:
-            OnnxPredictor(tmp_path / "cut.onnx")
-        assert "\n" not in str(caught.value)
-        model = onnx.load(exported[2])
-        del model.metadata_props[:]
-        onnx.save(model, tmp_path / "foreign.onnx")
-        with pytest.raises(ValueError, match="its format is None"):
-            OnnxPredictor(tmp_path / "foreign.onnx")
 
-    def test_what_cannot_be_exported(exported, tmp_path):
-        network = exported[0]
-        with pytest.raises(UserError, match="too small"):
-            export_onnx(network, tmp_path / "x.onnx", description(8))
-        points = tuple(
-            replace(point, policy=replace(point.policy, measure="margin")) for point in exported[1].points
-        )
-        with pytest.raises(UserError, match="softmax alone; these policies are of margin"):
-            export_onnx(network, tmp_path / "x.onnx", description(), replace(exported[1], points=points))
-        assert list(tmp_path.iterdir()) == []
+@needs_onnx
+def test_both_kinds_hold_the_same_metadata(exported):
+    _, curve, folder = exported
+    content = json.loads((folder / "network" / "network.json").read_text(encoding="utf-8"))
+    texts = {x.key: x.value for x in onnx.load(folder / "network.onnx").metadata_props}
+    assert content["fingerprint"] == curve.fingerprint
+    blocks = content.pop("blocks")
+    assert [block["file"] for block in blocks] == ["block1.onnx", "block2.onnx", "block3.onnx"]
+    assert blocks[0]["inputs"] == {"images": ["N", 3, 32, 32]}
+    assert blocks[2]["outputs"] == {"logits": ["N", 10]}
+    assert {
+        name: x if isinstance(x, str) else json.loads(texts[name]) for name, x in content.items()
+    } == content
 
-    def test_the_runner_needs_no_pytorch(exported):
-        code = f"import sys, onnx_predictor as o; o.OnnxPredictor({str(exported[2])!r}, 1); assert 'torch' not in sys.modules"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
-    def test_the_same_answers_in_four_ways(tmp_path, monkeypatch, capsys):
-        """torch.hub, predict.py, ONNX in Python, and in JavaScript where it is installed."""
-        images, _ = synthetic.generate(10, 0, 32)
-        files = [str(tmp_path / f"{n}.png") for n in range(10)]
-        for image, file in zip(images, files, strict=True):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
-        assert same_answers.main(files) == 0
-        *answers, summary = capsys.readouterr().out.splitlines()
-        assert summary.endswith("identical answers to 10 images")
-        assert ("JavaScript:" in summary) is same_answers.has_javascript()
-        assert len({line[-1] for line in answers[-10:]}) > 1
-        monkeypatch.setattr(same_answers, "by_hub", lambda *_: [(0, 0.5, 1)] * 10)
-        assert same_answers.main(files) == 1
+@needs_onnx
+def test_blocks_have_no_control_flow_and_no_trace_of_this_machine(exported):
+    folder = exported[2]
+    for file in folder.rglob("*.onnx"):
+        assert str(ROOT).encode() not in file.read_bytes()
+        if file.name.startswith("block"):
+            operators = {node.op_type for node in onnx.load(file).graph.node}
+            assert operators.isdisjoint({"If", "Loop", "NonZero"})
+
+
+@needs_onnx
+def test_bad_calls_are_one_line(export_path):
+    runner, good = OnnxPredictor(export_path, threads=1), random_pixels(2).numpy()
+    for images, thresholds, message in (
+        (good, [0.5] * 4, r"thresholds are \(4,\); this network has 3 exits"),
+        (
+            good.astype(np.float32),
+            [0.5] * 3,
+            r"images are float32 \(2, 3, 32, 32\); this network needs uint8 \(N, 3, 32, 32\)",
+        ),
+        (good[:, :, :31], [0.5] * 3, r"images are uint8 \(2, 3, 31, 32\)"),
+        (good[0], [0.5] * 3, r"images are uint8 \(3, 32, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.predict(images, thresholds)
+
+
+@needs_onnx
+def test_bad_files_are_one_line(exported, tmp_path):
+    folder = exported[2]
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.onnx"):
+        OnnxPredictor(tmp_path / "missing.onnx")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*network\.json"):
+        OnnxPredictor(tmp_path)
+    (tmp_path / "cut.onnx").write_bytes((folder / "network.onnx").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"cannot load the model .*cut\.onnx") as caught:
+        OnnxPredictor(tmp_path / "cut.onnx")
+    assert "\n" not in str(caught.value)
+    model = onnx.load(folder / "network.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match="its format is None"):
+        OnnxPredictor(tmp_path / "foreign.onnx")
+
+    content = json.loads((folder / "network" / "network.json").read_text(encoding="utf-8"))
+    (tmp_path / "network.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*block1\.onnx"):
+        OnnxPredictor(tmp_path)
+    (tmp_path / "network.json").write_text(json.dumps(content | {"format": "older"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"its format is 'older', not '{FORMAT}'"):
+        OnnxPredictor(tmp_path)
+    (tmp_path / "network.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cannot read .*network\.json"):
+        OnnxPredictor(tmp_path)
+
+
+@needs_onnx
+def test_what_cannot_be_exported(exported, tmp_path):
+    network, curve, _ = exported
+    points = tuple(replace(point, policy=replace(point.policy, measure="margin")) for point in curve.points)
+    with pytest.raises(UserError, match="compares softmax only; these policies compare margin"):
+        export_onnx(network, tmp_path / "x.onnx", replace(curve, points=points))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make the directory"):
+        export_blocks(network, tmp_path / "file", curve)
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+@needs_onnx
+def test_the_predictor_needs_no_pytorch(export_path):
+    code = (
+        f"import sys, onnx_predictor; onnx_predictor.OnnxPredictor({str(export_path)!r}, 1); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@needs_onnx
+def test_every_way_gives_the_same_predictions(finished, tmp_path, capsys):
+    """All runtimes that are installed agree, after the command line has written a directory."""
+    model = str(finished / "IMTA")
+    output = f"{tmp_path / 'blocks'}/"
+    assert program.main(["--model", model, "--output", output]) == 0
+    assert capsys.readouterr().out.endswith(f"policies: {output}\n")
+    assert (tmp_path / "blocks" / "network.json").is_file()
+    images, _ = synthetic.generate(30, 0, 32)
+    for n, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{n}.png")
+    assert same_predictions.main([str(tmp_path), "--model", model, "--openvino-images", "20"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("30 images; ")
+    ways = [line.split(":")[0] for line in lines if "predictions differ" in line]
+    assert ways[:2] == ["ONNX, one file", "ONNX, a file per block"]
+    assert ("Node.js, one file" in ways) is same_predictions.has_node()
+    assert ("OpenVINO" in ways) is bool(importlib.util.find_spec("openvino"))
+
+
+@needs_openvino
+def test_openvino(exported, capsys):
+    from examples import openvino_predictor
+
+    folder, pixels = exported[2] / "network", random_pixels(33).numpy()
+    ours = openvino_predictor.OpenVinoPredictor(folder, threads=1)
+    theirs = OnnxPredictor(folder, threads=1)
+    for thresholds in ([2.0] * 3, [-1.0] * 3, None):
+        found, expected = ours.predict(pixels, thresholds), theirs.predict(pixels, thresholds)
+        assert found.exits.tolist() == expected.exits.tolist()
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert openvino_predictor.main([str(folder), "--threads", "1", "--rounds", "1"]) == 0
+    assert capsys.readouterr().out.endswith("predictions that differ: 0 of 64\n")
+    assert openvino_predictor.main([str(folder / "missing")]) == 2
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("change", "limit", "message"),
+    [
+        ("", "0.5,0.5", "there are 2 thresholds; this network has 3 exits"),
+        ("", "10", "no policy needs at most 10 operations per image: the cheapest needs 100000"),
+        ("format", "1e9", f'its format is "older", not "{FORMAT}"'),
+        ("missing", "1e9", "there is no file "),
+        ("size", "1e9", "image.ppm is no PPM image of 32 x 32 pixels"),
+    ],
+)
+def test_node_refuses_in_one_line(exported, tmp_path, change, limit, message):
+    for file in (exported[2] / "network").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if change == "format":
+        text = (tmp_path / "network.json").read_text(encoding="utf-8")
+        (tmp_path / "network.json").write_text(text.replace(FORMAT, "older"), encoding="utf-8")
+    if change == "missing":
+        (tmp_path / "block2.onnx").unlink()
+    size = 31 if change == "size" else 32
+    Image.new("RGB", (size, size)).save(tmp_path / "image.ppm")
+    command = ["node", "classify.mjs", str(tmp_path), limit, str(tmp_path / "image.ppm")]
+    result = subprocess.run(command, cwd=same_predictions.BROWSER, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,177 @@
+// Run a network that export_onnx.py wrote, with onnxruntime-node or onnxruntime-web:
+//
+//     const predictor = await Predictor.load(ort, (name) => readFile(`network/${name}`));   // a file per block
+//     const predictor = await Predictor.loadFile(ort, await readFile("network.onnx"));       // one file
+//     const { classes, confidence, exits } = await predictor.predict(pixels, predictor.choose(20e6).thresholds);
+//
+// Pixels are a Uint8Array of N * 3 * S * S values: image by image, and of each image the red, green and blue plane.
+// Exits count from 0, as in all arrays.
+
+export const FORMAT = "imta-msdnet onnx 4";
+
+export class Predictor {
+  // Load a file per block. `read(name)` returns a promise of the bytes of one file, as a Uint8Array.
+  static async load(ort, read) {
+    const content = JSON.parse(new TextDecoder().decode(await read("network.json")));
+    checkFormat(content.format);
+    const create = async ({ file }) => ort.InferenceSession.create(await read(file), SESSION_OPTIONS);
+    return new Predictor(ort, content, await Promise.all(content.blocks.map(create)), true);
+  }
+
+  // Load one file from its bytes.
+  static async loadFile(ort, bytes) {
+    const texts = readMetadata(bytes);
+    checkFormat(texts.format);
+    const content = {};
+    for (const name of ["class_names", "image_size", "operations", "points", "weights"]) {
+      content[name] = JSON.parse(texts[name]);
+    }
+    return new Predictor(ort, content, [await ort.InferenceSession.create(bytes, SESSION_OPTIONS)], false);
+  }
+
+  constructor(ort, content, sessions, inBlocks) {
+    this.ort = ort;
+    this.sessions = sessions;
+    this.inBlocks = inBlocks;
+    this.classNames = content.class_names;
+    this.imageSize = content.image_size;
+    this.operations = content.operations; // to each exit, per image
+    this.points = content.points; // the policies
+    this.weights = content.weights; // of the logits of all exits, at each exit
+    this.preprocessing = content.preprocessing;
+    this.numExits = this.operations.length;
+    this.numClasses = this.classNames.length;
+  }
+
+  // Return the policy that is most accurate on held-out images and needs at most so many operations per image on average.
+  choose(operations) {
+    const allowed = this.points.filter((point) => point.operations <= operations);
+    if (!allowed.length) {
+      const minimum = Math.min(...this.points.map((point) => point.operations));
+      throw new Error(`no policy needs at most ${operations} operations per image: the cheapest needs ${minimum}`);
+    }
+    return allowed.reduce((best, point) =>
+      point.val_acc1 > best.val_acc1 || (point.val_acc1 === best.val_acc1 && point.operations < best.operations) ? point : best,
+    );
+  }
+
+  // Classify images; each leaves at the first exit whose largest probability reaches its threshold.
+  async predict(pixels, thresholds) {
+    const size = 3 * this.imageSize ** 2;
+    if (!(pixels instanceof Uint8Array) || pixels.length % size) {
+      const given = `${pixels?.constructor?.name} of ${pixels?.length} values`;
+      throw new Error(`images are ${given}; this network needs a Uint8Array of N * 3 * ${this.imageSize} * ${this.imageSize}`);
+    }
+    if (thresholds.length !== this.numExits) {
+      throw new Error(`there are ${thresholds.length} thresholds; this network has ${this.numExits} exits`);
+    }
+    const count = pixels.length / size;
+    const images = new this.ort.Tensor("uint8", pixels, [count, 3, this.imageSize, this.imageSize]);
+    const limits = Float32Array.from(thresholds);
+    if (this.inBlocks) return this.#predictInBlocks(images, limits);
+    const feeds = { images, thresholds: new this.ort.Tensor("float32", limits, [this.numExits]) };
+    const { classes, confidence, exits, logits } = await this.sessions[0].run(feeds);
+    return {
+      classes: Array.from(classes.data, Number),
+      confidence: confidence.data,
+      exits: Array.from(exits.data, Number),
+      logits: logits.data,
+    };
+  }
+
+  // Run one block after another, each for the images that are still here.
+  async #predictInBlocks(images, thresholds) {
+    const count = images.dims[0];
+    const width = this.numClasses;
+    const logits = new Float32Array(count * width);
+    const classes = new Array(count);
+    const confidence = new Float32Array(count);
+    const exits = new Array(count).fill(0);
+    const seen = Array.from({ length: count }, () => []); // logits of every exit so far, per image
+    let here = Array.from({ length: count }, (_, n) => n); // indices of the images that stay
+    let state = { images };
+    for (let k = 0; k < this.numExits && here.length; k++) {
+      const session = this.sessions[k];
+      const outputs = await session.run(Object.fromEntries(session.inputNames.map((name) => [name, state[name]])));
+      const stay = []; // positions in this batch
+      here.forEach((n, position) => {
+        const own = outputs.logits.data.slice(position * width, (position + 1) * width);
+        seen[n].push(own);
+        exits[n] = k;
+        if (!(Math.max(...softmax(own)) >= thresholds[k])) stay.push(position);
+      });
+      state = { previous_logits: this.#rows(outputs.logits, stay) };
+      for (const [name, tensor] of Object.entries(outputs)) {
+        if (name !== "logits") state[name.replace(/^next_/, "")] = this.#rows(tensor, stay);
+      }
+      here = stay.map((position) => here[position]);
+    }
+    for (let n = 0; n < count; n++) {
+      const summed = logits.subarray(n * width, (n + 1) * width);
+      seen[n].forEach((own, j) => own.forEach((x, c) => (summed[c] += this.weights[exits[n]][j] * x)));
+      const probs = softmax(summed);
+      confidence[n] = Math.max(...probs);
+      classes[n] = probs.indexOf(Math.max(...probs));
+    }
+    return { classes, confidence, exits, logits };
+  }
+
+  // Return these rows of a tensor.
+  #rows(tensor, positions) {
+    if (positions.length === tensor.dims[0]) return tensor;
+    const width = tensor.size / tensor.dims[0];
+    const data = new Float32Array(positions.length * width);
+    positions.forEach((position, row) => data.set(tensor.data.subarray(position * width, (position + 1) * width), row * width));
+    return new this.ort.Tensor("float32", data, [positions.length, ...tensor.dims.slice(1)]);
+  }
+}
+
+// Threads that spin while they wait make every call many times slower when another program uses a core.
+const SESSION_OPTIONS = { extra: { session: { intra_op: { allow_spinning: "0" } } } };
+
+export function softmax(logits) {
+  const largest = Math.max(...logits);
+  const exponentials = Array.from(logits, (x) => Math.exp(x - largest));
+  const total = exponentials.reduce((sum, x) => sum + x, 0);
+  return exponentials.map((x) => x / total);
+}
+
+function checkFormat(format) {
+  if (format !== FORMAT) {
+    throw new Error(`the network was not written by this version of export_onnx.py: its format is "${format}", not "${FORMAT}"`);
+  }
+}
+
+// Return the metadata of an ONNX file, which ONNX Runtime does not show in JavaScript. The file is a protocol buffer: a list of
+// fields, each a number and a value. Field 14 of the model holds the metadata, whose fields 1 and 2 are a name and a text.
+function readMetadata(bytes) {
+  const decode = (part) => new TextDecoder().decode(part);
+  const metadata = {};
+  for (const [field, value] of readFields(bytes)) {
+    if (field !== 14) continue;
+    const entry = Object.fromEntries(readFields(value));
+    metadata[decode(entry[1])] = decode(entry[2]);
+  }
+  return metadata;
+}
+
+function* readFields(bytes) {
+  let position = 0;
+  const readNumber = () => {
+    let value = 0;
+    for (let factor = 1; ; factor *= 128) {
+      const byte = bytes[position++];
+      if (byte === undefined) throw new Error("the file is damaged, or is no ONNX file");
+      value += (byte & 127) * factor;
+      if (byte < 128) return value;
+    }
+  };
+  while (position < bytes.length) {
+    const key = readNumber();
+    const type = key & 7;
+    if (type !== 0 && type !== 2) throw new Error("the file is damaged, or is no ONNX file");
+    const value = readNumber(); // of type 2: the length of the bytes that follow
+    if (type === 2) position += value;
+    yield [key >>> 3, type === 2 ? bytes.subarray(position - value, position) : value];
+  }
+}

@@ -1,0 +1,82 @@
+// Open the page of examples/browser in headless Chromium, use it, and print what it showed as JSON:
+//
+//     node tests/browser.mjs CHROMIUM URL [--screenshot FILE] IMAGE ...
+import { createRequire } from "node:module";
+
+const { default: puppeteer } = await import(createRequire(new URL("../examples/browser/", import.meta.url)).resolve("puppeteer-core"));
+let [executablePath, url, ...images] = process.argv.slice(2);
+const screenshot = images[0] === "--screenshot" ? images.splice(0, 2)[1] : null;
+const browser = await puppeteer.launch({ executablePath, args: ["--no-sandbox"] });
+
+// Open the page, and return it with the list to which it adds what goes wrong.
+async function open(prepare = () => {}) {
+  const page = await browser.newPage();
+  const errors = [];
+  page.on("console", (message) => ["error", "warn"].includes(message.type()) && errors.push(message.text()));
+  page.on("pageerror", (error) => errors.push(error.message));
+  page.on("request", (request) => {
+    const own = [url, "blob:", "data:"].some((start) => request.url().startsWith(start));
+    if (!own) errors.push(`a request to ${request.url()}`);
+  });
+  await page.setViewport({ width: 1100, height: 900 });
+  await prepare(page);
+  await page.goto(url);
+  return { page, errors };
+}
+
+// Do something that classifies images, and return what the page shows afterwards.
+async function shown(page, action) {
+  const round = await page.evaluate(() => Number(document.body.dataset.round ?? 0));
+  await action();
+  await page.waitForFunction((before) => Number(document.body.dataset.round ?? 0) > before, {}, round);
+  return page.evaluate(() => {
+    const text = (id) => document.getElementById(id).textContent;
+    return {
+      policy: Number(document.getElementById("effort").value),
+      cards: [...document.querySelectorAll("#results li")].map((card) => ({
+        ...card.dataset,
+        note: card.querySelector(".note").textContent,
+      })),
+      bars: [...document.querySelectorAll("#bars .count")].map((count) => Number(count.textContent)),
+      saved: [text("saved-operations"), text("saved-time")],
+      summary: text("summary"),
+    };
+  });
+}
+
+async function problem(prepare) {
+  const { page } = await open(prepare);
+  const line = await page.waitForSelector("#problem:not([hidden])");
+  return line.evaluate((found) => found.textContent);
+}
+
+try {
+  const began = performance.now();
+  const { page, errors } = await open();
+  const pictures = await shown(page, () => {});
+  const seconds = (performance.now() - began) / 1000;
+  if (screenshot) await page.screenshot({ path: screenshot });
+  const cleared = await shown(page, () => page.click("#clear"));
+  const input = await page.$("#files");
+  const views = [await shown(page, () => input.uploadFile(...images))];
+  await page.focus("#effort");
+  for (const key of ["Home", "End"]) views.push(await shown(page, () => page.keyboard.press(key)));
+  const withoutNames = await page.evaluate(() => {
+    const controls = [...document.querySelectorAll("input, button, img")];
+    return controls.filter((x) => !(x.labels?.length || x.textContent || x.alt)).map((x) => x.outerHTML);
+  });
+  await page.setViewport({ width: 360, height: 640 });
+  const overflows = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
+  const problems = {
+    webassembly: await problem((other) => other.evaluateOnNewDocument(() => delete globalThis.WebAssembly)),
+    block: await problem(async (other) => {
+      await other.setRequestInterception(true);
+      other.on("request", (request) =>
+        request.url().endsWith("block3.onnx") ? request.respond({ status: 404 }) : request.continue(),
+      );
+    }),
+  };
+  console.log(JSON.stringify({ seconds, errors, pictures, cleared, views, withoutNames, overflows, problems }));
+} finally {
+  await browser.close();
+}
