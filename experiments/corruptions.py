@@ -2,12 +2,16 @@
 
     corrupted = CORRUPTIONS["jpeg"].apply(images, 75)     # uint8 (N, 3, H, W) -> the same
 
-Every corruption is deterministic: the noise has a fixed seed.
+Every corruption is deterministic: the noise has a fixed seed. ``experiments.drift`` measures what they cost
+each exit of a network; for a shipped one the result is in ``results/corruptions/NAME.csv``.
 """
 
+import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,3 +72,23 @@ CORRUPTIONS = {
     "brightness": Corruption("brightness, factor", (0.9, 0.8, 0.6, 0.45, 0.3), brightness),
     "jpeg": Corruption("JPEG, quality", (95, 90, 75, 50, 30), jpeg),
 }
+
+
+def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Return a markdown table of these columns (name in the rows -> title)."""
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in columns)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def accuracy_table(name: str) -> str | None:
+    """Return the stored table of what corruptions cost a shipped network, None if there is none."""
+    path = Path(__file__).resolve().parents[1] / "results" / "corruptions" / f"{name}.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    titles = {column: column.replace("_", " ") for column in rows[0]}
+    return markdown(rows, titles | {"policy": "half of the operations"})

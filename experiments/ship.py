@@ -20,6 +20,7 @@ import train_IMTA
 from engine.checkpoint import Saved, load_saved
 from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
+from experiments.corruptions import accuracy_table
 from experiments.tables import epochs
 from models import Description, load
 from models.files import SUFFIX, networks_in
@@ -64,6 +65,12 @@ Held-out images chose the epoch and the thresholds; test images chose nothing.
 | budget, % of all operations | test top-1 % |
 |---|---|
 {budgets}
+{corruptions}"""
+CORRUPTIONS = """
+Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy at about half of
+the operations (strength: sigma of 255 for noise, sigma in pixels for blur, a factor for brightness, quality for JPEG):
+
+{table}
 """
 
 
@@ -168,6 +175,7 @@ def _section(name: str, description: Description) -> str:
     columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
     rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
+    corruptions = accuracy_table(name)
     return SECTION.format(
         name=name,
         d=description,
@@ -179,6 +187,7 @@ def _section(name: str, description: Description) -> str:
             for k, (n, *row) in enumerate(rows, 1)
         ),
         budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
+        corruptions=CORRUPTIONS.format(table=corruptions) if corruptions else "",
     )
 
 

@@ -18,6 +18,8 @@ from adaptive_inference.promises.drift import (
     reference_path,
     write_reference,
 )
+from experiments import drift
+from experiments.corruptions import CORRUPTIONS
 from tests.test_predictor import make_network, quantile_policy
 from utils import UserError
 
@@ -145,3 +147,29 @@ def test_damaged_file(network, logits, tmp_path, damage):
     path.write_bytes(changed[damage])
     with pytest.raises(UserError, match="is no reference file of this project"):
         read_reference(path, curve)
+
+
+def test_experiment(finished, tiny_demo, tmp_path, capsys):
+    """The experiment prints its tables for a run, and reads the logits of the first time the second time."""
+    network, table = finished / "GE" / "best.safetensors", tmp_path / "corruptions.csv"
+    flags = ["--limit", "60", "--clean-streams", "3", "--streams", "2", "--cache", str(tmp_path / "cache")]
+    printed = []
+    for _ in range(2):
+        assert drift.main([str(network), *flags, "--csv", str(table)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "of 3 streams of 60 clean images" in printed[0]
+    assert len(table.read_text().splitlines()) == 22
+    assert len(list((tmp_path / "cache").iterdir())) == 21
+
+
+def test_corruptions_keep_the_form_of_images():
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    for corruption in CORRUPTIONS.values():
+        errors = []
+        for strength in corruption.strengths:
+            corrupted = corruption.apply(images, strength)
+            assert (corrupted.shape, corrupted.dtype) == (images.shape, images.dtype)
+            errors.append((corrupted.float() - images.float()).abs().mean().item())
+        assert errors == sorted(errors)
+        assert errors[0] > 0
