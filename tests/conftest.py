@@ -16,7 +16,7 @@ from PIL import Image
 
 from adaptive_inference.policies import Point, Policy
 from image_data import synthetic
-from models import IMTA, Description, MSDNet, count_operations
+from models import Description, ExitNetwork, count_operations
 from models.saved import DataInfo, network_options
 
 # Networks this small are slower on several threads, much slower beside another busy process.
@@ -31,14 +31,14 @@ TINY_FLAGS = [
 TINY_STAGE_2 = ["--epochs", "1", "--batch-size", "32", "--amp", "off"]
 
 
-def describe(network: MSDNet | IMTA) -> Description:
+def describe(network: ExitNetwork, image_size: int = 32) -> Description:
     """A description of a small network of ten classes."""
     return Description(
         network_options(network),
         data=DataInfo(
             name="demo",
             class_names=[f"class {i}" for i in range(10)],
-            image_size=32,
+            image_size=image_size,
             crop_share=1.0,
             interpolation="bilinear",
             mean=[0.5] * 3,
@@ -46,7 +46,7 @@ def describe(network: MSDNet | IMTA) -> Description:
             num_training_images=100,
             fingerprint="0" * 16,
         ),
-        operations=count_operations(network, 32),
+        operations=count_operations(network, image_size),
         stage="IMTA",
         title="test",
         recipe={"data": "demo", "epochs": 1, "growth_factors": [1, 2, 4]},

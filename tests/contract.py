@@ -1,0 +1,384 @@
+"""What every network with exits must do, whatever it is made of.
+
+    python -m tests.contract                     # every network of CASES, a line each
+    python -m tests.contract imta msdnet_large   # these
+
+``tests/test_contract.py`` runs the same checks. A new kind of network needs one entry in ``CASES``.
+"""
+
+import argparse
+import copy
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold
+from adaptive_inference.fingerprint import network_fingerprint
+from adaptive_inference.policies import Policy
+from models import IMTA, ExitNetwork, MSDNet, State, Stepwise
+from models.saved import Split, read_network, save_network
+from tests.conftest import describe
+
+NUM_CLASSES = 10
+NEVER = 1e8  # a threshold that no confidence reaches
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to check.
+
+    Args:
+        build: makes it, with ``NUM_CLASSES`` classes.
+        image_size: height and width in pixels.
+        block_of: returns the number, from 0, of the block that the parameter of a name belongs to, None for those of exits. None: the
+            network does not use Gradient Equilibrium, or not on everything that passes between blocks.
+        untrained: beginnings of the names of parameters that no exit depends on.
+    """
+
+    build: Callable[[], ExitNetwork]
+    image_size: int = 32
+    block_of: Callable[[str], int | None] | None = None
+    untrained: tuple[str, ...] = ()
+
+    def network(self) -> ExitNetwork:
+        """Make the network, float64, in evaluation mode, with BatchNorm statistics that let the logits vary."""
+        torch.manual_seed(0)
+        network = self.build().double().eval()
+        norms = [module for module in network.modules() if hasattr(module, "running_var")]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            nn.init.uniform_(norm.weight, 1, 2)
+            norm.train()
+            norm.momentum = 1.0  # keep the statistics of one batch
+        with torch.no_grad():
+            network(self.images(16))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        return network.eval()
+
+    def images(self, count: int = 4) -> Tensor:
+        """Make random images (count, 3, H, W), float64."""
+        generator = torch.Generator().manual_seed(count)
+        size = self.image_size
+        return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def msdnet_block(name: str) -> int | None:
+    """Return the block of a parameter of an MSDNet, or of one inside an IMTA network."""
+    part, number, *_ = name.removeprefix("backbone.").split(".")
+    if part == "stem":
+        return 0
+    return int(number) if part == "blocks" else None
+
+
+def msdnet(num_blocks: int = 3, **options: object) -> MSDNet:
+    """Make a small MSDNet that reads all its parameters."""
+    small = {"num_channels": 4, "growth_rate": 4, "step_mode": "lin_grow"}
+    return MSDNet(NUM_CLASSES, num_blocks=num_blocks, **{**small, **options})
+
+
+SINGLE_STAGE = {"freeze_backbone": False}
+LAST_BLOCK = (
+    "blocks.2",
+    "backbone.blocks.2",
+)  # its finer scales are read by no exit if several scales are left at the end
+CASES: dict[str, Case] = {
+    "msdnet": Case(msdnet, 32, msdnet_block, LAST_BLOCK),
+    "msdnet_coarsest": Case(lambda: msdnet(gradient_equilibrium_scales="coarsest"), 32, None, LAST_BLOCK),
+    "msdnet_coarsest_one_scale": Case(
+        lambda: msdnet(gradient_equilibrium_scales="coarsest", growth_factors=(2,), bottleneck_factors=(1,)),
+        32,
+        msdnet_block,
+    ),
+    "msdnet_five_exits": Case(lambda: msdnet(5), 32, msdnet_block),
+    "msdnet_without_equilibrium": Case(lambda: msdnet(gradient_equilibrium=False), 32, None, LAST_BLOCK),
+    "msdnet_boosted": Case(lambda: msdnet(boosted_exits=True), 32, msdnet_block, LAST_BLOCK),
+    "msdnet_large": Case(lambda: msdnet(small_inputs=False), 65, msdnet_block, LAST_BLOCK),
+    "msdnet_prune_min": Case(lambda: msdnet(prune="min", base=2), 32, msdnet_block),
+    "msdnet_without_bottleneck": Case(lambda: msdnet(bottleneck=False), 32, msdnet_block, LAST_BLOCK),
+    "imta": Case(lambda: IMTA(msdnet())),
+    "imta_flowing_gradient": Case(lambda: IMTA(msdnet(), cut_isc_gradient=False)),
+    "imta_without_isc": Case(lambda: IMTA(msdnet(), isc=False)),
+    "imta_boosted": Case(lambda: IMTA(msdnet(boosted_exits=True))),
+    "imta_moving_statistics": Case(lambda: IMTA(msdnet(), freeze_batchnorm=False)),
+    "imta_single_stage": Case(lambda: IMTA(msdnet(), **SINGLE_STAGE), 32, msdnet_block, LAST_BLOCK),
+    "imta_single_stage_flowing_gradient": Case(
+        lambda: IMTA(msdnet(), cut_isc_gradient=False, **SINGLE_STAGE), 32, msdnet_block, LAST_BLOCK
+    ),
+    "imta_large": Case(lambda: IMTA(msdnet(small_inputs=False)), 65),
+}
+
+
+def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Raise AssertionError where the two differ by more than ``tolerance``, relative to large numbers."""
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def check_shapes_and_prefix(case: Case) -> None:
+    """Stopping at exit k gives the same as the full pass up to it."""
+    network, images = case.network(), case.images()
+    count = len(images)
+    with torch.no_grad():
+        features, logits = network.features(images), network(images)
+        assert [tuple(f.shape) for f in features] == [(count, width) for width in network.feature_dims]
+        assert [tuple(z.shape) for z in logits] == [(count, network.num_classes)] * network.num_exits
+        for k in range(1, network.num_exits + 1):
+            prefix = network(images, k)
+            assert len(prefix) == len(network.features(images, k)) == k
+            assert all(torch.equal(a, b) for a, b in zip(prefix, logits, strict=False))
+    for impossible in (0, network.num_exits + 1):
+        with pytest.raises(ValueError, match=f"1 to {network.num_exits}"):
+            network(images, impossible)
+    network.check_image_size(case.image_size)
+
+
+class _Unchanging:
+    """A network whose methods for inference are checked to leave their arguments alone, and to put the batch first."""
+
+    training = False
+
+    def __init__(self, network: ExitNetwork):
+        self.network, self.num_exits = network, network.num_exits
+
+    def start(self, images: Tensor) -> State:
+        return self._called(self.network.start, images)
+
+    def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        features, new_state = self._called(self.network.advance, k, state)
+        assert all(key.isidentifier() for key in new_state)
+        assert {len(x) for x in new_state.values()} <= {len(features)}
+        return features, new_state
+
+    def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
+        return self._called(self.network.classify_next, k, features, previous_logits)
+
+    @staticmethod
+    def _called(function: Callable, *arguments: object) -> object:
+        before = copy.deepcopy(arguments)
+        result = function(*arguments)
+        for argument, old in zip(arguments, before, strict=True):
+            assert type(argument) is type(old)
+            if isinstance(argument, dict):
+                assert list(argument) == list(old)
+                assert all(torch.equal(argument[key], old[key]) for key in old)
+            elif isinstance(argument, Tensor):
+                assert torch.equal(argument, old)
+        return result
+
+
+def check_exit_by_exit(case: Case) -> None:
+    """``start``, ``advance`` and ``classify_next`` give the same as the full pass, whichever images leave."""
+    network, images = case.network(), case.images(2 * case.network().num_exits)
+    with torch.no_grad():
+        expected = network(images)
+        run, left = Stepwise(_Unchanging(network), images), torch.arange(len(images))
+        for k in range(network.num_exits):
+            assert_close(run.next_logits(), expected[k][left])
+            stays = torch.arange(len(left)) != k % len(left)
+            run.keep(stays if k % 2 else stays.nonzero().flatten())
+            left = left[stays]
+
+
+def check_early_exit(case: Case) -> None:
+    """``early_exit`` and the predictor let the same images leave at the same exits, with the logits of these exits."""
+    network, images = case.network(), case.images(8)
+    with torch.no_grad():
+        logits = torch.stack(network(images))
+    confidence, _ = confidence_by_exit(logits)
+    middle = confidence.sort(dim=1).values[:, 3:5].mean(dim=1).tolist()
+    for thresholds in (middle, [NEVER] * network.num_exits, [0.0] * network.num_exits):
+        leaves = confidence >= torch.tensor(thresholds, dtype=torch.float64)[:, None]
+        leaves[-1] = True
+        exits = leaves.int().argmax(dim=0)
+        ours, our_exits = network.early_exit(images, thresholds)
+        prediction = AdaptivePredictor(network, Policy(tuple(thresholds)))(images)
+        assert torch.equal(our_exits, exits)
+        assert torch.equal(prediction.exits, exits)
+        assert_close(ours, logits[exits, torch.arange(len(images))])
+        assert_close(prediction.probs, ours.softmax(dim=1))
+
+
+def check_gradient_equilibrium(case: Case) -> str | None:
+    """The gradient of each block is the sum of all exits' own gradients, divided by the number of exits from this block on.
+
+    Exit i of K reaches block j through the exits j .. i - 1, each of which multiplies by (K - m) / (K - m + 1), and enters with
+    1 / (K - i + 1): the product is 1 / (K - j + 1) for every exit. An exit's own layers are left alone. (Both counted from 1.)
+    """
+    if case.block_of is None:
+        return "not on everything that passes between blocks"
+    network, images = case.network(), case.images()
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+    def gradients(exits: Sequence[int]) -> list[Tensor | None]:
+        logits = network(images)
+        loss = sum(logits[k].square().sum() for k in exits)
+        return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    number = network.num_exits
+    equilibrium = gradients(range(number))
+    for module in network.modules():
+        if hasattr(module, "gradient_equilibrium"):
+            module.gradient_equilibrium = False
+    by_exit = [gradients([k]) for k in range(number)]
+    for name, ours, own in zip(parameters, equilibrium, zip(*by_exit, strict=True), strict=True):
+        block = case.block_of(name)
+        expected = sum(gradient for gradient in own if gradient is not None)
+        if ours is not None:
+            assert_close(ours, expected if block is None else expected / (number - block))
+    return None
+
+
+def check_every_parameter_gets_a_gradient(case: Case) -> None:
+    """Training reaches all parameters that should learn, and no others."""
+    network = case.network().train()
+    sum(z.square().sum() for z in network(case.images(8))).backward()
+    missing = [
+        name
+        for name, p in network.named_parameters()
+        if p.requires_grad
+        and (p.grad is None or not p.grad.any())
+        and not name.startswith(case.untrained or "?")
+    ]
+    if isinstance(network, IMTA):  # its backbone's own classifiers are replaced
+        own = {name for name, _ in network.backbone.classifier_parameters()}
+        assert not any(p.requires_grad for name, p in network.backbone.named_parameters() if name in own)
+    assert missing == []
+    assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
+
+
+def check_checkpointed_activations(case: Case) -> None:
+    """With ``checkpoint_activations``, gradients and running statistics are the same."""
+    results = []
+    for is_checkpointed in (False, True):
+        network = case.network().train()
+        network.checkpoint_activations = is_checkpointed
+        sum(z.square().sum() for z in network(case.images(8))).backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        results.append({**gradients, **dict(network.named_buffers())})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        assert_close(checkpointed[name], plain[name])
+
+
+def check_parameter_lists(case: Case) -> None:
+    """``classifier_parameters`` and ``pretrained_parameters`` are parameters of the network, the former under their names."""
+    network = case.network()
+    by_name = dict(network.named_parameters())
+    classifiers = dict(network.classifier_parameters())
+    assert all(by_name[name] is parameter for name, parameter in classifiers.items())
+    assert len(classifiers) >= 2 * network.num_exits
+    assert set(network.pretrained_parameters()) <= set(by_name.values())
+
+
+def check_file(case: Case) -> None:
+    """A network that is written and read gives the same logits, and has the same fingerprint."""
+    network, images = case.network().float(), case.images().float()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "network.safetensors"
+        save_network(path, network, describe(network, case.image_size), Split.unknown())
+        loaded, *_ = read_network(path)
+        assert loaded.config == network.config
+        assert network_fingerprint(loaded) == network_fingerprint(network)
+        for ours, expected in zip(loaded(images), network(images), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def check_folded(case: Case) -> None:
+    """A folded copy gives the same logits to rounding, in both ways to run it, and leaves the original alone."""
+    network, images = case.network().float(), case.images()
+    before = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        expected = network(images.float())
+        for channels_last in (True, False):
+            folded = fold(network, channels_last)
+            assert network_fingerprint(folded) == network_fingerprint(network)
+            assert not any(parameter.requires_grad for parameter in folded.parameters())
+            for copied in (folded, copy.deepcopy(folded).train()):
+                run = Stepwise(copied, images)  # in float64: a folded network casts
+                for logits, z in zip(copied(images), expected, strict=True):
+                    assert_close(logits, z, 1e-4)
+                    assert_close(run.next_logits(), z, 1e-4)
+        half = fold(network, dtype=torch.bfloat16)(images)
+        assert {z.dtype for z in half} == {torch.bfloat16}
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def check_onnx(case: Case) -> str | None:
+    """The exported file gives the same logits, at the same exits."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        return "onnx or onnxruntime is not installed"
+    from adaptive_inference.export import export_onnx
+    from onnx_predictor import OnnxPredictor
+
+    network = case.network().float()
+    size = case.image_size
+    description = describe(network, size)
+    pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in (description.data.mean, description.data.std))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        logits = network((pixels / 255 - mean) / std)
+        path = Path(folder) / "network.onnx"
+        export_onnx(network, path, description)
+        runner = OnnxPredictor(path, threads=1)
+        for k, z in enumerate(logits):
+            thresholds = [NEVER] * k + [0.0] * (network.num_exits - k)
+            found = runner.predict(pixels.numpy(), thresholds)
+            assert found.exits.tolist() == [k] * len(pixels)
+            assert_close(torch.from_numpy(found.logits), z, 1e-4)
+    return None
+
+
+# Each returns None, or why it does not apply, and raises AssertionError.
+CHECKS: dict[str, Callable[[Case], str | None]] = {
+    function.__name__.removeprefix("check_"): function
+    for function in (
+        check_shapes_and_prefix,
+        check_exit_by_exit,
+        check_early_exit,
+        check_gradient_equilibrium,
+        check_every_parameter_gets_a_gradient,
+        check_checkpointed_activations,
+        check_parameter_lists,
+        check_file,
+        check_folded,
+        check_onnx,
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the named networks and print a line for each; return 1 if any check failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.contract", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CASES)}")
+    names = parser.parse_args(argv).names or list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"no network {', '.join(unknown)}; there are {', '.join(CASES)}")
+    failed = 0
+    for name in names:
+        began = time.perf_counter()
+        failures = [f"{check}: {reason}" for check in CHECKS if (reason := _failure(CASES[name], check))]
+        print(f"{name:40} {'; '.join(failures) or 'ok'}  ({time.perf_counter() - began:.1f} s)", flush=True)
+        failed += bool(failures)
+    return int(failed > 0)
+
+
+def _failure(case: Case, check: str) -> str | None:
+    try:
+        CHECKS[check](case)
+    except Exception as error:  # whatever it is, the other networks are still to be checked
+        return f"{type(error).__name__} {str(error).strip().splitlines()[0] if str(error).strip() else ''}".strip()
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
