@@ -47,8 +47,8 @@ class IMTA(ExitNetwork):
             "freeze_batchnorm": freeze_batchnorm,
         }
         self.boosted = backbone.boosted if boosted is None else boosted
-        if self.boosted != backbone.boosted:
-            self.config["boosted"] = self.boosted
+        if self.boosted:
+            self.config["boosted"] = True
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
         self.feature_dims = backbone.feature_dims

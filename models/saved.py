@@ -273,7 +273,8 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
                 {"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network
             )
             with torch.device(next(backbone.parameters()).device):
-                return IMTA(backbone, **options)
+                # Files that do not mention ``boosted`` were trained without it, whatever the backbone's exits do.
+                return IMTA(backbone, **{"boosted": False, **options})
         if kind == "Backbone":
             return rebuild_backbone(options, network)
         if kind != "MSDNet":

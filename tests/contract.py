@@ -102,6 +102,15 @@ CASES: dict[str, Case] = {
     "msdnet_without_equilibrium": Case(lambda: msdnet(gradient_equilibrium=False), 32, None, LAST_BLOCK),
     "msdnet_boosted": Case(lambda: msdnet(boosted_exits=True), 32, msdnet_block, LAST_BLOCK),
     "msdnet_large": Case(lambda: msdnet(small_inputs=False), 65, msdnet_block, LAST_BLOCK),
+    "msdnet_four_scales": Case(
+        lambda: msdnet(
+            growth_factors=(1, 2, 2, 4), bottleneck_factors=(1, 2, 4, 4), step_mode="even", reduction=0
+        ),
+        33,
+        msdnet_block,
+        ("blocks.",),
+    ),
+    "msdnet_one_exit": Case(lambda: msdnet(1, base=4), 32, msdnet_block, ("blocks.0",)),
     "msdnet_prune_min": Case(lambda: msdnet(prune="min", base=2), 32, msdnet_block),
     "msdnet_without_bottleneck": Case(lambda: msdnet(bottleneck=False), 32, msdnet_block, LAST_BLOCK),
     "imta": Case(lambda: IMTA(msdnet())),
@@ -250,7 +259,7 @@ def check_every_parameter_gets_a_gradient(case: Case) -> None:
     if isinstance(network, IMTA):  # its backbone's own classifiers are replaced
         own = {name for name, _ in network.backbone.classifier_parameters()}
         assert not any(p.requires_grad for name, p in network.backbone.named_parameters() if name in own)
-    assert missing == []
+    assert missing == [], f"without a gradient: {missing}"
     assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
 
 

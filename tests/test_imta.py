@@ -23,10 +23,16 @@ def test_without_isc_exits_are_independent(backbone, images):
         torch.testing.assert_close(z, network.classifiers[k](f))
 
 
-def test_stopping_at_an_exit_gives_the_prefix(backbone, images):
-    network = IMTA(backbone).eval()
-    for k, (a, b) in enumerate(zip(network(images), network(images, num_exits=2), strict=False)):
-        assert torch.equal(a, b), k
+def test_boosted_exits_keep_their_boost(images):
+    """Each new classifier adds half of the logits of the exit before, as the backbone's did; False turns that off."""
+    backbone = MSDNet(**TINY_NETWORK, boosted_exits=True)
+    kept, dropped = (IMTA(backbone, isc=False, boosted=boosted).eval() for boosted in (None, False))
+    dropped.load_state_dict(kept.state_dict())
+    own, sums = dropped(images), kept(images)
+    torch.testing.assert_close(sums[2], own[2] + 0.5 * own[1] + 0.25 * own[0])
+    assert (kept.boosted, kept.config["boosted"]) == (True, True)
+    assert (dropped.boosted, "boosted" in dropped.config) == (False, False)
+    assert not IMTA(MSDNet(**TINY_NETWORK)).boosted
 
 
 @pytest.mark.parametrize("cut", [True, False])
