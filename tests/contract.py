@@ -324,20 +324,23 @@ def check_folded(case: Case) -> None:
 
 def check_onnx(case: Case) -> str | None:
     """The exported file gives the same logits, at the same exits."""
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
-        return "onnx or onnxruntime is not installed"
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        return "onnx, onnxscript or onnxruntime is not installed"
     from adaptive_inference.export import export_onnx
     from onnx_predictor import OnnxPredictor
 
     network = case.network().float()
     size = case.image_size
-    description = describe(network, size)
+    network.description = describe(network, size)
     pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
-    mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in (description.data.mean, description.data.std))
+    mean, std = (
+        torch.tensor(x).reshape(3, 1, 1)
+        for x in (network.description.data.mean, network.description.data.std)
+    )
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         logits = network((pixels / 255 - mean) / std)
         path = Path(folder) / "network.onnx"
-        export_onnx(network, path, description)
+        export_onnx(network, path)
         runner = OnnxPredictor(path, threads=1)
         for k, z in enumerate(logits):
             thresholds = [NEVER] * k + [0.0] * (network.num_exits - k)
