@@ -1,4 +1,4 @@
-"""Budgeted batch prediction: one budget for a set of images, spent where it helps (MSDNet paper, sections 3 and 5).
+"""Budgeted batch prediction: one budget for a set of images (MSDNet paper, sections 3 and 5).
 
     val = ExitPredictions.from_logits(val_logits, val_targets)           # held-out images
     thresholds = geometric_thresholds(val.confidence)                    # (40, K), from cheap to full

@@ -1,4 +1,4 @@
-"""Identity of a network, for the files that belong to it: fingerprint of the weights, dtype, description in words."""
+"""Identity of a network, for the files that belong to it: fingerprint of the weights, dtype, description."""
 
 import hashlib
 import json

@@ -190,8 +190,8 @@ class PolicyCurve:
             )
         if self.dtype != dtype_of(network):
             raise UserError(
-                f"{source} was made for this network in {self.dtype}, not in {dtype_of(network)}, which rounds "
-                "logits differently; --evalmode dynamic makes one for the dtype it evaluates"
+                f"{source} was made for this network in {self.dtype}, not in {dtype_of(network)}, which "
+                "rounds logits differently; --evalmode dynamic makes one for the dtype it evaluates"
             )
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
@@ -244,7 +244,7 @@ def policy_curve(
     num_images: int | None = None,
     certificate: dict[str, Any] | None = None,
 ) -> PolicyCurve:
-    """Return the curve of ``network``, which is in the dtype that gave the logits; the rest is as in ``PolicyCurve``."""
+    """Return the curve of ``network``, in the dtype of its logits; for the rest see ``PolicyCurve``."""
     return PolicyCurve(
         network_fingerprint(network),
         dtype_of(network),

@@ -55,7 +55,7 @@ Labelled = tuple[Tensor, Tensor]  # logits (K, N, C) of every exit and targets (
 
 
 class Evaluation:
-    """Evaluates ``network`` on ``data`` and writes into the run's directory; only the main process writes and prints.
+    """Evaluation of a network, written into the directory of its run by the main process.
 
     The network is evaluated as it predicts, folded and in the dtype of ``--amp``, so that thresholds hold
     there.
@@ -114,7 +114,7 @@ class Evaluation:
         log.line(f"accuracy against operations: {self.session.run.curves}")
 
     def known_policy(self) -> Policy | None:
-        """Return a policy of the run's file, with its ensemble if there is one; None if it is not of this network."""
+        """Return a policy of the run's file, with its ensemble; None if it is not of this network."""
         try:
             policy = read_policy(self.session.run.policy, self.network).of_rule(None)[0].policy
             return policy if policy.temperatures else None
@@ -153,7 +153,7 @@ class Evaluation:
         log.line(table(shown, names, len(targets)))
 
     def budgeted(self, val: Labelled, test: Labelled, policy: Policy) -> None:
-        """Evaluate budgeted prediction: tables of the rules, the policy file, a picture of easy and hard images."""
+        """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
         run, log = self.session.run, self.session.log
         log.line(temperature_line(policy, len(val[1])))
         curve = find_policies(self.network, self.operations, val, policy, self.has_split)
@@ -195,14 +195,14 @@ class Evaluation:
     def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
         run = self.session.run
         easy, hard = easy_and_hard(logits, targets, policy)
-        figure = examples_figure(self.data.test.picture, targets, easy, hard, self.data.info.class_names)
+        figure = examples_figure(self.data.test.picture, targets, (easy, hard), self.data.info.class_names)
         save_figure(figure, run.examples)
         self.session.log.line(
             f"images that left first and right, and that only the last exit got right: {run.examples}"
         )
 
     def runtime(self) -> None:
-        """Measure time beside counted operations, one image at a time and in batches, and predictions by deadlines."""
+        """Measure time, one image at a time and in batches, and predictions by deadlines."""
         run, log, network = self.session.run, self.session.log, self.network
         if not self.session.processes.is_main:
             return
@@ -236,7 +236,7 @@ class Evaluation:
         return torch.cat(parts, dim=1)
 
     def _measured_rows(self, points: list[Point], images: Tensor, targets: Tensor) -> tuple[list[dict], Any]:
-        """Return rows of time, operations and accuracy at every batch size, and the times of blocks at batch 1."""
+        """Return rows of time, operations and accuracy by batch size, and the times of blocks at batch 1."""
         network, logits = self.network, self._logits(images)
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits, ensemble=None)
         predictions = [

@@ -73,7 +73,7 @@ def _shown(name: str, value: float | str, num_images: int | None) -> str:
 
 
 def percent(value: float, num_images: int | None = None) -> str:
-    """Return a percentage of so many images with the digits that they allow: none up to 100, one up to 1,000, else two."""
+    """Return a percentage with the digits its images allow: none up to 100, one up to 1,000, else two."""
     digits = 2 if num_images is None else min(max(math.ceil(math.log10(max(num_images, 1))) - 2, 0), 2)
     return f"{value:.{digits}f}"
 
@@ -123,7 +123,7 @@ def best_within(rows: Sequence[dict], operations: float) -> dict | None:
     Returns:
         The row, None if all of them spend more.
     """
-    affordable = [row for row in rows if row.get("val_operations", row["operations"]) <= operations]
+    affordable = [row for row in rows if row["val_operations"] <= operations]
     return max(affordable, key=lambda row: row["val_acc1"], default=None)
 
 

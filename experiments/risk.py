@@ -1,101 +1,292 @@
-"""How often a promise about accuracy fails, and what it saves, on real images.
+"""How often promises about accuracy fail, how many policies they allow, and what they save.
 
-    python -m experiments.risk save/cifar100/IMTA --max-loss 1 --splits 200
+    python -m experiments.risk simulate                                   # counts drawn with known
+    probabilities python -m experiments.risk saved imta_cifar100 --data-root DIR        # operations at limits
+    of 0.5, 1 and 2 points python -m experiments.risk resample imta_cifar100 --data-root DIR     # the whole
+    procedure, with known truth
 
-The test images of a run are split into two halves again and again: one half sets and tests policies as the
-    held-out images of a run do
-(``adaptive_inference.promises.risk``), the other stands for new images, on which the promise is kept or not.
-Beside it the usual choice: the cheapest policy that lost no more on the first half. As all are the same
-images, a half on which a policy looks better than it is leaves another on which it looks worse: failures are
-counted too often rather than too seldom.
+``simulate`` draws the losses of a policy exactly at the limit, one standard error beyond it, and below it,
+and prints how often the exact test of ``adaptive_inference.promises.risk`` certifies it, beside two other
+tests: one that knows the variance of the loss, which nobody does, and the betting bound of Waudby-Smith and
+Ramdas (2024, arXiv 2010.09686) with a fixed stake. ``resample`` takes the test images as the whole
+population: held-out images are drawn from them with replacement, the procedure runs, and the loss of the
+cheapest certified policy on the population is its true one.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, assign_exits, geometric_thresholds
+from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, geometric_thresholds
 from adaptive_inference.fold import fold
-from adaptive_inference.policies import LossCounts, Policy
-from adaptive_inference.promises.risk import MaxLoss, certified, certified_points, count_losses
+from adaptive_inference.policies import LossCounts, Point, Policy
+from adaptive_inference.promises.risk import (
+    LEVEL,
+    MaxLoss,
+    certified,
+    certified_points,
+    count_losses,
+    p_value,
+)
 from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
 from engine.distributed import Processes
+from engine.evaluate import fit_policy, with_ensemble
 from engine.report import table
 from models import count_operations
+from models.files import find
 from utils import CommandLineParser, UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
+LEVELS = (90.0, 95.0, 99.0)
+LIMITS = (0.5, 1.0, 2.0)  # percent
+# Share of the images on which a simulated policy is right and the full network wrong; none where every other
+# prediction counts as a loss.
+BETTER = {"accuracy": 0.02, "disagreement": 0.0}
+DISTANCES = (-1.0, 0.0, 1.65, 2.5, 3.5)  # standard errors from the loss to the limit
 
 
-def certified_thresholds(held: ExitPredictions, operations: list[int], wanted: MaxLoss) -> list[float]:
-    """Return those of the cheapest policy that keeps the promise."""
-    points = certified_points(held, Policy((NONE_LEAVE,) * len(operations)), operations)
-    return certified(points, wanted)[-1].policy.thresholds
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables that the arguments ask for (None: those of the process)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run_command(arguments)
+    except UserError as error:
+        sys.exit(f"experiments.risk: {error}")
 
 
-def usual_thresholds(held: ExitPredictions, operations: list[int], wanted: MaxLoss) -> list[float]:
-    """Return those of the cheapest policy of the geometric rule that lost no more on the same images."""
-    for thresholds in geometric_thresholds(held.confidence):
-        if _percent_lost(count_losses(thresholds, held), wanted) <= wanted.percent:
-            return thresholds.tolist()
-    return [NONE_LEAVE] * len(operations)
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandLineParser(prog="experiments.risk", description="Tests of promises about accuracy.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands_of = {
+        "simulate": (simulate, "violations and power, from drawn losses"),
+        "saved": (saved, "operations that certified policies need"),
+        "resample": (resample, "violations of the whole procedure, from drawn images"),
+    }
+    for name, (function, text) in commands_of.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run_command=function)
+        if name != "saved":
+            command.add_argument(
+                "--trials", type=int, default=2000, metavar="N", help="(default: %(default)s)"
+            )
+        if name == "simulate":
+            command.add_argument(
+                "--images",
+                type=int,
+                default=4500,
+                metavar="N",
+                help="that test the policy (default: %(default)s)",
+            )
+            command.add_argument(
+                "--max-loss", type=float, default=1.0, metavar="PERCENT", help="(default: %(default)s)"
+            )
+        else:
+            command.add_argument("network", metavar="NETWORK", help="a run, a file or a name in weights/")
+            command.add_argument("--data-root", type=Path, metavar="DIR", help="(default: that of the run)")
+    return parser
+
+
+def simulate(arguments: argparse.Namespace) -> None:
+    """Print how often a simulated policy is certified, by the distance of its loss from the limit."""
+    for loss, better in BETTER.items():
+        rows = []
+        for distance in DISTANCES:
+            truth = _at_distance(arguments.max_loss / 100, better, arguments.images, distance)
+            generator = torch.Generator().manual_seed(0)
+            draws = _draw(arguments.images, truth, better, arguments.trials, generator)
+            learned = _draw(arguments.images // 9, truth, better, arguments.trials, generator)
+            rows += _certified_rows(draws, learned, arguments.max_loss / 100, loss, distance)
+        title = f"loss of {loss}, limit {arguments.max_loss:g} %, {arguments.images:,} images"
+        sys.stdout.write(f"\n{title}, {arguments.trials:,} trials\n{table(rows, list(rows[0]))}\n")
+
+
+def _at_distance(limit: float, better: float, images: int, distance: float) -> float:
+    """Return the share of worse images whose loss is so many of its standard errors below the limit."""
+    low, high = 0.0, 1 - better
+    for _ in range(60):
+        worse = (low + high) / 2
+        loss = worse - better
+        error = math.sqrt((worse + better - loss**2) / images)
+        low, high = (worse, high) if loss + distance * error < limit else (low, worse)
+    return low
+
+
+def _draw(
+    images: int, worse: float, better: float, trials: int, generator: torch.Generator
+) -> list[LossCounts]:
+    shares = torch.tensor([worse, better, 1 - worse - better], dtype=torch.float64)
+    drawn = torch.multinomial(shares, images * trials, replacement=True, generator=generator)
+    kinds = drawn.reshape(trials, images)
+    ups, downs = (kinds == 0).sum(dim=1).tolist(), (kinds == 1).sum(dim=1).tolist()
+    return [LossCounts(images, up, down, up + down) for up, down in zip(ups, downs, strict=True)]
+
+
+def _certified_rows(
+    draws: list[LossCounts], learned: list[LossCounts], limit: float, loss: str, distance: float
+) -> list[dict]:
+    """Return one row per level: how often each test certifies the policy."""
+    disagreement = loss == "disagreement"
+    values = [p_value(losses, limit, disagreement) for losses in draws]
+    rows = []
+    for level in LEVELS:
+        pairs = zip(learned, draws, strict=True)
+        bets = [betting_bound(*pair, MaxLoss(100 * limit, level, disagreement)) for pair in pairs]
+        known = 0.5 * math.erfc((_normal_quantile(level / 100) - distance) / math.sqrt(2))
+        rows.append(
+            {
+                "errors below the limit": f"{distance:g}",
+                "level %": f"{level:g}",
+                "certified %": _share(sum(value <= 1 - level / 100 for value in values), len(values)),
+                "variance known %": f"{100 * known:.1f}",
+                "betting %": _share(sum(bets), len(bets)),
+            }
+        )
+    return rows
+
+
+def _share(count: int, trials: int) -> str:
+    share = count / trials
+    return f"{100 * share:.1f} +- {100 * math.sqrt(share * (1 - share) / trials):.1f}"
+
+
+def _normal_quantile(level: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(level, dtype=torch.float64)))
+
+
+def betting_bound(learned: LossCounts, tested: LossCounts, wanted: MaxLoss) -> bool:
+    """Return whether a bettor against a loss above the limit grows rich; other images fix the stake."""
+    limit, needed = wanted.percent / 100, -math.log1p(-wanted.level / 100)
+    (known_up, known_down), (up, down) = (
+        (x.other, 0) if wanted.disagreement else (x.worse, x.better) for x in (learned, tested)
+    )
+    variance = (known_up + known_down + 1) / (learned.images + 1)
+    stake = min(math.sqrt(2 * needed / (tested.images * variance)), 0.9 / (1 - limit))
+    counts = {1: up, -1: down, 0: tested.images - up - down}
+    return sum(count * math.log1p(stake * (limit - loss)) for loss, count in counts.items()) >= needed
+
+
+class Evaluated(NamedTuple):
+    """Predictions of a network for held-out and test images, its ensemble among them.
+
+    Attributes:
+        val: held-out images.
+        test: test images.
+        policy: measure, temperatures and ensemble, fitted on the held-out images.
+        operations: to each exit.
+    """
+
+    val: ExitPredictions
+    test: ExitPredictions
+    policy: Policy
+    operations: list[int]
+
+
+def evaluate(network: str, data_root: Path | None) -> Evaluated:
+    """Run a network on the held-out images of its own split and on the test images.
+
+    Raises:
+        UserError: the network or its images cannot be read.
+    """
+    saved = load_saved(find(network), {})
+    flags = ["--data-root", str(data_root)] if data_root else []
+    settings = parse("GE", ["--evalmode", *flags]).settings(stored=saved.settings)
+    data = load_data(settings, ALONE.device, None, saved.data, saved.split)
+    folded = fold(saved.network)
+    (val_logits, val_targets), (logits, targets) = (
+        collect_logits(folded, part, ALONE) for part in (data.val, data.test)
+    )
+    policy = fit_policy(val_logits, val_targets, "softmax")
+    operations = count_operations(saved.network, data.info.image_size)
+    val, _ = with_ensemble(
+        ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy, operations
+    )
+    test, spent = with_ensemble(ExitPredictions.from_logits(logits, targets), logits, policy, operations)
+    return Evaluated(val, test, policy, spent)
+
+
+def saved(arguments: argparse.Namespace) -> None:
+    """Print what the cheapest certified policies cost and lose on test images."""
+    evaluated = evaluate(arguments.network, arguments.data_root)
+    points = certified_points(evaluated.val, evaluated.policy, evaluated.operations)
+    rows = []
+    for disagreement in (False, True):
+        for limit in LIMITS:
+            wanted = MaxLoss(limit, LEVEL, disagreement)
+            point = certified(points, wanted)[-1]
+            losses = count_losses(_thresholds(point, evaluated.test), evaluated.test)
+            rows.append(
+                {
+                    "promise": str(wanted),
+                    "operations %": f"{100 * point.operations / evaluated.operations[-1]:.1f}",
+                    "policy": f"{point.p} of {len(points)}",
+                    "lost on test images %": f"{_percent_lost(losses, wanted):.2f}",
+                }
+            )
+    full = 100 * float(evaluated.test.correct[-1].double().mean())
+    sys.stdout.write(
+        f"{arguments.network}: {points[0].losses.images:,} held-out images test {len(points)} policies; full "
+        f"network {full:.2f} % of {len(evaluated.test.targets):,} test images\n{table(rows, list(rows[0]))}\n"
+    )
+
+
+def _thresholds(point: Point, predictions: ExitPredictions) -> Tensor:
+    return torch.tensor(point.policy.thresholds, dtype=predictions.confidence.dtype)
 
 
 def _percent_lost(losses: LossCounts, wanted: MaxLoss) -> float:
     return 100 * (losses.other if wanted.disagreement else losses.worse - losses.better) / losses.images
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print failures and savings for the run that the arguments name (None: those of the process)."""
-    parser = CommandLineParser(
-        prog="experiments.risk",
-        description="How often promises about accuracy fail, over splits of the test images.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with a finished run")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: that of the run)")
-    parser.add_argument(
-        "--max-loss", type=float, default=1.0, metavar="PERCENT", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--confidence-level", type=float, default=95.0, metavar="PERCENT", help="(default: %(default)s)"
-    )
-    parser.add_argument("--disagreement", action="store_true", help="count every other answer as lost")
-    parser.add_argument("--splits", type=int, default=200, metavar="N", help="(default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    wanted = MaxLoss(arguments.max_loss, arguments.confidence_level, arguments.disagreement)
-    try:
-        saved = load_saved(arguments.run, {})
-        flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
-        settings = parse("GE", ["--evalmode", *flags]).settings(stored=saved.settings)
-        data = load_data(settings, ALONE.device, None, saved.data, saved.split)
-        logits, targets = collect_logits(fold(saved.network), data.test, ALONE)
-    except UserError as error:
-        parser.error(str(error))
-    predictions = ExitPredictions.from_logits(logits, targets)
-    operations = count_operations(saved.network, data.info.image_size)
-    counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
+def usual_choice(held: ExitPredictions, wanted: MaxLoss) -> Tensor:
+    """Return the thresholds of the cheapest policy that lost no more on the same images, without any test."""
+    for thresholds in geometric_thresholds(held.confidence):
+        if _percent_lost(count_losses(thresholds, held), wanted) <= wanted.percent:
+            return thresholds
+    return held.confidence.new_full((len(held.confidence),), NONE_LEAVE)
+
+
+def resample(arguments: argparse.Namespace) -> None:
+    """Print how often the cheapest certified policy loses more than promised."""
+    evaluated = evaluate(arguments.network, arguments.data_root)
+    population, count = evaluated.test, len(evaluated.val.targets)
     generator = torch.Generator().manual_seed(0)
-    splits = [torch.randperm(len(targets), generator=generator).chunk(2) for _ in range(arguments.splits)]
-    rows = []
-    for way, choose in {"certified": certified_thresholds, "usual choice": usual_thresholds}.items():
-        lost, spent = [], []
-        for halves in splits:
-            held, new = map(predictions.subset, halves)
-            thresholds = torch.tensor(choose(held, operations, wanted))
-            lost.append(_percent_lost(count_losses(thresholds, new), wanted))
-            spent.append(counts[assign_exits(new.confidence, thresholds)].mean().item())
-        share = sum(x > wanted.percent for x in lost) / len(splits)
-        error = math.sqrt(share * (1 - share) / len(splits))
-        means = [sum(values) / len(splits) for values in (lost, spent)]
-        kept = {"": way, "promise failed in %": f"{100 * share:.1f} +- {100 * error:.1f}"}
-        rows.append({**kept, "mean loss %": means[0], "operations %": 100 * means[1]})
-    sys.stdout.write(f"{len(targets):,} test images, {arguments.splits} splits in halves: {wanted}\n")
-    sys.stdout.write(table(rows, list(rows[0])) + "\n")
+    promises = [MaxLoss(1.0, level, disagreement) for disagreement in (False, True) for level in LEVELS]
+    violations = dict.fromkeys(promises, 0)
+    usual = {False: 0, True: 0}
+    spent = dict.fromkeys(promises, 0.0)
+    for _ in range(arguments.trials):
+        held = population.subset(torch.randint(len(population.targets), (count,), generator=generator))
+        points = certified_points(held, evaluated.policy, evaluated.operations)
+        for wanted in promises:
+            point = certified(points, wanted)[-1]
+            losses = count_losses(_thresholds(point, population), population)
+            violations[wanted] += _percent_lost(losses, wanted) > wanted.percent
+            spent[wanted] += point.operations / evaluated.operations[-1] / arguments.trials
+        for disagreement in usual:
+            wanted = MaxLoss(1.0, LEVEL, disagreement)
+            losses = count_losses(usual_choice(held, wanted), population)
+            usual[disagreement] += _percent_lost(losses, wanted) > wanted.percent
+    rows = [
+        {
+            "promise": str(wanted),
+            "broken %": _share(number, arguments.trials),
+            "operations %": f"{100 * spent[wanted]:.1f}",
+            "usual choice: broken %": _share(usual[wanted.disagreement], arguments.trials),
+        }
+        for wanted, number in violations.items()
+    ]
+    sys.stdout.write(
+        f"{arguments.network}: {arguments.trials:,} trials of {count:,} held-out images, drawn from "
+        f"{len(population.targets):,} test images\n{table(rows, list(rows[0]))}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make a file for the folder weights/ from a finished run, with the policies and the model card that belong to it.
+"""Make a file for the folder weights/ from a finished run, with its policies and the model card.
 
     python -m experiments.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
 
@@ -52,11 +52,12 @@ MODEL = """- name: {name}
 SECTION = """
 ## {name}
 
-{d.title}, trained on {d.data.name} ({d.data.num_training_images} training images, {d.recipe[val_size]} of them held out),
-{d.data.image_size} x {d.data.image_size} pixels, {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
+{d.title}, trained on {d.data.name} ({d.data.num_training_images} training images,
+{d.recipe[val_size]} of them held out), {d.data.image_size} x {d.data.image_size} pixels,
+{classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
-Held-out images chose the epoch and the thresholds; test images chose nothing.
+Held-out images chose the epoch, the thresholds and the policy of each budget; test images chose nothing.
 
 | exit | operations | top-1 % | top-5 % | ensemble of exits, top-1 % |
 |---|---|---|---|---|

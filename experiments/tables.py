@@ -1,7 +1,7 @@
-"""The result tables of the project's README and of the one in this folder, and the plot of the former, from the CSV files in this folder.
+"""Result tables of README.md and results/README.md, and a plot, from the CSV files in results/.
 
-python -m experiments.tables            # prints the tables python -m experiments.tables --write    # puts
-them into both README.md, between their markers, and draws the plot again
+python -m experiments.tables            # print the tables
+python -m experiments.tables --write    # put them into both files, and draw the plot
 """
 
 import json
@@ -35,7 +35,8 @@ BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
 PAPER = {"MSDNet": ("", "63.73", "", "", "71.81"), "IMTA": ("", "65.54", "", "", "73.45")}
 # The same network, plain MSDNet, budgeted prediction, by mean operations: Liuyang829/testMSDNet.
 REPORT_BUDGETED = ("59.1 at 7.2 M", "63.9 at 11.6 M, 67.3 at 17.2 M", "69.8 at 27.2 M", "", "")
-# Small static networks, one for a budget: chenyaofo/pytorch-cifar-models, last epoch of its logs (200 epochs, no images held out).
+# Small static networks, one for each budget: chenyaofo/pytorch-cifar-models, last epoch of its logs (200
+# epochs, no images held out).
 STATIC = (
     ("ShuffleNetV2 x0.5", 11.0, 67.45),
     ("MobileNetV2 x0.5", 28.1, 70.19),
@@ -60,13 +61,14 @@ DIFFERENCES_2 = (
     ("GE", "GE_classifiers"),
     ("GE_classifiers", "GE_ISC"),
     ("GE_classifiers", "GE_OFA"),
+    ("GE_ISC", "GE_ISC_OFA"),
     *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
     ("released_GE", "released_IMTA"),
     ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
 )
 DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
-    *DIFFERENCES_2[:8],
+    *DIFFERENCES_2[:9],
     ("GE", COMBINED),
     ("GE_ISC_OFA", COMBINED),
     (COMBINED, "GE_boosted_ISC_OFA"),
@@ -77,12 +79,13 @@ DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean +- sample standard deviation, and how many values there are if not three."""
+    """Return mean +- sample standard deviation, and the number of values if it is not three."""
     if not values:
         return ""
     count = "" if len(values) == 3 else f" (n = {len(values)})"
@@ -91,35 +94,43 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
+    """Return ``spread`` of every column."""
     return [spread(list(column), sign) for column in zip(*rows, strict=True)]
 
 
 def exit_names(count: int) -> list[str]:
+    """Return the titles of the columns of exits."""
     return [f"exit {k}" for k in range(1, count + 1)]
 
 
 def budget_names() -> list[str]:
+    """Return the titles of the columns of budgets."""
     return [f"{budget / 1e6:.0f} M" for budget in BUDGETS]
 
 
 def exit_accuracies(folder: Path) -> list[float]:
+    """Return the test accuracy of every exit."""
     return [row["acc1"] for row in read_csv(folder / "anytime.csv")]
 
 
 def budget_accuracies(
     folder: Path, file: str = "budgeted.csv", budgets: Iterable[float] = BUDGETS
 ) -> list[float]:
-    """Test accuracy of the budget that is best on held-out images among those that spend at most each of ``budgets``."""
+    """Return the test accuracy of the policy that is best on held-out images within each of ``budgets``.
+
+    A policy is within a budget if its mean operations on held-out images are: test images choose nothing.
+    """
     rows = read_csv(folder / file)
     return [best_within(rows, budget)["test_acc1"] for budget in budgets]
 
 
 def epochs(folder: Path) -> list[dict]:
+    """Return the lines of a training log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]]) -> list[str]:
-    """The columns of an arm that was run; none of another."""
+    """Return the columns of an arm that was run, none of another."""
     return spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
 
 
@@ -129,7 +140,10 @@ def comparison(
     arms: Iterable[str],
     accuracies: Callable[[Path], list[float]],
 ) -> str:
-    """What others report, then our runs, from the longest training to the shortest; blank cells for the main arms as published."""
+    """Return what others report, then our runs, from the longest training to the shortest.
+
+    The main arms trained as published have blank cells where they were not run.
+    """
     rows = [["100 classes, as published", *row] for row in published]
     for results, training in TRAINING.items():
         for arm in arms:
@@ -143,6 +157,7 @@ def comparison(
 
 
 def exits_table() -> str:
+    """Return the accuracy of every exit of the network with 5 exits."""
     operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
     published = [[f"paper: {name}", *accuracies] for name, accuracies in PAPER.items()]
     static = [""] * len(operations)  # each in the column of the exit nearest in operations
@@ -151,17 +166,19 @@ def exits_table() -> str:
         static[nearest] = f"{accuracy} at {millions} M"
     published.append([f"static: {', '.join(name for name, *_ in STATIC)}", *static])
     table = comparison(published, exit_names(len(operations)), (*MAIN_ARMS, COMBINED), exit_accuracies)
-    return f"{table}\n| operations to the exit | MSDNet, 100 classes | {' | '.join(f'{millions:.2f} M' for millions in operations)} |"
+    columns = " | ".join(f"{millions:.2f} M" for millions in operations)
+    return f"{table}\n| operations to the exit | MSDNet, 100 classes | {columns} |"
 
 
 def budgets_table() -> str:
+    """Return the accuracy at every budget."""
     return comparison(
         [["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, COMBINED), budget_accuracies
     )
 
 
 def static_table() -> str:
-    """The main arms within the operations of each static network."""
+    """Return the main arms within the operations of each static network."""
     accuracies = partial(budget_accuracies, budgets=[1e6 * millions for _, millions, _ in STATIC])
     rows = [["static", *(f"{accuracy}" for *_, accuracy in STATIC)]]
     rows += [
@@ -175,17 +192,19 @@ def static_table() -> str:
 
 
 def exits_7_table() -> str:
+    """Return the accuracy of every exit of the network with 7 exits."""
     reported = [[f"report: {name}", *map(str, accuracies)] for name, accuracies in REPORT_7.items()]
     return comparison(reported, exit_names(7), [f"{arm}_7" for arm in MAIN_ARMS], exit_accuracies)
 
 
 def arms_table() -> str:
-    """Every arm of the short schedule with 5 exits."""
+    """Return every exit of every arm of the short schedule with 5 exits."""
     columns = {title: over_seeds(arm, SHORT, exit_accuracies) for arm, title in TITLES.items()}
     return markdown(["arm", *exit_names(5)], [[title, *own] for title, own in columns.items() if own])
 
 
 def arms_budgets_table() -> str:
+    """Return the accuracy at every budget of the arms of the short schedule, with both rules."""
     rules = {"paper's": budget_accuracies, "optimised": partial(budget_accuracies, file="optimised.csv")}
     rows = [
         [TITLES[arm], rule, *over_seeds(arm, SHORT, accuracies)]
@@ -196,20 +215,25 @@ def arms_budgets_table() -> str:
 
 
 def thresholds_table() -> str:
-    """What the optimised thresholds gain on those of the paper's rule; the arms of a seed are averaged, as most of them share a network."""
-    by_seed: dict[str, list[list[float]]] = {}
-    for folder in (folder for arm in TITLES for folder in seeds_of(arm, SHORT)):
-        pair = zip(budget_accuracies(folder, "optimised.csv"), budget_accuracies(folder), strict=True)
-        by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in pair])
-    means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
-    columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
-    return markdown(
-        ["compared with the paper's rule", *budget_names(), "mean"], [["optimised thresholds", *columns]]
-    )
+    """Return what the optimised thresholds gain on those of the paper's rule.
+
+    The arms of a seed are averaged, as most of them share a network.
+    """
+    rows = []
+    for results in (MEDIUM, SHORT):
+        by_seed: dict[str, list[list[float]]] = {}
+        for arm in TITLES:
+            for folder in seeds_of(arm, results):
+                pair = zip(budget_accuracies(folder, "optimised.csv"), budget_accuracies(folder), strict=True)
+                by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in pair])
+        means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
+        columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
+        rows.append([TRAINING[results], *columns])
+    return markdown(["optimised thresholds minus the paper's", *budget_names(), "mean"], rows)
 
 
 def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
-    """By seed, what ``after`` gains on ``before`` with the same seed: at every exit, then their mean."""
+    """Return by seed what ``after`` gains on ``before`` with that seed: at every exit, then their mean."""
     pairs = [
         (folder, folder.parent / before)
         for folder in seeds_of(after, results)
@@ -220,7 +244,7 @@ def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
 
 
 def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
-    """As ``gains``, of ensembles of exits on each exit alone."""
+    """Return the same for ensembles of exits against each exit alone."""
     by_seed = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, results)]
     by_exit = [
         [row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]
@@ -231,7 +255,7 @@ def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
 def differences_table(
     differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT
 ) -> str:
-    """Rows of ``gains``; where both names are one, of ``ensemble_gains``."""
+    """Return rows of ``gains``; where both names are the same, of ``ensemble_gains``."""
     rows = []
     for before, after in differences:
         title, by_seed = ARMS[after].title, gains(before, after, results)
@@ -244,14 +268,17 @@ def differences_table(
 
 
 def effect(before: str, after: str, schedule: str = "short") -> str:
-    """Mean over exits of what ``after`` gains on ``before``; of one arm, what its ensembles gain on its exits."""
+    """Return the mean over exits of what ``after`` gains on ``before``.
+
+    Where both are the same arm, it is what its ensembles gain on its exits.
+    """
     results = SCHEDULES[schedule].results
     by_seed = ensemble_gains(after, results) if before == after else gains(before, after, results)
     return spread([gain[-1] for gain in by_seed], "+")
 
 
 def epochs_table() -> str:
-    """What the logs of all runs of stage 1 on the short schedule say of the choice of an epoch."""
+    """Return what the logs of all runs of stage 1 on the short schedule tell about choosing an epoch."""
     logs = [epochs(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm, SHORT)]
     accuracies = [[epoch["val_mean_acc1"] for epoch in log] for log in logs]
     is_last = sum(max(log) == log[-1] for log in accuracies)
@@ -266,7 +293,7 @@ def epochs_table() -> str:
 
 
 def runs_table() -> str:
-    """How every arm of the short schedule was trained."""
+    """Return how every arm of the short schedule was trained."""
     rows = []
     for arm in ARMS:
         if folders := seeds_of(arm, SHORT):
@@ -280,7 +307,7 @@ def runs_table() -> str:
 
 
 def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
-    """``operations`` and ``accuracy`` of a file's rows, means over folders."""
+    """Return ``operations`` and ``accuracy`` of a file's rows, means over folders."""
     by_row = zip(*(read_csv(folder / file) for folder in folders), strict=True)
     return [
         {name: statistics.mean(row[name] for row in rows) for name in ("operations", accuracy)}
@@ -289,7 +316,10 @@ def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
 
 
 def draw_arms(results: Path) -> Figure:
-    """Every main arm's exits (points) and budgets (lines), means over seeds, and the combined arm, beside the static networks."""
+    """Draw exits (points) and budgets (lines) of the main and the combined arms, means over seeds.
+
+    The static networks are triangles.
+    """
     folders = {TITLES[arm]: seeds_of(arm, results) for arm in (*MAIN_ARMS, COMBINED)}
     figure = draw_curves(
         {
@@ -313,7 +343,7 @@ def draw_arms(results: Path) -> Figure:
 
 
 def check_backbones() -> None:
-    """Differences within stage 2 mean something only between arms on the same network.
+    """Check that the arms of stage 2 that are compared start from the same network.
 
     Raises:
         UserError: arms of one seed froze different networks of the same arm of stage 1.
@@ -330,7 +360,7 @@ def check_backbones() -> None:
             continue
         if frozen.setdefault((record.parent.parent, arm.origin), digest) != digest:
             raise UserError(
-                f"{record.parent} started from another {arm.origin} than its neighbours; run them again from one"
+                f"{record.parent} started from another {arm.origin} than the other arms of its seed"
             )
 
 
@@ -353,8 +383,11 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """``text`` with its tables and effects: between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER SCHEDULE -->`` and
-    ``<!-- end -->``."""
+    """Return ``text`` with its tables and effects up to date.
+
+    They lie between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER SCHEDULE -->`` and ``<!-- end
+    -->``.
+    """
     text = re.sub(
         r"(<!-- table (\S+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
@@ -369,8 +402,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
+    """Print or write the tables."""
     parser = CommandLineParser(
-        prog="experiments.tables", description="Print the result tables, or write them and the plots anew."
+        prog="experiments.tables", description="Print the result tables, or write them and the plot."
     )
     parser.add_argument("--write", action="store_true", help="into both README.md and the picture")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Temperatures correct confidences that are too high or too low; ensembles of exits predict where they are right more often."""
+"""Temperatures correct confidences; ensembles of exits predict where they are right more often."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_a_dozen_images_do_not_make_confidences_worse(seed):
 
 
 def easy_logits(seed, scale):
-    """Return logits of three exits for 20 to 60 images of easy classes, as after one epoch: hardly any errors."""
+    """Return logits of three exits for 20 to 60 images of easy classes, as after one epoch."""
     generator = torch.Generator().manual_seed(seed)
     count = 20 + seed % 41
     targets = torch.randint(3, (count,), generator=generator)
@@ -77,7 +77,7 @@ def test_small_fits_are_finite():
 
 
 def test_rounding_does_not_change_the_choice():
-    """Logits in which an ensemble gains, and such in which it does not, each rounded as other kernels round them."""
+    """Logits with and without a gain by an ensemble, each with the rounding of other kernels."""
     logits, targets = drawn(2000)
     for size in (0.3, 2.0):
         noise = size * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -88,7 +88,7 @@ def test_rounding_does_not_change_the_choice():
 
 
 def test_parts_of_the_truth_are_added():
-    """The logits of which targets were drawn, in two noisy halves: the second exit does best with the first's help, the third alone."""
+    """Targets drawn from the third exit's logits; the exits before add noise of opposite signs to them."""
     logits, targets = drawn(4000)
     noise = 2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     exits = torch.stack([logits + noise, logits - noise, logits])

@@ -1,4 +1,4 @@
-"""Policy files are written whole and read strictly; budgets choose; optimised thresholds beat the geometric rule."""
+"""Policy files are read strictly; budgets choose; optimised thresholds beat the geometric rule."""
 
 import json
 from dataclasses import replace
@@ -224,7 +224,7 @@ def test_impossible_policies(thresholds):
 
 
 def gains(geometric, optimised):
-    """Return the test accuracy of the optimised curve minus the geometric one's at its costs, by interpolation."""
+    """Return the test accuracy of the optimised curve minus the geometric one's at the same costs."""
     (x, y), (new_x, new_y) = (
         zip(*sorted((result.operations, result.acc1) for result in results), strict=True)
         for results in (geometric, optimised)

@@ -1,4 +1,4 @@
-"""The tables of the README are those of the files they are made from, and the runs that make these are commands of the programs."""
+"""The tables of the documents agree with the result files, whose runs are commands of the programs."""
 
 import importlib
 import json
@@ -104,7 +104,10 @@ def test_classes_from_an_archive(tmp_path, monkeypatch):
 
 
 def test_a_program_that_is_asked_to_stop_may_save_first():
-    stopping = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    stopping = (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
     before = signal.getsignal(signal.SIGTERM)
     assert arms.run_command(["-c", f"import os, signal, sys, time; {stopping}"]) == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -123,10 +126,8 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert "\n0 minutes of stage 1 on " in card
-    assert (
-        f"| 3 | {millions(network.description.operations[2])} | {network.description.accuracy['test_acc1'][2]:.2f} | "
-        in card
-    )
+    accuracy = network.description.accuracy["test_acc1"][2]
+    assert f"| 3 | {millions(network.description.operations[2])} | {accuracy:.2f} | " in card
     assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
     assert "say with --save where its tables go" in capsys.readouterr().err
     # It is taken as stage 1 by its path, and goes on from there.

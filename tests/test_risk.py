@@ -38,7 +38,7 @@ def accepted(images, limit, level):
 @pytest.mark.parametrize("level", [90.0, 95.0, 99.0])
 @pytest.mark.parametrize("limit", [0.02, 0.1])
 def test_the_trinomial_test_is_exact(limit, level):
-    """At the limit itself, whatever the share of changed images, the probability of an error is below 1 - level."""
+    """At the limit, whatever the share of changed images, an error is at most as likely as 1 - level."""
     images = 40
     for changed in torch.linspace(limit, 1, 60, dtype=torch.float64).tolist():
         shares = (changed + limit) / 2, max(changed - limit, 0.0) / 2

@@ -1,4 +1,4 @@
-"""Better predictions from the same exits, without training: calibrated probabilities, and ensembles of all exits so far.
+"""Better predictions from the same exits, without training: calibrated probabilities, and ensembles of exits.
 
     temperatures = fit_temperatures(val_logits, val_targets)                      # on held-out images, one
     per exit weights = fit_ensemble(val_logits, val_targets, temperatures)                 # (K, K), None
@@ -44,7 +44,7 @@ def fit_temperatures(logits: Tensor, targets: Tensor) -> list[float]:
 
 
 def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """Find the minimum by bisection on the log of the inverse temperature, where the slope changes its sign."""
+    """Find the minimum by bisection, on the log of the inverse temperature."""
     own = logits.gather(1, targets[:, None])[:, 0]
     low, high = -math.log(LARGEST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
     for _ in range(14):
@@ -90,7 +90,7 @@ def _alone(k: int, temperatures: Sequence[float], count: int) -> Tensor:
 
 
 def _gains(logits: Tensor, targets: Tensor, start: Tensor) -> bool:
-    """Return whether an ensemble is right more often than the last of these exits, on images left out of the fit."""
+    """Return whether an ensemble beats the last of these exits on images left out of its fit."""
     fold = torch.arange(len(targets)) % FOLDS
     together = torch.empty_like(targets)
     for f in range(FOLDS):
@@ -101,7 +101,7 @@ def _gains(logits: Tensor, targets: Tensor, start: Tensor) -> bool:
 
 
 def _fit_weights(logits: Tensor, targets: Tensor, start: Tensor) -> Tensor:
-    """Return the best weights by Newton's method; the cross-entropy of a weighted sum is convex in the weights.
+    """Return the best weights, by Newton's method: the cross-entropy is convex in them.
 
     Args:
         logits: (k, n, C).
@@ -165,7 +165,7 @@ def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
 
 
 def operations_together(operations: Sequence[int], num_classes: int) -> list[int]:
-    """Return the operations to each exit where an ensemble predicts: the k-th adds k times the number of classes."""
+    """Return the operations to each exit with an ensemble: the k-th adds k times the number of classes."""
     return [n + k * num_classes for k, n in enumerate(operations, start=1)]
 
 

@@ -1,15 +1,15 @@
-"""Optimised thresholds: the highest held-out accuracy under a cost budget, instead of the paper's geometric shares.
+"""Optimised thresholds: the highest held-out accuracy within a budget.
 
     thresholds = optimised_thresholds(val, operations)                 # (40, K), as from geometric_thresholds
 
-For a price lambda of an operation, an image that leaves at exit k earns [exit k is right] - lambda *
+At a cost of lambda per operation, an image that leaves at exit k earns [exit k is right] - lambda *
 operations_k. With all other thresholds fixed, the best threshold of exit k is found at once: leaving instead
 of going on gains a known amount for every image that reaches k, and the best cut is the largest cumulative
 gain over the images by falling confidence. A sweep over the exits, from the last to the first, starts from
-the point of the geometric rule that is best at that price (more sweeps change nothing that lasts). Budgets
-between the prices' costs are reached by interpolation. Two guards keep it from fitting the accidents of the
-held-out images: cuts lie on a grid of quantiles, and every threshold is the mean, in quantiles, of fits that
-each leave out one fold.
+the point of the geometric rule that is best at that lambda (more sweeps change nothing that lasts). Budgets
+between those of neighbouring lambdas are reached by interpolation. Two measures keep it from fitting chance
+properties of the held-out images: cuts lie on a grid of quantiles, and every threshold is the mean, in
+quantiles, of fits that each leave out one fold.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitPredictions, geometric_thresholds
 
-GRID = 100  # cuts an exit
+GRID = 100  # cuts per exit
 FOLDS = 5
-PRICES = 40
-# Weight of images that are gone before an exit: where all are gone, they alone decide on its threshold, which would be arbitrary otherwise
-# and spoil the means and interpolations it enters.
+COSTS = 40
+# Small weight for images that already left, so that an exit nobody reaches still gets a sensible threshold.
 ABSENT = 0.02
 
 
 def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], points: int = 40) -> Tensor:
-    """Thresholds for the budgets that the geometric rule of ``points`` points spends on the same images.
+    """Return thresholds for the budgets that the geometric rule spends on the same images.
 
     Args:
-        val: answers to the held-out images.
+        val: predictions for the held-out images.
         operations: to each exit, K numbers.
+        points: number of budgets.
 
     Returns:
         (points, K), dtype of the confidence.
@@ -43,35 +43,40 @@ def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], poin
         return geometric
     problem = _Problem(val, operations)
     start = problem.to_quantiles(geometric)
-    # Fold by position of the image: deterministic, and held-out images are in no order that matters.
+    # Fold by position of the image: deterministic, and the order of held-out images does not matter.
     fold = torch.arange(num_images) % FOLDS
     fits = [problem.optimise(fold != f, start) for f in range(FOLDS)]
     return problem.thresholds(problem.curve(torch.stack(fits).mean(dim=0), problem.result(start)[1]))
 
 
 class _Problem:
-    """Thresholds as ``cuts`` (..., K - 1): the share of all held-out images that are at least as confident, 0 to 1."""
+    """Thresholds as cuts (..., K - 1): the share of all held-out images that are at least as confident.
 
-    def __init__(self, answers: ExitPredictions, operations: Sequence[float]):
-        self.confidence = confidence = answers.confidence
-        self.correct = answers.correct.float()
-        # In units of the full network: prices are then percentages of accuracy for the whole network.
+    Args:
+        predictions: for the held-out images.
+        operations: to each exit.
+    """
+
+    def __init__(self, predictions: ExitPredictions, operations: Sequence[float]):
+        self.confidence = confidence = predictions.confidence
+        self.correct = predictions.correct.float()
+        # As shares of the full network: lambda is then the accuracy that the whole network must be worth.
         self.cost = torch.tensor(list(operations), dtype=torch.float32) / operations[-1]
         self.descending = confidence[:-1].sort(dim=1, descending=True).values
         num_images = confidence.shape[1]
-        # Images leave at exit k if grid_index[k] < cut: equal confidences are in the same cell, as thresholds cannot part them.
+        # Images leave at exit k if grid_index[k] < cut. Equal confidences share a cell.
         ranks = (torch.arange(1, GRID + 1) * num_images // GRID - 1).clamp(min=0)
         grid = self.descending[:, ranks]
         self.grid_index = torch.searchsorted(-grid, -confidence[:-1].contiguous())
 
     def to_quantiles(self, thresholds: Tensor) -> Tensor:
-        """Thresholds (P, K) -> cuts (P, K - 1)."""
+        """Return the cuts (P, K - 1) of thresholds (P, K)."""
         num_images = self.confidence.shape[1]
         at_least = torch.searchsorted(-self.descending, -thresholds[:, :-1].T.contiguous(), right=True)
         return at_least.T.float() / num_images
 
     def thresholds(self, cuts: Tensor) -> Tensor:
-        """Cuts (P, K - 1) -> thresholds (P, K)."""
+        """Return the thresholds (P, K) of cuts (P, K - 1)."""
         num_images = self.confidence.shape[1]
         ranks = (cuts * num_images).round().long()
         values = self.descending.gather(1, (ranks.T - 1).clamp(min=0)).T
@@ -79,30 +84,30 @@ class _Problem:
         return torch.cat([torch.where(ranks > 0, values, NONE_LEAVE), last], dim=1)
 
     def result(self, cuts: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Accuracy and mean cost (P,), both as shares, of the ``chosen`` images (None: all) under cuts (P, K - 1)."""
+        """Return accuracy and mean cost (P,) of the chosen images (None: all) with cuts (P, K - 1)."""
         images = slice(None) if chosen is None else chosen
         thresholds = self.thresholds(cuts)
         confidence, correct = self.confidence[:, images], self.correct[:, images]
-        answered, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
+        right, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
         for k in range(len(confidence) - 2, -1, -1):
             leaves = confidence[k] >= thresholds[:, k : k + 1]
-            answered, cost = (
-                torch.where(leaves, correct[k], answered),
+            right, cost = (
+                torch.where(leaves, correct[k], right),
                 torch.where(leaves, self.cost[k], cost),
             )
-        return answered.mean(dim=1), cost.mean(dim=1)
+        return right.mean(dim=1), cost.mean(dim=1)
 
     def optimise(self, chosen: Tensor, start: Tensor) -> Tensor:
-        """Cuts (PRICES, K - 1) that are best for the ``chosen`` images at each price, from dear to cheap operations."""
+        """Return the best cuts (COSTS, K - 1) for the chosen images, from expensive to cheap operations."""
         num_exits = len(self.confidence)
         index, correct = self.grid_index[:, chosen], self.correct[:, chosen]
-        prices = torch.logspace(1, -3.5, PRICES)
+        costs = torch.logspace(1, -3.5, COSTS)
         accuracy, cost = self.result(start, chosen)
-        best_start = (accuracy - prices[:, None] * cost).argmax(dim=1)
+        best_start = (accuracy - costs[:, None] * cost).argmax(dim=1)
         cuts = (start[best_start] * GRID).round()  # (L, K - 1), in cells of the grid
-        reward = correct[:, None] - prices[:, None] * self.cost[:, None, None]  # (K, L, n)
+        reward = correct[:, None] - costs[:, None] * self.cost[:, None, None]  # (K, L, n)
         cells = [torch.nn.functional.one_hot(i, GRID + 1).float()[:, :GRID] for i in index]
-        # here[k]: whether an image reaches exit k; later thresholds change first, on which it does not depend.
+        # here[k]: whether an image reaches exit k. Later thresholds, which change first, do not matter.
         here, reaches = [], torch.ones_like(reward[0], dtype=torch.bool)
         for k in range(num_exits - 1):
             here.append(reaches)
@@ -115,7 +120,12 @@ class _Problem:
         return cuts / GRID
 
     def curve(self, fit: Tensor, wanted: Tensor) -> Tensor:
-        """Cuts (P, K - 1) that cost ``wanted`` (P,), from those of the fit (L, K - 1): neighbouring prices are joined by straight lines."""
+        """Return cuts (P, K - 1) that cost ``wanted`` (P,).
+
+        Args:
+            fit: (L, K - 1), the best cuts at each lambda; neighbours are joined by straight lines.
+            wanted: mean cost of each policy.
+        """
         # Position t = i + fraction lies between fits i and i + 1.
         low, high = torch.zeros(len(wanted)), torch.full((len(wanted),), len(fit) - 1.0)
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Promises about accuracy: policies that lose at most so much against the full network, with a level of confidence.
+"""Promises about accuracy: policies that lose at most so much against the full network.
 
     points = certified_points(val, policy, operations)                  # part of policy.json
     point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
@@ -80,8 +80,8 @@ class MaxLoss(NamedTuple):
         """
         if curve.certificate != CERTIFICATE:
             raise UserError(
-                "nothing can be promised about accuracy: these policies were not tested on held-out images in the "
-                "way of this version; --evalmode dynamic tests them"
+                "nothing can be promised about accuracy: these policies were not tested on held-out "
+                "images in the way of this version; --evalmode dynamic tests them"
             )
         return certified(curve.points, self)
 
@@ -163,7 +163,7 @@ def is_certain(point: Point, wanted: MaxLoss) -> bool:
 
 
 def smallest_limit(point: Point, wanted: MaxLoss) -> float:
-    """Return the smallest loss in percent, in steps of 0.1, that is certain for a point at the level of ``wanted``."""
+    """Return the smallest loss in percent, in steps of 0.1, that a point is certain to keep."""
     tenths = range(1001)
     return next(tenth / 10 for tenth in tenths if is_certain(point, wanted._replace(percent=tenth / 10)))
 
@@ -205,7 +205,7 @@ def _binomial_tail(count: int, trials: int, chance: float) -> float:
 @lru_cache(maxsize=100_000)
 def _trinomial_tail(images: int, worse: int, better: int, limit: float) -> float:
     numbers = torch.arange(images + 1, dtype=torch.float64)
-    # By the number of changed images: the difference worse - better up to which an outcome is as small as observed.
+    # By the number of changed images: the largest difference of an outcome that counts as small.
     standard_error = (numbers.clamp(min=images * limit) - images * limit**2).clamp(min=1e-12).sqrt()
     observed = (worse - better - images * limit) / standard_error[worse + better]
     largest_difference = images * limit + observed * standard_error + 1e-9
