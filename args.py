@@ -1,289 +1,846 @@
-"""The command line of both stages: the only place that sees strings.
+"""The command line of both training programs: flags in groups, defaults and presets.
 
-``parse("GE", argv)`` gives a ``CommandLine``; its ``settings()`` are what was typed, over what a checkpoint stored, over a preset, over the
-defaults. Published flag spellings stay; everything behind them is typed and named in snake_case.
+    command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
+    command.typed                # {"preset": "cifar100", "lr": 0.2}
+    settings = command.settings()  # every setting of the run: what was typed, over the preset, over the defaults
+
+The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the names
+behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add an option, add
+its default to ``DEFAULTS`` and its flag below.
 """
 
 import argparse
-import atexit
-import gc
-import json
-import os
 import shlex
 import sys
-from contextlib import suppress
-from dataclasses import Field
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.run_directory import RunDirectory
-from models.files import find
-from models.options import NETWORK_FIELDS
-from settings import COMMON, FLAGS, INHERITED, OPTIONS, PRESETS, RELEASED_CHOICES, RESUMABLE, Settings
-from utils import CommandLineParser, UserError, at_least, in_range, in_words, int_list, is_folder, tell
+from adaptive_inference.measures import MEASURES
+from models.options import NetworkOptions
+from utils import (
+    CommandLineParser,
+    UserError,
+    above,
+    at_least,
+    available_cores,
+    float_list,
+    in_range,
+    int_list,
+    is_folder,
+    share_or_count,
+    user_path,
+)
 
-EXAMPLES = """\
+MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
+SMALL_IMAGES = 64  # pixels a side, up to which a network has the stem and the exits of the CIFAR networks
+
+# General defaults; those of a preset take their place.
+DEFAULTS: dict[str, Any] = {
+    # often used
+    "preset": "demo",
+    "data": "demo",
+    "data_root": Path("data"),
+    "save": None,
+    "resume": False,
+    "overwrite": False,
+    "evalmode": None,
+    "epochs": 300,
+    "batch_size": 64,
+    "lr": 0.1,
+    # run
+    "evaluate_from": None,
+    "measure": "softmax",
+    "pretrained": None,
+    "seed": 1,
+    "deterministic": False,
+    "gpu": None,
+    "print_freq": 100,
+    "save_every_steps": None,
+    "save_every_minutes": None,
+    # data
+    "image_size": None,
+    "val_size": None,
+    "test_size": None,
+    "split_seed": 0,
+    "workers": min(available_cores(), MAX_DEFAULT_WORKERS),
+    "skip_unreadable": False,
+    "check_images": False,
+    "augment": "standard",
+    # network
+    **asdict(NetworkOptions()),
+    "small_inputs": None,
+    # collaboration and distillation
+    "temperature": 1.0,
+    "gamma": 0.1,
+    "isc": True,
+    "ofa": True,
+    "isc_gradient": "cut",
+    "kl_reduction": "sum",
+    "backbone_bn": "frozen",
+    "single_stage": False,
+    "released": False,
+    # optimisation
+    "lr_type": "multistep",
+    "lr_milestones": None,
+    "decay_rate": 0.1,
+    "warmup_epochs": 0.0,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.0,
+    "ema_decay": None,
+    "clip_grad": None,
+    "accumulate": 1,
+    # speed and memory
+    "amp": "auto",
+    "tf32": True,
+    "channels_last": True,
+    "fused_optimizer": True,
+    "compile": "auto",
+    "checkpoint_activations": False,
+    "sync_bn": False,
+}
+NETWORK_OPTIONS = tuple(asdict(NetworkOptions()))
+# Stage 2 takes these from stage 1's record, unless they are typed.
+INHERITED = (
+    *NETWORK_OPTIONS,
+    "data",
+    "data_root",
+    "image_size",
+    "val_size",
+    "test_size",
+    "split_seed",
+    "workers",
+)
+INHERITED += ("skip_unreadable", "check_images", "augment")
+# A resumed run may change these: where and how it runs, and by which measure it is evaluated.
+RESUMABLE = {
+    *("data_root", "save", "resume", "overwrite", "evalmode", "evaluate_from", "measure", "gpu"),
+    *("print_freq", "save_every_steps", "save_every_minutes", "workers", "skip_unreadable", "check_images"),
+}
+IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
+# What a record says of these holds for the start it was written by alone.
+OF_ONE_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
+
+RELEASED_CHOICES = {
+    "gradient_equilibrium_scales": "coarsest",
+    "initialization": "pytorch",
+    "kl_reduction": "mean",
+    "backbone_bn": "moving",
+    "isc_gradient": "flow",
+}
+
+_DEMO = {"num_blocks": 4, "step_mode": "lin_grow", "num_channels": 4, "growth_rate": 4}
+_FOLDER = {"num_blocks": 4, "base": 2, "step": 2, "num_channels": 16, "growth_rate": 8}
+_CIFAR_5_EXITS = {
+    "num_blocks": 5,
+    "step_mode": "lin_grow",
+    "step": 1,
+    "base": 1,
+    "num_channels": 16,
+    "growth_rate": 6,
+}
+_CIFAR_7_EXITS = {
+    "num_blocks": 7,
+    "step_mode": "even",
+    "step": 2,
+    "base": 4,
+    "num_channels": 16,
+    "growth_rate": 6,
+}
+_IMAGENET = {
+    "num_blocks": 5,
+    "step_mode": "even",
+    "step": 4,
+    "base": 4,
+    "num_channels": 32,
+    "growth_rate": 16,
+}
+_IMAGENET_SCALES = {"growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4)}
+_BATCH_512_COSINE = {"batch_size": 512, "lr": 0.8, "lr_type": "cosine"}
+_BATCH_128_NESTEROV = {"batch_size": 128, "lr_type": "cosine", "weight_decay": 5e-4, "nesterov": True}
+_BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
+_BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60.0)}
+
+# Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and the 7-exit network,
+# yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours: demo, folder, finetune and
+# cifar100-boosted, the recipe of results/30_epochs with what gained beyond the paper.
+PRESETS = {
+    "demo": {
+        "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},
+        "GE": {"epochs": 5, "lr": 0.1, "warmup_epochs": 0.5},
+        "IMTA": {"epochs": 12, "lr": 0.2, "warmup_epochs": 0.5, "weight_decay": 5e-4},
+    },
+    "folder": {
+        "both": {"data": "folder", **_FOLDER, "batch_size": 32, "lr_type": "cosine"},
+        "GE": {"epochs": 60, "lr": 0.05, "warmup_epochs": 2.0},
+        "IMTA": {"epochs": 20, "lr": 0.05},
+    },
+    "finetune": {
+        "both": {"data": "folder", **_FOLDER, "batch_size": 32, "lr_type": "cosine", "nesterov": True},
+        "GE": {"epochs": 30, "lr": 0.02, "warmup_epochs": 1.0},
+        "IMTA": {"epochs": 20, "lr": 0.05},
+    },
+    "cifar10": {
+        "both": {"data": "cifar10", "val_size": 5000, **_CIFAR_5_EXITS},
+        "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "cifar100": {
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_5_EXITS},
+        "GE": {"epochs": 300, **_BATCH_512_COSINE},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "cifar100-boosted": {
+        "both": {
+            "data": "cifar100",
+            "val_size": 5000,
+            **_CIFAR_5_EXITS,
+            "boosted_exits": True,
+            **_BATCH_128_NESTEROV,
+        },
+        "GE": {"epochs": 30, "lr": 0.2, "warmup_epochs": 1.0},
+        "IMTA": {"epochs": 10, "lr": 0.1},
+    },
+    "cifar100-anytime": {
+        "both": {"data": "cifar100", "val_size": 5000, **_CIFAR_7_EXITS},
+        "GE": {"epochs": 300, **_BATCH_64_MULTISTEP},
+        "IMTA": {"epochs": 180, **_BATCH_512_COSINE},
+    },
+    "imagenet": {
+        "both": {
+            "data": "imagenet",
+            "val_size": 50000,
+            **_IMAGENET,
+            **_IMAGENET_SCALES,
+            "epochs": 90,
+            **_BATCH_256_MULTISTEP,
+        },
+        "GE": {},
+        "IMTA": {},
+    },
+}
+
+_PURPOSE = {
+    "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
+    "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
+}
+_EXAMPLES = """\
 examples:
   python train_{stage}.py                                     the embedded demo, minutes on a CPU
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
   python train_{stage}.py --data-root photos                  your own images: photos/train/CLASS/*.jpg, photos/test/CLASS/*.jpg
+
+A preset takes the place of the defaults shown, and flags take the place of the preset.
 """
-
-
-# What a checkpoint stored of these says nothing about another start.
-_OF_THIS_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
+# Flags whose names do not follow from the names of their settings.
+_FLAG_NAMES = {
+    "num_blocks": "--nBlocks",
+    "step_mode": "--stepmode",
+    "num_channels": "--nChannels",
+    "growth_rate": "--growthRate",
+    "growth_factors": "--grFactor",
+    "bottleneck_factors": "--bnFactor",
+    "initialization": "--init",
+    "gradient_equilibrium_scales": "--ge-scales",
+    "kl_reduction": "--kl",
+}
+# Flags that exclude each other.
+_APART = (
+    ("resume", "overwrite"),
+    ("single_stage", "pretrained"),
+    ("evalmode", "resume"),
+    ("evalmode", "overwrite"),
+)
 
 
 class CommandLine:
-    """A parsed command line: what was typed (``explicit``), and the settings that follow from it."""
+    """A parsed command line.
 
-    def __init__(self, stage: str, explicit: dict, argv: list[str]):
-        self.stage, self.explicit, self.argv = stage, explicit, argv
+    Attributes:
+        stage: ``GE`` or ``IMTA``.
+        typed: Values of the flags that were typed, and what follows from them alone: the data set of ``--data-root``, and
+            the preset of a data set.
+        argv: The words of the command line.
+    """
+
+    def __init__(self, stage: str, typed: dict[str, Any], argv: list[str]):
+        self.stage, self.typed, self.argv = stage, typed, argv
 
     def __str__(self) -> str:
         return shlex.join(["python", f"train_{self.stage}.py", *self.argv])
 
-    def settings(self, stored: dict | None = None, inherited: dict | None = None) -> Settings:
-        """The settings of a run.
+    def to_resume(self) -> str:
+        """Return the whole command that resumes this run."""
+        words = [word for word in self.argv if word not in ("--overwrite", "--resume")]
+        return shlex.join(["python", f"train_{self.stage}.py", *words, "--resume"])
+
+    def settings(
+        self, stored: dict[str, Any] | None = None, inherited: dict[str, Any] | None = None
+    ) -> Namespace:
+        """Resolve every setting of a run: what was typed, over a record, over the preset, over the defaults.
 
         Args:
-            stored: those of a checkpoint to go on from or to evaluate; they take the place of the preset.
-            inherited: those of the run to start from; its preset, data and network options hold here too. Stage 1 may take other data:
-                then only the network's and the size of images do.
+            stored: Settings in the record of a checkpoint to resume or to evaluate; they take the place of the preset.
+            inherited: Settings in the record of the network to start from; its preset, data and network options hold here
+                too. Where stage 1 takes other data, only the network's options and the image size do.
 
         Raises:
-            UserError: a preset that is not stage 1's, another held-out split than the checkpoint's, or images that have gone.
+            UserError: The preset is not stage 1's, the held-out split is not the checkpoint's, or the images are gone.
         """
-        if self.stage == "GE" and inherited and {"preset", "data"} & self.explicit.keys():
-            inherited = {
-                name: inherited[name] for name in (*NETWORK_FIELDS, "image_size") if name in inherited
-            }
+        typed = self.typed if stored or inherited else _with_data_and_preset(self.typed)
+        takes_other_data = self.stage == "GE" and {"preset", "data"} & self.typed.keys()
+        if inherited and takes_other_data:
+            kept = (*NETWORK_OPTIONS, "image_size")
+            inherited = {name: inherited[name] for name in kept if name in inherited}
         known = stored or inherited or {}
-        if (
-            known.get("data", "demo") != "demo"
-            and "data_root" not in self.explicit
-            and not is_folder(known.get("data_root", ""))
-        ):
-            were = (
-                f"were in {known['data_root']}" if "data_root" in known else f"are those of {known['data']}"
-            )
-            raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
-        for name in ("val_size", "test_size", "split_seed"):
-            before = known.get(name)
-            if name in known and self.explicit.get(name, before) != before:
-                given = f"without {FLAGS[name]}" if before is None else f"with {FLAGS[name]} {before}"
-                raise UserError(
-                    f"the checkpoint's images were held out {given}, not with {self.explicit[name]}; they stay so"
-                )
+        self._check_images_are_there(known)
+        self._check_split(known)
         if stored is not None:
-            base = {name: value for name, value in stored.items() if name not in _OF_THIS_START}
+            base = {name: value for name, value in stored.items() if name not in OF_ONE_START}
         else:
-            inherited = inherited or {}
-            trained_with = inherited.get("preset")
-            if trained_with and self.explicit.get("preset", trained_with) != trained_with:
-                raise UserError(
-                    f"stage 1 was trained with --preset {trained_with}, the command line says {self.explicit['preset']}"
-                )
-            base = self._from_preset(inherited.get("preset", Settings.preset))
-            base |= {name: inherited[name] for name in INHERITED if name in inherited}
-        chosen = {**base, **self.explicit}
-        if "data_root" in chosen:
-            chosen["data_root"] = Path(chosen["data_root"])
-        return Settings(**{name: value for name, value in chosen.items() if name in OPTIONS})
+            base = self._of_preset_and_origin(typed, inherited or {})
+        values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
+        values["data_root"] = Path(values["data_root"])
+        if values["image_size"] is None and values["data"] in IMAGE_SIZES:
+            values["image_size"] = IMAGE_SIZES[values["data"]]
+        if values["small_inputs"] is None and values["image_size"] is not None:
+            values["small_inputs"] = values["image_size"] <= SMALL_IMAGES
+        if values["lr_milestones"] is None:
+            values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
+        return Namespace(**values)
 
-    def refuse_changes(self, stored: dict) -> None:
-        """A resumed run must go on as it began.
+    def refuse_changes(self, stored: dict[str, Any]) -> None:
+        """Check that a resumed run is asked to continue as it began.
+
+        Args:
+            stored: Settings in its record.
 
         Raises:
-            UserError: names the first flag that asks for something else.
+            UserError: The first flag that asks for something else.
         """
-        for name, value in self.explicit.items():
+        self.refuse_other_data(stored)
+        for name, value in self.typed.items():
             before = stored.get(name)
-            if name == "pretrained":  # stored as the file that was found
+            if name == "pretrained":  # recorded as the file that was found
                 is_same = str(before).startswith(str(value.resolve())) or Path(str(before)).stem == str(value)
                 before = value if is_same else before
-            if isinstance(before, list):  # a tuple, read from a file
-                before = tuple(before)
             if name not in RESUMABLE and name in stored and before != value:
-                way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
-                way = way if self.stage == "GE" else "use a new --save"
+                way = "use a new --save"
+                if self.stage == "GE":
+                    way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
                 raise UserError(
-                    f"the run to resume has {FLAGS[name]} {before}, the command line says {value}; {way}"
+                    f"the run to resume has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
+
+    def refuse_other_data(self, stored: dict[str, Any]) -> None:
+        """Check that --data-root, if it was typed, can be where the images of a recorded run are.
+
+        Raises:
+            UserError: The run was trained on the demo's images, which lie in no folder.
+        """
+        if stored.get("data") == "demo" and "data_root" in self.typed:
+            raise UserError(
+                f"the run in {self.save_directory} was trained on the demo's images, not on those in --data-root "
+                f"{self.typed['data_root']}; --save names the run's directory"
+            )
 
     @property
     def save_directory(self) -> Path:
-        """--save; else a neighbour of the --pretrained run; else save/<preset>/<stage>."""
-        if "save" in self.explicit:
-            return self.explicit["save"]
-        origin = self.explicit.get("pretrained")
-        if "preset" not in self.explicit and origin is not None:
-            if origin.is_dir():
-                return origin.parent / self.stage
-            if origin.name in ("best.safetensors", "last.pt"):
-                return origin.parent.parent / self.stage
-        return Path("save") / self.explicit.get("preset", Settings.preset) / self.stage
+        """--save; else a neighbour of the --pretrained run; else save/PRESET/STAGE."""
+        origin = self.typed.get("pretrained")
+        if "save" in self.typed:
+            return self.typed["save"]
+        if "preset" in self.typed or origin is None:
+            return Path("save") / self.typed.get("preset", DEFAULTS["preset"]) / self.stage
+        if origin.is_dir() or origin.name in ("best.safetensors", "last.pt"):
+            run = origin if origin.is_dir() else origin.parent
+            return run.with_name(f"{run.name}_2" if self.stage == "GE" else self.stage)
+        name = DEFAULTS["preset"] if self.stage == "IMTA" else origin.name.split(".")[0]
+        return Path("save") / name / self.stage
 
-    def origin(self) -> Path | None:
-        """The network to start from: --pretrained; for stage 2 else the run in the directory GE beside this one's; None from scratch.
+    def _check_images_are_there(self, known: dict[str, Any]) -> None:
+        if known.get("data", "demo") == "demo" or "data_root" in self.typed:
+            return
+        root = known.get("data_root")
+        if root is None or not is_folder(root):
+            were = f"are those of {known['data']}" if root is None else f"were in {root}"
+            raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
 
-        Raises:
-            UserError, OSError: it is not there.
-        """
-        path = self.explicit.get("pretrained")
-        if path is None and self.stage == "IMTA" and "single_stage" not in self.explicit:
-            path = RunDirectory(self.save_directory.parent / "GE").best
-            if not path.exists():
+    def _check_split(self, known: dict[str, Any]) -> None:
+        for name in ("val_size", "test_size", "split_seed"):
+            before = known.get(name)
+            if name in known and self.typed.get(name, before) != before:
+                given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
-                    f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained"
+                    f"the checkpoint's images were held out {given}, not with {self.typed[name]}; they stay so"
                 )
-        return path and find(path)
 
-    def refuse_early(self) -> None:
-        """Raise the ``UserError`` or ``OSError`` that the run would end with, where it can be told without PyTorch."""
-        run = RunDirectory(self.save_directory)
-        if "evalmode" in self.explicit:
-            find(self.explicit.get("evaluate_from", run.best))
-        elif "resume" in self.explicit and run.holds_run():
-            with suppress(
-                OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-            ):  # of a damaged record
-                recorded = json.loads(run.record.read_text(encoding="utf-8"))["settings"]
-                # Where it started from is recorded as it was given; last.pt knows the file.
-                self.refuse_changes({name: value for name, value in recorded.items() if name != "pretrained"})
-        elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may start a run again
-            if "overwrite" not in self.explicit:
-                run.refuse_second()
-            self.origin()
-
-    def _from_preset(self, preset: str) -> dict:
-        chosen = PRESETS[self.explicit.get("preset", preset)]
-        released = RELEASED_CHOICES if self.explicit.get("released") else {}
-        share = (
-            {"val_size": None} if self.explicit.get("data") == "folder" else {}
-        )  # a preset does not know its number of images
-        return {"preset": preset, **chosen["both"], **chosen[self.stage], **released, **share}
+    def _of_preset_and_origin(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
+        trained_with = inherited.get("preset")
+        preset = typed.get("preset", trained_with or DEFAULTS["preset"])
+        if trained_with not in (None, preset):
+            raise UserError(
+                f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
+            )
+        values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage]}
+        if typed.get("released"):
+            values |= RELEASED_CHOICES
+        if typed.get("data") == "folder":  # a preset does not know its number of images
+            values["val_size"] = None
+        return values | {name: inherited[name] for name in INHERITED if name in inherited}
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
-    """Parse the command line of ``stage`` ("GE" or "IMTA"); ``argv`` None reads ``sys.argv``.
+    """Parse the command line of a stage.
+
+    Args:
+        stage: ``GE`` or ``IMTA``.
+        argv: The words after the program's name; None reads ``sys.argv``.
 
     Raises:
-        SystemExit: with status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
+        SystemExit: With status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
     """
     parser = build_parser(stage)
-    explicit = vars(parser.parse_args(argv))
-    if explicit.get("nesterov") and explicit.get("momentum") == 0:
-        parser.error("--nesterov needs a --momentum above 0")
-    for first, second in (
-        ("resume", "overwrite"),
-        ("single_stage", "pretrained"),
-        ("evalmode", "resume"),
-        ("evalmode", "overwrite"),
-    ):
-        if first in explicit and second in explicit:
-            parser.error(f"{FLAGS[first]} and {FLAGS[second]} do not go together")
-    if "evaluate_from" in explicit and "evalmode" not in explicit:
-        parser.error("--evaluate-from needs --evalmode (anytime, dynamic or runtime)")
-    if stage == "GE" and "pretrained" in explicit and "save" not in explicit:
-        parser.error("--pretrained needs --save, the directory of the new run")
-    has_origin = (
-        stage == "IMTA" and "single_stage" not in explicit and bool({"pretrained", "save"} & explicit.keys())
-    )
-    goes_on = {"resume", "evalmode"} & explicit.keys() or has_origin
-    if "data_root" in explicit and not {"data", "preset"} & explicit.keys() and not goes_on:
-        explicit["data"] = "folder"
-    if "preset" not in explicit and explicit.get("data") in PRESETS and not has_origin:
-        explicit["preset"] = explicit["data"]  # not the demo's small network
-    return CommandLine(stage, explicit, sys.argv[1:] if argv is None else argv)
+    typed = vars(parser.parse_args(argv))
+    if mistake := _mistake(typed):
+        parser.error(mistake)
+    has_origin = "single_stage" not in typed and "pretrained" in typed
+    # The record in --save says which data they are, and --data-root only where they lie now.
+    goes_its_way = "save" in typed and {"resume", "evalmode"} & typed.keys()
+    inherits = stage == "IMTA" and (has_origin or ("save" in typed and "single_stage" not in typed))
+    if not (inherits or goes_its_way):
+        typed = _with_data_and_preset(typed)
+    return CommandLine(stage, typed, sys.argv[1:] if argv is None else argv)
 
 
-def announce(stage: str) -> None:
-    """Read the process's command line, as ``parse``, and say at once what begins, or what is wrong: PyTorch takes seconds to load."""
-    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds, too
-    command = parse(stage)
-    try:
-        command.refuse_early()
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"train_{stage}.py: {in_words(error)}\n")
-        sys.exit(2)
-    if int(os.environ.get("RANK", "0")) == 0:
-        preset = command.explicit.get("preset")
-        what = f"preset {preset}, training into" if preset else "training into"
-        where = command.save_directory
-        if "evalmode" in command.explicit:
-            what, where = "evaluating", command.explicit.get("evaluate_from", where)
-        tell(f"train_{stage}.py: {what} {where}; loading PyTorch")
-
-
-def build_parser(stage: str) -> argparse.ArgumentParser:
-    """The parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
-    purpose = {
-        "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
-        "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
-    }[stage]
-    parser = CommandLineParser(
-        prog=f"train_{stage}.py",
-        usage="%(prog)s [flags]",
-        description=f"{purpose}\n\n{EXAMPLES.format(stage=stage)}\nDefaults shown are those of --preset demo.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    demo = {**PRESETS["demo"]["both"], **PRESETS["demo"][stage]}
-    described = sorted(
-        OPTIONS.values(), key=lambda o: (o.metadata.get("group") != COMMON, o.name in NETWORK_FIELDS)
-    )
-    groups: dict[str, Any] = {}
-    for choice in described:
-        known = choice.metadata
-        if known.get("stage", stage) != stage:
-            continue
-        title = known.get("group", "network" if choice.name in NETWORK_FIELDS else "run")
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        default = known.get("shown") or _shown(demo.get(choice.name, choice.default))
-        text = f"{known['help']} (default: {default})".replace("%", "%%")
-        group.add_argument(
-            known["flag"], *known.get("aliases", ()), dest=choice.name, help=text, **_rules(choice)
-        )
-    return parser
-
-
-def as_typed(name: str, value: Any) -> Any:
-    """A setting that a file holds in plain types, as its flag would give it.
-
-    Raises:
-        UserError: the flag would refuse it.
-    """
-    rules, separator = _rules(OPTIONS[name]), "," if "kind" in OPTIONS[name].metadata else "-"
-    if (value is None and OPTIONS[name].default is None) or (isinstance(value, bool) and "action" in rules):
-        return value
-    try:
-        typed = rules.get("type", bool)(
-            separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        )
-    except argparse.ArgumentTypeError:
-        typed = None
-    if typed is None or "action" in rules or typed not in rules.get("choices", [typed]):
-        raise UserError(f"the checkpoint was made with {FLAGS[name]} {value!a:.60}, which is not allowed")
+def _with_data_and_preset(typed: dict[str, Any]) -> dict[str, Any]:
+    """Return what was typed with the data set that follows from --data-root, and the preset that follows from the data set."""
+    typed = dict(typed)
+    if "data_root" in typed and not {"data", "preset"} & typed.keys():
+        typed["data"] = "folder"
+    if "preset" not in typed and typed.get("data") in PRESETS:
+        is_tuned = "pretrained" in typed and typed["data"] == "folder"
+        typed["preset"] = "finetune" if is_tuned else typed["data"]
     return typed
 
 
-def _rules(choice: Field) -> dict[str, Any]:
-    """What ``argparse`` must know to read an option."""
-    known = choice.metadata
-    if isinstance(choice.default, bool) or choice.name == "small_inputs":
-        return {"action": "store_true" if known.get("switch") else argparse.BooleanOptionalAction}
-    choices = list(PRESETS) if choice.name == "preset" else known.get("choices")
-    rules = {name: known[name] for name in ("nargs", "const", "metavar") if name in known}
-    if choices:
-        return {"choices": choices, "type": str.lower, **rules}
-    default_kinds = {int: (at_least(1), "N"), float: (in_range(0, 1), "R"), tuple: (int_list("-"), "1-2-4")}
-    kind, metavar = default_kinds.get(type(choice.default), (None, "N"))
-    return {"metavar": metavar, **rules, "type": known.get("kind") or kind}
+def _mistake(typed: dict[str, Any]) -> str | None:
+    for first, second in _APART:
+        if first in typed and second in typed:
+            return f"{flag_of(first)} and {flag_of(second)} do not go together"
+    if typed.get("nesterov") and typed.get("momentum") == 0:
+        return "--nesterov needs a --momentum above 0"
+    if "evaluate_from" in typed and "evalmode" not in typed:
+        return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
+    return None
+
+
+def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a record with their types: a file holds lists for tuples, and names of options that are gone."""
+    settings = {name: value for name, value in recipe.items() if name in DEFAULTS}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
+    return _FLAG_NAMES.get(name, f"--{name.replace('_', '-')}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with the default of each flag, or says that presets set it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.dest not in DEFAULTS or "(default:" in text:
+            return text
+        return f"{text} (default: {_shown(DEFAULTS[action.dest])}{', or by preset' * (action.dest in _BY_PRESET)})"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_BY_PRESET = {name for preset in PRESETS.values() for part in preset.values() for name in part}
+
+
+def build_parser(stage: str) -> argparse.ArgumentParser:
+    """Return the parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
+    parser = CommandLineParser(
+        prog=f"train_{stage}.py",
+        usage="%(prog)s [flags]",
+        description=f"{_PURPOSE[stage]}\n\n{_EXAMPLES.format(stage=stage)}",
+        formatter_class=_Help,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Callable[[Callable], None]] = {
+        "often used": _add_common,
+        "run": _add_run,
+        "data": _add_data,
+        "network": add_network,
+        "optimisation": _add_optimisation,
+        "speed and memory": _add_speed,
+    }
+    if stage == "IMTA":
+        groups["collaboration and distillation"] = _add_stage_2
+    for title, add_flags in groups.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    return parser
+
+
+_SEED = at_least(0, 2**32 - 2)
+
+
+def _add_common(add: Callable) -> None:
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        type=str.lower,
+        help="settings that all other flags change (default: that of --data, else demo)",
+    )
+    add(
+        "--data",
+        choices=["demo", "cifar10", "cifar100", "imagenet", "folder"],
+        type=str.lower,
+        help="data set; folder: images in train/CLASS/ (default: folder with --data-root, else that of the preset)",
+    )
+    add(
+        "--data-root",
+        type=user_path,
+        metavar="DIR",
+        help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; without --data and --preset its folders "
+        "are the classes",
+    )
+    add(
+        "--save",
+        type=user_path,
+        metavar="DIR",
+        help="directory of this run (default: save/PRESET/GE or save/PRESET/IMTA)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in --save; start where none is",
+    )
+    add("--overwrite", action="store_true", help="start again in a directory that holds a run")
+    add(
+        "--evalmode",
+        "--eval",
+        nargs="?",
+        const="dynamic",
+        choices=["anytime", "dynamic", "runtime"],
+        type=str.lower,
+        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when no mode is given), "
+        "or measured time of the policies that dynamic wrote (runtime) (default: train, then anytime and dynamic)",
+    )
+    add("--epochs", type=at_least(1, MAX_EPOCHS), metavar="N", help="passes over the training images")
+    add(
+        "--batch-size",
+        "-b",
+        type=at_least(1),
+        metavar="N",
+        help="images per step, over all processes and GPUs",
+    )
+    add("--lr", "--learning-rate", type=above(0), metavar="LR", help="peak learning rate")
+
+
+def _add_run(add: Callable) -> None:
+    add(
+        "--evaluate-from",
+        type=user_path,
+        metavar="FILE",
+        help="network to evaluate (default: the best epoch in --save)",
+    )
+    add(
+        "--measure",
+        choices=MEASURES,
+        type=str.lower,
+        help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin of the two "
+        "largest, or how many exits in a row agree (patience)",
+    )
+    add(
+        "--pretrained",
+        type=user_path,
+        metavar="PATH",
+        help="stage 1: weights to start from, with their classifiers where the classes are the same; stage 2: the stage-1 "
+        "network. Directory of a run, a file, or a name in weights/ (default: none; stage 2: the directory GE beside --save)",
+    )
+    add("--seed", type=_SEED, metavar="N", help="seed of initialisation, order and augmentation")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="only operations that repeat bit for bit on the same machine",
+    )
+    add(
+        "--gpu",
+        type=int_list(","),
+        metavar="IDS",
+        help="GPU or GPUs of this process, such as 0,1,2,3 (default: the first GPU, or the CPU)",
+    )
+    add("--print-freq", "-p", type=at_least(1), metavar="N", help="steps between two lines of the log")
+    add(
+        "--save-every-steps",
+        type=at_least(1),
+        metavar="N",
+        help="also save a checkpoint every N steps (default: at the end of an epoch)",
+    )
+    add(
+        "--save-every-minutes",
+        type=above(0),
+        metavar="M",
+        help="also save a checkpoint every M minutes (default: at the end of an epoch)",
+    )
+    add(
+        "--released",
+        action="store_true",
+        help="the choices of the released program where it differs from the paper (its bugs left out); such a flag beside it "
+        "still counts",
+    )
+
+
+def _add_data(add: Callable) -> None:
+    add(
+        "--image-size",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="height and width of images (default: 32, ImageNet and folders 224)",
+    )
+    add(
+        "--val-size",
+        type=at_least(0),
+        metavar="N",
+        help="training images held out to choose the best epoch and the thresholds (default: 1000, CIFAR 5000, ImageNet "
+        "50000, folders 10 %%)",
+    )
+    add(
+        "--test-size",
+        type=share_or_count,
+        metavar="N",
+        help="split test images off, for folders without test/ and val/: a share such as 20%% of every class, or a number "
+        "(default: those in test/ or val/)",
+    )
+    add("--split-seed", type=_SEED, metavar="N", help="seed of the choice of held-out and test images")
+    add(
+        "--workers",
+        "-j",
+        type=at_least(0, MAX_WORKERS),
+        metavar="N",
+        help="threads that decode images of more than 64 pixels; 0: none beside the training "
+        f"(default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="continue without images that cannot be read: in training the next one of the epoch takes the place, in "
+        "evaluation they are left out",
+    )
+    add(
+        "--check-images",
+        action="store_true",
+        help="read every image once at the start, rather than meet an unreadable one later",
+    )
+    add(
+        "--augment",
+        choices=["standard", "trivial", "randaugment", "none"],
+        type=str.lower,
+        help="standard: padded random crop (small images) or random resized crop, and flip; trivial, randaugment: "
+        "TrivialAugment or RandAugment after that, image by image: on a GPU that is slow for small images",
+    )
+
+
+def add_network(add: Callable) -> None:
+    """Add the flags of an MSDNet."""
+    add("--nBlocks", dest="num_blocks", type=at_least(1), metavar="N", help="blocks, and so exits, K")
+    add("--base", type=at_least(1), metavar="N", help="layers of the first block")
+    add(
+        "--step",
+        type=at_least(1),
+        metavar="N",
+        help="layers of every further block (even), or their growth (lin_grow)",
+    )
+    add(
+        "--stepmode",
+        dest="step_mode",
+        choices=["even", "lin_grow"],
+        type=str.lower,
+        help="block i >= 1 has STEP layers, or STEP * i + 1",
+    )
+    add(
+        "--nChannels",
+        dest="num_channels",
+        type=at_least(1),
+        metavar="N",
+        help="channels of the first layer at the finest scale",
+    )
+    add(
+        "--growthRate",
+        dest="growth_rate",
+        type=at_least(1),
+        metavar="N",
+        help="new channels of a layer at the finest scale",
+    )
+    add(
+        "--grFactor",
+        dest="growth_factors",
+        type=int_list("-"),
+        metavar="1-2-4",
+        help="channel multiple of every scale, finest first; as many as scales",
+    )
+    add(
+        "--bnFactor",
+        dest="bottleneck_factors",
+        type=int_list("-"),
+        metavar="1-2-4",
+        help="at every scale a 1x1 convolution has this many times the new channels",
+    )
+    add("--bottleneck", action=BooleanOptionalAction, help="1x1 convolutions before the 3x3 ones")
+    add(
+        "--prune",
+        choices=["max", "min"],
+        type=str.lower,
+        help="drop fine scales evenly over the depth (max) or in the last layers (min)",
+    )
+    add(
+        "--reduction",
+        type=in_range(0, 1),
+        metavar="R",
+        help="share of channels a transition keeps; 0: no transitions",
+    )
+    add(
+        "--small-inputs",
+        action=BooleanOptionalAction,
+        help=f"stem and exits of the CIFAR networks, not of the ImageNet ones (default: up to {SMALL_IMAGES} pixels)",
+    )
+    add(
+        "--gradient-equilibrium",
+        "--GE",
+        action=BooleanOptionalAction,
+        help="rescale gradients at the exits; off: plain MSDNet",
+    )
+    add(
+        "--ge-scales",
+        dest="gradient_equilibrium_scales",
+        choices=["trunk", "coarsest"],
+        type=str.lower,
+        help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
+    )
+    add(
+        "--boosted-exits",
+        action=BooleanOptionalAction,
+        help="an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)",
+    )
+    add(
+        "--init",
+        dest="initialization",
+        choices=["pytorch", "he"],
+        type=str.lower,
+        help="PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
+    )
+
+
+def _add_stage_2(add: Callable) -> None:
+    add("--temperature", "-T", type=above(0), metavar="T", help="temperature of the distillation")
+    add("--gamma", type=in_range(0, 1), metavar="G", help="weight of the distillation against the labels")
+    add(
+        "--isc",
+        action=BooleanOptionalAction,
+        help="Inline Subnetwork Collaboration: exits read the logits of the exit before them",
+    )
+    add(
+        "--ofa",
+        action=BooleanOptionalAction,
+        help="One-for-all distillation: exits learn from the last exit of stage 1",
+    )
+    add(
+        "--isc-gradient",
+        choices=["cut", "flow"],
+        type=str.lower,
+        help="gradient from an exit into the one before: cut (paper), flow (released code)",
+    )
+    add(
+        "--kl",
+        dest="kl_reduction",
+        choices=["sum", "mean"],
+        type=str.lower,
+        help="over classes: sum (paper), mean (released code, 1/C of the weight)",
+    )
+    add(
+        "--backbone-bn",
+        choices=["frozen", "moving"],
+        type=str.lower,
+        help="BatchNorm of the frozen network: frozen (paper), moving (released code)",
+    )
+    add(
+        "--single-stage",
+        action="store_true",
+        help="train network and classifiers at once from scratch (GE + ISC + OFA)",
+    )
+
+
+def _add_optimisation(add: Callable) -> None:
+    add("--lr-type", choices=["multistep", "cosine"], type=str.lower, help="learning rate after the warm-up")
+    add(
+        "--lr-milestones",
+        type=float_list,
+        metavar="E,E",
+        help="epochs at which multistep decays (default: at 50 %% and 75 %%)",
+    )
+    add("--decay-rate", type=above(0), metavar="R", help="factor of every multistep decay")
+    add("--warmup-epochs", type=in_range(0), metavar="E", help="epochs of linear warm-up")
+    add("--momentum", type=in_range(0, 1), metavar="M", help="momentum of SGD")
+    add("--nesterov", action=BooleanOptionalAction, help="Nesterov momentum")
+    add("--weight-decay", "--wd", type=in_range(0), metavar="W", help="weight decay")
+    add("--label-smoothing", type=in_range(0, 1), metavar="S", help="label smoothing of the cross-entropies")
+    add(
+        "--ema-decay",
+        type=in_range(0, 1),
+        metavar="D",
+        help="evaluate and keep an exponential moving average of the weights, with this decay per step (default: the weights "
+        "themselves)",
+    )
+    add("--clip-grad", type=above(0), metavar="NORM", help="clip the gradient's norm (default: no clipping)")
+    add(
+        "--accumulate",
+        type=at_least(1),
+        metavar="N",
+        help="run a step's images in N parts, for less memory; the batch size stays",
+    )
+
+
+def _add_speed(add: Callable) -> None:
+    add(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        type=str.lower,
+        help="mixed precision; auto: the 16-bit type that the device is faster with, off where none is",
+    )
+    add(
+        "--tf32",
+        action=BooleanOptionalAction,
+        help="TensorFloat-32 in float32 convolutions and matrix products on GPUs that have it",
+    )
+    add("--channels-last", action=BooleanOptionalAction, help="memory layout NHWC")
+    add("--fused-optimizer", action=BooleanOptionalAction, help="update all weights in one kernel")
+    add(
+        "--compile",
+        choices=["auto", "off", "default", "reduce-overhead", "max-autotune"],
+        type=str.lower,
+        help="torch.compile of the training step, which takes minutes the first time; auto: when the training is long enough to "
+        "pay for it; reduce-overhead: with CUDA graphs",
+    )
+    add(
+        "--checkpoint-activations",
+        action=BooleanOptionalAction,
+        help="compute what is inside blocks again in the backward pass: less memory, more time",
+    )
+    add(
+        "--sync-bn",
+        action=BooleanOptionalAction,
+        help="batch normalisation over all GPUs of torchrun together; they wait for each other at every layer",
+    )

@@ -8,7 +8,7 @@ project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
 
 # The launchers' first word, checked here because a mistyped one should not cost the set-up.
-presets="demo folder cifar10 cifar100 cifar100-anytime cifar100-boosted imagenet"
+presets="demo folder finetune cifar10 cifar100 cifar100-anytime cifar100-boosted imagenet"
 if [[ -n ${preset:-} ]] && [[ " $presets " != *" $preset "* || " $* " == *" --preset"* ]]; then
     echo "$(basename "$0"): the first word is the preset: ${presets// /, }" >&2
     exit 2

@@ -3,34 +3,34 @@
     python train_GE.py                                                  # the embedded demo
     python train_GE.py --preset cifar100 --data-root data --save save/cifar100/GE
     python train_GE.py --preset cifar100 --evalmode anytime
-    python train_GE.py --pretrained imta_cifar100 --data-root photos --save save/photos/GE    # fine-tuning
+    python train_GE.py --pretrained imta_cifar100 --data-root photos    # fine-tuning
 
 Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum of the exits' cross-entropies.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
+
 import sys
-
-from args import announce
-from settings import Settings
-
-if __name__ == "__main__":
-    announce("GE")  # mistakes and --help are answered before PyTorch is loaded
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
 
+from args import NETWORK_OPTIONS, parse
 from engine.checkpoint import Saved
-from engine.stage import Stage, run_stage
-from models import IMTA, MSDNet, sum_of_cross_entropies
-from models.options import NETWORK_FIELDS
+from engine.run import Stage, run
+from models import IMTA, ExitNetwork, MSDNet, sum_of_cross_entropies
 from models.saved import DataInfo
 from utils import UserError
 
 
 class JointTraining(nn.Module):
-    """Images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
+    """The loss of stage 1: images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
 
-    def __init__(self, network: MSDNet, settings: Settings):
+    def __init__(self, network: ExitNetwork, settings: Namespace):
         super().__init__()
         self.network, self.label_smoothing = network, settings.label_smoothing
 
@@ -40,34 +40,32 @@ class JointTraining(nn.Module):
 
 
 class Stage1(Stage):
-    """The whole network learns, from scratch or from the weights of another."""
+    """The training of a whole network, from scratch or from the weights of another."""
 
     name = "GE"
     may_change_data = True
     next_command = "train_IMTA.py --pretrained"
 
-    def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> MSDNet:
-        """The network the flags describe; with an ``origin`` its weights, those of classifiers only where the classes are the same.
+    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
+        """Build the network the flags describe; with an ``origin`` its weights, those of classifiers only where the classes are the same.
 
         Raises:
-            UserError: an impossible combination of options.
+            UserError: The combination of options is impossible.
         """
         if origin is not None:
             return _started_from(origin, data)
-        options = {name: getattr(settings, name) for name in NETWORK_FIELDS}
-        if settings.small_inputs is None:
-            options["small_inputs"] = data.image_size <= 64
+        options = {name: getattr(settings, name) for name in NETWORK_OPTIONS}
         try:
             return MSDNet(len(data.class_names), **options)
         except ValueError as error:
             raise UserError(f"impossible network: {error}") from None
 
-    def make_objective(self, network: MSDNet, settings: Settings) -> JointTraining:
-        """The sum of the exits' losses."""
+    def make_objective(self, network: ExitNetwork, settings: Namespace) -> JointTraining:
+        """Build the sum of the exits' losses."""
         return JointTraining(network, settings)
 
-    def title(self, settings: Settings) -> str:
-        """Name of this run in a plot."""
+    def title(self, settings: Namespace) -> str:
+        """Return the title of a run's curves."""
         return "MSDNet + GE" if settings.gradient_equilibrium else "MSDNet"
 
 
@@ -86,7 +84,8 @@ def _started_from(origin: Saved, data: DataInfo) -> MSDNet:
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 1 with these arguments (None: those of the process) and return the exit status."""
-    return run_stage(Stage1(), argv)
+    command = parse("GE", argv)
+    return run(command, Stage1())
 
 
 if __name__ == "__main__":

@@ -7,37 +7,37 @@
 Network, data and held-out split are those of the stage-1 checkpoint.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
+
 import hashlib
 import sys
-
-from args import CommandLine, announce
-from settings import Settings
-
-if __name__ == "__main__":
-    announce("IMTA")  # mistakes and --help are answered before PyTorch is loaded
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold
-from engine.checkpoint import Saved
-from engine.stage import Stage, run_stage
+from args import CommandLine, parse
+from engine.checkpoint import Saved, load_saved
+from engine.run import Stage, run, stage_1_run
 from engine.stepper import mixed_precision
-from models import IMTA, MSDNet, one_for_all_loss
+from models import IMTA, one_for_all_loss
 from models.saved import DataInfo
 from train_GE import Stage1
 from utils import UserError
 
 
 class Distillation(nn.Module):
-    """Images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
+    """The loss of stage 2: images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
 
-    def __init__(self, network: IMTA, settings: Settings):
+    def __init__(self, network: IMTA, settings: Namespace):
         super().__init__()
         self.network = network
-        # What stays as it is runs as fast as it can: BatchNorm folded, without a graph.
+        # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed precision.
         is_constant = network.freeze_batchnorm
-        # In the type that mixed precision would cast it to in every step.
         self.frozen = (
             fold(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
         )
@@ -62,24 +62,26 @@ class Distillation(nn.Module):
 
 
 class Stage2(Stage):
-    """New classifiers learn on a stage-1 network that stays as it is; in the single-stage variant everything learns at once."""
+    """The training of new classifiers on a frozen stage-1 network; in the single-stage variant everything learns at once."""
 
     name = "IMTA"
     next_command = "predict.py photo.jpg --model"
 
     def find_origin(self, command: CommandLine) -> Saved | None:
-        """The checkpoint --pretrained names, or that of the run in the directory GE beside this one's.
+        """Load the network that --pretrained names, or that of the run in the directory GE beside this one's.
 
         Raises:
-            UserError, OSError: as of every stage; or it is of a stage-2 network.
+            UserError, OSError: It is not there, cannot be read, or is a stage-2 network.
         """
-        saved = super().find_origin(command)
-        if saved is not None and not isinstance(saved.network, MSDNet):
+        if "single_stage" in command.typed:
+            return None
+        saved = load_saved(command.typed.get("pretrained") or stage_1_run(command), command.typed)
+        if isinstance(saved.network, IMTA):
             raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved
 
-    def make_network(self, settings: Settings, data: DataInfo, origin: Saved | None) -> IMTA:
-        """New classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
+    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> IMTA:
+        """Build new classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
             raise UserError(
                 f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}"
@@ -92,12 +94,12 @@ class Stage2(Stage):
             freeze_batchnorm=settings.backbone_bn == "frozen",
         )
 
-    def make_objective(self, network: IMTA, settings: Settings) -> Distillation:
-        """The loss of One-for-all distillation."""
+    def make_objective(self, network: IMTA, settings: Namespace) -> Distillation:
+        """Build the loss of One-for-all distillation."""
         return Distillation(network, settings)
 
     def frozen_digest(self, network: IMTA) -> str | None:
-        """Of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None where nothing is frozen."""
+        """Return a digest of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None if nothing is frozen."""
         if not network.freeze_backbone:
             return None
         tensors = (
@@ -111,8 +113,8 @@ class Stage2(Stage):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def title(self, settings: Settings) -> str:
-        """Name of this run in a plot."""
+    def title(self, settings: Namespace) -> str:
+        """Return the title of a run's curves."""
         parts = [
             name
             for name, used in (("ISC", settings.isc), ("OFA", settings.ofa and settings.gamma > 0))
@@ -120,14 +122,15 @@ class Stage2(Stage):
         ]
         return " + ".join(["single stage" if settings.single_stage else "stage 2", *parts])
 
-    def share_of_work(self, settings: Settings) -> float:
-        """None where the network is frozen: folded and without a graph it is as fast as compiled (``benchmarks.training_speed``)."""
+    def share_of_work(self, settings: Namespace) -> float:
+        """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled (``benchmarks.training_speed``)."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 2 with these arguments (None: those of the process) and return the exit status."""
-    return run_stage(Stage2(), argv)
+    command = parse("IMTA", argv)
+    return run(command, Stage2())
 
 
 if __name__ == "__main__":

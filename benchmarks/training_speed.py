@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,16 +39,14 @@ import train_IMTA
 from args import parse
 from benchmarks.plain_loop import PlainLoop, plain_dataset
 from dataloader import load_data
-from engine.checkpoint import Saved
 from engine.device import seed_everything, set_tf32
 from engine.distributed import Processes
 from engine.launch import leave_copy, shared_out
 from engine.log import Log
-from engine.run_directory import RunDirectory
-from engine.session import Session
-from engine.stage import place, with_compilation, with_precision
+from engine.record import RunDirectory, Session
+from engine.run import place, resolve_auto
 from engine.stepper import Stepper
-from engine.training import Meters
+from engine.trainer import Meters
 from models import IMTA, count_operations
 from utils import CommandLineParser, UserError, available_cores
 
@@ -66,8 +65,6 @@ _print = functools.partial(print, flush=True)
 
 PROGRAM = """\
 import sys
-from args import announce
-announce("GE")
 import train_GE
 from benchmarks.training_speed import accept_random_archive
 accept_random_archive()
@@ -172,27 +169,20 @@ class Ours:
     """A stage's training by this project, in one of its processes."""
 
     def __init__(self, stage_number: int, options: argparse.Namespace, processes: Processes):
-        first, stage = parse("GE", _flags(options)).settings(), train_GE.Stage1()
-        settings = with_precision(first, processes)
-        if processes.device.type == "cpu" and settings.amp == "bf16":
-            torch.set_num_threads(1)
+        settings, stage = parse("GE", _flags(options)).settings(), train_GE.Stage1()
         data = load_data(settings, processes.device, processes.shard)
         seed_everything(settings.seed, settings.deterministic)
         network = stage.make_network(settings, data.info, None)
-        operations = (
-            count_operations(network, data.info.image_size)[-1]
-            * data.train.num_images
-            // processes.world_size
-        )
+        operations = count_operations(network, data.info.image_size)[-1]
+        work = operations * data.train.num_images // processes.world_size
         if stage_number == 2:
             stage = train_IMTA.Stage2()
-            settings = with_precision(
-                parse("IMTA", _flags(options)).settings(inherited=vars(first)), processes
-            )
-            network = stage.make_network(settings, data.info, Saved(Path("random weights"), network.eval()))
-        self.settings = settings = with_compilation(
-            settings, stage, operations
-        )  # as in a training of the published length
+            settings = parse("IMTA", _flags(options)).settings(inherited=vars(settings))
+            origin = SimpleNamespace(path=Path("random weights"), network=network.eval())
+            network = stage.make_network(settings, data.info, origin)
+        # As in a training of the published length.
+        settings = resolve_auto(settings, processes, work * stage.share_of_work(settings), work)
+        self.settings = settings
         place(network, Session(RunDirectory(Path("none")), settings, processes, Log(False)))
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
         self.meters = Meters(

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from args import as_typed
+from args import NETWORK_OPTIONS, flag_of, from_record
 from models import IMTA, MSDNet
 from models.files import find
 from models.released import read_checkpoint
 from models.saved import DataInfo, Description, Split, convert_command, read_network
-from settings import FLAGS, OPTIONS
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
@@ -36,7 +35,7 @@ class Saved:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run that wrote it."""
-        return {**settings_of(self.description), "image_size": self.data.image_size}
+        return {**from_record(self.description.recipe), "image_size": self.data.image_size}
 
     @property
     def data(self) -> DataInfo:
@@ -49,12 +48,12 @@ class Saved:
         return self.split if self.data.knows_training_images else None
 
 
-def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
+def load_saved(path: Path, typed: dict[str, Any]) -> Saved:
     """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
         path: As ``models.load`` takes it.
-        explicit: Typed flags; network options among them must agree with the file.
+        typed: Flags that were typed; network options among them must agree with the file.
 
     Raises:
         UserError: One line: the file is missing, damaged, foreign or of another version, or what disagrees.
@@ -65,9 +64,12 @@ def load_saved(path: Path, explicit: dict[str, Any]) -> Saved:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     config = {**network.config.get("backbone", {}), **network.config}
-    for name, value in explicit.items():
-        if name in config and config[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{path} has {FLAGS[name]} {config[name]}, the command line says {value}")
+    for name in typed.keys() & {*NETWORK_OPTIONS}:
+        value = typed[name]
+        if name not in config:
+            raise UserError(f"{path} has no {flag_of(name)}: it is {network.kind}")
+        if config[name] != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(f"{path} has {flag_of(name)} {config[name]}, the command line says {value}")
     return Saved(path, network, description, split)
 
 
@@ -116,12 +118,3 @@ def damage_named(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-
-
-def settings_of(description: Description) -> dict[str, Any]:
-    """The settings a run had, in the types that the command line gives them.
-
-    Raises:
-        UserError: one that its flag would refuse.
-    """
-    return {name: as_typed(name, value) for name, value in description.recipe.items() if name in OPTIONS}

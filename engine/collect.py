@@ -44,19 +44,22 @@ def collect_logits(
 @torch.no_grad()
 def accuracy_per_exit(
     network: nn.Module, batches: Batches, processes: Processes
-) -> tuple[list[float], list[float]]:
-    """Return top-1 and top-5 accuracy of every exit in percent, without keeping the logits."""
+) -> tuple[list[float], list[float], float]:
+    """Return top-1 and top-5 accuracy of every exit in percent, and the mean cross-entropy summed over exits."""
     network.eval()
-    # Images, and which of them were right by top-1 and top-5, for every exit.
-    totals = torch.zeros(3, network.num_exits, dtype=torch.float64, device=processes.device)
+    # Images, which of them were right by top-1 and top-5, and losses, for every exit.
+    totals = torch.zeros(4, network.num_exits, dtype=torch.float64, device=processes.device)
     for images, labels in batches:
+        logits = torch.stack(network(images))
         totals[0] += len(labels)
-        totals[1:] += correct_in_top(torch.stack(network(images)), labels).sum(dim=2)
-    count, *correct = processes.sum(totals)
+        totals[1:3] += correct_in_top(logits, labels).sum(dim=2)
+        for k, z in enumerate(logits):
+            totals[3, k] += nn.functional.cross_entropy(z.float(), labels, reduction="sum")
+    count, top1, top5, losses = processes.sum(totals)
     if count[0] == 0:
         raise UserError(f"none of the {batches.num_images} images can be read")
-    acc1, acc5 = (100 * torch.stack(correct) / count).tolist()
-    return acc1, acc5
+    acc1, acc5 = (100 * torch.stack([top1, top5]) / count).tolist()
+    return acc1, acc5, (losses / count).sum().item()
 
 
 def correct_in_top(logits: Tensor, targets: Tensor) -> Tensor:

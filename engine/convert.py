@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptive_inference.policies import FORMAT as POLICY_FORMAT
+from adaptive_inference.policies import from_format_2
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint
-from engine.run_directory import RunDirectory
+from engine.record import RunDirectory
 from image_data.parts import NORMALIZATION
 from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
@@ -36,9 +38,19 @@ from models.saved import (
     save_network,
     write_tensors,
 )
-from utils import CommandLineParser, UserError, at_least, folder, in_range, in_words, int_list, one_line
+from utils import (
+    CommandLineParser,
+    UserError,
+    at_least,
+    atomic_write,
+    in_range,
+    in_words,
+    int_list,
+    one_line,
+    user_path,
+)
 
-OLD_NETWORK, OLD_RUN = "imta-msdnet network 2", "imta-msdnet run 2"
+OLD_NETWORK, OLD_RUN, OLD_POLICY = (f"imta-msdnet {kind} 2" for kind in ("network", "run", "policy"))
 DATA_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
 
 
@@ -64,6 +76,8 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
     path, output = arguments.input, arguments.output
     if path.is_dir():
         yield from _convert_run(RunDirectory(path), RunDirectory(output or path))
+    elif path.suffix == ".json":
+        yield _convert_policy(path, output or path)
     elif is_network_file(path):
         yield _convert_network(path, output or path)
     else:
@@ -79,6 +93,8 @@ def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
     if not old.best.exists():
         raise UserError(f"{old.path} holds no {old.best.name}: it is no run of this project")
     yield _convert_network(old.best, new.best)
+    if old.policy.exists():
+        yield _convert_policy(old.policy, new.policy)
     if old.last.exists():
         try:
             yield _convert_last(old.last, new.last)
@@ -86,7 +102,7 @@ def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
             yield f"left alone: {error}"
     if old.path.resolve() != new.path.resolve():
         for path in old.results:
-            if path not in (old.best, old.last) and path.exists():
+            if path not in (old.best, old.last, old.policy) and path.exists():
                 shutil.copyfile(path, new.path / path.name)
 
 
@@ -103,6 +119,22 @@ def _convert_network(path: Path, output: Path) -> str:
         raise UserError(f"{path} is damaged, or made by another program: {error}") from None
     write_tensors(output, tensors, description)
     return f"network: {output}"
+
+
+def _convert_policy(path: Path, output: Path) -> str:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] == POLICY_FORMAT:
+            return f"{path} is of today's format already"
+        if content["format"] != OLD_POLICY:
+            raise ValueError(f"its format is {content['format']!a:.80}")
+        content = from_format_2(content)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no policy file of this project: {type(error).__name__} {error}") from None
+    with atomic_write(output) as stream:
+        json.dump(content, stream, indent=1, allow_nan=False)
+        stream.write("\n")
+    return f"policies: {output}"
 
 
 def _convert_last(path: Path, output: Path) -> str:
@@ -203,10 +235,15 @@ def _parser() -> CommandLineParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("input", type=folder, metavar="INPUT", help="checkpoint, network, policy file or directory of a run")
+    add(
+        "input",
+        type=user_path,
+        metavar="INPUT",
+        help="checkpoint, network, policy file or directory of a run",
+    )
     add(
         "output",
-        type=folder,
+        type=user_path,
         metavar="OUTPUT",
         nargs="?",
         help="default: in place; of a released checkpoint: NAME.safetensors beside it",
@@ -215,7 +252,7 @@ def _parser() -> CommandLineParser:
     add = released.add_argument
     add(
         "--classes",
-        type=folder,
+        type=user_path,
         metavar="FILE",
         help="names of the classes, one a line, or a folder with a folder for each class",
     )

@@ -30,6 +30,7 @@ from adaptive_inference.promises.timing import distinct, measure_blocks, runtime
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
 from engine.easy_and_hard import easy_and_hard, examples_figure
+from engine.record import RunDirectory, Session
 from engine.report import (
     best_within,
     budget_rows,
@@ -41,8 +42,6 @@ from engine.report import (
     table,
     write_csv,
 )
-from engine.run_directory import RunDirectory
-from engine.session import Session
 from engine.stepper import mixed_precision
 from models import count_operations
 from utils import UserError, complain

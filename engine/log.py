@@ -16,7 +16,6 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from engine.run_directory import RunDirectory
 from utils import atomic_write, duration, is_terminal, tell
 
 LOGGER = logging.getLogger("imta_msdnet")
@@ -57,11 +56,11 @@ class Log:
         self.line(what)
         yield
 
-    def open(self, run: RunDirectory, first_step: int) -> None:
+    def open(self, folder: Path, first_step: int) -> None:
         """Begin or continue TensorBoard's events; drop those of an interrupted attempt, from ``first_step`` on."""
         if self.enabled:
             threading.excepthook = _ignore_failed_writes
-            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
+            self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
     def close(self) -> None:
         """End the bar and the events."""

@@ -8,6 +8,7 @@ An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`
 
 import logging
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +21,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from engine.device import keep_freed_memory
 from engine.distributed import Processes
 from models.layers import frozen_statistics
-from settings import Settings
 from utils import UserError
 
 
@@ -32,7 +32,7 @@ class Stepper:
             ``refuse_combinations`` has nothing against them.
     """
 
-    def __init__(self, objective: nn.Module, settings: Settings, processes: Processes):
+    def __init__(self, objective: nn.Module, settings: Namespace, processes: Processes):
         self.settings, self.processes = settings, processes
         if processes.device.type == "cpu":
             keep_freed_memory()
@@ -127,7 +127,7 @@ class Stepper:
         return self._model
 
 
-def mixed_precision(settings: Settings) -> torch.dtype | None:
+def mixed_precision(settings: Namespace) -> torch.dtype | None:
     """Type that ``--amp``, once decided, computes in beside float32; None for none."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
 
@@ -144,7 +144,7 @@ class _InPrecision(nn.Module):
             return self.objective(images, targets)
 
 
-def refuse_combinations(network: nn.Module, settings: Settings, processes: Processes) -> None:
+def refuse_combinations(network: nn.Module, settings: Namespace, processes: Processes) -> None:
     """Raise the ``UserError`` of settings that do not go together."""
     if settings.sync_bn and processes.world_size > 1 and processes.device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
@@ -175,7 +175,7 @@ def refuse_combinations(network: nn.Module, settings: Settings, processes: Proce
         )
 
 
-def _compiled(objective: nn.Module, settings: Settings) -> nn.Module:
+def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     if settings.compile == "off":
         return objective
     # Gradient Equilibrium's function depends on nothing but its arguments; without this, a second start traces its gradient anew.

@@ -1,80 +1,68 @@
-"""The options of an MSDNet's architecture: the one list that the network, its checkpoints and the command line follow.
+"""The options of an MSDNet's architecture: the one list that the network and its checkpoints follow.
 
-A new option is a line of ``NetworkOptions``, and its use in ``models.msdnet``; in ``models.imta`` too if it is one of classifiers, which
-stage 2 makes anew. A new kind of layer must be known to ``models.operations`` and ``adaptive_inference.export``, and ``models.released``
-must refuse what released programs lack. This module imports nothing heavy.
+A new option is a line of ``NetworkOptions``, its use in ``models.msdnet``, and a flag in ``args``; in ``models.imta`` too if it is one of
+classifiers, which stage 2 makes again. ``models.released`` must refuse what released programs lack.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 MOST_LAYERS = 1000
-
-
-def option(default: Any, flag: str, help: str, **more: Any) -> Any:
-    """A field of a dataclass with its flag on the command line, what it says there, and further keys of ``settings.Settings``."""
-    return field(default=default, metadata={"flag": flag, "help": help, **more})
+CHOICES = {
+    "step_mode": ("even", "lin_grow"),
+    "prune": ("max", "min"),
+    "gradient_equilibrium_scales": ("trunk", "coarsest"),
+    "initialization": ("pytorch", "he"),
+}
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Architecture of an ``MSDNet``, and how Gradient Equilibrium treats it; the flags bear the published names.
+    """Architecture of an ``MSDNet``, and how Gradient Equilibrium treats it.
+
+    Attributes:
+        num_blocks: Blocks, and so exits, K.
+        base: Layers of the first block.
+        step: Layers of every further block (even), or their growth (lin_grow).
+        step_mode: Block i >= 1 has ``step`` layers (even), or ``step`` * i + 1 (lin_grow).
+        num_channels: Channels of the first layer at the finest scale.
+        growth_rate: New channels of a layer at the finest scale.
+        growth_factors: Channel multiple of every scale, finest first; as many as scales.
+        bottleneck_factors: At every scale a 1x1 convolution has this many times the new channels.
+        bottleneck: Whether there are 1x1 convolutions before the 3x3 ones.
+        prune: Drop fine scales evenly over the depth (max) or in the last layers (min).
+        reduction: Share of channels that a transition keeps; 0: no transitions.
+        small_inputs: Stem and exits of the CIFAR networks, not of the ImageNet ones.
+        gradient_equilibrium: Rescale gradients at the exits.
+        gradient_equilibrium_scales: Scales whose gradients are rescaled: all (trunk, the paper), or the exit's (coarsest, released code).
+        boosted_exits: An exit adds its logits to half of those of the exit before (Boosted Dynamic Networks).
+        initialization: PyTorch's default, or He-normal by fan-out (the Lua program).
 
     Raises:
-        ValueError: an impossible combination; the message names what was given and what is allowed.
+        ValueError: The combination is impossible; the message names what was given and what is allowed.
     """
 
-    num_blocks: int = option(5, "--nBlocks", "blocks, and so exits, K")
-    base: int = option(1, "--base", "layers of the first block")
-    step: int = option(1, "--step", "layers of every further block (even), or their growth (lin_grow)")
-    step_mode: str = option(
-        "even", "--stepmode", "block i >= 1 has STEP layers, or STEP * i + 1", choices=("even", "lin_grow")
-    )
-    num_channels: int = option(16, "--nChannels", "channels of the first layer at the finest scale")
-    growth_rate: int = option(6, "--growthRate", "new channels of a layer at the finest scale")
-    growth_factors: Sequence[int] = option(
-        (1, 2, 4), "--grFactor", "channel multiple of every scale, finest first; as many as scales"
-    )
-    bottleneck_factors: Sequence[int] = option(
-        (1, 2, 4), "--bnFactor", "of every scale: a 1x1 convolution has so many times the new channels"
-    )
-    bottleneck: bool = option(True, "--bottleneck", "1x1 convolutions before the 3x3 ones")
-    prune: str = option(
-        "max",
-        "--prune",
-        "drop fine scales evenly over the depth (max) or in the last layers (min)",
-        choices=("max", "min"),
-    )
-    reduction: float = option(0.5, "--reduction", "share of channels a transition keeps; 0: no transitions")
-    small_inputs: bool | None = option(
-        True, "--small-inputs", "stem and exits of the CIFAR networks, not of the ImageNet ones"
-    )
-    gradient_equilibrium: bool = option(
-        True, "--gradient-equilibrium", "rescale gradients at the exits; off: plain MSDNet", aliases=("--GE",)
-    )
-    gradient_equilibrium_scales: str = option(
-        "trunk",
-        "--ge-scales",
-        "scales whose gradients are rescaled: all (paper), or the exit's (released code)",
-        choices=("trunk", "coarsest"),
-    )
-    boosted_exits: bool = option(
-        False,
-        "--boosted-exits",
-        "an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)",
-    )
-    initialization: str = option(
-        "pytorch",
-        "--init",
-        "PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
-        choices=("pytorch", "he"),
-    )
+    num_blocks: int = 5
+    base: int = 1
+    step: int = 1
+    step_mode: str = "even"
+    num_channels: int = 16
+    growth_rate: int = 6
+    growth_factors: Sequence[int] = (1, 2, 4)
+    bottleneck_factors: Sequence[int] = (1, 2, 4)
+    bottleneck: bool = True
+    prune: str = "max"
+    reduction: float = 0.5
+    small_inputs: bool = True
+    gradient_equilibrium: bool = True
+    gradient_equilibrium_scales: str = "trunk"
+    boosted_exits: bool = False
+    initialization: str = "pytorch"
 
     def check(self) -> None:
         """Raise the ``ValueError`` of an impossible combination."""
         for name, described in NETWORK_FIELDS.items():
-            value, allowed = getattr(self, name), described.metadata.get("choices")
+            value, allowed = getattr(self, name), CHOICES.get(name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
             if type(described.default) is int and value < 1:

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from adaptive_inference import read_policy
+from args import RESUMABLE
 from engine.checkpoint import load_checkpoint, load_saved
+from engine.record import RunDirectory
 from engine.report import read_csv
-from engine.run_directory import RunDirectory
 from models import Description
-from settings import RESUMABLE
 from utils import UserError
 
 # What a training says of itself differs from run to run: how fast it was, and what started it.

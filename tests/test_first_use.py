@@ -75,7 +75,7 @@ def run(command, place, extra=""):
         errors
     )
     if "train_" in command:
-        assert (seen + output).splitlines()[0].endswith("loading PyTorch")
+        assert re.search("^(preset .*, training into|reading the images)", (seen + output).splitlines()[0])
     return seen + output, errors
 
 
@@ -107,9 +107,12 @@ def use(place):
 def stop_and_go_on(place):
     stop, resume, more = LATER
     _, errors = run(stop, place, SMALL_NETWORK + " --epochs 12")
-    assert re.search(r"stopped by a signal (in|after) epoch \d+ of 12, .*saved; go on with --resume", errors)
+    assert re.search(
+        r"stopped by a signal (in|after) epoch \d+ of 12, .*saved; to resume: python train_GE.py .* --resume",
+        errors,
+    )
     output, _ = run(resume, place)
-    assert "going on with save/again/GE/last.pt" in output
+    assert "resuming save/again/GE/last.pt" in output
     assert output.endswith("next: python train_IMTA.py --pretrained save/again/GE\n")
     output, _ = run(more.replace("--epochs 20", "--epochs 3"), place)
     assert "epoch 3/3: " in output

@@ -12,7 +12,7 @@ from args import parse
 from engine import distributed
 from engine.distributed import Processes, process_group
 from engine.stepper import Stepper
-from engine.training import _Trainer
+from engine.trainer import Trainer
 from models import MSDNet
 from models.options import NETWORK_FIELDS
 from tests.conftest import TINY_FLAGS
@@ -51,7 +51,7 @@ def test_a_step_starts_few_kernels():
 def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
     """A GPU is waited for at each."""
     real, questions = (
-        _Trainer._write,
+        Trainer.write,
         Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default),
     )
 
@@ -59,7 +59,7 @@ def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monke
         with questions:
             real(*arguments)
 
-    monkeypatch.setattr(_Trainer, "_write", write)
+    monkeypatch.setattr(Trainer, "write", write)
     assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
     assert questions.number == 1
 

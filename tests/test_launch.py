@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from args import parse
 from engine import precision
 from engine.distributed import Processes, launch_of_environment, process_group
 from engine.launch import may_fork, process_count
-from engine.run_directory import RunDirectory
+from engine.record import RunDirectory
+from engine.run import resolve_auto
 from engine.signals import Interrupted, listening
-from engine.stage import with_compilation, with_precision
 from image_data.data_sets import find_data_set
 from tests import disturbed
 from tests.conftest import TINY_FLAGS
@@ -59,29 +58,30 @@ def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
 
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
-    monkeypatch.setattr("engine.stage.half_precision", lambda device: dtype)
-    settings = parse("GE", []).settings()
-    assert with_precision(settings, CPU).amp == amp
-    assert with_precision(replace(settings, amp="fp16"), CPU).amp == "fp16"
+    monkeypatch.setattr("engine.run.half_precision", lambda device: dtype)
+    assert resolve_auto(parse("GE", []).settings(), CPU).amp == amp
+    assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU).amp == "fp16"
 
 
 def test_long_trainings_compile_their_steps(monkeypatch):
-    demo, cifar = parse("GE", []).settings(), parse("GE", ["--preset", "cifar100"]).settings()
-    assert with_compilation(demo, Stage1(), 5_500 * 16e6).compile == "off"
-    assert with_compilation(cifar, Stage1(), 45_000 * 58e6 / 2).compile == "default"
-    assert (
-        with_compilation(replace(cifar, checkpoint_activations=True), Stage1(), 45_000 * 58e6).compile
-        == "off"
-    )
-    assert with_compilation(replace(demo, compile="default"), Stage1(), 1).compile == "default"
-    stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
-    assert (
-        with_compilation(stage_2, Stage2(), 45_000 * 58e6 / 2).compile == "off"
-    )  # frozen, it is no faster on a CPU
+    """Arguments: operations of an epoch in a process."""
+
+    def compiled(flags, images_by_operations, stage=None):
+        stage = stage or Stage1()
+        settings = parse(stage.name, flags).settings()
+        work = images_by_operations * stage.share_of_work(settings)
+        return resolve_auto(settings, CPU, work, images_by_operations).compile
+
+    cifar, whole = ["--preset", "cifar100"], 45_000 * 58e6
+    assert compiled([], 5_500 * 16e6) == "off"
+    assert compiled(cifar, whole / 2) == "default"
+    assert compiled([*cifar, "--checkpoint-activations"], whole) == "off"
+    assert compiled(["--compile", "default"], 1) == "default"
+    assert compiled(cifar, whole / 2, Stage2()) == "off"  # frozen, it is no faster on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert with_compilation(cifar, Stage1(), 45_000 * 58e6).compile == "reduce-overhead"  # one captured step
-    assert with_compilation(stage_2, Stage2(), 45_000 * 58e6).compile == "reduce-overhead"
-    assert with_compilation(replace(cifar, accumulate=2), Stage1(), 45_000 * 58e6).compile == "default"
+    assert compiled(cifar, whole) == "reduce-overhead"  # one captured step
+    assert compiled(cifar, whole, Stage2()) == "reduce-overhead"
+    assert compiled([*cifar, "--accumulate", "2"], whole) == "default"
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,12 @@ def interrupt_unnoticed():
 @pytest.mark.parametrize(
     ("first_step", "status", "words"),
     [
-        (interrupt, 143, "what was saved before stays; go on with --resume"),  # compiling takes minutes
-        (interrupt_unnoticed, 143, "after step 1 of 4, saved; go on with --resume"),
+        (
+            interrupt,
+            143,
+            "what was saved before stays; to resume: python train_GE.py",
+        ),  # compiling takes minutes
+        (interrupt_unnoticed, 143, "after step 1 of 4, saved; to resume: python train_GE.py"),
         (RuntimeError("CUDA error: out of memory"), 2, "not enough memory"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),

@@ -159,7 +159,7 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert any("going on with" in output for output in outputs)
+    assert any("resuming" in output for output in outputs)
     assert differences(tmp_path / "run", undisturbed / "run") == []
 
 
@@ -169,7 +169,7 @@ def test_a_killed_process_ends_the_others(undisturbed, tmp_path):
     assert ended.statuses == [1, -signal.SIGKILL]
     assert time.monotonic() - began < LONGEST
     assert "train_GE.py: another process of this run was lost (" in ended.errors
-    assert "; go on with --resume" in ended.errors
+    assert "; to resume: python train_GE.py" in ended.errors
     assert processes_in(tmp_path) == []
     assert run(tmp_path, "--resume").statuses == [0, 0]
     assert differences(tmp_path / "run", undisturbed / "run") == []
@@ -178,7 +178,7 @@ def test_a_killed_process_ends_the_others(undisturbed, tmp_path):
 def test_two_processes_stop_together_and_go_on_exactly(undisturbed, tmp_path):
     ended = run(tmp_path, SIGNAL=int(signal.SIGTERM), MARKER="marker")
     assert ended.statuses == [143, 143]
-    assert ended.errors.count("go on with --resume") == 2
+    assert ended.errors.count("to resume: python train_GE.py") == 2
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 2)
     assert run(tmp_path, "--resume").statuses == [0, 0]

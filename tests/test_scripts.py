@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from args import PRESETS
 from engine.report import read_csv
-from settings import PRESETS
 from tests.conftest import TINY_FLAGS
 
 ROOT = Path(__file__).parent.parent

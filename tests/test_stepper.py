@@ -13,7 +13,7 @@ from torch import nn
 from args import parse
 from engine.distributed import Processes
 from engine.stepper import Stepper, refuse_combinations
-from engine.training import Meters
+from engine.trainer import Meters
 from models import IMTA, MSDNet
 from models.layers import frozen_statistics
 from tests.conftest import TINY_NETWORK

@@ -14,11 +14,11 @@ import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, read_policy
 from args import parse
-from engine import training
+from engine import trainer
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
-from engine.schedule import learning_rate
 from engine.stepper import Stepper
+from engine.trainer import learning_rate
 from image_data import synthetic
 from models import load
 from tests.compare import differences
@@ -105,8 +105,8 @@ def test_a_moved_backbone_is_noticed(runs, monkeypatch, capsys):
         objective.network.backbone.stem.scales[0][1].running_mean += 1
         return real(objective, *args)
 
-    real = training.train
-    monkeypatch.setattr("engine.stage.train", disturb)
+    real = trainer.train
+    monkeypatch.setattr("engine.run.train", disturb)
     assert train_imta(runs, "new") == 2
     assert "frozen stage-1 network changed" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
     assert train_ge(tmp_path / "last", *TWO_EPOCHS, "--ema-decay", "0") == 0
     assert same_tensors(weights(tmp_path / "last"), weights(undisturbed))
     network = torch.nn.BatchNorm1d(2)
-    average = AveragedModel(network, multi_avg_fn=training._moving_average(0.9), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=trainer.moving_average(0.9), use_buffers=True)
     for step in range(1, 200):
         before = average.module.weight[0].item() if step > 1 else float(step)
         torch.nn.init.constant_(network.weight, step)
@@ -223,29 +223,40 @@ def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
 )
 def test_saves_in_the_middle_and_goes_on(tmp_path, monkeypatch, flags, positions):
     """(epoch, step) of everything that is saved as last.pt: on SIGUSR1, here in step 2, and after some minutes."""
-    real, saved = training.save_checkpoint, []
+    real, saved = trainer.save_checkpoint, []
 
     def noted(path, state):
         real(path, state)
         if path.name == "last.pt":
             saved.append((state["epoch"], state["step"]))
 
-    monkeypatch.setattr(training, "save_checkpoint", noted)
+    monkeypatch.setattr(trainer, "save_checkpoint", noted)
     signal_after(monkeypatch, 2, signal.SIGUSR1)
     assert train_ge(tmp_path / "GE", *flags) == 0
     assert saved == positions
 
 
-def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch):
-    accuracies = iter([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0], [0.0, 0.0, 90.0]])
-    monkeypatch.setattr(training, "accuracy_per_exit", lambda *args: (next(accuracies), [100.0] * 3))
+@pytest.mark.parametrize(
+    ("results", "best"),
+    [
+        ([([10.0, 20.0, 30.0], 5.0), ([40.0, 50.0, 60.0], 5.0), ([0.0, 0.0, 90.0], 1.0)], 2),
+        ([([100.0] * 3, 0.2), ([100.0] * 3, 0.1), ([100.0] * 3, 0.3)], 2),  # ties: the lower held-out loss
+        ([([100.0] * 3, 0.2), ([100.0] * 3, 0.1), ([100.0] * 3, 0.1)], 3),  # and then the later epoch
+    ],
+)
+def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch, results, best):
+    remaining = iter(results)
+
+    def evaluated(*_):
+        accuracies, loss = next(remaining)
+        return accuracies, [100.0] * 3, loss
+
+    monkeypatch.setattr(trainer, "accuracy_per_exit", evaluated)
     assert train_ge(tmp_path / "GE", "--epochs", "3") == 0
-    best, last = (
-        load(tmp_path / "GE" / "best.safetensors").description,
-        load_checkpoint(tmp_path / "GE" / "last.pt"),
-    )
-    assert (best.epoch, best.accuracy["val_acc1"]) == (2, [40.0, 50.0, 60.0])
-    assert (last["epoch"], last["best_epoch"], last["best_accuracy"]) == (3, 2, 50.0)
+    described = load(tmp_path / "GE" / "best.safetensors").description
+    last = load_checkpoint(tmp_path / "GE" / "last.pt")
+    assert (described.epoch, described.accuracy["val_acc1"]) == (best, results[best - 1][0])
+    assert (last["epoch"], last["best_epoch"]) == (3, best)
 
 
 def test_without_held_out_images_the_last_epoch_is_best(tmp_path):
@@ -285,10 +296,9 @@ NEW_IMTA = ["--save", "new/IMTA", "--pretrained", "GE"]
         ),
         (train_GE, ["--save", "file/GE", *TINY_FLAGS], "cannot read or write file"),
         (train_GE, ["--save", "new/GE", "--pretrained", "resnet"], "there are: "),
-        (train_GE, ["--pretrained", "resnet"], "--pretrained needs --save"),
         (train_GE, [*NEW_GE, "--val-size", "1000000"], "1000000 images are to be held out"),
         (train_GE, [*NEW_GE, "--data", "folder", "--data-root", "nowhere"], "nowhere"),
-        (train_GE, [*NEW_GE, "--gpu", "99"], "this machine has"),
+        (train_GE, [*NEW_GE, "--gpu", "99"], "no GPU on this machine"),
         (train_IMTA, ["--save", "GE", "--resume"], "train_GE.py"),
         (train_IMTA, ["--save", "new/IMTA"], "run stage 1 first"),
         (train_IMTA, ["--save", "new/IMTA", "--pretrained", "IMTA"], "is a stage-2 checkpoint"),

@@ -1,12 +1,15 @@
-"""The training loop of both stages.
+"""The training loop of both stages: schedule, held-out accuracy, checkpoints, resuming. ``engine.stepper`` makes the steps.
 
-A stage brings an objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the ``network`` that learns; everything
-else is here: devices, mixed precision, schedule, held-out accuracy, checkpoints, resuming.
+    progress = train(objective, description, data, session, state)
+
+A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the ``network`` that
+learns.
 """
 
 import math
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,8 +23,7 @@ from adaptive_inference import fold
 from dataloader import Data
 from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
-from engine.schedule import learning_rate
-from engine.session import Session
+from engine.record import Session
 from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
 from models.saved import Description, save_network
@@ -30,12 +32,23 @@ from utils import UserError, duration
 
 @dataclass
 class Progress:
-    """Where a run is: ``epoch`` epochs are complete, and ``step`` steps of the next one. ``skipped_steps`` counts those of the whole run
-    that fp16 scaling left out, as a gradient was not finite."""
+    """Where a run is.
+
+    Attributes:
+        epoch: Completed epochs.
+        step: Completed steps of the next epoch.
+        best_accuracy: Held-out top-1 accuracy of the best epoch, mean over exits, in percent.
+        best_loss: Held-out loss of the best epoch, sum over exits.
+        best_epoch: The best epoch, 0 before the first one.
+        seconds: Time spent on the present epoch.
+        skipped_steps: Steps of the whole run that fp16 scaling left out, because a gradient was not finite.
+        history: A row of figures for each epoch.
+    """
 
     epoch: int = 0
     step: int = 0
     best_accuracy: float = -1.0
+    best_loss: float = math.inf
     best_epoch: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
@@ -43,7 +56,10 @@ class Progress:
 
 
 LOSS = "loss (sum over exits)"
-MAX_STEPS_DEAF = 10  # steps; a process that is asked to stop has perhaps half a minute
+MAX_STEPS_DEAF = (
+    10  # steps between two looks at signals; a process that is asked to stop has perhaps half a minute
+)
+FEW_IMAGES = 200  # held-out images, below which the best epoch is much a matter of chance
 
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
 _SAVE = 1
@@ -53,7 +69,9 @@ class Meters:
     """Sums over an epoch that stay on the device, so that no step waits for them.
 
     Args:
-        only_finite: leave out images whose loss is not finite.
+        num_exits: Number of exits, K.
+        device: Where the sums live.
+        only_finite: Leave out images whose loss is not finite.
     """
 
     def __init__(self, num_exits: int, device: torch.device, only_finite: bool = False):
@@ -76,7 +94,7 @@ class Meters:
 
     @staticmethod
     def means(totals: Tensor) -> tuple[float, list[float]]:
-        """Mean loss, and accuracy of every exit in percent."""
+        """Return the mean loss, and the accuracy of every exit in percent."""
         images, loss, *correct = totals.tolist()
         return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
@@ -90,18 +108,21 @@ def train(
 ) -> Progress:
     """Train until ``epochs`` of the settings are done, and leave ``last.pt``, the best epoch and ``log.jsonl`` in the run's directory.
 
-    The best epoch is the one with the highest held-out top-1 accuracy, mean over exits; without held-out images, the last one.
+    The best epoch has the highest held-out top-1 accuracy, mean over exits; of equals, that with the lower held-out loss;
+    of equals again, the later one. Without held-out images, it is the last one.
 
     Args:
-        objective: its ``network`` learns.
-        description: goes into the files of the run.
-        state: the checkpoint to go on from.
+        objective: Its ``network`` learns.
+        description: Goes into the files of the run.
+        data: The images.
+        session: The run.
+        state: The checkpoint to resume from.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
-        UserError: the loss is not finite, a file cannot be written, or ``state`` is damaged.
+        UserError: The loss is not finite, a file cannot be written, or ``state`` is damaged.
     """
-    trainer = _Trainer(objective, description, data, session)
+    trainer = Trainer(objective, description, data, session)
     if state is not None:
         with damage_named(session.run.last):
             trainer.restore(state)
@@ -112,7 +133,30 @@ def train(
     return trainer.progress
 
 
-class _Trainer:
+def learning_rate(settings: Namespace, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate at a step: linear warm-up, then cosine to 0, or a drop at each milestone.
+
+    It is a function of the step alone, so that a resumed run needs no state for it.
+
+    Args:
+        settings: lr, lr_type, lr_milestones (epochs), decay_rate, warmup_epochs, epochs.
+        step: Counted over all epochs, from 0.
+        steps_per_epoch: Steps of an epoch.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < settings.warmup_epochs:
+        return settings.lr * (step + 1) / math.ceil(settings.warmup_epochs * steps_per_epoch)
+    if settings.lr_type == "cosine":
+        progress = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1e-9)
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * settings.decay_rate ** sum(
+        epoch >= milestone for milestone in settings.lr_milestones
+    )
+
+
+class Trainer:
+    """The state of a training, and its epochs."""
+
     def __init__(self, objective: nn.Module, description: Description, data: Data, session: Session):
         self.objective, self.description, self.data, self.session = objective, description, data, session
         self.network = objective.network
@@ -126,15 +170,16 @@ class _Trainer:
         self.average = (
             None
             if decay is None
-            else AveragedModel(self.network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+            else AveragedModel(self.network, multi_avg_fn=moving_average(decay), use_buffers=True)
         )
 
     @property
-    def answering(self) -> nn.Module:
+    def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the one that learns, or its average."""
         return self.network if self.average is None else self.average.module
 
     def run_epoch(self, requests: Requests) -> None:
+        """Run the steps that are left of an epoch, evaluate and save."""
         settings, progress, log = self.session.settings, self.progress, self.session.log
         steps = len(self.data.train)
         self.began = self.saved = time.monotonic()
@@ -169,7 +214,7 @@ class _Trainer:
 
     @contextmanager
     def _announced(self, requests: Requests) -> Iterator[None]:
-        """Around a step. If it is the one that compiles, it says so, and a signal stops it at once, as there is nothing to save yet."""
+        """Announce the step in the block if it compiles; a signal then stops it at once, as there is nothing to save yet."""
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
             yield
             return
@@ -180,8 +225,10 @@ class _Trainer:
         requests.at_once = False
 
     def _requested(self, requests: Requests) -> int:
-        """0, ``_SAVE``, or more by the number of the signal that asked to stop. All processes act at the same step; asking each other
-        costs a wait, so they do it only now and then."""
+        """Return 0, ``_SAVE``, or ``_SAVE`` plus the number of the signal that asked to stop.
+
+        All processes act at the same step; asking each other costs a wait, so they do it only now and then.
+        """
         if self.session.processes.world_size > 1 and self.progress.step % min(
             self.session.settings.print_freq, MAX_STEPS_DEAF
         ):
@@ -220,16 +267,17 @@ class _Trainer:
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
-        score = progress.epoch + 1.0
         if self.data.val.num_images:
-            self.session.processes.share_buffers(self.answering)
+            self.session.processes.share_buffers(self.evaluated)
             # As the network will answer: folded, in the precision of training.
-            folded = fold(self.answering, self.session.settings.channels_last, self.stepper.dtype)
-            row["val_acc1"], row["val_acc5"] = accuracy_per_exit(
+            folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
+            row["val_acc1"], row["val_acc5"], row["val_loss"] = accuracy_per_exit(
                 folded, self.data.val, self.session.processes
             )
-            score = row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
-        is_best = score > progress.best_accuracy
+            row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
+        accuracy = round(row.get("val_mean_acc1", progress.epoch + 1.0), 6)
+        held_out_loss = row.get("val_loss", 0.0)
+        is_best = (accuracy, -held_out_loss) >= (progress.best_accuracy, -progress.best_loss)
         row["best"] = is_best
         row["images_per_second"] = totals[0].item() / training_seconds
         row["seconds"] = self._seconds()
@@ -239,9 +287,10 @@ class _Trainer:
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         if is_best:
-            progress.best_accuracy, progress.best_epoch = score, progress.epoch
+            progress.best_accuracy, progress.best_loss = accuracy, held_out_loss
+            progress.best_epoch = progress.epoch
         self.meters.totals.zero_()
-        self._write(is_best, progress, self.meters.totals)
+        self.write(is_best, progress, self.meters.totals)
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
         left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
         self.session.log.line(
@@ -254,14 +303,15 @@ class _Trainer:
         """Save in the middle of an epoch; the meters of all processes go into one."""
         totals = self.session.processes.sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
-        self._write(False, replace(self.progress, seconds=self._seconds()), totals)
+        self.write(False, replace(self.progress, seconds=self._seconds()), totals)
         self.saved = time.monotonic()
 
     def _seconds(self) -> float:
-        """Time spent on the present epoch, that before an interruption included."""
+        """Return the time spent on the present epoch, that before an interruption included."""
         return self.progress.seconds + time.monotonic() - self.began
 
-    def _write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
+    def write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
+        """Write ``last.pt``, after the best epoch if this one is."""
         if not self.session.processes.is_main:
             return
         # One question to the device, not one a tensor.
@@ -274,7 +324,7 @@ class _Trainer:
                 if name in ("val_acc1", "val_acc5")
             }
             description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.run.best, self.answering, description, self.data.split)
+            save_network(self.session.run.best, self.evaluated, description, self.data.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
         constants = {"description": asdict(self.description), **self.data.split._asdict(), "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
@@ -285,6 +335,7 @@ class _Trainer:
         self.session.log.write_history(self.session.run.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
         self.network.load_state_dict(state["state_dict"])
         self.stepper.load_state_dict(state)
         torch.set_rng_state(state["random_state"])
@@ -296,8 +347,8 @@ class _Trainer:
         self.session.log.write_history(self.session.run.log, self.progress.history)
 
 
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """For ``AveragedModel``. PyTorch's own rounds whole numbers, such as BatchNorm's counters, down: those of a frozen network change."""
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """Return the update of an ``AveragedModel``. PyTorch's own rounds whole numbers, such as BatchNorm's counters, down: those of a frozen network change."""
 
     def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
         for average, value in zip(averages, values, strict=True):
