@@ -10,24 +10,41 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from image_data.batches import WAYS_ON, Batches, FileBatches, InMemoryBatches, Normalizer, Shard
+from image_data.batches import WAYS_ON, Batches, FileBatches, InMemoryBatches, Shard
 from image_data.data_sets import find_data_set
 from image_data.folders import listed
 from image_data.parts import NORMALIZATION, DataSet, Part
-from image_data.reading import file_size, read_image, rgb
+from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
-from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY, evaluation_transform
+from image_data.transforms import (
+    LARGEST_IN_MEMORY,
+    TrainingTransform,
+    Transform,
+    default_crop_share,
+    evaluation_transform,
+)
+from models.normalizer import Normalizer
 from models.saved import DataInfo, Split
 from utils import UserError
 
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 SAMPLED_FILES = 32  # whose size is compared with the image size
+
+
+class Preprocessing(Protocol):
+    """What a pretrained network expects of images; the fields are those of ``DataInfo``."""
+
+    image_size: int
+    crop_share: float
+    interpolation: str
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -55,27 +72,32 @@ def load_data(
     shard: Shard | None = None,
     stored: DataInfo | None = None,
     split: Split | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Data:
     """Find, check and split the data set that ``settings`` name.
 
-    Images of at most ``LARGEST_IN_MEMORY`` pixels are read now, larger ones when they are needed. Anytime evaluation needs no training
-    images.
+    Images of at most ``LARGEST_IN_MEMORY`` pixels are read now, larger ones when they are needed. Anytime
+    evaluation needs no training images.
 
     Args:
-        settings: data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode, and what ``Batches`` take.
+        settings: data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode, check_images,
+            channels_last, and what ``Batches`` take.
         device: of the batches.
         shard: this process's share.
         stored: what a checkpoint remembers of its data: the classes must be the same.
-        split: that of the checkpoint, which is taken over; training images that it does not know are left out.
+        split: that of the checkpoint, which is taken over; training images that it does not know are left
+            out.
+        preprocessing: what a pretrained network expects; without it, and without ``stored``, our own.
 
     Raises:
-        UserError: missing or empty folders, unreadable images, classes that differ between the parts, an impossible split, other data
-            than the checkpoint's.
+        UserError: missing or empty folders, unreadable images, classes that differ between the parts, an
+            impossible split, other data than the checkpoint's.
     """
     shard, (held_out, digests) = shard or Shard(), split or (None, None)
-    image_size = settings.image_size or (224 if settings.data in ("imagenet", "folder") else 32)
+    expected = stored or preprocessing
+    image_size = settings.image_size or (expected.image_size if expected else _default_size(settings.data))
     in_memory, test_alone = image_size <= LARGEST_IN_MEMORY, settings.evalmode in TEST_ALONE
-    has_mean = stored is not None or settings.data in NORMALIZATION or not in_memory
+    has_mean = expected is not None or settings.data in NORMALIZATION or not in_memory
     only_test = test_alone and has_mean and settings.test_size is None
     found = find_data_set(settings, image_size, stored, digests, only_test)
     numbers = recognise(found, stored, digests)
@@ -88,21 +110,22 @@ def load_data(
         "test": found.test,
     }
     notes = [*found.notes, *_notes(found, parts["train"], image_size)]
+    crop_share = expected.crop_share if expected else default_crop_share(image_size)
+    interpolation = expected.interpolation if expected else "bilinear"
+    evaluation = evaluation_transform(image_size, crop_share, interpolation)
     if in_memory:
         needed = ("train", "val", "test") if settings.evalmode is None or not has_mean else ("val", "test")
-        parts |= {name: _in_memory(parts[name], image_size, settings, notes) for name in needed}
-    if settings.evalmode is None and len(parts["train"]) < settings.batch_size:
-        raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {len(parts['train'])} training images "
-            "without the held-out ones"
-        )
-    mean, std = (stored.mean, stored.std) if stored else _normalization(settings.data, parts["train"])
-    normalize = Normalizer(mean, std, device, settings.channels_last)
-    how = (normalize, shard)
+        parts |= {name: _in_memory(parts[name], image_size, evaluation, settings, notes) for name in needed}
+    _refuse_large_batch(settings, len(parts["train"]))
+    mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    how = (Normalizer(mean, std, device, layout), shard)
+    training = TrainingTransform(image_size, settings.augment, interpolation)
+    transforms = evaluation, evaluation if settings.augment == "none" else training
     batches = {
         name: InMemoryBatches(part, settings, name == "train", *how)
         if part.images is not None
-        else FileBatches(part, image_size, settings, name == "train", *how)
+        else FileBatches(part, transforms, settings, name == "train", *how)
         for name, part in parts.items()
     }
     if settings.check_images:
@@ -111,8 +134,8 @@ def load_data(
         name=settings.data,
         class_names=found.class_names,
         image_size=image_size,
-        crop_share=1.0 if in_memory else LARGE_CROP_SHARE,
-        interpolation="bilinear",
+        crop_share=crop_share,
+        interpolation=interpolation,
         mean=list(mean),
         std=list(std),
         num_training_images=len(found.train),
@@ -124,13 +147,25 @@ def load_data(
     return Data(info, split, notes, found.sorted_by_name, **batches)
 
 
+def _default_size(data: str) -> int:
+    return 224 if data in ("imagenet", "folder") else 32
+
+
+def _refuse_large_batch(settings: Namespace, count: int) -> None:
+    if settings.evalmode is None and count < settings.batch_size:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {count} training images without the "
+            "held-out ones"
+        )
+
+
 def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
     """Choose the held-out images, and add what the user should know of the choice to the notes."""
     held_out = choose_held_out(found.train.targets, size, settings.split_seed)
     if size is None:
         found.notes.append(
-            f"{HELD_OUT_SHARE} % of the training images are held out to choose the best epoch and the thresholds; "
-            "--val-size N changes that"
+            f"{HELD_OUT_SHARE} % of the training images are held out to choose the best epoch and the "
+            "thresholds; --val-size N changes that"
         )
     trained = torch.ones(len(found.train), dtype=torch.bool)
     trained[held_out] = False
@@ -144,7 +179,8 @@ def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
 def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
     """Return lines about the classes and the image size, and one about files that would be enlarged a lot."""
     notes = [
-        f"{len(found.class_names)} classes ({listed(found.class_names)}), images of {image_size} x {image_size} pixels"
+        f"{len(found.class_names)} classes ({listed(found.class_names)}), "
+        f"images of {image_size} x {image_size} pixels"
     ]
     files = training_part.files or found.test.files or []
     if not files:
@@ -153,27 +189,22 @@ def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
     sides = sorted(min(size) for size in map(file_size, files[::every][:SAMPLED_FILES]) if size)
     if sides and sides[len(sides) // 2] * 2 <= image_size:
         notes.append(
-            f"the images are small: {sides[len(sides) // 2]} pixels a side in the median, enlarged to {image_size}; "
-            "a smaller --image-size costs less"
+            f"the images are small: {sides[len(sides) // 2]} pixels a side in the median, "
+            f"enlarged to {image_size}; a smaller --image-size costs less"
         )
     return notes
 
 
-def _in_memory(part: Part, image_size: int, settings: Namespace, notes: list[str]) -> Part:
-    """Read small images as bytes; what cannot be read is an error, or left out with a note if it is to be skipped."""
+def _in_memory(
+    part: Part, image_size: int, evaluation: Transform, settings: Namespace, notes: list[str]
+) -> Part:
+    """Read small images as bytes; one that cannot be read is an error, or left out with a note."""
     if part.files is None:
         return part
-    transform = evaluation_transform(image_size)
-
-    def pixels(image: Image.Image) -> np.ndarray:
-        image = rgb(image)
-        if image.size == (image_size, image_size):
-            return np.asarray(image).transpose(2, 0, 1)
-        return transform(image).numpy()
 
     def attempt(path: Path) -> np.ndarray | UserError:
         try:
-            return read_image(path, pixels)
+            return read_image(path, evaluation).numpy()
         except UserError as error:
             return error
 
@@ -206,12 +237,13 @@ def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
 
 
 def _normalization(name: str, training_part: Part) -> tuple[Sequence[float], Sequence[float]]:
-    """Return mean and standard deviation of the channels: published ones, or those of small training images."""
+    """Return mean and standard deviation of the channels: published, or of the small training images."""
     if name in NORMALIZATION or training_part.images is None:
         return NORMALIZATION.get(name, NORMALIZATION["imagenet"])
     if len(training_part) == 0:
         raise UserError(
-            f"--data {name} of small images is normalised by its training images; --data-root must hold train/CLASS/ too"
+            f"--data {name} of small images is normalised by its training images; "
+            "--data-root must hold train/CLASS/ too"
         )
     pixels = training_part.images.transpose(0, 1).flatten(1).float() / 255
     mean = [round(x, 4) for x in pixels.mean(1).tolist()]

@@ -17,6 +17,7 @@ from adaptive_inference.budgeted import assign_exits
 from adaptive_inference.confidence import ExitPrediction, confidence_by_exit, next_prediction
 from adaptive_inference.policies import Policy
 from models import ExitNetwork, Stepwise
+from models.normalizer import Normalizer
 from utils import UserError
 
 SHOWN_IMAGES = 10  # in an error message
@@ -58,7 +59,7 @@ class AdaptivePredictor:
                 f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits"
             )
         self.network, self.policy = network, policy
-        self._scale: Tensor | None = None
+        self._normalize: Normalizer | None = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
@@ -152,13 +153,9 @@ class AdaptivePredictor:
             raise UserError(
                 f"images are {str(images.dtype).removeprefix('torch.')}; this network wants {wanted}"
             )
-        if self._scale is None or self._scale.device != images.device:
-            mean, std = (
-                torch.tensor(values).reshape(1, 3, 1, 1)
-                for values in (description.data.mean, description.data.std)
-            )
-            self._scale, self._shift = (1 / (255 * std)).to(images.device), (-mean / std).to(images.device)
-        return torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
+        if self._normalize is None or self._normalize.device != images.device:
+            self._normalize = Normalizer(description.data.mean, description.data.std, images.device)
+        return self._normalize(images)
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:

@@ -33,6 +33,7 @@ from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models import count_operations
 from models.files import WEIGHTS, policy_path
+from models.saved import DataInfo
 from utils import UserError, complain, is_terminal
 
 DEFAULT_SHARE = 0.5  # of all operations
@@ -75,7 +76,7 @@ def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
         for line in (f"network {path}{'' if arguments.model else origin}", policy_line, *complaints):
             _say(line)
         try:
-            for names, images in _batches(files, info.image_size, batch_size):
+            for names, images in _batches(files, info, batch_size):
                 if images is not None:
                     writer.rows(answering.answer(names, images.to(device)))
                 else:
@@ -256,10 +257,10 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 
 def _batches(
-    files: list[Path], image_size: int, batch_size: int
+    files: list[Path], info: DataInfo, batch_size: int
 ) -> Iterator[tuple[list[Path], Tensor | None]]:
     """Names and bytes (n, 3, H, W) of readable images; names and None for one that is not, after a line on standard error."""
-    transform = evaluation_transform(image_size)
+    transform = evaluation_transform(info.image_size, info.crop_share, info.interpolation)
     names, images = [], []
     for path in files:
         try:

@@ -16,7 +16,9 @@ READERS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def read_cifar(name: str, root: Path) -> tuple[Part, Part, list[str]]:
-    """Return training images, test images and class names of the archive in ``root``; download it if it is not there.
+    """Return training images, test images and class names of the archive in ``root``.
+
+    An archive that is not there is downloaded.
 
     Raises:
         UserError: there is none, and it cannot be downloaded.
@@ -49,7 +51,7 @@ def _part(images: CIFAR10) -> Part:
 
 @contextmanager
 def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one of the processes that torchrun started on this machine download; the others then find the files."""
+    """Let one of the processes on this machine download; the others then find the files."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

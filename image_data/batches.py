@@ -4,16 +4,18 @@
     for images, targets in batches.epoch(0): ...   # training: (N, 3, H, W), (N,)
     for images, targets in batches: ...            # evaluation
 
-Small images live on the device as bytes, and a whole batch is cropped and flipped there at once; large ones are decoded by threads. Order
-and augmentation are functions of (seed, epoch, step) alone, so a run can be resumed at any step, with any number of threads.
+Small images live on the device as bytes, and a whole batch is cropped and flipped there at once; large ones
+are decoded by threads. Order and augmentation are functions of (seed, epoch, step) alone, so a run can be
+resumed at any step, with any number of threads.
 """
 
 import copy
 import hashlib
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -28,11 +30,11 @@ from image_data.threads import map_batches
 from image_data.transforms import (
     CROP_PADDING,
     DrawsFrom,
-    TrainingTransform,
+    Transform,
     augmentation_policy,
     crop_and_flip,
-    evaluation_transform,
 )
+from models.normalizer import Normalizer
 from utils import UserError, complain
 
 Batch = tuple[Tensor, Tensor]
@@ -47,31 +49,17 @@ class Shard:
     world_size: int = 1
 
 
-class Normalizer:
-    """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation (of values 0 to 1)."""
-
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool = False
-    ):
-        self.scale = (1 / (255 * torch.tensor(std))).reshape(1, 3, 1, 1).to(device)
-        self.shift = (-torch.tensor(mean) / torch.tensor(std)).reshape(1, 3, 1, 1).to(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch."""
-        images = images.to(torch.float32, memory_format=self.memory_format)
-        return torch.addcmul(self.shift, images, self.scale)
-
-
 class Batches:
     """Batches of one part of a data set.
 
-    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's images once, in order.
-    ``picture(row)`` is an image as the network sees it in evaluation, before normalisation: bytes (3, H, W).
+    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's
+    images once, in order. ``picture(row)`` is an image as the network sees it in evaluation, before
+    normalisation: bytes (3, H, W).
 
     Args:
         part: the images.
-        settings: batch_size, of all processes together; seed; augment; workers and skip_unreadable, for files.
+        settings: batch_size, of all processes together; seed; augment; workers and skip_unreadable, for
+            files.
         augment: whether ``epoch`` augments.
         normalize: its device is that of the batches.
         shard: what this process gets of every batch.
@@ -81,12 +69,14 @@ class Batches:
         self.batch_size, self.shard = settings.batch_size, shard
         if self.batch_size % self.shard.world_size:
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; use a multiple"
+                f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; "
+                "use a multiple"
             )
         self.num_images, self.seed = len(part), settings.seed
         self.augment = settings.augment if augment else "none"
-        self.normalize, self.device = normalize, normalize.scale.device
-        # Images that an evaluation of this process found unreadable, and the indices of those whose results all processes collected.
+        self.normalize, self.device = normalize, normalize.device
+        # Images that an evaluation of this process found unreadable, and the indices of those whose results
+        # all processes collected.
         self.unreadable: set[int] = set()
         self.chosen: Tensor | None = None  # indices to evaluate, None for all
         self.collected: Tensor | None = None
@@ -96,14 +86,14 @@ class Batches:
         return self.num_images // self.batch_size
 
     def own(self) -> Tensor:
-        """Return the indices of the images that this process evaluates, without those that were found unreadable."""
+        """Return the indices of the images that this process evaluates, if they were not found unreadable."""
         own = self.chosen
         if own is None:
             own = torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
         return own[~torch.isin(own, torch.tensor(sorted(self.unreadable), dtype=torch.int64))]
 
     def spread(self, count: int) -> "Batches":
-        """Return batches of about ``count`` of this process's images, evenly spread over the classes, which follow one another."""
+        """Return batches of about ``count`` of this process's images, evenly spread over their order."""
         own, part = self.own(), copy.copy(self)
         part.chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
         return part
@@ -167,20 +157,26 @@ class InMemoryBatches(Batches):
 
 
 class FileBatches(Batches):
-    """Batches of image files that threads decode, augment and resize; arguments as for ``Batches``."""
+    """Batches of image files that threads decode, augment and resize.
 
-    def __init__(self, part: Part, image_size: int, settings: Namespace, *how: Any):
+    Args:
+        part: the files.
+        transforms: for evaluation and for training.
+        settings: as for ``Batches``, like the rest.
+    """
+
+    def __init__(self, part: Part, transforms: tuple[Transform, Transform], settings: Namespace, *how: Any):
         super().__init__(part, settings, *how)
         self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
         self.files, self.targets = [os.fspath(file) for file in part.files], part.targets.tolist()
-        self.plain = evaluation_transform(image_size)
-        self.augmented = self.plain if self.augment == "none" else TrainingTransform(image_size, self.augment)
+        self.plain, self.augmented = transforms
         self._named: set[int] = set()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``first_step`` on.
 
-        With ``skip_unreadable`` the next readable image of the epoch's order takes the place of an unreadable one.
+        With ``skip_unreadable`` the next readable image of the epoch's order takes the place of an unreadable
+        one.
         """
         generator = self._generator(epoch)
         order = torch.randperm(self.num_images, generator=generator)
@@ -190,7 +186,7 @@ class FileBatches(Batches):
             seed = int(seeds[order[place]])
             for next_place in chain(range(place, self.num_images), range(place)):
                 index = int(order[next_place])
-                image = self._read(index, lambda image: _seeded(self.augmented, image, seed))
+                image = self._read(index, partial(_seeded, self.augmented, seed=seed))
                 if image is not None:
                     return image, self.targets[index]
             raise UserError("none of the training images can be read")
@@ -202,7 +198,7 @@ class FileBatches(Batches):
         return read_image(self.files[index], self.plain)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the images of this process once; with ``skip_unreadable`` without those that cannot be read."""
+        """Yield the images of this process once; with ``skip_unreadable`` only those that can be read."""
 
         def read(index: int) -> tuple[Tensor, int] | None:
             image = self._read(index, self.plain)
@@ -226,7 +222,7 @@ class FileBatches(Batches):
         parts = map_batches(problem, (part.tolist() for part in self.own().split(64)), self.workers)
         return [line for part in parts for line in part if line is not None]
 
-    def _read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | None:
+    def _read(self, index: int, transform: Transform) -> Tensor | None:
         """Return an image, or None for an unreadable one that may be skipped; it is named once."""
         try:
             return read_image(self.files[index], transform)

@@ -3,7 +3,8 @@
     data_set = find_data_set(settings, image_size=224)
     data_set.train.files, data_set.test.targets, data_set.class_names
 
-Folders are ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``); with ``--test-size`` only ``train/CLASS/``, or ``CLASS/`` alone.
+Folders are ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``); with ``--test-size`` only
+``train/CLASS/``, or ``CLASS/`` alone.
 """
 
 import hashlib
@@ -49,7 +50,8 @@ def find_data_set(
         settings: data, data_root, test_size, split_seed.
         image_size: of the demo's images, and to check that of CIFAR's.
         stored: what a checkpoint remembers; its classes keep their order.
-        digests: of the names of the checkpoint's training images; where test images are split off, they are all others.
+        digests: of the names of the checkpoint's training images; where test images are split off, they are
+            all others.
         only_test: leave folders of training images alone.
 
     Raises:
@@ -219,8 +221,8 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     split_off = "--test-size 20% splits test images off"
     if has_train:
         return (
-            f"{root} has train/ but no test images: put a fifth or so of every class into {root}/test/CLASS/ (or val/CLASS/), "
-            f"or {split_off}"
+            f"{root} has train/ but no test images: put a fifth or so of every class into "
+            f"{root}/test/CLASS/ (or val/CLASS/), or {split_off}"
         )
     survey = Survey()
     if tests:
@@ -229,7 +231,10 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     if is_folder(root / "train"):
         return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
     if classes:
-        return f"{root} has no train/ and no test/, but images in the folders {listed(sorted(classes))}: if these are the classes, {split_off}"
+        return (
+            f"{root} has no train/ and no test/, but images in the folders {listed(sorted(classes))}: "
+            f"if these are the classes, {split_off}"
+        )
     images = survey.images([root])
     found = f"{len(images):,} images, but no folder of a class" if images else "no image"
     return (

@@ -3,8 +3,9 @@
     files, complaints = find_images([Path("photos")])
     classes = Survey().classes(Path("photos/train"))     # {"cat": [files], "dog": [files]}
 
-Hidden files and folders, and those that a NAS, Windows or a Mac makes, are neither images nor classes. Symbolic links are followed, and
-every real folder is entered once. Names may be any bytes; what is remembered of them is the same text on every system.
+Hidden files and folders, and those that a NAS, Windows or a Mac makes, are neither images nor classes.
+Symbolic links are followed, and every real folder is entered once. Names may be any bytes; what is remembered
+of them is the same text on every system.
 """
 
 import os
@@ -28,7 +29,12 @@ SYSTEM_NAMES = (
 
 
 class Survey:
-    """A walk through folders that counts by suffix the files it leaves out, and remembers folders it may not enter."""
+    """A walk through folders.
+
+    Attributes:
+        left_out: number of files that are no images, by suffix.
+        closed: errors about folders that may not be entered.
+    """
 
     def __init__(self) -> None:
         self.left_out: Counter[str] = Counter()
@@ -87,11 +93,12 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     """Find image files.
 
     Args:
-        paths: files and folders; folders are replaced by the images anywhere below them, in order of their names.
+        paths: files and folders; folders are replaced by the images anywhere below them, in order of their
+            names.
 
     Returns:
-        The files, and complaints, one line each: about folders without images, folders that may not be entered, and files that are no
-        images.
+        The files, and complaints, one line each: about folders without images, folders that may not be
+        entered, and files that are no images.
     """
     survey, files, complaints = Survey(), [], []
     for path in paths:
@@ -108,7 +115,10 @@ def a_file_ending() -> str:
 
 
 def text_of(name: str | Path) -> str:
-    r"""Return a name as the same text on every system: letters composed (NFC), bytes that are not UTF-8 as ``\xe9``."""
+    r"""Return a name as the same text on every system.
+
+    Letters are composed (NFC), and bytes that are not UTF-8 written as ``\xe9``.
+    """
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 

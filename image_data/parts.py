@@ -43,7 +43,8 @@ class DataSet:
     Args:
         names: of the training images, or one digest of all their pixels.
         notes: lines for the user.
-        sorted_by_name: classes are numbered by the order of their folders' names, which another program may not share.
+        sorted_by_name: classes are numbered by the order of their folders' names, which another program may
+            not share.
     """
 
     name: str

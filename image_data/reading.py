@@ -50,9 +50,10 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, upright as its EXIF data say and with ``BACKGROUND`` behind transparent pixels.
+    """Return the image in RGB, upright as its EXIF data say.
 
-    JPEGs of more than ``MAX_PIXELS`` are reduced while they are decoded.
+    Behind transparent pixels is the ``BACKGROUND``. JPEGs of more than ``MAX_PIXELS`` are reduced while they
+    are decoded.
     """
     if image.width * image.height > MAX_PIXELS:
         image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))

@@ -1,4 +1,4 @@
-"""Which images are trained on, which are held out to choose epochs and thresholds, and which are test images."""
+"""Which images are training images, held-out images and test images."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, t
 def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> Tensor:
     """Choose training images to hold out.
 
-    They are drawn from all images alike. Where that would take all images of a class, one of them stays, and an image of another class
-    is held out in its place.
+    They are drawn from all images alike. Where that would take all images of a class, one of them stays, and
+    an image of another class is held out in its place.
 
     Args:
         targets: (N,), of all training images.
@@ -33,7 +33,8 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
     size = max(1, count * HELD_OUT_SHARE // 100) if val_size is None else val_size
     if size >= count > 0:
         raise UserError(
-            f"{size} images are to be held out, but there are only {count} training images; give a smaller --val-size"
+            f"{size} images are to be held out, but there are only {count} training images; "
+            "give a smaller --val-size"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
     is_held_out = torch.zeros(count, dtype=torch.bool)
@@ -94,11 +95,13 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
 def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
     """Find the training images that a checkpoint knows.
 
-    Images may have gone or come since: the split of the others stays, and unknown ones belong to no part of it.
+    Images may have gone or come since: the split of the others stays, and unknown ones belong to no part of
+    it.
 
     Args:
         data_set: as found now.
-        stored: what the checkpoint remembers; None: there is no checkpoint, and the images are numbered as they are.
+        stored: what the checkpoint remembers; None: there is no checkpoint, and the images are numbered as
+            they are.
         digests: the ``name_digests`` of the checkpoint's training images; without them, all must be there.
 
     Returns:
@@ -125,8 +128,8 @@ def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None
             )
             return numbers
     raise UserError(
-        f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of {stored.name}, "
-        f"these are {count}, or others; its held-out split would mix with training images"
+        f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of "
+        f"{stored.name}, these are {count}, or others; its held-out split would mix with training images"
     )
 
 
@@ -137,7 +140,8 @@ def _refuse_other_classes(info: DataInfo, found: list[str]) -> None:
         return
     here, there = ([name for name in a if name not in set(b)] for a, b in ((found, stored), (stored, found)))
     raise UserError(
-        f"the checkpoint has {len(stored)} classes ({listed(stored)}), the data have {len(found)} ({listed(found)})"
+        f"the checkpoint has {len(stored)} classes ({listed(stored)}), "
+        f"the data have {len(found)} ({listed(found)})"
         + (f"; only the checkpoint has {listed(there)}" if there else "")
         + (f"; only the data have {listed(here)}" if here else "")
     )

@@ -1,8 +1,9 @@
 """The data set ``demo``: images the program draws itself, for trying everything out without a download.
 
-An image shows one object, and its class is the object's outline (global structure) and fill (fine structure) together. Images differ widely
-in difficulty: a large shape in strong colours on a plain background is clear to the first exit; a small, faint, partly hidden one among
-smaller decoys of other classes and the same colour needs a deep one.
+An image shows one object, and its class is the object's outline (global structure) and fill (fine structure)
+together. Images differ widely in difficulty: a large shape in strong colours on a plain background is clear
+to the first exit; a small, faint, partly hidden one among smaller decoys of other classes and the same colour
+needs a deep one.
 
     images, labels = generate(8000, seed=0)  # uint8 (8000, 3, 32, 32), int64 (8000,)
 """
@@ -33,7 +34,8 @@ EDGE = 0.28  # thickness of a hollow shape, in radii
 DEMO_IMAGES = {"train": 13000, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
 
-# Images drawn at a time: their intermediate results stay in the processor's cache. Another number draws other images.
+# Images drawn at a time: their intermediate results stay in the processor's cache. Another number draws other
+# images.
 CHUNK = 64
 
 
@@ -53,7 +55,8 @@ def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, 
         image_size: height and width in pixels. Everything in the image scales with it.
 
     Returns:
-        Images, uint8 (N, 3, H, W), and labels, int64 (N,), in random order; numbers of images of two classes differ by at most 1.
+        Images, uint8 (N, 3, H, W), and labels, int64 (N,), in random order; numbers of images of two classes
+        differ by at most 1.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(num_images) % len(CLASS_NAMES))
@@ -95,7 +98,8 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
         )
         return _coverage(np.abs(x) - uniform(0.03, 0.10, 1, 1), image_size) * shown[:, None, None]
 
-    # The object is the brighter one in every colour, by random shares; the random middle keeps brightness from telling the class.
+    # The object is the brighter one in every colour, by random shares; the random middle keeps brightness
+    # from telling the class.
     towards = _directions(uniform(0, 1, 3))
     middle = uniform(0.35, 0.65, 3)
     background = middle - towards * contrast[:, None] * 0.5
@@ -132,7 +136,10 @@ def _directions(vectors: Array) -> Array:
 def _local_coordinates(
     image_size: int, centre: Array, radius: Array, direction: Array
 ) -> tuple[Array, Array]:
-    """Pixel positions in the frame of a shape: centred, turned so that x runs along ``direction``, in radii; (n, H, W) each."""
+    """Return pixel positions in the frame of a shape, (n, H, W) each.
+
+    The frame is centred, x runs along ``direction``, and the unit is the radius.
+    """
     pixel = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / image_size) - 1
     x = (pixel[None, :] - centre[:, :1])[:, None, :]
     y = (pixel[None, :] - centre[:, 1:])[:, :, None]
@@ -141,12 +148,23 @@ def _local_coordinates(
 
 
 def _coverage(distance: Array, image_size: int) -> Array:
-    """Signed distance to an edge, negative inside, in half image sides -> covered share of each pixel, which smooths the edge."""
+    """Return the share of each pixel that a shape covers, which smooths its edge.
+
+    Args:
+        distance: signed distance to the edge, negative inside, in half image sides.
+        image_size: in pixels.
+    """
     return np.clip(np.float32(0.5) - distance * np.float32(image_size / 2), 0, 1)
 
 
 def _shape_distance(labels: Array, x: Array, y: Array) -> Array:
-    """Signed distance (n, H, W) to the edges of the shapes of classes ``labels`` (n,), negative inside, in radii."""
+    """Return the signed distance (n, H, W) to the edges of shapes, negative inside, in radii.
+
+    Args:
+        labels: classes of the shapes, (n,).
+        x: positions in the frames of the shapes, (n, H, W).
+        y: the same.
+    """
     outline, fill = labels // len(FILLS), labels % len(FILLS)
     distance = np.empty_like(x)
     for index, name in enumerate(OUTLINES):

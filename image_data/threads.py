@@ -2,8 +2,8 @@
 
     for images in map_batches(read, [[path_1, path_2], [path_3, path_4]], threads=4): ...
 
-PIL and PyTorch release Python's global lock while they decode and resize, so that threads keep all cores busy. They need no sockets, no
-shared memory and no signal handling, as worker processes do.
+PIL and PyTorch release Python's global lock while they decode and resize, so that threads keep all cores
+busy. They need no sockets, no shared memory and no signal handling, as worker processes do.
 """
 
 import threading

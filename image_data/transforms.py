@@ -6,6 +6,7 @@ with DrawsFrom(torch.Generator().manual_seed(1)):
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 class DrawsFrom(TorchFunctionMode):
-    """Within the block, in this thread alone, torchvision draws from ``generator`` instead of torch's global one.
+    """A block in which torchvision draws from ``generator`` instead of torch's global one, in this thread.
 
     Threads share the global generator; numbers drawn from it would depend on which thread is first.
     """
@@ -43,26 +44,53 @@ class DrawsFrom(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def evaluation_transform(image_size: int) -> v2.Transform:
-    """Return a transform: opened image -> bytes (3, image_size, image_size), the centre of the resized image."""
-    crop_share = 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
-    resize = v2.Resize(round(image_size / crop_share), antialias=True)
-    return v2.Compose([rgb, resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+Transform = Callable[[Image.Image], Tensor]
+
+
+def default_crop_share(image_size: int) -> float:
+    """Return the share of the shorter side that evaluation sees, unless a pretrained network says else."""
+    return 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
+
+
+def evaluation_transform(
+    image_size: int, crop_share: float = 1.0, interpolation: str = "bilinear"
+) -> Transform:
+    """Return a transform: opened image -> bytes (3, image_size, image_size), the centre of the resized image.
+
+    Args:
+        image_size: height and width of the result.
+        crop_share: the share of the shorter side that is kept.
+        interpolation: value of a torchvision ``InterpolationMode``, such as ``bicubic``.
+    """
+    mode, resized = v2.InterpolationMode(interpolation), round(image_size / crop_share)
+    resize = v2.Compose([v2.Resize(resized, interpolation=mode, antialias=True), v2.CenterCrop(image_size)])
+
+    def transform(image: Image.Image) -> Tensor:
+        image = rgb(image)
+        if image.size != (image_size, image_size) or resized != image_size:
+            image = resize(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    return transform
 
 
 class TrainingTransform:
-    """Opened image -> bytes (3, image_size, image_size): random resized crop, flip, and the policy ``augment``.
+    """Opened image -> bytes (3, image_size, image_size): random crop, flip, and the policy ``augment``.
 
     Only what the crop needs is decoded, and PyTorch resizes bytes faster than PIL does.
     """
 
-    def __init__(self, image_size: int, augment: str = "standard"):
+    def __init__(self, image_size: int, augment: str = "standard", interpolation: str = "bilinear"):
         self.image_size, self.policy = image_size, augmentation_policy(augment)
+        # PyTorch resizes bytes by these two.
+        smooth = "bilinear" if interpolation == "bilinear" else "bicubic"
+        self.interpolation = v2.InterpolationMode(smooth)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a random crop."""
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then still has enough pixels; other formats in full.
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then still has enough pixels; other formats in
+        # full.
         full_width = image.width
         enough = tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size)
         image.draft(None, enough)
@@ -72,9 +100,11 @@ class TrainingTransform:
         crop = rgb(image.crop((left, top, left + width, top + height)))
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             # Without these instructions PIL is twice as fast.
-            crop = crop.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+            resampling = Image.Resampling[self.interpolation.name]
+            crop = crop.resize((self.image_size, self.image_size), resampling)
         crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
-        crop = v2.functional.resize(crop, [self.image_size] * 2, antialias=True)
+        size = [self.image_size, self.image_size]
+        crop = v2.functional.resize(crop, size, interpolation=self.interpolation, antialias=True)
         if torch.rand(()) < 0.5:
             crop = crop.flip(-1)
         return crop if self.policy is None else self.policy(crop)

@@ -106,7 +106,8 @@ def test_normalised_by_the_training_images(tiny_demo):
 
 
 def test_crops_and_flips_equal_torchvisions():
-    """For every offset, every second one mirrored: the same pixels as padding and cropping one image with torchvision."""
+    """For every offset, every second one mirrored: the same pixels as padding and cropping one image with
+    torchvision."""
     image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8)
     side = 2 * CROP_PADDING + 1
     offsets = torch.cartesian_prod(torch.arange(side), torch.arange(side))
@@ -143,7 +144,8 @@ def test_every_offset_and_flip_equally_likely(monkeypatch):
     ("size", "augment"), [("32", "standard"), ("80", "standard"), ("32", "trivial"), ("80", "randaugment")]
 )
 def test_order_is_a_function_of_seed_epoch_and_step(image_folder, size, augment):
-    """In memory (32 pixels) and decoded by two workers (80 pixels): a fresh loader that starts at step 2 gives the rest, bit by bit."""
+    """In memory (32 pixels) and decoded by two workers (80 pixels): a fresh loader that starts at step 2
+    gives the rest, bit by bit."""
     flags = ["--image-size", size, "--augment", augment]
     first = load_data(folder_settings(image_folder, *flags, "--workers", "2"), CPU).train
     again = load_data(folder_settings(image_folder, *flags, "--workers", "0"), CPU).train
@@ -184,7 +186,8 @@ def test_stronger_augmentation_changes_images_one_by_one(image_folder, size):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_training_crops_agree_with_torchvisions(tmp_path, large):
-    """The same windows as torchvision's transform draws; of a JPEG that is decoded reduced, to a pixel of the reduced image."""
+    """The same windows as torchvision's transform draws; of a JPEG that is decoded reduced, to a pixel of the
+    reduced image."""
     size, tolerance = ((1200, 900), 4.0) if large else ((100, 80), 1.0)
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(256, size=(2, 3, 3), dtype=np.uint8)).resize(
@@ -270,7 +273,8 @@ def test_unreadable_small_image_is_named_or_skipped(image_folder, part):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, capsys):
-    """Or replaced in training by the next one of the order, alike on every process and after a resume, and left out of evaluation."""
+    """Or replaced in training by the next one of the order, alike on every process and after a resume, and
+    left out of evaluation."""
     flags = ["--image-size", "80", "--workers", workers]
     for part in ("train", "test"):
         damage(image_folder / part / "bee" / "3.png")
@@ -354,7 +358,8 @@ def test_test_images_are_where_the_classes_are(image_folder):
 
 
 def test_only_visible_images_are_read_and_others_counted(image_folder, monkeypatch):
-    """Alike in training and prediction: links are followed, each real folder once, and a closed folder is named."""
+    """Alike in training and prediction: links are followed, each real folder once, and a closed folder is
+    named."""
     ants = image_folder / "train" / "ant"
     image = (ants / "0.png").read_bytes()
     for name in (
@@ -468,7 +473,8 @@ def test_photographs_of_many_pixels(tmp_path, monkeypatch):
 
 
 def test_data_root(tmp_path, monkeypatch):
-    """A folder that is not there is not made; ~ is the home; a complete archive needs no lock, and a download none where there is none."""
+    """A folder that is not there is not made; ~ is the home; a complete archive needs no lock, and a download
+    none where there is none."""
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = parse("GE", ["--preset", "cifar10", "--data-root", "~/no/where"]).settings()
     assert settings.data_root == tmp_path / "no" / "where"
@@ -489,7 +495,8 @@ def test_data_root(tmp_path, monkeypatch):
 
 
 def test_threads_end_with_the_run(image_folder):
-    """An exception between two batches, with its trace kept alive as Python's own hook does, ends the process."""
+    """An exception between two batches, with its trace kept alive as Python's own hook does, ends the
+    process."""
     flags = [*FOLDER, "--data-root", str(image_folder), "--image-size", "80", "--workers", "1"]
     program = "import sys, torch; from args import parse; from dataloader import load_data\n"
     program += "data = load_data(parse('GE', sys.argv[1:]).settings(), torch.device('cpu'))\n"
@@ -540,7 +547,8 @@ def test_start_tells_classes_and_sizes(image_folder):
 
 @pytest.mark.parametrize("size", ["32", "80"])
 def test_test_images_are_split_off_and_stay_so(image_folder, size):
-    """Of train/CLASS/ or CLASS/; a resumed or evaluated run has the same parts, also after images came and went."""
+    """Of train/CLASS/ or CLASS/; a resumed or evaluated run has the same parts, also after images came and
+    went."""
     with pytest.raises(UserError, match="test holds test images: --test-size"):
         load_data(folder_settings(image_folder, "--test-size", "20%"), CPU)
     root = image_folder / "train"
