@@ -7,6 +7,7 @@ os.environ |= {
     "PROCESSES": "1",
 }  # before PyTorch looks for GPUs; processes have tests of their own
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from adaptive_inference.policies import Point, Policy
+from args import parse
 from image_data import synthetic
 from models import Description, ExitNetwork, count_operations
 from models.saved import DataInfo, network_options
@@ -114,3 +116,15 @@ def make_images(folder: Path, names: list[str], **counts: int) -> Path:
 def image_folder(tmp_path):
     """Images of three classes: train/CLASS/*.png and test/CLASS/*.png."""
     return make_images(tmp_path / "images", ["ant", "bee", "cat"], train=20, test=5)
+
+
+CPU = torch.device("cpu")
+FOLDER = [
+    *("--data", "folder", "--image-size", "32", "--val-size", "12"),
+    *("--batch-size", "8", "--augment", "standard"),
+]
+
+
+def folder_settings(root: Path, *flags: str) -> Namespace:
+    """Return settings for the images of ``image_folder``."""
+    return parse("GE", [*FOLDER, "--data-root", str(root), *flags]).settings()

@@ -185,8 +185,12 @@ def test_two_processes_stop_together_and_go_on_exactly(undisturbed, tmp_path):
     assert differences(tmp_path / "run", undisturbed / "run") == []
 
 
-def test_several_workers_go_on_exactly(image_folder, tmp_path):
+def test_threads_go_on_exactly(image_folder, tmp_path):
+    """Also beside damaged images, which several processes skip as one does."""
+    for path in ("train/ant/3.png", "train/bee/7.png", "test/ant/2.png"):
+        (image_folder / path).write_bytes((image_folder / path).read_bytes()[:60])
     flags = [*FOLDER, "--data-root", str(image_folder), "--workers", "2", "--save-every-steps", "1"]
+    flags += ["--augment", "trivial", "--skip-unreadable"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -196,4 +200,10 @@ def test_several_workers_go_on_exactly(image_folder, tmp_path):
     ]
     ended = run(parts, *flags, "--resume", processes=1)
     assert ended.statuses == [0], ended.errors
+    assert "skipped: cannot read the image" in ended.errors
     assert differences(parts / "run", whole / "run") == []
+    table = read_csv(whole / "run" / "anytime.csv")
+    ended = run(whole, *FOLDER, "--data-root", str(image_folder), "--evalmode", "anytime")
+    assert ended.statuses == [0, 0], ended.errors
+    assert "the 14 test images" in ended.output
+    assert read_csv(whole / "run" / "anytime.csv") == table

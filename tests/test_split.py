@@ -1,0 +1,108 @@
+"""Which images are trained on, held out and tested on."""
+
+import pytest
+import torch
+
+from args import parse
+from dataloader import load_data
+from image_data.split import choose_held_out, choose_test
+from tests.conftest import CPU, folder_settings
+from utils import UserError
+
+
+def test_split_depends_on_its_own_seed_alone():
+    targets = torch.arange(100) % 5
+    assert torch.equal(choose_held_out(targets, 10, 0), choose_held_out(targets, 10, 0))
+    assert not torch.equal(choose_held_out(targets, 10, 0), choose_held_out(targets, 10, 1))
+    default = parse("GE", ["--data", "folder"]).settings().val_size
+    assert len(choose_held_out(torch.arange(120) % 5, default, 0)) == 12  # a tenth
+    with pytest.raises(UserError, match="smaller --val-size"):
+        choose_held_out(targets, 100, 0)
+
+
+def test_split_of_the_published_settings_stays():
+    """Finished runs and released results depend on it."""
+    held_out = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))[:5000].sort().values
+    assert torch.equal(choose_held_out(torch.arange(50_000) % 100, 5000, 0), held_out)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_class_loses_all_its_training_images(seed):
+    """Thirty classes of one image, ten of three: at most twenty images can be held out."""
+    targets = torch.tensor([*range(30), *[label for label in range(30, 40) for _ in range(3)]])
+    for size in (6, 20, 40):
+        held_out = choose_held_out(targets, size, seed)
+        assert len(held_out) == size
+        trained = targets[~torch.isin(torch.arange(60), held_out)]
+        assert size > 20 or len(trained.unique()) == 40
+
+
+def test_test_images_are_an_equal_share_of_every_class():
+    targets = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    assert torch.bincount(targets[choose_test(targets, 0.2, 0)]).tolist() == [10, 2, 1]
+    assert torch.bincount(targets[choose_test(targets, 20, 0)])[:2].tolist() == [16, 3]
+    assert not torch.equal(choose_test(targets, 0.2, 0), choose_test(targets, 0.2, 1))
+    with pytest.raises(UserError, match="--test-size 63"):
+        choose_test(targets, 63, 0)
+
+
+@pytest.mark.parametrize("size", ["32", "80"])
+def test_test_images_are_split_off_and_stay_so(image_folder, size):
+    """Of train/CLASS/ or CLASS/; a resumed or evaluated run has the same parts, also after images came and
+    went."""
+    with pytest.raises(UserError, match="test holds test images: --test-size"):
+        load_data(folder_settings(image_folder, "--test-size", "20%"), CPU)
+    root = image_folder / "train"
+    settings = folder_settings(root, "--test-size", "20%", "--image-size", size, "--workers", "0")
+
+    def contents(data):
+        images = (torch.cat([images for images, _ in part]) for part in (data.train, data.val, data.test))
+        return [{image.numpy().tobytes() for image in part} for part in images]
+
+    before = load_data(settings, CPU)
+    assert [part.num_images for part in (before.train, before.val, before.test)] == [36, 12, 12]
+    assert torch.bincount(torch.cat([targets for _, targets in before.test])).tolist() == [4, 4, 4]
+    remembered = {"stored": before.info, "split": before.split}
+    then = contents(before)
+    assert contents(load_data(settings, CPU, **remembered)) == then
+    (root / "ant" / "0.png").unlink()
+    (root / "cat" / "5.png").rename(root / "cat" / "99.png")
+    now = contents(load_data(settings, CPU, **remembered))
+    assert now[0] <= then[0]
+    assert now[1] <= then[1]
+    assert len(now[0] | now[1] | now[2]) == 59
+
+
+def test_images_that_go_or_come_leave_the_split_as_it_is(image_folder):
+    """No image of one part ever comes into another one; other data are refused."""
+    settings = folder_settings(image_folder)
+    before = load_data(settings, CPU)
+    remembered = {"stored": before.info, "split": before.split}
+    ants = image_folder / "train" / "ant"
+    (ants / "0.png").unlink()
+    (ants / "5.png").rename(ants / "00.png")
+    after = load_data(settings, CPU, **remembered)
+    assert (after.info, after.train.num_images + after.val.num_images) == (before.info, 58)
+    for part in ("train", "val"):
+        pixels = [
+            {image.numpy().tobytes() for image in getattr(data, part).images} for data in (before, after)
+        ]
+        assert pixels[1] < pixels[0] or pixels[1] == pixels[0]
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        load_data(
+            settings, CPU, **{**remembered, "split": before.split._replace(names=before.split.names[:0])}
+        )
+    for i in range(6, 12):
+        (ants / f"{i}.png").unlink()
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        load_data(settings, CPU, **remembered)
+
+
+def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):
+    data = load_data(folder_settings(image_folder), CPU)
+    assert (data.train.num_images, data.val.num_images, data.test.num_images) == (48, 12, 15)
+    trained = {image.numpy().tobytes() for image in data.train.images}
+    held_out = {image.numpy().tobytes() for image in data.val.images}
+    assert len(held_out) == 12
+    assert not trained & held_out
+    assert [part.augment for part in (data.train, data.val, data.test)] == ["standard", "none", "none"]
