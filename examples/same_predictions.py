@@ -79,7 +79,8 @@ def compare(files: list[Path], model: str, openvino_images: int) -> int:
     network = load_saved(find(model), {}).network
     curve = read_policy(policy_path(find(model)))
     policy = curve.nearest(curve.operations[-1] / 2).policy
-    transform = evaluation_transform(network.description.data.image_size)
+    data = network.description.data
+    transform = evaluation_transform(data.image_size, data.crop_share, data.interpolation)
     pixels = torch.stack([read_image(file, transform) for file in files])  # (N, 3, S, S) uint8
     network = fold(network, dtype=torch.float32)
     expected = by_pytorch(network, policy, pixels)

@@ -1,6 +1,6 @@
 """Batches of normalised float tensors on the training device.
 
-    batches = FileBatches(part, 224, settings, normalize)
+    batches = FileBatches(part, (evaluation, training), settings, True, normalize, Shard())
     for images, targets in batches.epoch(0): ...   # training: (N, 3, H, W), (N,)
     for images, targets in batches: ...            # evaluation
 

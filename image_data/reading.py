@@ -1,7 +1,7 @@
 """Image files in RGB: upright, on a white background, with their contrast, and never a decompression bomb.
 
 image = read_image("photo.jpg")                                # a PIL image
-pixels = read_image("photo.jpg", evaluation_transform(224))    # bytes (3, 224, 224)
+pixels = read_image("photo.jpg", evaluation_transform(224, 0.875))    # bytes (3, 224, 224)
 """
 
 import warnings

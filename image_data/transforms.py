@@ -1,8 +1,8 @@
 """From an image to the bytes that a network sees: fixed for evaluation, random for training.
 
-pixels = read_image(path, evaluation_transform(224))                    # bytes (3, 224, 224)
+pixels = read_image(path, evaluation_transform(224, crop_share=0.875))   # bytes (3, 224, 224)
 with DrawsFrom(torch.Generator().manual_seed(1)):
-    pixels = read_image(path, TrainingTransform(224, "trivial"))        # a function of the seed alone
+    pixels = read_image(path, TrainingTransform(224, "trivial"))       # a function of the seed alone
 """
 
 import math
@@ -52,9 +52,7 @@ def default_crop_share(image_size: int) -> float:
     return 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
 
 
-def evaluation_transform(
-    image_size: int, crop_share: float = 1.0, interpolation: str = "bilinear"
-) -> Transform:
+def evaluation_transform(image_size: int, crop_share: float, interpolation: str = "bilinear") -> Transform:
     """Return a transform: opened image -> bytes (3, image_size, image_size), the centre of the resized image.
 
     Args:

@@ -16,7 +16,7 @@ from PIL import Image
 import export_onnx
 from image_data import synthetic
 from image_data.reading import read_image
-from image_data.transforms import evaluation_transform
+from image_data.transforms import default_crop_share, evaluation_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = ROOT / "examples" / "browser"
@@ -79,7 +79,7 @@ def test_same_predictions_as_python(site, seen):
 
     folder, files = site
     runner = OnnxPredictor(folder / "network", threads=1)
-    transform = evaluation_transform(runner.image_size)
+    transform = evaluation_transform(runner.image_size, default_crop_share(runner.image_size))
     pixels = np.stack([read_image(file, transform).numpy() for file in files])
     points = sorted(runner.points, key=lambda point: point["operations"])
     assert {view["policy"] for view in seen["views"]} >= {0, len(points) - 1}

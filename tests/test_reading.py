@@ -79,7 +79,7 @@ def test_deep_images_keep_their_contrast(tmp_path, mode):
         "F": (ramp / 63).astype(np.float32),
     }
     Image.fromarray(values[mode]).save(tmp_path / "deep.tif")
-    pixels = read_image(tmp_path / "deep.tif", evaluation_transform(8))
+    pixels = read_image(tmp_path / "deep.tif", evaluation_transform(8, 1.0))
     assert torch.equal(pixels[0], torch.from_numpy(np.rint(255 * ramp / 63).astype(np.uint8)))
 
 
@@ -94,7 +94,7 @@ def test_images_are_turned_upright(tmp_path, suffix):
     Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(
         tmp_path / f"photo.{suffix}", exif=exif
     )
-    for transform in (evaluation_transform(64), TrainingTransform(64)):
+    for transform in (evaluation_transform(64, 1.0), TrainingTransform(64)):
         rows = read_image(tmp_path / f"photo.{suffix}", transform).float().mean(dim=0)
         assert rows.std(dim=1).max() < 2
         assert rows[-1].mean() > rows[0].mean() + 10
@@ -124,7 +124,7 @@ def test_transparent_pixels_are_white(tmp_path, kind):
         image.save(tmp_path / "image.png", transparency=0)
     else:
         image.convert(kind).save(tmp_path / "image.png")
-    for transform in (evaluation_transform(100), TrainingTransform(100)):
+    for transform in (evaluation_transform(100, 1.0), TrainingTransform(100)):
         found = read_image(tmp_path / "image.png", transform)
         assert found.max() == 255
         assert torch.equal(found[0] == 255, found[2] == 255)
