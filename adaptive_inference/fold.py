@@ -18,11 +18,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.choosing import choose
 from adaptive_inference.fingerprint import network_fingerprint
-from adaptive_inference.policies import PolicyCurve, read_policy
+from adaptive_inference.policies import PolicyCurve, policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import ExitNetwork, State, load
 from models.backbone import Backbone
-from models.files import find, policy_path
+from models.files import find
 
 # By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation inside.
 PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
@@ -123,11 +123,14 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     return folded
 
 
-def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor:
+def load_predictor(
+    path_or_name: str | Path, dtype: torch.dtype = torch.float32, **limits: Any
+) -> AdaptivePredictor:
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
     Args:
         path_or_name: as for ``models.load``; the policies lie beside it.
+        dtype: of the policies, where there are several files; with only one, its dtype is taken.
         limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the network, as in predict.py.
 
     Raises:
@@ -135,7 +138,7 @@ def load_predictor(path_or_name: str | Path, **limits: Any) -> AdaptivePredictor
         UserError: there are no policies of this network, or none grants the limits.
     """
     file = find(path_or_name)
-    source = policy_path(file)
+    source = policy_path(file, str(dtype).removeprefix("torch."))
     curve = read_policy(source)
     point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
     return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)

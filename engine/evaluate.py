@@ -333,19 +333,18 @@ def budget_table(
     others = {"optimised rule": optimised, "ensemble of exits": ensemble}
     if ensemble == optimised:
         del others["ensemble of exits"]
-    shown: dict[tuple, dict] = {}
+    num_exits = sum(name.startswith("share_") for name in geometric[0])
+    exits = [f"exit {k} %" for k in range(1, num_exits + 1)]
+    different: dict[tuple, dict] = {}
     for i, row in list(enumerate(geometric))[3::4]:
         line = {**row, "share_of_operations": 100 * row["operations"] / full}
-        for k in range(1, sum(name.startswith("share_") for name in row) + 1):
-            line[f"exit {k} %"] = f"{100 * row[f'share_{k}']:.0f}"
+        for k, title in enumerate(exits, start=1):
+            line[title] = f"{100 * row[f'share_{k}']:.0f}"
         for title, rows in others.items():
             accuracy, share = percent(rows[i]["test_acc1"], num_images), 100 * rows[i]["operations"] / full
             line[title] = f"{accuracy} at {share:.0f} %"
-        shown.setdefault(
-            tuple(value for name, value in line.items() if name not in ("p", "val_operations")), line
-        )
-    rows = list(shown.values())
-    exits = [name for name in rows[0] if name.startswith("exit ")]
+        different.setdefault(tuple(line[name] for name in ("operations", "test_acc1", *exits, *others)), line)
+    rows = list(different.values())
     names = ("p", "operations", "share_of_operations", "test_acc1", *exits, *others)
     legend = (
         "(budget: of 40, from 1 for the cheapest; exit k %: share of the images that leave there; "
