@@ -10,17 +10,18 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from adaptive_inference import fold
 from dataloader import Data
+from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
 from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
 from engine.record import Session
@@ -167,11 +168,7 @@ class Trainer:
         self.progress = Progress()
         self.began = self.saved = 0.0
         decay = session.settings.ema_decay
-        self.average = (
-            None
-            if decay is None
-            else AveragedModel(self.network, multi_avg_fn=moving_average(decay), use_buffers=True)
-        )
+        self.average = None if decay is None else moving_average(self.network, decay)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -267,6 +264,8 @@ class Trainer:
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
+        if self.average is not None:
+            self._measure_average()
         if self.data.val.num_images:
             self.session.processes.share_buffers(self.evaluated)
             # As the network will answer: folded, in the precision of training.
@@ -298,6 +297,13 @@ class Trainer:
             f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
         self.session.log.scalars(row, progress.epoch)
+
+    def _measure_average(self) -> None:
+        """Measure the BatchNorm statistics of the average on the first training images of this epoch."""
+        count = math.ceil(MEASURED_IMAGES / self.session.settings.batch_size)
+        batches = islice(self.data.train.epoch(self.progress.epoch), count)
+        measure_batch_norm(self.average.module, self.network, batches, self.stepper.dtype)
+        self.session.processes.share_buffers(self.average.module)
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
@@ -345,19 +351,6 @@ class Trainer:
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
-
-
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """Return the update of an ``AveragedModel``. PyTorch's own rounds whole numbers, such as BatchNorm's counters, down: those of a frozen network change."""
-
-    def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
-
-    return update
 
 
 def _rounded(value: Any) -> Any:

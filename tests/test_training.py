@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 import dataloader
 import train_GE
@@ -202,19 +201,15 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     assert all(piece["ended"] >= piece["began"] for piece in pieces)
 
 
-def test_average_of_the_weights(undisturbed, tmp_path, monkeypatch):
+def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
-    assert train_ge(tmp_path / "last", *TWO_EPOCHS, "--ema-decay", "0") == 0
-    assert same_tensors(weights(tmp_path / "last"), weights(undisturbed))
-    network = torch.nn.BatchNorm1d(2)
-    average = AveragedModel(network, multi_avg_fn=trainer.moving_average(0.9), use_buffers=True)
-    for step in range(1, 200):
-        before = average.module.weight[0].item() if step > 1 else float(step)
-        torch.nn.init.constant_(network.weight, step)
-        network.num_batches_tracked.fill_(step)
-        average.update_parameters(network)
-        assert average.module.weight.tolist() == pytest.approx([0.9 * before + 0.1 * step] * 2)
-        assert average.module.num_batches_tracked == step
+    flags = (*TWO_EPOCHS, "--ema-decay", "0.9")
+    assert train_ge(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2, signal.SIGTERM)
+        assert train_ge(tmp_path / "parts", *flags) == 143
+    assert train_GE.main(["--save", str(tmp_path / "parts"), "--resume"]) == 0
+    assert differences(tmp_path / "parts", tmp_path / "whole") == []
 
 
 @pytest.mark.parametrize(
