@@ -1,6 +1,6 @@
 """The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
 
-from benchmarks import training_speed
+from benchmarks import reading_speed, start_up, training_speed
 
 TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1"]
 
@@ -17,3 +17,17 @@ def test_training_speed(capsys):
         "  ours: peak memory of all processes",
     ):
         assert line in printed
+
+
+def test_reading_speed(capsys):
+    assert reading_speed.main(["--images", "64", "--rounds", "1", "--workers", "2"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "1 thread",
+        "2 threads",
+        "2 processes",
+    ]
+
+
+def test_start_up(capsys):
+    assert start_up.main(["--files", "100", "--rounds", "1", "--image-size", "72"]) == 0
+    assert "100 files: first step after" in capsys.readouterr().out
