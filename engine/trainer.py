@@ -27,6 +27,7 @@ from engine.collect import accuracy_per_exit
 from engine.record import Session
 from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
+from image_data.batches import Batch
 from models.saved import Description, save_network
 from utils import UserError, duration
 
@@ -182,7 +183,7 @@ class Trainer:
         self.began = self.saved = time.monotonic()
         self.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
-        for images, targets in self.data.train.epoch(progress.epoch, progress.step):
+        for images, targets in self._awaited(self.data.train.epoch(progress.epoch, progress.step), requests):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
             with self._announced(requests):
                 self.stepper.step(images, targets, rate, self.meters.update)
@@ -198,8 +199,7 @@ class Trainer:
                 if request or (settings.save_every_steps and progress.step % settings.save_every_steps == 0):
                     self._save()
                 if request > _SAVE:
-                    where = f" in epoch {progress.epoch + 1} of {settings.epochs}, after step {progress.step} of {steps}"
-                    raise Interrupted(request - _SAVE, True, where)
+                    raise Interrupted(request - _SAVE, True, self._place())
         log.end_epoch()
         if self.session.processes.largest(requests.stop):
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
@@ -208,6 +208,27 @@ class Trainer:
         signal_number = self.session.processes.largest(requests.stop)
         if signal_number:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
+
+    def _awaited(self, batches: Iterator[Batch], requests: Requests) -> Iterator[Batch]:
+        """Yield the batches; where there is no other process, the first signal ends the wait for one."""
+        while True:
+            try:
+                requests.at_once = self.session.processes.world_size == 1
+                batch = next(batches, None)
+                requests.at_once = False
+            except Interrupted:
+                requests.at_once = False
+                is_saved = self.progress.step > 0
+                if is_saved:
+                    self._save()
+                raise Interrupted(requests.stop, is_saved, self._place()) from None
+            if batch is None:
+                return
+            yield batch
+
+    def _place(self) -> str:
+        progress, epochs = self.progress, self.session.settings.epochs
+        return f" in epoch {progress.epoch + 1} of {epochs}, after step {progress.step} of {len(self.data.train)}"
 
     @contextmanager
     def _announced(self, requests: Requests) -> Iterator[None]:

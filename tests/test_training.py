@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from engine.report import read_csv
 from engine.stepper import Stepper
 from engine.trainer import learning_rate
 from image_data import synthetic
+from image_data.batches import InMemoryBatches
 from models import load
 from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
@@ -184,6 +186,28 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
         signal_after(patch, step, number)
         assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == status
     assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
+    assert differences(tmp_path / "GE", undisturbed) == []
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch, step):
+    """At once; what was trained until then is saved."""
+    real, began = InMemoryBatches.epoch, time.monotonic()
+
+    def epoch(batches, *position):
+        for number, batch in enumerate(real(batches, *position)):
+            if number == step:
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(60)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InMemoryBatches, "epoch", epoch)
+        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == 143
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "GE" / "last.pt").exists() == (step > 0)
+    again = [] if step else [*TINY_FLAGS, *TWO_EPOCHS]
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume", *again]) == 0
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
