@@ -1,4 +1,4 @@
-"""The networks and losses of the paper: ``MSDNet`` with Gradient Equilibrium, ``IMTA`` with ISC, and the losses with One-for-all.
+"""The networks and losses of the paper: ``MSDNet`` with Gradient Equilibrium, ``IMTA`` with ISC, One-for-all.
 
 ``Backbone`` puts exits with Gradient Equilibrium on any other network.
 """

@@ -34,7 +34,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
 
 
 def networks_in(folder: Path) -> list[Path]:
-    """Return the network files of a folder, sorted; ``NAME.reference.safetensors`` belongs to one and is none."""
+    """Return the network files of a folder, sorted, without their ``NAME.reference.safetensors``."""
     return [file for file in sorted(folder.glob(f"*{SUFFIX}")) if not Path(file.stem).suffix]
 
 

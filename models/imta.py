@@ -1,6 +1,7 @@
-"""Inline Subnetwork Collaboration (ISC): new classifiers on a trained network, each of which also reads the logits of the one before.
+"""Inline Subnetwork Collaboration (ISC): new classifiers that also read the logits of the exit before.
 
-Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.2.
+Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section
+3.2.
 
     network = IMTA(MSDNet(num_classes=100))
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
@@ -16,16 +17,19 @@ from .network import ExitNetwork, State
 
 
 class IMTA(ExitNetwork):
-    """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})), where f_k are the backbone's features and z_{k-1} the logits of exit k-1.
+    """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})).
+
+    f_k are the backbone's features at exit k, z_{k-1} the logits of exit k-1, and g is the link between them.
 
     Args:
         backbone: the stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.
-        isc: False leaves the link g out, and every new classifier reads its own features only (One-for-all alone).
-        cut_isc_gradient: the loss of exit k does not reach exit k-1 through the link (the paper); False lets it flow (released code).
-        freeze_backbone: parameters of the backbone do not learn. False is the single-stage variant, which trains everything at once and
-            whose teacher is its own last exit.
-        freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper); False lets it use and collect
-            those of the batches (released code).
+        isc: False leaves the links out: every new classifier reads its own features only (One-for-all alone).
+        cut_isc_gradient: the loss of exit k does not reach exit k-1 through the link (the paper). False lets
+            it flow (released code).
+        freeze_backbone: parameters of the backbone do not learn. False is the single-stage variant, which
+            trains everything at once and whose teacher is its own last exit.
+        freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper).
+            False lets it use and collect those of the batches (released code).
         boosted: whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
     """
 
@@ -78,7 +82,7 @@ class IMTA(ExitNetwork):
         self.backbone.checkpoint_activations = value
 
     def train(self, mode: bool = True) -> "IMTA":
-        """Set the mode, as ``nn.Module.train``, but keep a frozen backbone in evaluation mode: its BatchNorm must not follow the batches."""
+        """Set the mode, but keep a frozen backbone in evaluation mode, as its BatchNorm must not change."""
         super().train(mode)
         if self.freeze_batchnorm:
             self.backbone.eval()
@@ -93,11 +97,11 @@ class IMTA(ExitNetwork):
         return self.backbone.start(images)
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
-        """Compute the backbone's features (n, feature_dims[k]) of exit ``k`` and the state that exit k + 1 needs."""
+        """Compute the features (n, feature_dims[k]) of exit ``k`` and the state that exit k + 1 needs."""
         return self.backbone.advance(k, state)
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the backbone's features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.features(images, num_exits)
 
@@ -118,7 +122,8 @@ class IMTA(ExitNetwork):
     def teacher_logits(self, features: list[Tensor], logits: list[Tensor]) -> Tensor:
         """Return the soft targets of One-for-all (N, num_classes), without gradient.
 
-        They are the last exit's logits of the frozen stage-1 network, or of this network in the single-stage variant.
+        They are the last exit's logits: of the frozen stage-1 network, or of this network in the single-stage
+        variant.
 
         Args:
             features: of all exits.

@@ -1,9 +1,10 @@
 """The pieces MSDNet is made of: convolutions, grid layers, transitions, exits (MSDNet paper, section 4).
 
-A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``; scale 0 is the finest, and each further scale has half the
-resolution. ``Layer`` and ``Transition`` compute one scale at a time through ``compute(scale, inputs)``, where ``inputs(scale)`` gives
-the features of the stage before. Only the scales that an exit reads are computed so (``models.stepwise``). ``Layer.forward`` computes
-all scales at once, for training, and shares convolutions between them; the tests hold the two together.
+A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``. Scale 0 is the finest, and each
+further scale has half the resolution. ``Layer`` and ``Transition`` are the stages of the grid. ``forward``
+computes all scales at once, for training, and a layer then shares convolutions between scales.
+``compute(scale, inputs)`` computes one scale, where ``inputs(scale)`` gives a scale of the stage before: so
+an exit gets only what it reads (``models.lazy``). The tests compare the two.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +22,10 @@ BOOST = 0.5  # share of the earlier exits' logits
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False
 ) -> nn.Sequential:
-    """Convolution with "same" padding, batch normalisation, ReLU: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
+    """Make a convolution with "same" padding, batch normalisation and ReLU.
+
+    They map (N, in, H, W) to (N, out, ceil(H / stride), ceil(W / stride)).
+    """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias),
         nn.BatchNorm2d(out_channels),
@@ -32,9 +36,10 @@ def conv_bn_relu(
 def bottleneck_conv(
     in_channels: int, out_channels: int, stride: int, bottleneck_factor: int | None
 ) -> nn.Sequential:
-    """The paper's *normal* (stride 1) or *down* (stride 2) transformation.
+    """Make the paper's *normal* (stride 1) or *down* (stride 2) transformation.
 
-    A 1x1 convolution to ``min(in_channels, bottleneck_factor * out_channels)`` channels comes before the 3x3 one; None leaves it out.
+    A 1x1 convolution to ``min(in_channels, bottleneck_factor * out_channels)`` channels comes before the 3x3
+    one; None leaves it out.
     """
     if bottleneck_factor is None:
         return conv_bn_relu(in_channels, out_channels, 3, stride)
@@ -64,6 +69,7 @@ class Stem(nn.Module):
         self.scales = nn.ModuleList([finest, *coarser])
 
     def forward(self, images: Tensor) -> FeatureGrid:
+        """Compute all scales from images (N, 3, H, W)."""
         grid, x = {}, images
         for scale, transform in enumerate(self.scales):
             grid[scale] = x = transform(x)
@@ -71,7 +77,7 @@ class Stem(nn.Module):
 
 
 class GridStage(nn.Module, ABC):
-    """A stage of the grid that gives the scales in ``self.scales`` from those of the stage before."""
+    """A stage of the grid that computes the scales in ``self.scales`` from those of the stage before."""
 
     scales: range
 
@@ -89,18 +95,19 @@ class GridStage(nn.Module, ABC):
 
 
 class Layer(GridStage):
-    """One layer: every remaining scale keeps its input and adds ``growth[scale]`` new channels.
+    """One layer: every scale keeps its input and adds ``growth[scale]`` channels (MSDNet paper, figure 2).
 
-    The finest scale of the network adds normal(x_s). Every scale that has a finer one below it in the stage before adds
-    down(x_{s-1}) and normal(x_s), half of the new channels each.
+    The finest scale of the network adds normal(x_s). Every scale that has a finer one in the stage before
+    adds down(x_{s-1}) and normal(x_s), half of the new channels each.
 
     Args:
         width: input channels of every scale.
         growth: new channels of every scale.
-        bottleneck_factors: of every scale, applied by the scale an input comes from; None for no bottleneck.
-        input_scales, output_scales: scales of the stage before, and of this one; finer ones are dropped here.
-        share_convolutions: run the two 1x1 convolutions that read one scale as one in ``forward``. Both then get a gradient, if only
-            zeros, even where the output of one of them is never read.
+        bottleneck_factors: one per scale, applied by the scale an input comes from; None for no bottleneck.
+        input_scales: scales of the stage before.
+        output_scales: scales of this stage; finer ones are dropped here.
+        share_convolutions: run the two 1x1 convolutions that read one scale as one in ``forward``. Both then
+            get a gradient, if only zeros, even where the output of one of them is never read.
     """
 
     def __init__(
@@ -135,7 +142,7 @@ class Layer(GridStage):
         return torch.cat([x, *from_finer, self.normal[key](x)], dim=1)
 
     def forward(self, grid: FeatureGrid) -> FeatureGrid:
-        """Compute all scales at once. Equal to ``compute`` of each, but faster, as normal(x_s) and down(x_s) share a convolution."""
+        """Compute all scales; faster than one by one, as normal(x_s) and down(x_s) share a convolution."""
         normal, down = {}, {}
         for s, x in grid.items():
             own, coarser = str(s), str(s + 1)
@@ -157,9 +164,10 @@ def apply_each(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, 
 
 
 def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``first(x)`` and ``second(x)``; if both begin with a 1x1 convolution, run the two convolutions as one.
+    """Return ``first(x)`` and ``second(x)``; if both begin with a 1x1 convolution, run the two as one.
 
-    One wide convolution reads ``x`` once, and its channels fill vector registers better than those of two narrow ones.
+    One wide convolution reads ``x`` once, and its channels fill vector registers better than those of two
+    narrow ones.
     """
     convolutions = first[0], second[0]
     if any(convolution.kernel_size != (1, 1) for convolution in convolutions):
@@ -177,7 +185,7 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
 
 
 class Transition(GridStage):
-    """1x1 convolutions that reduce the channels of every scale, after a layer that dropped one."""
+    """1x1 convolutions that reduce the channels of every scale, after a layer that dropped a scale."""
 
     def __init__(self, width: Sequence[int], reduced_width: Sequence[int], scales: range):
         super().__init__()
@@ -185,14 +193,15 @@ class Transition(GridStage):
         self.reduce = nn.ModuleDict({str(s): conv_bn_relu(width[s], reduced_width[s], 1) for s in scales})
 
     def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+        """Compute one scale: reduce(x_s)."""
         return self.reduce[str(scale)](inputs(scale))
 
 
 class Exit(nn.Module):
     """A classifier on the coarsest scale: two strided convolutions, average pooling, a linear layer.
 
-    The released programs pool 2x2 windows, which at their image sizes is the whole 2x2 map; pooling the whole map is the same there and
-    keeps the number of features independent of the image size.
+    The released programs pool 2x2 windows, which at their image sizes is the whole 2x2 map. Pooling the whole
+    map is the same there, and keeps the number of features independent of the image size.
 
     Args:
         in_channels: channels of the coarsest scale.
@@ -210,15 +219,15 @@ class Exit(nn.Module):
         self.linear = nn.Linear(feature_channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Coarsest scale (N, in_channels, H, W) -> pooled features (N, feature_channels)."""
+        """Compute the pooled features (N, feature_channels) of the coarsest scale (N, in_channels, H, W)."""
         return self.pool(self.convolutions(x)).flatten(1)
 
 
 def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
     """Add half of the logits (N, C) of the exit before, if there is one; their gradient stops here.
 
-    Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): a classifier learns what is
-    still wrong with the prediction of the exits before it.
+    Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): a classifier
+    learns what is still wrong with the prediction of the exits before it.
     """
     if previous_logits is None:
         return logits
@@ -227,7 +236,7 @@ def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Within the block, batch normalisation in ``module`` works as before but leaves its running statistics alone."""
+    """Keep the running statistics of batch normalisation in ``module`` as they are within the block."""
     tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in tracking]
     for layer in tracking:
@@ -253,5 +262,5 @@ class _GradientRescale(torch.autograd.Function):
 
 
 def rescale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The identity, whose gradient is multiplied by ``factor`` (IMTA paper, section 3.1)."""
+    """Return ``x``; its gradient is multiplied by ``factor`` (IMTA paper, section 3.1)."""
     return _GradientRescale.apply(x, factor)

@@ -1,7 +1,8 @@
 """Which cells of MSDNet's feature grid each exit needs (MSDNet paper, section 5, "lazy evaluation").
 
-An exit reads the coarsest scale only, so the finer scales of a block's last layers wait until an image goes on. A *cell*
-is one scale of one stage (layer or transition): ``(depth, scale)``. The stem's cells have depth 0.
+An exit reads the coarsest scale only, so the finer scales of a block's last layers wait until an image goes
+on. A *cell* is one scale of one stage (layer or transition): ``(depth, scale)``. The stem's cells have depth
+0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ class ExitPlan(NamedTuple):
     Args:
         computed: cells to compute for this exit, in this order.
         read: the cell that the exit reads.
-        kept: all cells that later exits read, by their names in the state.
+        kept: all cells that later exits read.
     """
 
     computed: tuple[Cell, ...]

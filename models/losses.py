@@ -1,6 +1,7 @@
-"""Training losses, one value an image, so that means over any split of a batch (several GPUs, accumulation) are exact.
+"""Training losses, one value per image: means over any split of a batch are exact (GPUs, accumulation).
 
-Stage 1: the sum of all exits' cross-entropies. Stage 2: One-for-all distillation (OFA), Li et al., ICCV 2019, section 3.3.
+Stage 1 adds all exits' cross-entropies. Stage 2 is One-for-all distillation (OFA), Li et al., "Improved
+Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.3.
 """
 
 from torch import Tensor
@@ -8,11 +9,12 @@ from torch.nn import functional as F
 
 
 def sum_of_cross_entropies(logits: list[Tensor], targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Stage-1 loss, (N,): the cross-entropies of all exits, added.
+    """Return the stage-1 loss (N,): the sum of the cross-entropies of all exits.
 
     Args:
-        logits: one tensor (N, C) an exit.
+        logits: one tensor (N, C) per exit.
         targets: class indices (N,).
+        label_smoothing: share of the targets that is spread over all classes.
     """
     return sum(F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing) for z in logits)
 
@@ -26,17 +28,19 @@ def one_for_all_loss(
     kl_mean_over_classes: bool = False,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Stage-2 loss, (N,): the last exit learns from the labels, every other one also from the teacher.
+    """Return the stage-2 loss (N,): all exits learn from the labels, all but the last also from the teacher.
 
-    An exit k < K has (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
+    The loss of an exit k < K is (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
 
     Args:
-        logits: one tensor (N, C) an exit.
+        logits: one tensor (N, C) per exit.
         targets: class indices (N,).
         teacher_logits: (N, C); no gradient flows into them.
         temperature: T.
         gamma: weight of the distillation term; 0 is no distillation.
-        kl_mean_over_classes: the released program's KL, which is also averaged over classes and so weighs 1 / C of the paper's.
+        kl_mean_over_classes: use the released program's KL, which is also averaged over classes and so weighs
+            1 / C of the paper's.
+        label_smoothing: share of the targets that is spread over all classes.
     """
     loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
     soft_targets = F.softmax(teacher_logits.detach() / temperature, dim=1)

@@ -1,7 +1,9 @@
-"""MSDNet: a multi-scale dense network with a classifier (exit) after every block, trained with Gradient Equilibrium.
+"""MSDNet: a multi-scale dense network with an exit after every block, trained with Gradient Equilibrium (GE).
 
-Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018 (arXiv 1703.09844);
-Gradient Equilibrium: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.1.
+MSDNet: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018
+    (arXiv
+1703.09844). GE: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv
+1908.06294), section 3.1.
 
     network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=16, growth_rate=6, num_classes=100)
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
@@ -75,7 +77,7 @@ class MSDNet(ExitNetwork):
         depths = block_depths(chosen.num_blocks, chosen.base, chosen.step, chosen.step_mode)
         num_layers = sum(depths)
         layer_number, scales = 0, range(self.num_scales)
-        # If several scales are left at the end, no exit reads the finer ones of the last layers: those parameters get no gradient.
+        # If several scales are left at the end, no exit reads the finer ones of the last layers.
         num_read_layers = (
             num_layers - len(remaining_scales(num_layers, num_layers, self.num_scales, prune)) + 1
         )
@@ -115,23 +117,25 @@ class MSDNet(ExitNetwork):
 
     @property
     def minimum_image_size(self) -> int:
-        """Smallest height and width in pixels: each exit pools a map of at least 2x2, as in the published networks."""
+        """Smallest image size in pixels: each exit pools at least 2x2, as in the published networks."""
         halvings = self.num_scales - 1 + 2 + (0 if self.small_inputs else 2)
         return 2**halvings + 1
 
     def check_image_size(self, size: int) -> None:
         """Raise ValueError if images of ``size`` x ``size`` pixels are too small."""
         if size < self.minimum_image_size:
-            raise ValueError(
-                f"images of {size} pixels are too small: this network needs at least {self.minimum_image_size}"
-            )
+            needed = self.minimum_image_size
+            raise ValueError(f"images of {size} pixels are too small: this network needs at least {needed}")
 
     def start(self, images: Tensor) -> State:
         """Compute the stem's scales from images (N, 3, H, W)."""
         return {_key((0, scale)): x for scale, x in self.stem(images).items()}
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
-        """Compute the features (n, feature_dims[k]) of exit ``k`` and the state that later exits need; see ``models.lazy``."""
+        """Compute the features (n, feature_dims[k]) of exit ``k`` and the state that later exits need.
+
+        Only the scales that this exit depends on are computed (``models.lazy``).
+        """
         plan, state = self._plans[k], dict(state)
         stages = [stage for block in self.blocks for stage in block]
         for depth, scale in plan.computed:
@@ -142,19 +146,24 @@ class MSDNet(ExitNetwork):
         return features, {key: state[key] for key in map(_key, plan.kept)}
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) -> the pooled features (N, C_k) of the first ``num_exits`` exits (None: all)."""
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all).
+
+        Args:
+            images: (N, 3, H, W).
+            num_exits: exits to compute; None: all.
+        """
         features = []
         grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}
         for k in range(checked_num_exits(self, num_exits)):
             grid = self._run_block(k, grid)  # more channels, and perhaps fewer fine scales
             remaining_exits = self.num_exits - k
             grid = self._rescale(grid, 1 / remaining_exits)
-            features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, C_k)
+            features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, feature_dims[k])
             grid = self._rescale(grid, remaining_exits - 1)
         return features
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
-        """Compute the logits (N, num_classes) of exit ``k``; those of exit k - 1 matter to boosted exits only."""
+        """Compute the logits (N, num_classes) of exit ``k``; only boosted exits read those of exit k - 1."""
         logits = self.exits[k].linear(features)
         return add_boost(logits, previous_logits) if self.boosted else logits
 
@@ -176,8 +185,11 @@ class MSDNet(ExitNetwork):
         )
 
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
-        """Gradient Equilibrium. Before exit i of K (1-based) by 1 / (K-i+1) and after it by K-i: the exit's own gradient reaches the
-        trunk times 1 / (K-i+1), that of all later exits times (K-i) / (K-i+1)."""
+        """Rescale gradients (GE): by 1 / (K-i+1) before exit i of K (counted from 1), by K-i after it.
+
+        The gradient of exit i reaches the blocks before it times 1 / (K-i+1), that of all later exits times
+        (K-i) / (K-i+1).
+        """
         if not self.gradient_equilibrium or not torch.is_grad_enabled():
             return grid
         coarsest = self.num_scales - 1
@@ -194,7 +206,7 @@ def _key(cell: Cell) -> str:
 
 
 def remaining_scales(layer_number: int, num_layers: int, num_scales: int, prune: str) -> range:
-    """The scales that layer ``layer_number`` = 1 .. ``num_layers`` computes."""
+    """Return the scales that layer ``layer_number`` = 1 .. ``num_layers`` computes."""
     if prune == "max":
         interval = math.ceil(num_layers / num_scales)
         count = num_scales - (layer_number - 1) // interval

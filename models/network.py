@@ -1,10 +1,11 @@
-"""The one interface of all networks with exits: ``MSDNet``, ``IMTA`` on top of any of them, and folded copies.
+"""The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
-Training, prediction, operation counts and export use nothing else of a network. A network runs in one of two ways:
+Training, prediction, operation counts and export use nothing else of a network. It runs in one of two ways:
 
-- ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is both);
-- ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads, so that
-  images can leave in between (``early_exit`` is the loop; ``Stepwise`` is the same for loops of one's own).
+- ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is
+  both);
+- ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
+  so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for loops of one's own).
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What later exits need of earlier blocks: batch first in every tensor; keys are identifiers ("d4_s1"), in a fixed order.
+# What later exits need of earlier blocks. Every tensor has the batch first; keys are identifiers ("d4_s1"),
+# in a fixed order.
 State = dict[str, Tensor]
 
 
@@ -27,8 +29,8 @@ class ExitNetwork(nn.Module, ABC):
         num_classes: number of classes, C.
         feature_dims: number of features that each exit's classifier reads, one per exit.
         boosted: whether exit k adds a share of the logits of exit k - 1 to its own.
-        checkpoint_activations: in ``features``, keep only what passes between blocks for the backward pass and compute the
-            rest again there: less memory, more time.
+        checkpoint_activations: in ``features``, keep only what passes between blocks for the backward pass,
+            and compute the rest again there: less memory, more time.
         description: what its file says about it (``models.saved.Description``), None without a file.
         fingerprint: digest of the network that a folded copy was made from, None for all other networks.
     """
@@ -83,7 +85,12 @@ class ExitNetwork(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W)."""
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all).
+
+        Args:
+            images: (N, 3, H, W).
+            num_exits: exits to compute; None: all.
+        """
 
     # Parameters
 
@@ -110,9 +117,9 @@ class ExitNetwork(nn.Module, ABC):
 
     @torch.no_grad()
     def early_exit(self, images: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Classify each image at the first exit whose largest softmax probability reaches that exit's threshold.
+        """Classify each image at the first exit whose largest probability reaches that exit's threshold.
 
-        Images that leave are dropped from the batch; later blocks run for the others only.
+        The images that leave are dropped from the batch, and later blocks run for the others only.
 
         Args:
             images: (N, 3, H, W), normalised as in training.
@@ -159,6 +166,6 @@ def checked_num_exits(network: ExitNetwork, num_exits: int | None) -> int:
 
 
 def check_evaluation_mode(network: nn.Module) -> None:
-    """Raise ValueError in training mode: BatchNorm over a shrinking batch would change what later exits see."""
+    """Raise ValueError in training mode: BatchNorm over a shrinking batch would change later exits."""
     if network.training:
         raise ValueError("early exit needs a network in evaluation mode: call network.eval() first")

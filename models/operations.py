@@ -1,8 +1,8 @@
 """Operations and parameters up to every exit, counted as the published plots count them.
 
-A convolution or linear layer costs its multiply-adds (and a linear layer one addition per bias), a ReLU one operation per
-element, a pooling layer its kernel size times its outputs, and the sum of boosted exits one addition per logit. Batch
-normalisation is free, as it can be folded into the convolution before it.
+A convolution or linear layer costs its multiply-adds (and a linear layer one addition per bias), a ReLU one
+operation per element, a pooling layer its kernel size times its outputs, and the sum of boosted exits one
+addition per logit. Batch normalisation is free, as it can be folded into the convolution before it.
 """
 
 import copy
@@ -32,8 +32,8 @@ def count_operations(network: ExitNetwork, image_size: int, lazy: bool = False) 
     """Count the operations for one image of ``image_size`` x ``image_size`` pixels up to every exit.
 
     Args:
-        network: any network with exits. Only what runs is counted: in a stage-2 network the ISC links and the new classifiers,
-            and not the stage-1 classifiers.
+        network: any network with exits. Only what runs is counted: in a stage-2 network the ISC links and the
+            new classifiers, and not the stage-1 classifiers.
         image_size: height and width in pixels.
         lazy: count what ``Stepwise`` computes, instead of whole blocks (the published way).
 
@@ -92,8 +92,8 @@ def _pooling_window(_x: Tensor, kernel_size: list[int], *_: Any, out: Tensor) ->
     return out.numel() * kernel_size[0] * kernel_size[-1]
 
 
-# Operations besides multiply-adds, by arguments and output of a call. All calls that are neither here nor in PyTorch's list
-# of multiply-adds are free.
+# Operations besides multiply-adds, by arguments and output of a call. All calls that are neither here nor in
+# PyTorch's list of multiply-adds are free.
 SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
     aten.addmm: lambda _bias, *_, out: out.numel(),
     aten.add: lambda *_, out: out.numel(),
@@ -107,7 +107,7 @@ SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the operations of all calls made while it is active, and collects the parameters that they read."""
+    """A mode that adds up the operations of all calls in it, and collects the parameters they read."""
 
     def __init__(self, parameters: set[Tensor], small_operations: dict[Any, Callable[..., int]]):
         super().__init__()
@@ -134,5 +134,5 @@ class _Counter(TorchDispatchMode):
 
 
 def _shapes_of_batch_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what batch normalisation returns on the meta device; calling it there takes longer than everything else together."""
+    """Return what BatchNorm does on the meta device; calling it there takes longer than everything else."""
     return torch.empty_like(x), x.new_empty(0), x.new_empty(0)

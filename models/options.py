@@ -1,7 +1,8 @@
 """The options of an MSDNet's architecture: the one list that the network and its checkpoints follow.
 
-A new option is a line of ``NetworkOptions``, its use in ``models.msdnet``, and a flag in ``args``; in ``models.imta`` too if it is one of
-classifiers, which stage 2 makes again. ``models.released`` must refuse what released programs lack.
+A new option is a line of ``NetworkOptions``, its use in ``models.msdnet``, and a flag in ``args``.
+``models.released`` must refuse what the released programs lack. A new kind of layer may need a line in
+``models.operations``.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ class NetworkOptions:
         reduction: Share of channels that a transition keeps; 0: no transitions.
         small_inputs: Stem and exits of the CIFAR networks, not of the ImageNet ones.
         gradient_equilibrium: Rescale gradients at the exits.
-        gradient_equilibrium_scales: Scales whose gradients are rescaled: all (trunk, the paper), or the exit's (coarsest, released code).
+        gradient_equilibrium_scales: Scales whose gradients are rescaled: all (trunk, the paper), or the
+            exit's (coarsest, released code).
         boosted_exits: An exit adds its logits to half of those of the exit before (Boosted Dynamic Networks).
         initialization: PyTorch's default, or He-normal by fan-out (the Lua program).
 
@@ -73,25 +75,26 @@ class NetworkOptions:
             max(counts.values()) > MOST_LAYERS
             or sum(block_depths(*counts.values(), self.step_mode)) > MOST_LAYERS
         ):
-            raise ValueError(
-                f"{', '.join(f'{name} {n}' for name, n in counts.items())} make more than {MOST_LAYERS} layers"
-            )
+            given = ", ".join(f"{name} {number}" for name, number in counts.items())
+            raise ValueError(f"{given} make more than {MOST_LAYERS} layers")
         growth, bottleneck = self.growth_factors, self.bottleneck_factors
         if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
             raise ValueError(
-                f"growth_factors {growth} and bottleneck_factors {bottleneck} must be lists of positive integers"
+                f"growth_factors {growth} and bottleneck_factors {bottleneck} "
+                "must be lists of positive integers"
             )
         if len(growth) != len(bottleneck):
             raise ValueError(
-                f"growth_factors {growth} and bottleneck_factors {bottleneck} must have one number a scale each"
+                f"growth_factors {growth} and bottleneck_factors {bottleneck} "
+                "must have one number per scale each"
             )
         if not 0 <= self.reduction <= 1:
             raise ValueError(f"reduction is {self.reduction}; it must lie between 0 (no transitions) and 1")
         odd = [s for s in range(1, len(growth)) if self.growth_rate * growth[s] % 2]
         if odd:
             raise ValueError(
-                f"growth_rate {self.growth_rate} times growth_factors {growth} must be even at every scale but the finest, "
-                f"where it is split in halves; it is odd at scale {odd[0]}"
+                f"growth_rate {self.growth_rate} times growth_factors {growth} must be even at every scale but "
+                f"the finest, where it is split in halves; it is odd at scale {odd[0]}"
             )
 
 
@@ -99,5 +102,5 @@ NETWORK_FIELDS = NetworkOptions.__dataclass_fields__
 
 
 def block_depths(num_blocks: int, base: int, step: int, step_mode: str) -> list[int]:
-    """Layers of every block."""
+    """Return the number of layers of every block."""
     return [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]

@@ -1,4 +1,4 @@
-"""Exit-by-exit evaluation for loops of one's own; ``ExitNetwork.early_exit`` and the predictors are such loops.
+"""Exit-by-exit evaluation, for loops of one's own; ``ExitNetwork.early_exit`` is the shortest such loop.
 
     run = Stepwise(network, images)
     first = run.next_logits()      # (N, C), exit 1
@@ -47,7 +47,7 @@ class Stepwise:
     def keep(self, images: Tensor) -> None:
         """Go on with these of the images that are left: a boolean mask (n,) or indices.
 
-        Indices are the better choice on a GPU: for each tensor, a mask makes the host wait for the number of images.
+        Indices are better on a GPU: a mask makes the host wait for the number of images, once per tensor.
         """
         self._state = {key: x[images] for key, x in self._state.items()}
         if self._logits is not None:

@@ -146,7 +146,7 @@ def test_he_initialisation():
     ("options", "message"),
     [
         ({"num_blocks": 0}, "num_blocks is 0"),
-        ({"growth_factors": (1, 2), "bottleneck_factors": (1, 2, 4)}, "one number a scale"),
+        ({"growth_factors": (1, 2), "bottleneck_factors": (1, 2, 4)}, "one number per scale"),
         ({"growth_factors": ()}, "positive integers"),
         ({"step_mode": "odd"}, "even, lin_grow"),
         ({"prune": "none"}, "max, min"),
