@@ -1,7 +1,8 @@
-"""Less computation on easy images: thresholds and budgets (``budgeted``, ``policies``), and prediction that stops early (``predictor``).
+"""Less computation on easy images: thresholds, budgets, and prediction that stops early.
 
-``fold`` makes a network fast for prediction, ``export`` writes it for ONNX Runtime. What promises something about accuracy or
-time is in ``adaptive_inference.promises``.
+``budgeted`` finds thresholds and evaluates them, ``policies`` keeps them in files, and ``predictor`` stops
+early. ``fold`` makes a network fast for prediction, ``export`` writes it for ONNX Runtime. What promises
+something about accuracy or time is in ``adaptive_inference.promises``.
 """
 
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds

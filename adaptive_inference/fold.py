@@ -1,10 +1,11 @@
-"""Networks made fast for prediction: BatchNorm folded into the layers before it, channels-last, half precision.
+"""Fast networks for prediction: BatchNorm folded into the layers before it, channels-last, half precision.
 
-    fast = fold(network)                    # a copy; the same interface, operation counts and, to rounding, logits
+    fast = fold(network)    # a copy; the same interface, operation counts and, to rounding, logits
     logits = fast(images)
     predictor = load_predictor("imta_cifar100", operations=20e6)
 
-Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a convolution with a bias.
+Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a
+    convolution with a bias.
 """
 
 import copy
@@ -24,12 +25,13 @@ from models import ExitNetwork, State, load
 from models.backbone import Backbone
 from models.files import find
 
-# By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation inside.
+# By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation
+# inside.
 PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
 
 
 class FoldedNetwork(ExitNetwork):
-    """A network for prediction alone, as ``fold`` makes it: it casts images itself, and stays in evaluation mode.
+    """A network for prediction alone, made by ``fold``. It casts images and stays in evaluation mode.
 
     Args:
         network: folded, in evaluation mode.
@@ -51,7 +53,7 @@ class FoldedNetwork(ExitNetwork):
 
     @property
     def kind(self) -> str:
-        """That of the network before folding."""
+        """Name of the class of the network before folding."""
         return self.network.kind
 
     def train(self, mode: bool = True) -> "FoldedNetwork":
@@ -63,7 +65,7 @@ class FoldedNetwork(ExitNetwork):
         self.network.check_image_size(size)
 
     def start(self, images: Tensor) -> State:
-        """Compute what the first block reads from images (N, 3, H, W) of any floating-point type."""
+        """Compute what the first block reads from images (N, 3, H, W) of any float type."""
         return self.network.start(self._cast(images))
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
@@ -75,7 +77,7 @@ class FoldedNetwork(ExitNetwork):
         return self.network.classify_next(k, features, previous_logits)
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the features of the first ``num_exits`` exits from images (N, 3, H, W) of any floating-point type."""
+        """Compute the features of the first ``num_exits`` exits from images (N, 3, H, W) of a float type."""
         return self.network.features(self._cast(images), num_exits)
 
     def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -92,12 +94,13 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
 
     Args:
         network: any network with exits; it is not changed.
-        channels_last: weights and activations in the memory layout in which convolutions are faster on most devices.
+        channels_last: weights and activations in the memory layout in which convolutions are faster on most
+            devices.
         dtype: type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
 
     Returns:
-        A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of the original
-        (``fingerprint.network_fingerprint``), and can be neither trained nor saved.
+        A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of
+        the original (``fingerprint.network_fingerprint``), and can be neither trained nor saved.
     """
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network
@@ -131,7 +134,8 @@ def load_predictor(
     Args:
         path_or_name: as for ``models.load``; the policies lie beside it.
         dtype: of the policies, where there are several files; with only one, its dtype is taken.
-        limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the network, as in predict.py.
+        limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the
+            network, as in predict.py.
 
     Raises:
         OSError, ValueError: as ``models.load``.
@@ -145,7 +149,9 @@ def load_predictor(
 
 
 def fold_batch_norm(network: nn.Module) -> None:
-    """Fold BatchNorm in place wherever it follows a convolution or linear layer, in ``nn.Sequential`` and in a ``Backbone``.
+    """Fold BatchNorm in place wherever it follows a convolution or linear layer.
+
+    Such pairs are found in ``nn.Sequential``, and in the graphs of a ``Backbone``.
 
     Args:
         network: in evaluation mode.
@@ -161,7 +167,7 @@ def fold_batch_norm(network: nn.Module) -> None:
 
 
 def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    """Return one module that computes ``norm(layer(x))`` in evaluation mode, None where these two cannot be fused.
+    """Return one module that computes ``norm(layer(x))`` in evaluation mode, None if there is none.
 
     Types are compared exactly: a subclass may compute something else.
     """

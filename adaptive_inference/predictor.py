@@ -1,10 +1,11 @@
-"""Early exit for real: answered images leave the batch, and later blocks run on the others only, or not at all.
+"""Prediction that stops early: images leave the batch at exits, and later blocks run for the others only.
 
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
     prediction = predictor(images)                       # (N, 3, H, W)
     prediction.classes, prediction.confidence, prediction.exits   # (N,) each
 
-Answers are those of the simulation (``simulate``): an image leaves at the first exit whose confidence reaches that exit's threshold.
+An image leaves at the first exit whose confidence reaches that exit's threshold. ``simulate`` predicts the
+same from the logits of all exits.
 """
 
 from collections.abc import Sequence
@@ -29,9 +30,10 @@ class Prediction(NamedTuple):
     Attributes:
         classes: (N,) int64.
         confidence: (N,), the probability of that class.
-        exits: (N,) int64, 0-based, at which the images left.
+        exits: (N,) int64, numbers of the exits at which the images left, from 0.
         probs: (N, C), of all classes, with the policy's temperatures or ensemble.
-        log_sum_exp: (N,), of the logits of the exit that predicted, without temperatures or ensemble; ``promises.drift`` watches it.
+        log_sum_exp: (N,), of the logits of the exit that predicted, without temperatures or ensemble;
+            ``promises.drift`` watches it.
     """
 
     classes: Tensor
@@ -45,12 +47,12 @@ class AdaptivePredictor:
     """Classify batches with a network that stops as early as a policy allows.
 
     Args:
-        network: in evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives it, it knows its
-            image size, and how to normalise bytes.
-        policy: who leaves when, and how answers are made.
+        network: in evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives
+            it, it knows its image size, and how to normalise bytes.
+        policy: which images leave at which exit, and how the exits so far predict.
 
     Raises:
-        ValueError: the policy has not one threshold an exit.
+        ValueError: the policy does not have one threshold per exit.
     """
 
     def __init__(self, network: ExitNetwork, policy: Policy):
@@ -65,10 +67,12 @@ class AdaptivePredictor:
     def __call__(self, images: Tensor) -> Prediction:
         """Classify images (N, 3, H, W), uint8 as they are in files, or floats normalised as in training.
 
-        The host waits for the device at most once a block, to learn how many images go on; when none does, nothing more is launched.
+        The host waits for the device once per block, to learn how many images go on, and once at the end.
+        When no image goes on, later blocks are not launched.
 
         Raises:
-            UserError: the images are of another shape or type, or the network's output for some of them is not finite.
+            UserError: the images are of another shape or type, or the network's output for some of them is
+                not finite.
         """
         images = self._checked(images)
         if len(images) == 0:
@@ -77,24 +81,25 @@ class AdaptivePredictor:
         run = Stepwise(self.network, images)
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        here: Tensor | None = None  # indices of the images still in the batch, None for all
-        answer: ExitPrediction | None = None
+        here: Tensor | None = None  # indices of the remaining images, None for all
+        current: ExitPrediction | None = None
         for k, threshold in enumerate(self.policy.thresholds):
             if not self.may_start(k, len(images) if here is None else len(here)):
                 break
             logits = run.next_logits()
-            answer = next_prediction(self.policy.measure, logits, answer)
-            # Every present image is answered; a later exit overrules. That needs no list of those that leave.
+            current = next_prediction(self.policy.measure, logits, current)
+            # Overwrite the predictions of all remaining images at every exit: that needs no list of those
+            # that leave.
             if here is None:
                 seen.append(logits)
                 exits.fill_(k)
             else:
                 seen.append(logits.new_zeros(len(images), logits.shape[1]).index_copy_(0, here, logits))
-                # Not by index: a number there would be a tensor of the host, for which a GPU is waited for.
+                # Not exits[here] = k: that would copy k to the device and wait for it.
                 exits.index_fill_(0, here, k)
             if k == len(self.policy.thresholds) - 1:
                 break
-            leaves = self.leaves(answer.confidence, threshold)
+            leaves = self.leaves(current.confidence, threshold)
             if len(leaves) == 1:
                 if leaves.item():
                     break
@@ -105,7 +110,7 @@ class AdaptivePredictor:
             if len(going_on) < len(leaves):
                 run.keep(going_on)
                 here = going_on if here is None else here[going_on]
-                answer = ExitPrediction(answer.classes[going_on], answer.confidence[going_on])
+                current = ExitPrediction(current.classes[going_on], current.confidence[going_on])
         return self.finish(seen, exits)
 
     # Subclasses may override these three methods.
@@ -115,11 +120,15 @@ class AdaptivePredictor:
         return True
 
     def leaves(self, confidence: Tensor, threshold: float) -> Tensor:
-        """Return which of the n present images leave at an exit, from their confidence (n,): (n,) bool."""
+        """Return which of the n remaining images leave at an exit, (n,) bool, from their confidence (n,)."""
         return confidence >= threshold
 
     def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
-        """Return the predictions, from the logits (N, C) of all exits that ran and the exit (N,) at which each image left.
+        """Return the predictions.
+
+        Args:
+            logits: (N, C) of every exit that ran.
+            exits: (N,), the exit at which each image left.
 
         Raises:
             UserError: an image's logits are not finite.
@@ -159,7 +168,7 @@ class AdaptivePredictor:
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
-    """What the predictor answers, from the logits (K, N, C) of every exit."""
+    """Return what ``AdaptivePredictor`` predicts, from the logits (K, N, C) of every exit."""
     confidence, _ = confidence_by_exit(logits, policy.measure)
     return _prediction(
         logits, assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64)), policy
@@ -167,7 +176,7 @@ def simulate(logits: Tensor, policy: Policy) -> Prediction:
 
 
 def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Prediction:
-    """From the logits (N, C) of all exits that were run, or more, and the one at which each image leaves."""
+    """Return predictions, from the logits (N, C) of all exits that ran, or more, and each image's exit."""
     stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
     if stacked.dtype in (torch.float16, torch.bfloat16):
         stacked = stacked.float()
@@ -176,10 +185,10 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[
             exits, : len(stacked)
         ]  # (N, exits run)
-        answered = torch.einsum("nk,knc->nc", weights, stacked)
+        combined = torch.einsum("nk,knc->nc", weights, stacked)
     else:
-        answered = own
-    probs = torch.softmax(answered, dim=1)
+        combined = own
+    probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs, torch.logsumexp(own, dim=1))
 

@@ -1,4 +1,4 @@
-"""Anytime and budgeted evaluation: the logits of every exit are collected once, and all results are functions of them.
+"""Evaluation: the logits of every exit are collected once, and all results are functions of them.
 
 logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (N,)
 rows = anytime_rows(logits, targets, operations)
@@ -19,7 +19,8 @@ def collect_logits(
     """Collect the logits of every exit for all images that can be read.
 
     Returns:
-        In the main process the logits (K, N, C), float32 on the CPU, and the targets (N,); None in the others.
+        In the main process the logits (K, N, C), float32 on the CPU, and the targets (N,); None in the
+        others.
     """
     network.eval()
     count = len(batches.own())
@@ -45,7 +46,7 @@ def collect_logits(
 def accuracy_per_exit(
     network: nn.Module, batches: Batches, processes: Processes
 ) -> tuple[list[float], list[float], float]:
-    """Return top-1 and top-5 accuracy of every exit in percent, and the mean cross-entropy summed over exits."""
+    """Return top-1 and top-5 accuracy per exit in percent, and the mean cross-entropy summed over exits."""
     network.eval()
     # Images, which of them were right by top-1 and top-5, and losses, for every exit.
     totals = torch.zeros(4, network.num_exits, dtype=torch.float64, device=processes.device)
@@ -63,13 +64,18 @@ def accuracy_per_exit(
 
 
 def correct_in_top(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the target is the best, and among the best five: logits (K, N, C), targets (N,) -> bool (2, K, N)."""
+    """Return whether the target is the best class, and among the best five: (2, K, N) bool.
+
+    Args:
+        logits: (K, N, C).
+        targets: (N,).
+    """
     best = logits.topk(min(5, logits.shape[2]), dim=2).indices == targets[None, :, None]
     return torch.stack([best[:, :, 0], best.any(dim=2)])
 
 
 def anytime_rows(logits: Tensor, targets: Tensor, operations: list[int]) -> list[dict]:
-    """Every exit on its own: ``exit`` (1-based), ``operations``, ``acc1``, ``acc5`` in percent."""
+    """Return a row per exit: ``exit`` (from 1), ``operations``, ``acc1`` and ``acc5`` in percent."""
     # One exit at a time keeps the memory small.
     accuracies = [
         correct_in_top(z[None], targets)[:, 0].double().mean(dim=1).mul(100).tolist() for z in logits

@@ -1,4 +1,4 @@
-"""Which 16-bit type a device is faster with; training and prediction both ask."""
+"""The 16-bit type with which a device is faster, for training and prediction."""
 
 import time
 
@@ -9,10 +9,11 @@ ROUNDS = 3
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type in which ``device`` is faster, None where it gains nothing.
+    """Return the 16-bit type in which ``device`` is faster, None if there is none.
 
-    GPUs: bfloat16, or float16 before Ampere. CPUs: bfloat16 where the processor multiplies such numbers (AVX512_BF16, AMX) and the
-    convolutions of this PyTorch build gain by it, which takes about a tenth of a second to measure: some builds are many times slower.
+    On GPUs: bfloat16, or float16 before Ampere. On CPUs: bfloat16 if the processor multiplies such numbers
+    (AVX512_BF16, AMX) and convolutions of this PyTorch build are faster with it. That is measured, in a tenth
+    of a second, as some builds are many times slower.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -26,13 +27,13 @@ def half_precision(device: torch.device) -> torch.dtype | None:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 numbers."""
+    """Return whether the processor has instructions for products of bfloat16 numbers."""
     has = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask is not None and ask() for ask in has)
 
 
 def _convolution_seconds(dtype: torch.dtype | None) -> float:
-    """The shortest of some forward and backward passes through a convolution of the size that training does most."""
+    """Return the shortest time of a forward and backward pass through a typical convolution of training."""
     seconds = []
     with (
         torch.inference_mode(False),

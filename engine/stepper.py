@@ -1,9 +1,10 @@
-"""One optimisation step: mixed precision, accumulation over parts of the batch, several devices, the optimiser.
+"""One optimisation step: mixed precision, accumulation over parts of the batch, several devices.
 
     stepper = Stepper(objective, settings, processes)
     stepper.step(images, targets, rate, meters.update)
 
-An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` whose parameters that require a gradient learn.
+An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))``. Its parameters that require
+a gradient learn.
 """
 
 import logging
@@ -28,8 +29,10 @@ class Stepper:
     """Trains ``objective`` with SGD, step by step.
 
     Args:
-        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer, sync_bn; such that
-            ``refuse_combinations`` has nothing against them.
+        objective: on its device.
+        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer,
+            sync_bn, in a combination that ``refuse_combinations`` accepts.
+        processes: this process and the others.
     """
 
     def __init__(self, objective: nn.Module, settings: Namespace, processes: Processes):
@@ -47,7 +50,7 @@ class Stepper:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
-            # One kernel, which takes the rate of the step: it is no part of what is captured, so a new rate captures nothing anew.
+            # One kernel. The learning rate is its argument, so a new one does not compile or capture again.
             fused=settings.fused_optimizer,
         )
         self.was_skipped = False
@@ -56,25 +59,27 @@ class Stepper:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the last step."""
+        """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the first step, which compiles, has been done."""
+        """Whether the first step, which compiles, is done."""
         return self._model is not None
 
     def step(
         self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]
     ) -> None:
-        """One step on this process's share of a batch; nothing waits for the device, unless fp16 scaling does.
+        """Take a step on this process's share of a batch, without waiting for the device (except in fp16).
 
-        With ``accumulate`` the batch is worked off in parts. They count by their sizes, so the gradient is that of the mean loss over the
-        whole batch; batch normalisation sees one part at a time.
+        With ``accumulate`` the batch is processed in parts. They count by their sizes, so the gradient is
+        that of the mean loss over the whole batch. Batch normalisation sees one part at a time.
 
         Args:
-            images, targets: (N, 3, H, W) and (N,).
-            observe: is called with losses (n,), logits (n, K, C) and targets (n,) of every part.
+            images: (N, 3, H, W).
+            targets: (N,).
+            rate: learning rate.
+            observe: called with losses (n,), logits (n, K, C) and targets (n,) of every part.
         """
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
@@ -104,11 +109,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on: ``optimizer`` and ``scaler``."""
+        """Return what a resumed run needs: ``optimizer`` and ``scaler``."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the entries that ``state_dict`` gave."""
+        """Load the entries that ``state_dict`` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run did not need one before
             self.scaler.load_state_dict(state["scaler"])
@@ -116,7 +121,8 @@ class Stepper:
     def _prepared(self, images: Tensor, targets: Tensor) -> nn.Module:
         if self._model is None:
             if self.processes.world_size > 1:
-                # Those no exit depends on, such as finer scales of the last layer, have no gradient to exchange.
+                # Parameters that no exit depends on, such as finer scales of the last layer, have no gradient
+                # to exchange.
                 eager = _InPrecision(self.objective, self.processes.device, self.dtype)
                 for parameter in _parameters_without_gradient(
                     eager, self.parameters, images[:2], targets[:2]
@@ -128,12 +134,12 @@ class Stepper:
 
 
 def mixed_precision(settings: Namespace) -> torch.dtype | None:
-    """Type that ``--amp``, once decided, computes in beside float32; None for none."""
+    """Return the 16-bit type of ``--amp`` after "auto" is resolved, None for float32 alone."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
 
 
 class _InPrecision(nn.Module):
-    """Mixed precision inside the module: DataParallel's threads would not take it over from outside."""
+    """Mixed precision inside the module, as DataParallel's threads do not inherit it from outside."""
 
     def __init__(self, objective: nn.Module, device: torch.device, dtype: torch.dtype | None):
         super().__init__()
@@ -150,38 +156,41 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
         raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
     several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
     if several_gpus and (settings.sync_bn or settings.compile != "off"):
-        raise UserError(
-            f"{'--sync-bn' if settings.sync_bn else '--compile'} needs one process a GPU: start with torchrun instead of --gpu"
-        )
+        flag = "--sync-bn" if settings.sync_bn else "--compile"
+        raise UserError(f"{flag} needs one process per GPU: start with torchrun instead of --gpu")
     if settings.compile != "off" and settings.checkpoint_activations:
         raise UserError("--compile and --checkpoint-activations do not go together")
     if settings.compile not in ("off", "default") and settings.accumulate > 1:
         raise UserError(
-            f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate needs; use default"
+            f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate "
+            "needs; use --compile default"
         )
     if settings.compile != "off" and share % settings.accumulate:
         raise UserError(
-            f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide {share} images"
+            f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide "
+            f"{share} images"
         )
     if settings.accumulate > share:
-        raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images a step")
+        raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images per step")
     parts = torch.empty(share).tensor_split(settings.accumulate)
     smallest = min(
         len(chunk) for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))
     )  # as DataParallel deals them out
     if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
         raise UserError(
-            f"the BatchNorm of the ISC links needs at least 2 images at a time; --batch-size {settings.batch_size} gives {smallest}"
+            "the BatchNorm of the ISC links needs at least 2 images at a time; "
+            f"--batch-size {settings.batch_size} gives {smallest}"
         )
 
 
 def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     if settings.compile == "off":
         return objective
-    # Gradient Equilibrium's function depends on nothing but its arguments; without this, a second start traces its gradient anew.
+    # The function of Gradient Equilibrium depends on its arguments alone, so its compiled gradient may be
+    # cached.
     if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is no news
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hide that there is no GPU
     return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
 
 
@@ -196,10 +205,11 @@ def _parameters_without_gradient(
 
 def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size > 1:
-        # Of 1x1 convolutions, whose channels-last layout has two names.
+        # Harmless: the channels-last layout of 1x1 convolutions has two names.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         model = DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
-        # Running statistics are not read in training, and shared before they are (``Processes.share_buffers``).
+        # Training does not read running statistics; ``Processes.share_buffers`` shares them before they are
+        # read.
         model.broadcast_buffers = False
         return model
     if len(processes.gpu_ids) > 1:

@@ -74,7 +74,7 @@ class IMTA(ExitNetwork):
 
     @property
     def checkpoint_activations(self) -> bool:
-        """That of the backbone."""
+        """Whether the backbone recomputes activations in the backward pass."""
         return self.backbone.checkpoint_activations
 
     @checkpoint_activations.setter

@@ -93,8 +93,8 @@ class NetworkOptions:
         odd = [s for s in range(1, len(growth)) if self.growth_rate * growth[s] % 2]
         if odd:
             raise ValueError(
-                f"growth_rate {self.growth_rate} times growth_factors {growth} must be even at every scale but "
-                f"the finest, where it is split in halves; it is odd at scale {odd[0]}"
+                f"growth_rate {self.growth_rate} times growth_factors {growth} must be even at every scale "
+                f"but the finest, where it is split in halves; it is odd at scale {odd[0]}"
             )
 
 

@@ -38,8 +38,9 @@ class Case:
     Args:
         build: makes it, with ``NUM_CLASSES`` classes.
         image_size: height and width in pixels.
-        block_of: returns the number, from 0, of the block that the parameter of a name belongs to, None for those of exits. None: the
-            network does not use Gradient Equilibrium, or not on everything that passes between blocks.
+        block_of: returns the number, from 0, of the block that the parameter of a name belongs to, None for
+            those of exits. None: the network does not use Gradient Equilibrium, or not on everything that
+            passes between blocks.
         untrained: beginnings of the names of parameters that no exit depends on.
     """
 
@@ -218,8 +219,9 @@ def check_early_exit(case: Case) -> None:
 def check_gradient_equilibrium(case: Case) -> str | None:
     """The gradient of each block is the sum of all exits' own gradients, divided by the number of exits from this block on.
 
-    Exit i of K reaches block j through the exits j .. i - 1, each of which multiplies by (K - m) / (K - m + 1), and enters with
-    1 / (K - i + 1): the product is 1 / (K - j + 1) for every exit. An exit's own layers are left alone. (Both counted from 1.)
+    Exit i of K reaches block j through the exits j .. i - 1, each of which multiplies by (K - m) / (K - m +
+    1), and enters with 1 / (K - i + 1): the product is 1 / (K - j + 1) for every exit. An exit's own layers
+    are left alone. (Both counted from 1.)
     """
     if case.block_of is None:
         return "not on everything that passes between blocks"

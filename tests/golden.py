@@ -60,7 +60,8 @@ def _drawn(names_and_shapes: list, seed: int) -> dict[str, Tensor]:
         if name.endswith(".weight"):
             bound = np.float32(np.prod(shape[1:]) ** -0.5)
         bits = random.randint(0, 2**32, size=shape, dtype=np.uint32)
-        # PyTorch takes 24 bits as a fraction f and rounds 2 * bound * f - bound once, to float32; in float64 it is exact before that.
+        # PyTorch takes 24 bits as a fraction f and rounds 2 * bound * f - bound once, to float32; in float64
+        # it is exact before that.
         fractions = (bits & np.uint32(2**24 - 1)) * 2.0**-24
         weights[name] = torch.from_numpy(
             (fractions * np.float64(2 * bound) - np.float64(bound)).astype(np.float32)
