@@ -209,7 +209,7 @@ function toPixels(picture, imageSize, { crop_share: share, interpolation }) {
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0, width, height);
   const rgba = context.getImageData(0, 0, width, height).data;
-  const shorter = Math.round(imageSize / share);
+  const shorter = roundHalfToEven(imageSize / share);
   const longer = Math.floor((shorter * Math.max(width, height)) / Math.min(width, height));
   const [newWidth, newHeight] = width <= height ? [shorter, longer] : [longer, shorter];
   const left = roundHalfToEven((newWidth - imageSize) / 2);
@@ -289,6 +289,8 @@ async function open() {
   ort.env.wasm.numThreads = 1; // several would need headers that a plain file server does not send
   const predictor = await Predictor.load(ort, (name) => fetchBytes(new URL(name, NETWORK)));
   if (!predictor.points.length) throw new Error("This network was exported without policies, which the slider needs.");
+  const { interpolation } = predictor.preprocessing;
+  if (!(interpolation in KERNELS)) throw new Error(`This page cannot resize images by ${interpolation} interpolation.`);
   const page = new Page(predictor);
   for (let run = 0; run < WARM_UP; run++) await page.measureEveryExit();
   await page.addPictures();
