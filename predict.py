@@ -1,54 +1,53 @@
 """Classify your own images with a trained network that stops as early as you allow.
 
-    python predict.py photo.jpg folder/                                  # your newest run, half of its operations
-    python predict.py folder/ --budget 2ms --format csv --output answers.csv
+    python predict.py photo.jpg folder/                                  # your newest run, half of its
+    operations
+    python predict.py folder/ --budget 2ms --format csv --output predictions.csv
     python predict.py folder/ --max-loss 1% --confidence-level 95%
     python predict.py folder/ --deadline 5ms
 
-Thresholds come from the file policy.json beside the network, which ``--evalmode dynamic`` writes. The exit status is 0, 1 if a file was
-skipped (its name is on standard error), 2 after a mistake, 130 after Ctrl-C.
+Thresholds come from the file policy.json beside the network, which ``--evalmode dynamic`` writes. The exit
+status is 0, 1 if a file was skipped (its name is on standard error), 2 after a mistake, 130 after Ctrl-C.
 """
 
 import argparse
-import atexit
-import gc
 import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from adaptive_inference.measures import RULES
+# OpenMP's threads spin while they wait for each other, so one busy core makes everything many times slower.
+# It has to be set before PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from adaptive_inference.policies import RULES
+from engine.prediction import predict_all
 from models.files import BEST, find, policy_path
-from utils import CommandLineParser, UserError, above, at_least, in_range, is_terminal
+from utils import CommandLineParser, UserError, above, at_least, complain, in_range, user_path
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"
 
 
 class Budget(NamedTuple):
-    """A limit as it was typed: an amount and its unit, ``M`` (millions of operations), ``%`` (of the whole network) or ``ms``."""
+    """A limit as typed: amount and unit.
+
+    The unit is ``M`` (millions of operations), ``%`` (of the whole network) or ``ms``.
+    """
 
     amount: float
     unit: str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answer the images these arguments name (None: those of the process) and return the exit status."""
+    """Predict the images these arguments name (None: those of the process) and return the exit status."""
     arguments = parse(argv)
-    atexit.register(gc.freeze)  # a last search for garbage in all of PyTorch would take seconds
     try:
-        path = find_model(arguments.model)
-        if is_terminal(sys.stderr):
-            sys.stderr.write("predict.py: loading PyTorch\n")
-        from engine.prediction import (
-            answer_all,
-        )  # here, as PyTorch takes seconds to load, and --help needs none
-
-        return answer_all(arguments, path)
+        return predict_all(arguments, find_model(arguments.model))
     except UserError as error:
-        sys.stderr.write(f"predict.py: {error}\n")
+        complain(f"predict.py: {error}")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("predict.py: interrupted before the first answer\n")
+        complain("predict.py: interrupted before the first prediction")
         return 130
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,106 +55,113 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> CommandLineParser:
-    """Every flag."""
+    """Return the parser with every flag."""
     parser = CommandLineParser(
         prog="predict.py",
         description="Classify images, each with as much of the network as it needs.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of images")
-    add(
+    parser.add_argument(
+        "paths", nargs="+", type=user_path, metavar="PATH", help="image files, or folders of images"
+    )
+    parser.add_argument(
         "--model",
         "--checkpoint",
         metavar="NAME|FILE",
-        help="a network of weights/, or a file of ours or a released one (default: your newest run in save/, else imta_cifar100)",
+        help="file or name in weights/ (default: your newest run in save/, else imta_cifar100)",
     )
-    add(
-        "--policy",
-        type=Path,
-        metavar="FILE",
-        help="thresholds for this network (default: policy.json beside it)",
-    )
-    add(
+    _add_policy_flags(parser.add_argument_group("how much of the network"))
+    _add_output_flags(parser.add_argument_group("output and speed"))
+    return parser
+
+
+def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--budget",
         type=_budget,
-        help="mean an image at most: 2ms, 40%% of the operations, or 12.5M operations (default: about 50%%)",
+        help="mean per image at most: 2ms, 60%% of the operations, or 12.5M operations (default: about 50%%)",
     )
-    add("--accuracy", type=_percentage, metavar="PERCENT", help="on held-out images at least")
-    add(
+    group.add_argument(
+        "--accuracy", type=_percentage, metavar="PERCENT", help="accuracy on held-out images at least"
+    )
+    group.add_argument(
         "--max-loss",
         type=_percentage,
         metavar="PERCENT",
-        help="of accuracy against the whole network, with --confidence-level",
+        help="loss of accuracy against the whole network at most, with --confidence-level",
     )
-    add("--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)")
-    add(
+    group.add_argument(
+        "--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)"
+    )
+    group.add_argument(
         "--disagreement",
         action="store_true",
-        help="--max-loss counts every answer that is not the whole network's",
+        help="--max-loss counts every prediction that differs from the whole network's",
     )
-    add(
+    group.add_argument(
         "--deadline",
         type=_deadline,
         metavar="5ms",
-        help="answer each image, or batch, by the last exit finished in that time",
+        help="predict each image, or batch, by the last exit that ends in this time",
     )
-    add(
+    group.add_argument(
         "--rule",
         choices=list(RULES),
         help="only thresholds found by this rule (default: ensemble or optimised, if there are any)",
     )
-    add(
+    group.add_argument(
+        "--policy",
+        type=user_path,
+        metavar="FILE",
+        help="thresholds for this network (default: policy.json beside it)",
+    )
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--format",
         choices=["table", "csv", "json"],
         default="table",
-        help="of the answers; json has the five best classes",
+        help="of the predictions; json has the five best classes (default: table)",
     )
-    add("--output", type=Path, metavar="FILE", help="write the answers there (default: standard output)")
-    add(
+    group.add_argument(
+        "--output",
+        type=user_path,
+        metavar="FILE",
+        help="write the predictions there (default: standard output)",
+    )
+    group.add_argument(
         "--batch-size",
         type=at_least(1),
         metavar="N",
         help="images at a time; all get their mean time (default: 64, with --deadline 1)",
     )
-    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)")
-    add(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="names of the classes, one a line, of a released file, which holds none",
+    group.add_argument(
+        "--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)"
     )
-    add(
-        "--image-size",
-        type=at_least(1),
-        metavar="PIXELS",
-        help="of a released file (default: 32 or 224, by its layers)",
+    group.add_argument(
+        "--threads", type=at_least(1, 1024), metavar="N", help="threads of the CPU (default: one per core)"
     )
-    return parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The typed command line; mistakes end the program with one line and status 2."""
+    """Parse the command line; a mistake ends the program with one line and status 2."""
     flags = parser()
     arguments = flags.parse_args(argv)
-    wishes = [
-        name
-        for name in ("budget", "accuracy", "max_loss", "deadline", "rule")
-        if getattr(arguments, name) is not None
-    ]
-    for name, company in (("deadline", ()), ("max_loss", ("budget", "accuracy"))):
-        others = [other for other in wishes if other != name and other not in company]
-        if name in wishes and others:
-            flags.error(
-                f"--{name.replace('_', '-')} and --{others[0].replace('_', '-')} ask for different policies; give one of them"
-            )
+    names = ("budget", "accuracy", "max_loss", "deadline", "rule")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    for name, allowed in (("deadline", ()), ("max_loss", ("budget", "accuracy"))):
+        others = [other for other in given if other != name and other not in allowed]
+        if name in given and others:
+            flag, other = (f"--{text.replace('_', '-')}" for text in (name, others[0]))
+            flags.error(f"{flag} and {other} ask for different policies; give one of them")
     if arguments.max_loss is None and (arguments.confidence_level is not None or arguments.disagreement):
         flags.error("--confidence-level and --disagreement belong to --max-loss")
     return arguments
 
 
 def find_model(wanted: str | None) -> Path:
-    """The file of the network to use; None: that of the newest run with policies, else the shipped one.
+    """Return the file of the network to use; for None the newest run's with policies, else the shipped one.
 
     Raises:
         UserError: there is none.
@@ -173,7 +179,7 @@ def _budget(text: str) -> Budget:
         return Budget((in_range(0, 100) if unit == "%" else above(0))(text.removesuffix(unit)), unit)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(
-            f"{error}; milliseconds (2ms), a percentage (40%) or millions (12.5M)"
+            f"{error}; milliseconds (2ms), a percentage (60%) or millions of operations (12.5M)"
         ) from None
 
 

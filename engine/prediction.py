@@ -1,55 +1,58 @@
-"""What predict.py does: load a network, choose a policy, answer images as they are read, write rows as they come.
+"""What predict.py does: load a network, choose a policy, read images, predict, and write rows as they come.
 
-status = answer_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
+status = predict_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
 """
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from adaptive_inference.budgeted import NONE_LEAVE
-from adaptive_inference.choosing import allowed_points, choose
-from adaptive_inference.fold import fold, folded_for
-from adaptive_inference.policies import Policy, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
-from adaptive_inference.promises.deadlines import AnytimePredictor, BudgetPredictor
 from adaptive_inference.promises.ensemble import operations_together
-from adaptive_inference.promises.risk import LEVEL, MaxLoss
-from adaptive_inference.promises.timing import measure_blocks
-from engine.answers import WRITERS, opened
 from engine.checkpoint import load_saved
-from engine.device import is_out_of_memory
+from engine.device import is_out_of_memory, limit_threads
+from engine.predictor_choice import choose_predictor
+from engine.rows import WRITERS, open_output
 from image_data.folders import LEFT_OUT, find_images
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
-from models import count_operations
-from models.files import WEIGHTS, policy_path
+from models import ExitNetwork, count_operations
+from models.files import WEIGHTS
 from models.saved import DataInfo
 from utils import UserError, complain, is_terminal
 
-DEFAULT_SHARE = 0.5  # of all operations
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
 BEST_CLASSES = 5
+SHOWN_CLASSES = 3
+SAMPLED_FILES = 9  # whose size is compared with that of the network's images
+FAR_SIZES_RATIO = 3
 
 
-def answer_all(arguments: argparse.Namespace, path: Path) -> int:
-    """Answer the images that the command line of predict.py names, with the network of this file; returns the exit status.
+def predict_all(arguments: argparse.Namespace, path: Path) -> int:
+    """Predict the classes of the images that the command line of predict.py names.
+
+    Args:
+        arguments: of predict.py.
+        path: of the network's file.
+
+    Returns:
+        The exit status.
 
     Raises:
-        UserError: one line: the network, its policy, a wish or the output is impossible, or memory is short.
+        UserError: one line: the network, its policy, a flag or the output is impossible, or memory is short.
     """
     try:
-        return _answer_all(arguments, path)
+        return _predict_all(arguments, path)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -58,153 +61,56 @@ def answer_all(arguments: argparse.Namespace, path: Path) -> int:
         ) from None
 
 
-def _answer_all(arguments: argparse.Namespace, path: Path) -> int:
-    network, device = load_network(path, arguments), _device(arguments.device)
-    info, batch_size = (
-        network.description.data,
-        arguments.batch_size or (1 if arguments.deadline is not None else BATCH_SIZE),
-    )
-    predictor, policy, policy_line = make_predictor(arguments, path, network.to(device), batch_size)
-    answering = Answering(predictor, arguments.deadline)
+def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
+    limit_threads(arguments.threads)
+    device, network = _device(arguments.device), load_saved(path, {}).network
+    batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
+    choice = choose_predictor(arguments, path, network.to(device), batch_size)
+    tally = Tally(choice.predictor, arguments.deadline)
     files, complaints = find_images(arguments.paths)
-    skipped, interrupted = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints), False
-    shown = is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout))
-    bar = tqdm(total=len(files), unit="image", disable=not shown)
-    with opened(arguments.output) as stream:
-        writer = WRITERS[arguments.format](stream, info.class_names, {"model": str(path), "policy": policy})
-        origin = ", the newest one" if path.parent != WEIGHTS else ", as there is no run of yours"
-        for line in (f"network {path}{'' if arguments.model else origin}", policy_line, *complaints):
+    skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
+    is_interrupted = False
+    with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
+        about = {"model": str(path), "policy": choice.about}
+        writer = WRITERS[arguments.format](stream, tally.data.class_names, about)
+        for line in (*_about_network(arguments, path, network, files), choice.line, *complaints):
             _say(line)
         try:
-            for names, images in _batches(files, info, batch_size):
+            for names, images in _batches(files, tally.data, batch_size):
                 if images is not None:
-                    writer.rows(answering.answer(names, images.to(device)))
+                    writer.rows(tally.predict(names, images.to(device)))
                 else:
                     skipped += len(names)
                 bar.update(len(names))
         except KeyboardInterrupt:
-            interrupted = True
-        bar.close()
-        summary = answering.summary()
+            is_interrupted = True
+        summary = tally.summary()
         writer.end(summary)
     _say(_in_words(summary))
-    if interrupted:
-        _say(f"interrupted; the {summary['images']} answers so far are kept")
+    if is_interrupted:
+        _say(f"interrupted; the {summary['images']} predictions so far are kept")
         return 130
     return 1 if skipped else 0
 
 
-def load_network(path: Path, arguments: argparse.Namespace) -> nn.Module:
-    """Load a network with its ``description``.
-
-    Raises:
-        UserError: The file cannot be read, or --classes or --image-size disagree with it.
-    """
-    network = load_saved(path, {}).network
-    known = network.description.data.image_size
-    if arguments.classes is not None or arguments.image_size not in (None, known):
-        raise UserError(
-            f"{path} knows its classes and its image size, {known}: --classes and --image-size belong to the command that "
-            "converts released checkpoints, python -m engine.convert"
-        )
-    return network
-
-
-def make_predictor(
-    arguments: argparse.Namespace, path: Path, network: nn.Module, batch_size: int
-) -> tuple[AdaptivePredictor, dict[str, Any], str]:
-    """A predictor that grants the wishes of the command line, what decides who leaves for JSON, and the same in a line.
+class Tally:
+    """Predicts batches, makes a row of each prediction, and counts them.
 
     Args:
-        path: of the network.
-        network: with its description, on the device that will answer.
-
-    Raises:
-        UserError: a wish cannot be granted.
-    """
-    source, deadline, budget = arguments.policy or policy_path(path), arguments.deadline, arguments.budget
-    asked = any(wish is not None for wish in (budget, arguments.accuracy, arguments.max_loss))
-    curve = read_policy(source) if asked or arguments.policy or arguments.rule or source.exists() else None
-    form = fold(network) if curve is None else folded_for(network, curve, source)
-    policy, timing, chosen = Policy((NONE_LEAVE,) * form.num_exits), None, {}
-    if deadline is not None or (budget is not None and budget.unit == "ms"):
-        size, device = network.description.data.image_size, next(form.parameters()).device
-        timing = measure_blocks(
-            form, torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), batch_size
-        )
-    if deadline is not None:
-        if curve is not None:
-            policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
-        predictor = AnytimePredictor(form, deadline, timing, policy)
-        line = f"each batch of {batch_size} gets the last answer finished within {deadline:g} ms; {timing}"
-    elif curve is None:
-        predictor = AdaptivePredictor(form, policy)
-        line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
-    else:
-        level = LEVEL if arguments.confidence_level is None else arguments.confidence_level
-        max_loss = (
-            None if arguments.max_loss is None else MaxLoss(arguments.max_loss, level, arguments.disagreement)
-        )
-        expected = why = ""
-        if timing is not None:
-            predictor = BudgetPredictor(
-                form,
-                allowed_points(curve, arguments.accuracy, max_loss, arguments.rule),
-                budget.amount,
-                timing,
-            )
-            point = predictor.point
-            expected = f", {timing.milliseconds(point.shares):.3g} ms an image expected ({timing}); as time is really spent, others follow"
-        else:
-            if asked:
-                operations = budget and budget.amount * (
-                    1e6 if budget.unit == "M" else curve.operations[-1] / 100
-                )
-                point = choose(
-                    curve, operations, accuracy=arguments.accuracy, max_loss=max_loss, rule=arguments.rule
-                )
-            else:
-                point = curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
-                why = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
-            predictor = AdaptivePredictor(form, point.policy)
-        policy, chosen = (
-            point.policy,
-            {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)},
-        )
-        if max_loss is not None:
-            chosen["promise"], why = str(max_loss), f"; certain to {max_loss}"
-        share = point.operations / curve.operations[-1]
-        line = (
-            f"policy {point.p} of the {point.rule} rule: on held-out images {point.val_acc1:.2f} % right with "
-            f"{point.operations / 1e6:.2f} M operations ({100 * share:.0f} % of the network){expected}{why}"
-        )
-    about = {
-        **chosen,
-        "measure": policy.measure,
-        "thresholds": policy.thresholds,
-        "deadline_milliseconds": deadline,
-    }
-    return predictor, about, line
-
-
-class Answering:
-    """Makes rows of a predictor's answers, and counts them.
-
-    Args:
-        predictor: whose network has its description.
-        deadline: of a batch in milliseconds, if it has one.
+        predictor: its network has a description.
+        deadline: for each batch in milliseconds, None without one.
     """
 
     def __init__(self, predictor: AdaptivePredictor, deadline: float | None):
-        self.predictor, self.info, self.deadline = predictor, predictor.network.description.data, deadline
-        self.operations = count_operations(predictor.network, self.info.image_size)
+        self.predictor, self.data, self.deadline = predictor, predictor.network.description.data, deadline
+        self.operations = count_operations(predictor.network, self.data.image_size)
         if predictor.policy.ensemble:
             self.operations = operations_together(self.operations, predictor.network.num_classes)
         self.exits = torch.zeros(len(self.operations), dtype=torch.int64)
         self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
 
-    def answer(self, names: list[Path], images: Tensor) -> list[dict]:
-        """Rows for images (n, 3, H, W), uint8."""
+    def predict(self, names: list[Path], images: Tensor) -> list[dict]:
+        """Return one row per image (n, 3, H, W), uint8."""
         if self.num_calls == 0:
             self.predictor(images[:WARM_UP_IMAGES])
         began = time.perf_counter()
@@ -214,23 +120,29 @@ class Answering:
         self.num_late += self.deadline is not None and milliseconds > self.deadline
         self.milliseconds += milliseconds
         self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
-        best = prediction.probs.topk(min(BEST_CLASSES, prediction.probs.shape[1]))
-        columns = (best.indices.tolist(), best.values.tolist(), prediction.exits.tolist())
-        return [
-            {
-                "file": os.fsencode(name).decode("utf-8", "replace"),
-                "class": self.info.class_names[indices[0]],
-                "confidence": round(probs[0], 4),
-                "exit": exit + 1,
-                "operations": self.operations[exit],
-                "network_milliseconds": round(milliseconds / len(names), 3),
-                "top5": {self.info.class_names[i]: round(p, 4) for i, p in zip(indices, probs, strict=True)},
-            }
-            for name, indices, probs, exit in zip(names, *columns, strict=True)
+        per_image = milliseconds / len(names)
+        return [self._row(name, prediction, i, per_image) for i, name in enumerate(names)]
+
+    def _row(self, name: Path, prediction: Prediction, i: int, milliseconds: float) -> dict[str, Any]:
+        best = prediction.probs[i].topk(min(BEST_CLASSES, prediction.probs.shape[1]))
+        # Not a dictionary: two classes may have the same name.
+        top5 = [
+            {"class": self.data.class_names[k], "index": k, "confidence": round(probability, 4)}
+            for k, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+        k = int(prediction.exits[i])
+        return {
+            "file": os.fsencode(name).decode("utf-8", "replace"),
+            "class": top5[0]["class"],
+            "confidence": top5[0]["confidence"],
+            "exit": k + 1,
+            "operations": self.operations[k],
+            "network_milliseconds": round(milliseconds, 3),
+            "top5": top5,
+        }
 
     def summary(self) -> dict[str, Any]:
-        """Of the images answered so far."""
+        """Return the totals over all images predicted so far."""
         images = int(self.exits.sum())
         count = max(images, 1)
         spent = sum(n * number for n, number in zip(self.exits.tolist(), self.operations, strict=True))
@@ -247,19 +159,57 @@ class Answering:
 def _in_words(summary: dict[str, Any]) -> str:
     count, late, shares = (summary[name] for name in ("images", "late", "share_of_exits"))
     if not count:
-        return "no image was answered"
+        return "no image was predicted"
     return (
-        f"{count} image{'s' if count > 1 else ''}: {summary['operations'] / 1e6:.2f} M operations an image "
-        f"({100 * summary['share_of_operations']:.0f} % of all), {summary['network_milliseconds']:.3g} ms in the network, reading not "
-        f"counted; left at exits 1 to {len(shares)}: {' / '.join(f'{100 * share:.0f}' for share in shares)} %"
-        + ("" if late is None else f"; {100 * late:.1f} % of the answers were late")
+        f"{count} image{'s' if count > 1 else ''}: {summary['operations'] / 1e6:.2f} M operations per image "
+        f"({100 * summary['share_of_operations']:.0f} % of all), {summary['network_milliseconds']:.3g} ms in "
+        f"the network, reading not counted; left at exits 1 to {len(shares)}: "
+        f"{' / '.join(f'{100 * share:.0f}' for share in shares)} %"
+        + ("" if late is None else f"; {100 * late:.1f} % of the predictions were late")
     )
+
+
+def _about_network(
+    arguments: argparse.Namespace, path: Path, network: ExitNetwork, files: list[Path]
+) -> list[str]:
+    """Return lines that say what the network knows, and whether the images are of another kind."""
+    data, origin = network.description.data, ""
+    if arguments.model is None:
+        origin = ", as there is no run of yours" if path.parent == WEIGHTS else ", the newest one"
+    names = ", ".join(data.class_names[:SHOWN_CLASSES]) + ", ..." * (len(data.class_names) > SHOWN_CLASSES)
+    lines = [
+        f"network {path}{origin}: it knows {len(data.class_names)} classes ({names}) in images of "
+        f"{data.image_size} x {data.image_size} pixels ({data.name})"
+    ]
+    side = _usual_side(files)
+    if side is not None and side > FAR_SIZES_RATIO * max(data.image_size, 64):
+        lines.append(
+            f"the images have about {side} pixels per side, far more than the network's {data.image_size}: "
+            "it was trained on other images, so its predictions may be wrong at any confidence"
+        )
+    elif side is not None and side * FAR_SIZES_RATIO < data.image_size:
+        lines.append(
+            f"the images have about {side} pixels per side and are enlarged to the network's "
+            f"{data.image_size}: its predictions may be wrong at any confidence"
+        )
+    return lines
+
+
+def _usual_side(files: list[Path]) -> int | None:
+    """Return the median of the shorter sides of some images, in pixels; None if no image can be read."""
+    sides = []
+    for path in files[:: max(len(files) // SAMPLED_FILES, 1)]:
+        try:
+            sides.append(read_image(path, lambda image: min(image.size)))
+        except UserError:  # reported when the image is predicted
+            continue
+    return int(statistics.median(sides)) if sides else None
 
 
 def _batches(
     files: list[Path], info: DataInfo, batch_size: int
 ) -> Iterator[tuple[list[Path], Tensor | None]]:
-    """Names and bytes (n, 3, H, W) of readable images; names and None for one that is not, after a line on standard error."""
+    """Yield names and bytes (n, 3, H, W) of readable images; for an unreadable one its name and None."""
     transform = evaluation_transform(info.image_size, info.crop_share, info.interpolation)
     names, images = [], []
     for path in files:
@@ -276,6 +226,11 @@ def _batches(
             names, images = [], []
     if names:
         yield names, torch.stack(images)
+
+
+def _progress_bar(arguments: argparse.Namespace, total: int) -> tqdm:
+    is_shown = is_terminal(sys.stderr) and (arguments.output is not None or not is_terminal(sys.stdout))
+    return tqdm(total=total, unit="image", disable=not is_shown)
 
 
 def _device(name: str | None) -> torch.device:

@@ -17,7 +17,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
     Raises:
         OSError: there is none; the names are listed.
     """
-    path = Path(path_or_name).expanduser()
+    path = Path(os.path.expanduser(path_or_name))  # noqa: PTH111, as Path's raises where there is no such home
     if path.is_dir():
         path /= BEST
     if path.is_file():

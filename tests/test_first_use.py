@@ -89,7 +89,11 @@ def use(place):
     _, errors = run(json_file + " --model save/folder/IMTA", place)
     assert "predict.py: policy " in errors
     answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
-    assert (len(answers["answers"]), len(answers["answers"][0]["top5"]), answers["summary"]["images"]) == (
+    assert (
+        len(answers["predictions"]),
+        len(answers["predictions"][0]["top5"]),
+        answers["summary"]["images"],
+    ) == (
         24,
         4,
         24,

@@ -1,4 +1,4 @@
-"""predict.py: answers in three formats, wishes, interruptions, and files that cannot be read."""
+"""predict.py: rows in three formats, what can be asked for, interruptions, and files that cannot be read."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from adaptive_inference.confidence import confidence_by_exit
 from adaptive_inference.policies import LossCounts, policy_curve, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from models import IMTA, MSDNet, count_operations, to_released
-from models.saved import Split, save_network
+from models.saved import Split, read_network, save_network
 from tests.conftest import TINY_NETWORK, describe, policy_point
 
 CLASS_NAMES = [f"class {i}" for i in range(10)]
@@ -27,7 +27,7 @@ CLASS_NAMES = [f"class {i}" for i in range(10)]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint with a policy file beside it: point p lets about p tenths of all images leave at the first exit."""
+    """A checkpoint with policies: point p lets about p tenths of all images leave at the first exit."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     network = IMTA(MSDNet(**TINY_NETWORK)).eval()
@@ -85,7 +85,7 @@ def test_formats_agree(trained, images, capsys):
     assert run(trained, images, "--rule", "geometric", "--format", "json") == 0
     printed = capsys.readouterr()
     content = json.loads(printed.out)
-    rows, summary = content["answers"], content["summary"]
+    rows, summary = content["predictions"], content["summary"]
     assert [row["file"].removeprefix(f"{images}/") for row in rows] == [
         "a.png",
         "b.png",
@@ -94,7 +94,9 @@ def test_formats_agree(trained, images, capsys):
     ]
     for row in rows:
         assert len(row["top5"]) == 5
-        assert (row["class"], row["confidence"]) == next(iter(row["top5"].items()))
+        best = row["top5"][0]
+        assert (row["class"], row["confidence"]) == (best["class"], best["confidence"])
+        assert row["class"] == CLASS_NAMES[best["index"]]
         assert 0 < row["confidence"] <= 1
         assert row["exit"] in (1, 3)
         assert row["operations"] > 0
@@ -136,7 +138,7 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
     assert "certain to lose at most 2 %" in printed.err
     assert run(trained, images, "--deadline", "1000000ms", "--format", "json") == 0
     content = json.loads(capsys.readouterr().out)
-    assert {row["exit"] for row in content["answers"]} == {3}
+    assert {row["exit"] for row in content["predictions"]} == {3}
     assert content["summary"]["late"] == 0
 
 
@@ -152,7 +154,6 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
         (["--rule", "optimised"], "optimised"),
         (["--policy", "missing.json"], "no policy file"),
         (["--device", "no-such-device"], "--device"),
-        (["--classes", "x"], "python -m engine.convert"),
     ],
 )
 def test_wishes_that_cannot_be_granted(trained, images, capsys, flags, message):
@@ -163,7 +164,7 @@ def test_wishes_that_cannot_be_granted(trained, images, capsys, flags, message):
 
 
 def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsys):
-    """Damaged, not there, a pipe that nobody writes into, a line of pixels that resizing would make enormous, and an empty folder."""
+    """Damaged, missing, a pipe that nobody writes into, a line of pixels, and an empty folder."""
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:60])
     os.mkfifo(images / "pipe.png")
     Image.new("RGB", (40_000, 2)).save(images / "line.png")
@@ -171,7 +172,7 @@ def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsy
     others = [images / "missing.png", tmp_path / "empty"]
     assert run(trained, images, *others, "--format", "json") == 1
     output = capsys.readouterr()
-    assert len(json.loads(output.out)["answers"]) == 4
+    assert len(json.loads(output.out)["predictions"]) == 4
     errors = [line for line in output.err.splitlines() if "skipped" in line]
     for name, reason in (
         ("broken.png", ""),
@@ -197,11 +198,11 @@ def test_newest_run_is_taken(trained, images, tmp_path, monkeypatch, capsys):
     assert "network save/new/best.safetensors, the newest one" in capsys.readouterr().err
 
 
-def test_network_without_policy_answers_with_all_of_it(trained, images, tmp_path, capsys):
+def test_network_without_policy_predicts_with_all_of_it(trained, images, tmp_path, capsys):
     shutil.copy(trained / "best.safetensors", tmp_path / "best.safetensors")
     assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--format", "json"]) == 0
     printed = capsys.readouterr()
-    assert {row["exit"] for row in json.loads(printed.out)["answers"]} == {3}
+    assert {row["exit"] for row in json.loads(printed.out)["predictions"]} == {3}
     assert "every image runs the whole network" in printed.err
     assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--budget", "50%"]) == 2
     assert "there is no policy file" in capsys.readouterr().err
@@ -215,13 +216,15 @@ def test_a_released_checkpoint_names_the_command(images, tmp_path, capsys):
 
 
 def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch, capsys):
-    batches = engine.prediction._batches
+    real, third = engine.prediction.read_image, "d.webp"
 
-    def interrupted(*arguments):
-        yield next(batches(*arguments))
-        raise KeyboardInterrupt
+    def read_image(path, transform):
+        image = real(path, transform)
+        if path.name == third and isinstance(image, torch.Tensor):
+            raise KeyboardInterrupt
+        return image
 
-    monkeypatch.setattr(engine.prediction, "_batches", interrupted)
+    monkeypatch.setattr(engine.prediction, "read_image", read_image)
     for format in ("json", "csv", "table"):
         assert (
             run(
@@ -238,8 +241,8 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
         )
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert "interrupted; the 2 answers so far are kept" in printed.err.splitlines()[-1]
-    assert len(json.loads((tmp_path / "new" / "json").read_text())["answers"]) == 2
+        assert "interrupted; the 2 predictions so far are kept" in printed.err.splitlines()[-1]
+    assert len(json.loads((tmp_path / "new" / "json").read_text())["predictions"]) == 2
     header, *rows = (tmp_path / "new" / "csv").read_text().splitlines()
     assert (header, len(rows)) == ("file,class,confidence,exit,operations,network_milliseconds", 2)
 
@@ -250,7 +253,8 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 )
 def test_standard_output_that_ends(trained, images, redirection, status, message):
     """Its reader leaves, its disk is full, or it was closed from the start."""
-    command = f"{sys.executable} predict.py {images} --model {trained / 'best.safetensors'} --batch-size 1 {redirection}"
+    model = trained / "best.safetensors"
+    command = f"{sys.executable} {predict.__file__} {images} --model {model} --batch-size 1 {redirection}"
     ended = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
         stderr=subprocess.PIPE,
@@ -308,3 +312,67 @@ def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):
     ) in (0, 1)
     assert device.is_char_device()
     assert device.is_symlink()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("format", ["table", "csv", "json"])
+def test_no_prediction_is_lost_to_an_encoding(trained, tmp_path, monkeypatch, encoding, format):
+    """Names of files and classes in any writing system, on a terminal that has few characters."""
+    (tmp_path / "run").mkdir()
+    network, description, split = read_network(trained / "best.safetensors")
+    names = [f"{name} {i}" for i, name in enumerate(["café", "ねこ", "кот", "\U0001f408", "قط"] * 2)]
+    data = replace(description.data, class_names=names)
+    save_network(tmp_path / "run" / "best.safetensors", network, replace(description, data=data), split)
+    Image.new("RGB", (32, 32)).save(tmp_path / "Zoë ねこ.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    flags = ["--model", str(tmp_path / "run" / "best.safetensors"), "--format", format]
+    assert predict.main([str(tmp_path / "Zoë ねこ.png"), *flags]) == 0
+    text = stdout.buffer.getvalue().decode(encoding)
+    if format == "json":
+        (row,) = json.loads(text)["predictions"]
+        assert row["class"] in names
+        assert row["file"].endswith("Zoë ねこ.png")
+    elif format == "csv":
+        (row,) = csv.DictReader(io.StringIO(text))
+        assert row["class"] in [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
+    else:
+        assert len(text.splitlines()) == 2
+
+
+def test_five_best_stay_five_where_classes_have_one_name(trained, images, tmp_path, capsys):
+    network, description, split = read_network(trained / "best.safetensors")
+    data = replace(description.data, class_names=["crane"] * 10)
+    save_network(tmp_path / "best.safetensors", network, replace(description, data=data), split)
+    command = [str(images), "--model", str(tmp_path / "best.safetensors"), "--format", "json"]
+    assert predict.main(command) == 0
+    for row in json.loads(capsys.readouterr().out)["predictions"]:
+        assert len({best["index"] for best in row["top5"]}) == 5
+
+
+def test_home_is_expanded_in_every_path(trained, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "run")
+    flags = ["--model", "~/run", "--policy", "~/run/policy.json", "--output", "~/rows.csv", "--format", "csv"]
+    assert predict.main(["~/images", *flags]) == 0
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 5
+    assert predict.main(["~/images", "--model", "~no-such-user/run"]) == 2
+    assert "~no-such-user" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(400, "far more than the network's 32"), (40, None), (10, "are enlarged to")]
+)
+def test_images_far_from_the_networks_are_named(trained, tmp_path, capsys, size, words):
+    Image.new("RGB", (size, size + 10)).save(tmp_path / "image.png")
+    assert run(trained, tmp_path / "image.png") == 0
+    errors = capsys.readouterr().err
+    assert "it knows 10 classes (class 0, class 1, class 2, ...) in images of 32 x 32 pixels" in errors
+    assert ("pixels per side" in errors) is (words is not None)
+    assert words is None or words in errors
+
+
+def test_the_line_of_a_budget_in_time_says_over_how_many_images_it_holds(trained, images, capsys):
+    assert run(trained, images, "--budget", "1000000ms", "--batch-size", "4", "--threads", "1") == 0
+    assert "the mean holds over 72 images or more" in capsys.readouterr().err

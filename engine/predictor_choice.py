@@ -1,0 +1,147 @@
+"""The predictor that does what the command line of predict.py asks for.
+
+choice = choose_predictor(arguments, path, network, batch_size)
+choice.predictor(images)
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.choosing import allowed_points, choose
+from adaptive_inference.fold import fold, folded_for
+from adaptive_inference.policies import Point, Policy, PolicyCurve, policy_path, read_policy
+from adaptive_inference.predictor import AdaptivePredictor
+from adaptive_inference.promises.deadlines import (
+    HORIZON_CALLS,
+    HORIZON_IMAGES,
+    AnytimePredictor,
+    BudgetPredictor,
+)
+from adaptive_inference.promises.risk import LEVEL, MaxLoss
+from adaptive_inference.promises.timing import BlockTimes, measure_blocks
+from models import ExitNetwork
+
+DEFAULT_SHARE = 0.5  # of all operations
+
+
+class Choice(NamedTuple):
+    """A predictor with a description of what decides who leaves: ``about`` for JSON, ``line`` for people."""
+
+    predictor: AdaptivePredictor
+    about: dict[str, Any]
+    line: str
+
+
+def choose_predictor(
+    arguments: argparse.Namespace, path: Path, network: ExitNetwork, batch_size: int
+) -> Choice:
+    """Return the predictor for what the command line asks for.
+
+    Args:
+        arguments: of predict.py.
+        path: of the network's file, beside which its policies are.
+        network: with its description, on its device.
+        batch_size: images at a time.
+
+    Raises:
+        UserError: what is asked for is impossible; the line says what is possible.
+    """
+    source = arguments.policy or policy_path(path)
+    is_needed = arguments.policy or arguments.rule or _asks_for_point(arguments)
+    curve = read_policy(source) if is_needed or source.exists() else None
+    folded = fold(network) if curve is None else folded_for(network, curve, source)
+    if arguments.deadline is not None:
+        return _by_deadline(folded, curve, arguments.deadline, batch_size)
+    if curve is None:
+        policy = _whole_network(folded)
+        line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
+        return Choice(AdaptivePredictor(folded, policy), _about(policy), line)
+    if arguments.budget is not None and arguments.budget.unit == "ms":
+        return _by_milliseconds(folded, curve, arguments, batch_size)
+    return _by_operations(folded, curve, arguments)
+
+
+def _asks_for_point(arguments: argparse.Namespace) -> bool:
+    return any(wish is not None for wish in (arguments.budget, arguments.accuracy, arguments.max_loss))
+
+
+def _by_deadline(network: ExitNetwork, curve: PolicyCurve | None, deadline: float, batch_size: int) -> Choice:
+    policy, timing = _whole_network(network), _measure(network, batch_size)
+    if curve is not None:  # for its temperatures or ensemble
+        policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
+    line = f"each batch of {batch_size} gets the last exit that ends within {deadline:g} ms; {timing}"
+    predictor = AnytimePredictor(network, deadline, timing, policy)
+    return Choice(predictor, _about(policy, deadline_milliseconds=deadline), line)
+
+
+def _by_milliseconds(
+    network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace, batch_size: int
+) -> Choice:
+    timing, promise = _measure(network, batch_size), _promise(arguments)
+    points = allowed_points(curve, arguments.accuracy, promise, arguments.rule)
+    predictor = BudgetPredictor(network, points, arguments.budget.amount, timing)
+    expected = timing.milliseconds(predictor.point.shares)
+    note = (
+        f"; {expected:.3g} ms per image expected ({timing}); the policy changes with the time really spent, "
+        f"and the mean holds over {HORIZON_IMAGES + HORIZON_CALLS * batch_size} images or more"
+    )
+    return _choice_of_point(predictor, predictor.point, curve, promise, note)
+
+
+def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace) -> Choice:
+    promise, note = _promise(arguments), ""
+    if _asks_for_point(arguments):
+        operations = None
+        if arguments.budget is not None:
+            unit = 1e6 if arguments.budget.unit == "M" else curve.operations[-1] / 100
+            operations = arguments.budget.amount * unit
+        point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=promise, rule=arguments.rule)
+    else:
+        point = curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
+        note = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
+    return _choice_of_point(AdaptivePredictor(network, point.policy), point, curve, promise, note)
+
+
+def _promise(arguments: argparse.Namespace) -> MaxLoss | None:
+    if arguments.max_loss is None:
+        return None
+    level = LEVEL if arguments.confidence_level is None else arguments.confidence_level
+    return MaxLoss(arguments.max_loss, level, arguments.disagreement)
+
+
+def _choice_of_point(
+    predictor: AdaptivePredictor, point: Point, curve: PolicyCurve, promise: MaxLoss | None, note: str
+) -> Choice:
+    about = {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
+    if promise is not None:
+        about["promise"], note = str(promise), f"{note}; certain to {promise}"
+    images = "held-out images" if curve.num_images is None else f"{curve.num_images:,} held-out images"
+    line = (
+        f"policy {point.p} of the {point.rule} rule: {point.val_acc1:.2f} % of {images} right with "
+        f"{point.operations / 1e6:.2f} M operations per image "
+        f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
+    )
+    return Choice(predictor, about | _about(point.policy), line)
+
+
+def _about(policy: Policy, deadline_milliseconds: float | None = None) -> dict[str, Any]:
+    return {
+        "measure": policy.measure,
+        "thresholds": policy.thresholds,
+        "deadline_milliseconds": deadline_milliseconds,
+    }
+
+
+def _whole_network(network: ExitNetwork) -> Policy:
+    return Policy((NONE_LEAVE,) * network.num_exits)
+
+
+def _measure(network: ExitNetwork, batch_size: int) -> BlockTimes:
+    size, device = network.description.data.image_size, next(network.parameters()).device
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+    return measure_blocks(network, images, batch_size)

@@ -1,0 +1,116 @@
+r"""Rows of predictions as a table, CSV or JSON, written as they come to standard output or into a file.
+
+with open_output(None) as stream:
+    writer = WRITERS["csv"](stream, class_names, about={"model": "..."})
+    writer.rows([{"file": "a.png", ...}])
+    writer.end({"images": 1})
+
+Where the output's encoding lacks a character, the table and CSV have an escape such as ``\xe9``, JSON one
+such as ``\u00e9``.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from utils import UserError, atomic_write, one_line
+
+COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_milliseconds")
+
+
+class _Writer:
+    """Base class: a format without a place for ``about`` and for the summary drops them."""
+
+    stream: IO[str]
+    row: Callable[[dict], object]
+
+    def rows(self, rows: list[dict]) -> None:
+        """Write rows at once."""
+        for row in rows:
+            self.row(row)
+        self.stream.flush()
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Write what follows the last row."""
+
+
+class _Table(_Writer):
+    """Columns of fixed width; the file, of any length, comes last."""
+
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        self.stream, self.width = stream, min(max(map(len, class_names)), 30)
+        stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
+
+    def row(self, row: dict) -> None:
+        """Write a row."""
+        name, file = one_line(row["class"]), one_line(row["file"])  # which may not steer the terminal
+        self.stream.write(
+            f"{name:>{self.width}}  {row['confidence']:10.3f}  {row['exit']:4d}  "
+            f"{row['operations'] / 1e6:8.2f} M  {row['network_milliseconds']:10.2f}  {file}\n"
+        )
+
+
+class _Csv(_Writer):
+    """Comma-separated values, of ``COLUMNS`` alone."""
+
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        self.stream, self.row = stream, writer.writerow
+
+
+class _Json(_Writer):
+    """One object: ``about``'s entries, ``predictions``, one per line, and ``summary``."""
+
+    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+        self.stream, self.separator = stream, "\n"
+        self.is_ascii = not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+        stream.write(f'{self._text(about)[:-1]}, "predictions": [')
+
+    def row(self, row: dict) -> None:
+        """Write a row."""
+        self.stream.write(f"{self.separator} {self._text(row)}")
+        self.separator = ",\n"
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Write the summary."""
+        self.stream.write(f'\n], "summary": {self._text(summary)}}}\n')
+
+    def _text(self, content: dict[str, Any]) -> str:
+        return json.dumps(content, ensure_ascii=self.is_ascii, allow_nan=False)
+
+
+WRITERS = {"table": _Table, "csv": _Csv, "json": _Json}
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+    """Open a file, or standard output for None.
+
+    Raises:
+        UserError: it cannot be written, one line.
+        BrokenPipeError: the reader of standard output has closed it.
+    """
+    if path is not None:
+        with atomic_write(path) as stream:
+            yield stream
+        return
+    if sys.stdout is None:
+        raise UserError("standard output is closed; --output FILE writes the predictions to a file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What the stream still holds must not be tried again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"cannot write the predictions: {error.strerror}") from None
