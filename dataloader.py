@@ -8,7 +8,7 @@ for images, targets in data.test: ...
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +82,7 @@ def load_data(
     Args:
         settings: data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode, check_images,
             channels_last, and what ``Batches`` take.
-        device: of the batches.
+        device: device of the batches.
         shard: this process's share.
         stored: what a checkpoint remembers of its data: the classes must be the same.
         split: that of the checkpoint, which is taken over; training images that it does not know are left
@@ -93,43 +93,34 @@ def load_data(
         UserError: missing or empty folders, unreadable images, classes that differ between the parts, an
             impossible split, other data than the checkpoint's.
     """
-    shard, (held_out, digests) = shard or Shard(), split or (None, None)
     expected = stored or preprocessing
     image_size = settings.image_size or (expected.image_size if expected else _default_size(settings.data))
-    in_memory, test_alone = image_size <= LARGEST_IN_MEMORY, settings.evalmode in TEST_ALONE
-    has_mean = expected is not None or settings.data in NORMALIZATION or not in_memory
-    only_test = test_alone and has_mean and settings.test_size is None
-    found = find_data_set(settings, image_size, stored, digests, only_test)
-    numbers = recognise(found, stored, digests)
-    if held_out is None:
-        held_out = _hold_out(found, settings, 0 if test_alone else settings.val_size)
-    is_held_out = torch.isin(numbers, held_out)
-    parts = {
-        "train": found.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
-        "val": found.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
-        "test": found.test,
-    }
-    notes = [*found.notes, *_notes(found, parts["train"], image_size)]
     crop_share = expected.crop_share if expected else default_crop_share(image_size)
     interpolation = expected.interpolation if expected else "bilinear"
+    found, parts, split = _find_and_split(settings, image_size, stored, split, has_mean=expected is not None)
+    notes = [*found.notes, *_notes(found, parts["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
-    if in_memory:
-        needed = ("train", "val", "test") if settings.evalmode is None or not has_mean else ("val", "test")
-        parts |= {name: _in_memory(parts[name], image_size, evaluation, settings, notes) for name in needed}
+    if image_size <= LARGEST_IN_MEMORY:
+        trains = settings.evalmode is None or not (expected or settings.data in NORMALIZATION)
+        for name in ("train", "val", "test") if trains else ("val", "test"):
+            parts[name] = _in_memory(parts[name], image_size, evaluation, settings, notes)
     _refuse_large_batch(settings, len(parts["train"]))
     mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    how = (Normalizer(mean, std, device, layout), shard)
-    training = TrainingTransform(image_size, settings.augment, interpolation)
-    transforms = evaluation, evaluation if settings.augment == "none" else training
-    batches = {
-        name: InMemoryBatches(part, settings, name == "train", *how)
-        if part.images is not None
-        else FileBatches(part, transforms, settings, name == "train", *how)
-        for name, part in parts.items()
-    }
+    normalize = Normalizer(mean, std, device, layout)
+    augmented = TrainingTransform(image_size, settings.augment, interpolation)
+    transforms = evaluation, evaluation if settings.augment == "none" else augmented
+
+    def batches(name: str) -> Batches:
+        how = (settings, name == "train", normalize, shard or Shard())
+        if parts[name].images is not None:
+            return InMemoryBatches(parts[name], *how)
+        return FileBatches(parts[name], transforms, *how)
+
+    train, val, test = map(batches, ("train", "val", "test"))
     if settings.check_images:
-        _check(batches.values(), settings.skip_unreadable, notes)
+        _check((train, val, test), settings.skip_unreadable, notes)
+    knows = stored is not None and stored.knows_training_images  # its split refers to its own images
     info = DataInfo(
         name=settings.data,
         class_names=found.class_names,
@@ -138,13 +129,32 @@ def load_data(
         interpolation=interpolation,
         mean=list(mean),
         std=list(std),
-        num_training_images=len(found.train),
-        fingerprint=found.fingerprint,
+        num_training_images=stored.num_training_images if knows else len(found.train),
+        fingerprint=stored.fingerprint if knows else found.fingerprint,
     )
-    if stored is not None and stored.knows_training_images:  # what its split refers to
-        info = replace(info, num_training_images=stored.num_training_images, fingerprint=stored.fingerprint)
-    split = Split(held_out, found.digests if digests is None else digests)
-    return Data(info, split, notes, found.sorted_by_name, **batches)
+    return Data(info, split, notes, found.sorted_by_name, train, val, test)
+
+
+def _find_and_split(
+    settings: Namespace, image_size: int, stored: DataInfo | None, split: Split | None, has_mean: bool
+) -> tuple[DataSet, dict[str, Part], Split]:
+    """Find the data set, and return it, its parts ``train``, ``val`` and ``test``, and its split."""
+    test_alone = settings.evalmode in TEST_ALONE
+    needs_no_mean = has_mean or settings.data in NORMALIZATION or image_size > LARGEST_IN_MEMORY
+    only_test = test_alone and needs_no_mean and settings.test_size is None
+    digests = None if split is None else split.names
+    found = find_data_set(settings, image_size, stored, digests, only_test)
+    numbers = recognise(found, stored, digests)
+    if split is None:
+        held_out = _hold_out(found, settings, 0 if test_alone else settings.val_size)
+        split = Split(held_out, found.digests)
+    is_held_out = torch.isin(numbers, split.held_out)
+    parts = {
+        "train": found.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
+        "val": found.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
+        "test": found.test,
+    }
+    return found, parts, split
 
 
 def _default_size(data: str) -> int:

@@ -41,7 +41,7 @@ class DataSet:
     """A data set before images are held out.
 
     Args:
-        names: of the training images, or one digest of all their pixels.
+        names: names of the training images, or one digest of all their pixels.
         notes: lines for the user.
         sorted_by_name: classes are numbered by the order of their folders' names, which another program may
             not share.

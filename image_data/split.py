@@ -21,7 +21,7 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
     Args:
         targets: (N,), of all training images.
         val_size: how many to hold out; None: ``HELD_OUT_SHARE``.
-        split_seed: of the draw.
+        split_seed: seed of the draw.
 
     Returns:
         Sorted indices.
@@ -67,7 +67,7 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
     Args:
         targets: (N,), of all images.
         test_size: a share below 1, or a number of images.
-        split_seed: of the draw.
+        split_seed: seed of the draw.
 
     Returns:
         Which images are test images, bool (N,). Every class with at least two images keeps one and gives one.

@@ -51,7 +51,7 @@ def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, 
 
     Args:
         num_images: N, at least 1.
-        seed: of this data set's own generator; another seed gives other images of the same kind.
+        seed: seed of this data set's own generator; another one gives other images of the same kind.
         image_size: height and width in pixels. Everything in the image scales with it.
 
     Returns:
@@ -68,14 +68,14 @@ def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, 
 
 
 def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
-    """Labels (n,) -> images, uint8 (n, 3, H, W)."""
+    """Draw images, uint8 (n, 3, H, W), of the classes ``labels`` (n,)."""
     n = len(labels)
 
     def uniform(low: float | Array, high: float | Array, *shape: int) -> Array:
         return (low + (high - low) * rng.random((n, *shape))).astype(np.float32)
 
     def harder(easy: float, hard: float) -> Array:
-        """One property (n,) between its easy and its hard end: the image's difficulty, loosely."""
+        """Return a property (n,) between its easy and its hard end, loosely by difficulty."""
         mixed = np.clip(difficulty + uniform(-0.2, 0.2), 0, 1)
         return easy + (hard - easy) * mixed
 
@@ -127,7 +127,7 @@ def _paint(canvas: Array, coverage: Array, colour: Array) -> None:
 
 
 def _directions(vectors: Array) -> Array:
-    """Random vectors (n, d) -> unit vectors (n, d)."""
+    """Scale random vectors (n, d) to unit vectors."""
     squares = vectors * vectors
     length = np.sqrt(sum(squares[:, i] for i in range(squares.shape[1])) + np.float32(1e-6))
     return vectors / length[:, None]
