@@ -1,4 +1,4 @@
-"""Golden cases in little space: outputs of the released networks, and what rebuilds the weights that gave them (``fixtures/README.md``)."""
+"""Golden cases: outputs of the released networks, and how their weights are rebuilt (fixtures/README.md)."""
 
 import functools
 import hashlib
@@ -33,7 +33,10 @@ PUBLISHED = {
 
 @functools.cache
 def golden_case(name: str) -> dict:
-    """Config, images, targets, outputs, the ``checkpoint`` with its weights, and ``gradients`` as sketches. Not to be changed."""
+    """Load config, images, targets, outputs, ``checkpoint`` with weights, and ``gradients`` as sketches.
+
+    Callers must not change them.
+    """
     case = torch.load(FIXTURES / f"{name}.pt", weights_only=True)
     stored = case.pop("stored")
     state = _drawn(case.pop("drawn"), case.pop("seed"))
@@ -50,7 +53,7 @@ def golden_case(name: str) -> dict:
 
 
 def _drawn(names_and_shapes: list, seed: int) -> dict[str, Tensor]:
-    """PyTorch's default initialisation of these in turn: uniform within 1 / sqrt(fan-in), for a bias that of its weight.
+    """Draw PyTorch's default initialisation: uniform within 1 / sqrt(fan-in), for a bias that of its weight.
 
     NumPy's ``RandomState`` has the same stream as ``torch.manual_seed``, and is frozen for good.
     """
@@ -70,7 +73,10 @@ def _drawn(names_and_shapes: list, seed: int) -> dict[str, Tensor]:
 
 
 def sketch(name: str, gradient: Tensor) -> Tensor:
-    """Norm of a gradient and its products with three vectors of random signs that belong to the parameter's name, float64 (4,)."""
+    """Return the norm of a gradient and its products with three vectors of random signs, float64 (4,).
+
+    The signs depend on the parameter's name.
+    """
     g = gradient.detach().double().flatten().numpy()
     signs = np.random.RandomState(zlib.crc32(name.encode())).randint(0, 2, size=(3, g.size)) * 2.0 - 1.0
     # Plain sums, not BLAS, whose order of summation depends on the number of threads.

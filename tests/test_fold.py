@@ -1,4 +1,7 @@
-"""Folding: which layers are folded and which are left alone. ``tests.contract`` compares folded networks with the originals."""
+"""Folding: which layers are folded and which are left alone.
+
+``tests.contract`` compares folded networks with the originals.
+"""
 
 import functools
 

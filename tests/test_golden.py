@@ -29,7 +29,7 @@ def assert_same(ours: Tensor | float, golden: Tensor | float) -> None:
 
 
 def assert_same_gradients(ours: dict[str, Tensor | None], golden: dict[str, list[float] | None]) -> None:
-    """Both by released name; golden ones are sketches of float32 tensors, and None where no gradient reaches."""
+    """Compare gradients by released name; golden ones are sketches, and None where no gradient reaches."""
     assert {name for name, gradient in ours.items() if gradient is not None} == {
         name for name, g in golden.items() if g is not None
     }
@@ -50,7 +50,10 @@ def assert_same_gradients(ours: dict[str, Tensor | None], golden: dict[str, list
 def five_steps(
     network: MSDNet | IMTA, settings: dict, forward: Callable[[], tuple[Tensor, list[Tensor]]]
 ) -> tuple[list[float], list[Tensor], dict[str, Tensor | None]]:
-    """Losses of five SGD steps on one batch; logits and gradients (by released name) of the first. ``forward`` gives (loss, logits)."""
+    """Return the losses of five SGD steps on one batch, and logits and gradients of the first.
+
+    ``forward`` returns (loss, logits). Gradients have their released names.
+    """
     names = {tensor.data_ptr(): name for name, tensor in to_released(network).items()}
     parameters = {names[p.data_ptr()]: p for p in network.parameters()}
     optimizer = torch.optim.SGD([p for p in parameters.values() if p.requires_grad], **settings)

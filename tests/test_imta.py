@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import IMTA, MSDNet
+from models.saved import build_network, network_options
 from tests.conftest import TINY_NETWORK
 
 
@@ -24,7 +25,7 @@ def test_without_isc_exits_are_independent(backbone, images):
 
 
 def test_boosted_exits_keep_their_boost(images):
-    """Each new classifier adds half of the logits of the exit before, as the backbone's did; False turns that off."""
+    """Each new classifier adds half of the logits of the exit before, as the backbone's did."""
     backbone = MSDNet(**TINY_NETWORK, boosted_exits=True)
     kept, dropped = (IMTA(backbone, isc=False, boosted=boosted).eval() for boosted in (None, False))
     dropped.load_state_dict(kept.state_dict())
@@ -33,6 +34,8 @@ def test_boosted_exits_keep_their_boost(images):
     assert (kept.boosted, kept.config["boosted"]) == (True, True)
     assert (dropped.boosted, "boosted" in dropped.config) == (False, False)
     assert not IMTA(MSDNet(**TINY_NETWORK)).boosted
+    assert build_network(network_options(kept)).boosted
+    assert not build_network(network_options(dropped)).boosted  # as in files from before there was a choice
 
 
 @pytest.mark.parametrize("cut", [True, False])

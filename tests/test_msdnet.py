@@ -82,7 +82,7 @@ def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():
 
 @pytest.mark.parametrize("scales", ["trunk", "coarsest"])
 def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
-    """The same pass written out, with hooks that multiply gradients: by 1 / (K - i + 1) before exit i of K, by K - i after it."""
+    """The same pass with hooks: they multiply by 1 / (K - i + 1) before exit i of K, by K - i after it."""
     network = MSDNet(**{**TINY_NETWORK, "num_blocks": 4}, gradient_equilibrium_scales=scales).double().eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -110,7 +110,7 @@ def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
 
 
 def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():
-    """On the trunk all scales of the first exit's gradient are divided; on the coarsest only, paths over finer scales are not."""
+    """Gradients over finer scales are divided by GE on the trunk, and left alone by GE on the coarsest."""
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     gradients = []
     for options in ({}, {"gradient_equilibrium_scales": "coarsest"}, {"gradient_equilibrium": False}):

@@ -1,4 +1,4 @@
-"""Operation counts of a network small enough to count by hand, and of stage 2; published ones are in test_golden.py."""
+"""Operation counts of a network small enough to count by hand, and of stage 2; see also test_golden.py."""
 
 import pytest
 
@@ -22,6 +22,10 @@ def test_one_scale_by_hand():
     )  # 1x1 to min(4, 1 * 6) channels, 3x3 to 6, each with its ReLU
     exit = 256 * (10 * 128 * 9 + 128) + 64 * (128 * 128 * 9 + 128) + 128 * 64 + 128 * 10 + 10
     assert count_operations(network, 32) == [stem + layer + exit]
+    activations = pixels * (4 + 4 + 6) + 256 * 128 + 64 * 128
+    pooling_and_bias = 128 * 64 + 10
+    multiply_adds = measure_cost(network, 32, multiply_adds_only=True).operations
+    assert multiply_adds == [stem + layer + exit - activations - pooling_and_bias]
 
 
 def test_stage_2_counts_links_and_new_classifiers_and_no_old_ones():

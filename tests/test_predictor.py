@@ -1,4 +1,4 @@
-"""Real early exit answers what the simulation answers: same exit, same class, for every image, and launches nothing needlessly."""
+"""Stopping early predicts what the simulation does, at the same exits, and runs nothing else."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ NONE, ALL = 1e8, -1e8
 
 
 def make_network(stage, **options):
-    """In double precision, so that no confidence is near a threshold by rounding; statistics that let the logits vary."""
+    """Make a network in float64: no confidence is near a threshold by rounding, and logits vary."""
     network = MSDNet(**{**TINY_NETWORK, **options})
     if stage == 2:
         network = IMTA(network)
@@ -42,7 +42,7 @@ def assert_same(prediction, expected):
 
 
 def quantile_policy(logits, share, measure="softmax"):
-    """Thresholds between two neighbouring confidences: ``share`` of all images are above at every exit but the last."""
+    """Make thresholds between two neighbouring confidences: ``share`` of all images are above them."""
     confidence = confidence_by_exit(logits, measure)[0].sort(dim=1).values
     rank = round((1 - share) * confidence.shape[1])
     middle = (confidence[:, rank - 1] + confidence[:, rank]) / 2

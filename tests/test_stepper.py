@@ -1,4 +1,4 @@
-"""A training step gives the same gradient however it is computed: in parts, in two processes, with less memory, fused or compiled."""
+"""A step gives the same gradient in parts, in two processes, with less memory, fused or compiled."""
 
 import functools
 import os
@@ -147,7 +147,7 @@ def test_checkpointed_activations_change_neither_gradients_nor_statistics():
 
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])
 def test_compiled_step_agrees(stage, monkeypatch):
-    """Compiled in one piece, which a new learning rate leaves as it is: a GPU captures it once (``reduce-overhead``)."""
+    """There is one graph, and a new learning rate does not compile again (or capture, on a GPU)."""
     # Tracing is what can fail on our networks; generating code takes minutes.
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
@@ -220,7 +220,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    """The same global batch, float64, gloo, batch normalisation by stored statistics: weights after a step of SGD."""
+    """Weights are the same after a step on the same global batch, in float64, with frozen BatchNorm."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WORKER]
     workers = [
