@@ -70,6 +70,8 @@ DEFAULTS: dict[str, Any] = {
     "check_images": False,
     "augment": "standard",
     # network
+    "arch": "msdnet",
+    "exits": 4,
     **asdict(NetworkOptions()),
     "small_inputs": None,
     # collaboration and distillation
@@ -83,6 +85,9 @@ DEFAULTS: dict[str, Any] = {
     "single_stage": False,
     "released": False,
     # optimisation
+    "optimizer": "sgd",
+    "pretrained_lr_factor": 0.1,
+    "freeze": "none",
     "lr_type": "multistep",
     "lr_milestones": None,
     "decay_rate": 0.1,
@@ -104,9 +109,14 @@ DEFAULTS: dict[str, Any] = {
     "sync_bn": False,
 }
 NETWORK_OPTIONS = tuple(asdict(NetworkOptions()))
+# Options that other networks than MSDNets have, too.
+OF_ANY_NETWORK = ("gradient_equilibrium", "boosted_exits")
+ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, unless they are typed.
 INHERITED = (
     *NETWORK_OPTIONS,
+    "arch",
+    "exits",
     "data",
     "data_root",
     "image_size",
@@ -121,6 +131,7 @@ RESUMABLE = {
     *("data_root", "save", "resume", "overwrite", "evalmode", "evaluate_from", "measure", "gpu"),
     *("print_freq", "save_every_steps", "save_every_minutes", "workers", "skip_unreadable", "check_images"),
 }
+LARGE_DATA = ("imagenet", "folder")
 IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
 # What a record says of these holds for the start it was written by alone.
 OF_ONE_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
@@ -294,7 +305,7 @@ class CommandLine:
         typed = self.typed if stored or inherited else _with_data_and_preset(self.typed)
         takes_other_data = self.stage == "GE" and {"preset", "data"} & self.typed.keys()
         if inherited and takes_other_data:
-            kept = (*NETWORK_OPTIONS, "image_size")
+            kept = (*NETWORK_OPTIONS, "arch", "exits", "image_size")
             inherited = {name: inherited[name] for name in kept if name in inherited}
         known = stored or inherited or {}
         self._check_images_are_there(known)
@@ -305,12 +316,15 @@ class CommandLine:
             base = self._of_preset_and_origin(typed, inherited or {})
         values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
         values["data_root"] = Path(values["data_root"])
-        if values["image_size"] is None and values["data"] in IMAGE_SIZES:
+        # The weights of other networks say which size they expect of images that can have any.
+        if values["image_size"] is None and (values["arch"] == "msdnet" or values["data"] not in LARGE_DATA):
             values["image_size"] = IMAGE_SIZES[values["data"]]
         if values["small_inputs"] is None and values["image_size"] is not None:
             values["small_inputs"] = values["image_size"] <= SMALL_IMAGES
         if values["lr_milestones"] is None:
             values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
+        if values["pretrained"] is None:
+            values["pretrained_lr_factor"] = 1.0
         return Namespace(**values)
 
     def refuse_changes(self, stored: dict[str, Any]) -> None:
@@ -326,7 +340,8 @@ class CommandLine:
         for name, value in self.typed.items():
             before = stored.get(name)
             if name == "pretrained":  # recorded as the file that was found
-                is_same = str(before).startswith(str(value.resolve())) or Path(str(before)).stem == str(value)
+                names = (str(before), Path(str(before)).stem)
+                is_same = str(value) in names or str(before).startswith(str(value.resolve()))
                 before = value if is_same else before
             if name not in RESUMABLE and name in stored and before != value:
                 way = "use a new --save"
@@ -354,6 +369,8 @@ class CommandLine:
         origin = self.typed.get("pretrained")
         if "save" in self.typed:
             return self.typed["save"]
+        if "arch" in self.typed and origin is not None and "preset" not in self.typed:
+            return Path("save") / self.typed["arch"].split("/")[-1] / self.stage
         if "preset" in self.typed or origin is None:
             return Path("save") / self.typed.get("preset", DEFAULTS["preset"]) / self.stage
         if origin.is_dir() or origin.name in ("best.safetensors", "last.pt"):
@@ -389,6 +406,8 @@ class CommandLine:
         values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage]}
         if typed.get("released"):
             values |= RELEASED_CHOICES
+        if typed.get("optimizer") == "adamw":
+            values["lr"] = ADAMW_LR
         if typed.get("data") == "folder":  # a preset does not know its number of images
             values["val_size"] = None
         return values | {name: inherited[name] for name in INHERITED if name in inherited}
@@ -434,6 +453,14 @@ def _mistake(typed: dict[str, Any]) -> str | None:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
     if typed.get("nesterov") and typed.get("momentum") == 0:
         return "--nesterov needs a --momentum above 0"
+    if typed.get("arch", "msdnet") != "msdnet":
+        for name in NETWORK_OPTIONS:
+            if name in typed and name not in OF_ANY_NETWORK:
+                return f"{flag_of(name)} is for --arch msdnet, not for --arch {typed['arch']}"
+    elif "exits" in typed:
+        return "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
+    if typed.get("compile", "auto") not in ("auto", "off") and typed.get("checkpoint_activations"):
+        return "--compile and --checkpoint-activations do not go together"
     if "evaluate_from" in typed and "evalmode" not in typed:
         return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
     return None
@@ -569,7 +596,8 @@ def _add_run(add: Callable) -> None:
         type=user_path,
         metavar="PATH",
         help="stage 1: weights to start from, with their classifiers where the classes are the same; stage 2: the stage-1 "
-        "network. Directory of a run, a file, or a name in weights/ (default: none; stage 2: the directory GE beside --save)",
+        "network. Directory of a run, a file, or a name in weights/; with --arch: DEFAULT or another name of the library's "
+        "weights, which are downloaded, or a file of weights (default: none; stage 2: the directory GE beside --save)",
     )
     add("--seed", type=_SEED, metavar="N", help="seed of initialisation, order and augmentation")
     add(
@@ -655,7 +683,18 @@ def _add_data(add: Callable) -> None:
 
 
 def add_network(add: Callable) -> None:
-    """Add the flags of an MSDNet."""
+    """Add the flags of networks: of any, and then of an MSDNet."""
+    add(
+        "--arch",
+        metavar="NAME",
+        help="msdnet, or a network of torchvision (mobilenet_v3_small) or timm (timm/NAME) that gets exits",
+    )
+    add(
+        "--exits",
+        type=exits,
+        metavar="N|PATH,PATH",
+        help="with --arch: number of exits, or the modules after which the early ones are, such as layer1,layer2",
+    )
     add("--nBlocks", dest="num_blocks", type=at_least(1), metavar="N", help="blocks, and so exits, K")
     add("--base", type=at_least(1), metavar="N", help="layers of the first block")
     add(
@@ -783,7 +822,30 @@ def _add_stage_2(add: Callable) -> None:
     )
 
 
+def exits(text: str) -> int | tuple[str, ...]:
+    """Convert a number of exits, or paths of modules with commas between them."""
+    return at_least(2)(text) if text.isdecimal() else tuple(text.split(","))
+
+
 def _add_optimisation(add: Callable) -> None:
+    add(
+        "--optimizer",
+        choices=["sgd", "adamw"],
+        type=str.lower,
+        help=f"adamw begins at --lr {ADAMW_LR} where none is given",
+    )
+    add(
+        "--pretrained-lr-factor",
+        type=in_range(0),
+        metavar="F",
+        help="with --pretrained and --arch: the learning rate of pretrained parameters is F times that of new ones",
+    )
+    add(
+        "--freeze",
+        choices=["none", "backbone"],
+        type=str.lower,
+        help="backbone: with --arch, train the exits alone",
+    )
     add("--lr-type", choices=["multistep", "cosine"], type=str.lower, help="learning rate after the warm-up")
     add(
         "--lr-milestones",

@@ -34,6 +34,7 @@ from engine.trainer import FEW_IMAGES, train
 from models import Description, ExitNetwork, count_operations
 from models.files import find
 from models.saved import DataInfo, Split, build_network, load_weights, network_options
+from models.zoo import Preprocessing
 from utils import UserError, complain, in_words, one_line
 
 # Compile only above this many forward operations per process; below it, compiling costs more than it saves.
@@ -60,7 +61,15 @@ class Stage(ABC):
             UserError, OSError: It is not there, cannot be read, or is another network than the flags say.
         """
         path = command.typed.get("pretrained")
-        return None if path is None else load_saved(path, command.typed)
+        if (
+            path is None or command.typed.get("arch", "msdnet") != "msdnet"
+        ):  # then it names weights of a library
+            return None
+        return load_saved(path, command.typed)
+
+    def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:
+        """Return what the weights to start from expect of images, None to start from scratch."""
+        return origin.data if origin else None
 
     @abstractmethod
     def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
@@ -322,10 +331,11 @@ def stage_1_run(command: CommandLine) -> Path:
 
 def _data_to_start(stage: Stage, session: Session, origin: Saved | None) -> Data:
     """Read the images; those that were held out from the network a run starts from stay so, because it knows the others."""
+    preprocessing = stage.preprocessing(session.settings, origin)
     if origin is None:
-        return _read(session)
+        return _read(session, preprocessing=preprocessing)
     if stage.may_change_data:
-        data = _read(session)
+        data = _read(session, preprocessing=preprocessing)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
@@ -334,12 +344,17 @@ def _data_to_start(stage: Stage, session: Session, origin: Saved | None) -> Data
     return data
 
 
-def _read(session: Session, stored: DataInfo | None = None, split: Split | None = None) -> Data:
+def _read(
+    session: Session,
+    stored: DataInfo | None = None,
+    split: Split | None = None,
+    preprocessing: DataInfo | Preprocessing | None = None,
+) -> Data:
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
     where = f" in {settings.data_root}" * (settings.data != "demo")
     with session.log.waiting(f"reading the images{of}{where}"):
-        return load_data(settings, processes.device, processes.shard, stored, split)
+        return load_data(settings, processes.device, processes.shard, stored, split, preprocessing)
 
 
 def _operations(network: ExitNetwork, image_size: int) -> list[int]:

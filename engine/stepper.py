@@ -21,8 +21,35 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from engine.device import keep_freed_memory
 from engine.distributed import Processes
+from models import ExitNetwork
 from models.layers import frozen_statistics
 from utils import UserError
+
+
+def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Optimizer:
+    """Build the optimiser of the parameters that require a gradient.
+
+    Those that came with pretrained weights are a group of their own, whose learning rate is ``lr_factor`` times the others'.
+
+    Args:
+        objective: Its ``network``, if it has one, knows its pretrained parameters.
+        settings: optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer, pretrained_lr_factor.
+    """
+    network = getattr(objective, "network", None)
+    pretrained = (
+        {id(p) for p in network.pretrained_parameters()} if isinstance(network, ExitNetwork) else set()
+    )
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in pretrained], "lr_factor": 1.0},
+        {"params": [p for p in trained if id(p) in pretrained], "lr_factor": settings.pretrained_lr_factor},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # One kernel, which takes the learning rate of the step: it is no part of what is captured, so a new rate captures nothing again.
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": settings.fused_optimizer}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **common)
+    return torch.optim.SGD(groups, **common, momentum=settings.momentum, nesterov=settings.nesterov)
 
 
 class Stepper:
@@ -44,15 +71,7 @@ class Stepper:
         if settings.sync_bn and processes.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-            # One kernel. The learning rate is its argument, so a new one does not compile or capture again.
-            fused=settings.fused_optimizer,
-        )
+        self.optimizer = make_optimizer(objective, settings)
         self.was_skipped = False
         self.objective = objective
         self._model: nn.Module | None = None
@@ -83,7 +102,7 @@ class Stepper:
         """
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         parts = list(
             zip(
                 images.tensor_split(self.settings.accumulate),

@@ -6,6 +6,7 @@ A stage brings the objective, a module ``(images, targets) -> (losses (N,), logi
 learns.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -185,6 +186,8 @@ class Trainer:
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self._awaited(self.data.train.epoch(progress.epoch, progress.step), requests):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
+            # Dropout and the like are then a function of the step, also in a run that was resumed.
+            torch.manual_seed(_step_seed(settings.seed, progress, self.session.processes.rank))
             with self._announced(requests):
                 self.stepper.step(images, targets, rate, self.meters.update)
             if self.average is not None:
@@ -372,6 +375,11 @@ class Trainer:
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
+
+
+def _step_seed(seed: int, progress: Progress, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed} {progress.epoch} {progress.step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _rounded(value: Any) -> Any:
