@@ -2,10 +2,13 @@
 
     command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
     command.typed                # {"preset": "cifar100", "lr": 0.2}
-    settings = command.settings()  # every setting of the run: what was typed, over the preset, over the defaults
+    settings = command.settings()  # every setting of the run: what was typed, over the preset, over the
+    defaults
 
-The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the names
-behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add an option, add
+The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the
+names
+behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add an
+option, add
 its default to ``DEFAULTS`` and its flag below.
 """
 
@@ -176,8 +179,10 @@ _BATCH_128_NESTEROV = {"batch_size": 128, "lr_type": "cosine", "weight_decay": 5
 _BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
 _BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60.0)}
 
-# Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and the 7-exit network,
-# yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours: demo, folder, finetune and
+# Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and
+# the 7-exit network,
+# yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours:
+# demo, folder, finetune and
 # cifar100-boosted, the recipe of results/30_epochs with what gained beyond the paper.
 PRESETS = {
     "demo": {
@@ -243,7 +248,8 @@ _EXAMPLES = """\
 examples:
   python train_{stage}.py                                     the embedded demo, minutes on a CPU
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
-  python train_{stage}.py --data-root photos                  your own images: photos/train/CLASS/*.jpg, photos/test/CLASS/*.jpg
+  python train_{stage}.py --data-root photos                  your own images: photos/train/CLASS/*.jpg,
+  photos/test/CLASS/*.jpg
 
 A preset takes the place of the defaults shown, and flags take the place of the preset.
 """
@@ -273,7 +279,8 @@ class CommandLine:
 
     Attributes:
         stage: ``GE`` or ``IMTA``.
-        typed: Values of the flags that were typed, and what follows from them alone: the data set of ``--data-root``, and
+        typed: Values of the flags that were typed, and what follows from them alone: the data set of
+            ``--data-root``, and
             the preset of a data set.
         argv: The words of the command line.
     """
@@ -295,12 +302,15 @@ class CommandLine:
         """Resolve every setting of a run: what was typed, over a record, over the preset, over the defaults.
 
         Args:
-            stored: Settings in the record of a checkpoint to resume or to evaluate; they take the place of the preset.
-            inherited: Settings in the record of the network to start from; its preset, data and network options hold here
+            stored: Settings in the record of a checkpoint to resume or to evaluate; they take the place of
+                the preset.
+            inherited: Settings in the record of the network to start from; its preset, data and network
+                options hold here
                 too. Where stage 1 takes other data, only the network's options and the image size do.
 
         Raises:
-            UserError: The preset is not stage 1's, the held-out split is not the checkpoint's, or the images are gone.
+            UserError: The preset is not stage 1's, the held-out split is not the checkpoint's, or the images
+                are gone.
         """
         typed = self.typed if stored or inherited else _with_data_and_preset(self.typed)
         takes_other_data = self.stage == "GE" and {"preset", "data"} & self.typed.keys()
@@ -359,7 +369,8 @@ class CommandLine:
         """
         if stored.get("data") == "demo" and "data_root" in self.typed:
             raise UserError(
-                f"the run in {self.save_directory} was trained on the demo's images, not on those in --data-root "
+                f"the run in {self.save_directory} was trained on the demo's images, not on those in "
+                "--data-root "
                 f"{self.typed['data_root']}; --save names the run's directory"
             )
 
@@ -393,7 +404,8 @@ class CommandLine:
             if name in known and self.typed.get(name, before) != before:
                 given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
-                    f"the checkpoint's images were held out {given}, not with {self.typed[name]}; they stay so"
+                    f"the checkpoint's images were held out {given}, not with {self.typed[name]}; they stay "
+                    "so"
                 )
 
     def _of_preset_and_origin(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
@@ -421,7 +433,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
         argv: The words after the program's name; None reads ``sys.argv``.
 
     Raises:
-        SystemExit: With status 2 and one line, for a flag or value that is not allowed; with status 0 after --help.
+        SystemExit: With status 2 and one line, for a flag or value that is not allowed; with status 0 after
+            --help.
     """
     parser = build_parser(stage)
     typed = vars(parser.parse_args(argv))
@@ -437,7 +450,7 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
 
 
 def _with_data_and_preset(typed: dict[str, Any]) -> dict[str, Any]:
-    """Return what was typed with the data set that follows from --data-root, and the preset that follows from the data set."""
+    """Return what was typed, with the data set and the preset that follow from --data-root and --data."""
     typed = dict(typed)
     if "data_root" in typed and not {"data", "preset"} & typed.keys():
         typed["data"] = "folder"
@@ -467,7 +480,7 @@ def _mistake(typed: dict[str, Any]) -> str | None:
 
 
 def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a record with their types: a file holds lists for tuples, and names of options that are gone."""
+    """Return the settings in a record in the types of flags; a file holds lists for tuples."""
     settings = {name: value for name, value in recipe.items() if name in DEFAULTS}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
@@ -484,7 +497,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if action.dest not in DEFAULTS or "(default:" in text:
             return text
-        return f"{text} (default: {_shown(DEFAULTS[action.dest])}{', or by preset' * (action.dest in _BY_PRESET)})"
+        by_preset = ", or by preset" if action.dest in _BY_PRESET else ""
+        return f"{text} (default: {_shown(DEFAULTS[action.dest])}{by_preset})"
 
 
 def _shown(value: Any) -> str:
@@ -535,13 +549,15 @@ def _add_common(add: Callable) -> None:
         "--data",
         choices=["demo", "cifar10", "cifar100", "imagenet", "folder"],
         type=str.lower,
-        help="data set; folder: images in train/CLASS/ (default: folder with --data-root, else that of the preset)",
+        help="data set; folder: images in train/CLASS/ (default: folder with --data-root, else that of the "
+        "preset)",
     )
     add(
         "--data-root",
         type=user_path,
         metavar="DIR",
-        help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; without --data and --preset its folders "
+        help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; without --data and "
+        "--preset its folders "
         "are the classes",
     )
     add(
@@ -563,8 +579,10 @@ def _add_common(add: Callable) -> None:
         const="dynamic",
         choices=["anytime", "dynamic", "runtime"],
         type=str.lower,
-        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when no mode is given), "
-        "or measured time of the policies that dynamic wrote (runtime) (default: train, then anytime and dynamic)",
+        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when "
+        "no mode is given), "
+        "or measured time of the policies that dynamic wrote (runtime) (default: train, then anytime and "
+        "dynamic)",
     )
     add("--epochs", type=at_least(1, MAX_EPOCHS), metavar="N", help="passes over the training images")
     add(
@@ -588,16 +606,20 @@ def _add_run(add: Callable) -> None:
         "--measure",
         choices=MEASURES,
         type=str.lower,
-        help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin of the two "
+        help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin "
+        "of the two "
         "largest, or how many exits in a row agree (patience)",
     )
     add(
         "--pretrained",
         type=user_path,
         metavar="PATH",
-        help="stage 1: weights to start from, with their classifiers where the classes are the same; stage 2: the stage-1 "
-        "network. Directory of a run, a file, or a name in weights/; with --arch: DEFAULT or another name of the library's "
-        "weights, which are downloaded, or a file of weights (default: none; stage 2: the directory GE beside --save)",
+        help="stage 1: weights to start from, with their classifiers where the classes are the same; stage "
+        "2: the stage-1 "
+        "network. Directory of a run, a file, or a name in weights/; with --arch: DEFAULT or another name of "
+        "the library's "
+        "weights, which are downloaded, or a file of weights (default: none; stage 2: the directory GE "
+        "beside --save)",
     )
     add("--seed", type=_SEED, metavar="N", help="seed of initialisation, order and augmentation")
     add(
@@ -627,7 +649,8 @@ def _add_run(add: Callable) -> None:
     add(
         "--released",
         action="store_true",
-        help="the choices of the released program where it differs from the paper (its bugs left out); such a flag beside it "
+        help="the choices of the released program where it differs from the paper (its bugs left out); such "
+        "a flag beside it "
         "still counts",
     )
 
@@ -643,14 +666,16 @@ def _add_data(add: Callable) -> None:
         "--val-size",
         type=at_least(0),
         metavar="N",
-        help="training images held out to choose the best epoch and the thresholds (default: 1000, CIFAR 5000, ImageNet "
+        help="training images held out to choose the best epoch and the thresholds (default: 1000, CIFAR "
+        "5000, ImageNet "
         "50000, folders 10 %%)",
     )
     add(
         "--test-size",
         type=share_or_count,
         metavar="N",
-        help="split test images off, for folders without test/ and val/: a share such as 20%% of every class, or a number "
+        help="split test images off, for folders without test/ and val/: a share such as 20%% of every "
+        "class, or a number "
         "(default: those in test/ or val/)",
     )
     add("--split-seed", type=_SEED, metavar="N", help="seed of the choice of held-out and test images")
@@ -665,7 +690,8 @@ def _add_data(add: Callable) -> None:
     add(
         "--skip-unreadable",
         action="store_true",
-        help="continue without images that cannot be read: in training the next one of the epoch takes the place, in "
+        help="continue without images that cannot be read: in training the next one of the epoch takes the "
+        "place, in "
         "evaluation they are left out",
     )
     add(
@@ -677,7 +703,8 @@ def _add_data(add: Callable) -> None:
         "--augment",
         choices=["standard", "trivial", "randaugment", "none"],
         type=str.lower,
-        help="standard: padded random crop (small images) or random resized crop, and flip; trivial, randaugment: "
+        help="standard: padded random crop (small images) or random resized crop, and flip; trivial, "
+        "randaugment: "
         "TrivialAugment or RandAugment after that, image by image: on a GPU that is slow for small images",
     )
 
@@ -693,7 +720,8 @@ def add_network(add: Callable) -> None:
         "--exits",
         type=exits,
         metavar="N|PATH,PATH",
-        help="with --arch: number of exits, or the modules after which the early ones are, such as layer1,layer2",
+        help="with --arch: number of exits, or the modules after which the early ones are, such as "
+        "layer1,layer2",
     )
     add("--nBlocks", dest="num_blocks", type=at_least(1), metavar="N", help="blocks, and so exits, K")
     add("--base", type=at_least(1), metavar="N", help="layers of the first block")
@@ -754,7 +782,8 @@ def add_network(add: Callable) -> None:
     add(
         "--small-inputs",
         action=BooleanOptionalAction,
-        help=f"stem and exits of the CIFAR networks, not of the ImageNet ones (default: up to {SMALL_IMAGES} pixels)",
+        help=f"stem and exits of the CIFAR networks, not of the ImageNet ones (default: up to {SMALL_IMAGES} "
+        "pixels)",
     )
     add(
         "--gradient-equilibrium",
@@ -838,7 +867,8 @@ def _add_optimisation(add: Callable) -> None:
         "--pretrained-lr-factor",
         type=in_range(0),
         metavar="F",
-        help="with --pretrained and --arch: the learning rate of pretrained parameters is F times that of new ones",
+        help="with --pretrained and --arch: the learning rate of pretrained parameters is F times that of "
+        "new ones",
     )
     add(
         "--freeze",
@@ -863,7 +893,8 @@ def _add_optimisation(add: Callable) -> None:
         "--ema-decay",
         type=in_range(0, 1),
         metavar="D",
-        help="evaluate and keep an exponential moving average of the weights, with this decay per step (default: the weights "
+        help="evaluate and keep an exponential moving average of the weights, with this decay per step "
+        "(default: the weights "
         "themselves)",
     )
     add("--clip-grad", type=above(0), metavar="NORM", help="clip the gradient's norm (default: no clipping)")
@@ -893,7 +924,8 @@ def _add_speed(add: Callable) -> None:
         "--compile",
         choices=["auto", "off", "default", "reduce-overhead", "max-autotune"],
         type=str.lower,
-        help="torch.compile of the training step, which takes minutes the first time; auto: when the training is long enough to "
+        help="torch.compile of the training step, which takes minutes the first time; auto: when the "
+        "training is long enough to "
         "pay for it; reduce-overhead: with CUDA graphs",
     )
     add(
@@ -904,5 +936,6 @@ def _add_speed(add: Callable) -> None:
     add(
         "--sync-bn",
         action=BooleanOptionalAction,
-        help="batch normalisation over all GPUs of torchrun together; they wait for each other at every layer",
+        help="batch normalisation over all GPUs of torchrun together; they wait for each other at every "
+        "layer",
     )

@@ -1,4 +1,4 @@
-"""Trained networks by ``torch.hub``: evaluation mode, with a ``description`` of their classes and preprocessing.
+"""Trained networks by ``torch.hub``: in evaluation mode, with a ``description``.
 
 network = torch.hub.load(REPOSITORY, "imta_cifar100")                      # of GitHub
 network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")   # offline

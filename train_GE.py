@@ -10,7 +10,8 @@ Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum o
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy program.
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
 
 import sys
@@ -37,6 +38,7 @@ class JointTraining(nn.Module):
         self.network, self.label_smoothing = network, settings.label_smoothing
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute losses and logits of images (N, 3, H, W) with targets (N,)."""
         logits = self.network(images)
         return sum_of_cross_entropies(logits, targets, self.label_smoothing), torch.stack(logits, dim=1)
 
@@ -49,7 +51,9 @@ class Stage1(Stage):
     next_command = "train_IMTA.py --pretrained"
 
     def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
-        """Build the network the flags describe; with an ``origin`` its weights, those of classifiers only where the classes are the same.
+        """Build the network that the flags describe, or that of ``origin`` with its weights.
+
+        Weights of classifiers are taken over only where the classes are the same.
 
         Raises:
             UserError: The combination of options is impossible.

@@ -1,4 +1,4 @@
-"""Stage 2: new classifiers with Inline Subnetwork Collaboration and One-for-all distillation on a frozen stage-1 network.
+"""Stage 2: new classifiers with ISC and One-for-all distillation on a frozen stage-1 network.
 
     python train_IMTA.py                                                # the embedded demo, after train_GE.py
     python train_IMTA.py --pretrained save/cifar100/GE --save save/cifar100/IMTA
@@ -9,7 +9,8 @@ Network, data and held-out split are those of the stage-1 checkpoint.
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy program.
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
 
 import hashlib
@@ -36,7 +37,8 @@ class Distillation(nn.Module):
     def __init__(self, network: IMTA, settings: Namespace):
         super().__init__()
         self.network = network
-        # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed precision.
+        # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed
+        # precision.
         is_constant = network.freeze_batchnorm
         self.frozen = (
             fold(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
@@ -49,6 +51,7 @@ class Distillation(nn.Module):
         }
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute losses and logits of images (N, 3, H, W) with targets (N,)."""
         features = self.network.features(images) if self.frozen is None else self._frozen_features(images)
         logits = self.network.classify(features)
         teacher_logits = self.network.teacher_logits(features, logits)
@@ -62,7 +65,7 @@ class Distillation(nn.Module):
 
 
 class Stage2(Stage):
-    """The training of new classifiers on a frozen stage-1 network; in the single-stage variant everything learns at once."""
+    """The training of new classifiers on a frozen stage-1 network; single-stage: of everything."""
 
     name = "IMTA"
     next_command = "predict.py photo.jpg --model"
@@ -84,7 +87,8 @@ class Stage2(Stage):
         """Build new classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
             raise UserError(
-                f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has {len(data.class_names)}"
+                f"{origin.path} has {origin.network.num_classes} classes, the data set {data.name} has "
+                f"{len(data.class_names)}"
             )
         return IMTA(
             origin.network if origin else Stage1().make_network(settings, data, None),
@@ -99,7 +103,7 @@ class Stage2(Stage):
         return Distillation(network, settings)
 
     def frozen_digest(self, network: IMTA) -> str | None:
-        """Return a digest of the frozen backbone's parameters, and of its buffers unless BatchNorm may move; None if nothing is frozen."""
+        """Return a digest of what is frozen, None if nothing is; BatchNorm that may move is left out."""
         if not network.freeze_backbone:
             return None
         tensors = (
@@ -123,7 +127,7 @@ class Stage2(Stage):
         return " + ".join(["single stage" if settings.single_stage else "stage 2", *parts])
 
     def share_of_work(self, settings: Namespace) -> float:
-        """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled (``benchmarks.training_speed``)."""
+        """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The files of a run: ``best.safetensors`` (``models.saved``), and ``last.pt``, from which the run itself goes on.
+"""The files of a run: ``best.safetensors`` (``models.saved``) and ``last.pt``, from which the run resumes.
 
 saved = load_saved(path, {})
 save_checkpoint(path, state)
@@ -91,7 +91,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
 
     Raises:
-        UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this version of the project.
+        UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this
+            version of the project.
     """
     try:
         state = read_checkpoint(path)
@@ -99,11 +100,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(str(error)) from None
     if state.get("format") == "imta-msdnet run 2":
         raise UserError(
-            f"{path} was written by an earlier version: an unfinished training is finished with the code it began with; "
+            f"{path} was written by an earlier version: an unfinished training is finished with the code it "
+            "began with; "
             f"convert a finished run: {convert_command(path.parent)}"
         )
     if state.get("format") != FORMAT:
-        raise UserError(f"{path} is no run of this version of the project to go on from")
+        raise UserError(f"{path} is no run of this version of the project")
     with damage_named(path):
         if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - state.keys():
             raise KeyError(*missing)
@@ -113,7 +115,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Within the block, what the content of the file at ``path`` makes fail is a ``UserError`` that names it."""
+    """Turn errors in the block, which the content of the file at ``path`` causes, into a ``UserError``."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -11,7 +11,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
 from models.files import SUFFIX
 from models.options import NETWORK_FIELDS
-from models.released import PUBLISHED_NAMES, is_network_file, read_checkpoint
+from models.released import PUBLISHED_NAMES, STATE_DICTS, is_network_file, read_checkpoint
 from models.saved import (
     FORMAT,
     DataInfo,
@@ -71,7 +71,8 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
     """Convert the file or the run that ``arguments.input`` names; yield a line about each file.
 
     Raises:
-        UserError, OSError, ValueError: One line: a file is missing, damaged or of another kind, or --classes is missing.
+        UserError, OSError, ValueError: One line: a file is missing, damaged or of another kind, or --classes
+            is missing.
     """
     path, output = arguments.input, arguments.output
     if path.is_dir():
@@ -85,11 +86,12 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
         if str(checkpoint.get("format")).startswith("imta-msdnet run"):
             yield _convert_last(path, output or path)
         else:
-            yield _convert_released(path, output or path.with_name(_stem(path) + SUFFIX), arguments)
+            output = output or path.with_name(_stem(path) + SUFFIX)
+            yield _convert_released(checkpoint, path, output, arguments)
 
 
 def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
-    """Convert the network, the policies and the checkpoint of a run; other files are copied where the folder is a new one."""
+    """Convert the files of a run, and copy the others where the folder is a new one."""
     if not old.best.exists():
         raise UserError(f"{old.path} holds no {old.best.name}: it is no run of this project")
     yield _convert_network(old.best, new.best)
@@ -154,12 +156,13 @@ def _convert_last(path: Path, output: Path) -> str:
     return f"finished run: {output}"
 
 
-def _convert_released(path: Path, output: Path, arguments: argparse.Namespace) -> str:
+def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: argparse.Namespace) -> str:
     flags = {flag: getattr(arguments, flag) for flag in PUBLISHED_NAMES if hasattr(arguments, flag)}
     network = load_released(path, gradient_equilibrium=arguments.gradient_equilibrium, **flags)
     if arguments.classes is None:
         raise UserError(
-            f"{path} is of a released program, which stores no class names: give --classes FILE, one name a line, or the "
+            f"{path} is of a released program, which stores no class names: give --classes FILE, one name a "
+            "line, or the "
             "folder that holds a folder for each class"
         )
     options = network.config.get("backbone", network.config)
@@ -186,11 +189,14 @@ def _convert_released(path: Path, output: Path, arguments: argparse.Namespace) -
         commit=None,
     )
     save_network(output, network, description, Split.unknown())
-    return f"network: {output}"
+    found = [key for key in STATE_DICTS if isinstance(checkpoint.get(key), Mapping)]
+    others = [key for key in checkpoint if "ema" in str(key).lower() or "average" in str(key).lower()]
+    taken = f", from {found[0]!r}, not from {others[0]!r}" if found and others else ""
+    return f"network: {output}{taken}"
 
 
 def read_class_names(path: Path, count: int) -> list[str]:
-    """Read the names of ``count`` classes from a file with one name a line, or from the names of the folders in a folder.
+    """Read the names of ``count`` classes from a file, one name a line, or from the folders in a folder.
 
     Two classes may have the same name; a byte order mark is no part of a name.
 
@@ -230,7 +236,8 @@ def _parser() -> CommandLineParser:
     parser = CommandLineParser(
         prog="engine.convert",
         usage="python -m engine.convert INPUT [OUTPUT] [flags]",
-        description="Convert a released checkpoint, or a file or run of this project's format 2, to today's files. "
+        description="Convert a released checkpoint, or a file or run of this project's format 2, to today's "
+        "files. "
         "An unfinished training is finished with the code it began with.",
         allow_abbrev=False,
     )

@@ -62,15 +62,17 @@ class RunDirectory:
         """Raise a ``UserError`` if something was trained here."""
         if self.holds_run():
             raise UserError(
-                f"{self.path} holds a run; --resume continues it, --overwrite starts again, --save DIR goes elsewhere"
+                f"{self.path} holds a run; --resume continues it, --overwrite starts again, --save DIR goes "
+                "elsewhere"
             )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of this directory until the block ends; the system frees the lock of a killed process.
+        """Keep other runs out of this directory until the block ends; the lock of a killed process is free.
 
         Raises:
-            UserError, OSError: Another run writes here, or the directory cannot be made. Where locking is impossible, a line
+            UserError, OSError: Another run writes here, or the directory cannot be made. Where locking is
+                impossible, a line
                 says so.
         """
         try:
@@ -82,7 +84,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as stream:
             try:
-                # Of this process alone: a worker outlives a killed run by seconds, and would keep what flock locks.
+                # Of this process alone: a worker outlives a killed run by seconds, and would keep what flock
+                # locks.
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(
@@ -90,7 +93,8 @@ class RunDirectory:
                 ) from None
             except OSError as error:
                 complain(
-                    f"the file system of --save {self.path} has no locks ({error.strerror}): make sure that no other run "
+                    f"the file system of --save {self.path} has no locks ({error.strerror}): make sure that "
+                    "no other run "
                     "writes there"
                 )
             self._clear_leftovers()
@@ -136,7 +140,7 @@ class Session:
 
 @contextmanager
 def recorded(session: Session, command: str, resumed: bool, frozen_digest: str | None) -> Iterator[None]:
-    """Record a piece of a run in ``run.json``: how it was started, when it ended, and whether the run was then complete.
+    """Record a piece of a run in ``run.json``: how it was started, and how and when it ended.
 
     Args:
         session: The run.

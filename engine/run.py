@@ -98,11 +98,12 @@ class Stage(ABC):
         """
         if self.frozen_digest(network) != description.frozen_digest:
             raise UserError(
-                "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more"
+                "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any "
+                "more"
             )
 
     def share_of_work(self, settings: Namespace) -> float:
-        """Return the operations that compiling makes faster on a CPU, compared with training the whole network."""
+        """Return the share of a whole training's operations that compiling makes faster on a CPU."""
         return 1.0
 
 
@@ -110,7 +111,8 @@ def run(command: CommandLine, stage: Stage) -> int:
     """Train or evaluate as the command line says.
 
     Returns:
-        The exit status: 0; 1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or
+        The exit status: 0; 1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after
+            SIGINT or
         SIGTERM.
     """
     status, message = _outcome(command, stage)
@@ -222,7 +224,8 @@ def _train_in_process(
         if 0 < data.val.num_images < FEW_IMAGES:
             points = 100 / data.val.num_images
             log.line(
-                f"{data.val.num_images} held-out images decide on the best epoch and the thresholds; each is worth {points:.1f} "
+                f"{data.val.num_images} held-out images decide on the best epoch and the thresholds; each is "
+                f"worth {points:.1f} "
                 "points, so small differences are chance"
             )
         evaluation = Evaluation(session, network, data, description.operations, _curves_of(description))
@@ -258,13 +261,15 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         network, operations = saved.network, _operations(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
-                f"{source} has {network.num_classes} classes, the data set {data.info.name} has {len(data.info.class_names)}"
+                f"{source} has {network.num_classes} classes, the data set {data.info.name} has "
+                f"{len(data.info.class_names)}"
             )
         place(network, session)
         _say_class_order(saved, data, log)
         if settings.evalmode == "dynamic" and not saved.data.knows_training_images:
             log.line(
-                f"{source} remembers no held-out split: thresholds are set on images it may have seen, and promise nothing"
+                f"{source} remembers no held-out split: thresholds are set on images it may have seen, and "
+                "promise nothing"
             )
         _introduce(network, data, operations, session)
         with directory.lock() if processes.is_main else nullcontext():
@@ -273,16 +278,18 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
 
 
 def _state_to_resume(command: CommandLine, stage: Stage, directory: RunDirectory) -> dict[str, Any] | None:
-    """Load the checkpoint to resume from, None to start; a directory that holds a run is refused or, if so typed, overwritten."""
+    """Load the checkpoint to resume from, None to start; refuse a directory that holds another run."""
     if not command.typed.get("resume") and not _is_restart(directory):
         if not command.typed.get("overwrite"):
             directory.refuse_second()
         return None
     if not directory.last.exists():
-        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it saved for the first time.
+        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it
+        # saved for the first time.
         if directory.log.exists():
             raise UserError(
-                f"{directory.path} holds a run without last.pt, which --resume needs; --overwrite starts again"
+                f"{directory.path} holds a run without last.pt, which --resume needs; --overwrite starts "
+                "again"
             )
         if int(os.environ.get("RANK", "0")) == 0:
             Log(True).line(f"nothing to resume in {directory.path}: starting from scratch")
@@ -298,9 +305,10 @@ def _state_to_resume(command: CommandLine, stage: Stage, directory: RunDirectory
 
 
 def _is_restart(directory: RunDirectory) -> bool:
-    """Return True if torchrun starts all processes again after one was lost (--max-restarts), and they began the run here."""
+    """Return True if torchrun starts the processes of this run again after one was lost (--max-restarts)."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone, and the name tells.
+    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone,
+    # and the name tells.
     may_be = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or launch not in (None, "none")
     return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == launch
 
@@ -324,13 +332,14 @@ def stage_1_run(command: CommandLine) -> Path:
     path = RunDirectory(command.save_directory.parent / "GE").best
     if not path.exists():
         raise UserError(
-            f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with --pretrained"
+            f"there is no stage-1 checkpoint {path}: run stage 1 first (train_GE.py), or name one with "
+            "--pretrained"
         )
     return find(path)
 
 
 def _data_to_start(stage: Stage, session: Session, origin: Saved | None) -> Data:
-    """Read the images; those that were held out from the network a run starts from stay so, because it knows the others."""
+    """Read the images. Those held out from the network to start from stay so: it knows the others."""
     preprocessing = stage.preprocessing(session.settings, origin)
     if origin is None:
         return _read(session, preprocessing=preprocessing)
@@ -442,7 +451,8 @@ def _introduce(network: ExitNetwork, data: Data, operations: list[int], session:
     log.line(f"{data.info.name}: {counts} images; {classes} classes, {size} x {size} pixels")
     log.line(f"{network.kind}: {network.num_exits} exits at {millions(*operations)} operations")
     log.line(
-        f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into {session.run.path}"
+        f"{total:,} parameters, {trained:,} of them learn; {device}, {number}, {precision}; into "
+        f"{session.run.path}"
     )
 
 
@@ -450,7 +460,8 @@ def _say_class_order(saved: Saved, data: Data, log: Log) -> None:
     if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])
         log.line(
-            f"{saved.path} is a converted checkpoint with other class names: its classes are taken in the order of the "
+            f"{saved.path} is a converted checkpoint with other class names: its classes are taken in the "
+            "order of the "
             f"folders' names ({names}, ...)"
         )
 

@@ -29,7 +29,8 @@ from utils import UserError
 def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Optimizer:
     """Build the optimiser of the parameters that require a gradient.
 
-    Those that came with pretrained weights are a group of their own, whose learning rate is ``lr_factor`` times the others'.
+    Those that came with pretrained weights are a group of their own, whose learning rate is ``lr_factor``
+    times the others'.
 
     Args:
         objective: Its ``network``, if it has one, knows its pretrained parameters.
@@ -45,7 +46,8 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
         {"params": [p for p in trained if id(p) in pretrained], "lr_factor": settings.pretrained_lr_factor},
     ]
     groups = [group for group in groups if group["params"]]
-    # One kernel, which takes the learning rate of the step: it is no part of what is captured, so a new rate captures nothing again.
+    # One kernel, which takes the learning rate of the step: it is no part of what is captured, so a new rate
+    # captures nothing again.
     common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": settings.fused_optimizer}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)

@@ -1,8 +1,11 @@
-"""The training loop of both stages: schedule, held-out accuracy, checkpoints, resuming. ``engine.stepper`` makes the steps.
+"""The training loop of both stages: schedule, held-out accuracy, checkpoints, resuming.
+
+``engine.stepper`` makes the steps.
 
     progress = train(objective, description, data, session, state)
 
-A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the ``network`` that
+A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
+``network`` that
 learns.
 """
 
@@ -109,9 +112,12 @@ def train(
     session: Session,
     state: dict[str, Any] | None = None,
 ) -> Progress:
-    """Train until ``epochs`` of the settings are done, and leave ``last.pt``, the best epoch and ``log.jsonl`` in the run's directory.
+    """Train until ``epochs`` of the settings are done.
 
-    The best epoch has the highest held-out top-1 accuracy, mean over exits; of equals, that with the lower held-out loss;
+    ``last.pt``, the best epoch and ``log.jsonl`` are left in the run's directory.
+
+    The best epoch has the highest held-out top-1 accuracy, mean over exits; of equals, that with the lower
+    held-out loss;
     of equals again, the later one. Without held-out images, it is the last one.
 
     Args:
@@ -231,11 +237,12 @@ class Trainer:
 
     def _place(self) -> str:
         progress, epochs = self.progress, self.session.settings.epochs
-        return f" in epoch {progress.epoch + 1} of {epochs}, after step {progress.step} of {len(self.data.train)}"
+        epoch, steps = progress.epoch + 1, len(self.data.train)
+        return f" in epoch {epoch} of {epochs}, after step {progress.step} of {steps}"
 
     @contextmanager
     def _announced(self, requests: Requests) -> Iterator[None]:
-        """Announce the step in the block if it compiles; a signal then stops it at once, as there is nothing to save yet."""
+        """Announce the step in the block if it compiles; a signal then stops it at once."""
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
             yield
             return
@@ -277,7 +284,8 @@ class Trainer:
                 else "nothing was saved yet"
             )
             raise UserError(
-                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at learning rate "
+                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at "
+                "learning rate "
                 f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
             )
 
@@ -317,8 +325,10 @@ class Trainer:
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
         left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
         self.session.log.line(
-            f"epoch {progress.epoch}/{self.session.settings.epochs}: {LOSS} {row['loss']:.4f}, held-out top-1 by exit {held_out}"
-            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
+            f"epoch {progress.epoch}/{self.session.settings.epochs}: {LOSS} {row['loss']:.4f}, held-out "
+            f"top-1 by exit {held_out}"
+            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} "
+            f"s, {left} left"
         )
         self.session.log.scalars(row, progress.epoch)
 

@@ -1,6 +1,7 @@
-"""Checkpoints of the released programs: kalviny/MSDNet-PyTorch, kalviny/IMTA and forks that share their parameter names.
+"""Checkpoints of the released programs kalviny/MSDNet-PyTorch, kalviny/IMTA and their forks.
 
-Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files and writes our weights under the released names. The published
+Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files and writes our weights under the
+released names. The published
 networks are recognised by the shapes of the tensors; any other needs its published flags.
 
     network = load_released("msdnet-step=4.pth.tar")  # in evaluation mode
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import SUFFIX
 from .imta import IMTA
@@ -54,30 +55,36 @@ _PUBLISHED = {
     False: [{**_IMAGENET, "stepmode": "even", "base": depth, "step": depth} for depth in range(2, 8)],
 }
 # Under these names programs keep the state dict, and before its names wrappers put these.
-_STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state")
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state")
 _WRAPPERS = ("module", "_orig_mod", "model")
 
 
 def load_released(
     file_or_dict: str | os.PathLike | Mapping, *, gradient_equilibrium: bool | None = None, **published_flags
 ) -> MSDNet | IMTA:
-    """The network of a released checkpoint, float32, on the CPU, in evaluation mode; stage 2 gives an ``IMTA``.
+    """Load the network of a released checkpoint: float32, on the CPU, in evaluation mode.
 
-    What training it further needs is set as in the released programs: Gradient Equilibrium on the coarsest scale only, an ISC gradient
+    What training it further needs is set as in the released programs: Gradient Equilibrium on the coarsest
+        scale only, an ISC gradient
     that flows, BatchNorm of the frozen backbone that follows the batches.
 
     Args:
-        file_or_dict: a file, its content, or a bare state dict, with or without the ``module.`` of DataParallel and the like before names.
+        file_or_dict: a file, its content, or a bare state dict, with or without the ``module.`` of
+            DataParallel and the like before names.
             A file is read with ``weights_only=True``: nothing in it can run.
-        gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch`` is ``msdnet_ge``; a stage-2
+        gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch``
+            is ``msdnet_ge``; a stage-2
             backbone always does.
-        published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``, ``grFactor``, ``bnFactor``,
-            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``: numbers, lists, and texts such as ``1-2-4``. They
+        published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``,
+            ``grFactor``, ``bnFactor``,
+            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``: numbers, lists, and texts
+            such as ``1-2-4``. They
             take the place of those of the published networks; None is a flag not given.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind, or needs more than tensors and plain types; the tensors are not those of a
+        ValueError: the file is damaged, of another kind, or needs more than tensors and plain types; the
+            tensors are not those of a
             released network; a flag disagrees with the file. One line that names the file and the reason.
     """
     is_file = not isinstance(file_or_dict, Mapping)
@@ -114,24 +121,28 @@ def is_network_file(path: Path) -> bool:
 
 
 def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
-    """Weights of a network under the released names and in the released order: the ``state_dict`` of a released checkpoint, with the
-    ``module.`` of DataParallel before every name. The tensors are those of ``network.state_dict()``, not copies.
+    """Return the weights of a network under the released names and in the released order.
+
+    That is the ``state_dict`` of a released checkpoint, with the ``module.`` of DataParallel before every name.
+    The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
-        ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with ``boosted_exits=True``).
+        ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
+            ``boosted_exits=True``).
     """
     if network.boosted:
         raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError(
-            "an IMTA network with isc=False has no released form: the released stage 2 always has the ISC links"
+            "an IMTA network with isc=False has no released form: the released stage 2 always has the ISC "
+            "links"
         )
     ours = network.state_dict()
     return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
 
 
 def _names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
-    """(our name, released name) of every tensor, in the released order."""
+    """Yield (our name, released name) of every tensor, in the released order."""
     for our_module, released_module in _module_names(network):
         for suffix in network.get_submodule(our_module).state_dict():
             yield f"{our_module}.{suffix}", f"{released_module}.{suffix}"
@@ -150,20 +161,23 @@ def _module_names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
         yield f"stem.scales.{s}", _stem_name(s, network.small_inputs)
     for k, block in enumerate(network.blocks):
         for i, stage in enumerate(block):
-            ours = f"blocks.{k}.{i}"
-            # The released first block begins with the stem, and scales are counted among the remaining ones.
-            theirs = f"blocks.{k}.{i + 1 if k == 0 else i}"
-            for r, s in enumerate(stage.scales):
-                if isinstance(stage, Transition):
-                    yield f"{ours}.reduce.{s}", f"{theirs}.m.{r}.net"
-                    continue
-                if str(s) in stage.down:
-                    yield f"{ours}.down.{s}", f"{theirs}.layers.{r}.conv_down.net"
-                yield f"{ours}.normal.{s}", f"{theirs}.layers.{r}.conv_normal.net"
+            # The released first block begins with the stem.
+            yield from _stage_names(stage, f"blocks.{k}.{i}", f"blocks.{k}.{i + 1 if k == 0 else i}")
     for k in range(network.num_exits):
         for i in range(2):
             yield f"exits.{k}.convolutions.{i}", f"classifier.{k}.m.{i}.net"
         yield f"exits.{k}.linear", f"classifier.{k}.linear"
+
+
+def _stage_names(stage: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    # In the released program scales are counted among the remaining ones.
+    for r, s in enumerate(stage.scales):
+        if isinstance(stage, Transition):
+            yield f"{ours}.reduce.{s}", f"{theirs}.m.{r}.net"
+            continue
+        if str(s) in stage.down:
+            yield f"{ours}.down.{s}", f"{theirs}.layers.{r}.conv_down.net"
+        yield f"{ours}.normal.{s}", f"{theirs}.layers.{r}.conv_normal.net"
 
 
 def _stem_name(scale: int, small_inputs: bool) -> str:
@@ -188,7 +202,8 @@ def read_checkpoint(path: Path) -> Mapping:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another kind, or needs more than that. One line that names the file and the reason.
+        ValueError: it is damaged, of another kind, or needs more than that. One line that names the file and
+            the reason.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -207,8 +222,10 @@ def read_checkpoint(path: Path) -> Mapping:
         )
         if refused:
             raise ValueError(
-                f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run code. If you trust its origin, "
-                "save its 'state_dict' alone on the machine it comes from, or allow that class with torch.serialization.safe_globals"
+                f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run "
+                "code. If you trust its origin, "
+                "save its 'state_dict' alone on the machine it comes from, or allow that class with "
+                "torch.serialization.safe_globals"
             ) from error
         reason = (
             str(error)
@@ -222,9 +239,9 @@ def read_checkpoint(path: Path) -> Mapping:
 
 
 def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint or bare state dict, without what wrappers put before their names."""
+    """Return the tensors of a checkpoint or bare state dict, without what wrappers put before their names."""
     state = next(
-        (checkpoint[name] for name in _STATE_DICTS if isinstance(checkpoint.get(name), Mapping)), checkpoint
+        (checkpoint[name] for name in STATE_DICTS if isinstance(checkpoint.get(name), Mapping)), checkpoint
     )
     if not any(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(
@@ -265,7 +282,7 @@ def _under_our_names(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> dict
 
 
 def _fitting_network(shapes: Shapes, flags: Flags, stage_2: bool, rescale: bool) -> MSDNet | IMTA:
-    """A network on the meta device with exactly these tensors: a published one, but for the flags that are given."""
+    """Build a network on the meta device with exactly these tensors: a published one, but for given flags."""
     prefix = "net." if stage_2 else ""
     small_inputs = f"{prefix}{_stem_name(0, True)}.0.weight" in shapes
     linear = re.compile(re.escape(prefix) + r"classifier\.\d+\.linear\.weight")

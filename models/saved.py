@@ -1,4 +1,4 @@
-"""Networks as files: weights in a safetensors file, whose header describes the network, its data and its training.
+"""Networks as files: weights in a safetensors file, whose header describes network, data and training.
 
     network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
     network.description.data.class_names, network.description.data.mean
@@ -42,7 +42,8 @@ class DataInfo:
         interpolation: Name of the interpolation that resizes images.
         mean: Mean of each of the three channels, for values from 0 to 1.
         std: Standard deviation of each of the three channels, for values from 0 to 1.
-        num_training_images: Number of training images, held-out ones included; 0 if the training images are unknown.
+        num_training_images: Number of training images, held-out ones included; 0 if the training images are
+            unknown.
         fingerprint: Digest of the names of classes and training images.
     """
 
@@ -58,7 +59,7 @@ class DataInfo:
 
     @property
     def knows_training_images(self) -> bool:
-        """Return True if the training images, and so the held-out ones, are known; a released checkpoint knows none."""
+        """Whether the training images, and so the held-out ones, are known."""
         return self.num_training_images > 0
 
 
@@ -76,7 +77,8 @@ class Description:
         seed: Seed of initialisation, order and augmentation; None if unknown.
         commit: Commit of the code; None outside a git clone.
         epoch: Completed training epochs.
-        accuracy: Accuracy of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more where it was measured.
+        accuracy: Accuracy of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more
+            where it was measured.
         origin: File that training started from.
         frozen_digest: Digest of what stage 2 must not change.
         training: ``hardware`` and ``minutes`` of a shipped network's training.
@@ -107,7 +109,8 @@ class Split(NamedTuple):
 
     Attributes:
         held_out: Sorted indices of the images that were held out, (N,) int64.
-        names: Digests of the names of all training images, (M,) int64, by which files that came or went are told apart; empty for an
+        names: Digests of the names of all training images, (M,) int64, by which files that came or went are
+            told apart; empty for an
             archive.
     """
 
@@ -125,7 +128,8 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
 
     Args:
         path_or_name: The file, directory or name.
-        network: The network without exits, for the file of a ``Backbone`` on a network of one's own; it becomes part of the result.
+        network: The network without exits, for the file of a ``Backbone`` on a network of one's own; it
+            becomes part of the result.
 
     Returns:
         The network in float32, on the CPU, in evaluation mode, with its ``description``.
@@ -138,7 +142,7 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
 
 
 def convert_command(path: str | os.PathLike) -> str:
-    """Return the command that converts a file that ``load`` cannot read: a released checkpoint, or one of format 2."""
+    """Return the command that converts a released checkpoint or a file of format 2."""
     return f"python -m engine.convert {shlex.quote(str(path))}"
 
 
@@ -259,7 +263,8 @@ def network_options(network: ExitNetwork) -> dict[str, Any]:
 def build_network(options: dict[str, Any], network: nn.Module | None = None) -> ExitNetwork:
     """Build the network that ``network_options`` described, for ``load_weights``.
 
-    An MSDNet is built on the meta device: shapes without memory. A ``Backbone`` is built on the CPU by one of the constructors that
+    An MSDNet is built on the meta device: shapes without memory. A ``Backbone`` is built on the CPU by one of
+        the constructors that
     its library registers, or on ``network``: a file runs no code of its own.
 
     Raises:
@@ -273,7 +278,8 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
                 {"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network
             )
             with torch.device(next(backbone.parameters()).device):
-                # Files that do not mention ``boosted`` were trained without it, whatever the backbone's exits do.
+                # Files that do not mention ``boosted`` were trained without it, whatever the backbone's exits
+                # do.
                 return IMTA(backbone, **{"boosted": False, **options})
         if kind == "Backbone":
             return rebuild_backbone(options, network)
@@ -310,7 +316,7 @@ def _header_end(content: bytes) -> int:
 
 
 def _crc32(content: bytes, description: str) -> str:
-    """Of the description, and of everything behind the header."""
+    """Return the checksum of the description and of everything behind the header."""
     return f"{zlib.crc32(memoryview(content)[_header_end(content) :], zlib.crc32(description.encode())):08x}"
 
 

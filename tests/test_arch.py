@@ -1,4 +1,4 @@
-"""The command line on networks of torchvision: from scratch, from a file of weights, stage 2, and what is refused."""
+"""The command line on networks of torchvision: both stages, weights from a file, what is refused."""
 
 from pathlib import Path
 

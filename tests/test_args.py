@@ -1,4 +1,4 @@
-"""Command lines: every flag is read, presets are what was published, mistakes end in one line and status 2."""
+"""Command lines: help, published presets, defaults, and mistakes in one line and with status 2."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command that converts files of format 2 and released checkpoints: what comes out works like today's files."""
+"""The command that converts files of format 2 and released checkpoints: they then work like today's."""
 
 import json
 import shutil
@@ -87,6 +87,11 @@ def test_released_checkpoints(tmp_path, monkeypatch, capsys):
     Path("names.txt").write_text("\ufeff" + "\n".join(names) + "\n", encoding="utf-8")
     assert convert.main(["model.pth.tar", "--classes", "names.txt"]) == 0
     converted = load("model.safetensors")
+    capsys.readouterr()
+    state = to_released(network)
+    torch.save({"state_dict": state, "model_ema": state}, "average.pth")
+    assert convert.main(["average.pth", "--classes", "names.txt"]) == 0
+    assert "from 'state_dict', not from 'model_ema'" in capsys.readouterr().out
     data = converted.description.data
     assert (data.name, data.class_names, data.image_size) == ("cifar10", names, 32)
     assert not data.knows_training_images

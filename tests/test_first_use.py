@@ -1,4 +1,4 @@
-"""The commands of docs/first_use.md, run as they are written there, on 120 photographs and with a small network."""
+"""The commands of docs/first_use.md, run as written there, on 120 photographs with a small network."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def place(tmp_path):
 
 
 def run(command, place, extra=""):
-    """Standard output and error of a command that ends well, or with status 130 where its comment says that it is stopped."""
+    """Return the output and errors of a command that ends well, or with status 130 after Ctrl-C."""
     command, _, comment = command.partition("#")
     line = command.strip().replace("python ", f"{sys.executable} ") + f" {extra}"
     # One process that bash becomes, for the signal.

@@ -26,7 +26,7 @@ def data_flags(tmp_path_factory):
 
 @pytest.fixture
 def converted(data_flags, tmp_path, monkeypatch):
-    """Convert a golden checkpoint to network.safetensors in the working folder; its flags are smaller than the published ones."""
+    """Convert a golden checkpoint, smaller than the published ones, to network.safetensors here."""
     monkeypatch.chdir(tmp_path)
 
     def convert_golden(name):

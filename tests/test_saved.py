@@ -1,4 +1,4 @@
-"""Network files: what comes back, what is refused in one line, and that loading needs torch and safetensors alone."""
+"""Network files: what comes back, what is refused, and loading with torch and safetensors alone."""
 
 import dataclasses
 import json
@@ -199,7 +199,8 @@ import sys, warnings
 warnings.simplefilter("ignore")  # PyTorch misses NumPy
 class Refuse:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in {{"matplotlib", "tensorboard", "torchvision", "PIL", "tqdm", "numpy", "args", "utils", "engine"}}:
+        if name.split(".")[0] in {{"matplotlib", "tensorboard", "torchvision", "PIL", "tqdm", "numpy", "args",
+        "utils", "engine"}}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch

@@ -1,4 +1,4 @@
-"""The loop of both stages through their programs: what they leave behind, what goes on bit by bit, what is refused."""
+"""Both stages through their programs: what they leave, what resumes bit by bit, what is refused."""
 
 import itertools
 import json
@@ -241,7 +241,7 @@ def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     [([], [(0, 2), (1, 0)]), (["--save-every-minutes", "1e-9"], [(0, 1), (0, 2), (0, 3), (1, 0)])],
 )
 def test_saves_in_the_middle_and_goes_on(tmp_path, monkeypatch, flags, positions):
-    """(epoch, step) of everything that is saved as last.pt: on SIGUSR1, here in step 2, and after some minutes."""
+    """Expect (epoch, step) of every last.pt: on SIGUSR1, here in step 2, and after some minutes."""
     real, saved = trainer.save_checkpoint, []
 
     def noted(path, state):
