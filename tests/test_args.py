@@ -118,6 +118,7 @@ def test_typed_values(flags, name, value):
         (["--epoch", "3"], "did you mean --epochs?"),
         (["--reduction", "2"], "at most 1"),
         (["--resume", "--overwrite"], "do not go together"),
+        (["--compile", "default", "--checkpoint-activations"], "do not go together"),
         (["--single-stage", "--pretrained", "x"], "do not go together"),
         (["--evaluate-from", "x.pt"], "needs --evalmode"),
         (["--nesterov", "--momentum", "0"], "above 0"),

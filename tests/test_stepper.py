@@ -104,7 +104,6 @@ def test_parts_of_a_batch_add_up(parts):
     [
         ("GE", ["--compile", "default"], (0, 1), "--compile needs one process per GPU"),
         ("GE", ["--sync-bn"], (0, 1), "--sync-bn needs one process per GPU"),
-        ("GE", ["--compile", "default", "--checkpoint-activations"], (), "do not go together"),
         ("GE", ["--compile", "reduce-overhead", "--accumulate", "2"], (), "--accumulate"),
         ("GE", ["--compile", "default", "--accumulate", "5"], (), "does not divide 12 images"),
         ("GE", ["--accumulate", "13"], (), "only 12 images"),
