@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run_command(arguments)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:
         sys.exit(f"experiments.risk: {error}")
 
 
@@ -99,7 +99,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     for loss, better in BETTER.items():
         rows = []
         for distance in DISTANCES:
-            truth = _at_distance(arguments.max_loss / 100, better, arguments.images, distance)
+            truth = at_distance(arguments.max_loss / 100, better, arguments.images, distance)
             generator = torch.Generator().manual_seed(0)
             draws = _draw(arguments.images, truth, better, arguments.trials, generator)
             learned = _draw(arguments.images // 9, truth, better, arguments.trials, generator)
@@ -108,7 +108,7 @@ def simulate(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"\n{title}, {arguments.trials:,} trials\n{table(rows, list(rows[0]))}\n")
 
 
-def _at_distance(limit: float, better: float, images: int, distance: float) -> float:
+def at_distance(limit: float, better: float, images: int, distance: float) -> float:
     """Return the share of worse images whose loss is so many of its standard errors below the limit."""
     low, high = 0.0, 1 - better
     for _ in range(60):
@@ -197,7 +197,9 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     """
     saved = load_saved(find(network), {})
     flags = ["--data-root", str(data_root)] if data_root else []
-    settings = parse("GE", ["--evalmode", *flags]).settings(stored=saved.settings)
+    # --save says that the data are those of the record.
+    words = ["--evalmode", "dynamic", "--save", str(saved.path.parent), *flags]
+    settings = parse("GE", words).settings(stored=saved.settings)
     data = load_data(settings, ALONE.device, None, saved.data, saved.split)
     folded = fold(saved.network)
     (val_logits, val_targets), (logits, targets) = (

@@ -16,6 +16,7 @@ from adaptive_inference.promises.risk import (
     p_value,
     smallest_limit,
 )
+from experiments import risk as experiment
 from utils import UserError
 
 FULL = Policy((NONE_LEAVE, 0.0))
@@ -140,3 +141,36 @@ def test_without_images_to_test_them_only_the_full_network_remains(count, points
     (point,) = certified_points(predictions(count), Policy((0.0,) * 3), [1, 2, 3], points)
     assert point.policy.runs_everything
     assert point.losses == LossCounts(count, 0, 0, 0)
+
+
+def printed(capsys, *words):
+    experiment.main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_the_simulation_prints_violations_and_power(capsys):
+    lines = printed(capsys, "simulate", "--trials", "10", "--images", "90", "--max-loss", "5").splitlines()
+    rows = [line.split() for line in lines if "+-" in line]
+    assert len(rows) == 2 * len(experiment.DISTANCES) * len(experiment.LEVELS)
+    assert {row[1] for row in rows} == {"90", "95", "99"}
+    beyond = [float(row[2]) for row in rows if row[0] == "-1"]
+    assert max(beyond) <= 20
+
+
+@pytest.mark.parametrize("distance", experiment.DISTANCES)
+def test_simulated_policies_lie_where_they_should(distance):
+    for better in (0.0, 0.02):
+        worse = experiment.at_distance(0.01, better, 4500, distance)
+        loss = worse - better
+        error = math.sqrt((worse + better - loss**2) / 4500)
+        assert loss + distance * error == pytest.approx(0.01)
+
+
+def test_experiments_on_a_network(finished, tiny_demo, capsys):
+    text = printed(capsys, "saved", finished / "IMTA")
+    assert "58 held-out images test 41 policies" in text
+    assert text.count("with 95 % confidence") == 6
+    text = printed(capsys, "resample", finished / "IMTA", "--trials", "3")
+    assert "3 trials of 64 held-out images, drawn from 96 test images" in text
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        experiment.main(["saved", "nowhere"])
