@@ -68,26 +68,31 @@ Held-out images chose the epoch, the thresholds and the policy of each budget; t
 {budgets}
 {corruptions}"""
 CORRUPTIONS = """
-Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy at about half of
-the operations (strength: sigma of 255 for noise, sigma in pixels for blur, a factor for brightness, quality for JPEG):
+Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy at about
+half of the operations (strength: sigma of 255 for noise, sigma in pixels for blur, a factor for brightness,
+quality for JPEG):
 
 {table}
 """
 
 
-def _evaluated(file: Path, stage: str, folder: Path, *modes: str) -> RunDirectory:
-    """The tables of a network in float32, a form that every machine computes in."""
+def _evaluated(file: Path, stage: str, folder: Path, modes: list[str], amp: str = "off") -> RunDirectory:
+    """Evaluate a network, by default in float32, in which every machine computes, and return its tables."""
     program = {"GE": train_GE, "IMTA": train_IMTA}[stage]
     for mode in modes:
-        if program.main(
-            ["--evaluate-from", str(file), "--evalmode", mode, "--amp", "off", "--save", str(folder)]
-        ):
+        words = ["--evaluate-from", str(file), "--evalmode", mode, "--amp", amp, "--save", str(folder)]
+        if program.main(words):
             raise UserError(f"{file} cannot be evaluated")
     return RunDirectory(folder)
 
 
-def ship(saved: Saved, output: Path) -> None:
+def ship(saved: Saved, output: Path, bfloat16: bool = False) -> None:
     """Write the file, its policies and the folder's card.
+
+    Args:
+        saved: the network of a run.
+        output: the file.
+        bfloat16: whether to find policies in bfloat16 too, for machines that are faster in it.
 
     Raises:
         UserError: the rounded network cannot be evaluated, or an exit loses too much.
@@ -97,8 +102,9 @@ def ship(saved: Saved, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)
-        before = _evaluated(saved.path, saved.description.stage, Path(folder) / "before", "anytime")
-        tables = _evaluated(rounded, saved.description.stage, Path(folder) / "after", "dynamic", "anytime")
+        stage = saved.description.stage
+        before = _evaluated(saved.path, stage, Path(folder) / "before", ["anytime"])
+        tables = _evaluated(rounded, stage, Path(folder) / "after", ["dynamic", "anytime"])
         before, after = (read_csv(run.anytime) for run in (before, tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
@@ -132,6 +138,9 @@ def ship(saved: Saved, output: Path) -> None:
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
+        if bfloat16:
+            half = _evaluated(rounded, stage, Path(folder) / "bfloat16", ["dynamic"], "bf16")
+            shutil.copyfile(half.policy, output.with_suffix(".policy.bfloat16.json"))
         shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))
@@ -201,12 +210,13 @@ def main(argv: list[str] | None = None) -> int:
         "run", type=Path, metavar="RUN_DIR", help="directory of a finished run, whose images are still there"
     )
     parser.add_argument("output", type=Path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}")
+    parser.add_argument("--bfloat16", action="store_true", help="find policies in bfloat16 too")
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.run, {})
         if arguments.output.suffix != SUFFIX:
             raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
-        ship(saved, arguments.output)
+        ship(saved, arguments.output, arguments.bfloat16)
     except UserError as error:
         sys.stderr.write(f"experiments.ship: {error}\n")
         return 2
