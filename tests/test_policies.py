@@ -23,6 +23,7 @@ from adaptive_inference.policies import (
 from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet
+from models.files import WEIGHTS
 from tests.conftest import TINY_NETWORK, policy_point
 from tests.test_budgeted import golden_case, predictions_of
 from utils import UserError
@@ -253,3 +254,11 @@ def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_ex
     assert thresholds.shape == (5, num_exits)
     assert thresholds[:, -1].tolist() == [-1e8] * 5
     assert torch.isfinite(thresholds).all()
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.policy*.json")), ids=lambda path: path.name)
+def test_shipped_policies_save_operations_with_a_promise(path):
+    curve = read_policy(path)
+    shares = [choose(curve, max_loss=MaxLoss(limit)).operations / curve.operations[-1] for limit in (0, 1, 2)]
+    assert shares[0] > 0.99 > 0.65 > shares[1] > shares[2]
+    assert curve.num_images == 5000
