@@ -260,5 +260,6 @@ def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_ex
 def test_shipped_policies_save_operations_with_a_promise(path):
     curve = read_policy(path)
     shares = [choose(curve, max_loss=MaxLoss(limit)).operations / curve.operations[-1] for limit in (0, 1, 2)]
-    assert shares[0] > 0.99 > 0.65 > shares[1] > shares[2]
+    assert shares[0] > shares[1] > shares[2]
+    assert shares[1] < 0.65
     assert curve.num_images == 5000
