@@ -1,44 +1,67 @@
-"""Imports of the prediction library run downwards: its core knows no promises, and no module imports itself in a circle."""
-
-import ast
-from pathlib import Path
+"""Imports run downwards only, without cycles, and in short chains."""
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "adaptive_inference"
-MODULES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
-NAMES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in MODULES.items()}
+from tests.imports import ImportGraph
+
+MAX_CHAIN = 8
+PROMISES = "adaptive_inference.promises"
+# What the modules of each part may import besides each other.
+ALLOWED = {
+    "utils": (),
+    "models": (),
+    "image_data": ("models.saved", "utils"),
+    "dataloader": ("image_data", "models.saved", "utils"),
+    "adaptive_inference": ("models", "utils"),
+    PROMISES: ("adaptive_inference", "models", "utils"),
+    "args": ("models", "utils"),
+    "engine": (PROMISES, "adaptive_inference", "args", "dataloader", "image_data", "models", "utils"),
+    "onnx_predictor": (),
+    "hubconf": ("models",),
+}
+PROGRAMS = ("train_GE", "train_IMTA", "predict", "export_onnx")
+NEVER_IMPORTED = ("benchmarks", "examples")
 
 
-def imports_of(name):
-    """Return the absolute names that a module imports, at its top or inside functions."""
-    found = []
-    package = name if NAMES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(NAMES[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return set(found)
+@pytest.fixture(scope="module")
+def graph() -> ImportGraph:
+    return ImportGraph()
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
-def test_the_library_imports_only_what_is_below_it(name):
-    above = {"engine", "experiments", "benchmarks", "examples", "args", "predict", "dataloader"}
-    for imported in imports_of(name):
-        assert imported.split(".")[0] not in above
-        if ".promises" not in name:
-            assert not imported.startswith("adaptive_inference.promises"), imported
+def part_of(module: str) -> str:
+    return PROMISES if module.startswith(PROMISES) else module.split(".")[0]
 
 
-def test_there_are_no_circles():
-    arrows = {name: {other for other in imports_of(name) if other in NAMES} - {name} for name in NAMES}
-    # The package's own file names what users import, and is below nothing.
-    arrows.pop("adaptive_inference")
-    remaining = {name: others - {"adaptive_inference"} for name, others in arrows.items()}
-    while remaining:
-        free = {name for name, others in remaining.items() if not others & remaining.keys()}
-        assert free, f"in a circle: {sorted(remaining)}"
-        remaining = {name: others for name, others in remaining.items() if name not in free}
+def test_there_is_no_cycle(graph):
+    assert graph.cycles() == []
+
+
+def test_chains_are_short(graph):
+    chain = graph.longest_chain()
+    assert len(chain) <= MAX_CHAIN, " -> ".join(chain)
+
+
+def test_imports_run_downwards(graph):
+    upwards = []
+    for module, imported in graph.imports.items():
+        part = part_of(module)
+        for other in sorted(imported):
+            is_same = part_of(other) == part
+            is_allowed = any(other == name or (part_of(other) == name) for name in ALLOWED.get(part, ()))
+            if part in ALLOWED and not is_same and not is_allowed:
+                upwards.append(f"{module} imports {other}")
+            if part_of(other) in NEVER_IMPORTED and not is_same:
+                upwards.append(f"{module} imports {other}")
+    assert upwards == []
+
+
+def test_nothing_below_the_programs_imports_one(graph):
+    importers = {
+        module for module, imported in graph.imports.items() if imported & set(PROGRAMS) and part_of(module) in ALLOWED
+    }
+    assert importers == set()
+
+
+def test_every_part_is_known(graph):
+    parts = {part_of(module) for module in graph.files}
+    assert parts - ALLOWED.keys() - set(PROGRAMS) == {"benchmarks", "examples", "experiments"}
