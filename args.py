@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adaptive_inference.measures import MEASURES
+from adaptive_inference.confidence import MEASURES
 from models.options import NetworkOptions
 from utils import (
     CommandLineParser,

@@ -8,8 +8,9 @@ something about accuracy or time is in ``adaptive_inference.promises``.
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from .choosing import allowed_points, choose
 from .confidence import confidence_by_exit
+from .curves import policy_curve, read_policy
 from .fold import fold, load_predictor
-from .policies import policy_curve, read_policy, write_policy
+from .policies import write_policy
 from .predictor import AdaptivePredictor, simulate
 
 __all__ = [

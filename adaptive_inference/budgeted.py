@@ -15,10 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.confidence import confidence_by_exit
-
-# Thresholds of exits at which no image, or every image, leaves; the released program's numbers.
-NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, confidence_by_exit
 
 
 class ExitPredictions(NamedTuple):
@@ -103,23 +100,6 @@ def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
                 own[k] = confidence[k, by_confidence[wanted - 1]]
                 present &= confidence[k] < own[k]
     return thresholds
-
-
-def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the exit (0-based) at which each image leaves.
-
-    Args:
-        confidence: (K, N).
-        thresholds: (K,).
-
-    Returns:
-        (N,), int64.
-    """
-    last = len(confidence) - 1
-    exits = torch.full(confidence.shape[1:], last, device=confidence.device)
-    for k in reversed(range(last)):
-        exits.masked_fill_(confidence[k] >= thresholds[k], k)
-    return exits
 
 
 def evaluate_thresholds(

@@ -1,4 +1,4 @@
-"""Class and confidence of an exit's prediction, from its logits.
+"""Class and confidence of an exit's prediction, from its logits, and the exit at which each image leaves.
 
 confidence, classes = confidence_by_exit(logits)     # logits (K, N, C) -> (K, N), (K, N)
 """
@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.measures import MEASURES
+MEASURES = ("softmax", "entropy", "margin", "patience")
+# Thresholds of exits at which no image, or every image, leaves; the released program's numbers.
+NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
 
 
 class ExitPrediction(NamedTuple):
@@ -61,3 +63,20 @@ def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor
         prediction = next_prediction(measure, exit_logits, prediction)
         predictions.append(prediction)
     return torch.stack([p.confidence for p in predictions]), torch.stack([p.classes for p in predictions])
+
+
+def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the exit (0-based) at which each image leaves.
+
+    Args:
+        confidence: (K, N).
+        thresholds: (K,).
+
+    Returns:
+        (N,), int64.
+    """
+    last = len(confidence) - 1
+    exits = torch.full(confidence.shape[1:], last, device=confidence.device)
+    for k in reversed(range(last)):
+        exits.masked_fill_(confidence[k] >= thresholds[k], k)
+    return exits

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from adaptive_inference.choosing import choose
+from adaptive_inference.curves import check_curve, read_policy
 from adaptive_inference.fingerprint import network_fingerprint
-from adaptive_inference.policies import PolicyCurve, policy_path, read_policy
+from adaptive_inference.policies import PolicyCurve, policy_path
 from adaptive_inference.predictor import AdaptivePredictor
 from models import ExitNetwork, State, load
 from models.backbone import Backbone
@@ -122,7 +123,7 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     }
     folded = fold(network, dtype=dtypes.get(curve.dtype))
-    curve.check(folded, source)
+    check_curve(curve, folded, source)
     return folded
 
 

@@ -3,29 +3,26 @@
     curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 
-A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
-    operations to
-each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap
-to full: thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds
-their loss.
+A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the operations to
+each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap to full:
+thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds their loss.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-
-from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, evaluate_thresholds
-from adaptive_inference.fingerprint import describe, dtype_of, network_fingerprint
-from adaptive_inference.measures import MEASURES, RULES
+from adaptive_inference.confidence import MEASURES, NONE_LEAVE
 from models import files
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet policy 3"
+# "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble": optimised for
+# predictions from all exits so far. "certified": for promises about accuracy; its thresholds and its held-out results
+# come from different images.
+RULES = ("geometric", "optimised", "certified", "ensemble")
 MAX_FILE_SIZE = 4 * 2**20  # bytes
 
 
@@ -177,23 +174,6 @@ class PolicyCurve:
         if self.num_images is not None and (type(self.num_images) is not int or self.num_images < 1):
             raise ValueError("its number of held-out images is not a number of images")
 
-    def check(self, network: nn.Module, source: Path) -> None:
-        """Check that the curve was made for this network and dtype.
-
-        Raises:
-            UserError: it was made for another; ``source`` is named.
-        """
-        if (len(self.operations), self.fingerprint) != (network.num_exits, network_fingerprint(network)):
-            raise UserError(
-                f"{source} is the policy of another network ({self.network}); "
-                "--evalmode dynamic makes one for this network"
-            )
-        if self.dtype != dtype_of(network):
-            raise UserError(
-                f"{source} was made for this network in {self.dtype}, not in {dtype_of(network)}, which "
-                "rounds logits differently; --evalmode dynamic makes one for the dtype it evaluates"
-            )
-
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """Return the point whose mean operations are nearest to ``operations``."""
         return min(
@@ -216,44 +196,6 @@ class PolicyCurve:
             known = ", ".join(sorted({point.rule for point in self.points}))
             raise UserError(f"no policy here is of the rule {rule}; there are {known}")
         return self.points
-
-
-def evaluate_points(
-    rule: str, thresholds: Tensor, policy: Policy, val: ExitPredictions, operations: Sequence[float]
-) -> tuple[Point, ...]:
-    """Return one point for each row of thresholds.
-
-    Args:
-        rule: how they were found.
-        thresholds: (P, K).
-        policy: measure, temperatures and ensemble of all of them.
-        val: predictions for held-out images.
-        operations: to each exit.
-    """
-    points = []
-    for p, row in enumerate(thresholds, start=1):
-        own = replace(policy, thresholds=tuple(row.tolist()))
-        points.append(Point(own, *evaluate_thresholds(row, val, operations), rule, p))
-    return tuple(points)
-
-
-def policy_curve(
-    network: nn.Module,
-    operations: Sequence[float],
-    points: Sequence[Point],
-    num_images: int | None = None,
-    certificate: dict[str, Any] | None = None,
-) -> PolicyCurve:
-    """Return the curve of ``network``, in the dtype of its logits; for the rest see ``PolicyCurve``."""
-    return PolicyCurve(
-        network_fingerprint(network),
-        dtype_of(network),
-        describe(network),
-        tuple(operations),
-        tuple(points),
-        num_images,
-        certificate,
-    )
 
 
 def policy_path(network_file: Path, dtype: str = "float32") -> Path:
@@ -302,15 +244,11 @@ def _as_row(point: Point) -> dict[str, Any]:
     return row
 
 
-def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCurve:
+def read_curve(path: str | Path) -> PolicyCurve:
     """Read a policy file.
 
-    Args:
-        path: of the file.
-        network: the network it must belong to; None: do not check.
-
     Raises:
-        UserError: one line: the file is missing, too large, damaged, or of another network or dtype.
+        UserError: one line: the file is missing, too large or damaged.
     """
     path = Path(path)
     try:
@@ -318,7 +256,7 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
             raw = stream.read(MAX_FILE_SIZE + 1)
         if len(raw) > MAX_FILE_SIZE:
             raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
-        curve = _parsed(json.loads(raw.decode("utf-8")))
+        return _parsed(json.loads(raw.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}; --evalmode dynamic writes one") from None
     except OSError as error:
@@ -326,9 +264,6 @@ def read_policy(path: str | Path, network: nn.Module | None = None) -> PolicyCur
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise UserError(f"{path} is not a policy file of this project: {reason}") from None
-    if network is not None:
-        curve.check(network, path)
-    return curve
 
 
 def _parsed(content: Any) -> PolicyCurve:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.confidence import ExitPrediction, confidence_by_exit, next_prediction
+from adaptive_inference.confidence import ExitPrediction, assign_exits, confidence_by_exit, next_prediction
 from adaptive_inference.policies import Policy
 from models import ExitNetwork, Stepwise
 from models.normalizer import Normalizer

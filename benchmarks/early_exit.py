@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, assign_exits, geometric_thresholds
-from adaptive_inference.confidence import confidence_by_exit
+from adaptive_inference.budgeted import geometric_thresholds
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, confidence_by_exit
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor

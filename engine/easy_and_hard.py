@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.confidence import confidence_by_exit
+from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy
 
 ROWS, COLUMNS = 4, 5  # classes, and images of each kind, at most

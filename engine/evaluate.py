@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold, policy_curve, read_policy, write_policy
-from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, geometric_thresholds
-from adaptive_inference.policies import Point, Policy, PolicyCurve, evaluate_points
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.curves import evaluate_points
+from adaptive_inference.policies import Point, Policy, PolicyCurve
 from adaptive_inference.predictor import simulate
 from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.promises.drift import reference_of, write_reference

@@ -13,8 +13,8 @@ import sys
 import numpy as np
 import torch
 
+from adaptive_inference.promises.block_times import BlockTimes
 from adaptive_inference.promises.deadlines import AnytimePredictor
-from adaptive_inference.promises.timing import BlockTimes
 from engine.report import table
 from models import load
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions, geometric_thresholds
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import LossCounts, Point, Policy
 from adaptive_inference.promises.risk import (

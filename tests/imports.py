@@ -78,7 +78,9 @@ class ImportGraph:
         elif source in self.files:
             if self.is_package(source):
                 for node in self.trees[source].body:
-                    if isinstance(node, ast.ImportFrom) and attribute in {a.asname or a.name for a in node.names}:
+                    if isinstance(node, ast.ImportFrom) and attribute in {
+                        a.asname or a.name for a in node.names
+                    }:
                         yield from self._defining_module(self._absolute(source, node), attribute)
                         return
             yield source

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adaptive_inference import ExitPredictions, evaluate_thresholds, geometric_thresholds
-from adaptive_inference.budgeted import assign_exits, exit_shares
+from adaptive_inference.budgeted import exit_shares
+from adaptive_inference.confidence import assign_exits
 from tests.golden import FIXTURES
 
 

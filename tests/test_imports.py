@@ -57,7 +57,9 @@ def test_imports_run_downwards(graph):
 
 def test_nothing_below_the_programs_imports_one(graph):
     importers = {
-        module for module, imported in graph.imports.items() if imported & set(PROGRAMS) and part_of(module) in ALLOWED
+        module
+        for module, imported in graph.imports.items()
+        if imported & set(PROGRAMS) and part_of(module) in ALLOWED
     }
     assert importers == set()
 

@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds
+from adaptive_inference.curves import evaluate_points, policy_curve, read_policy
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.fold import folded_for
-from adaptive_inference.policies import (
-    LossCounts,
-    Policy,
-    evaluate_points,
-    from_format_2,
-    policy_curve,
-    policy_path,
-    read_policy,
-    write_policy,
-)
+from adaptive_inference.policies import LossCounts, Policy, from_format_2, policy_path, write_policy
 from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet

@@ -16,7 +16,8 @@ from PIL import Image
 import engine.prediction
 import predict
 from adaptive_inference.confidence import confidence_by_exit
-from adaptive_inference.policies import LossCounts, policy_curve, write_policy
+from adaptive_inference.curves import policy_curve
+from adaptive_inference.policies import LossCounts, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from models import IMTA, MSDNet, count_operations, to_released
 from models.saved import Split, read_network, save_network

@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from adaptive_inference.budgeted import NONE_LEAVE, ExitPredictions
+from adaptive_inference.budgeted import ExitPredictions
+from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import LossCounts, Point, Policy
 from adaptive_inference.promises.risk import (
     MaxLoss,

@@ -41,8 +41,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import assign_exits
-from adaptive_inference.confidence import confidence_by_exit
+from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy, PolicyCurve
 from utils import UserError, atomic_write
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import ALL_LEAVE, NONE_LEAVE, ExitPredictions, geometric_thresholds
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE
 
 GRID = 100  # cuts per exit
 FOLDS = 5

@@ -28,14 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import (
-    ALL_LEAVE,
-    NONE_LEAVE,
-    ExitPredictions,
-    assign_exits,
-    geometric_thresholds,
-)
-from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve, evaluate_points
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
+from adaptive_inference.curves import evaluate_points
+from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
 
 LEVEL = 95.0

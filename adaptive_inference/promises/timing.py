@@ -13,75 +13,21 @@ it does between them.
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_inference.budgeted import NONE_LEAVE
+from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from adaptive_inference.promises.block_times import BlockTimes, wait_for
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
 NUM_GROUPS = 5  # passes are grouped by similar batch size; each group gets a median
 TURN = 8  # batches timed with one policy before the next policy has its turn
-
-
-@dataclass(frozen=True)
-class BlockTimes:
-    """Measured milliseconds of every block with its exit; the first includes preprocessing and the stem.
-
-    Args:
-        batch_size: expected number of images per call.
-        sizes: the numbers of images that were timed, for each of K blocks an increasing array (S,).
-        usual: milliseconds at these sizes: medians, scaled so that they add up to the time of all passes.
-        high: milliseconds that nearly all passes stayed within, at these sizes.
-        after: milliseconds from the last block that runs to the prediction: median, and what nearly all
-            passes stayed within.
-    """
-
-    batch_size: int
-    sizes: tuple[np.ndarray, ...]
-    usual: tuple[np.ndarray, ...]
-    high: tuple[np.ndarray, ...]
-    after: tuple[float, float]
-
-    def milliseconds(self, shares: tuple[float, ...]) -> float:
-        """Return the expected time per image of a policy, from the share of images leaving at each exit."""
-        size = self.batch_size
-        numbers = torch.arange(size + 1)
-        total, reach = self.after[0], 1.0
-        for k, share in enumerate(shares):
-            chances = (
-                torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0)))
-                .log_prob(numbers)
-                .exp()
-                .numpy()
-            )
-            total += float((chances * _at(numbers.numpy(), self.sizes[k], self.usual[k])).sum())
-            reach -= share
-        return total / size
-
-    def reserve(self, k: int, num_images: int) -> float:
-        """Return the milliseconds that block ``k`` and the prediction after it nearly always stay within."""
-        sizes, high = self.sizes[k], self.high[k]
-        index = int(np.searchsorted(sizes, num_images))
-        return self.after[1] + float(high[index] if index < len(sizes) else high[-1] * num_images / sizes[-1])
-
-    def __str__(self) -> str:
-        parts = [f"{self.milliseconds((0.0,) * k + (1.0,)):.3g}" for k in range(len(self.sizes))]
-        return f"measured at batch {self.batch_size}: {' / '.join(parts)} ms per image to each exit"
-
-
-def _at(numbers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Interpolate times (S,) at sizes (S,): 0 for no image, proportional beyond the largest size."""
-    inside = np.interp(numbers, np.append(0, sizes), np.append(0.0, times))
-    # Below the smallest measured size nothing gets cheaper: every kernel is still launched.
-    inside = np.where((numbers > 0) & (numbers < sizes[0]), times[0], inside)
-    return np.where(numbers > sizes[-1], times[-1] * numbers / sizes[-1], inside)
 
 
 def measure_blocks(
@@ -172,12 +118,6 @@ class _Stopwatch(AdaptivePredictor):
     def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
         self._mark()
         return super().finish(logits, exits)
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def runtime_rows(
