@@ -2,23 +2,46 @@
 
 network = torch.hub.load(REPOSITORY, "imta_cifar100")                      # of GitHub
 network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")   # offline
+
+The package ``models`` is imported as ``imta_msdnet``, because a program, or another repository of torch.hub, may have its own ``models``.
 """
 
-from models import IMTA, MSDNet, load
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 dependencies = ["torch", "safetensors"]
+_NAME = "imta_msdnet"
 
 
-def imta_cifar100() -> IMTA:
-    """GE + ISC + OFA for CIFAR-100, 5 exits."""
-    return load("imta_cifar100")
+def imta_cifar100() -> Any:
+    """Return an IMTA network (GE + ISC + OFA) for CIFAR-100, 5 exits."""
+    return _models().load("imta_cifar100")
 
 
-def msdnet_cifar100() -> MSDNet:
-    """MSDNet with GE for CIFAR-100, 5 exits."""
-    return load("msdnet_cifar100")
+def msdnet_cifar100() -> Any:
+    """Return an MSDNet with GE for CIFAR-100, 5 exits."""
+    return _models().load("msdnet_cifar100")
 
 
-def msdnet_boosted_cifar100() -> MSDNet:
-    """MSDNet with GE and boosted exits for CIFAR-100, 5 exits."""
-    return load("msdnet_boosted_cifar100")
+def msdnet_boosted_cifar100() -> Any:
+    """Return an MSDNet with GE and boosted exits for CIFAR-100, 5 exits."""
+    return _models().load("msdnet_boosted_cifar100")
+
+
+def _models() -> ModuleType:
+    """Import the package ``models`` beside this file under its private name."""
+    folder = Path(__file__).resolve().parent / "models"
+    loaded = sys.modules.get(_NAME)
+    if loaded is not None and loaded.__path__ == [str(folder)]:
+        return loaded
+    for name in [name for name in sys.modules if name.split(".")[0] == _NAME]:
+        del sys.modules[name]  # of another version of this repository
+    spec = importlib.util.spec_from_file_location(
+        _NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[_NAME])
+    return sys.modules[_NAME]

@@ -1,0 +1,74 @@
+"""Whether ``torch.compile`` works here: it needs a compiler, Python's headers and a writable TMPDIR.
+
+mode = usable_mode("default", is_required=False, processes=processes, say=log.line)
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.distributed import Processes
+from utils import UserError, one_line
+
+LONGEST_REASON = 200  # characters
+
+
+def usable_mode(mode: str, is_required: bool, processes: Processes, say: Callable[[str], None]) -> str:
+    """Return ``mode``, or ``off`` with one line where compiling fails in one of the processes.
+
+    Args:
+        mode: value of --compile; not ``auto``.
+        is_required: the user asked for this mode.
+        processes: all of them make the same choice.
+        say: prints a line of the run, once.
+
+    Raises:
+        UserError: compiling fails and ``is_required``.
+    """
+    if mode == "off":
+        return mode
+    problem = compiler_problem(processes.device)
+    if not processes.largest(int(problem is not None)):
+        return mode
+    reason = problem or "it fails in another process"
+    if is_required:
+        raise UserError(f"--compile {mode} does not work here: {reason}; --compile off trains without")
+    say(f"training is not compiled, which would make it faster: {reason}")
+    return "off"
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Compile and run a small function on the device; return None if that works, else the reason."""
+    # That this machine has no GPU, or no compiler, is said in one line below.
+    for name in ("torch.utils.cpp_extension", "torch._inductor", "torch._dynamo"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    values = torch.ones(64, device=device, requires_grad=True)
+    try:
+        torch.compile(_probe)(values).sum().backward()
+    except Exception as error:  # of many types, by the part that fails
+        return _reason(error)
+    return None
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Return True if ``error`` comes from ``torch.compile`` and not from what it compiled."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def compiler_reason(error: BaseException) -> str:
+    """Return the part of a compiler's message that says what failed."""
+    return _reason(error)
+
+
+def _probe(values: Tensor) -> Tensor:
+    return torch.sin(values) * 2 + 1
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line or "Error:" in line or "o space" in line] or lines
+    return one_line((telling or [type(error).__name__])[0])[:LONGEST_REASON]

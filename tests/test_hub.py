@@ -1,0 +1,56 @@
+"""torch.hub beside a program's own ``models``; what ``pip install .`` says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LOAD = f"import torch; network = torch.hub.load({str(ROOT)!r}, 'imta_cifar100', source='local')"
+LOAD_OTHER = "import torch; torch.hub.load('other', 'network', source='local')"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"import models, utils; mine = sys.modules['models']; {LOAD}; assert sys.modules['models'] is mine",
+        f"{LOAD}; import models, utils; assert models.MINE and utils.MINE",
+        f"{LOAD_OTHER}; {LOAD}; {LOAD}",
+        f"{LOAD}; {LOAD_OTHER}; assert 'models' in sys.modules",
+        f"{LOAD}; network.early_exit(torch.zeros(1, 3, 32, 32), [0.5] * 5)",
+    ],
+)
+def test_hub_neither_meets_nor_hides_another_package(tmp_path, program):
+    for folder in (tmp_path / "models", tmp_path / "other" / "models"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("MINE = 1\nclass Network: pass\n")
+    for name in ("utils", "args", "dataloader"):
+        (tmp_path / f"{name}.py").write_text("MINE = 1\n")
+    (tmp_path / "other" / "hubconf.py").write_text(
+        "dependencies = []\nfrom models import Network as _N\ndef network(): return _N()\n"
+    )
+    (tmp_path / "program.py").write_text(f"import sys; {program}; assert type(network).__name__ == 'IMTA'\n")
+    ended = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_installing_is_refused_with_the_ways_that_work(monkeypatch):
+    sys_path = [str(ROOT / ".ci"), *sys.path]
+    monkeypatch.setattr(sys, "path", sys_path)
+    import no_package
+
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable", "build_wheel"):
+        with pytest.raises(SystemExit) as ended:
+            getattr(no_package, hook)()
+        assert "\n" not in ended.value.code
+        for way in ("torch.hub", "ONNX", "PYTHONPATH"):
+            assert way in ended.value.code
