@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from adaptive_inference import read_policy
 from args import RESUMABLE
@@ -39,6 +41,7 @@ def unreadable(path: Path) -> tuple[list[str], int]:
         directory.log: _read_log,
         directory.record: lambda p: json.loads(p.read_text()),
         directory.policy: read_policy,
+        directory.reference: safetensors.torch.load_file,
         **dict.fromkeys((path / name for name in TABLES), _read_table),
         **dict.fromkeys((path / name for name in PICTURES), lambda p: Image.open(p).load()),
     }
@@ -49,7 +52,7 @@ def unreadable(path: Path) -> tuple[list[str], int]:
         elif file in checks:
             try:
                 checks[file](file)
-            except (UserError, OSError, ValueError, SyntaxError) as error:
+            except (UserError, OSError, ValueError, SyntaxError, SafetensorError) as error:
                 problems.append(f"{file.name} is damaged: {error}")
         elif file.name not in (".lock", "tensorboard"):
             problems.append(f"{file.name} does not belong there")
@@ -86,7 +89,7 @@ def differences(run_path: Path, wanted: Path) -> list[str]:
         [_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted)
     )
     found += [] if ours == theirs else ["log.jsonl"]
-    for name in (*TABLES, "policy.json", *PICTURES):
+    for name in (*TABLES, "policy.json", "reference.safetensors", *PICTURES):
         if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
             found.append(name)
     return found

@@ -3,8 +3,9 @@
     python tests/faults.py --kills 200 --inputs 500 --terms 50 --full-disks 20 --seed 0
     python tests/faults.py --only input-17 --seed 0        # one case again
 
-kill: SIGKILL at random instants of short trainings of both stages; after each one every file is whole or absent, and ``--resume`` ends
-with the weights, the optimiser, the log and the tables of an undisturbed run, bit for bit. term: the same with SIGTERM and SIGINT, which
+kill: SIGKILL at random instants of short trainings of both stages, half of them in two processes, of which the first one or the worker is
+killed; after each one nothing runs on, every file is whole or absent, and ``--resume`` ends with the weights, the optimiser, the log and
+the tables of an undisturbed run, bit for bit. term: the same with SIGTERM and SIGINT, which
 must end with status 143 or 130 and one line that names ``--resume``. disk: the same with files that may not grow beyond a random size: one
 line, status 2. input: a damaged file of a finished run: one line and status 2, or work where a bit does not matter; nothing overwritten.
 
@@ -36,7 +37,7 @@ from image_data import synthetic
 from models import load, to_released
 from tests.compare import differences, unreadable
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
-from tests.forked import Outcome, prepare, run
+from tests.forked import Outcome, prepare, run, workers_of
 
 KINDS = ("kill", "term", "disk", "input")
 TRAININGS = {
@@ -67,6 +68,11 @@ CONSUMERS = [  # program, command line in a folder beside those of the runs, the
 ]
 LONGEST_LINE = 1000  # characters
 MOST_LEFTOVERS = 1  # temporary files of one killed run; the next one clears them away
+
+
+def _kill_worker(child: int) -> None:
+    """Kill a worker; before there is one, the process that would fork it."""
+    os.kill((workers_of(child) or [child])[0], signal.SIGKILL)
 
 
 def _send(number: signal.Signals, child: int) -> None:
@@ -130,16 +136,17 @@ class Harness:
         self.tried: Counter[str] = Counter()
         self.failures: list[tuple[str, str]] = []
 
-    def finished(self, name: str) -> Path:
-        """Directory of the undisturbed training ``name`` of ``TRAININGS``, made when first asked for."""
-        path = self.folder / "undisturbed" / name.replace(" ", "_")
+    def finished(self, name: str, processes: int = 1) -> Path:
+        """Return the directory of the undisturbed training ``name`` of ``TRAININGS``, made when first asked for."""
+        path = self.folder / "undisturbed" / str(processes) / name.replace(" ", "_")
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, parents=True)
             program, flags = TRAININGS[name]
-            outcome = run(program, [*flags, *self._origin(name), "--save", str(path)], path.parent)
+            command = [*flags, *self._origin(name), "--save", str(path)]
+            outcome = run(program, command, path.parent, processes=processes)
             if outcome.status != 0:
                 raise SystemExit(f"the undisturbed run {name} ended with {outcome.status}: {outcome.errors}")
-            self.seconds[name] = outcome.seconds
+            self.seconds[f"{name} {processes}"] = outcome.seconds
         return path
 
     def _origin(self, name: str) -> list[str]:
@@ -160,10 +167,12 @@ class Harness:
             self.failures.append((name, problem))
             print(f"--only {name} --seed {self.seed}: {problem}", flush=True)
 
-    def _training(self, rng: random.Random, number: int) -> tuple[str, str, list[str], Path]:
+    def _training(
+        self, rng: random.Random, number: int, processes: int = 1
+    ) -> tuple[str, str, list[str], Path]:
         # Stage 1 moves all weights, so it gets more than its share.
         name = ("GE", "GE", "IMTA", "GE", "IMTA moving")[number % 5]
-        wanted, (program, flags) = self.finished(name), TRAININGS[name]
+        wanted, (program, flags) = self.finished(name, processes), TRAININGS[name]
         often = rng.choice(
             [["--save-every-steps", "1"], ["--save-every-steps", "1"], ["--save-every-steps", "3"], []]
         )
@@ -173,7 +182,8 @@ class Harness:
         self, kind: str, rng: random.Random, folder: Path, number: int
     ) -> list[str]:
         """One training, interrupted at random instants and resumed until it comes to its end."""
-        name, program, flags, wanted = self._training(rng, number)
+        processes = 1 + number % 2
+        name, program, flags, wanted = self._training(rng, number, processes)
         problems, path, resume = [], folder / "run", []
         for attempt in range(50):
             number = (
@@ -182,14 +192,22 @@ class Harness:
                 else rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
             )
             # Later and later, for the day that the machine is slower than when it was left undisturbed.
-            instant = rng.random() * self.seconds[name] * (1 + attempt / 10)
-            strike = partial(_send, number) if self.tried[kind] < self.wanted.get(kind, math.inf) else None
-            outcome = run(program, [*flags, *resume, "--save", str(path)], folder, strike, instant)
-            where = f"{name} after {instant:.3f} s {' '.join(resume)}"
+            instant = rng.random() * self.seconds[f"{name} {processes}"] * (1 + attempt / 10)
+            hits_worker = kind == "kill" and processes > 1 and rng.random() < 0.5
+            strike = _kill_worker if hits_worker else partial(_send, number)
+            if self.tried[kind] >= self.wanted.get(kind, math.inf):
+                strike = None
+            command = [*flags, *resume, "--save", str(path)]
+            outcome = run(program, command, folder, strike, instant, processes=processes)
+            victim = "the worker of" if hits_worker else ""
+            where = f"{victim} {name} in {processes} processes after {instant:.3f} s {' '.join(resume)}"
+            if outcome.left:
+                problems.append(f"{where}: {outcome.left} processes run on")
             if outcome.status == 0:
                 break
+            self.tried[f"{kind} of 2 processes"] += outcome.struck and processes > 1
             self.tried[kind] += outcome.struck
-            found = self._wrong_end(kind, outcome, number) + _not_whole(
+            found = self._wrong_end(kind, outcome, number, hits_worker) + _not_whole(
                 path, MOST_LEFTOVERS if kind == "kill" else 0
             )
             problems += [f"{where}: {problem}" for problem in found]
@@ -202,9 +220,12 @@ class Harness:
             f"{name} at its end: {problem}" for problem in _not_whole(path) + _unlike(path, wanted)
         ]
 
-    def _wrong_end(self, kind: str, outcome: Outcome, number: int) -> list[str]:
+    def _wrong_end(self, kind: str, outcome: Outcome, number: int, hits_worker: bool) -> list[str]:
         if outcome.status is None:
             return ["it hangs"]
+        lines = outcome.errors.splitlines()
+        if hits_worker and outcome.status == 1 and len(lines) == 1 and "--resume" in lines[0]:
+            return []
         if kind == "kill":
             was_killed = outcome.status == -signal.SIGKILL
             return (
@@ -212,7 +233,6 @@ class Harness:
                 if was_killed
                 else [f"status {outcome.status} before the kill: {outcome.errors.strip()[-300:]}"]
             )
-        lines = outcome.errors.splitlines()
         if outcome.status == 128 + number and len(lines) == 1 and "--resume" in lines[0]:
             return []
         return [

@@ -23,6 +23,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 PROGRAMS = ("train_GE", "train_IMTA", "predict")
+SECONDS_TO_VANISH = 2
 MEMORY = 3 * 2**30  # bytes a child may map beyond what the parent has
 # Imported by the programs when they first need them, which would be once a child.
 LATE_IMPORTS = (
@@ -35,15 +36,21 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 class Outcome(NamedTuple):
-    """How a run ended: ``status`` is what it returned, -N after death by signal N, None if it had to be killed for running too long.
+    """How a run ended.
 
-    ``struck`` says whether what was to happen in the middle did happen.
+    Attributes:
+        status: what it returned, -N after death by signal N, None if it had to be killed for running too long.
+        errors: what it wrote on standard error.
+        seconds: from the call of ``main``.
+        struck: whether what was to happen in the middle did happen.
+        left: number of its processes that still ran ``SECONDS_TO_VANISH`` after it.
     """
 
     status: int | None
     errors: str
     seconds: float
     struck: bool
+    left: int
 
 
 def prepare() -> None:
@@ -69,6 +76,7 @@ def run(
     after: float = 0.0,
     timeout: float = 120.0,
     file_size: int | None = None,
+    processes: int = 1,
 ) -> Outcome:
     """Call ``main(argv)`` of a program in a child whose working directory is ``folder``.
 
@@ -76,6 +84,7 @@ def run(
         strike: called with the child's id ``after`` seconds, counted from the call of ``main``, unless the child has ended by then.
         timeout: seconds after which the child counts as hanging.
         file_size: bytes that a file it writes may have; more is an error as on a full disk.
+        processes: that train together.
     """
     text, ready = folder.parent / f"{folder.name}.stderr", CONTEXT.Event()
 
@@ -84,6 +93,7 @@ def run(
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        os.environ["PROCESSES"] = str(processes)
         ready.set()
         return sys.modules[program].main(argv)
 
@@ -97,13 +107,38 @@ def run(
         strike(child.pid)
     child.join(timeout)
     hangs, seconds = child.is_alive(), time.monotonic() - began
+    left = _wait_for_group(child.pid) if not hangs else 0
     # Nothing may outlive the program.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.join()
     errors = text.read_text(encoding="utf-8", errors="replace")
     text.unlink()
-    return Outcome(None if hangs else child.exitcode, errors, seconds, struck)
+    return Outcome(None if hangs else child.exitcode, errors, seconds, struck, left)
+
+
+def workers_of(process: int) -> list[int]:
+    """Return the ids of the processes that a process has forked."""
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
+
+
+def _wait_for_group(group: int) -> int:
+    """Wait until no process of the group runs; return how many still do after ``SECONDS_TO_VANISH``."""
+    last = time.monotonic() + SECONDS_TO_VANISH
+    while (left := _count_group(group)) and time.monotonic() < last:
+        time.sleep(0.05)
+    return left
+
+
+def _count_group(group: int) -> int:
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            count += int(its_group) == group and state not in "ZX"
+    return count
 
 
 def be_the_program(
