@@ -46,9 +46,9 @@ def compiler_problem(device: torch.device) -> str | None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     values = torch.ones(64, device=device, requires_grad=True)
     try:
-        torch.compile(_probe)(values).sum().backward()
+        torch.compile(_probe, mode=None)(values).sum().backward()
     except Exception as error:  # of many types, by the part that fails
-        return _reason(error)
+        return reason_of(error)
     return None
 
 
@@ -57,16 +57,12 @@ def is_compiler_error(error: BaseException) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
-def compiler_reason(error: BaseException) -> str:
-    """Return the part of a compiler's message that says what failed."""
-    return _reason(error)
-
-
 def _probe(values: Tensor) -> Tensor:
     return torch.sin(values) * 2 + 1
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the part of a compiler's message that says what failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -20,8 +20,9 @@ from adaptive_inference import read_policy
 from args import CommandLine, from_record
 from dataloader import Data, load_data
 from engine.checkpoint import Saved, damage_named, load_checkpoint, load_saved
+from engine.compiling import is_compiler_error, reason_of, usable_mode
 from engine.device import is_out_of_memory, seed_everything, set_tf32
-from engine.distributed import Processes, is_lost_peer, process_group
+from engine.distributed import Processes, is_lost_peer, launch_of_environment, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.launch import CopyEnded, leave_copy, shared_out
 from engine.log import Log
@@ -119,7 +120,7 @@ def run(command: CommandLine, stage: Stage) -> int:
     leave_copy(status, message)
     if message:
         complain(f"train_{stage.name}.py: {message}")
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         # Leaving the process group in good order would wait for processes that in turn wait for this one.
         os._exit(status)
     return status
@@ -148,6 +149,11 @@ def _outcome(command: CommandLine, stage: Stage) -> tuple[int, str]:
             return 2, f"there is not enough memory; try {smaller}"
         if (lost := _lost_process(error)) is not None:
             return 1, f"{lost}{resume}"
+        if is_compiler_error(error):
+            return (
+                2,
+                f"the training step cannot be compiled: {reason_of(error)}; --compile off trains without",
+            )
         raise
     return 0, ""
 
@@ -161,7 +167,7 @@ def _lost_process(error: RuntimeError) -> str | None:
 def _train_and_evaluate(command: CommandLine, stage: Stage, requests: Requests) -> None:
     directory = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
-    with directory.lock() if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+    with directory.lock() if launch_of_environment().rank == 0 else nullcontext():
         state = _state_to_resume(command, stage, directory)
         origin = None if state else stage.find_origin(command)
         settings = command.settings(
@@ -205,9 +211,12 @@ def _train_in_process(
     operations = _operations(network, data.info.image_size)
     work = data.train.num_images * operations[-1] // processes.world_size
     settings = resolve_auto(session.settings, processes, work * stage.share_of_work(session.settings), work)
+    refuse_combinations(network, settings, processes)
+    is_required = session.settings.compile != "auto"
+    mode = usable_mode(settings.compile, is_required, processes, log.line)
+    settings = Namespace(**{**vars(settings), "compile": mode})
     session = replace(session, settings=settings)
     seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
-    refuse_combinations(network, settings, processes)
     description = state["description"] if state else _describe(stage, session, data.info, network, origin)
     place(network, session)
     _introduce(network, data, operations, session)
@@ -291,7 +300,7 @@ def _state_to_resume(command: CommandLine, stage: Stage, directory: RunDirectory
                 f"{directory.path} holds a run without last.pt, which --resume needs; --overwrite starts "
                 "again"
             )
-        if int(os.environ.get("RANK", "0")) == 0:
+        if launch_of_environment().rank == 0:
             Log(True).line(f"nothing to resume in {directory.path}: starting from scratch")
         return None
     state = load_checkpoint(directory.last)

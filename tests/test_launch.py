@@ -19,7 +19,7 @@ import train_GE
 from args import parse
 from engine import precision
 from engine.distributed import Processes, launch_of_environment, process_group
-from engine.launch import may_fork, process_count
+from engine.launch import process_count
 from engine.record import RunDirectory
 from engine.run import resolve_auto
 from engine.signals import Interrupted, listening
@@ -102,13 +102,21 @@ def test_processes_can_be_chosen(monkeypatch):
             process_count(32)
 
 
-def test_no_worker_is_forked_from_a_session_or_a_thread(monkeypatch):
-    assert may_fork(None)
-    assert not may_fork((0,))
-    with ThreadPoolExecutor(1) as pool:
-        assert not pool.submit(may_fork, None).result()
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    assert not may_fork(None)
+def test_workers_are_forked_from_a_program_and_not_from_a_session_or_a_thread():
+    program = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from engine.launch import may_fork
+print(may_fork(None), may_fork((0,)))
+with ThreadPoolExecutor(1) as pool:
+    print(pool.submit(may_fork, None).result())
+sys.ps1 = ">>> "
+print(may_fork(None))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.stdout.split(), ended.stderr) == (["True", "False", "False", "False"], "")
 
 
 def test_signals_are_left_alone_in_a_thread():
@@ -286,7 +294,10 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
         first_step()
         return objective(*batch)
 
-    monkeypatch.setattr(torch, "compile", lambda objective, mode: partial(run_it, objective))
+    def compile(function, mode):
+        return partial(run_it, function) if isinstance(function, torch.nn.Module) else function
+
+    monkeypatch.setattr(torch, "compile", compile)
     assert train_GE.main([*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line

@@ -1,0 +1,62 @@
+"""A machine that cannot compile: ``--compile auto`` trains without, an explicit mode ends with one line."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import train_GE
+from engine.compiling import usable_mode
+from engine.distributed import Processes
+from tests.conftest import TINY_FLAGS
+from utils import UserError
+
+CPU = Processes(0, 1, torch.device("cpu"), ())
+
+
+class OtherFails(NamedTuple):
+    """Processes of which another one cannot compile."""
+
+    device: torch.device = torch.device("cpu")
+
+    def largest(self, value: int) -> int:
+        """Return what the other process said."""
+        return 1
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("setting up\nCppCompileError: C++ compile error: g++: no such file\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+
+
+def test_a_mode_that_nobody_typed_is_left_with_one_line(no_compiler):
+    lines = []
+    assert usable_mode("default", False, CPU, lines.append) == "off"
+    assert len(lines) == 1
+    assert "g++: no such file" in lines[0]
+
+
+def test_a_mode_that_was_typed_is_refused(no_compiler):
+    with pytest.raises(UserError, match=r"--compile default does not work here: .*g\+\+"):
+        usable_mode("default", True, CPU, print)
+    assert usable_mode("off", True, CPU, print) == "off"
+
+
+def test_all_processes_train_without_where_one_cannot_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    lines = []
+    assert usable_mode("default", False, CPU, lines.append) == "default"
+    assert usable_mode("default", False, OtherFails(), lines.append) == "off"
+    assert lines == ["training is not compiled, which would make it faster: it fails in another process"]
+
+
+def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(
+    tmp_path, tiny_demo, no_compiler, capsys
+):
+    command = [*TINY_FLAGS, "--compile", "default", "--save", str(tmp_path / "run")]
+    assert train_GE.main(command) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
