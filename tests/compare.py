@@ -89,7 +89,7 @@ def differences(run_path: Path, wanted: Path) -> list[str]:
         [_without(row, MEASURED) for row in _read_log(path / "log.jsonl")] for path in (run_path, wanted)
     )
     found += [] if ours == theirs else ["log.jsonl"]
-    for name in (*TABLES, "policy.json", "reference.safetensors", *PICTURES):
+    for name in (*TABLES, "policy.json", *PICTURES):
         if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
             found.append(name)
     return found
