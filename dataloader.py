@@ -187,11 +187,8 @@ def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
 
 
 def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
-    """Return lines about the classes and the image size, and one about files that would be enlarged a lot."""
-    notes = [
-        f"{len(found.class_names)} classes ({listed(found.class_names)}), "
-        f"images of {image_size} x {image_size} pixels"
-    ]
+    """Return a line with the classes, and one about files that would be enlarged a lot."""
+    notes = [f"classes: {listed(found.class_names)}"]
     files = training_part.files or found.test.files or []
     if not files:
         return notes
