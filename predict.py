@@ -1,13 +1,13 @@
 """Classify your own images with a trained network that stops as early as you allow.
 
-    python predict.py photo.jpg folder/                                  # your newest run, half of its
-    operations
+    python predict.py photo.jpg folder/             # your newest run, half of its operations
     python predict.py folder/ --budget 2ms --format csv --output predictions.csv
     python predict.py folder/ --max-loss 1% --confidence-level 95%
     python predict.py folder/ --deadline 5ms
 
 Thresholds come from the file policy.json beside the network, which ``--evalmode dynamic`` writes. The exit
-status is 0, 1 if a file was skipped (its name is on standard error), 2 after a mistake, 130 after Ctrl-C.
+status is 0, 1 if a file was skipped (its name is on standard error), 2 after a mistake, 3 if
+``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C.
 """
 
 import argparse
@@ -110,6 +110,11 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
         help="only thresholds found by this rule (default: ensemble or optimised, if there are any)",
     )
     group.add_argument(
+        "--drift-alarm",
+        action="store_true",
+        help="say once, with exit status 3, when the images are no longer like the held-out ones",
+    )
+    group.add_argument(
         "--policy",
         type=user_path,
         metavar="FILE",
@@ -157,6 +162,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             flags.error(f"{flag} and {other} ask for different policies; give one of them")
     if arguments.max_loss is None and (arguments.confidence_level is not None or arguments.disagreement):
         flags.error("--confidence-level and --disagreement belong to --max-loss")
+    by_time = arguments.deadline is not None or (
+        arguments.budget is not None and arguments.budget.unit == "ms"
+    )
+    if arguments.drift_alarm and by_time:
+        flags.error("--drift-alarm needs one policy; --deadline and a budget in ms change it with the load")
     return arguments
 
 

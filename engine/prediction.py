@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptive_inference.policies import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from adaptive_inference.promises.ensemble import operations_together
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory, limit_threads
@@ -66,7 +68,8 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
     device, network = _device(arguments.device), load_saved(path, {}).network
     batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
     choice = choose_predictor(arguments, path, network.to(device), batch_size)
-    tally = Tally(choice.predictor, arguments.deadline)
+    alarm = _drift_alarm(arguments, path, choice.predictor) if arguments.drift_alarm else None
+    tally = Tally(choice.predictor, arguments.deadline, alarm)
     files, complaints = find_images(arguments.paths)
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
     is_interrupted = False
@@ -90,7 +93,15 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
     if is_interrupted:
         _say(f"interrupted; the {summary['images']} predictions so far are kept")
         return 130
-    return 1 if skipped else 0
+    if skipped:
+        return 1
+    return 3 if alarm is not None and alarm.fired_after else 0
+
+
+def _drift_alarm(arguments: argparse.Namespace, path: Path, predictor: AdaptivePredictor) -> DriftAlarm:
+    source = arguments.policy or policy_path(path)
+    reference = read_reference(reference_path(source), read_policy(source))
+    return DriftAlarm(reference.scores(predictor.policy))
 
 
 class Tally:
@@ -99,9 +110,11 @@ class Tally:
     Args:
         predictor: its network has a description.
         deadline: for each batch in milliseconds, None without one.
+        alarm: sees every prediction, and is reported once when it fires.
     """
 
-    def __init__(self, predictor: AdaptivePredictor, deadline: float | None):
+    def __init__(self, predictor: AdaptivePredictor, deadline: float | None, alarm: DriftAlarm | None = None):
+        self.alarm = alarm
         self.predictor, self.data, self.deadline = predictor, predictor.network.description.data, deadline
         self.operations = count_operations(predictor.network, self.data.image_size)
         if predictor.policy.ensemble:
@@ -120,8 +133,18 @@ class Tally:
         self.num_late += self.deadline is not None and milliseconds > self.deadline
         self.milliseconds += milliseconds
         self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
+        if self.alarm is not None:
+            self._watch(prediction)
         per_image = milliseconds / len(names)
         return [self._row(name, prediction, i, per_image) for i, name in enumerate(names)]
+
+    def _watch(self, prediction: Prediction) -> None:
+        has_fired = self.alarm.fired_after is not None
+        if self.alarm.update(prediction.log_sum_exp) and not has_fired:
+            _say(
+                f"drift alarm after {self.alarm.fired_after} images: they are no longer like the held-out "
+                "images, so the accuracy and the operations of the policy may not hold for them"
+            )
 
     def _row(self, name: Path, prediction: Prediction, i: int, milliseconds: float) -> dict[str, Any]:
         best = prediction.probs[i].topk(min(BEST_CLASSES, prediction.probs.shape[1]))

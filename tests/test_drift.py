@@ -1,12 +1,16 @@
 """The drift alarm rarely fires on images like the held-out ones, and soon on others."""
 
+import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from adaptive_inference import AdaptivePredictor, policy_curve, simulate
+import predict
+from adaptive_inference import AdaptivePredictor, policy_curve, read_policy, simulate
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.promises.drift import (
     BETS,
@@ -173,3 +177,43 @@ def test_corruptions_keep_the_form_of_images():
             errors.append((corrupted.float() - images.float()).abs().mean().item())
         assert errors == sorted(errors)
         assert errors[0] > 0
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(8)
+    for i in range(40):
+        pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_command_line(finished, photographs, tmp_path, capsys):
+    """Photographs fire it if all of them score higher than the held-out images; other statuses come first."""
+    run = tmp_path / "run"
+    shutil.copytree(finished / "GE", run)
+    curve = read_policy(run / "policy.json")
+    reference = read_reference(run / "reference.safetensors", curve)
+    shifted = dataclasses.replace(reference, log_sum_exp=reference.log_sum_exp - 100)
+    write_reference(run / "reference.safetensors", shifted)
+    flags = [str(photographs), "--model", str(run), "--drift-alarm"]
+    assert predict.main(flags[:-1]) == 0
+    assert predict.main([str(photographs / "00.png"), *flags[1:]]) == 0
+    assert "drift alarm" not in capsys.readouterr().err
+    assert predict.main(flags) == 3
+    assert capsys.readouterr().err.count("drift alarm after ") == 1
+    (photographs / "broken.png").write_bytes(b"no image")
+    assert predict.main(flags) == 1
+    (run / "reference.safetensors").unlink()
+    assert predict.main(flags) == 2
+    assert "--evalmode dynamic writes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--deadline", "5ms"], ["--budget", "2ms"]])
+def test_no_alarm_where_load_changes_the_policy(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["photo.png", "--drift-alarm", *flags])
+    assert ended.value.code == 2
+    assert "--drift-alarm needs one policy" in capsys.readouterr().err
