@@ -141,6 +141,7 @@ def ship(saved: Saved, output: Path, bfloat16: bool = False) -> None:
         if bfloat16:
             half = _evaluated(rounded, stage, Path(folder) / "bfloat16", ["dynamic"], "bf16")
             shutil.copyfile(half.policy, output.with_suffix(".policy.bfloat16.json"))
+            shutil.copyfile(half.reference, output.with_suffix(".reference.bfloat16.safetensors"))
         shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))
