@@ -243,11 +243,21 @@ def _convert(
             verbose=False,
         )
     graph = program.model_proto.graph
-    nodes = []
-    for node in graph.node:
+    nodes = list(graph.node)
+    # PyTorch 2.6 gives an input that is also an output, or both, other names than it was asked to.
+    names = {value.name: name for value, name in zip(graph.input, inputs, strict=True)}
+    for value, name in zip(graph.output, outputs, strict=True):
+        if value.name in names:
+            nodes.append(helper.make_node("Identity", [value.name], [name]))
+        else:
+            names[value.name] = name
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
         node.ClearField("metadata_props")  # a stack trace, with paths of this machine
         node.ClearField("doc_string")
-        nodes.append(node)
+    for value, name in zip([*graph.input, *graph.output], [*inputs, *outputs], strict=True):
+        value.name = name
     used = {name for node in nodes for name in node.input}
     return helper.make_graph(
         nodes,
