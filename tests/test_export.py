@@ -19,6 +19,8 @@ from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, exp
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
 from image_data import synthetic
+from models import build_backbone
+from tests import contract
 from tests.conftest import describe, policy_point
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
@@ -141,6 +143,26 @@ def test_same_predictions(stage, options, size, tmp_path):
             )
             at_exit = logits[expected.exits, torch.arange(count)]
             torch.testing.assert_close(torch.from_numpy(found.logits), at_exit, atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["msdnet_four_scales", "imta_boosted"])
+def test_networks_of_the_contract(name):
+    """``python -m tests.contract`` checks all of them."""
+    assert contract.check_onnx(contract.CASES[name]) is None
+
+
+@needs_onnx
+def test_a_backbone(tmp_path):
+    network = build_backbone("mobilenet_v3_small", exits=2, num_classes=10).eval()
+    network.description = replace(describe(make_network(1)), operations=[1, 2])
+    pixels = random_pixels(8)
+    logits = logits_of(network, normalised(network, pixels))
+    for runner in export_both(network, tmp_path):
+        for k, thresholds in enumerate(([ALL] * 2, [NONE] * 2)):
+            found = runner.predict(pixels.numpy(), thresholds)
+            assert found.exits.tolist() == [k] * 8
+            torch.testing.assert_close(torch.from_numpy(found.logits), logits[k], atol=1e-4, rtol=1e-4)
 
 
 @needs_onnx
