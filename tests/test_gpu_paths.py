@@ -81,7 +81,8 @@ def test_a_prediction_writes_no_number_of_the_host_by_index():
 
 def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
     """Each process on a GPU of its own, and signals and results exchanged without it."""
-    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+    launched = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     joined = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
