@@ -85,10 +85,11 @@ def may_fork(gpu: tuple[int, ...] | None) -> bool:
     A worker would inherit the locks of other threads without the threads, and the terminal of an interactive
     session.
     """
+    others = set(threading.enumerate()) - {threading.main_thread()}
     is_program = (
         sys.platform == "linux"
         and threading.current_thread() is threading.main_thread()
-        and threading.active_count() == 1
+        and all(thread.daemon for thread in others)
         and not hasattr(sys, "ps1")
     )
     return (

@@ -39,7 +39,7 @@ class Log:
     def __init__(self, enabled: bool):
         self.enabled = enabled
         self.writer: SummaryWriter | None = None
-        self._bar = tqdm(disable=True)
+        self._bar: tqdm | None = None  # made after the workers are forked, as it starts a thread
         if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):
             LOGGER.addHandler(ConsoleHandler())
             LOGGER.setLevel(logging.INFO)
@@ -91,7 +91,8 @@ class Log:
 
     def end_epoch(self) -> None:
         """Remove the bar."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def write_history(self, path: Path, history: list[dict]) -> None:
         """Write every epoch's row as a JSON line, so that the file always agrees with its checkpoint."""

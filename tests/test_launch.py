@@ -302,3 +302,10 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert (tmp_path / "run" / "last.pt").exists() is ("after step" in line)
+
+
+def test_resuming_nothing_trains_in_as_many_processes(tmp_path):
+    result = train(tmp_path, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "nothing to resume" in result.stdout
+    assert "2 processes" in result.stdout
