@@ -6,6 +6,7 @@ import torch
 from adaptive_inference import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from adaptive_inference.budgeted import exit_shares
 from adaptive_inference.confidence import assign_exits
+from benchmarks import budgeted_rule
 from tests.golden import FIXTURES
 
 
@@ -69,3 +70,8 @@ def test_one_exit_takes_everything():
     predictions = predictions_of(torch.rand(1, 5), torch.rand(1, 5) > 0.5)
     for thresholds in geometric_thresholds(predictions.confidence):
         assert evaluate_thresholds(thresholds, predictions, [7]).operations == 7
+
+
+def test_benchmark(capsys):
+    budgeted_rule.main(["--images", "50", "--classes", "3"])
+    assert "40 budgets, 2 x 50 images, 5 exits, 3 classes" in capsys.readouterr().out
