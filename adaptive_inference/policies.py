@@ -3,9 +3,11 @@
     curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 
-A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the operations to
-each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap to full:
-thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds their loss.
+A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
+    operations to
+each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of points from cheap
+to full: thresholds, what they reached on the held-out images, and the counts from which ``promises`` bounds
+their loss.
 """
 
 import json
@@ -19,9 +21,9 @@ from models import files
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet policy 3"
-# "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble": optimised for
-# predictions from all exits so far. "certified": for promises about accuracy; its thresholds and its held-out results
-# come from different images.
+# "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble": optimised
+# for predictions from all exits so far. "certified": for promises about accuracy; its thresholds and its held-out
+# results come from different images.
 RULES = ("geometric", "optimised", "certified", "ensemble")
 MAX_FILE_SIZE = 4 * 2**20  # bytes
 
