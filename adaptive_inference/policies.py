@@ -22,8 +22,8 @@ from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet policy 3"
 # "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble":
-# optimised for predictions from all exits so far. "certified": for promises about accuracy; its thresholds and
-# its held-out results come from different images.
+# optimised for predictions from all exits so far. "certified": for promises about accuracy: its thresholds
+# and its held-out results come from different images.
 RULES = ("geometric", "optimised", "certified", "ensemble")
 MAX_FILE_SIZE = 4 * 2**20  # bytes
 
