@@ -24,7 +24,8 @@ from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import Policy
 from models import IMTA, ExitNetwork, MSDNet, State, Stepwise
-from models.saved import Split, read_network, save_network
+from models.description import Split
+from models.saved import read_network, save_network
 from tests.conftest import describe
 
 NUM_CLASSES = 10
