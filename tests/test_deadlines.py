@@ -1,4 +1,4 @@
-"""Deadlines and budgets of time: kept by a clock that tests move, on machines that become slower and fast again."""
+"""Deadlines and budgets of time are kept on machines that become slower and fast again; tests move the clock."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from utils import UserError
 
 
 class Timing:
-    """Reserves 10 milliseconds for every block and exit, for all after ``exits`` of them an impossible time."""
+    """Reserves 10 milliseconds for each of the first ``exits`` blocks, an impossible time for the others."""
 
     batch_size = 1
 
