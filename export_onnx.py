@@ -20,7 +20,7 @@ from adaptive_inference.fingerprint import describe
 from adaptive_inference.fold import folded_for
 from engine.checkpoint import load_saved
 from models.files import policy_path
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, complain, tell, user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--policy",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="policies (default: policy.json beside the checkpoint, if any)",
     )
     arguments = parser.parse_args(argv)
-    output = Path(arguments.output).expanduser()
+    output = user_path(arguments.output)
     export = export_blocks if arguments.output.endswith(("/", os.sep)) or output.is_dir() else export_onnx
     try:
         saved = load_saved(arguments.model, {})
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             folded_for(saved.network, curve, policy)  # checks that they belong together
         export(saved.network, output, curve)
     except UserError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
+        complain(f"{parser.prog}: {error}")
         return 2
     count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.dtype != "float32":
         count += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
-    sys.stdout.write(f"{describe(saved.network)}, {count}: {arguments.output}\n")
+    tell(f"{describe(saved.network)}, {count}: {output}")
     return 0
 
 

@@ -218,9 +218,6 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111, as Path.expanduser raises where there is no such home
 
 
-folder = user_path
-
-
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | None = None) -> Iterator[IO]:
     """Open a temporary file that replaces ``path`` when the block ends: readers see the old or the new file.

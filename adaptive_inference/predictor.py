@@ -8,8 +8,8 @@ An image leaves at the first exit whose confidence reaches that exit's threshold
 same from the logits of all exits.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,27 @@ class AdaptivePredictor:
                 here = going_on if here is None else here[going_on]
                 current = ExitPrediction(current.classes[going_on], current.confidence[going_on])
         return self.finish(seen, exits)
+
+    def predict_images(
+        self,
+        images: Sequence[Any],
+        read: Callable[[Any, Any], Tensor],
+        batch_size: int = 64,
+    ) -> Prediction:
+        """Classify image files or PIL images of any size.
+
+        Args:
+            images: paths or PIL images.
+            read: returns bytes (3, S, S) for one of them and the network's ``DataInfo``, as in training:
+                ``image_data.preprocess``.
+            batch_size: images that are read and predicted at a time.
+        """
+        device, data = next(self.network.parameters()).device, self.network.description.data
+        predictions = []
+        for start in range(0, len(images), batch_size):
+            pixels = torch.stack([read(image, data) for image in images[start : start + batch_size]])
+            predictions.append(self(pixels.to(device)))
+        return Prediction(*map(torch.cat, zip(*predictions, strict=True)))
 
     # Subclasses may override these three methods.
 

@@ -1,0 +1,27 @@
+"""A photograph as a network expects it, for ``AdaptivePredictor.predict_images``.
+
+prediction = predictor.predict_images(["photo.jpg", pil_image], preprocess)
+"""
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from image_data.reading import read_image
+from image_data.transforms import evaluation_transform
+from models.saved import DataInfo
+
+
+def preprocess(image: str | Path | Image.Image, data: DataInfo) -> Tensor:
+    """Return bytes (3, S, S) of an image file or a PIL image, resized and cropped as in evaluation.
+
+    Args:
+        image: a path, or a PIL image with 8 bits per channel.
+        data: of the network, ``network.description.data``.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    transform = evaluation_transform(data.image_size, data.crop_share, data.interpolation)
+    return transform(image) if isinstance(image, Image.Image) else read_image(image, transform)

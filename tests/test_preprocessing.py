@@ -1,0 +1,25 @@
+"""From photographs to predictions in Python."""
+
+import torch
+from PIL import Image
+
+from adaptive_inference import AdaptivePredictor
+from adaptive_inference.policies import Policy
+from image_data.preprocessing import preprocess
+from models import MSDNet
+from tests.conftest import TINY_NETWORK, describe
+
+
+def test_paths_and_pil_images_are_predicted_alike(tmp_path):
+    network = MSDNet(**TINY_NETWORK).eval()
+    network.description = describe(network)
+    predictor = AdaptivePredictor(network, Policy((1e8, 1e8, -1e8)))
+    pixels = torch.randint(256, (60, 90, 3), dtype=torch.uint8).numpy()
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "photo.png")
+    images = [tmp_path / "photo.png", str(tmp_path / "photo.png"), image]
+    prediction = predictor.predict_images(images, preprocess, batch_size=2)
+    assert prediction.probs.shape == (3, 10)
+    assert prediction.classes.unique().numel() == 1
+    expected = predictor(preprocess(image, network.description.data)[None])
+    torch.testing.assert_close(prediction.probs[2:], expected.probs)
