@@ -1,6 +1,7 @@
 """How PyTorch and the C library compute in this process: seeds, rounding, threads, memory."""
 
 import ctypes
+import hashlib
 import os
 
 import torch
@@ -54,6 +55,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed the random layers of one training step, such as dropout, so that a resumed run draws the same masks.
+
+    Args:
+        seed: of the run.
+        epoch: completed epochs.
+        step: completed steps of this epoch.
+        rank: of this process; processes draw different masks.
+    """
+    digest = hashlib.sha256(f"{seed} {epoch} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

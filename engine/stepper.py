@@ -218,7 +218,8 @@ def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
 def _parameters_without_gradient(
     objective: nn.Module, parameters: list[Tensor], images: Tensor, targets: Tensor
 ) -> list[Tensor]:
-    with frozen_statistics(objective):
+    devices = [images.device] if images.device.type == "cuda" else []
+    with frozen_statistics(objective), torch.random.fork_rng(devices):
         losses, _ = objective(images, targets)
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]

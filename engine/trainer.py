@@ -28,12 +28,12 @@ from dataloader import Data
 from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
 from engine.checkpoint import damage_named, save_checkpoint
 from engine.collect import accuracy_per_exit
+from engine.device import seed_step
 from engine.record import Session
 from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
 from image_data.batches import Batch
-from models.description import Description
-from models.saved import save_network
+from models.saved import Description, save_network
 from utils import UserError, duration
 
 
@@ -196,6 +196,7 @@ class Trainer:
             # Dropout and the like are then a function of the step, also in a run that was resumed.
             torch.manual_seed(_step_seed(settings.seed, progress, self.session.processes.rank))
             with self._announced(requests):
+                seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
                 self.stepper.step(images, targets, rate, self.meters.update)
             if self.average is not None:
                 self.average.update_parameters(self.network)

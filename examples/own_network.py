@@ -1,4 +1,4 @@
-"""Exits on a network of one's own, in twenty lines: train it, stop early, save it. Nothing but ``models`` of this project is used.
+"""Exits on a network of one's own: train it and stop early, with ``models`` of this project alone.
 
 PYTHONPATH=path/to/this/repository python own_network.py
 """
@@ -11,6 +11,7 @@ from models import Backbone, count_operations, sum_of_cross_entropies
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
+    """Make a convolution that halves the resolution, with BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
@@ -25,6 +26,7 @@ class MyNetwork(nn.Module):
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, num_classes) of images (N, 3, H, W)."""
         x = self.third(self.second(self.first(images)))
         return self.linear(x.mean(dim=(2, 3)))
 

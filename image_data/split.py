@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from image_data.folders import listed
 from image_data.parts import DataSet, name_digests
-from models.description import DataInfo
-from utils import UserError, listed
+from models.saved import DataInfo
+from utils import UserError
 
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others

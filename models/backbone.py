@@ -1,11 +1,12 @@
-"""Exits on any network that ``torch.fx`` can trace, such as those of torchvision and timm, with Gradient Equilibrium.
+"""Exits with Gradient Equilibrium on any network that ``torch.fx`` can trace.
 
     network = Backbone(torchvision.models.resnet18(), exits=["layer1", "layer2", "layer3"], num_classes=100)
     logits = network(torch.randn(8, 3, 224, 224))  # a list of 4 tensors (8, 100)
 
-The network is cut at the outputs of the named modules (``models.tracing``). At every cut an exit reads the one tensor that crosses it:
-maps go through convolution, BatchNorm, ReLU, average pooling and a linear layer; tokens through LayerNorm, their mean and a linear layer.
-The last exit is the network's own last linear layer. ``models.zoo`` builds networks by their names.
+The network is cut at the outputs of the named modules (``models.tracing``). At every cut an exit reads the
+one tensor that crosses it: maps go through convolution, BatchNorm, ReLU, average pooling and a linear
+layer; tokens through LayerNorm, their mean and a linear layer. The last exit is the network's own last
+linear layer. ``models.zoo`` builds networks by their names.
 """
 
 import difflib
@@ -82,18 +83,22 @@ class Backbone(ExitNetwork):
     """A network with exits at the outputs of some of its modules, and its own end as the last exit.
 
     Args:
-        network: takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is not copied.
-        exits: paths of modules, in the order in which the network runs them; or the number of all exits. Then the early ones are put
-            at the network's own blocks such that operations are spread evenly.
+        network: takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is
+            not copied.
+        exits: paths of modules, in the order in which the network runs them; or the number of all exits.
+            Then the early ones are put at the network's own blocks such that operations are spread evenly.
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
         boosted_exits: an exit adds its logits to half of those of the exit before.
         gradient_equilibrium: rescale gradients at the exits.
         layout: one of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: a size that the network takes, where it takes none of the usual ones.
-        origin: ``library``, ``name`` and ``options`` of the network's constructor, by which a file can describe it.
+        frozen: let only the exits learn, and the last linear layer if it is new.
+        origin: ``library``, ``name`` and ``options`` of the network's constructor, by which a file can
+            describe it.
 
     Raises:
-        ValueError: the network cannot be traced, has no last linear layer, or cannot be cut there; one line says which.
+        ValueError: the network cannot be traced, has no last linear layer, or cannot be cut there; one line
+            says which.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Backbone(ExitNetwork):
         gradient_equilibrium: bool = True,
         layout: str | Sequence[str] | None = None,
         image_size: int | None = None,
+        frozen: bool = False,
         origin: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -147,20 +153,26 @@ class Backbone(ExitNetwork):
             "gradient_equilibrium": gradient_equilibrium,
             "layout": layouts,
             "image_size": image_size,
+            "frozen": False,
         }
+        if frozen:
+            self.freeze_network()
 
     # Inference
 
     def start(self, images: Tensor) -> State:
+        """Return the images: the first piece reads them."""
         return {"x": images}
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Run piece ``k`` and the exit after it; the state is the tensor at the cut."""
         x = self._pieces[k].evaluation(self, state["x"])
         if k == self.num_exits - 1:
             return x, {}
         return self.exits[k].features(x), {"x": x}
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
+        """Compute the logits (N, num_classes) of exit ``k``; the last is the network's own linear layer."""
         is_last = k == self.num_exits - 1
         linear = self.network.get_submodule(self._classifier) if is_last else self.exits[k].linear
         logits = linear(features)
@@ -169,7 +181,7 @@ class Backbone(ExitNetwork):
     # Training
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all) of images (N, 3, H, W)."""
+        """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
         features, x = [], images
         for k in range(checked_num_exits(self, num_exits)):
             x = self._run_piece(k, x)
@@ -199,8 +211,8 @@ class Backbone(ExitNetwork):
         return rescale_gradient(x, factor) if self.gradient_equilibrium else x
 
     def freeze_network(self) -> None:
-        """Let only the exits learn, and the last linear layer if it is new. The rest stays in evaluation mode."""
-        self.frozen = True
+        """Let only the exits learn, and a new last linear layer. The rest stays in evaluation mode."""
+        self.frozen = self.config["frozen"] = True
         self.network.requires_grad_(False)
         if self.has_new_classifier:
             self.network.get_submodule(self._classifier).requires_grad_(True)
@@ -231,7 +243,7 @@ class Backbone(ExitNetwork):
                 yield parameter
 
     def load_pretrained(self, weights: dict[str, Tensor], source: str = "the given weights") -> None:
-        """Load a state dict of the network without exits. Its last linear layer is left out where the classes differ.
+        """Load a state dict of the network without exits; its last linear layer only if that fits.
 
         Raises:
             ValueError: the weights are those of another network.
@@ -264,6 +276,7 @@ class Backbone(ExitNetwork):
     # Image sizes
 
     def check_image_size(self, size: int) -> None:
+        """Raise ValueError if the network cannot take images of ``size`` x ``size`` pixels."""
         if size in self._accepted_sizes:
             return
         runner = meta_copy(self).eval()
@@ -287,10 +300,11 @@ class Backbone(ExitNetwork):
     # Folding
 
     def fold_batch_norm(self, fused: Callable[[nn.Module, nn.Module], nn.Module | None]) -> None:
-        """Fold every BatchNorm of the network into the layer before it, in place. Only evaluation mode is left.
+        """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
 
         Args:
-            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
+            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be
+                fused.
         """
         graphs = [piece.evaluation_graph for piece in self._pieces]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
@@ -321,18 +335,19 @@ class Backbone(ExitNetwork):
         setattr(self.network.get_submodule(parent), name, module)
 
     def _clone_where_needed(self, size: int) -> None:
-        """Let pieces that change their input in place copy it first: the exit and whoever holds the state still need it."""
-        runner = meta_copy(self)
-        for training in (False, True):
-            runner.train(training)
-            x = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
-            for k in range(self.num_exits):
-                version = x._version
-                with torch.no_grad():
+        """Let pieces that change their input in place copy it first: the exit before them needs it too."""
+        # Inference tensors have no versions, and the caller may be in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            runner = meta_copy(self)
+            for training in (False, True):
+                runner.train(training)
+                x = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+                for k in range(self.num_exits):
+                    version = x._version
                     y = runner._pieces[k].function(training)(runner, x)
-                if x._version != version:
-                    self._pieces[k] = with_cloned_input(self._pieces[k])
-                x = y
+                    if x._version != version:
+                        self._pieces[k] = with_cloned_input(self._pieces[k])
+                    x = y
 
 
 def _failure(runner: Backbone, size: int) -> str | None:
@@ -361,8 +376,8 @@ def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.
         if not _is_linear(network, node):
             output = getattr(traces, mode).name(node) if isinstance(node, fx.Node) else "several values"
             raise ValueError(
-                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: its output in {mode} mode is "
-                f"{output}"
+                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: its output "
+                f"in {mode} mode is {output}"
             )
     path = found["evaluation"].target.removeprefix(PREFIX)
     return path, {mode: node.args[0] for mode, node in found.items()}
@@ -391,7 +406,8 @@ def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) 
         node = one.outputs[path]
         crossing = [other for other in one.crossing(node) if other is not node]
         if crossing:
-            return f"{len(crossing) + 1} values cross a cut there ({', '.join(map(one.name, [node, *crossing]))}), and only one may"
+            names = ", ".join(map(one.name, [node, *crossing]))
+            return f"{len(crossing) + 1} values cross a cut there ({names}), and only one may"
         if ends and one.position(node) >= one.position(
             ends["evaluation" if one is traces.evaluation else "training"]
         ):
@@ -465,7 +481,8 @@ def _layouts(
         layouts = [given] * len(paths) if isinstance(given, str) else list(given)
         if len(layouts) != len(paths) or any(layout not in LAYOUTS for layout in layouts):
             raise ValueError(
-                f"layout is {given!r}; allowed: {', '.join(LAYOUTS)}, one for all {len(paths)} early exits or one for each"
+                f"layout is {given!r}; allowed: {', '.join(LAYOUTS)}, one for all {len(paths)} early exits "
+                "or one for each"
             )
         return layouts
     layouts = []

@@ -1,8 +1,9 @@
 """Cutting a network into pieces with ``torch.fx``.
 
-A network is traced twice, in training and in evaluation mode, as a trace fixes the value of ``self.training``. Every module call is
-recorded with the node of its output, so that a cut can be named by the path of a module. A piece is the code between two cuts. It is a
-plain function ``(root, x) -> y`` that runs the modules of ``root.network``: the pieces own no modules and no parameters.
+A network is traced twice, in training and in evaluation mode, as a trace fixes the value of
+``self.training``. Every module call is recorded with the node of its output, so that a cut can be named by
+the path of a module. A piece is the code between two cuts. It is a plain function ``(root, x) -> y`` that
+runs the modules of ``root.network``: the pieces own no modules and no parameters.
 
     traces = trace(network)
     piece = make_piece(traces, None, "layer1")     # from the images to the output of layer1
@@ -38,6 +39,7 @@ class TracedRoot(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Any:
+        """Run the network."""
         return self.network(images)
 
 
@@ -69,9 +71,11 @@ class Trace:
 
     @property
     def images(self) -> fx.Node:
+        """The placeholder of the graph."""
         return next(node for node in self.graph.nodes if node.op == "placeholder")
 
     def position(self, node: fx.Node) -> int:
+        """Return the place of a node in the order of the graph."""
         return self._positions[node]
 
     def crossing(self, node: fx.Node) -> list[fx.Node]:
@@ -103,6 +107,7 @@ class Traces:
 
     @property
     def both(self) -> tuple[Trace, Trace]:
+        """The traces of evaluation and of training."""
         return self.evaluation, self.training
 
 
@@ -130,7 +135,7 @@ def trace(network: nn.Module) -> Traces:
 
 
 class _Tracer(fx.Tracer):
-    """Leaves are the modules of torch.nn, of torchvision.ops and of timm's own list; containers are traced into."""
+    """A tracer whose leaves are the modules of torch.nn, of torchvision.ops and of timm's own list."""
 
     def __init__(self):
         modules, functions = _timm_leaves()
@@ -226,7 +231,7 @@ class Piece:
 
 
 def make_piece(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Piece:
-    """Return the piece from the output of module ``start`` (None: from the images) to the nodes ``end`` of both modes."""
+    """Return the piece from the output of module ``start`` (None: the images) to the nodes ``end``."""
     graphs = {}
     for mode in ("evaluation", "training"):
         one = getattr(traces, mode)
@@ -307,9 +312,11 @@ class _Surveyor(fx.Interpreter):
 
 
 def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[int, Survey]:
-    """Run the evaluation graph on the meta device for images of two sizes, or of the one size that the network takes.
+    """Run the evaluation graph on the meta device for images of two sizes, or of the only one.
 
     Args:
+        network: the traced network.
+        traces: its graphs.
         image_size: a size to try first.
 
     Raises:
@@ -334,7 +341,8 @@ def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[i
             break
     if not found:
         raise ValueError(
-            f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150}); say image_size="
+            f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150}); "
+            "say image_size="
         )
     return found
 
@@ -355,7 +363,8 @@ def find_layout(shapes: list[tuple[int, ...]]) -> str:
     """Return where the channels are in a tensor: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC".
 
     Args:
-        shapes: of the same tensor for images of one or two sizes. The channels are the dimension that does not change.
+        shapes: of the same tensor for images of one or two sizes. The channels are the dimension that does
+            not change.
 
     Raises:
         ValueError: the shapes do not tell.
@@ -381,7 +390,7 @@ def find_layout(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _guessed_channels(shape: tuple[int, ...]) -> list[int]:
-    """Return the dimension of the channels where images have one size: tokens come before channels, and maps are square."""
+    """Return the dimension of the channels for one image size: after tokens, or beside a square."""
     if len(shape) == 3:
         return [2]
     return [d for d, (a, b) in {1: (2, 3), 3: (1, 2)}.items() if shape[a] == shape[b] != shape[d]]
@@ -422,13 +431,13 @@ def block_paths(network: nn.Module, one: Trace, own_operations: dict[fx.Node, in
 
 
 def layer_outputs(network: nn.Module, one: Trace) -> list[str]:
-    """Return the paths of the layers without weights, such as activations and pooling, in the order of the network."""
+    """Return the paths of the layers without weights, such as activations, in the order of the network."""
     found = [path for path in one.outputs if path in one.leaves and path not in one.repeated]
     return [path for path in found if not isinstance(network.get_submodule(path), _LAYERS)]
 
 
 def nearest_places(shares: list[float], count: int) -> list[int]:
-    """Return the indices of ``count`` increasing ``shares``, each as near as it can be to its multiple of 1 / (count + 1)."""
+    """Return the indices of ``count`` increasing ``shares``, each near its multiple of 1 / (count + 1)."""
     chosen: list[int] = []
     for j in range(1, count + 1):
         allowed = range(chosen[-1] + 1 if chosen else 0, len(shares) - (count - j))

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm by their names, with exits, pretrained weights, and the preprocessing these weights expect.
+"""Networks of torchvision and timm by their names, with exits, pretrained weights and their preprocessing.
 
     network = build_backbone("mobilenet_v3_small", exits=4, num_classes=10, pretrained="DEFAULT")
     network = build_backbone("timm/tf_efficientnet_lite0", pretrained="tf_efficientnet_lite0.safetensors")
@@ -27,11 +27,11 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 class NeedsNetworkError(ValueError):
-    """A file describes exits on a network that it cannot build: one of its author's own, or of a library that is missing."""
+    """A file's network cannot be built: it is its author's own, or its library is missing."""
 
 
 class Preprocessing(NamedTuple):
-    """What a network's weights expect of images; ``crop_share`` is the share of the shorter side that is kept."""
+    """What weights expect of images; ``crop_share`` is the share of the shorter side that is kept."""
 
     image_size: int
     crop_share: float
@@ -56,7 +56,8 @@ def build_backbone(
         arch: name of the network.
         exits: as for ``Backbone``.
         num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
-        pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of weights; None for none.
+        pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
+            weights; None for none.
         image_size: of the images it will see; operations are spread evenly for this size.
         options: of the network's constructor, plain types.
         of_backbone: further arguments of ``Backbone``.
@@ -67,11 +68,34 @@ def build_backbone(
     """
     origin = {"library": None, "name": arch, "options": dict(options or {})}
     origin["library"], origin["name"] = _split_name(arch)
+    check_backbone(arch, pretrained)
     network = _construct(**origin)
     backbone = Backbone(network, exits, num_classes, image_size=image_size, origin=origin, **of_backbone)
     if pretrained is not None:
         backbone.load_pretrained(_weights(origin, pretrained), str(pretrained))
     return backbone
+
+
+def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> None:
+    """Check the arguments of ``build_backbone`` that need no network to be built.
+
+    Raises:
+        ValueError: an unknown name.
+        OSError: there are no such weights.
+    """
+    library, name = _split_name(arch)
+    if pretrained is None or Path(pretrained).expanduser().is_file():
+        return
+    if library == "timm":
+        known = ("DEFAULT",)
+    else:
+        known = tuple(_torchvision().get_model_weights(name).__members__)
+        known = tuple(dict.fromkeys((*known, "DEFAULT"))) if known else ()
+    if str(pretrained) not in known:
+        names = ", ".join(known) or "none"
+        raise FileNotFoundError(
+            f"there is no file {pretrained}, and {arch} has no weights of that name: {names}"
+        )
 
 
 def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None) -> Backbone:
@@ -89,7 +113,8 @@ def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None
     if network is None:
         if origin["library"] is None:
             raise NeedsNetworkError(
-                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in load(path, network=my_network)"
+                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
+                "load(path, network=my_network)"
             )
         network = _construct(**origin)
     return Backbone(network, origin=origin, **config)
@@ -152,7 +177,7 @@ def _split_name(arch: str) -> tuple[str, str]:
 
 
 def _construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Module:
-    """Return a network from one of the constructors that a library registers, with random weights, on the CPU."""
+    """Return a network from one of the constructors that a library registers, with random weights."""
     if library not in ("torchvision", "timm"):
         raise ValueError(f"the library is {library!a:.60}; allowed: torchvision, timm")
     _split_name(f"{TIMM_PREFIX}{name}" if library == "timm" else name)
@@ -183,24 +208,22 @@ def _timm() -> Any:
 
 def _weights(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of pretrained weights: a file, or those of the library."""
-    name = origin["name"]
     path = Path(pretrained).expanduser()
     if path.is_file():
         return read_weights(path)
-    if origin["library"] == "timm":
-        if pretrained != "DEFAULT":
-            raise FileNotFoundError(f"there is no file {pretrained}; timm's own weights are called DEFAULT")
-        return _timm().create_model(name, pretrained=True, **origin["options"]).state_dict()
-    every = _torchvision().get_model_weights(name)
-    if pretrained not in every.__members__:
-        raise FileNotFoundError(
-            f"there is no file {pretrained}, and {name} has no weights of that name: {', '.join(every.__members__) or 'none'}"
-        )
-    return every[pretrained].get_state_dict(progress=False, check_hash=True)
+    try:
+        if origin["library"] == "timm":
+            return _timm().create_model(origin["name"], pretrained=True, **origin["options"]).state_dict()
+        weights = _torchvision().get_model_weights(origin["name"])[str(pretrained)]
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"the weights {pretrained} of {origin['name']} cannot be downloaded: {error!s:.150}"
+        ) from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors file or a PyTorch checkpoint (``weights_only=True``), without what wrappers add.
+    """Read a state dict from a safetensors file or a PyTorch checkpoint (``weights_only=True``).
 
     Raises:
         ValueError: it holds no state dict, or cannot be read.

@@ -1,5 +1,6 @@
 """Small networks of torchvision and of no library, for tests of ``models.Backbone``."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 
 from models.backbone import Backbone
+from models.zoo import build_backbone
 
 
 class Chain(nn.Module):
@@ -77,3 +79,36 @@ def shaken(network: nn.Module) -> nn.Module:
             if x.is_floating_point() and x.numel() and bool((x == x.flatten()[0]).all()):
                 x.add_(0.1 * torch.rand_like(x))
     return network
+
+
+# Networks of the two libraries: name, exits, image size, options of the constructor.
+LIBRARIES: dict[str, tuple[list[str] | int, int, dict[str, object]]] = {
+    "resnet18": (["layer1", "layer2", "layer3"], 64, {}),
+    "mobilenet_v2": (4, 64, {}),
+    "mobilenet_v3_small": (4, 64, {}),
+    "efficientnet_b0": (4, 64, {}),
+    "regnet_y_400mf": (4, 64, {}),
+    "densenet121": (4, 64, {}),
+    "shufflenet_v2_x0_5": (4, 64, {}),
+    "convnext_tiny": (4, 64, {}),
+    "swin_t": (4, 64, {}),
+    "vit_b_16": (4, 32, {"image_size": 32}),
+    "timm/tf_efficientnet_lite0": (4, 64, {}),
+    "timm/mobilenetv3_small_050": (4, 64, {}),
+    "timm/convnext_atto": (4, 64, {}),
+    "timm/vit_tiny_patch16_224": (4, 32, {"img_size": 32}),
+    "timm/swin_tiny_patch4_window7_224": (4, 64, {"img_size": 64}),
+}
+
+
+def make_named(name: str) -> Backbone:
+    """Return a network of a library with exits and ten classes; no weight is zero."""
+    exits, size, options = LIBRARIES[name]
+    network = build_backbone(name, exits, 10, image_size=size, options=options)
+    shaken(network.network)
+    return network
+
+
+def is_available(name: str) -> bool:
+    """Return True if the library of a network is installed."""
+    return not name.startswith("timm/") or importlib.util.find_spec("timm") is not None

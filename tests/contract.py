@@ -1,6 +1,7 @@
 """What every network with exits must do, whatever it is made of.
 
-    python -m tests.contract                     # every network of CASES, a line each
+    python -m tests.contract                     # every network of CASES and LIBRARY_CASES, a line each
+    python -m tests.contract densenet121         # torchvision's; timm's if it is installed
     python -m tests.contract imta msdnet_large   # these
 
 ``tests/test_contract.py`` runs the same checks. A new kind of network needs one entry in ``CASES``.
@@ -8,12 +9,15 @@
 
 import argparse
 import copy
+import functools
 import importlib.util
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -23,9 +27,9 @@ from torch import Tensor, nn
 from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import Policy
-from models import IMTA, ExitNetwork, MSDNet, State, Stepwise
-from models.description import Split
-from models.saved import read_network, save_network
+from models import IMTA, Backbone, ExitNetwork, MSDNet, State, Stepwise
+from models.saved import Split, read_network, save_network
+from tests.backbones import LIBRARIES, SMALL, is_available, make_named, make_small
 from tests.conftest import describe
 
 NUM_CLASSES = 10
@@ -41,7 +45,7 @@ class Case:
         image_size: height and width in pixels.
         block_of: returns the number, from 0, of the block that the parameter of a name belongs to, None for
             those of exits. None: the network does not use Gradient Equilibrium, or not on everything that
-            passes between blocks.
+            passes between blocks. -1 stands for the block of the first exit that depends on it.
         untrained: beginnings of the names of parameters that no exit depends on.
     """
 
@@ -52,25 +56,30 @@ class Case:
 
     def network(self) -> ExitNetwork:
         """Make the network, float64, in evaluation mode, with BatchNorm statistics that let the logits vary."""
-        torch.manual_seed(0)
-        network = self.build().double().eval()
-        norms = [module for module in network.modules() if hasattr(module, "running_var")]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            nn.init.uniform_(norm.weight, 1, 2)
-            norm.train()
-            norm.momentum = 1.0  # keep the statistics of one batch
-        with torch.no_grad():
-            network(self.images(16))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        return network.eval()
+        return copy.deepcopy(_built(self))
 
     def images(self, count: int = 4) -> Tensor:
         """Make random images (count, 3, H, W), float64."""
         generator = torch.Generator().manual_seed(count)
         size = self.image_size
         return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=1)  # the checks of one network come one after another
+def _built(case: Case) -> ExitNetwork:
+    torch.manual_seed(0)
+    network = case.build().double().eval()
+    norms = [module for module in network.modules() if hasattr(module, "running_var")]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 1, 2)
+        norm.train()
+        norm.momentum = 1.0  # keep the statistics of one batch
+    with torch.no_grad():
+        network(case.images(16))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network.eval()
 
 
 def msdnet_block(name: str) -> int | None:
@@ -85,6 +94,16 @@ def msdnet(num_blocks: int = 3, **options: object) -> MSDNet:
     """Make a small MSDNet that reads all its parameters."""
     small = {"num_channels": 4, "growth_rate": 4, "step_mode": "lin_grow"}
     return MSDNet(NUM_CLASSES, num_blocks=num_blocks, **{**small, **options})
+
+
+def backbone_block(name: str) -> int | None:
+    """Return -1 for a parameter of the network itself, None for one of an early exit."""
+    return None if name.startswith("exits.") else -1
+
+
+def backbone_case(name: str, **options: object) -> Case:
+    """Return the case of one of the small networks of ``tests.backbones``."""
+    return Case(functools.partial(make_small, name, **options), SMALL[name][2], backbone_block)
 
 
 SINGLE_STAGE = {"freeze_backbone": False}
@@ -125,6 +144,20 @@ CASES: dict[str, Case] = {
         lambda: IMTA(msdnet(), cut_isc_gradient=False, **SINGLE_STAGE), 32, msdnet_block, LAST_BLOCK
     ),
     "imta_large": Case(lambda: IMTA(msdnet(small_inputs=False)), 65),
+    **{name: backbone_case(name) for name in ("chain", "vit", "swin")},
+    "imta_backbone": Case(lambda: IMTA(make_small("chain"))),
+}
+
+
+# Networks of torchvision and timm: too slow for the suite, checked by ``python -m tests.contract``.
+LIBRARY_CASES = {
+    **{f"{name}_small": backbone_case(name) for name in ("resnet", "mobilenet_v3_small", "convnext")},
+    "chain_boosted": backbone_case("chain", boosted_exits=True),
+    "chain_without_equilibrium": Case(lambda: make_small("chain", gradient_equilibrium=False)),
+    **{
+        name: Case(functools.partial(make_named, name), size, backbone_block)
+        for name, (_, size, _) in LIBRARIES.items()
+    },
 }
 
 
@@ -242,6 +275,8 @@ def check_gradient_equilibrium(case: Case) -> str | None:
     by_exit = [gradients([k]) for k in range(number)]
     for name, ours, own in zip(parameters, equilibrium, zip(*by_exit, strict=True), strict=True):
         block = case.block_of(name)
+        if block == -1:
+            block = next(k for k, gradient in enumerate(own) if gradient is not None and gradient.any())
         expected = sum(gradient for gradient in own if gradient is not None)
         if ours is not None:
             assert_close(ours, expected if block is None else expected / (number - block))
@@ -272,6 +307,7 @@ def check_checkpointed_activations(case: Case) -> None:
     for is_checkpointed in (False, True):
         network = case.network().train()
         network.checkpoint_activations = is_checkpointed
+        torch.manual_seed(0)
         sum(z.square().sum() for z in network(case.images(8))).backward()
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         results.append({**gradients, **dict(network.named_buffers())})
@@ -297,11 +333,38 @@ def check_file(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "network.safetensors"
         save_network(path, network, describe(network, case.image_size), Split.unknown())
-        loaded, *_ = read_network(path)
+        loaded, *_ = read_network(path, _own_network(network))
         assert loaded.config == network.config
         assert network_fingerprint(loaded) == network_fingerprint(network)
         for ours, expected in zip(loaded(images), network(images), strict=True):
             assert torch.equal(ours, expected)
+
+
+def _own_network(network: ExitNetwork) -> nn.Module | None:
+    """Return the network without exits if a file cannot describe it, as it is nobody's but the author's."""
+    inner = network.backbone if isinstance(network, IMTA) else network
+    if isinstance(inner, Backbone) and inner.config["library"] is None:
+        return copy.deepcopy(inner.network)
+    return None
+
+
+def check_uncut(case: Case) -> str | None:
+    """The last exit and the running statistics equal those of the uncut network, in both modes, under one seed."""
+    network = case.network()
+    if not isinstance(network, Backbone) or network.boosted:
+        return "not cut from another network"
+    original = copy.deepcopy(network.network)
+    for training in (False, True):
+        network.train(training)
+        original.train(training)
+        torch.manual_seed(0)
+        expected = original(case.images())
+        torch.manual_seed(0)
+        ours = network.classify_next(network.num_exits - 1, network.features(case.images())[-1], None)
+        assert torch.equal(ours, expected)
+    own = network.network.state_dict()
+    assert all(torch.equal(own[name], x) for name, x in original.state_dict().items())
+    return None
 
 
 def check_folded(case: Case) -> None:
@@ -365,6 +428,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
         check_checkpointed_activations,
         check_parameter_lists,
         check_file,
+        check_uncut,
         check_folded,
         check_onnx,
     )
@@ -373,18 +437,29 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the named networks and print a line for each; return 1 if any check failed."""
+    cases = CASES | LIBRARY_CASES
     parser = argparse.ArgumentParser(prog="python -m tests.contract", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CASES)}")
-    names = parser.parse_args(argv).names or list(CASES)
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"no network {', '.join(unknown)}; there are {', '.join(CASES)}")
-    failed = 0
-    for name in names:
-        began = time.perf_counter()
-        failures = [f"{check}: {reason}" for check in CHECKS if (reason := _failure(CASES[name], check))]
-        print(f"{name:40} {'; '.join(failures) or 'ok'}  ({time.perf_counter() - began:.1f} s)", flush=True)
-        failed += bool(failures)
-    return int(failed > 0)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(cases)}")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    options = parser.parse_args(argv)
+    names = options.names or [name for name in cases if is_available(name)]
+    if unknown := [name for name in names if name not in cases]:
+        parser.error(f"no network {', '.join(unknown)}; there are {', '.join(cases)}")
+    if options.jobs == 1 or len(names) <= options.jobs:
+        kept = [_is_kept(name) for name in names]  # all of them, also after a failure
+        return int(not all(kept))
+    slowest_first = sorted(names, key=lambda name: name in CASES)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return int(not all(list(pool.map(_is_kept, slowest_first))))
+
+
+def _is_kept(name: str) -> bool:
+    """Check one network, print a line, and return True if it keeps the contract."""
+    began = time.perf_counter()
+    case = (CASES | LIBRARY_CASES)[name]
+    failures = [f"{check}: {reason}" for check in CHECKS if (reason := _failure(case, check))]
+    print(f"{name:40} {'; '.join(failures) or 'ok'}  ({time.perf_counter() - began:.1f} s)", flush=True)
+    return not failures
 
 
 def _failure(case: Case, check: str) -> str | None:

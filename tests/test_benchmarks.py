@@ -1,6 +1,8 @@
 """The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
 
-from benchmarks import reading_speed, start_up, training_speed
+import sys
+
+from benchmarks import other_library, reading_speed, start_up, time_to_exit, training_speed
 
 TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1"]
 
@@ -31,3 +33,15 @@ def test_reading_speed(capsys):
 def test_start_up(capsys):
     assert start_up.main(["--files", "100", "--rounds", "1", "--image-size", "72"]) == 0
     assert "100 files: first step after" in capsys.readouterr().out
+
+
+def test_time_to_exit(capsys):
+    tiny = ["--archs", "mobilenet_v3_small", "--image-size", "32", "--batch-sizes", "2", "--rounds", "1"]
+    assert time_to_exit.main(tiny) == 0
+    assert "  to exit 4: " in capsys.readouterr().out
+
+
+def test_other_library_is_optional(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "earlyon", None)
+    assert other_library.main(["--images", "4", "--image-size", "32", "--rounds", "1"]) == 2
+    assert "pip install earlyon==0.3.0" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""Networks of a library through the programs: trained, resumed, taken to stage 2, fine-tuned, refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+import predict
+import train_GE
+import train_IMTA
+from args import parse
+from engine.checkpoint import load_checkpoint
+from experiments import backbones, small_data
+from models import IMTA, load
+
+ARCH = ["--arch", "mobilenet_v3_small", "--exits", "3", "--image-size", "32", "--data", "folder"]
+SHORT = ["--val-size", "12", "--batch-size", "8", "--epochs", "2", "--amp", "off", "--lr", "0.02"]
+
+
+@pytest.fixture
+def train(image_folder, tmp_path):
+    def run(name, *flags, arch=ARCH):
+        save = ["--save", str(tmp_path / name / "GE"), "--data-root", str(image_folder)]
+        return train_GE.main([*save, *arch, *SHORT, *flags])
+
+    return run
+
+
+def test_trained_taken_to_stage_2_and_used(train, image_folder, tmp_path, capsys):
+    assert train("run") == 0
+    stage_2 = [
+        "--pretrained",
+        str(tmp_path / "run" / "GE"),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--amp",
+        "off",
+    ]
+    assert train_IMTA.main(stage_2) == 0
+    network = load(tmp_path / "run" / "IMTA")
+    assert isinstance(network, IMTA)
+    assert network.backbone.config["name"] == "mobilenet_v3_small"
+    data = network.description.data
+    assert (data.image_size, data.mean) == (32, [0.485, 0.456, 0.406])
+    photo = next((image_folder / "test" / "ant").glob("*.png"))
+    capsys.readouterr()
+    assert predict.main([str(photo), "--model", str(tmp_path / "run" / "IMTA")]) == 0
+    assert str(photo) in capsys.readouterr().out
+
+
+def test_a_resumed_run_draws_the_same_dropout_masks(train, tmp_path, monkeypatch):
+    """mobilenet_v3_small drops a fifth of the features of its last exit."""
+    steps = []
+    real = train_GE.JointTraining.forward
+
+    def stopping(self, images, targets):
+        steps.append(len(steps))
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        return real(self, images, targets)
+
+    assert train("whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_GE.JointTraining, "forward", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped", "--save-every-steps", "1")
+    assert train("stopped", "--save-every-steps", "1", "--resume") == 0
+    whole, resumed = (load_checkpoint(tmp_path / name / "GE" / "last.pt") for name in ("whole", "stopped"))
+    for name, x in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], x), name
+
+
+def test_pretrained_weights_learn_slower(train, tmp_path):
+    weights = torchvision.models.mobilenet_v3_small(num_classes=7).state_dict()
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(weights, file)
+    assert train("run", "--pretrained", str(file), "--pretrained-lr-factor", "0", "--weight-decay", "0") == 0
+    network = load(tmp_path / "run" / "GE").network
+    learned = {name for name, p in network.named_parameters() if not torch.equal(p, weights[name])}
+    assert learned == {"classifier.3.weight", "classifier.3.bias"}
+
+
+def test_exits_alone(train, tmp_path):
+    assert train("run", "--freeze", "backbone", "--optimizer", "adamw", "--lr", "0.001") == 0
+    network = load(tmp_path / "run" / "GE")
+    assert network.config["frozen"]
+    record = json.loads((tmp_path / "run" / "GE" / "run.json").read_text())
+    assert record["settings"]["optimizer"] == "adamw"
+
+
+def test_fine_tuned_on_other_classes(train, tmp_path):
+    assert train("run") == 0
+    run = str(tmp_path / "run" / "GE")
+    assert (
+        train("other", "--pretrained", run, "--lr", "1e-9", "--epochs", "1", arch=["--data", "folder"]) == 0
+    )
+    before, after = load(run), load(tmp_path / "other" / "GE")
+    assert after.config == before.config
+    name = "network.features.0.0.weight"
+    torch.testing.assert_close(after.get_parameter(name), before.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--arch", "resnet19"],
+            "torchvision has no classification network 'resnet19'; did you mean",
+        ),
+        (
+            ["--arch", "resnet18", "--nBlocks", "3"],
+            "--nBlocks is for --arch msdnet, not for --arch resnet18",
+        ),
+        (["--exits", "3"], "--exits needs --arch"),
+        (["--freeze", "backbone"], "--freeze backbone is for networks with another --arch than msdnet"),
+        (
+            ["--arch", "resnet18", "--optimizer", "adamw", "--nesterov"],
+            "--nesterov belongs to --optimizer sgd",
+        ),
+        (
+            ["--arch", "resnet18", "--pretrained", "nothing"],
+            "there is no file nothing",
+        ),
+        (["--arch", "resnet18", "--exits", "layer9"], "no module 'layer9' in ResNet; exits can be at: layer"),
+        (["--arch", "vit_b_16"], "takes images of 224 pixels only, not of 32"),
+    ],
+)
+def test_mistakes(train, capsys, flags, message):
+    try:
+        status = train("run", *flags, arch=["--data", "folder", "--image-size", "32"])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arm", backbones.ARMS)
+def test_arms_of_the_experiment_are_command_lines(arm):
+    program, *flags = backbones.command(arm, 1, Path("data"), Path("weights.safetensors"), Path("work"))
+    command = parse("GE" if program == "train_GE.py" else "IMTA", flags)
+    assert command.typed["lr"] == 0.05
+
+
+def test_the_small_data_experiment_links_other_images_for_each_seed(tmp_path):
+    for part, count in (("train", 70), ("test", 3)):
+        for name in small_data.CLASSES:
+            folder = tmp_path / "source" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:02d}.png").touch()
+    found = []
+    for seed in (1, 2):
+        images = small_data.link_images(tmp_path / "source", tmp_path / str(seed), seed)
+        assert len(list(images.glob("test/*/*.png"))) == 3 * 4
+        found.append({path.relative_to(images) for path in images.glob("train/*/*.png")})
+    assert len(found[0]) == len(found[1]) == 4 * small_data.TRAINING_IMAGES
+    assert not found[0] & found[1]
