@@ -1,4 +1,4 @@
-"""Deadlines and budgets of time are kept on machines that become slower and fast again; tests move the clock."""
+"""Deadlines and budgets of time are kept on machines that become slower and fast again."""
 
 from types import SimpleNamespace
 

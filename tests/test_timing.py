@@ -16,7 +16,7 @@ from tests.test_predictor import logits_of, make_network, quantile_policy
 
 
 def blocks(batch_size):
-    """Return times of two blocks: 1 ms for one image, then proportional; half a millisecond after the last block."""
+    """Return times of two blocks: 1 ms for one image, then proportional; 0.5 ms after the last block."""
     sizes, times = np.array([1, 4]), np.array([1.0, 4.0])
     return BlockTimes(batch_size, (sizes, sizes), (times, times), (2 * times, 2 * times), (0.5, 0.7))
 
