@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from image_data.batches import WAYS_ON, Batches, FileBatches, InMemoryBatches, Shard
+from image_data.batches import WAYS_ON, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
-from image_data.folders import listed
-from image_data.parts import NORMALIZATION, DataSet, Part
+from image_data.parts import NORMALIZATION, DataSet, Part, Shard
 from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
 from image_data.transforms import (
@@ -29,9 +28,9 @@ from image_data.transforms import (
     default_crop_share,
     evaluation_transform,
 )
+from models.description import DataInfo, Split
 from models.normalizer import Normalizer
-from models.saved import DataInfo, Split
-from utils import UserError
+from utils import UserError, listed
 
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 SAMPLED_FILES = 32  # whose size is compared with the image size

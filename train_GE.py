@@ -20,14 +20,15 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
-from args import NETWORK_OPTIONS, parse
+from args import parse
 from engine.checkpoint import Saved
+from engine.networks import network_from, new_network
 from engine.run import Stage, run
 from image_data.transforms import default_crop_share
-from models import IMTA, ExitNetwork, MSDNet, sum_of_cross_entropies
+from models import ExitNetwork, sum_of_cross_entropies
 from models.backbone import Backbone
-from models.saved import DataInfo
-from models.zoo import Preprocessing, build_backbone, preprocessing, rebuild_backbone
+from models.description import DataInfo
+from models.zoo import Preprocessing, preprocessing
 from utils import UserError
 
 
@@ -59,7 +60,7 @@ class Stage1(Stage):
         Raises:
             UserError: The combination of options is impossible.
         """
-        network = _started_from(origin, data) if origin else _new_network(settings, data)
+        network = network_from(origin, data) if origin else new_network(settings, data)
         if settings.freeze == "backbone":
             if not isinstance(network, Backbone):
                 raise UserError("--freeze backbone is for networks with another --arch than msdnet")
@@ -87,39 +88,6 @@ class Stage1(Stage):
         """Return the title of a run's curves."""
         name = "MSDNet" if settings.arch == "msdnet" else settings.arch
         return f"{name} + GE" if settings.gradient_equilibrium else name
-
-
-def _new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
-    num_classes = len(data.class_names)
-    try:
-        if settings.arch == "msdnet":
-            return MSDNet(num_classes, **{name: getattr(settings, name) for name in NETWORK_OPTIONS})
-        return build_backbone(
-            settings.arch,
-            settings.exits,
-            num_classes,
-            pretrained=settings.pretrained and str(settings.pretrained),
-            image_size=data.image_size,
-            gradient_equilibrium=settings.gradient_equilibrium,
-            boosted_exits=settings.boosted_exits,
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"impossible network: {error}") from None
-
-
-def _started_from(origin: Saved, data: DataInfo) -> ExitNetwork:
-    stage_1 = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
-    num_classes = len(data.class_names)
-    same_classes = stage_1.num_classes == num_classes and (
-        origin.data.class_names == data.class_names or not origin.data.knows_training_images
-    )
-    config = {**stage_1.config, "num_classes": num_classes}
-    is_backbone = isinstance(stage_1, Backbone)
-    network = rebuild_backbone({**config, "frozen": False}) if is_backbone else MSDNet(**config)
-    left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
-    weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
-    network.load_state_dict(weights, strict=False)
-    return network
 
 
 def main(argv: list[str] | None = None) -> int:

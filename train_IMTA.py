@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from adaptive_inference import fold
 from args import CommandLine, parse
 from engine.checkpoint import Saved, load_saved
+from engine.networks import new_network
 from engine.run import Stage, run, stage_1_run
 from engine.stepper import mixed_precision
 from models import IMTA, one_for_all_loss
-from models.saved import DataInfo
-from train_GE import Stage1
+from models.description import DataInfo
 from utils import UserError
 
 
@@ -91,7 +91,7 @@ class Stage2(Stage):
                 f"{len(data.class_names)}"
             )
         return IMTA(
-            origin.network if origin else Stage1().make_network(settings, data, None),
+            origin.network if origin else new_network(settings, data),
             isc=settings.isc,
             cut_isc_gradient=settings.isc_gradient == "cut",
             freeze_backbone=origin is not None,

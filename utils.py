@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -254,3 +254,10 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
         if temporary is not None:
             with suppress(OSError):  # already in place, or its folder is closed
                 temporary.unlink()
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return names with commas between them; of many, only the first ones."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

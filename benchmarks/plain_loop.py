@@ -17,7 +17,7 @@ from torchvision import datasets, transforms
 from image_data.parts import NORMALIZATION
 from image_data.transforms import LARGE_CROP_SHARE
 from models import IMTA, MSDNet, one_for_all_loss, sum_of_cross_entropies
-from models.saved import DataInfo
+from models.description import DataInfo
 
 
 def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:

@@ -1,7 +1,7 @@
 """Time to each exit of a cut network, against the same blocks inside the uncut network.
 
-    python -m benchmarks.time_to_exit                              # resnet18 and mobilenet_v3_small, 224
-    pixels python -m benchmarks.time_to_exit --archs timm/convnext_atto --batch-sizes 1
+    python -m benchmarks.time_to_exit          # resnet18 and mobilenet_v3_small, 224 pixels
+    python -m benchmarks.time_to_exit --archs timm/convnext_atto --batch-sizes 1
 
 Both networks are folded. Ours runs the blocks and all exits up to exit k; the uncut network stops after the
 same block. Times are shares of the whole uncut network's.

@@ -15,9 +15,10 @@ import torch
 
 from args import NETWORK_OPTIONS, flag_of, from_record
 from models import IMTA, MSDNet
+from models.description import DataInfo, Description, Split
 from models.files import find
 from models.released import read_checkpoint
-from models.saved import DataInfo, Description, Split, convert_command, read_network
+from models.saved import convert_command, read_network
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"

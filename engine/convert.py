@@ -24,20 +24,11 @@ from engine.record import RunDirectory
 from image_data.parts import NORMALIZATION
 from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
+from models.description import DataInfo, Description, Split
 from models.files import SUFFIX
 from models.options import NETWORK_FIELDS
 from models.released import PUBLISHED_NAMES, STATE_DICTS, is_network_file, read_checkpoint
-from models.saved import (
-    FORMAT,
-    DataInfo,
-    Description,
-    Split,
-    from_tensors,
-    network_options,
-    read_safetensors,
-    save_network,
-    write_tensors,
-)
+from models.saved import FORMAT, from_tensors, network_options, read_safetensors, save_network, write_tensors
 from utils import (
     CommandLineParser,
     UserError,

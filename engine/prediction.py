@@ -29,8 +29,8 @@ from image_data.folders import LEFT_OUT, find_images
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork, count_operations
+from models.description import DataInfo
 from models.files import WEIGHTS
-from models.saved import DataInfo
 from utils import UserError, complain, is_terminal
 
 BATCH_SIZE = 64

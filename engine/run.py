@@ -33,8 +33,9 @@ from engine.signals import Interrupted, Requests, listening
 from engine.stepper import refuse_combinations
 from engine.trainer import FEW_IMAGES, train
 from models import Description, ExitNetwork, count_operations
+from models.description import DataInfo, Split
 from models.files import find
-from models.saved import DataInfo, Split, build_network, load_weights, network_options
+from models.saved import build_network, load_weights, network_options
 from models.zoo import Preprocessing
 from utils import UserError, complain, in_words, one_line
 

@@ -33,7 +33,8 @@ from engine.record import Session
 from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
 from image_data.batches import Batch
-from models.saved import Description, save_network
+from models.description import Description
+from models.saved import save_network
 from utils import UserError, duration
 
 

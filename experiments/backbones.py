@@ -2,8 +2,7 @@
 
     python examples/efficientnet_lite.py --output tf_efficientnet_lite0.safetensors      # once, see there
     python -m experiments.backbones --data-root data/cifar100 --weights tf_efficientnet_lite0.safetensors
-    python -m experiments.backbones --table                                               # of what is
-    complete
+    python -m experiments.backbones --table        # of what is complete
 
 ``--data-root`` holds the folders ``train/CLASS/`` and ``test/CLASS/``; images are enlarged to 64 pixels.
 Run it again and it resumes. When a run is complete, its small files are copied into

@@ -14,7 +14,6 @@ import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from image_data.parts import Part
+from image_data.parts import Part, Shard
 from image_data.reading import read_image
 from image_data.threads import map_batches
 from image_data.transforms import (
@@ -39,14 +38,6 @@ from utils import UserError, complain
 
 Batch = tuple[Tensor, Tensor]
 WAYS_ON = "repair or remove it, or leave it out with --skip-unreadable"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part ``rank`` of ``world_size`` processes that share every batch."""
-
-    rank: int = 0
-    world_size: int = 1
 
 
 class Batches:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from image_data import synthetic
 from image_data.archives import read_cifar
-from image_data.folders import Survey, a_file_ending, listed, text_of
+from image_data.folders import Survey, a_file_ending, text_of
 from image_data.parts import DataSet, Part, name_digests
 from image_data.split import choose_test
-from models.saved import DataInfo
-from utils import UserError, is_folder
+from models.description import DataInfo
+from utils import UserError, is_folder, listed
 
 Classes = dict[str, list[Path]]
 

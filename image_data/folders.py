@@ -122,12 +122,5 @@ def text_of(name: str | Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """Return names with commas between them; of many, only the first ones."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _visible(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_NAMES]

@@ -73,3 +73,11 @@ def name_digests(names: list[str]) -> Tensor:
     return torch.tensor(
         [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
     )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``rank`` of ``world_size`` processes that share every batch."""
+
+    rank: int = 0
+    world_size: int = 1

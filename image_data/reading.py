@@ -6,23 +6,20 @@ pixels = read_image("photo.jpg", evaluation_transform(224, 0.875))    # bytes (3
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from image_data.transforms import MAX_PIXELS, rgb
 from utils import UserError
 
 # The content decides, whatever the suffix says. For other formats PIL may start programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_SIDES_RATIO = 200  # longer by shorter side; resizing the shorter side would make the longer one enormous
-MAX_PIXELS = 89_478_485  # of an image that is decoded in full; PIL's own limit
 MAX_JPEG_PIXELS = 16384 * 12288  # the largest phone cameras; above MAX_PIXELS they are decoded reduced
-REDUCED_SIDE = 1024  # pixels that a reduced JPEG keeps at least
-BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
 
 def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None = None) -> Any:
@@ -47,26 +44,6 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the image {path}: {reason}") from None
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, upright as its EXIF data say.
-
-    Behind transparent pixels is the ``BACKGROUND``. JPEGs of more than ``MAX_PIXELS`` are reduced while they
-    are decoded.
-    """
-    if image.width * image.height > MAX_PIXELS:
-        image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
-    image.load()
-    with suppress(Exception):  # damaged EXIF data are no reason to lose the image
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    opaque = Image.new("RGB", image.size, BACKGROUND)
-    opaque.paste(image, mask=image.getchannel("A"))
-    return opaque
 
 
 def file_size(path: str | Path) -> tuple[int, int] | None:

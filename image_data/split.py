@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from image_data.folders import listed
 from image_data.parts import DataSet, name_digests
-from models.saved import DataInfo
-from utils import UserError
+from models.description import DataInfo
+from utils import UserError, listed
 
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others

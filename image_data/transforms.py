@@ -7,17 +7,21 @@ with DrawsFrom(torch.Generator().manual_seed(1)):
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from image_data.reading import rgb
+MAX_PIXELS = 89_478_485  # of an image that is decoded in full; PIL's own limit
+REDUCED_SIDE = 1024  # pixels that a reduced JPEG keeps at least
+BACKGROUND = (255, 255, 255)  # behind transparent pixels
+
 
 LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
 LARGE_CROP_SHARE = 0.875  # of the shorter side of larger images, that evaluation sees
@@ -127,3 +131,23 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, rows, columns, H, W)
     cropped = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
     return torch.where(flips[:, None, None, None], cropped.flip(-1), cropped)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, upright as its EXIF data say.
+
+    Behind transparent pixels is the ``BACKGROUND``. JPEGs of more than ``MAX_PIXELS`` are reduced while they
+    are decoded.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
+    image.load()
+    with suppress(Exception):  # damaged EXIF data are no reason to lose the image
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    opaque = Image.new("RGB", image.size, BACKGROUND)
+    opaque.paste(image, mask=image.getchannel("A"))
+    return opaque

@@ -4,6 +4,7 @@
 """
 
 from .backbone import Backbone
+from .description import Description
 from .imta import IMTA
 from .losses import one_for_all_loss, sum_of_cross_entropies
 from .msdnet import MSDNet
@@ -11,7 +12,7 @@ from .network import ExitNetwork, State
 from .operations import count_operations, measure_cost
 from .options import NetworkOptions
 from .released import load_released, to_released
-from .saved import Description, load
+from .saved import load
 from .stepwise import Stepwise
 from .zoo import build_backbone
 

@@ -6,11 +6,18 @@ on. A *cell* is one scale of one stage (layer or transition): ``(depth, scale)``
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-from .layers import GridStage
+from typing import NamedTuple, Protocol
 
 Cell = tuple[int, int]
+
+
+class GridStage(Protocol):
+    """What planning needs to know of a stage (``layers.GridStage``)."""
+
+    scales: range
+
+    def reads(self, scale: int) -> tuple[int, ...]:
+        """Return the scales of the stage before that ``scale`` is computed from."""
 
 
 class ExitPlan(NamedTuple):

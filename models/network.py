@@ -31,7 +31,7 @@ class ExitNetwork(nn.Module, ABC):
         boosted: whether exit k adds a share of the logits of exit k - 1 to its own.
         checkpoint_activations: in ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
-        description: what its file says about it (``models.saved.Description``), None without a file.
+        description: what its file says about it (``models.description.Description``), None without a file.
         fingerprint: digest of the network that a folded copy was made from, None for all other networks.
     """
 

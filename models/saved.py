@@ -12,14 +12,14 @@ import json
 import os
 import shlex
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .description import Description, Split
 from .files import find
 from .imta import IMTA
 from .msdnet import MSDNet
@@ -28,99 +28,6 @@ from .zoo import NeedsNetworkError, rebuild_backbone
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """The data set of a network and how its images are prepared, in plain types.
-
-    Attributes:
-        name: Value of --data, such as ``cifar100`` or ``folder``.
-        class_names: Names in the order of the logits; two classes may have the same name.
-        image_size: Height and width in pixels.
-        crop_share: Share of the shorter side that the central crop of an evaluation image keeps.
-        interpolation: Name of the interpolation that resizes images.
-        mean: Mean of each of the three channels, for values from 0 to 1.
-        std: Standard deviation of each of the three channels, for values from 0 to 1.
-        num_training_images: Number of training images, held-out ones included; 0 if the training images are
-            unknown.
-        fingerprint: Digest of the names of classes and training images.
-    """
-
-    name: str
-    class_names: list[str]
-    image_size: int
-    crop_share: float
-    interpolation: str
-    mean: list[float]
-    std: list[float]
-    num_training_images: int
-    fingerprint: str
-
-    @property
-    def knows_training_images(self) -> bool:
-        """Whether the training images, and so the held-out ones, are known."""
-        return self.num_training_images > 0
-
-
-@dataclass(frozen=True)
-class Description:
-    """The record of a network: everything a file says about it, in plain types.
-
-    Attributes:
-        network: ``type``, and the options of its constructor.
-        data: Its data set: class names and preprocessing.
-        operations: Operations to each exit, per image.
-        stage: ``GE`` or ``IMTA``.
-        title: Title of its curves.
-        recipe: Settings it was trained with.
-        seed: Seed of initialisation, order and augmentation; None if unknown.
-        commit: Commit of the code; None outside a git clone.
-        epoch: Completed training epochs.
-        accuracy: Accuracy of every exit in percent: ``val_acc1`` on held-out images, ``test_acc1`` and more
-            where it was measured.
-        origin: File that training started from.
-        frozen_digest: Digest of what stage 2 must not change.
-        training: ``hardware`` and ``minutes`` of a shipped network's training.
-    """
-
-    network: dict[str, Any]
-    data: DataInfo
-    operations: list[int]
-    stage: str
-    title: str
-    recipe: dict[str, Any]
-    seed: int | None
-    commit: str | None
-    epoch: int = 0
-    accuracy: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    origin: str | None = None
-    frozen_digest: str | None = None
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Description":
-        """Return the description that ``dataclasses.asdict`` turned into plain types."""
-        return cls(**{**values, "data": DataInfo(**values["data"])})
-
-
-class Split(NamedTuple):
-    """The training images a network learned from, and those it did not.
-
-    Attributes:
-        held_out: Sorted indices of the images that were held out, (N,) int64.
-        names: Digests of the names of all training images, (M,) int64, by which files that came or went are
-            told apart; empty for an
-            archive.
-    """
-
-    held_out: Tensor
-    names: Tensor
-
-    @classmethod
-    def unknown(cls) -> "Split":
-        """Return the split of a network whose training images are unknown."""
-        return cls(*(torch.empty(0, dtype=torch.int64) for _ in cls._fields))
 
 
 def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> ExitNetwork:

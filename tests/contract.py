@@ -28,7 +28,8 @@ from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import Policy
 from models import IMTA, Backbone, ExitNetwork, MSDNet, State, Stepwise
-from models.saved import Split, read_network, save_network
+from models.description import Split
+from models.saved import read_network, save_network
 from tests.backbones import LIBRARIES, SMALL, is_available, make_named, make_small
 from tests.conftest import describe
 

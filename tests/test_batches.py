@@ -11,8 +11,8 @@ import torch
 from args import parse
 from dataloader import load_data
 from image_data import batches
-from image_data.batches import InMemoryBatches, Shard
-from image_data.parts import Part
+from image_data.batches import InMemoryBatches
+from image_data.parts import Part, Shard
 from image_data.transforms import (
     CROP_PADDING,
 )

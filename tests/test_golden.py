@@ -20,7 +20,7 @@ from models import (
     sum_of_cross_entropies,
     to_released,
 )
-from models.saved import DataInfo
+from models.description import DataInfo
 from tests.golden import FIXTURES, PUBLISHED, STAGE_1, STAGE_2, golden_case, sketch
 
 

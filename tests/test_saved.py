@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 
 from models import IMTA, MSDNet, load, load_released
-from models.saved import Split, network_options, read_network, save_network
+from models.description import Split
+from models.saved import network_options, read_network, save_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 

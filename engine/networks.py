@@ -1,0 +1,54 @@
+"""The network that a stage trains: a new one, or that of a checkpoint with its weights."""
+
+from argparse import Namespace
+
+from args import NETWORK_OPTIONS
+from engine.checkpoint import Saved
+from models import IMTA, ExitNetwork, MSDNet
+from models.backbone import Backbone
+from models.description import DataInfo
+from models.zoo import build_backbone, rebuild_backbone
+from utils import UserError
+
+
+def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
+    """Build the network that the settings describe, for the classes of a data set.
+
+    Raises:
+        UserError: The combination of options is impossible, or the pretrained weights cannot be loaded.
+    """
+    num_classes = len(data.class_names)
+    try:
+        if settings.arch == "msdnet":
+            return MSDNet(num_classes, **{name: getattr(settings, name) for name in NETWORK_OPTIONS})
+        return build_backbone(
+            settings.arch,
+            settings.exits,
+            num_classes,
+            pretrained=settings.pretrained and str(settings.pretrained),
+            image_size=data.image_size,
+            gradient_equilibrium=settings.gradient_equilibrium,
+            boosted_exits=settings.boosted_exits,
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"impossible network: {error}") from None
+
+
+def network_from(origin: Saved, data: DataInfo) -> ExitNetwork:
+    """Build the stage-1 network of ``origin`` with its weights, for the classes of a data set.
+
+    Weights of classifiers are taken over only where the classes are the same.
+    """
+    stage_1 = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
+    num_classes = len(data.class_names)
+    same_classes = stage_1.num_classes == num_classes and (
+        origin.data.class_names == data.class_names or not origin.data.knows_training_images
+    )
+    config = {**stage_1.config, "num_classes": num_classes}
+    network = (
+        rebuild_backbone({**config, "frozen": False}) if isinstance(stage_1, Backbone) else MSDNet(**config)
+    )
+    left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
+    weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
+    network.load_state_dict(weights, strict=False)
+    return network
