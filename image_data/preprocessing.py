@@ -10,7 +10,7 @@ from torch import Tensor
 
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
-from models.saved import DataInfo
+from models.description import DataInfo
 
 
 def preprocess(image: str | Path | Image.Image, data: DataInfo) -> Tensor:
