@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from image_data import reading
+from image_data import reading, transforms
 from image_data.reading import read_image
 from image_data.transforms import (
     CROP_PADDING,
@@ -101,12 +101,13 @@ def test_images_are_turned_upright(tmp_path, suffix):
 
 
 def test_photographs_of_many_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_PIXELS", 10**6)
-    monkeypatch.setattr(reading, "REDUCED_SIDE", 256)
+    for module in (reading, transforms):
+        monkeypatch.setattr(module, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(transforms, "REDUCED_SIDE", 256)
     sizes = []
     for suffix in ("jpg", "png"):
         Image.new("RGB", (2000, 1500), (90, 120, 30)).save(tmp_path / f"large.{suffix}")
-    read_image(tmp_path / "large.jpg", lambda image: sizes.append(reading.rgb(image).size))
+    read_image(tmp_path / "large.jpg", lambda image: sizes.append(transforms.rgb(image).size))
     assert sizes == [(500, 375)]
     with pytest.raises(UserError, match="decompression bomb"):
         read_image(tmp_path / "large.png")
