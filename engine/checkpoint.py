@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from args import NETWORK_OPTIONS, flag_of, from_record
-from models import IMTA, MSDNet
+from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
 from models.released import read_checkpoint
-from models.saved import convert_command, read_network
+from models.saved import convert_command, network_bytes, read_network
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
@@ -29,7 +29,7 @@ class Saved:
     """A network from a file, in evaluation mode, with its description and held-out split."""
 
     path: Path
-    network: MSDNet | IMTA
+    network: ExitNetwork
     description: Description
     split: Split
 
@@ -72,6 +72,18 @@ def load_saved(path: Path, typed: dict[str, Any]) -> Saved:
         if config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {flag_of(name)} {config[name]}, the command line says {value}")
     return Saved(path, network, description, split)
+
+
+def save_network(
+    path: Path, network: ExitNetwork, description: Description, split: Split, half: bool = False
+) -> None:
+    """Write a network's file atomically; the arguments are those of ``models.saved.network_bytes``.
+
+    Raises:
+        UserError: The file cannot be written; an old one is then untouched.
+    """
+    with atomic_write(path, "wb") as stream:
+        stream.write(network_bytes(network, description, split, half))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

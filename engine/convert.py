@@ -19,7 +19,7 @@ from typing import Any
 from adaptive_inference.policies import FORMAT as POLICY_FORMAT
 from adaptive_inference.policies import from_format_2
 from engine.checkpoint import FORMAT as RUN_FORMAT
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import save_checkpoint, save_network
 from engine.record import RunDirectory
 from image_data.parts import NORMALIZATION
 from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
@@ -28,7 +28,7 @@ from models.description import DataInfo, Description, Split
 from models.files import SUFFIX
 from models.options import NETWORK_FIELDS
 from models.released import PUBLISHED_NAMES, STATE_DICTS, is_network_file, read_checkpoint
-from models.saved import FORMAT, from_tensors, network_options, read_safetensors, save_network, write_tensors
+from models.saved import FORMAT, from_tensors, network_options, read_safetensors, tensor_bytes
 from utils import (
     CommandLineParser,
     UserError,
@@ -110,7 +110,8 @@ def _convert_network(path: Path, output: Path) -> str:
         from_tensors(dict(tensors), description)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or made by another program: {error}") from None
-    write_tensors(output, tensors, description)
+    with atomic_write(output, "wb") as stream:
+        stream.write(tensor_bytes(tensors, description))
     return f"network: {output}"
 
 

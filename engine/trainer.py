@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from adaptive_inference import fold
 from dataloader import Data
 from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
-from engine.checkpoint import damage_named, save_checkpoint
+from engine.checkpoint import damage_named, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
 from engine.device import seed_step
 from engine.record import Session
@@ -34,7 +34,6 @@ from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
 from image_data.batches import Batch
 from models.description import Description
-from models.saved import save_network
 from utils import UserError, duration
 
 

@@ -18,14 +18,13 @@ from string import Template
 import train_GE
 import train_IMTA
 from args import RESUMABLE
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import Saved, load_saved, save_network
 from engine.record import RunDirectory
 from engine.report import best_within, millions, read_csv
 from experiments.corruptions import accuracy_table
 from experiments.tables import epochs
 from models import Description, load
 from models.files import SUFFIX, networks_in
-from models.saved import save_network
 from utils import CommandLineParser, UserError, atomic_write
 
 MAX_LOSS = 0.05  # points of top-1

@@ -2,7 +2,7 @@
 
     network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
     network.description.data.class_names, network.description.data.mean
-    save_network(path, network, description, split)
+    content = network_bytes(network, description, split)
 
 The ``safetensors`` library checks sizes and runs no code, and a checksum finds damage.
 """
@@ -53,41 +53,27 @@ def convert_command(path: str | os.PathLike) -> str:
     return f"python -m engine.convert {shlex.quote(str(path))}"
 
 
-def save_network(
-    path: Path, network: ExitNetwork, description: Description, split: Split, half: bool = False
-) -> None:
-    """Write a file atomically.
+def network_bytes(network: ExitNetwork, description: Description, split: Split, half: bool = False) -> bytes:
+    """Return the content of a network's file.
 
     Args:
-        path: The file to write or to replace.
-        network: Its weights are written.
-        description: Written into the header.
-        split: The held-out images.
-        half: Write weights of convolutions and linear layers in float16; all others stay as they are.
-
-    Raises:
-        UserError: The file cannot be written; an old one is then untouched.
+        network: The network.
+        description: What the file says about it.
+        split: The training images it learned from.
+        half: Store the weights of convolutions and linear layers in float16; all others stay as they are.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     if half:
         tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
     tensors |= {name: x.cpu().contiguous() for name, x in split._asdict().items()}
-    write_tensors(path, tensors, description)
+    return tensor_bytes(tensors, description)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], description: Description) -> None:
-    """Write the tensors of a network and of its split atomically, with ``description`` in the header.
-
-    Raises:
-        UserError: The file cannot be written; an old one is then untouched.
-    """
-    # Here, as torch.hub loads this module, and must not import a module of so common a name.
-    from utils import atomic_write
-
+def tensor_bytes(tensors: dict[str, Tensor], description: Description) -> bytes:
+    """Return the content of a file: the tensors of a network and of its split, with ``description`` in the header."""
     text = json.dumps(dataclasses.asdict(description))
     header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
-    with atomic_write(path, "wb") as stream:
-        stream.write(safetensors.torch.save(tensors, header))
+    return safetensors.torch.save(tensors, header)
 
 
 def read_network(

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import Policy
+from engine.checkpoint import save_network
 from models import IMTA, Backbone, ExitNetwork, MSDNet, State, Stepwise
 from models.description import Split
-from models.saved import read_network, save_network
+from models.saved import read_network
 from tests.backbones import LIBRARIES, SMALL, is_available, make_named, make_small
 from tests.conftest import describe
 

@@ -19,9 +19,10 @@ from adaptive_inference.confidence import confidence_by_exit
 from adaptive_inference.curves import policy_curve
 from adaptive_inference.policies import LossCounts, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
+from engine.checkpoint import save_network
 from models import IMTA, MSDNet, count_operations, to_released
 from models.description import Split
-from models.saved import read_network, save_network
+from models.saved import read_network
 from tests.conftest import TINY_NETWORK, describe, policy_point
 
 CLASS_NAMES = [f"class {i}" for i in range(10)]

@@ -13,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
-from models.saved import network_options, read_network, save_network
+from models.saved import network_options, read_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 
