@@ -464,6 +464,8 @@ def _mistake(typed: dict[str, Any]) -> str | None:
     for first, second in _APART:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
+    if typed.get("optimizer") == "adamw" and (wrong := {"momentum", "nesterov"} & typed.keys()):
+        return f"{flag_of(min(wrong))} belongs to --optimizer sgd"
     if typed.get("nesterov") and typed.get("momentum") == 0:
         return "--nesterov needs a --momentum above 0"
     if typed.get("arch", "msdnet") != "msdnet":
