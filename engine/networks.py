@@ -5,9 +5,8 @@ from argparse import Namespace
 from args import NETWORK_OPTIONS
 from engine.checkpoint import Saved
 from models import IMTA, ExitNetwork, MSDNet
-from models.backbone import Backbone
+from models.backbone import Backbone, build_backbone, rebuild_backbone
 from models.description import DataInfo
-from models.zoo import build_backbone, rebuild_backbone
 from utils import UserError
 
 

@@ -3,7 +3,7 @@
 ``Backbone`` puts exits with Gradient Equilibrium on any other network.
 """
 
-from .backbone import Backbone
+from .backbone import Backbone, build_backbone
 from .description import Description
 from .imta import IMTA
 from .losses import one_for_all_loss, sum_of_cross_entropies
@@ -14,7 +14,6 @@ from .options import NetworkOptions
 from .released import load_released, to_released
 from .saved import load
 from .stepwise import Stepwise
-from .zoo import build_backbone
 
 __all__ = [
     "IMTA",

@@ -6,12 +6,13 @@
 The network is cut at the outputs of the named modules (``models.tracing``). At every cut an exit reads the
 one tensor that crosses it: maps go through convolution, BatchNorm, ReLU, average pooling and a linear
 layer; tokens through LayerNorm, their mean and a linear layer. The last exit is the network's own last
-linear layer. ``models.zoo`` builds networks by their names.
+linear layer. ``build_backbone`` does so for networks of torchvision and timm by their names.
 """
 
 import difflib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,6 +38,7 @@ from .tracing import (
     trace,
     with_cloned_input,
 )
+from .zoo import NeedsNetworkError, check_backbone, construct, split_name, weights_of
 
 LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
 EXIT_WIDTHS = (128, 512)  # fewest and most channels of an exit's convolution
@@ -529,3 +531,61 @@ def _is_pair(source: Any, node: fx.Node, calls: Counter[str]) -> bool:
         and len(source.users) == 1
         and calls[node.target] == calls[source.target] == 1
     )
+
+
+def build_backbone(
+    arch: str,
+    exits: Sequence[str] | int = 4,
+    num_classes: int | None = None,
+    *,
+    pretrained: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    options: dict[str, Any] | None = None,
+    **of_backbone: Any,
+) -> Backbone:
+    """Build a network of torchvision (``NAME``) or timm (``timm/NAME``) with exits.
+
+    Args:
+        arch: name of the network.
+        exits: as for ``Backbone``.
+        num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
+        pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
+            weights; None for none.
+        image_size: of the images it will see; operations are spread evenly for this size.
+        options: of the network's constructor, plain types.
+        of_backbone: further arguments of ``Backbone``.
+
+    Raises:
+        ValueError: an unknown name, a network that cannot be cut, or weights of another network.
+        OSError: the weights cannot be read or downloaded.
+    """
+    origin = {"library": None, "name": arch, "options": dict(options or {})}
+    origin["library"], origin["name"] = split_name(arch)
+    check_backbone(arch, pretrained)
+    network = construct(**origin)
+    backbone = Backbone(network, exits, num_classes, image_size=image_size, origin=origin, **of_backbone)
+    if pretrained is not None:
+        backbone.load_pretrained(weights_of(origin, pretrained), str(pretrained))
+    return backbone
+
+
+def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None) -> Backbone:
+    """Build the network that a ``Backbone.config`` describes, with new weights.
+
+    Args:
+        config: its ``library`` is torchvision, timm, or None for a network of one's own.
+        network: that network, needed where ``library`` is None.
+
+    Raises:
+        ValueError: the network is missing or unknown, or cannot be cut as it was.
+    """
+    config = dict(config)
+    origin = {key: config.pop(key) for key in ("library", "name", "options")}
+    if network is None:
+        if origin["library"] is None:
+            raise NeedsNetworkError(
+                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
+                "load(path, network=my_network)"
+            )
+        network = construct(**origin)
+    return Backbone(network, origin=origin, **config)

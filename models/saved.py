@@ -19,12 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .backbone import rebuild_backbone
 from .description import Description, Split
 from .files import find
 from .imta import IMTA
 from .msdnet import MSDNet
 from .network import ExitNetwork
-from .zoo import NeedsNetworkError, rebuild_backbone
+from .zoo import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels

@@ -1,7 +1,6 @@
 """Networks of torchvision and timm by their names, with exits, pretrained weights and their preprocessing.
 
-    network = build_backbone("mobilenet_v3_small", exits=4, num_classes=10, pretrained="DEFAULT")
-    network = build_backbone("timm/tf_efficientnet_lite0", pretrained="tf_efficientnet_lite0.safetensors")
+    network = construct("timm", "tf_efficientnet_lite0", {})
     preprocessing("mobilenet_v3_small", "DEFAULT")     # image size, crop share, mean, std, interpolation
 
 Only the constructors that the two libraries register are called. timm is optional.
@@ -9,15 +8,13 @@ Only the constructors that the two libraries register are called. timm is option
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-
-from .backbone import Backbone
 
 TIMM_PREFIX = "timm/"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,42 +37,6 @@ class Preprocessing(NamedTuple):
     interpolation: str
 
 
-def build_backbone(
-    arch: str,
-    exits: Sequence[str] | int = 4,
-    num_classes: int | None = None,
-    *,
-    pretrained: str | os.PathLike | None = None,
-    image_size: int | None = None,
-    options: dict[str, Any] | None = None,
-    **of_backbone: Any,
-) -> Backbone:
-    """Build a network of torchvision (``NAME``) or timm (``timm/NAME``) with exits.
-
-    Args:
-        arch: name of the network.
-        exits: as for ``Backbone``.
-        num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
-        pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
-            weights; None for none.
-        image_size: of the images it will see; operations are spread evenly for this size.
-        options: of the network's constructor, plain types.
-        of_backbone: further arguments of ``Backbone``.
-
-    Raises:
-        ValueError: an unknown name, a network that cannot be cut, or weights of another network.
-        OSError: the weights cannot be read or downloaded.
-    """
-    origin = {"library": None, "name": arch, "options": dict(options or {})}
-    origin["library"], origin["name"] = _split_name(arch)
-    check_backbone(arch, pretrained)
-    network = _construct(**origin)
-    backbone = Backbone(network, exits, num_classes, image_size=image_size, origin=origin, **of_backbone)
-    if pretrained is not None:
-        backbone.load_pretrained(_weights(origin, pretrained), str(pretrained))
-    return backbone
-
-
 def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> None:
     """Check the arguments of ``build_backbone`` that need no network to be built.
 
@@ -83,7 +44,7 @@ def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> No
         ValueError: an unknown name.
         OSError: there are no such weights.
     """
-    library, name = _split_name(arch)
+    library, name = split_name(arch)
     if pretrained is None or Path(pretrained).expanduser().is_file():
         return
     if library == "timm":
@@ -98,28 +59,6 @@ def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> No
         )
 
 
-def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None) -> Backbone:
-    """Build the network that a ``Backbone.config`` describes, with new weights.
-
-    Args:
-        config: its ``library`` is torchvision, timm, or None for a network of one's own.
-        network: that network, needed where ``library`` is None.
-
-    Raises:
-        ValueError: the network is missing or unknown, or cannot be cut as it was.
-    """
-    config = dict(config)
-    origin = {key: config.pop(key) for key in ("library", "name", "options")}
-    if network is None:
-        if origin["library"] is None:
-            raise NeedsNetworkError(
-                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
-                "load(path, network=my_network)"
-            )
-        network = _construct(**origin)
-    return Backbone(network, origin=origin, **config)
-
-
 def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Preprocessing:
     """Return what the weights of a network expect of images; ImageNet's usual values where nothing is known.
 
@@ -130,7 +69,7 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     Raises:
         ValueError: an unknown name.
     """
-    library, name = _split_name(arch)
+    library, name = split_name(arch)
     if library == "timm":
         return _timm_preprocessing(name)
     every = _torchvision().get_model_weights(name)
@@ -154,7 +93,7 @@ def _timm_preprocessing(name: str) -> Preprocessing:
     )
 
 
-def _split_name(arch: str) -> tuple[str, str]:
+def split_name(arch: str) -> tuple[str, str]:
     """Return library and name of a network.
 
     Raises:
@@ -176,11 +115,11 @@ def _split_name(arch: str) -> tuple[str, str]:
     return library, name
 
 
-def _construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Module:
+def construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Module:
     """Return a network from one of the constructors that a library registers, with random weights."""
     if library not in ("torchvision", "timm"):
         raise ValueError(f"the library is {library!a:.60}; allowed: torchvision, timm")
-    _split_name(f"{TIMM_PREFIX}{name}" if library == "timm" else name)
+    split_name(f"{TIMM_PREFIX}{name}" if library == "timm" else name)
     try:
         with torch.device("cpu"):
             if library == "timm":
@@ -206,7 +145,7 @@ def _timm() -> Any:
     return timm
 
 
-def _weights(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str, Tensor]:
+def weights_of(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of pretrained weights: a file, or those of the library."""
     path = Path(pretrained).expanduser()
     if path.is_file():

@@ -10,8 +10,7 @@ from torchvision import models as zoo
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 
-from models.backbone import Backbone
-from models.zoo import build_backbone
+from models.backbone import Backbone, build_backbone
 
 
 class Chain(nn.Module):

@@ -16,11 +16,11 @@ from adaptive_inference import fold
 from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, Description, Stepwise, count_operations, load
-from models.backbone import Backbone
+from models.backbone import Backbone, build_backbone, rebuild_backbone
 from models.description import DataInfo, Split
 from models.operations import measure_cost
 from models.saved import network_options
-from models.zoo import build_backbone, preprocessing, rebuild_backbone
+from models.zoo import preprocessing
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
 
 NAMES = list(SMALL)
