@@ -464,20 +464,31 @@ def _mistake(typed: dict[str, Any]) -> str | None:
     for first, second in _APART:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
-    if typed.get("optimizer") == "adamw" and (wrong := {"momentum", "nesterov"} & typed.keys()):
-        return f"{flag_of(min(wrong))} belongs to --optimizer sgd"
-    if typed.get("nesterov") and typed.get("momentum") == 0:
-        return "--nesterov needs a --momentum above 0"
-    if typed.get("arch", "msdnet") != "msdnet":
-        for name in NETWORK_OPTIONS:
-            if name in typed and name not in OF_ANY_NETWORK:
-                return f"{flag_of(name)} is for --arch msdnet, not for --arch {typed['arch']}"
-    elif "exits" in typed:
-        return "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
+    if mistake := _optimizer_mistake(typed) or _arch_mistake(typed):
+        return mistake
     if typed.get("compile", "auto") not in ("auto", "off") and typed.get("checkpoint_activations"):
         return "--compile and --checkpoint-activations do not go together"
     if "evaluate_from" in typed and "evalmode" not in typed:
         return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
+    return None
+
+
+def _optimizer_mistake(typed: dict[str, Any]) -> str | None:
+    if typed.get("optimizer") == "adamw" and (wrong := {"momentum", "nesterov"} & typed.keys()):
+        return f"{flag_of(min(wrong))} belongs to --optimizer sgd"
+    if typed.get("nesterov") and typed.get("momentum") == 0:
+        return "--nesterov needs a --momentum above 0"
+    return None
+
+
+def _arch_mistake(typed: dict[str, Any]) -> str | None:
+    arch = typed.get("arch", "msdnet")
+    if arch == "msdnet":
+        needs_arch = "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
+        return needs_arch if "exits" in typed else None
+    for name in NETWORK_OPTIONS:
+        if name in typed and name not in OF_ANY_NETWORK:
+            return f"{flag_of(name)} is for --arch msdnet, not for --arch {arch}"
     return None
 
 

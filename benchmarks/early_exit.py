@@ -136,7 +136,7 @@ class Benchmark:
                 _print(f"    {100 * share:.0f} % of the operations: {measured / full:.3f}")
 
     def folded(self, forms: dict[str, nn.Module]) -> None:
-        """The folded forms against the plain network."""
+        """Time the folded networks against the plain one."""
         images = self.images(64)
         plain, *seconds = self.seconds(
             [functools.partial(network, images) for network in (self.network, *forms.values())]
@@ -157,7 +157,7 @@ class Benchmark:
             )
 
     def onnx(self) -> None:
-        """The ONNX file against PyTorch: times of one image and of 64."""
+        """Time the ONNX file against PyTorch, for one image and for 64."""
         from adaptive_inference.export import export_onnx
 
         if self.network.description is None:

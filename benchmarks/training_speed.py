@@ -215,7 +215,7 @@ def _flags(options: argparse.Namespace) -> list[str]:
 
 
 def plain(stage_number: int, options: argparse.Namespace) -> PlainLoop:
-    """The plain loop of a stage, on the same network."""
+    """Build the plain loop of a stage, on the same network."""
     settings = parse("GE", _flags(options)).settings()
     seed_everything(settings.seed, settings.deterministic)
     dataset, info = plain_dataset(options.network, options.data_root)
@@ -230,7 +230,7 @@ def plain(stage_number: int, options: argparse.Namespace) -> PlainLoop:
 def elsewhere(
     side: str, stage_number: int, options: argparse.Namespace
 ) -> Iterator[Callable[[int], tuple[int, float, int]]]:
-    """A side in processes of its own, so that memory and settings of one do not reach the other.
+    """Run one side in processes of its own, so that its memory and settings do not reach the other.
 
     Yields:
         A function that does so many steps, and gives their images and seconds, and the most memory that all processes of the side had
@@ -325,7 +325,7 @@ def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
 
 
 def _profile(stage_number: int, options: argparse.Namespace) -> None:
-    """The operations that take most of a step."""
+    """Print the operations that take most of a step."""
     device = torch.device(options.device)
     accept_random_archive()
     loop = Ours(stage_number, options, Processes(0, 1, device, (0,) if device.type == "cuda" else ()))

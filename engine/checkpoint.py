@@ -101,7 +101,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
+    """Read what ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
 
     Raises:
         UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this

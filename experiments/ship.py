@@ -166,7 +166,7 @@ def training(run: RunDirectory) -> dict[str, str | int]:
 
 
 def card(folder: Path) -> str:
-    """The model card of all shipped networks in ``folder``."""
+    """Return the model card of all shipped networks in ``folder``."""
     described = {path.stem: load(path).description for path in networks_in(folder)}
     data = sorted({description.data.name for description in described.values()})
     models = "\n".join(

@@ -12,7 +12,7 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 def find(path_or_name: str | os.PathLike) -> Path:
-    """The file that a path, the directory of a run or the name of a shipped network means.
+    """Return the file that a path, the directory of a run or the name of a shipped network means.
 
     Raises:
         OSError: there is none; the names are listed.
