@@ -2,14 +2,11 @@
 
     command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
     command.typed                # {"preset": "cifar100", "lr": 0.2}
-    settings = command.settings()  # every setting of the run: what was typed, over the preset, over the
-    defaults
+    settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default
 
 The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the
-names
-behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add an
-option, add
-its default to ``DEFAULTS`` and its flag below.
+names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add
+an option, add its default to ``DEFAULTS`` and its flag below.
 """
 
 import argparse
@@ -180,10 +177,9 @@ _BATCH_64_MULTISTEP = {"batch_size": 64, "lr": 0.1, "lr_type": "multistep"}
 _BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60.0)}
 
 # Settings shared by both stages, then those of each. Published ones: kalviny/MSDNet-PyTorch for CIFAR-10 and
-# the 7-exit network,
-# yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for ImageNet. Ours:
-# demo, folder, finetune and
-# cifar100-boosted, the recipe of results/30_epochs with what gained beyond the paper.
+# the 7-exit network, yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for
+# ImageNet. Ours: demo, folder, finetune and cifar100-boosted, which is the recipe of results/30_epochs with
+# the additions to the paper that raised accuracy.
 PRESETS = {
     "demo": {
         "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},
@@ -280,8 +276,7 @@ class CommandLine:
     Attributes:
         stage: ``GE`` or ``IMTA``.
         typed: Values of the flags that were typed, and what follows from them alone: the data set of
-            ``--data-root``, and
-            the preset of a data set.
+            ``--data-root``, and the preset of a data set.
         argv: The words of the command line.
     """
 
@@ -305,8 +300,8 @@ class CommandLine:
             stored: Settings in the record of a checkpoint to resume or to evaluate; they take the place of
                 the preset.
             inherited: Settings in the record of the network to start from; its preset, data and network
-                options hold here
-                too. Where stage 1 takes other data, only the network's options and the image size do.
+                options hold here too. Where stage 1 takes other data, only the network's options and the
+                image size do.
 
         Raises:
             UserError: The preset is not stage 1's, the held-out split is not the checkpoint's, or the images

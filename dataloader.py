@@ -37,7 +37,7 @@ SAMPLED_FILES = 32  # whose size is compared with the image size
 
 
 class Preprocessing(Protocol):
-    """What a pretrained network expects of images; the fields are those of ``DataInfo``."""
+    """The images that a pretrained network expects; the fields are those of ``DataInfo``."""
 
     image_size: int
     crop_share: float

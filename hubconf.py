@@ -1,9 +1,10 @@
-"""Trained networks by ``torch.hub``: in evaluation mode, with a ``description``.
+"""Trained networks for ``torch.hub``: in evaluation mode, with a ``description``.
 
-network = torch.hub.load(REPOSITORY, "imta_cifar100")                      # of GitHub
-network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")   # offline
+    network = torch.hub.load(REPOSITORY, "imta_cifar100")                         # from GitHub
+    network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")  # offline
 
-The package ``models`` is imported as ``imta_msdnet``, because a program, or another repository of torch.hub, may have its own ``models``.
+The package ``models`` is imported as ``imta_msdnet``, because a program, or another repository of torch.hub,
+may have its own ``models``.
 """
 
 import importlib.util

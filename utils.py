@@ -125,7 +125,7 @@ class CommandLineParser(argparse.ArgumentParser):
     """A parser that ends the program with one line and status 2 after a mistake."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments; an unknown flag is answered with the most similar one."""
+        """Parse the arguments; for an unknown flag, suggest the most similar one."""
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             similar = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)

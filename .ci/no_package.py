@@ -1,10 +1,11 @@
-"""The build backend: this project is no package to install, and ``pip install .`` says so instead of installing nothing."""
+"""The build backend: ``pip install .`` prints that this project is not an installable package, and fails."""
 
 import sys
 
 MESSAGE = (
-    "imta-msdnet is no package to install: use torch.hub.load(CLONE, 'imta_cifar100', source='local'), the ONNX file "
-    "of export_onnx.py, or the clone itself on PYTHONPATH; its requirements: pip install -r requirements.txt"
+    "imta-msdnet is no package to install: use torch.hub.load(CLONE, 'imta_cifar100', source='local'), "
+    "the ONNX file of export_onnx.py, or the clone itself on PYTHONPATH; "
+    "its requirements: pip install -r requirements.txt"
 )
 
 

@@ -1,4 +1,4 @@
-"""Time of the budgeted rule: thresholds of 40 budgets, and their results on held-out and test images.
+"""Time the budgeted rule: thresholds of 40 budgets, and their results on held-out and test images.
 
 python -m benchmarks.budgeted_rule                                      # 50,000 images each, 1,000 classes
 python -m benchmarks.budgeted_rule --images 500 --classes 10

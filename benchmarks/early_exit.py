@@ -1,10 +1,11 @@
-"""What early exit saves in time, not only in counted operations: ratios measured in one run.
+"""Measure what early exit saves in time, not only in counted operations.
 
     python -m benchmarks.early_exit                      # random weights, two threads
     python -m benchmarks.early_exit --checkpoint save/cifar100/IMTA/best.safetensors --device cuda
 
-Every ratio compares medians of functions that were called in turn, so that another program on the machine slows both alike. With random
-weights, thresholds are quantiles of the confidences on the same images: shares, and so operations, are as wanted, answers mean nothing.
+Every ratio compares medians of functions that were called in turn, so that another program on the machine
+slows both alike. With random weights, thresholds are quantiles of the confidences on the same images: the
+shares of the exits, and so the operations, are as wanted, but the predictions mean nothing.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=2,
         metavar="N",
-        help="of PyTorch and ONNX Runtime (default: %(default)s)",
+        help="threads of PyTorch and ONNX Runtime (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
@@ -99,7 +100,7 @@ class Benchmark:
         self.operations = count_operations(self.network, self.image_size)
 
     def run(self) -> None:
-        """Print everything."""
+        """Print all ratios."""
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
@@ -118,7 +119,7 @@ class Benchmark:
             self.onnx()
 
     def budgeted(self, title: str, network: nn.Module) -> None:
-        """Budgeted prediction against running every exit of the same network."""
+        """Time budgeted prediction against running every exit of the same network."""
         _print(f"{title}: time of budgeted prediction / time of running every exit")
         for batch_size in (256, 1):
             images = self.images(max(batch_size, 64))
@@ -131,7 +132,7 @@ class Benchmark:
             full, *seconds = self.seconds(
                 [_each(images.split(batch_size), function) for function in (network, *predictors)]
             )
-            _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms an image")
+            _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms per image")
             for share, measured in zip(shares, seconds, strict=True):
                 _print(f"    {100 * share:.0f} % of the operations: {measured / full:.3f}")
 
@@ -143,7 +144,8 @@ class Benchmark:
         )
         for name, folded in zip(forms, seconds, strict=True):
             _print(
-                f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): {folded / plain:.3f}"
+                f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): "
+                f"{folded / plain:.3f}"
             )
         if self.arguments.profile:
             with torch.profiler.profile(
@@ -189,7 +191,8 @@ class Benchmark:
             )
         plain, *seconds = self.seconds(functions)
         _print(
-            f"ONNX Runtime, one image, every exit / plain network ({1e3 * plain:.2f} ms): {seconds[0] / plain:.3f}"
+            f"ONNX Runtime, one image, every exit / plain network ({1e3 * plain:.2f} ms): "
+            f"{seconds[0] / plain:.3f}"
         )
         for count, full, first in zip((1, 64), seconds[::2], seconds[1::2], strict=True):
             _print(
@@ -197,14 +200,17 @@ class Benchmark:
             )
 
     def images(self, count: int) -> Tensor:
-        """Random images."""
+        """Return random images (count, 3, S, S)."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(count, 3, self.image_size, self.image_size, generator=generator)
         # Different contrasts spread the confidences of a random network.
         return (images * torch.linspace(0.2, 3, count)[:, None, None, None]).to(self.device)
 
     def seconds(self, functions: list[Callable[[], object]]) -> list[float]:
-        """Median seconds of each function over rounds that call all of them in turn, each warm and so often that it takes long enough."""
+        """Return the median seconds of a call of each function, over rounds that call all of them in turn.
+
+        Each measurement repeats the warm function for about ``LEAST_SECONDS``.
+        """
         threads = torch.get_num_threads()
         timers = [
             Timer("function()", globals={"function": function}, num_threads=threads) for function in functions
@@ -231,7 +237,10 @@ def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
 
 
 def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -> tuple[Policy, float]:
-    """Geometric thresholds that spend about ``wanted`` of all operations on these images, and the share they do spend."""
+    """Return geometric thresholds that spend about ``wanted`` of all operations, and the share they spend.
+
+    Both shares are of the operations for these images with every exit.
+    """
     counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
     shares = {
         counts[assign_exits(confidence, thresholds)].mean().item(): thresholds.tolist()

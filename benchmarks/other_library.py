@@ -1,10 +1,11 @@
-"""Early exit here and in ``earlyon`` 0.3.0, with the same network, weights, exits and thresholds.
+"""Compare early exit here and in ``earlyon`` 0.3.0, with the same network, weights, exits and thresholds.
 
     pip install earlyon==0.3.0
     python -m benchmarks.other_library
 
 Thresholds let half of the images leave at exit 1, and no other image before the last exit. Weights are
-random: shares are as wanted, predictions mean nothing. ``earlyon`` lets a batch leave only as a whole.
+random: the shares are as wanted, but the predictions mean nothing. ``earlyon`` lets a batch leave only as a
+whole.
 """
 
 import functools

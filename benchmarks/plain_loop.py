@@ -1,8 +1,9 @@
-"""The loop that ``benchmarks.training_speed`` compares with: training as programs of this field usually do it.
+"""The baseline of ``benchmarks.training_speed``: training as programs of this field usually do it.
 
-Images of torchvision's data set are augmented one by one, as PIL images, by DataLoader workers. The network runs eagerly in float32, and
-every step waits for its loss and for the accuracies of every exit. In stage 2 the whole stage-1 network runs in training mode, with
-parameters that do not learn, under new classifiers with ISC and One-for-all distillation.
+Images of torchvision's data set are augmented one by one, as PIL images, by DataLoader workers. The network
+runs eagerly in float32, and every step waits for its loss and for the accuracies of every exit. In stage 2
+the whole stage-1 network runs in training mode with frozen parameters, under new classifiers with ISC and
+One-for-all distillation.
 """
 
 import itertools
@@ -21,7 +22,12 @@ from models.description import DataInfo
 
 
 def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
-    """Training images of ``cifar100`` (torchvision's archive in ``root``) or ``imagenet`` (folders of classes in ``root``/train)."""
+    """Return the training images of a data set, and its description.
+
+    Args:
+        name: ``cifar100`` or ``imagenet``.
+        root: torchvision's archive of CIFAR-100, or a folder with ImageNet's classes in ``train``.
+    """
     mean, std = NORMALIZATION[name]
     size = 32 if name == "cifar100" else 224
     crop = (
@@ -42,7 +48,7 @@ def plain_dataset(name: str, root: Path) -> tuple[Dataset, DataInfo]:
 
 
 class PlainLoop:
-    """One stage's training.
+    """Training of one stage by a plain loop.
 
     Args:
         network: an ``MSDNet``, or for stage 2 an ``IMTA`` whose frozen part follows the batches.
@@ -69,7 +75,7 @@ class PlainLoop:
         self.loss_sum, self.correct_sums = 0.0, [[0.0, 0.0] for _ in range(network.num_exits)]
 
     def run(self, steps: int) -> tuple[int, float]:
-        """Images and seconds of the next ``steps`` steps; a new epoch begins when one ends."""
+        """Train for ``steps`` steps, across epochs; return the number of images and the seconds."""
         wait = (lambda: torch.cuda.synchronize(self.device)) if self.device.type == "cuda" else (lambda: None)
         # PyTorch's defaults, which something else in this process may have changed.
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True

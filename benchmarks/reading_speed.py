@@ -1,4 +1,4 @@
-"""Images per second that threads decode, crop and resize for training, beside DataLoader processes.
+"""Measure how fast threads decode, crop and resize images for training, beside DataLoader processes.
 
     python -m benchmarks.reading_speed                       # JPEGs of 800 x 600 to crops of 224
     python -m benchmarks.reading_speed --images 64 --rounds 1    # quickly

@@ -1,4 +1,4 @@
-"""Seconds from the start of a training to its first step, with few and with many image files.
+"""Measure the seconds from the start of a training to its first step, with few and with many image files.
 
     python -m benchmarks.start_up                   # 200 and 20,000 JPEGs, a minute or two
     python -m benchmarks.start_up --files 50 100    # quickly

@@ -1,4 +1,4 @@
-"""Time to each exit of a cut network, against the same blocks inside the uncut network.
+"""Measure the time to each exit of a cut network, against the same blocks inside the uncut network.
 
     python -m benchmarks.time_to_exit          # resnet18 and mobilenet_v3_small, 224 pixels
     python -m benchmarks.time_to_exit --archs timm/convnext_atto --batch-sizes 1

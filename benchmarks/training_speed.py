@@ -1,14 +1,16 @@
-"""Speed, memory and start-up of training beside a plain loop, measured in one run.
+"""Compare speed, memory and start-up of training with a plain loop, measured in one run.
 
-    python -m benchmarks.training_speed                                # everything, on all cores of this machine
+    python -m benchmarks.training_speed                            # everything, on all cores of this machine
     python -m benchmarks.training_speed --network imagenet --what speed --images 256 --batch-size 32 --steps 2
     python -m benchmarks.training_speed --device cuda --steps 50
-    python -m benchmarks.training_speed --what speed --profile -- --compile off    # flags of train_GE.py, for our side
+    python -m benchmarks.training_speed --what speed --profile -- --compile off    # flags of train_GE.py
 
-The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do, one process with a thread a core. Ours is the trainer
-of this project with its defaults: on a CPU a process a core. Both train the same network on the same random images. They take turns, each
-in processes of its own, a round of steps each, and are compared within the rounds, so that another program on the machine slows both alike;
-medians over the rounds are printed. Workers of the plain loop load up to four batches while it is not its turn, which favours it.
+The plain loop (``benchmarks.plain_loop``) is what programs of this field usually do: one process with one
+thread per core. Ours is the trainer of this project with its defaults: on a CPU, one process per core. Both
+train the same network on the same random images. They run in separate processes and take turns, one round of
+steps each. They are compared within the rounds, so that another program on the machine slows both alike;
+medians over the rounds are printed. Workers of the plain loop load up to four batches while it waits for its
+turn, which favours it.
 """
 
 import argparse
@@ -53,11 +55,11 @@ from utils import CommandLineParser, UserError, available_cores
 PARTS = ("speed", "busy", "memory", "startup")
 SIDES = ("plain loop", "ours")
 WORKERS = 2  # that load images for the plain loop
-LEARNING_RATE = 0.01  # the labels are random: with the published rate the loss would soon not be finite
+LEARNING_RATE = 0.01  # the labels are random: training would diverge at the published learning rate
 FIRST_STEP = re.compile(r"epoch 1/\d+ 1/")
 SCHEDULE_IMAGES, SCHEDULE_EPOCHS = 45_000, {1: 300, 2: 180}  # the published CIFAR-100 settings
 
-# Forked from a process that has imported everything and done nothing: a fork of this one would bring its threads and memory along.
+# Fork from a process that has only imported modules; a fork of this one would inherit its threads and memory.
 AFRESH = multiprocessing.get_context("forkserver")
 AFRESH.set_forkserver_preload(["train_GE", "train_IMTA", "benchmarks.plain_loop"])
 
@@ -76,19 +78,19 @@ def main(argv: list[str] | None = None) -> int:
     """Print the figures; the exit status is 0 whatever they are, and 2 after a mistake."""
     parser = CommandLineParser(
         prog="benchmarks.training_speed",
-        description="Speed and memory of training beside a plain loop. Flags after -- are those of train_GE.py, for our side; flags of the "
-        "network are for both.",
+        description="Speed and memory of training beside a plain loop. Flags after -- are those of "
+        "train_GE.py, for our side; flags of the network are for both.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--device", default="cpu", choices=["cpu", "cuda"], help="to train on")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="device to train on")
     add("--network", default="cifar100", choices=["cifar100", "imagenet"], help="preset")
-    add("--what", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="of these parts")
+    add("--what", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="parts to measure")
     add("--stages", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="stages to compare")
-    add("--batch-size", type=int, default=128, metavar="N", help="images a step, in all")
-    add("--steps", type=int, default=6, metavar="N", help="steps a round; on CUDA 50 are a good choice")
-    add("--rounds", type=int, default=5, metavar="N", help="after one to warm up")
+    add("--batch-size", type=int, default=128, metavar="N", help="images per step, over all processes")
+    add("--steps", type=int, default=6, metavar="N", help="steps per round; 50 is a good choice on CUDA")
+    add("--rounds", type=int, default=5, metavar="N", help="rounds after one to warm up")
     add("--images", type=int, default=50_000, metavar="N", help="training images")
     add(
         "--profile",
@@ -111,13 +113,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
-    """Print everything that was asked for; ``folder`` takes the images."""
+    """Print all requested figures; ``folder`` takes the images."""
     options.data_root = folder / "images"
     parse("GE", _flags(options))  # a mistake in the flags for our side
     (write_archive if options.network == "cifar100" else write_folder)(options.data_root, options.images)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{available_cores()} CPU cores"
     _print(
-        f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, torch {torch.__version__}"
+        f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, "
+        f"torch {torch.__version__}"
     )
     for stage in options.stages:
         if {"speed", "busy", "memory"} & set(options.what):
@@ -128,7 +131,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         for kind in ("empty", "full"):
             seconds, silence = _startup(options, folder)
             _print(
-                f"start to the first step, {kind} cache of compiled code: {seconds:.1f} s, longest silence {silence:.1f} s"
+                f"start to the first step, {kind} cache of compiled code: {seconds:.1f} s, "
+                f"longest silence {silence:.1f} s"
             )
 
 
@@ -166,7 +170,7 @@ def _compare(stage: int, options: argparse.Namespace) -> None:
 
 
 class Ours:
-    """A stage's training by this project, in one of its processes."""
+    """Training of one stage by this project, in one of its processes."""
 
     def __init__(self, stage_number: int, options: argparse.Namespace, processes: Processes):
         settings, stage = parse("GE", _flags(options)).settings(), train_GE.Stage1()
@@ -192,7 +196,11 @@ class Ours:
         self.batch_size, self.processes = data.train.batch_size, processes
 
     def run(self, steps: int) -> tuple[int, float]:
-        """Images of all processes, and seconds, of the next ``steps`` steps; a new epoch begins when one ends."""
+        """Train for ``steps`` steps, across epochs.
+
+        Returns:
+            The number of images of all processes, and the seconds.
+        """
         set_tf32(self.settings.tf32)
         _wait()
         began = time.perf_counter()
@@ -233,8 +241,8 @@ def elsewhere(
     """Run one side in processes of its own, so that its memory and settings do not reach the other.
 
     Yields:
-        A function that does so many steps, and gives their images and seconds, and the most memory that all processes of the side had
-        meanwhile, in bytes.
+        A function that runs the given number of steps and returns the number of images, the seconds and the
+        peak memory of all processes of the side, in bytes.
     """
     connection, other_end = multiprocessing.Pipe()
     process = AFRESH.Process(
@@ -263,7 +271,7 @@ def elsewhere(
 
 
 def _obey(connection: Connection, side: str, stage_number: int, options: argparse.Namespace) -> None:
-    # The workers of the plain loop start as those of a plain program do.
+    # Start the workers of the plain loop in the platform's default way.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     accept_random_archive()
     if side == "plain loop":
@@ -282,7 +290,10 @@ def _obey(connection: Connection, side: str, stage_number: int, options: argpars
 
 
 def _memory_of_family(pid: int) -> int:
-    """Bytes of a process and all below it; pages that several share are counted once. 0 where there is no /proc."""
+    """Return the bytes of a process and its descendants, or 0 without /proc.
+
+    Pages that several processes share are counted once.
+    """
     total, family = 0, [pid]
     while family:
         member = family.pop()
@@ -296,7 +307,7 @@ def _memory_of_family(pid: int) -> int:
 
 
 def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Seconds from the start of train_GE.py to the end of its first step, and the longest time without a line."""
+    """Return the seconds until train_GE.py ends its first step, and the longest time without output."""
     command = [
         sys.executable,
         "-u",
@@ -334,17 +345,18 @@ def _profile(stage_number: int, options: argparse.Namespace) -> None:
         loop.run(1)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     _print(
-        f"a step of stage {stage_number}, ours:\n{profiler.key_averages().table(order, row_limit=12, max_name_column_width=48)}"
+        f"a step of stage {stage_number}, ours:\n"
+        f"{profiler.key_averages().table(order, row_limit=12, max_name_column_width=48)}"
     )
 
 
 def accept_random_archive() -> None:
-    """Have torchvision read what ``write_archive`` wrote, whose checksums are not those of the published images."""
+    """Make torchvision skip the checksums, which the archive of ``write_archive`` does not match."""
     cifar.check_integrity = lambda *_: True
 
 
 def write_archive(folder: Path, num_images: int) -> None:
-    """Random images in the format of torchvision's archive of CIFAR-100, a fifth as many test images."""
+    """Write random images as torchvision's archive of CIFAR-100, a fifth as many for testing."""
     content = folder / CIFAR100.base_folder
     content.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -357,7 +369,7 @@ def write_archive(folder: Path, num_images: int) -> None:
 
 
 def write_folder(folder: Path, num_images: int) -> None:
-    """Smooth random JPEGs of 256 pixels in folders of classes."""
+    """Write smooth random JPEGs of 256 pixels in folders of classes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", num_images), ("test", 8)):
         for i in range(count):
@@ -372,7 +384,7 @@ def _wait() -> None:
 
 
 def _ratio(rates: list[float], others: list[float]) -> float:
-    """Median over rounds: what else the machine does slows both sides of a round alike."""
+    """Return the median ratio over rounds; other load on the machine slows both sides of a round alike."""
     return statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
 
 

@@ -1,1 +1,1 @@
-"""What both training stages share: one loop, checkpoints, evaluation, logs, several processes."""
+"""Code that both training stages share: one loop, checkpoints, evaluation, logs, several processes."""

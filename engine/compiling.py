@@ -1,4 +1,4 @@
-"""Whether ``torch.compile`` works here: it needs a compiler, Python's headers and a writable TMPDIR.
+"""A check that ``torch.compile`` works here: it needs a compiler, Python's headers and a writable TMPDIR.
 
 mode = usable_mode("default", is_required=False, processes=processes, say=log.line)
 """

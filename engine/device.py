@@ -1,4 +1,4 @@
-"""How PyTorch and the C library compute in this process: seeds, rounding, threads, memory."""
+"""Settings of PyTorch and the C library in this process: seeds, rounding, threads, memory."""
 
 import ctypes
 import hashlib
@@ -58,7 +58,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
-    """Seed the random layers of one training step, such as dropout, so that a resumed run draws the same masks.
+    """Seed dropout and other random layers for one training step, so that a resumed run draws the same masks.
 
     Args:
         seed: of the run.

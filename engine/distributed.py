@@ -60,7 +60,8 @@ class Processes:
 
         Args:
             own: rows of this process, on the CPU.
-            indices: of these rows, int64 from 0, by which all rows are sorted; each index occurs in one process.
+            indices: of these rows, int64 from 0, by which all rows are sorted; each index occurs in one
+                process.
         """
         if self.world_size == 1:
             return own

@@ -27,8 +27,7 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
     """Return the indices of the easy images, most confident first, and of the hard ones, hardest first.
 
     Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the
-        last
-    exit, which is right, while every other exit is wrong.
+    last exit, which is right, while every other exit is wrong.
 
     Args:
         logits: of every exit, (K, N, C).

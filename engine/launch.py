@@ -66,7 +66,7 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
         cores: by default those that this process may use.
 
     Raises:
-        UserError: PROCESSES is no number, or more than there are images in a batch.
+        UserError: PROCESSES is not a number, or more than there are images in a batch.
     """
     if wanted := os.environ.get("PROCESSES"):
         try:

@@ -57,7 +57,7 @@ class Log:
         yield
 
     def open(self, folder: Path, first_step: int) -> None:
-        """Begin or continue TensorBoard's events; drop those of an interrupted attempt, from ``first_step`` on."""
+        """Begin or continue TensorBoard's events; drop those of an earlier attempt from ``first_step`` on."""
         if self.enabled:
             threading.excepthook = _ignore_failed_writes
             self.writer = SummaryWriter(str(folder), purge_step=first_step or None)

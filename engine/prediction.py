@@ -1,4 +1,4 @@
-"""What predict.py does: load a network, choose a policy, read images, predict, and write rows as they come.
+"""The work of predict.py: load a network, choose a policy, read images, predict, and write rows as they come.
 
 status = predict_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
 """

@@ -72,8 +72,7 @@ class RunDirectory:
 
         Raises:
             UserError, OSError: Another run writes here, or the directory cannot be made. Where locking is
-                impossible, a line
-                says so.
+                impossible, a line says so.
         """
         try:
             str(self.path).encode()  # TensorBoard writes into no other folders

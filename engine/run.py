@@ -114,8 +114,7 @@ def run(command: CommandLine, stage: Stage) -> int:
 
     Returns:
         The exit status: 0; 1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after
-            SIGINT or
-        SIGTERM.
+        SIGINT or SIGTERM.
     """
     status, message = _outcome(command, stage)
     leave_copy(status, message)

@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class Requests:
-    """What signals asked for.
+    """Requests that signals made.
 
     ``stop`` is the number of the last signal that asked to stop, 0 for none. While ``at_once`` is True it
     also raises; it is noted all the same, because Python drops exceptions that are raised in some places.

@@ -5,8 +5,7 @@
     progress = train(objective, description, data, session, state)
 
 A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
-``network`` that
-learns.
+``network`` that learns.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ from utils import UserError, duration
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """The position of a run in its training.
 
     Attributes:
         epoch: Completed epochs.
@@ -118,8 +117,7 @@ def train(
     ``last.pt``, the best epoch and ``log.jsonl`` are left in the run's directory.
 
     The best epoch has the highest held-out top-1 accuracy, mean over exits; of equals, that with the lower
-    held-out loss;
-    of equals again, the later one. Without held-out images, it is the last one.
+    held-out loss; of equals again, the later one. Without held-out images, it is the last one.
 
     Args:
         objective: Its ``network`` learns.
@@ -302,7 +300,7 @@ class Trainer:
             self._measure_average()
         if self.data.val.num_images:
             self.session.processes.share_buffers(self.evaluated)
-            # As the network will answer: folded, in the precision of training.
+            # As the network will predict: folded, in the precision of training.
             folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
             row["val_acc1"], row["val_acc5"], row["val_loss"] = accuracy_per_exit(
                 folded, self.data.val, self.session.processes

@@ -1,4 +1,4 @@
-"""Exits on a network of one's own: train it and stop early, with ``models`` of this project alone.
+"""Exits on a custom network: train it and stop early, with ``models`` of this project alone.
 
 PYTHONPATH=path/to/this/repository python own_network.py
 """

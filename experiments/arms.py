@@ -1,14 +1,20 @@
-"""Train and evaluate every arm of the comparison for every seed; run it again and it goes on.
+"""Train and evaluate every arm of the comparison for every seed; resume when run again.
 
-    python -m experiments.arms --data-root data/cifar100                         # 20 classes, 5 + 3 epochs: hours on a CPU
-    python -m experiments.arms --data-root data/cifar100 --schedule 10_epochs    # all classes, 10 + 4 epochs, for trials
-    python -m experiments.arms --data-root data/cifar100 --schedule 30_epochs    # all classes, 30 + 10 epochs: an hour or two an arm
-    python -m experiments.arms --data-root data/cifar100 --schedule 100_epochs   # all classes, 100 + 40 epochs
-    python -m experiments.arms --data-root data/cifar100 --schedule published    # 300 + 180 epochs
+    python -m experiments.arms --data-root data/cifar100
+    python -m experiments.arms --data-root data/cifar100 --schedule 30_epochs
 
-``--data-root`` is that of ``train_GE.py --data cifar100``: torchvision's archive, downloaded when missing, or the folders ``train/CLASS/``
-and ``test/CLASS/``. Runs and checkpoints lie in ``--work``; when a run is complete, its small files are copied into ``seed_N/ARM/`` of
-the folder with the schedule's name, from which ``experiments/tables.py`` makes the tables and plots.
+Schedules, with the epochs of stages 1 and 2:
+
+- ``short`` (the default): 5 + 3 epochs on 20 of the classes; hours on a CPU
+- ``10_epochs``: 10 + 4 epochs, for trials
+- ``30_epochs``: 30 + 10 epochs; an hour or two per arm
+- ``100_epochs``: 100 + 40 epochs
+- ``published``: 300 + 180 epochs
+
+``--data-root`` is that of ``train_GE.py --data cifar100``: torchvision's archive, downloaded when missing, or
+the folders ``train/CLASS/`` and ``test/CLASS/``. Runs and checkpoints are written to ``--work``. When a run
+is complete, its small files are copied into ``seed_N/ARM/`` of the folder with the schedule's name, from
+which ``experiments/tables.py`` makes the tables and plots.
 """
 
 import json
@@ -39,7 +45,7 @@ KEPT_FILES = (
 
 
 class Schedule(NamedTuple):
-    """What all arms have in common: ``every_nth_class`` by name, flags of both stages, the folder of the results."""
+    """Settings that all arms share: the classes, the flags of both stages, and the folder of the results."""
 
     every_nth_class: int
     stage_1: list[str]
@@ -137,7 +143,7 @@ def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path
 
 
 def choose_classes(source: Path, target: Path, every: int) -> Path:
-    """Return the folder of a data set of every ``every``-th class by name, which is made in ``target`` if needed.
+    """Return the folder of a data set with every ``every``-th class by name; make it if it is missing.
 
     Args:
         source: CIFAR-100, as for --data-root.
@@ -185,7 +191,7 @@ def seeds_of(arm: str, results: Path) -> list[Path]:
 
 
 def with_origins(arms: Iterable[str]) -> list[str]:
-    """``arms``, each after the one it starts from."""
+    """Return ``arms``, each after the one it starts from."""
     ordered = []
     for arm in arms:
         ordered += [name for name in (ARMS[arm].origin, arm) if name is not None and name not in ordered]
@@ -193,7 +199,10 @@ def with_origins(arms: Iterable[str]) -> list[str]:
 
 
 def is_complete(run: Path) -> bool:
-    """Whether a run has been trained and evaluated. One whose record is lost goes on from its last checkpoint, to its end."""
+    """Return True if a run has been trained and evaluated.
+
+    A run without a readable record counts as incomplete and resumes from its last checkpoint.
+    """
     try:
         return json.loads((run / "run.json").read_text(encoding="utf-8"))["pieces"][-1]["complete"] is True
     except (OSError, ValueError, LookupError, TypeError):

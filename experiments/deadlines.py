@@ -3,9 +3,8 @@
     python -m experiments.deadlines
 
 Time is simulated, so that the result is the same on every machine: every block of the shipped network takes 9
-    of the 10 milliseconds that
-are reserved for it, and several times as long during 50 calls in between. The deadline leaves just enough
-time for the last exit.
+of the 10 milliseconds that are reserved for it, and several times as long during 50 calls in between. The
+deadline leaves just enough time for the last exit.
 """
 
 import sys

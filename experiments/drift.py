@@ -3,11 +3,10 @@
     python -m experiments.drift weights/imta_cifar100.safetensors --data-root data/cifar100
 
 Streams of 2,000 test images are drawn without replacement and predicted at about half of the operations.
-False
-alarms: 1,000 streams of clean images; they overlap, so their share is a check beside the guaranteed bound,
-    and no
-estimate. Delays: 20 streams for each corruption and strength. The first run computes the logits of all exits
-for every corruption, which takes half an hour on one core; later runs read them from the cache folder.
+False alarms: 1,000 streams of clean images; they overlap, so their share is a check beside the guaranteed
+bound, and no estimate. Delays: 20 streams for each corruption and strength. The first run computes the logits
+of all exits for every corruption, which takes half an hour on one core; later runs read them from the cache
+folder.
 """
 
 import sys
@@ -86,10 +85,9 @@ def corruption_rows(images: TestImages, point: Point, reference: Tensor, streams
 
     Returns:
         One dict per case: ``corruption``, ``strength``, ``exit_1`` .. ``exit_K`` (top-1 in percent of each
-            exit for
-        all images), ``policy`` (of the policy), ``lost`` (its points below the clean images), and, except for
-        clean images, ``fired`` (streams of ``streams``) and ``median_images`` (until it fires; infinite if
-        most do not).
+        exit for all images), ``policy`` (of the policy), ``lost`` (its points below the clean images), and,
+        except for clean images, ``fired`` (streams of ``streams``) and ``median_images`` (until it fires;
+        infinite if most do not).
     """
     rows = []
     cases = [

@@ -1,9 +1,8 @@
-"""How often promises about accuracy fail, how many policies they allow, and what they save.
+"""Measure how often promises about accuracy fail, how many policies they allow, and what they save.
 
-    python -m experiments.risk simulate                                   # counts drawn with known
-    probabilities python -m experiments.risk saved imta_cifar100 --data-root DIR        # operations at limits
-    of 0.5, 1 and 2 points python -m experiments.risk resample imta_cifar100 --data-root DIR     # the whole
-    procedure, with known truth
+    python -m experiments.risk simulate    # counts drawn with known probabilities
+    python -m experiments.risk saved imta_cifar100 --data-root DIR    # limits of 0.5, 1 and 2 points
+    python -m experiments.risk resample imta_cifar100 --data-root DIR    # the whole procedure, known truth
 
 ``simulate`` draws the losses of a policy exactly at the limit, one standard error beyond it, and below it,
 and prints how often the exact test of ``adaptive_inference.promises.risk`` certifies it, beside two other

@@ -1,4 +1,4 @@
-"""Few images of one's own: four classes of CIFAR-100, 30 training images each, all 400 test images.
+"""Training on few images: four classes of CIFAR-100, 30 training images each, all 400 test images.
 
     python -m experiments.small_data --data-root data/cifar100 --weights tf_efficientnet_lite0.safetensors
 

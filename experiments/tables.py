@@ -29,7 +29,7 @@ TRAINING = {
     MEDIUM: "100 classes, 30 + 10 epochs",
     SHORT: "20 classes, 5 + 3 epochs",
 }
-BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations an image
+BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations per image
 
 # Top-1 by exit of the CIFAR-100 network with 5 exits: notes on tables 2 and 3 of the paper.
 PAPER = {"MSDNet": ("", "63.73", "", "", "71.81"), "IMTA": ("", "65.54", "", "", "73.45")}

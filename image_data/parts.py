@@ -1,4 +1,4 @@
-"""What a data set consists of before it becomes batches."""
+"""The parts of a data set, before they become batches."""
 
 import hashlib
 from dataclasses import dataclass

@@ -378,8 +378,8 @@ def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.
         if not _is_linear(network, node):
             output = getattr(traces, mode).name(node) if isinstance(node, fx.Node) else "several values"
             raise ValueError(
-                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: its output "
-                f"in {mode} mode is {output}"
+                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: "
+                f"its output in {mode} mode is {output}"
             )
     path = found["evaluation"].target.removeprefix(PREFIX)
     return path, {mode: node.args[0] for mode, node in found.items()}
@@ -573,7 +573,7 @@ def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None
     """Build the network that a ``Backbone.config`` describes, with new weights.
 
     Args:
-        config: its ``library`` is torchvision, timm, or None for a network of one's own.
+        config: its ``library`` is torchvision, timm, or None for a custom network.
         network: that network, needed where ``library`` is None.
 
     Raises:

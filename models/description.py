@@ -92,8 +92,7 @@ class Split(NamedTuple):
     Attributes:
         held_out: Sorted indices of the images that were held out, (N,) int64.
         names: Digests of the names of all training images, (M,) int64, by which files that came or went are
-            told apart; empty for an
-            archive.
+            told apart; empty for an archive.
     """
 
     held_out: Tensor

@@ -1,4 +1,4 @@
-"""Where the files of trained networks lie. This module imports nothing heavy.
+"""Paths of the files of trained networks. This module imports nothing heavy.
 
 find("imta_cifar100"), find("save/demo/IMTA"), find("elsewhere/network.safetensors")
 """
@@ -39,6 +39,6 @@ def networks_in(folder: Path) -> list[Path]:
 
 
 def policy_path(file: Path) -> Path:
-    """Where the policies of a network lie: beside its file, under its own name in a folder of several."""
+    """Return ``NAME.policy.json`` beside a network's file, or ``policy.json`` if there is no such file."""
     own = file.with_suffix(".policy.json")
     return own if own.exists() else file.with_name("policy.json")

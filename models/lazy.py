@@ -12,7 +12,7 @@ Cell = tuple[int, int]
 
 
 class GridStage(Protocol):
-    """What planning needs to know of a stage (``layers.GridStage``)."""
+    """The properties of a stage that planning needs (``layers.GridStage``)."""
 
     scales: range
 
@@ -21,7 +21,7 @@ class GridStage(Protocol):
 
 
 class ExitPlan(NamedTuple):
-    """How an exit is reached.
+    """The cells on the way to an exit.
 
     Args:
         computed: cells to compute for this exit, in this order.

@@ -1,8 +1,7 @@
 """MSDNet: a multi-scale dense network with an exit after every block, trained with Gradient Equilibrium (GE).
 
 MSDNet: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018
-    (arXiv
-1703.09844). GE: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv
+(arXiv 1703.09844). GE: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv
 1908.06294), section 3.1.
 
     network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=16, growth_rate=6, num_classes=100)

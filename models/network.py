@@ -5,7 +5,7 @@ Training, prediction, operation counts and export use nothing else of a network.
 - ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is
   both);
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
-  so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for loops of one's own).
+  so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 """
 
 from abc import ABC, abstractmethod

@@ -1,8 +1,8 @@
 """Checkpoints of the released programs kalviny/MSDNet-PyTorch, kalviny/IMTA and their forks.
 
 Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files and writes our weights under the
-released names. The published
-networks are recognised by the shapes of the tensors; any other needs its published flags.
+released names. The published networks are recognised by the shapes of the tensors; any other needs its
+published flags.
 
     network = load_released("msdnet-step=4.pth.tar")  # in evaluation mode
     torch.save({"state_dict": to_released(network)}, "for_released_programs.pth.tar")
@@ -65,27 +65,24 @@ def load_released(
     """Load the network of a released checkpoint: float32, on the CPU, in evaluation mode.
 
     What training it further needs is set as in the released programs: Gradient Equilibrium on the coarsest
-        scale only, an ISC gradient
-    that flows, BatchNorm of the frozen backbone that follows the batches.
+    scale only, an ISC gradient that flows, BatchNorm of the frozen backbone that follows the batches.
 
     Args:
         file_or_dict: a file, its content, or a bare state dict, with or without the ``module.`` of
-            DataParallel and the like before names.
-            A file is read with ``weights_only=True``: nothing in it can run.
+            DataParallel and the like before names. A file is read with ``weights_only=True``: nothing in it
+            can run.
         gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch``
-            is ``msdnet_ge``; a stage-2
-            backbone always does.
+            is ``msdnet_ge``; a stage-2 backbone always does.
         published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``,
-            ``grFactor``, ``bnFactor``,
-            ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``: numbers, lists, and texts
-            such as ``1-2-4``. They
-            take the place of those of the published networks; None is a flag not given.
+            ``grFactor``, ``bnFactor``, ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``:
+            numbers, lists, and texts such as ``1-2-4``. They take the place of those of the published
+            networks; None is a flag not given.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another kind, or needs more than tensors and plain types; the
-            tensors are not those of a
-            released network; a flag disagrees with the file. One line that names the file and the reason.
+            tensors are not those of a released network; a flag disagrees with the file. One line that names
+            the file and the reason.
     """
     is_file = not isinstance(file_or_dict, Mapping)
     source = str(file_or_dict) if is_file else "the given checkpoint"
@@ -123,8 +120,8 @@ def is_network_file(path: Path) -> bool:
 def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     """Return the weights of a network under the released names and in the released order.
 
-    That is the ``state_dict`` of a released checkpoint, with the ``module.`` of DataParallel before every name.
-    The tensors are those of ``network.state_dict()``, not copies.
+    That is the ``state_dict`` of a released checkpoint, with the ``module.`` of DataParallel before every
+    name. The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
         ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
@@ -198,7 +195,7 @@ def _parse_flags(given: Flags) -> Flags:
 
 
 def read_checkpoint(path: Path) -> Mapping:
-    """``torch.load`` of a dictionary of tensors and plain types, on the CPU.
+    """Load a dictionary of tensors and plain types, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.

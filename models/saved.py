@@ -36,7 +36,7 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
 
     Args:
         path_or_name: The file, directory or name.
-        network: The network without exits, for the file of a ``Backbone`` on a network of one's own; it
+        network: The network without exits, for the file of a ``Backbone`` on a custom network; it
             becomes part of the result.
 
     Returns:
@@ -71,7 +71,7 @@ def network_bytes(network: ExitNetwork, description: Description, split: Split, 
 
 
 def tensor_bytes(tensors: dict[str, Tensor], description: Description) -> bytes:
-    """Return the content of a file: the tensors of a network and of its split, with ``description`` in the header."""
+    """Return a file's bytes: the tensors of a network and its split, with ``description`` in the header."""
     text = json.dumps(dataclasses.asdict(description))
     header = {"format": FORMAT, "description": text, "crc32": _crc32(safetensors.torch.save(tensors), text)}
     return safetensors.torch.save(tensors, header)
@@ -158,8 +158,7 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     """Build the network that ``network_options`` described, for ``load_weights``.
 
     An MSDNet is built on the meta device: shapes without memory. A ``Backbone`` is built on the CPU by one of
-        the constructors that
-    its library registers, or on ``network``: a file runs no code of its own.
+    the constructors that its library registers, or on ``network``: a file runs no code of its own.
 
     Raises:
         ValueError: they describe none, or none without ``network``.

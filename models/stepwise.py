@@ -1,4 +1,4 @@
-"""Exit-by-exit evaluation, for loops of one's own; ``ExitNetwork.early_exit`` is the shortest such loop.
+"""Exit-by-exit evaluation, for custom loops; ``ExitNetwork.early_exit`` is the shortest such loop.
 
     run = Stepwise(network, images)
     first = run.next_logits()      # (N, C), exit 1
@@ -45,7 +45,7 @@ class Stepwise:
         return self._logits
 
     def keep(self, images: Tensor) -> None:
-        """Go on with these of the images that are left: a boolean mask (n,) or indices.
+        """Keep only these of the remaining images: a boolean mask (n,) or indices.
 
         Indices are better on a GPU: a mask makes the host wait for the number of images, once per tensor.
         """

@@ -28,7 +28,7 @@ class NeedsNetworkError(ValueError):
 
 
 class Preprocessing(NamedTuple):
-    """What weights expect of images; ``crop_share`` is the share of the shorter side that is kept."""
+    """The images that weights expect; ``crop_share`` is the share of the shorter side that is kept."""
 
     image_size: int
     crop_share: float

@@ -76,7 +76,7 @@ def _read_table(path: Path) -> None:
 
 
 def differences(run_path: Path, wanted: Path) -> list[str]:
-    """What a finished run has otherwise than ``wanted``; times, and what a resumed run may change, do not count."""
+    """Return how a finished run differs from ``wanted``, apart from times and what resuming may change."""
     found = []
     for name, read in (("last.pt", _last), ("best.safetensors", _best)):
         ours, theirs = (read(path / name) for path in (run_path, wanted))

@@ -57,7 +57,7 @@ class Case:
     untrained: tuple[str, ...] = ()
 
     def network(self) -> ExitNetwork:
-        """Make the network, float64, in evaluation mode, with BatchNorm statistics that let the logits vary."""
+        """Make the network, float64, in evaluation mode, with BatchNorm statistics that vary the logits."""
         return copy.deepcopy(_built(self))
 
     def images(self, count: int = 4) -> Tensor:
@@ -187,7 +187,7 @@ def check_shapes_and_prefix(case: Case) -> None:
 
 
 class _Unchanging:
-    """A network whose methods for inference are checked to leave their arguments alone, and to put the batch first."""
+    """A network that checks that methods for inference keep their arguments, and put the batch first."""
 
     training = False
 
@@ -234,7 +234,7 @@ def check_exit_by_exit(case: Case) -> None:
 
 
 def check_early_exit(case: Case) -> None:
-    """``early_exit`` and the predictor let the same images leave at the same exits, with the logits of these exits."""
+    """``early_exit`` and the predictor let the same images leave at the same exits, with the same logits."""
     network, images = case.network(), case.images(8)
     with torch.no_grad():
         logits = torch.stack(network(images))
@@ -253,7 +253,7 @@ def check_early_exit(case: Case) -> None:
 
 
 def check_gradient_equilibrium(case: Case) -> str | None:
-    """The gradient of each block is the sum of all exits' own gradients, divided by the number of exits from this block on.
+    """Check that a block's gradient is the sum of the exits' own, divided by the number of exits from it on.
 
     Exit i of K reaches block j through the exits j .. i - 1, each of which multiplies by (K - m) / (K - m +
     1), and enters with 1 / (K - i + 1): the product is 1 / (K - j + 1) for every exit. An exit's own layers
@@ -320,7 +320,7 @@ def check_checkpointed_activations(case: Case) -> None:
 
 
 def check_parameter_lists(case: Case) -> None:
-    """``classifier_parameters`` and ``pretrained_parameters`` are parameters of the network, the former under their names."""
+    """Check that ``classifier_parameters`` and ``pretrained_parameters`` are parameters of the network."""
     network = case.network()
     by_name = dict(network.named_parameters())
     classifiers = dict(network.classifier_parameters())
@@ -351,7 +351,7 @@ def _own_network(network: ExitNetwork) -> nn.Module | None:
 
 
 def check_uncut(case: Case) -> str | None:
-    """The last exit and the running statistics equal those of the uncut network, in both modes, under one seed."""
+    """Check the last exit and the running statistics against the uncut network, in both modes."""
     network = case.network()
     if not isinstance(network, Backbone) or network.boosted:
         return "not cut from another network"
@@ -370,7 +370,7 @@ def check_uncut(case: Case) -> str | None:
 
 
 def check_folded(case: Case) -> None:
-    """A folded copy gives the same logits to rounding, in both ways to run it, and leaves the original alone."""
+    """A folded copy gives the same logits to rounding, in both ways to run it; the original is unchanged."""
     network, images = case.network().float(), case.images()
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
@@ -468,7 +468,8 @@ def _failure(case: Case, check: str) -> str | None:
     try:
         CHECKS[check](case)
     except Exception as error:  # whatever it is, the other networks are still to be checked
-        return f"{type(error).__name__} {str(error).strip().splitlines()[0] if str(error).strip() else ''}".strip()
+        first_line = "".join(str(error).strip().splitlines()[:1])
+        return f"{type(error).__name__} {first_line}".strip()
     return None
 
 

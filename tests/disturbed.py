@@ -1,8 +1,8 @@
 """``train_GE.py`` on few images of the demo, and once something happens to it: what, the environment says.
 
-SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file that is then made, and
-keeps it from happening again. LATE: seconds that this process then waits first. COPY_FAILS: forked copies meet an image that cannot be
-read.
+SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file
+that is then made, and keeps it from happening again. LATE: seconds that this process then waits first.
+COPY_FAILS: forked copies meet an image that cannot be read.
 """
 
 import os

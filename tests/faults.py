@@ -3,11 +3,15 @@
     python tests/faults.py --kills 200 --inputs 500 --terms 50 --full-disks 20 --seed 0
     python tests/faults.py --only input-17 --seed 0        # one case again
 
-kill: SIGKILL at random instants of short trainings of both stages, half of them in two processes, of which the first one or the worker is
-killed; after each one nothing runs on, every file is whole or absent, and ``--resume`` ends with the weights, the optimiser, the log and
-the tables of an undisturbed run, bit for bit. term: the same with SIGTERM and SIGINT, which
-must end with status 143 or 130 and one line that names ``--resume``. disk: the same with files that may not grow beyond a random size: one
-line, status 2. input: a damaged file of a finished run: one line and status 2, or work where a bit does not matter; nothing overwritten.
+- kill: SIGKILL at random instants of short trainings of both stages, half of them in two processes, of which
+  the first one or the worker is killed; after each one nothing runs on, every file is whole or absent, and
+  ``--resume`` ends with the weights, the optimiser, the log and the tables of an undisturbed run, bit for
+  bit.
+- term: the same with SIGTERM and SIGINT, which must end with status 143 or 130 and one line that names
+  ``--resume``.
+- disk: the same with files that may not grow beyond a random size: one line, status 2.
+- input: a damaged file of a finished run: one line and status 2, or work where a bit does not matter; nothing
+  is overwritten.
 
 The exit status is 1 if anything failed.
 """
@@ -137,7 +141,7 @@ class Harness:
         self.failures: list[tuple[str, str]] = []
 
     def finished(self, name: str, processes: int = 1) -> Path:
-        """Return the directory of the undisturbed training ``name`` of ``TRAININGS``, made when first asked for."""
+        """Return the directory of the undisturbed training ``name`` of ``TRAININGS``; train on first use."""
         path = self.folder / "undisturbed" / str(processes) / name.replace(" ", "_")
         if not path.exists():
             path.parent.mkdir(exist_ok=True, parents=True)
@@ -153,7 +157,7 @@ class Harness:
         return [] if name == "GE" else ["--pretrained", str(self.finished("GE"))]
 
     def case(self, name: str) -> None:
-        """Do the case ``name``: a kind and a number; both and the seed decide about everything random in it."""
+        """Run the case ``name``: a kind and a number, which seed its randomness together with the seed."""
         kind, number = name.rsplit("-", 1)
         folder = self.folder / name
         folder.mkdir()

@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: what it returned, -N after death by signal N, None if it had to be killed for running too long.
+        status: what it returned; -N after death by signal N; None if it was killed for running too long.
         errors: what it wrote on standard error.
         seconds: from the call of ``main``.
         struck: whether what was to happen in the middle did happen.
@@ -81,7 +81,8 @@ def run(
     """Call ``main(argv)`` of a program in a child whose working directory is ``folder``.
 
     Args:
-        strike: called with the child's id ``after`` seconds, counted from the call of ``main``, unless the child has ended by then.
+        strike: called with the child's id ``after`` seconds, counted from the call of ``main``, unless the
+            child has ended by then.
         timeout: seconds after which the child counts as hanging.
         file_size: bytes that a file it writes may have; more is an error as on a full disk.
         processes: that train together.
@@ -144,7 +145,10 @@ def _count_group(group: int) -> int:
 def be_the_program(
     main: Callable[[list[str]], int], program: str, argv: list[str], folder: Path, outputs: tuple
 ) -> NoReturn:
-    """Become a process group that calls ``main``, with ``outputs`` for standard output and error, and end as the program does."""
+    """Become a process group that calls ``main``, and end as the program does.
+
+    ``outputs`` are the files for standard output and standard error.
+    """
     status = 1
     try:
         os.setsid()

@@ -1,7 +1,7 @@
-"""Which module of the project imports which, read from the source; ``python -m tests.imports`` prints a summary.
+"""The graph of imports between modules, read from the source; ``python -m tests.imports`` prints a summary.
 
-A name that a package re-exports counts as imported from the module that defines it: ``from models import IMTA`` is an import of
-``models.imta``. The tests themselves are left out.
+A name that a package re-exports counts as imported from the module that defines it: ``from models import
+IMTA`` is an import of ``models.imta``. The tests themselves are left out.
 """
 
 import ast
@@ -37,7 +37,7 @@ class ImportGraph:
         return sorted(sorted(group) for group in groups if group)
 
     def longest_chain(self) -> list[str]:
-        """Return the longest sequence of modules in which each imports the next; the graph must have no cycles."""
+        """Return the longest chain of imports as a list of modules; the graph must have no cycles."""
 
         @cache
         def chain(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The programs that measure: they run, and print what their readers look for. No figure is checked, machines differ."""
+"""The benchmarks run and print what their readers look for. No figure is checked, as machines differ."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""What keeps GPUs waiting, and what several of them need: held without any, by the operations that PyTorch is asked for."""
+"""What keeps GPUs waiting, and what several of them need.
+
+Checked without a GPU, by the operations that PyTorch is asked for.
+"""
 
 from datetime import timedelta
 
@@ -20,7 +23,7 @@ from tests.test_predictor import logits_of, make_network, quantile_policy
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations in its block that are ``wanted``, a function of the operation and its arguments."""
+    """A counter of the operations in its block for which ``wanted(operation, arguments)`` is true."""
 
     def __init__(self, wanted):
         super().__init__()

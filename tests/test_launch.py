@@ -1,4 +1,4 @@
-"""What a training chooses for itself: precision, compilation, the number of processes; and that they agree."""
+"""A training chooses its precision, compilation and number of processes, and all its processes agree."""
 
 import contextlib
 import errno

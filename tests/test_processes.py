@@ -1,4 +1,4 @@
-"""Lost processes end a run with one line and no orphans, and several processes go on exactly where they were."""
+"""Lost processes end a run with one line and no orphans; several processes resume exactly where they were."""
 
 import contextlib
 import multiprocessing
@@ -37,7 +37,7 @@ FOLDER = [
 ]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 
-# Forks from a process that has imported PyTorch and done nothing with it: an import costs each program seconds.
+# Fork from a process that has imported PyTorch and done nothing with it: each import takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["tests.disturbed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
@@ -45,7 +45,13 @@ CONTEXT.set_forkserver_preload(
 
 
 class Ended(NamedTuple):
-    """How every process of a run ended, by rank: exit status, -N after death by signal N; and what all of them wrote."""
+    """How a run ended.
+
+    Attributes:
+        statuses: Exit status by rank; -N after death by signal N.
+        output: What all processes wrote to standard output.
+        errors: What all processes wrote to standard error.
+    """
 
     statuses: list[int]
     output: str
@@ -119,7 +125,10 @@ def test_evaluation_gathered_from_two_processes_equals_that_of_one(undisturbed):
 
 
 def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path):
-    """On two machines as ``docs/usage.md`` says; one process is late at the second start, and the other must wait for its new address."""
+    """On two machines as ``docs/usage.md`` says.
+
+    One process is late at the second start, and the other must wait for its new address.
+    """
     place = [
         "--nnodes",
         "2",

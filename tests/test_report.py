@@ -38,7 +38,7 @@ def test_rows_hold_held_out_and_test_results():
 
 
 def test_test_images_choose_nothing():
-    """A row whose test images happen to be cheap and right is not within a budget that its held-out images exceed."""
+    """A row is not within a budget that its held-out images exceed, however cheap its test images are."""
     rows = [
         {"p": 1, "val_operations": 10, "operations": 12, "val_acc1": 50.0, "test_acc1": 50.0},
         {"p": 2, "val_operations": 21, "operations": 19, "val_acc1": 60.0, "test_acc1": 90.0},

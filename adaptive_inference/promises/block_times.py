@@ -2,7 +2,7 @@
 
 times = measure_blocks(network, images[:1], batch_size=64)    # of ``promises.timing``
 times.milliseconds(point.shares)                              # expected per image
-times.reserve(k, 64)                                          # what block and exit k nearly always stay within
+times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
 """
 
 from dataclasses import dataclass

@@ -175,8 +175,7 @@ def deadline_rows(
 
     Returns:
         One row per deadline: ``milliseconds``; ``acc1`` in percent; ``late``, the share of the calls that
-            took longer; ``share_k``, the
-        share that exit k predicted.
+        took longer; ``share_k``, the share that exit k predicted.
     """
     first = 1.02 * times.reserve(0, 1)
     usual_time = 1.1 * sum(usual[0] for usual in times.usual[:-1])

@@ -170,9 +170,8 @@ def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> flo
     Disagreement: the number of other predictions is binomial, and the p-value its lower tail at ``limit``.
 
     Accuracy: the numbers of worse and better images are trinomial. The hypothesis fixes the difference of
-        their
-    probabilities, not their sum, the share of changed images. Outcomes are ordered by the difference of the
-    counts, studentised, and the p-value is the largest probability of an outcome at most as large as this
+    their probabilities, not their sum, the share of changed images. Outcomes are ordered by the difference of
+    the counts, studentised, and the p-value is the largest probability of an outcome at most as large as this
     one, over all sums in a confidence interval of level 1 - ``NUISANCE_ERROR`` (Berger and Boos 1994), plus
     that error.
 

@@ -5,9 +5,8 @@
     times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
 
 The time of a policy is the sum over its blocks at the batch sizes that occur: n of B images reach block k,
-    and n is binomial with the
-share of the held-out images that reached it. Blocks are timed inside the predictor, together with everything
-it does between them.
+and n is binomial with the share of the held-out images that reached it. Blocks are timed inside the
+predictor, together with everything it does between them.
 """
 
 import random
@@ -80,10 +79,9 @@ class _Stopwatch(AdaptivePredictor):
     """A predictor that measures its blocks.
 
     A call returns the milliseconds (K + 1) of all blocks and of the prediction, and the number of images (K)
-    in each block. Some images of
-    a larger batch leave at every exit, at random: in some calls most of them, in others hardly any. All batch
-        sizes occur this way, and the
-    libraries have seen them all when the predictor is used afterwards.
+    in each block. Some images of a larger batch leave at every exit, at random: in some calls most of them,
+    in others hardly any. All batch sizes occur this way, and the libraries have seen them all when the
+    predictor is used afterwards.
     """
 
     def __init__(self, network: nn.Module):
