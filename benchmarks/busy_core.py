@@ -1,0 +1,115 @@
+"""Training, prediction and ONNX on a quiet machine and beside one busy core.
+
+    python benchmarks/busy_core.py                 # this code
+    python benchmarks/busy_core.py --active        # with OMP_WAIT_POLICY=ACTIVE, as it was before
+
+Prints images per second and the share of the quiet speed that is left; at least 0.4 is wanted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = "imta_cifar100"
+
+
+def train(folder: Path, seconds: float) -> float:
+    """Return images per second of the demo's first epoch."""
+    command = [
+        "train_GE.py",
+        "--epochs",
+        "1",
+        "--compile",
+        "off",
+        "--save",
+        str(folder / "run"),
+        "--overwrite",
+    ]
+    if seconds < 1:
+        command += ["--nBlocks", "2", "--nChannels", "4", "--growthRate", "4"]
+    _run(command)
+    return json.loads((folder / "run" / "log.jsonl").read_text().splitlines()[0])["images_per_second"]
+
+
+def predict(folder: Path, seconds: float) -> float:
+    """Return images per second in the network, one image at a time with two threads."""
+    code = f"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import time, torch
+from adaptive_inference import load_predictor
+torch.set_num_threads(2)
+predictor, images = load_predictor("{NETWORK}"), torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+predictor(images[:1])
+count, began = 0, time.perf_counter()
+while time.perf_counter() - began < {seconds}:
+    predictor(images[count % 64][None])
+    count += 1
+print(count / (time.perf_counter() - began))
+"""
+    return float(_run(["-c", code]))
+
+
+def onnx(folder: Path, seconds: float) -> float:
+    """Return images per second of the exported file, one image at a time with two threads."""
+    _run(["export_onnx.py", "--model", NETWORK, "--output", str(folder / "network.onnx")])
+    code = f"""
+import time, numpy
+from onnx_predictor import OnnxPredictor
+predictor = OnnxPredictor(r"{folder / "network.onnx"}", threads=2)
+images = numpy.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=numpy.uint8)
+predictor.predict(images[:1])
+count, began = 0, time.perf_counter()
+while time.perf_counter() - began < {seconds}:
+    predictor.predict(images[count % 64][None])
+    count += 1
+print(count / (time.perf_counter() - began))
+"""
+    return float(_run(["-c", code]))
+
+
+def _run(arguments: list[str]) -> str:
+    command = [sys.executable, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def _beside_a_busy_core(measure: Callable[[Path, float], float], folder: Path, seconds: float) -> float:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(min(seconds, 1))
+        return measure(folder, seconds)
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def main() -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=10, help="per measurement (default: %(default)s)")
+    parser.add_argument("--active", action="store_true", help="let OpenMP's threads spin")
+    options = parser.parse_args()
+    if options.active:
+        os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    sys.stdout.write("| images/s | quiet | beside a busy core | share |\n|---|---|---|---|\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for measure in (train, predict, onnx):
+            quiet = measure(Path(folder), options.seconds)
+            busy = _beside_a_busy_core(measure, Path(folder), options.seconds)
+            sys.stdout.write(f"| {measure.__name__} | {quiet:.1f} | {busy:.1f} | {busy / quiet:.2f} |\n")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
