@@ -25,6 +25,7 @@ from adaptive_inference.predictor import AdaptivePredictor
 from models import ExitNetwork, State, load
 from models.backbone import Backbone
 from models.files import find
+from models.layers import set_memory_format
 
 # By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation
 # inside.
@@ -108,7 +109,8 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     folded = copy.deepcopy(original).eval().requires_grad_(False)
     fold_batch_norm(folded)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    folded.to(dtype=dtype, memory_format=memory_format)
+    folded.to(dtype=dtype)
+    set_memory_format(folded, memory_format)
     return FoldedNetwork(folded, fingerprint, next(folded.parameters()).dtype, memory_format)
 
 

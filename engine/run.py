@@ -35,6 +35,7 @@ from engine.trainer import FEW_IMAGES, train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo, Split
 from models.files import find
+from models.layers import set_memory_format
 from models.saved import build_network, load_weights, network_options
 from models.zoo import Preprocessing
 from utils import UserError, complain, in_words, one_line
@@ -417,8 +418,9 @@ def place(network: ExitNetwork, session: Session) -> None:
     """Move a network to its device, in the memory layout and precision that the settings ask for."""
     settings = session.settings
     set_tf32(settings.tf32)
-    memory_format = torch.channels_last if settings.channels_last else torch.preserve_format
-    network.to(session.processes.device, memory_format=memory_format)
+    network.to(session.processes.device)
+    if settings.channels_last:
+        set_memory_format(network, torch.channels_last)
     network.checkpoint_activations = settings.checkpoint_activations
 
 

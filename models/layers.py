@@ -234,6 +234,16 @@ def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
     return torch.add(logits, previous_logits.detach(), alpha=BOOST)
 
 
+def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Put all tensors with four dimensions into a memory layout, in place.
+
+    ``nn.Module.to`` does the same, but refuses networks that also hold tensors with five dimensions.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch normalisation in ``module`` as they are within the block."""
