@@ -123,7 +123,7 @@ class AdaptivePredictor:
         Args:
             images: paths or PIL images.
             read: returns bytes (3, S, S) for one of them and the network's ``DataInfo``, as in training:
-                ``image_data.preprocess``.
+                ``image_data.preprocessing.preprocess``.
             batch_size: images that are read and predicted at a time.
         """
         device, data = next(self.network.parameters()).device, self.network.description.data

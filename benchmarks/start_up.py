@@ -1,7 +1,7 @@
 """Measure the seconds from the start of a training to its first step, with few and with many image files.
 
     python -m benchmarks.start_up                   # 200 and 20,000 JPEGs, a minute or two
-    python -m benchmarks.start_up --files 50 100    # quickly
+    python -m benchmarks.start_up --files 100 200    # quickly
 
 Every round starts ``train_GE.py`` once with each number of files and stops it after its first step. A fifth
 of the files are test images. The JPEGs of 256 pixels are few different ones under many names.

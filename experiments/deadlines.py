@@ -47,7 +47,7 @@ def recovery_row(name: str, slowness: float) -> dict:
     blocks = ((one,) * num_exits, (times,) * num_exits, (np.array([RESERVED]),) * num_exits)
     deadline = USUAL * num_exits + 2 * (RESERVED - USUAL)
     predictor = AnytimePredictor(network, deadline, BlockTimes(1, *blocks, (0.0, 0.0)), clock=clock)
-    size = network.description.image_size
+    size = network.description.data.image_size
     image = torch.zeros(1, 3, size, size)
 
     def call() -> tuple[int, bool]:
