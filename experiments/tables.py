@@ -177,10 +177,9 @@ def summary() -> str:
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, at every exit but the first.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. New classifiers with **ISC** gain {isc}",
-        f"   on new classifiers alone. **OFA: no measurable gain** ({ofa} alone, {ofa_on_isc} on top of ISC).",
-        f"3. Beyond the paper, **boosted exits** gain {gain('GE', 'GE_boosted')} on GE. Predicting with all",
-        f"   exits so far (an ensemble, no training) gains {gain('GE', 'GE')} on GE and",
-        f"   {gain('GE_ISC_OFA', 'GE_ISC_OFA')} on GE + ISC + OFA.",
+        f"   on new classifiers alone. **OFA: no measurable gain** ({ofa} alone, {ofa_on_isc} on ISC).",
+        f"3. Beyond the paper, **boosted exits** gain {gain('GE', 'GE_boosted')} on GE. Ensembles of all exits",
+        f"   so far gain {gain('GE', 'GE')} on GE and {gain('GE_ISC_OFA', 'GE_ISC_OFA')} on GE + ISC + OFA.",
     )
     title = "In points of top-1, mean over exits, after 30 + 10 epochs:"
     return "\n".join([exits_table(), "", title, "", *lines])
