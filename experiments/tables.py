@@ -178,8 +178,9 @@ def summary() -> str:
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, at every exit but the first.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. New classifiers with **ISC** gain {isc}",
         f"   on new classifiers alone. **OFA: no measurable gain** ({ofa} alone, {ofa_on_isc} on ISC).",
-        f"3. Beyond the paper, **boosted exits** gain {gain('GE', 'GE_boosted')} on GE. Ensembles of all exits",
-        f"   so far gain {gain('GE', 'GE')} on GE and {gain('GE_ISC_OFA', 'GE_ISC_OFA')} on GE + ISC + OFA.",
+        f"3. Beyond the paper, **boosted exits** gain {gain('GE', 'GE_boosted')} on GE. Ensembles of",
+        f"   all exits so far gain {gain('GE', 'GE')} on GE and",
+        f"   {gain('GE_ISC_OFA', 'GE_ISC_OFA')} on GE + ISC + OFA.",
     )
     title = "In points of top-1, mean over exits, after 30 + 10 epochs:"
     return "\n".join([exits_table(), "", title, "", *lines])
