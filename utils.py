@@ -219,13 +219,12 @@ def user_path(text: str) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | None = None) -> Iterator[IO]:
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that replaces ``path`` when the block ends: readers see the old or the new file.
 
     Args:
         path: the file to write; missing folders are made.
         mode: as for ``open``.
-        verify: called with the complete temporary file; what it raises keeps the old file in place.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; an old file is then untouched.
@@ -245,8 +244,6 @@ def atomic_write(path: Path, mode: str = "w", verify: Callable[[Path], None] | N
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        if verify is not None:
-            verify(temporary)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

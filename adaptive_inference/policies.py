@@ -19,7 +19,7 @@ from adaptive_inference.confidence import MEASURES, NONE_LEAVE
 from models import files
 from utils import UserError, atomic_write
 
-FORMAT = "imta-msdnet policy 3"
+FORMAT, FORMAT_2 = "imta-msdnet policy 3", "imta-msdnet policy 2"
 # "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble":
 # optimised for predictions from all exits so far. "certified": for promises about accuracy: its thresholds
 # and its held-out results come from different images.
@@ -264,10 +264,12 @@ def read_curve(path: str | Path) -> PolicyCurve:
         raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise UserError(f"{path} is not a policy file of this project: {reason}") from None
+        raise UserError(f"{path} cannot be read as a policy file: {reason}") from None
 
 
 def _parsed(content: Any) -> PolicyCurve:
+    if content["format"] == FORMAT_2:
+        raise ValueError("it has format 2; python -m engine.convert FILE converts it")
     if content["format"] != FORMAT:
         raise ValueError(f'its "format" is not "{FORMAT}"')
     temperatures, ensemble = content["temperatures"], content["ensemble"]

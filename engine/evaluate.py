@@ -219,14 +219,13 @@ class Evaluation:
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits)
         acc1 = percent_right(classes_together(self._logits(images), everything.ensemble), targets.cpu())
         deadlines = deadline_rows(network, images, single, acc1, everything)
-        deadline_file = run.runtime.with_name("deadline.csv")
-        write_csv(deadline_file, deadlines)
+        write_csv(run.deadlines, deadlines)
         exits = [{"operations": n, "acc1": a} for n, a in zip(self.operations, acc1, strict=True)]
         budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
         save_figure(draw_runtime(budgets, exits, deadlines), run.runtime_picture)
         log.line("\nthe best prediction by a deadline, one image at a time")
         log.line(_deadline_table(deadlines))
-        log.line(f"{len(targets):,} test images; {run.runtime}, {deadline_file}, {run.runtime_picture}")
+        log.line(f"{len(targets):,} test images; {run.runtime}, {run.deadlines}, {run.runtime_picture}")
 
     def _logits(self, images: Tensor) -> Tensor:
         """Return the logits (K, N, C) of images, on the CPU."""

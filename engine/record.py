@@ -45,6 +45,7 @@ class RunDirectory:
         self.reference = path / "reference.safetensors"
         self.runtime = path / "runtime.csv"
         self.runtime_picture = path / "runtime.png"
+        self.deadlines = path / "deadline.csv"
         self.examples = path / "examples.png"
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"

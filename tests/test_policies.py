@@ -201,7 +201,7 @@ def test_damaged_files_are_refused_in_one_line(curve, tmp_path, damage):
     write_policy(path, curve)
     damaged = damage(json.loads(path.read_text()))
     path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    with pytest.raises(UserError, match=r"policy\.json is not a policy file") as caught:
+    with pytest.raises(UserError, match=r"policy\.json cannot be read as a policy file") as caught:
         read_policy(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot read"):
