@@ -1,7 +1,7 @@
 """Choice of a policy by what is asked for: operations, time, accuracy, or a promise about accuracy.
 
-point = choose(curve, operations=12.5e6) point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))         #
-MaxLoss of adaptive_inference.promises.risk
+point = choose(curve, operations=12.5e6)
+point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))    # MaxLoss of ``promises.risk``
 """
 
 import math
@@ -40,8 +40,8 @@ def choose(
     Args:
         curve: the points to choose from.
         operations: per image, the mean at most.
-        milliseconds: per image, the mean at most, as ``timing`` expects it (``predictor.BudgetPredictor``
-            keeps to it as measured).
+        milliseconds: per image, the mean at most, as ``timing`` expects it;
+            ``promises.deadlines.BudgetPredictor`` keeps to it as measured.
         accuracy: as for ``allowed_points``.
         max_loss: as for ``allowed_points``.
         timing: of this network on this machine, from ``timing.measure_blocks``.

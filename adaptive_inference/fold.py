@@ -5,7 +5,7 @@
     predictor = load_predictor("imta_cifar100", operations=20e6)
 
 Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a
-    convolution with a bias.
+convolution with a bias.
 """
 
 import copy

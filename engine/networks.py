@@ -49,5 +49,5 @@ def network_from(origin: Saved, data: DataInfo) -> ExitNetwork:
     )
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
     weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
-    network.load_state_dict(weights, strict=False)
+    network.load_state_dict({**network.state_dict(), **weights})
     return network

@@ -55,12 +55,13 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
 
 
 class Stepper:
-    """Trains ``objective`` with SGD, step by step.
+    """Optimisation of ``objective``, step by step, with SGD or AdamW.
 
     Args:
         objective: on its device.
-        settings: momentum, weight_decay, nesterov, clip_grad, amp, accumulate, compile, fused_optimizer,
-            sync_bn, in a combination that ``refuse_combinations`` accepts.
+        settings: optimizer, lr, pretrained_lr_factor, momentum, weight_decay, nesterov, clip_grad, amp,
+            accumulate, compile, fused_optimizer and sync_bn, in a combination that
+            ``refuse_combinations`` accepts.
         processes: this process and the others.
     """
 

@@ -8,7 +8,6 @@ A stage brings the objective, a module ``(images, targets) -> (losses (N,), logi
 ``network`` that learns.
 """
 
-import hashlib
 import math
 import os
 import time
@@ -191,8 +190,6 @@ class Trainer:
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self._awaited(self.data.train.epoch(progress.epoch, progress.step), requests):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
-            # Dropout and the like are then a function of the step, also in a run that was resumed.
-            torch.manual_seed(_step_seed(settings.seed, progress, self.session.processes.rank))
             with self._announced(requests):
                 seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
                 self.stepper.step(images, targets, rate, self.meters.update)
@@ -385,11 +382,6 @@ class Trainer:
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
         self.session.log.write_history(self.session.run.log, self.progress.history)
-
-
-def _step_seed(seed: int, progress: Progress, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed} {progress.epoch} {progress.step} {rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _rounded(value: Any) -> Any:

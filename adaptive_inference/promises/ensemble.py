@@ -1,9 +1,8 @@
 """Better predictions from the same exits, without training: calibrated probabilities, and ensembles of exits.
 
-    temperatures = fit_temperatures(val_logits, val_targets)                      # on held-out images, one
-    per exit weights = fit_ensemble(val_logits, val_targets, temperatures)                 # (K, K), None
-    where no exit gains calibration_errors(test_logits, test_targets, temperatures)                   #
-    percent, of every exit
+    temperatures = fit_temperatures(val_logits, val_targets)          # on held-out images, one per exit
+    weights = fit_ensemble(val_logits, val_targets, temperatures)     # (K, K), None where no exit gains
+    calibration_errors(test_logits, test_targets, temperatures)       # percent, of every exit
 
 A temperature (Guo et al., ICML 2017, arXiv 1706.04599) divides an exit's logits; an ensemble adds the logits
 of all exits so far, each with a weight: a weighted geometric mean of their probabilities. Both minimise the
