@@ -121,7 +121,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : _header_end(content)]).get("__metadata__") or {}
     except Exception as error:  # what the readers raise depends on where the damage is
-        if content[:2] == b"PK" or content[:1] == b"\x80":
+        if content[:2] == b"PK" or (content[:1] == b"\x80" and content[8:9] != b"{"):  # zip or pickle
             raise ValueError(
                 f"{path} is a PyTorch checkpoint; convert it once: {convert_command(path)}"
             ) from None

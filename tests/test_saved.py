@@ -215,3 +215,11 @@ with torch.no_grad():
     )
     assert ended.stderr == ""
     assert ended.stdout.startswith("class ")
+
+
+def test_a_cut_file_is_no_pytorch_checkpoint(tmp_path):
+    """The first byte of a safetensors file, a length, may be the one that pickled files begin with."""
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(bytes([0x80, 1, 0, 0, 0, 0, 0, 0]) + b'{"weight"')
+    with pytest.raises(ValueError, match="truncated, damaged or no safetensors file"):
+        read_network(path)
