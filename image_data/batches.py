@@ -12,6 +12,7 @@ resumed at any step, with any number of threads.
 import copy
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,7 +41,7 @@ Batch = tuple[Tensor, Tensor]
 WAYS_ON = "repair or remove it, or leave it out with --skip-unreadable"
 
 
-class Batches:
+class Batches(ABC):
     """Batches of one part of a data set.
 
     ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's
@@ -93,8 +94,8 @@ class Batches:
         """Return the image behind a row of the collected results, bytes (3, H, W)."""
         return self._picture(row if self.collected is None else int(self.collected[row]))
 
-    def _picture(self, index: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _picture(self, index: int) -> Tensor: ...
 
     def _generator(self, epoch: int) -> torch.Generator:
         # One 64-bit seed from two numbers, far apart for neighbouring ones.
