@@ -14,12 +14,11 @@ from pathlib import Path
 # Before PyTorch loads: threads that spin while they wait slow each other down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from adaptive_inference.curves import read_policy
 from adaptive_inference.export import export_blocks, export_onnx
 from adaptive_inference.fingerprint import describe
 from adaptive_inference.fold import folded_for
+from adaptive_inference.policy_files import policy_path, read_policy
 from engine.checkpoint import load_saved
-from models.files import policy_path
 from utils import CommandLineParser, UserError, complain, tell, user_path
 
 

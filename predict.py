@@ -21,8 +21,9 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from adaptive_inference.policies import RULES
+from adaptive_inference.policy_files import policy_path
 from engine.prediction import predict_all
-from models.files import BEST, find, policy_path
+from models.files import BEST, find
 from utils import CommandLineParser, UserError, above, at_least, complain, in_range, user_path
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"

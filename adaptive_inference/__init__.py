@@ -1,16 +1,16 @@
 """Less computation on easy images: thresholds, budgets, and prediction that stops early.
 
-``budgeted`` finds thresholds and evaluates them, ``policies`` keeps them in files, and ``predictor`` stops
-early. ``fold`` makes a network fast for prediction, ``export`` writes it for ONNX Runtime. What promises
-something about accuracy or time is in ``adaptive_inference.promises``.
+``budgeted`` finds thresholds and evaluates them, ``policy_files`` keeps them, and ``predictor`` stops early.
+``fold`` makes a network fast for prediction, ``export`` writes it for ONNX Runtime. What promises something
+about accuracy or time is in ``adaptive_inference.promises``.
 """
 
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from .choosing import allowed_points, choose
 from .confidence import confidence_by_exit
-from .curves import policy_curve, read_policy
-from .fold import fold, load_predictor
-from .policies import write_policy
+from .fold import fold
+from .loading import load_predictor
+from .policy_files import policy_curve, read_policy, write_policy
 from .predictor import AdaptivePredictor, simulate
 
 __all__ = [

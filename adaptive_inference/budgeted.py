@@ -10,12 +10,14 @@ threshold. The thresholds are set on held-out images so that a wanted share leav
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, confidence_by_exit
+from adaptive_inference.policies import Point, Policy
 
 
 class ExitPredictions(NamedTuple):
@@ -112,3 +114,22 @@ def evaluate_thresholds(
     cost = sum(count * to_exit for count, to_exit in zip(counts.tolist(), operations, strict=True))
     count = len(exits)
     return BudgetedResult(100 * num_correct / count, cost / count, tuple((counts / count).tolist()))
+
+
+def evaluate_points(
+    rule: str, thresholds: Tensor, policy: Policy, val: ExitPredictions, operations: Sequence[float]
+) -> tuple[Point, ...]:
+    """Return one point for each row of thresholds.
+
+    Args:
+        rule: how they were found.
+        thresholds: (P, K).
+        policy: measure, temperatures and ensemble of all of them.
+        val: predictions for held-out images.
+        operations: to each exit.
+    """
+    points = []
+    for p, row in enumerate(thresholds, start=1):
+        own = replace(policy, thresholds=tuple(row.tolist()))
+        points.append(Point(own, *evaluate_thresholds(row, val, operations), rule, p))
+    return tuple(points)

@@ -2,7 +2,6 @@
 
     fast = fold(network)    # a copy; the same interface, operation counts and, to rounding, logits
     logits = fast(images)
-    predictor = load_predictor("imta_cifar100", operations=20e6)
 
 Folding is exact in real arithmetic: a convolution followed by a fixed affine map of each channel is a
 convolution with a bias.
@@ -11,20 +10,16 @@ convolution with a bias.
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from adaptive_inference.choosing import choose
-from adaptive_inference.curves import check_curve, read_policy
 from adaptive_inference.fingerprint import network_fingerprint
-from adaptive_inference.policies import PolicyCurve, policy_path
-from adaptive_inference.predictor import AdaptivePredictor
-from models import ExitNetwork, State, load
+from adaptive_inference.policies import PolicyCurve
+from adaptive_inference.policy_files import DTYPES, check_curve
+from models import ExitNetwork, State
 from models.backbone import Backbone
-from models.files import find
 from models.layers import set_memory_format
 
 # By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation
@@ -120,35 +115,9 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     Raises:
         UserError: the curve is of another network; ``source`` is named.
     """
-    dtypes = {
-        str(dtype).removeprefix("torch."): dtype
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    }
-    folded = fold(network, dtype=dtypes.get(curve.dtype))
+    folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
     check_curve(curve, folded, source)
     return folded
-
-
-def load_predictor(
-    path_or_name: str | Path, dtype: torch.dtype = torch.float32, **limits: Any
-) -> AdaptivePredictor:
-    """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
-
-    Args:
-        path_or_name: as for ``models.load``; the policies lie beside it.
-        dtype: of the policies, where there are several files; with only one, its dtype is taken.
-        limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the
-            network, as in predict.py.
-
-    Raises:
-        OSError, ValueError: as ``models.load``.
-        UserError: there are no policies of this network, or none grants the limits.
-    """
-    file = find(path_or_name)
-    source = policy_path(file, str(dtype).removeprefix("torch."))
-    curve = read_policy(source)
-    point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
-    return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)
 
 
 def fold_batch_norm(network: nn.Module) -> None:

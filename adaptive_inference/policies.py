@@ -1,30 +1,20 @@
-"""Policies: thresholds at which images leave, how predictions are made, and the file that holds them.
+"""Policies: thresholds at which images leave, how predictions are made, and what both reached.
 
-    curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
-    predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
-
-A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
-operations to each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of
-points from cheap to full: thresholds, what they reached on the held-out images, and the counts from which
-``promises`` bounds their loss.
+curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
+predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES, NONE_LEAVE
-from models import files
-from utils import UserError, atomic_write
+from utils import UserError
 
-FORMAT, FORMAT_2 = "imta-msdnet policy 3", "imta-msdnet policy 2"
 # "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble":
 # optimised for predictions from all exits so far. "certified": for promises about accuracy: its thresholds
 # and its held-out results come from different images.
 RULES = ("geometric", "optimised", "certified", "ensemble")
-MAX_FILE_SIZE = 4 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -197,131 +187,3 @@ class PolicyCurve:
             known = ", ".join(sorted({point.rule for point in self.points}))
             raise UserError(f"no policy here is of the rule {rule}; there are {known}")
         return self.points
-
-
-def policy_path(network_file: Path, dtype: str = "float32") -> Path:
-    """Return where the policies of a network file for this dtype are, or would be.
-
-    ``NAME.policy.bfloat16.json`` or ``policy.bfloat16.json`` in its directory, where there is one; else
-    ``NAME.policy.json`` or ``policy.json``, which are of any dtype.
-    """
-    own = network_file.with_suffix(f".policy.{dtype}.json")
-    for path in (own, network_file.with_name(f"policy.{dtype}.json")):
-        if path.exists():
-            return path
-    return files.policy_path(network_file)
-
-
-def write_policy(path: Path, curve: PolicyCurve) -> None:
-    """Write a policy file, atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    policies = [point.policy for point in curve.points]
-    content = {
-        "format": FORMAT,
-        "network": {"description": curve.network, "fingerprint": curve.fingerprint, "dtype": curve.dtype},
-        "measure": policies[0].measure,
-        "temperatures": policies[0].temperatures,
-        "ensemble": next((policy.ensemble for policy in policies if policy.ensemble), None),
-        "operations": curve.operations,
-        "num_images": curve.num_images,
-        "certificate": curve.certificate,
-        "points": [_as_row(point) for point in curve.points],
-    }
-    with atomic_write(path) as stream:
-        json.dump(content, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-
-
-def _as_row(point: Point) -> dict[str, Any]:
-    row = {"rule": point.rule, "p": point.p, "thresholds": point.policy.thresholds}
-    row |= {"val_acc1": point.val_acc1, "operations": point.operations, "shares": point.shares}
-    if point.policy.ensemble is not None:
-        row["uses_ensemble"] = True
-    if point.losses is not None:
-        row["losses"] = point.losses._asdict()
-    return row
-
-
-def read_curve(path: str | Path) -> PolicyCurve:
-    """Read a policy file.
-
-    Raises:
-        UserError: one line: the file is missing, too large or damaged.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_FILE_SIZE + 1)
-        if len(raw) > MAX_FILE_SIZE:
-            raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
-        return _parsed(json.loads(raw.decode("utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"there is no policy file {path}; --evalmode dynamic writes one") from None
-    except OSError as error:
-        raise UserError(f"cannot read the policy file {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise UserError(f"{path} cannot be read as a policy file: {reason}") from None
-
-
-def _parsed(content: Any) -> PolicyCurve:
-    if content["format"] == FORMAT_2:
-        raise ValueError("it has format 2; python -m engine.convert FILE converts it")
-    if content["format"] != FORMAT:
-        raise ValueError(f'its "format" is not "{FORMAT}"')
-    temperatures, ensemble = content["temperatures"], content["ensemble"]
-    temperatures = None if temperatures is None else _numbers(temperatures)
-    ensemble = None if ensemble is None else tuple(map(_numbers, ensemble))
-    points = []
-    for row in content["points"]:
-        own = ensemble if row.get("uses_ensemble") else None
-        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, own)
-        results = _numbers([row["val_acc1"], row["operations"]])
-        losses = LossCounts(**row["losses"]) if "losses" in row else None
-        points.append(Point(policy, *results, _numbers(row["shares"]), row["rule"], row["p"], losses))
-    network = content["network"]
-    return PolicyCurve(
-        network["fingerprint"],
-        network["dtype"],
-        network["description"],
-        _numbers(content["operations"]),
-        tuple(points),
-        content["num_images"],
-        content["certificate"],
-    )
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    if not all(type(value) in (int, float) and -1e300 < value < 1e300 for value in values):
-        raise ValueError("where numbers belong, there are others than finite ones")
-    return tuple(map(float, values))
-
-
-def from_format_2(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a policy file of format 2 as one of format 3.
-
-    Its points of the rule "tested" are left out: they were compared with the last exit alone, and are not
-    what ``promises.risk`` certifies today.
-
-    Raises:
-        KeyError: ``content`` lacks something.
-    """
-    network = dict(content["network"])
-    network["dtype"] = network.pop("form")
-    tested = [row for row in content["points"] if row["rule"] == "tested"]
-    points = [dict(row) for row in content["points"] if row["rule"] != "tested"]
-    for row in points:
-        if row["rule"] == "ensemble":
-            row["uses_ensemble"] = True
-    return content | {
-        "format": FORMAT,
-        "network": network,
-        "temperatures": content.get("temperatures"),
-        "ensemble": content.get("ensemble"),
-        "num_images": sum(images for images, *_ in tested[0]["losses"]) if tested else None,
-        "certificate": None,
-        "points": points,
-    }

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adaptive_inference.policies import FORMAT as POLICY_FORMAT
-from adaptive_inference.policies import from_format_2
+from adaptive_inference.policy_files import FORMAT as POLICY_FORMAT
+from adaptive_inference.policy_files import from_format_2
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
 from engine.record import RunDirectory

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold, policy_curve, read_policy, write_policy
-from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.budgeted import ExitPredictions, evaluate_points, geometric_thresholds
 from adaptive_inference.confidence import NONE_LEAVE
-from adaptive_inference.curves import evaluate_points
 from adaptive_inference.policies import Point, Policy, PolicyCurve
 from adaptive_inference.predictor import simulate
 from adaptive_inference.promises.deadlines import deadline_rows

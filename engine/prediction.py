@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adaptive_inference.curves import read_policy
-from adaptive_inference.policies import policy_path
+from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from adaptive_inference.promises.ensemble import operations_together

@@ -13,9 +13,9 @@ import torch
 
 from adaptive_inference.choosing import allowed_points, choose
 from adaptive_inference.confidence import NONE_LEAVE
-from adaptive_inference.curves import read_policy
 from adaptive_inference.fold import fold, folded_for
-from adaptive_inference.policies import Point, Policy, PolicyCurve, policy_path
+from adaptive_inference.policies import Point, Policy, PolicyCurve
+from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from adaptive_inference.promises.deadlines import (
     HORIZON_CALLS,

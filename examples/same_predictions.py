@@ -28,10 +28,11 @@ from torch import Tensor
 from adaptive_inference import AdaptivePredictor, confidence_by_exit, fold, read_policy
 from adaptive_inference.export import convert_blocks, export_blocks, export_onnx
 from adaptive_inference.policies import Policy
+from adaptive_inference.policy_files import policy_path
 from engine.checkpoint import load_saved
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
-from models.files import find, policy_path
+from models.files import find
 from onnx_predictor import OnnxPredictor
 from utils import UserError
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adaptive_inference import fold, read_policy, simulate
 from adaptive_inference.policies import Point
+from adaptive_inference.policy_files import policy_path
 from adaptive_inference.promises.drift import LEVEL, DriftAlarm, read_reference, reference_path
 from args import parse
 from dataloader import Data, load_data
@@ -25,7 +26,6 @@ from engine.checkpoint import load_saved
 from engine.report import write_csv
 from experiments.corruptions import CORRUPTIONS, markdown
 from models import ExitNetwork
-from models.files import policy_path
 from utils import CommandLineParser, UserError, atomic_write
 
 STREAM_LENGTH = 2_000

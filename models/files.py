@@ -36,9 +36,3 @@ def find(path_or_name: str | os.PathLike) -> Path:
 def networks_in(folder: Path) -> list[Path]:
     """Return the network files of a folder, sorted, without their ``NAME.reference.safetensors``."""
     return [file for file in sorted(folder.glob(f"*{SUFFIX}")) if not Path(file.stem).suffix]
-
-
-def policy_path(file: Path) -> Path:
-    """Return ``NAME.policy.json`` beside a network's file, or ``policy.json`` if there is no such file."""
-    own = file.with_suffix(".policy.json")
-    return own if own.exists() else file.with_name("policy.json")

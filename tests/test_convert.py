@@ -9,8 +9,8 @@ import torch
 
 import predict
 import train_GE
-from adaptive_inference.curves import read_policy
 from adaptive_inference.fingerprint import network_fingerprint
+from adaptive_inference.policy_files import read_policy
 from engine import convert
 from engine.checkpoint import load_checkpoint, load_saved
 from models import MSDNet, load, to_released

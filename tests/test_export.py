@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import export_onnx as program
-from adaptive_inference.curves import policy_curve
 from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, export_onnx
 from adaptive_inference.policies import Policy
+from adaptive_inference.policy_files import policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
 from image_data import synthetic
 from models import build_backbone

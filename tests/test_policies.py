@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds
-from adaptive_inference.curves import evaluate_points, policy_curve, read_policy
+from adaptive_inference.budgeted import evaluate_points
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.fold import folded_for
-from adaptive_inference.policies import LossCounts, Policy, from_format_2, policy_path, write_policy
+from adaptive_inference.policies import LossCounts, Policy
+from adaptive_inference.policy_files import (
+    from_format_2,
+    policy_curve,
+    policy_path,
+    read_policy,
+    write_policy,
+)
 from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet
@@ -100,6 +107,8 @@ def test_names_of_files_say_the_dtype(curve, tmp_path):
     assert policy_path(network_file) == tmp_path / "tiny.policy.json"
     assert policy_path(network_file, "bfloat16") == tmp_path / "tiny.policy.bfloat16.json"
     assert policy_path(network_file, "float16") == tmp_path / "tiny.policy.json"
+    (tmp_path / "tiny.policy.json").unlink()
+    assert policy_path(network_file) == tmp_path / "tiny.policy.bfloat16.json"  # better than none
 
 
 class Timing:

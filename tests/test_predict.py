@@ -16,8 +16,8 @@ from PIL import Image
 import engine.prediction
 import predict
 from adaptive_inference.confidence import confidence_by_exit
-from adaptive_inference.curves import policy_curve
-from adaptive_inference.policies import LossCounts, write_policy
+from adaptive_inference.policies import LossCounts
+from adaptive_inference.policy_files import policy_curve, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from engine.checkpoint import save_network
 from models import IMTA, MSDNet, count_operations, to_released

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from adaptive_inference.budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
-from adaptive_inference.curves import evaluate_points
+from adaptive_inference.budgeted import (
+    ExitPredictions,
+    evaluate_points,
+    evaluate_thresholds,
+    geometric_thresholds,
+)
 from adaptive_inference.policies import Policy
 from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
 from engine.report import best_within, budget_rows, draw_curves, draw_runtime, percent, table

@@ -28,9 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.budgeted import ExitPredictions, evaluate_points, geometric_thresholds
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
-from adaptive_inference.curves import evaluate_points
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
 
