@@ -26,7 +26,6 @@ from engine.networks import network_from, new_network
 from engine.run import Stage, run
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, sum_of_cross_entropies
-from models.backbone import Backbone
 from models.description import DataInfo
 from models.zoo import Preprocessing, preprocessing
 from utils import UserError
@@ -62,9 +61,10 @@ class Stage1(Stage):
         """
         network = network_from(origin, data) if origin else new_network(settings, data)
         if settings.freeze == "backbone":
-            if not isinstance(network, Backbone):
-                raise UserError("--freeze backbone is for networks with another --arch than msdnet")
-            network.freeze_network()
+            try:
+                network.freeze_pretrained()
+            except ValueError as error:
+                raise UserError(f"--freeze backbone: {error}") from None
         return network
 
     def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:

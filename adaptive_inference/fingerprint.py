@@ -26,11 +26,15 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Drop options at their default, so that an option added later changes no fingerprint."""
+    """Drop options at their default, so that an option added later changes no fingerprint.
+
+    The ``type`` of a backbone goes, too: early files of format 3 do not store it.
+    """
     defaults = {name: described.default for name, described in NETWORK_FIELDS.items()}
     nested = {
         name: _without_defaults(value) if isinstance(value, dict) else value for name, value in config.items()
     }
+    defaults["type"] = nested.get("type")
     return {name: value for name, value in nested.items() if name not in defaults or value != defaults[name]}
 
 

@@ -19,7 +19,6 @@ from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import PolicyCurve
 from adaptive_inference.policy_files import DTYPES, check_curve
 from models import ExitNetwork, State
-from models.backbone import Backbone
 from models.layers import set_memory_format
 
 # By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation
@@ -102,7 +101,7 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network
     folded = copy.deepcopy(original).eval().requires_grad_(False)
-    fold_batch_norm(folded)
+    folded.fold_batch_norm(fused)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     folded.to(dtype=dtype)
     set_memory_format(folded, memory_format)
@@ -118,24 +117,6 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
     check_curve(curve, folded, source)
     return folded
-
-
-def fold_batch_norm(network: nn.Module) -> None:
-    """Fold BatchNorm in place wherever it follows a convolution or linear layer.
-
-    Such pairs are found in ``nn.Sequential``, and in the graphs of a ``Backbone``.
-
-    Args:
-        network: in evaluation mode.
-    """
-    if isinstance(network, Backbone):
-        network.fold_batch_norm(fused)
-        fold_batch_norm(network.exits)
-        return
-    if type(network).forward is nn.Sequential.forward:
-        _fold_sequence(network)
-    for child in network.children():
-        fold_batch_norm(child)
 
 
 def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
@@ -154,15 +135,3 @@ def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     if type(norm) is nn.BatchNorm1d and type(layer) is nn.Linear:
         return fuse_linear_bn_eval(layer, norm)
     return None
-
-
-def _fold_sequence(sequence: nn.Sequential) -> None:
-    layers: list[nn.Module] = []
-    for module in sequence:
-        folded = fused(layers[-1], module) if layers else None
-        if folded is None:
-            layers.append(module)
-        else:
-            layers[-1] = folded
-    sequence._modules.clear()
-    sequence.extend(layers)

@@ -64,7 +64,7 @@ def load_saved(path: Path, typed: dict[str, Any]) -> Saved:
         network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    config = {**network.config.get("backbone", {}), **network.config}
+    config = {**network.stage_1.config, **network.config}
     for name in typed.keys() & {*NETWORK_OPTIONS}:
         value = typed[name]
         if name not in config:

@@ -26,9 +26,10 @@ from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX
+from models.network import network_options
 from models.options import NETWORK_FIELDS
 from models.released import PUBLISHED_NAMES, STATE_DICTS, is_network_file, read_checkpoint
-from models.saved import FORMAT, from_tensors, network_options, read_safetensors, tensor_bytes
+from models.saved import FORMAT, from_tensors, read_safetensors, tensor_bytes
 from utils import (
     CommandLineParser,
     UserError,
@@ -157,7 +158,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
             "line, or the "
             "folder that holds a folder for each class"
         )
-    options = network.config.get("backbone", network.config)
+    options = network.stage_1.config
     name = arguments.data or DATA_OF_CLASSES.get(network.num_classes, "folder")
     image_size = arguments.image_size or (32 if options["small_inputs"] else 224)
     mean, std = NORMALIZATION.get(name, NORMALIZATION["imagenet"])
@@ -174,7 +175,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
         network=network_options(network),
         data=data,
         operations=count_operations(network, image_size),
-        stage="GE" if options is network.config else "IMTA",
+        stage="GE" if network.stage_1 is network else "IMTA",
         title=_stem(path),
         recipe={"preset": name, "data": name, **{o: options[o] for o in NETWORK_FIELDS if o in options}},
         seed=None,

@@ -4,8 +4,7 @@ from argparse import Namespace
 
 from args import NETWORK_OPTIONS
 from engine.checkpoint import Saved
-from models import IMTA, ExitNetwork, MSDNet
-from models.backbone import Backbone, build_backbone, rebuild_backbone
+from models import ExitNetwork, MSDNet, build_backbone
 from models.description import DataInfo
 from utils import UserError
 
@@ -38,15 +37,12 @@ def network_from(origin: Saved, data: DataInfo) -> ExitNetwork:
 
     Weights of classifiers are taken over only where the classes are the same.
     """
-    stage_1 = origin.network.backbone if isinstance(origin.network, IMTA) else origin.network
+    stage_1 = origin.network.stage_1
     num_classes = len(data.class_names)
     same_classes = stage_1.num_classes == num_classes and (
         origin.data.class_names == data.class_names or not origin.data.knows_training_images
     )
-    config = {**stage_1.config, "num_classes": num_classes}
-    network = (
-        rebuild_backbone({**config, "frozen": False}) if isinstance(stage_1, Backbone) else MSDNet(**config)
-    )
+    network = stage_1.for_classes(num_classes)
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
     weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
     network.load_state_dict({**network.state_dict(), **weights})

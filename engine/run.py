@@ -36,7 +36,8 @@ from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo, Split
 from models.files import find
 from models.layers import set_memory_format
-from models.saved import build_network, load_weights, network_options
+from models.network import network_options
+from models.saved import load_weights, with_weights
 from models.zoo import Preprocessing
 from utils import UserError, complain, in_words, one_line
 
@@ -325,8 +326,7 @@ def _is_restart(directory: RunDirectory) -> bool:
 
 def _network_to_resume(directory: RunDirectory, state: dict[str, Any]) -> ExitNetwork:
     with damage_named(directory.last):
-        network = build_network(state["description"].network)
-        load_weights(network, state["state_dict"])
+        network = with_weights(state["description"].network, state["state_dict"])
     # The best epoch is needed at the end; that its file is of another run should be known before.
     if state["best_epoch"] and load_saved(directory.best, {}).network.config != network.config:
         raise UserError(f"{directory.best} holds another network than {directory.last}")

@@ -12,7 +12,7 @@ linear layer. ``build_backbone`` does so for networks of torchvision and timm by
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import add_boost, conv_bn_relu, frozen_statistics, rescale_gradient
-from .network import ExitNetwork, State, checked_num_exits
+from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .tracing import (
     PREFIX,
     PROBE_BATCH,
@@ -158,7 +158,41 @@ class Backbone(ExitNetwork):
             "frozen": False,
         }
         if frozen:
-            self.freeze_network()
+            self.freeze_pretrained()
+
+    # Making networks
+
+    @property
+    def title(self) -> str:
+        """Name of the network without exits."""
+        return self.config["name"]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> "Backbone":
+        """Build the network that ``config`` describes, with new weights, on the CPU.
+
+        Args:
+            config: its ``library`` is torchvision, timm, or None for a custom network.
+            network: that network, needed where ``library`` is None.
+
+        Raises:
+            NeedsNetworkError: the network or its library is missing.
+            ValueError: the network is unknown, or cannot be cut as it was.
+        """
+        config = dict(config)
+        origin = {key: config.pop(key) for key in ("library", "name", "options")}
+        if network is None and origin["library"] is None:
+            raise NeedsNetworkError(
+                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
+                "load(path, network=my_network)"
+            )
+        with torch.device("cpu"):  # not on the meta device: networks compute constants when they are made
+            network = construct(**origin) if network is None else network
+            return cls(network, origin=origin, **config)
+
+    def for_classes(self, num_classes: int) -> "Backbone":
+        """Build a network like this one for another number of classes; all of its new weights learn."""
+        return self.from_config({**self.config, "num_classes": num_classes, "frozen": False})
 
     # Inference
 
@@ -212,7 +246,7 @@ class Backbone(ExitNetwork):
     def _rescale(self, x: Tensor, factor: float) -> Tensor:
         return rescale_gradient(x, factor) if self.gradient_equilibrium else x
 
-    def freeze_network(self) -> None:
+    def freeze_pretrained(self) -> None:
         """Let only the exits learn, and a new last linear layer. The rest stays in evaluation mode."""
         self.frozen = self.config["frozen"] = True
         self.network.requires_grad_(False)
@@ -301,23 +335,14 @@ class Backbone(ExitNetwork):
 
     # Folding
 
-    def fold_batch_norm(self, fused: Callable[[nn.Module, nn.Module], nn.Module | None]) -> None:
-        """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
-
-        Args:
-            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be
-                fused.
-        """
+    def fold_batch_norm(self, fused: Fuse) -> None:
+        """Fold every BatchNorm of the network and the exits into the layer before it, in place."""
         graphs = [piece.evaluation_graph for piece in self._pieces]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
         self._pieces = [Piece(self._folded(graph, calls, fused), None) for graph in graphs]
+        fold_sequences(self.exits, fused)
 
-    def _folded(
-        self,
-        graph: fx.Graph,
-        calls: Counter[str],
-        fused: Callable[[nn.Module, nn.Module], nn.Module | None],
-    ) -> fx.Graph:
+    def _folded(self, graph: fx.Graph, calls: Counter[str], fused: Fuse) -> fx.Graph:
         new = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
@@ -567,25 +592,3 @@ def build_backbone(
     if pretrained is not None:
         backbone.load_pretrained(weights_of(origin, pretrained), str(pretrained))
     return backbone
-
-
-def rebuild_backbone(config: Mapping[str, Any], network: nn.Module | None = None) -> Backbone:
-    """Build the network that a ``Backbone.config`` describes, with new weights.
-
-    Args:
-        config: its ``library`` is torchvision, timm, or None for a custom network.
-        network: that network, needed where ``library`` is None.
-
-    Raises:
-        ValueError: the network is missing or unknown, or cannot be cut as it was.
-    """
-    config = dict(config)
-    origin = {key: config.pop(key) for key in ("library", "name", "options")}
-    if network is None:
-        if origin["library"] is None:
-            raise NeedsNetworkError(
-                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
-                "load(path, network=my_network)"
-            )
-        network = construct(**origin)
-    return Backbone(network, origin=origin, **config)

@@ -8,12 +8,13 @@ Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layers import add_boost
-from .network import ExitNetwork, State
+from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, network_options
 
 
 class IMTA(ExitNetwork):
@@ -44,7 +45,7 @@ class IMTA(ExitNetwork):
     ):
         super().__init__()
         self.config = {
-            "backbone": backbone.config,
+            "backbone": network_options(backbone),
             "isc": isc,
             "cut_isc_gradient": cut_isc_gradient,
             "freeze_backbone": freeze_backbone,
@@ -71,6 +72,28 @@ class IMTA(ExitNetwork):
         for _, parameter in backbone.classifier_parameters():  # replaced by the new classifiers
             parameter.requires_grad_(False)
         self.train(self.training)  # a frozen backbone goes into evaluation mode
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "IMTA":
+        """Build the network that ``config`` describes; ``network`` is part of its backbone.
+
+        Early files of format 3 lack the backbone's ``type``, and ``boosted`` where the classifiers are not.
+        """
+        config = dict(config)
+        inner = config.pop("backbone")
+        backbone = build_network({"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network)
+        with torch.device(next(backbone.parameters()).device):
+            return cls(backbone, **{"boosted": False, **config})
+
+    def for_classes(self, num_classes: int) -> "IMTA":
+        """Build a network like this one for another number of classes, with new weights."""
+        backbone = {**self.config["backbone"], "num_classes": num_classes}
+        return self.from_config({**self.config, "backbone": backbone})
+
+    @property
+    def stage_1(self) -> ExitNetwork:
+        """The backbone."""
+        return self.backbone
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -145,6 +168,16 @@ class IMTA(ExitNetwork):
     def pretrained_parameters(self) -> Iterator[nn.Parameter]:
         """Yield those of the backbone."""
         return self.backbone.pretrained_parameters()
+
+    def freeze_pretrained(self) -> None:
+        """Freeze those of the backbone."""
+        self.backbone.freeze_pretrained()
+
+    def fold_batch_norm(self, fused: Fuse) -> None:
+        """Fold every BatchNorm of the backbone and the links into the layer before it, in place."""
+        self.backbone.fold_batch_norm(fused)
+        if self.links is not None:
+            fold_sequences(self.links, fused)
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

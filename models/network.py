@@ -1,6 +1,8 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
-Training, prediction, operation counts and export use nothing else of a network. It runs in one of two ways:
+Training, prediction, operation counts, files and export use nothing else of a network but what every
+``nn.Module`` has. Only the objective of stage 2 and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+A network runs in one of two ways:
 
 - ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is
   both);
@@ -9,8 +11,8 @@ Training, prediction, operation counts and export use nothing else of a network.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 # What later exits need of earlier blocks. Every tensor has the batch first; keys are identifiers ("d4_s1"),
 # in a fixed order.
 State = dict[str, Tensor]
+# Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
+Fuse = Callable[[nn.Module, nn.Module], nn.Module | None]
 
 
 class ExitNetwork(nn.Module, ABC):
     """A network with classifiers (exits) along its depth.
 
     Attributes:
-        config: options, of plain types, from which the constructor makes the same network.
+        kinds: classes of networks by name. A subclass is entered when it is defined; files name it.
+        config: options, of plain types, from which ``from_config`` makes the same network.
         num_exits: number of exits, K.
         num_classes: number of classes, C.
         feature_dims: number of features that each exit's classifier reads, one per exit.
@@ -35,6 +40,7 @@ class ExitNetwork(nn.Module, ABC):
         fingerprint: digest of the network that a folded copy was made from, None for all other networks.
     """
 
+    kinds: ClassVar[dict[str, type["ExitNetwork"]]] = {}
     config: dict[str, Any]
     num_exits: int
     num_classes: int
@@ -44,10 +50,44 @@ class ExitNetwork(nn.Module, ABC):
     description: Any = None
     fingerprint: str | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Enter the new class in ``kinds``."""
+        super().__init_subclass__(**options)
+        ExitNetwork.kinds[cls.__name__] = cls
+
     @property
     def kind(self) -> str:
         """Name of the class, for files and messages."""
         return type(self).__name__
+
+    @property
+    def title(self) -> str:
+        """Name of the architecture, for tables and curves."""
+        return self.kind
+
+    # Making networks
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "ExitNetwork":
+        """Build the network that ``config`` describes, with new weights.
+
+        Args:
+            config: ``config`` of a network of this class, also as JSON returns it.
+            network: a network without exits that is part of it, where ``config`` alone cannot describe that.
+
+        Raises:
+            ValueError: there is no such network.
+        """
+        return cls(**config)
+
+    def for_classes(self, num_classes: int) -> "ExitNetwork":
+        """Build a network like this one for another number of classes; all of its new weights learn."""
+        return self.from_config({**self.config, "num_classes": num_classes})
+
+    @property
+    def stage_1(self) -> "ExitNetwork":
+        """The network that stage 1 trained: this one, or the backbone of a stage-2 network."""
+        return self
 
     @abstractmethod
     def check_image_size(self, size: int) -> None:
@@ -101,6 +141,23 @@ class ExitNetwork(nn.Module, ABC):
     def pretrained_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that came with pretrained weights and learn at a smaller learning rate."""
         yield from ()
+
+    def freeze_pretrained(self) -> None:
+        """Let the pretrained parameters learn no more, and keep their layers in evaluation mode.
+
+        Raises:
+            ValueError: there are none.
+        """
+        raise ValueError(f"{self.title} has no pretrained parameters: all of it learns")
+
+    def fold_batch_norm(self, fused: Fuse) -> None:
+        """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
+
+        Args:
+            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be
+                fused.
+        """
+        fold_sequences(self, fused)
 
     # Written once, for all networks
 
@@ -169,3 +226,41 @@ def check_evaluation_mode(network: nn.Module) -> None:
     """Raise ValueError in training mode: BatchNorm over a shrinking batch would change later exits."""
     if network.training:
         raise ValueError("early exit needs a network in evaluation mode: call network.eval() first")
+
+
+def network_options(network: ExitNetwork) -> dict[str, Any]:
+    """Return the plain description from which ``build_network`` makes the same network."""
+    return {"type": network.kind, **network.config}
+
+
+def build_network(options: dict[str, Any], network: nn.Module | None = None) -> ExitNetwork:
+    """Build the network that ``network_options`` described, with new weights.
+
+    Args:
+        options: its ``type`` is one of ``ExitNetwork.kinds``. A file runs no code of its own.
+        network: as for ``ExitNetwork.from_config``.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    config = dict(options)
+    kind = config.pop("type", None)
+    if kind not in ExitNetwork.kinds:
+        raise ValueError(f"its type is {kind!a:.60}, not one of {', '.join(ExitNetwork.kinds)}")
+    return ExitNetwork.kinds[kind].from_config(config, network)
+
+
+def fold_sequences(module: nn.Module, fused: Fuse) -> None:
+    """Fold every BatchNorm in an ``nn.Sequential`` into the layer before it, in place."""
+    if type(module).forward is nn.Sequential.forward:
+        layers: list[nn.Module] = []
+        for layer in module:
+            both = fused(layers[-1], layer) if layers else None
+            if both is None:
+                layers.append(layer)
+            else:
+                layers[-1] = both
+        module._modules.clear()
+        module.extend(layers)
+    for child in module.children():
+        fold_sequences(child, fused)

@@ -19,12 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .backbone import rebuild_backbone
 from .description import Description, Split
 from .files import find
-from .imta import IMTA
-from .msdnet import MSDNet
-from .network import ExitNetwork
+from .network import ExitNetwork, build_network
 from .zoo import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
@@ -141,45 +138,29 @@ def from_tensors(
     Raises:
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
-    network = build_network(description.network, network)
     split = Split(*(tensors.pop(name) for name in Split._fields))
-    load_weights(network, tensors)
+    network = with_weights(description.network, tensors, network)
     _check(description, network, split)
     network.description = description
     return network.eval(), description, split
 
 
-def network_options(network: ExitNetwork) -> dict[str, Any]:
-    """Return the plain description from which ``build_network`` makes the same network."""
-    return {"type": network.kind, **network.config}
+def with_weights(
+    options: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None = None
+) -> ExitNetwork:
+    """Build the network that ``network_options`` described, with the weights ``tensors``.
 
-
-def build_network(options: dict[str, Any], network: nn.Module | None = None) -> ExitNetwork:
-    """Build the network that ``network_options`` described, for ``load_weights``.
-
-    An MSDNet is built on the meta device: shapes without memory. A ``Backbone`` is built on the CPU by one of
-    the constructors that its library registers, or on ``network``: a file runs no code of its own.
+    Args:
+        options: the description.
+        tensors: its state dict.
+        network: as in ``load``.
 
     Raises:
-        ValueError: they describe none, or none without ``network``.
+        ValueError: the options describe no network, none without ``network``, or another one.
     """
-    kind, options = options.get("type"), {name: value for name, value in options.items() if name != "type"}
     try:
-        if kind == "IMTA":
-            inner = options.pop("backbone")
-            backbone = build_network(
-                {"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network
-            )
-            with torch.device(next(backbone.parameters()).device):
-                # Files that do not mention ``boosted`` were trained without it, whatever the backbone's exits
-                # do.
-                return IMTA(backbone, **{"boosted": False, **options})
-        if kind == "Backbone":
-            return rebuild_backbone(options, network)
-        if kind != "MSDNet":
-            raise ValueError(f"its type is {kind!a:.60}")
-        with torch.device("meta"):
-            return MSDNet(**options)
+        with torch.device("meta"):  # shapes without memory
+            built = build_network(options, network)
     except NeedsNetworkError:
         raise
     # What PyTorch raises on absurd numbers depends on how absurd they are.
@@ -187,6 +168,8 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
         raise ValueError(
             f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         ) from None
+    load_weights(built, tensors)
+    return built
 
 
 def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from args import parse
 from image_data import synthetic
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
-from models.saved import network_options
+from models.network import network_options
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)

@@ -329,6 +329,21 @@ def check_parameter_lists(case: Case) -> None:
     assert set(network.pretrained_parameters()) <= set(by_name.values())
 
 
+def check_other_classes(case: Case) -> str | None:
+    """For other classes all but the classifiers of a network stays as it is, and all of it learns."""
+    network = case.network().stage_1
+    if _own_network(network) is not None:
+        return "its constructor is nobody's but the author's"
+    other = network.for_classes(7)
+    shapes, theirs = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, other))
+    assert theirs.keys() == shapes.keys()
+    changed = {name for name in shapes if theirs[name] != shapes[name]}
+    assert changed == {name for name, _ in network.classifier_parameters()}
+    assert {len(z[0]) for z in other.eval()(case.images().float())} == {other.num_classes} == {7}
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    return None
+
+
 def check_file(case: Case) -> None:
     """A network that is written and read gives the same logits, and has the same fingerprint."""
     network, images = case.network().float(), case.images().float()
@@ -344,7 +359,7 @@ def check_file(case: Case) -> None:
 
 def _own_network(network: ExitNetwork) -> nn.Module | None:
     """Return the network without exits if a file cannot describe it, as it is nobody's but the author's."""
-    inner = network.backbone if isinstance(network, IMTA) else network
+    inner = network.stage_1
     if isinstance(inner, Backbone) and inner.config["library"] is None:
         return copy.deepcopy(inner.network)
     return None
@@ -429,6 +444,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
         check_every_parameter_gets_a_gradient,
         check_checkpointed_activations,
         check_parameter_lists,
+        check_other_classes,
         check_file,
         check_uncut,
         check_folded,

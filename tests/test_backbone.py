@@ -16,10 +16,10 @@ from adaptive_inference import fold
 from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, Description, Stepwise, count_operations, load
-from models.backbone import Backbone, build_backbone, rebuild_backbone
+from models.backbone import Backbone, build_backbone
 from models.description import DataInfo, Split
+from models.network import network_options
 from models.operations import measure_cost
-from models.saved import network_options
 from models.zoo import preprocessing
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
 
@@ -154,14 +154,14 @@ def test_rebuilt_from_its_config():
     network = build_backbone("mobilenet_v3_small", 3, num_classes=7, image_size=64).eval()
     assert network.config["library"] == "torchvision"
     assert len(network.config["exits"]) == 2
-    twin = rebuild_backbone(network.config).eval()
+    twin = Backbone.from_config(network.config).eval()
     twin.load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(network(images), twin(images), strict=True))
     own = make_small("chain").eval()
     with pytest.raises(ValueError, match=r"Chain.*network="):
-        rebuild_backbone(own.config)
-    twin = rebuild_backbone(own.config, Chain())
+        Backbone.from_config(own.config)
+    twin = Backbone.from_config(own.config, Chain())
     twin.load_state_dict(own.state_dict())
     assert torch.equal(twin.eval()(images)[0], own(images)[0])
 
@@ -191,7 +191,7 @@ def test_new_classes_replace_the_last_layer_alone():
 
 def test_a_frozen_network_keeps_weights_and_statistics():
     network = Backbone(small_resnet(), ["layer1", "layer2"], num_classes=5)
-    network.freeze_network()
+    network.freeze_pretrained()
     network.train()
     before = copy.deepcopy(network.network.state_dict())
     learning = [p for p in network.parameters() if p.requires_grad]

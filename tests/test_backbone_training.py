@@ -117,7 +117,10 @@ def test_fine_tuned_on_other_classes(train, tmp_path):
             "--nBlocks is for --arch msdnet, not for --arch resnet18",
         ),
         (["--exits", "3"], "--exits needs --arch"),
-        (["--freeze", "backbone"], "--freeze backbone is for networks with another --arch than msdnet"),
+        (
+            ["--freeze", "backbone"],
+            "--freeze backbone: MSDNet has no pretrained parameters: all of it learns",
+        ),
         (
             ["--arch", "resnet18", "--optimizer", "adamw", "--nesterov"],
             "--nesterov belongs to --optimizer sgd",

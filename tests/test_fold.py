@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from adaptive_inference import fold
-from adaptive_inference.fold import fold_batch_norm
+from adaptive_inference.fold import fused
 from engine.precision import half_precision
 from models import count_operations
+from models.network import fold_sequences
 from tests.contract import CASES
 from tests.test_predictor import make_network
 
@@ -123,6 +124,6 @@ def test_a_sequence(layers, norms_left):
     images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = sequence(images)
-        fold_batch_norm(sequence)
+        fold_sequences(sequence, fused)
         torch.testing.assert_close(sequence(images), expected)
     assert sum(isinstance(module, NORMS) for module in sequence.modules()) == norms_left

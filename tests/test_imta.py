@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import IMTA, MSDNet
-from models.saved import build_network, network_options
+from models.network import build_network, network_options
 from tests.conftest import TINY_NETWORK
 
 

@@ -13,10 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
-from models.saved import network_options, read_network
+from models.network import network_options
+from models.saved import read_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 
@@ -56,6 +58,15 @@ def test_what_was_saved_comes_back(network, path):
     assert split.held_out.tolist() == [3, 5]
     assert not any(module.training for module in again.modules())
     assert network.description is MSDNet.description is None
+
+
+def test_early_files_do_not_say_which_kind_a_backbone_is(network, path):
+    options = network_options(network)
+    early = {name: value for name, value in options["backbone"].items() if name != "type"}
+    rewritten(path, description=changed(network, network={**options, "backbone": early}))
+    again = load(path)
+    assert same_tensors(again.state_dict(), network.state_dict())
+    assert network_fingerprint(again) == network_fingerprint(network)
 
 
 def test_half_precision_on_disk_is_float32_in_memory(network, path):
