@@ -5,9 +5,10 @@
     python -m experiments.risk resample imta_cifar100 --data-root DIR    # the whole procedure, known truth
 
 ``simulate`` draws the losses of a policy exactly at the limit, one standard error beyond it, and below it,
-and prints how often the exact test of ``adaptive_inference.promises.risk`` certifies it, beside two other
-tests: one that knows the variance of the loss, which nobody does, and the betting bound of Waudby-Smith and
-Ramdas (2024, arXiv 2010.09686) with a fixed stake. ``resample`` takes the test images as the whole
+and prints how often the test of ``adaptive_inference.promises.risk`` certifies it, and how often it would in
+endless trials, from the distribution of the counts. Beside it stand two other tests: one that knows the
+variance of the loss, which nobody does, and the betting bound of Waudby-Smith and Ramdas (2024, arXiv
+2010.09686) with a fixed stake. ``resample`` takes the test images as the whole
 population: held-out images are drawn from them with replacement, the procedure runs, and the loss of the
 cheapest certified policy on the population is its true one.
 """
@@ -15,9 +16,12 @@ cheapest certified policy on the population is its true one.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +35,7 @@ from adaptive_inference.promises.risk import (
     certified,
     certified_points,
     count_losses,
+    learning_images,
     p_value,
 )
 from args import parse
@@ -97,13 +102,17 @@ def _parser() -> argparse.ArgumentParser:
 def simulate(arguments: argparse.Namespace) -> None:
     """Print how often a simulated policy is certified, by the distance of its loss from the limit."""
     for loss, better in BETTER.items():
-        rows = []
+        rows, limit = [], arguments.max_loss / 100
+        generator = np.random.default_rng(0)
+        boundaries = {
+            level: Boundary(arguments.images, limit, level, loss == "disagreement") for level in LEVELS
+        }
         for distance in DISTANCES:
-            truth = at_distance(arguments.max_loss / 100, better, arguments.images, distance)
-            generator = torch.Generator().manual_seed(0)
+            truth = at_distance(limit, better, arguments.images, distance)
             draws = _draw(arguments.images, truth, better, arguments.trials, generator)
             learned = _draw(arguments.images // 9, truth, better, arguments.trials, generator)
-            rows += _certified_rows(draws, learned, arguments.max_loss / 100, loss, distance)
+            exact = {level: boundaries[level].chance_below(truth, better) for level in LEVELS}
+            rows += _certified_rows(draws, learned, limit, loss, distance, exact)
         title = f"loss of {loss}, limit {arguments.max_loss:g} %, {arguments.images:,} images"
         sys.stdout.write(f"\n{title}, {arguments.trials:,} trials\n{table(rows, list(rows[0]))}\n")
 
@@ -120,17 +129,65 @@ def at_distance(limit: float, better: float, images: int, distance: float) -> fl
 
 
 def _draw(
-    images: int, worse: float, better: float, trials: int, generator: torch.Generator
+    images: int, worse: float, better: float, trials: int, generator: np.random.Generator
 ) -> list[LossCounts]:
-    shares = torch.tensor([worse, better, 1 - worse - better], dtype=torch.float64)
-    drawn = torch.multinomial(shares, images * trials, replacement=True, generator=generator)
-    kinds = drawn.reshape(trials, images)
-    ups, downs = (kinds == 0).sum(dim=1).tolist(), (kinds == 1).sum(dim=1).tolist()
-    return [LossCounts(images, up, down, up + down) for up, down in zip(ups, downs, strict=True)]
+    counts = generator.multinomial(images, [worse, better, 1 - worse - better], trials).tolist()
+    return [LossCounts(images, up, down, up + down) for up, down, _ in counts]
+
+
+class Boundary:
+    """The counts with which a test certifies: by the number of changed images, the most that may be worse.
+
+    Args:
+        images: Images that test a policy.
+        limit: Of the loss, as a share.
+        level: Of confidence, in percent.
+        disagreement: Which loss; every changed image counts as worse.
+    """
+
+    def __init__(self, images: int, limit: float, level: float, disagreement: bool):
+        self.images, self.limit, self.allowed = images, limit, 1 - level / 100
+        self.disagreement = disagreement
+        self._most: dict[int, int] = {}
+
+    def most_worse(self, changed: int) -> int:
+        """Return the largest certified count of worse images among so many changed ones; -1: none is."""
+        if changed not in self._most:
+            low, high = -1, changed
+            while low < high:
+                middle = (low + high + 1) // 2
+                losses = LossCounts(self.images, middle, changed - middle, changed)
+                is_certain = p_value(losses, self.limit, self.disagreement) <= self.allowed
+                low, high = (middle, high) if is_certain else (low, middle - 1)
+            self._most[changed] = low
+        return self._most[changed]
+
+    def chance_below(self, worse: float, better: float) -> float:
+        """Return the probability of a certificate where these are the probabilities of a changed image."""
+        changed = worse + better
+        deviation = math.sqrt(self.images * changed * (1 - changed))
+        first, last = (round(self.images * changed + sign * 6 * deviation) for sign in (-1, 1))
+        return sum(
+            _binomial(self.images, changed, torch.tensor([total])).item()
+            * _binomial(total, worse / changed, torch.arange(self.most_worse(total) + 1)).sum().item()
+            for total in range(max(first, 0), min(last, self.images) + 1)
+        )
+
+
+def _binomial(trials: int, chance: float, counts: Tensor) -> Tensor:
+    """Return the probabilities of these counts, (N,) float64."""
+    counts, chances = counts.double(), torch.tensor([chance, 1 - chance], dtype=torch.float64)
+    logs = math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
+    return (logs + torch.xlogy(counts, chances[0]) + torch.xlogy(trials - counts, chances[1])).exp()
 
 
 def _certified_rows(
-    draws: list[LossCounts], learned: list[LossCounts], limit: float, loss: str, distance: float
+    draws: list[LossCounts],
+    learned: list[LossCounts],
+    limit: float,
+    loss: str,
+    distance: float,
+    exact: dict[float, float],
 ) -> list[dict]:
     """Return one row per level: how often each test certifies the policy."""
     disagreement = loss == "disagreement"
@@ -145,6 +202,7 @@ def _certified_rows(
                 "errors below the limit": f"{distance:g}",
                 "level %": f"{level:g}",
                 "certified %": _share(sum(value <= 1 - level / 100 for value in values), len(values)),
+                "in endless trials %": f"{100 * exact[level]:.2f}",
                 "variance known %": f"{100 * known:.1f}",
                 "betting %": _share(sum(bets), len(bets)),
             }
@@ -218,16 +276,19 @@ def saved(arguments: argparse.Namespace) -> None:
     """Print what the cheapest certified policies cost and lose on test images."""
     evaluated = evaluate(arguments.network, arguments.data_root)
     points = certified_points(evaluated.val, evaluated.policy, evaluated.operations)
+    learning = evaluated.val.subset(learning_images(len(evaluated.val.targets)))
     rows = []
     for disagreement in (False, True):
         for limit in LIMITS:
             wanted = MaxLoss(limit, LEVEL, disagreement)
             point = certified(points, wanted)[-1]
+            bet = _certified_by_bets(points, learning, wanted)[-1]
             losses = count_losses(_thresholds(point, evaluated.test), evaluated.test)
             rows.append(
                 {
                     "promise": str(wanted),
                     "operations %": f"{100 * point.operations / evaluated.operations[-1]:.1f}",
+                    "by betting: operations %": f"{100 * bet.operations / evaluated.operations[-1]:.1f}",
                     "policy": f"{point.p} of {len(points)}",
                     "lost on test images %": f"{_percent_lost(losses, wanted):.2f}",
                 }
@@ -237,6 +298,16 @@ def saved(arguments: argparse.Namespace) -> None:
         f"{arguments.network}: {points[0].losses.images:,} held-out images test {len(points)} policies; full "
         f"network {full:.2f} % of {len(evaluated.test.targets):,} test images\n{table(rows, list(rows[0]))}\n"
     )
+
+
+def _certified_by_bets(points: Sequence[Point], learning: ExitPredictions, wanted: MaxLoss) -> list[Point]:
+    """Return the points that the betting bound certifies, from the full network to the cheapest."""
+
+    def is_certain(point: Point) -> bool:
+        learned = count_losses(_thresholds(point, learning), learning)
+        return point.policy.runs_everything or betting_bound(learned, point.losses, wanted)
+
+    return list(takewhile(is_certain, sorted(points, key=lambda point: -point.p)))
 
 
 def _thresholds(point: Point, predictions: ExitPredictions) -> Tensor:

@@ -1,6 +1,8 @@
 """Make a file for the folder weights/ from a finished run, with its policies and the model card.
 
     python -m experiments.ship save/cifar100/IMTA weights/imta_cifar100.safetensors
+    python -m experiments.ship weights/imta_cifar100.safetensors weights/imta_cifar100.safetensors \
+        --data-root data/cifar100          # new policies and figures for a file of the folder
 
 Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``.
 ``NAME.policy.json`` beside the file holds the thresholds of the rounded network, README.md the card of all
@@ -75,23 +77,35 @@ quality for JPEG):
 """
 
 
-def _evaluated(file: Path, stage: str, folder: Path, modes: list[str], amp: str = "off") -> RunDirectory:
-    """Evaluate a network, by default in float32, in which every machine computes, and return its tables."""
-    program = {"GE": train_GE, "IMTA": train_IMTA}[stage]
-    for mode in modes:
-        words = ["--evaluate-from", str(file), "--evalmode", mode, "--amp", amp, "--save", str(folder)]
-        if program.main(words):
-            raise UserError(f"{file} cannot be evaluated")
-    return RunDirectory(folder)
+class Evaluator:
+    """Evaluates files of a network with the program that trained it.
+
+    Args:
+        stage: ``GE`` or ``IMTA``.
+        data_root: Folder of the images; None: that of the run.
+    """
+
+    def __init__(self, stage: str, data_root: Path | None):
+        self.main = {"GE": train_GE, "IMTA": train_IMTA}[stage].main
+        self.data = ["--data-root", str(data_root)] if data_root else []
+
+    def __call__(self, file: Path, folder: Path, modes: list[str], amp: str = "off") -> RunDirectory:
+        """Evaluate ``file``, by default in float32, in which every machine computes; return its tables."""
+        for mode in modes:
+            words = ["--evaluate-from", str(file), "--evalmode", mode, "--amp", amp, "--save", str(folder)]
+            if self.main([*words, *self.data]):
+                raise UserError(f"{file} cannot be evaluated")
+        return RunDirectory(folder)
 
 
-def ship(saved: Saved, output: Path, bfloat16: bool = False) -> None:
+def ship(saved: Saved, output: Path, bfloat16: bool = False, data_root: Path | None = None) -> None:
     """Write the file, its policies and the folder's card.
 
     Args:
-        saved: the network of a run.
-        output: the file.
-        bfloat16: whether to find policies in bfloat16 too, for machines that are faster in it.
+        saved: The network of a run, or of a file that was shipped before.
+        output: The file.
+        bfloat16: Whether to find policies in bfloat16 too, for machines that are faster in it.
+        data_root: Folder of the images; None: that of the run.
 
     Raises:
         UserError: the rounded network cannot be evaluated, or an exit loses too much.
@@ -101,9 +115,9 @@ def ship(saved: Saved, output: Path, bfloat16: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)
-        stage = saved.description.stage
-        before = _evaluated(saved.path, stage, Path(folder) / "before", ["anytime"])
-        tables = _evaluated(rounded, stage, Path(folder) / "after", ["dynamic", "anytime"])
+        evaluated = Evaluator(saved.description.stage, data_root)
+        before = evaluated(saved.path, Path(folder) / "before", ["anytime"])
+        tables = evaluated(rounded, Path(folder) / "after", ["dynamic", "anytime"])
         before, after = (read_csv(run.anytime) for run in (before, tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
@@ -132,13 +146,13 @@ def ship(saved: Saved, output: Path, bfloat16: bool = False) -> None:
         cleared = {
             "origin": None,
             "frozen_digest": None,
-            "training": training(RunDirectory(saved.path.parent)),
+            "training": saved.description.training or training(RunDirectory(saved.path.parent)),
         }
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
         if bfloat16:
-            half = _evaluated(rounded, stage, Path(folder) / "bfloat16", ["dynamic"], "bf16")
+            half = evaluated(rounded, Path(folder) / "bfloat16", ["dynamic"], "bf16")
             shutil.copyfile(half.policy, output.with_suffix(".policy.bfloat16.json"))
             shutil.copyfile(half.reference, output.with_suffix(".reference.bfloat16.safetensors"))
         shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
@@ -207,16 +221,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="experiments.ship", description="A file for weights/ from a finished run."
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN_DIR", help="directory of a finished run, whose images are still there"
+        "run", type=Path, metavar="RUN", help="directory of a finished run, or a file that was shipped before"
     )
     parser.add_argument("output", type=Path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}")
     parser.add_argument("--bfloat16", action="store_true", help="find policies in bfloat16 too")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of the images (default: the run's)")
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.run, {})
         if arguments.output.suffix != SUFFIX:
             raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
-        ship(saved, arguments.output, arguments.bfloat16)
+        ship(saved, arguments.output, arguments.bfloat16, arguments.data_root)
     except UserError as error:
         sys.stderr.write(f"experiments.ship: {error}\n")
         return 2

@@ -154,8 +154,26 @@ def test_the_simulation_prints_violations_and_power(capsys):
     rows = [line.split() for line in lines if "+-" in line]
     assert len(rows) == 2 * len(experiment.DISTANCES) * len(experiment.LEVELS)
     assert {row[1] for row in rows} == {"90", "95", "99"}
+    at_limit = [row for row in rows if row[0] == "0"]
+    assert all(float(row[5]) <= 100 - float(row[1]) for row in at_limit)  # exact, so no chance
     beyond = [float(row[2]) for row in rows if row[0] == "-1"]
     assert max(beyond) <= 20
+
+
+@pytest.mark.parametrize("disagreement", [False, True])
+def test_exact_chance_of_a_certificate(disagreement):
+    """It equals the sum over all outcomes, and at the limit it is at most 1 - level."""
+    images, better, limit = 60, 0.0 if disagreement else 0.05, 0.1
+    boundary = experiment.Boundary(images, limit, 90.0, disagreement)
+    worse = better + limit
+    expected = 0.0
+    for up in range(images + 1):
+        for down in range(images + 1 - up if better else 1):
+            if p_value(LossCounts(images, up, down, up + down), limit, disagreement) <= 0.1:
+                ways = math.comb(images, up) * math.comb(images - up, down)
+                expected += ways * worse**up * better**down * (1 - worse - better) ** (images - up - down)
+    assert boundary.chance_below(worse, better) == pytest.approx(expected, rel=1e-6)
+    assert 0.01 < expected <= 0.1
 
 
 @pytest.mark.parametrize("distance", experiment.DISTANCES)
