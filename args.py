@@ -109,8 +109,9 @@ DEFAULTS: dict[str, Any] = {
     "sync_bn": False,
 }
 NETWORK_OPTIONS = tuple(asdict(NetworkOptions()))
-# Options that other networks than MSDNets have, too.
-OF_ANY_NETWORK = ("gradient_equilibrium", "boosted_exits")
+# Values of --arch for networks of this project, with the options that are theirs alone. All other values are
+# names of torchvision and timm.
+OWN_NETWORKS = {"msdnet": set(NETWORK_OPTIONS) - {"gradient_equilibrium", "boosted_exits"}}
 ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, unless they are typed.
 INHERITED = (
@@ -322,7 +323,8 @@ class CommandLine:
         values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
         values["data_root"] = Path(values["data_root"])
         # The weights of other networks say which size they expect of images that can have any.
-        if values["image_size"] is None and (values["arch"] == "msdnet" or values["data"] not in LARGE_DATA):
+        is_own = values["arch"] in OWN_NETWORKS
+        if values["image_size"] is None and (is_own or values["data"] not in LARGE_DATA):
             values["image_size"] = IMAGE_SIZES[values["data"]]
         if values["small_inputs"] is None and values["image_size"] is not None:
             values["small_inputs"] = values["image_size"] <= SMALL_IMAGES
@@ -368,6 +370,12 @@ class CommandLine:
                 "--data-root "
                 f"{self.typed['data_root']}; --save names the run's directory"
             )
+
+    @property
+    def origin(self) -> Path | None:
+        """The run or file of this project that --pretrained names; None for weights of a library."""
+        is_own = self.typed.get("arch", DEFAULTS["arch"]) in OWN_NETWORKS
+        return self.typed.get("pretrained") if is_own else None
 
     @property
     def save_directory(self) -> Path:
@@ -477,13 +485,12 @@ def _optimizer_mistake(typed: dict[str, Any]) -> str | None:
 
 
 def _arch_mistake(typed: dict[str, Any]) -> str | None:
-    arch = typed.get("arch", "msdnet")
-    if arch == "msdnet":
-        needs_arch = "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
-        return needs_arch if "exits" in typed else None
-    for name in NETWORK_OPTIONS:
-        if name in typed and name not in OF_ANY_NETWORK:
-            return f"{flag_of(name)} is for --arch msdnet, not for --arch {arch}"
+    arch = typed.get("arch", DEFAULTS["arch"])
+    if arch in OWN_NETWORKS and "exits" in typed:
+        return "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
+    for owner, options in OWN_NETWORKS.items():
+        if owner != arch and (wrong := options & typed.keys()):
+            return f"{flag_of(min(wrong))} is for --arch {owner}, not for --arch {arch}"
     return None
 
 

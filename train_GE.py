@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from args import parse
 from engine.checkpoint import Saved
-from engine.networks import network_from, new_network
-from engine.run import Stage, run
-from image_data.transforms import default_crop_share
+from engine.networks import expected_images, network_from, new_network
+from engine.run import run
+from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
 from models.description import DataInfo
-from models.zoo import Preprocessing, preprocessing
+from models.zoo import Preprocessing
 from utils import UserError
 
 
@@ -64,30 +64,20 @@ class Stage1(Stage):
             try:
                 network.freeze_pretrained()
             except ValueError as error:
-                raise UserError(f"--freeze backbone: {error}") from None
+                raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
         return network
 
     def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:
         """Return what the weights to start from expect of images, None to start an MSDNet from scratch."""
-        if origin is not None or settings.arch == "msdnet":
-            return super().preprocessing(settings, origin)
-        try:
-            expected = preprocessing(settings.arch, settings.pretrained and str(settings.pretrained))
-        except ValueError as error:
-            raise UserError(f"--arch {settings.arch}: {error}") from None
-        if settings.image_size in (None, expected.image_size):
-            return expected
-        # The central crop that weights are evaluated with is one for images of their size.
-        return expected._replace(crop_share=default_crop_share(settings.image_size))
+        return origin.data if origin else expected_images(settings)
 
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> JointTraining:
         """Build the sum of the exits' losses."""
         return JointTraining(network, settings)
 
-    def title(self, settings: Namespace) -> str:
+    def title(self, network: ExitNetwork, settings: Namespace) -> str:
         """Return the title of a run's curves."""
-        name = "MSDNet" if settings.arch == "msdnet" else settings.arch
-        return f"{name} + GE" if settings.gradient_equilibrium else name
+        return f"{network.title} + GE" if settings.gradient_equilibrium else network.title
 
 
 def main(argv: list[str] | None = None) -> int:

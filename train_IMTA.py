@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads Open
 import hashlib
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from adaptive_inference import fold
 from args import CommandLine, parse
 from engine.checkpoint import Saved, load_saved
 from engine.networks import new_network
-from engine.run import Stage, run, stage_1_run
+from engine.record import RunDirectory
+from engine.run import run
+from engine.stage import Stage
 from engine.stepper import mixed_precision
 from models import IMTA, one_for_all_loss
 from models.description import DataInfo
@@ -68,6 +71,10 @@ class Stage2(Stage):
     """The training of new classifiers on a frozen stage-1 network; single-stage: of everything."""
 
     name = "IMTA"
+    origin_title = "stage 1"
+    frozen_changed = (
+        "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more"
+    )
     next_command = "predict.py photo.jpg --model"
 
     def find_origin(self, command: CommandLine) -> Saved | None:
@@ -78,7 +85,7 @@ class Stage2(Stage):
         """
         if "single_stage" in command.typed:
             return None
-        saved = load_saved(command.typed.get("pretrained") or stage_1_run(command), command.typed)
+        saved = load_saved(command.typed.get("pretrained") or _stage_1_beside(command), command.typed)
         if isinstance(saved.network, IMTA):
             raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved
@@ -117,7 +124,7 @@ class Stage2(Stage):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def title(self, settings: Namespace) -> str:
+    def title(self, network: IMTA, settings: Namespace) -> str:
         """Return the title of a run's curves."""
         parts = [
             name
@@ -129,6 +136,21 @@ class Stage2(Stage):
     def share_of_work(self, settings: Namespace) -> float:
         """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
+
+
+def _stage_1_beside(command: CommandLine) -> Path:
+    """Return the network of stage 1 in the directory GE beside the directory of this run.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = RunDirectory(command.save_directory.parent / "GE").best
+    if not path.exists():
+        raise UserError(
+            f"there is no stage-1 checkpoint {path}: "
+            "run stage 1 first (train_GE.py), or name one with --pretrained"
+        )
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:

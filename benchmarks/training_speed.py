@@ -41,12 +41,10 @@ import train_IMTA
 from args import parse
 from benchmarks.plain_loop import PlainLoop, plain_dataset
 from dataloader import load_data
-from engine.device import seed_everything, set_tf32
+from engine.auto import resolve_auto
+from engine.device import place, seed_everything, set_tf32
 from engine.distributed import Processes
 from engine.launch import leave_copy, shared_out
-from engine.log import Log
-from engine.record import RunDirectory, Session
-from engine.run import place, resolve_auto
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
@@ -187,7 +185,7 @@ class Ours:
         # As in a training of the published length.
         settings = resolve_auto(settings, processes, work * stage.share_of_work(settings), work)
         self.settings = settings
-        place(network, Session(RunDirectory(Path("none")), settings, processes, Log(False)))
+        place(network, settings, processes.device)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
         self.meters = Meters(
             network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled()

@@ -1,11 +1,14 @@
-"""Settings of PyTorch and the C library in this process: seeds, rounding, threads, memory."""
+"""Settings of PyTorch and the C library in this process: seeds, rounding, threads, memory, placement."""
 
 import ctypes
 import hashlib
 import os
+from argparse import Namespace
 
 import torch
 
+from models import ExitNetwork
+from models.layers import set_memory_format
 from utils import available_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -41,6 +44,24 @@ def set_tf32(enabled: bool) -> None:
     """Let GPUs round the inputs of float32 convolutions and matrix products to TensorFloat-32, or not."""
     torch.backends.cuda.matmul.allow_tf32 = enabled
     torch.backends.cudnn.allow_tf32 = enabled
+
+
+def place(network: ExitNetwork, settings: Namespace, device: torch.device) -> None:
+    """Move a network to its device, and make the device compute as the settings ask for.
+
+    Args:
+        network: The network.
+        settings: tf32, channels_last, checkpoint_activations, amp and evalmode, with "auto" resolved.
+        device: Where it is to run.
+    """
+    set_tf32(settings.tf32)
+    if settings.amp == "bf16" and device.type == "cpu" and settings.evalmode != "runtime":
+        # Several threads would wait for each other in every convolution, very long beside another program.
+        torch.set_num_threads(1)
+    network.to(device)
+    if settings.channels_last:
+        set_memory_format(network, torch.channels_last)
+    network.checkpoint_activations = settings.checkpoint_activations
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -1,6 +1,6 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
-Evaluation(session, network, data, operations, constants).run(["anytime", "dynamic"])
+Evaluation(session, network, data, operations, curves).run(["anytime", "dynamic"])
 """
 
 from dataclasses import replace
@@ -65,7 +65,7 @@ class Evaluation:
         network: to evaluate.
         data: its test images, and its held-out images for ``dynamic``.
         operations: to each exit.
-        constants: ``title`` of the network's curves, and ``origin``, the checkpoint it started from, or None.
+        curves: runs whose curves are drawn, by title: this one, after others to compare it with.
         has_split: whether the held-out images are known to be new to the network, so that they can test
             promises.
     """
@@ -76,11 +76,11 @@ class Evaluation:
         network: nn.Module,
         data: Data,
         operations: list[int],
-        constants: dict[str, Any],
+        curves: dict[str, RunDirectory],
         has_split: bool = True,
     ):
         settings = session.settings
-        self.session, self.data, self.operations, self.constants = session, data, operations, constants
+        self.session, self.data, self.operations, self.curves = session, data, operations, curves
         self.network = fold(network, settings.channels_last, mixed_precision(settings))
         self.measure, self.has_split = settings.measure, has_split
 
@@ -96,12 +96,12 @@ class Evaluation:
                 "budgeted evaluation sets its thresholds on held-out images; this run has none (--val-size 0)"
             )
         if "runtime" in modes:
-            with log.waiting("measuring time, half a minute on a small network"):
-                self.runtime()
+            log.line("measuring time, half a minute on a small network")
+            self.runtime()
             return
-        with log.waiting("running the network on all images"):
-            test = collect_logits(self.network, self.data.test, processes)
-            val = collect_logits(self.network, self.data.val, processes) if "dynamic" in modes else None
+        log.line("running the network on all images")
+        test = collect_logits(self.network, self.data.test, processes)
+        val = collect_logits(self.network, self.data.val, processes) if "dynamic" in modes else None
         if not processes.is_main:
             return
         policy = fit_policy(*val, self.measure) if val is not None else self.known_policy()
@@ -109,8 +109,7 @@ class Evaluation:
             self.anytime(*test, policy)
         if "dynamic" in modes:
             self.budgeted(val, test, policy)
-        curves = known_curves(self.session.run, self.constants)
-        save_figure(draw_curves(curves, len(test[1])), self.session.run.curves)
+        save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.run.curves)
         log.line(f"accuracy against operations: {self.session.run.curves}")
 
     def known_policy(self) -> Policy | None:
@@ -379,17 +378,10 @@ def _deadline_table(rows: list[dict]) -> str:
     return table(shown, list(shown[0]))
 
 
-def known_curves(
-    run: RunDirectory, constants: dict[str, Any]
-) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:
-    """Return the curves of this run, after those of the run it started from.
-
-    Returns:
-        Rows of the anytime, budgeted and optimised files, by title.
-    """
-    directories = {"stage 1": RunDirectory(Path(constants["origin"]).parent)} if constants["origin"] else {}
+def known_curves(runs: dict[str, RunDirectory]) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:
+    """Return rows of the anytime, budgeted and optimised files of runs, by title."""
     curves = {}
-    for title, directory in {**directories, constants["title"]: run}.items():
+    for title, directory in runs.items():
         columns = {
             directory.anytime: "acc1",
             directory.budgeted: "test_acc1",

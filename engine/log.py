@@ -9,8 +9,6 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -49,12 +47,6 @@ class Log:
         """Print a line."""
         if self.enabled:
             LOGGER.info("%s", text)
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Print what the block does."""
-        self.line(what)
-        yield
 
     def open(self, folder: Path, first_step: int) -> None:
         """Begin or continue TensorBoard's events; drop those of an earlier attempt from ``first_step`` on."""

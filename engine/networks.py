@@ -1,16 +1,18 @@
-"""The network that a stage trains: a new one, or that of a checkpoint with its weights."""
+"""The network that stage 1 trains: a new one, or that of a checkpoint with its weights."""
 
 from argparse import Namespace
 
-from args import NETWORK_OPTIONS
+from args import NETWORK_OPTIONS, OWN_NETWORKS
 from engine.checkpoint import Saved
+from image_data.transforms import default_crop_share
 from models import ExitNetwork, MSDNet, build_backbone
 from models.description import DataInfo
+from models.zoo import Preprocessing, preprocessing
 from utils import UserError
 
 
 def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
-    """Build the network that the settings describe, for the classes of a data set.
+    """Build the network of --arch for the classes of a data set.
 
     Raises:
         UserError: The combination of options is impossible, or the pretrained weights cannot be loaded.
@@ -30,6 +32,24 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
         )
     except (ValueError, OSError) as error:
         raise UserError(f"impossible network: {error}") from None
+
+
+def expected_images(settings: Namespace) -> Preprocessing | None:
+    """Return what a new network of --arch expects of images, None if it takes those of any preprocessing.
+
+    Raises:
+        UserError: There is no network of that name.
+    """
+    if settings.arch in OWN_NETWORKS:
+        return None
+    try:
+        expected = preprocessing(settings.arch, settings.pretrained and str(settings.pretrained))
+    except ValueError as error:
+        raise UserError(f"--arch {settings.arch}: {error}") from None
+    if settings.image_size in (None, expected.image_size):
+        return expected
+    # The central crop that weights are evaluated with is one for images of their size.
+    return expected._replace(crop_share=default_crop_share(settings.image_size))
 
 
 def network_from(origin: Saved, data: DataInfo) -> ExitNetwork:

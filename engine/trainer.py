@@ -243,10 +243,11 @@ class Trainer:
         if self.session.settings.compile == "off" or self.stepper.is_prepared:
             yield
             return
-        text = "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
+        self.session.log.line(
+            "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
+        )
         requests.at_once = True
-        with self.session.log.waiting(text):
-            yield
+        yield
         requests.at_once = False
 
     def _requested(self, requests: Requests) -> int:

@@ -119,7 +119,7 @@ def test_fine_tuned_on_other_classes(train, tmp_path):
         (["--exits", "3"], "--exits needs --arch"),
         (
             ["--freeze", "backbone"],
-            "--freeze backbone: MSDNet has no pretrained parameters: all of it learns",
+            "another --arch: MSDNet has no pretrained parameters",
         ),
         (
             ["--arch", "resnet18", "--optimizer", "adamw", "--nesterov"],

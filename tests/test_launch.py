@@ -18,10 +18,10 @@ import torch.distributed as dist
 import train_GE
 from args import parse
 from engine import precision
+from engine.auto import resolve_auto
 from engine.distributed import Processes, launch_of_environment, process_group
 from engine.launch import process_count
 from engine.record import RunDirectory
-from engine.run import resolve_auto
 from engine.signals import Interrupted, listening
 from image_data.data_sets import find_data_set
 from tests import disturbed
@@ -58,7 +58,7 @@ def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
 
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
-    monkeypatch.setattr("engine.run.half_precision", lambda device: dtype)
+    monkeypatch.setattr("engine.auto.half_precision", lambda device: dtype)
     assert resolve_auto(parse("GE", []).settings(), CPU).amp == amp
     assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU).amp == "fp16"
 

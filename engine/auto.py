@@ -1,0 +1,44 @@
+"""The values that "auto" stands for on this machine: --amp and --compile."""
+
+from argparse import Namespace
+
+import torch
+
+from engine.distributed import Processes
+from engine.precision import half_precision
+
+# Compile only above this many forward operations per process; below it, compiling costs more than it saves.
+COMPILING_PAYS = 5e12
+
+
+def resolve_auto(
+    settings: Namespace, processes: Processes, work_on_cpu: float = 0.0, work: float = 0.0
+) -> Namespace:
+    """Return the settings with --amp auto and --compile auto resolved.
+
+    All processes decide together about --amp: they may run on unlike machines, or measure differently.
+
+    Args:
+        settings: The settings of ``args``.
+        processes: The processes that share the run.
+        work_on_cpu: Forward operations per epoch and process that compiling makes faster on a CPU.
+        work: Forward operations per epoch and process.
+    """
+    amp, compile_mode = settings.amp, settings.compile
+    if amp == "auto":
+        choices = ("bf16", "fp16", "off")
+        own = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[half_precision(processes.device)]
+        amp = choices[processes.largest(choices.index(own))]
+    if compile_mode == "auto":
+        on_gpu = torch.cuda.is_available()
+        possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
+        # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
+        is_long = settings.epochs * (work if on_gpu else work_on_cpu) > COMPILING_PAYS
+        fitting = "reduce-overhead" if on_gpu and settings.accumulate == 1 else "default"
+        compile_mode = fitting if possible and is_long else "off"
+    return with_values(settings, amp=amp, compile=compile_mode)
+
+
+def with_values(settings: Namespace, **values: object) -> Namespace:
+    """Return a copy of ``settings`` with other values."""
+    return Namespace(**{**vars(settings), **values})

@@ -1,0 +1,38 @@
+"""What ends a run early, as an exit status and one line."""
+
+from args import CommandLine
+from engine.compiling import is_compiler_error, reason_of
+from engine.device import is_out_of_memory
+from engine.distributed import is_lost_peer
+from engine.launch import CopyEnded
+from engine.signals import Interrupted
+from utils import UserError, in_words
+
+
+def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tuple[int, str]:
+    """Return the exit status of a run that ``error`` ended, and the line that says why.
+
+    Returns:
+        1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
+
+    Raises:
+        Exception: ``error`` itself, if it is a bug.
+    """
+    resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume()}"
+    if isinstance(error, (UserError, OSError)):
+        return 2, in_words(error)
+    if isinstance(error, CopyEnded):
+        return error.status, str(error)
+    if isinstance(error, Interrupted):
+        saved = "saved" if error.is_saved else "what was saved before stays"
+        return error.exit_status, f"stopped by a signal{error.where}, {saved}{resume}"
+    if isinstance(error, (MemoryError, RuntimeError)):
+        if is_out_of_memory(error):
+            smaller = "a smaller --batch-size, --accumulate or --checkpoint-activations"
+            return 2, f"there is not enough memory; try {smaller}"
+        if is_lost_peer(error):
+            return 1, f"another process of this run was lost ({str(error).splitlines()[0][:200]}){resume}"
+        if is_compiler_error(error):
+            reason = reason_of(error)
+            return 2, f"the training step cannot be compiled: {reason}; --compile off trains without"
+    raise error

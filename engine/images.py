@@ -1,0 +1,56 @@
+"""The images of a run: those of the settings, or those that the network to start from knows."""
+
+import torch
+
+from dataloader import Data, Preprocessing, load_data
+from engine.checkpoint import Saved
+from engine.log import Log
+from engine.record import Session
+from models.description import DataInfo, Split
+
+
+def images_to_start(
+    session: Session, origin: Saved | None, preprocessing: Preprocessing | None, may_change: bool
+) -> Data:
+    """Read the images of a new run. Those held out from the network to start from stay so.
+
+    Args:
+        session: The run.
+        origin: The network to start from, if there is one.
+        preprocessing: What the weights to start from expect of images.
+        may_change: Whether the data set may be another than that of ``origin``.
+    """
+    if origin is None:
+        return read_images(session, preprocessing=preprocessing)
+    if may_change:
+        data = read_images(session, preprocessing=preprocessing)
+        is_same = data.info.fingerprint == origin.data.fingerprint
+        if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
+            return data
+    data = read_images(session, origin.data, origin.known_split)
+    say_class_order(origin, data, session.log)
+    return data
+
+
+def read_images(
+    session: Session,
+    stored: DataInfo | None = None,
+    split: Split | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Data:
+    """Read the images that the settings name; the other arguments are those of ``load_data``."""
+    settings, processes = session.settings, session.processes
+    of = "" if settings.data == "folder" else f" of {settings.data}"
+    where = "" if settings.data == "demo" else f" in {settings.data_root}"
+    session.log.line(f"reading the images{of}{where}")
+    return load_data(settings, processes.device, processes.shard, stored, split, preprocessing)
+
+
+def say_class_order(saved: Saved, data: Data, log: Log) -> None:
+    """Say in which order classes are if their names are not those of the network's file."""
+    if data.info.class_names != saved.data.class_names:
+        names = ", ".join(data.info.class_names[:3])
+        log.line(
+            f"{saved.path} is a converted checkpoint with other class names: "
+            f"its classes are taken in the order of the folders' names ({names}, ...)"
+        )

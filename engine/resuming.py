@@ -1,0 +1,71 @@
+"""The checkpoint from which a run resumes.
+
+state = state_to_resume(command, stage.name, directory)      # None: start
+network = network_to_resume(directory, state)
+"""
+
+import os
+from typing import Any
+
+from args import CommandLine, from_record
+from engine.checkpoint import damage_named, load_checkpoint, load_saved
+from engine.distributed import launch_of_environment
+from engine.log import Log
+from engine.record import RunDirectory
+from models import ExitNetwork
+from models.saved import with_weights
+from utils import UserError
+
+
+def state_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -> dict[str, Any] | None:
+    """Load the checkpoint to resume from, None to start.
+
+    Raises:
+        UserError: The directory holds a run that the command line does not continue.
+    """
+    if not command.typed.get("resume") and not _is_restart(directory):
+        if not command.typed.get("overwrite"):
+            directory.refuse_second()
+        return None
+    if not directory.last.exists():
+        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it
+        # saved for the first time.
+        if directory.log.exists():
+            raise UserError(
+                f"{directory.path} holds a run without last.pt, which --resume needs; "
+                "--overwrite starts again"
+            )
+        if launch_of_environment().rank == 0:
+            Log(True).line(f"nothing to resume in {directory.path}: starting from scratch")
+        return None
+    state = load_checkpoint(directory.last)
+    description = state["description"]
+    if description.stage != stage:
+        raise UserError(
+            f"{directory.last} was written by train_{description.stage}.py; resume with that program"
+        )
+    command.refuse_changes({"pretrained": description.origin, **from_record(description.recipe)})
+    return state
+
+
+def network_to_resume(directory: RunDirectory, state: dict[str, Any]) -> ExitNetwork:
+    """Build the network of a checkpoint, with its weights.
+
+    Raises:
+        UserError: The checkpoint is damaged, or the best epoch is one of another run.
+    """
+    with damage_named(directory.last):
+        network = with_weights(state["description"].network, state["state_dict"])
+    # The best epoch is needed at the end; that its file is of another run should be known before.
+    if state["best_epoch"] and load_saved(directory.best, {}).network.config != network.config:
+        raise UserError(f"{directory.best} holds another network than {directory.last}")
+    return network
+
+
+def _is_restart(directory: RunDirectory) -> bool:
+    """Return True if torchrun starts the processes of this run again after one was lost (--max-restarts)."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone,
+    # and the name tells.
+    may_be = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or launch not in (None, "none")
+    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == launch

@@ -1,0 +1,79 @@
+"""The interface of a stage: everything in which the two training programs differ."""
+
+from abc import ABC, abstractmethod
+from argparse import Namespace
+
+from torch import nn
+
+from args import CommandLine
+from engine.checkpoint import Saved, load_saved
+from models import Description, ExitNetwork
+from models.description import DataInfo
+from models.zoo import Preprocessing
+from utils import UserError
+
+
+class Stage(ABC):
+    """A kind of training: from which network it starts, what it trains, by which loss.
+
+    Attributes:
+        name: Name of the stage in ``args`` and in directories.
+        may_change_data: Whether it may train on other data than the network it starts from.
+        origin_title: Title of the curves of the network it starts from, None not to draw them.
+        frozen_changed: Message if something changed that must not.
+        next_command: What to do with the finished run; the run's directory is appended.
+    """
+
+    name: str
+    may_change_data = False
+    origin_title: str | None = None
+    frozen_changed = "weights that were frozen changed during the training"
+    next_command: str
+
+    def find_origin(self, command: CommandLine) -> Saved | None:
+        """Load the network to start from, None to start from scratch.
+
+        Raises:
+            UserError, OSError: It is not there, cannot be read, or is another network than the flags say.
+        """
+        return None if command.origin is None else load_saved(command.origin, command.typed)
+
+    def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:
+        """Return what the weights to start from expect of images, None to start from scratch."""
+        return origin.data if origin else None
+
+    @abstractmethod
+    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
+        """Build the network to train."""
+
+    @abstractmethod
+    def make_objective(self, network: ExitNetwork, settings: Namespace) -> nn.Module:
+        """Build the module (images, targets) -> (losses (N,), logits (N, K, C)) that trains ``network``.
+
+        It is too late to refuse anything here: with --overwrite the old run is gone.
+        """
+
+    @abstractmethod
+    def title(self, network: ExitNetwork, settings: Namespace) -> str:
+        """Return the title of a run's curves."""
+
+    def frozen_digest(self, network: ExitNetwork) -> str | None:
+        """Return a digest of what must not change, None if everything may."""
+        return None
+
+    def check_result(self, network: ExitNetwork, description: Description) -> None:
+        """Check that training changed nothing that must not change.
+
+        Args:
+            network: The trained network.
+            description: It holds the digest from before.
+
+        Raises:
+            UserError: Something changed.
+        """
+        if self.frozen_digest(network) != description.frozen_digest:
+            raise UserError(self.frozen_changed)
+
+    def share_of_work(self, settings: Namespace) -> float:
+        """Return the share of a whole training's operations that compiling makes faster on a CPU."""
+        return 1.0
