@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--output",
+        type=output_path,
         required=True,
         metavar="PATH",
         help="ONNX file to write, or a directory (PATH/) for one file per block without control flow",
@@ -51,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         help="policies (default: policy.json beside the checkpoint, if any)",
     )
     arguments = parser.parse_args(argv)
-    output = user_path(arguments.output)
-    export = export_blocks if arguments.output.endswith(("/", os.sep)) or output.is_dir() else export_onnx
+    output, is_directory = arguments.output
+    export = export_blocks if is_directory else export_onnx
     try:
         saved = load_saved(arguments.model, {})
         policy = arguments.policy or policy_path(saved.path)
@@ -68,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         count += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
     tell(f"{describe(saved.network)}, {count}: {output}")
     return 0
+
+
+def output_path(text: str) -> tuple[Path, bool]:
+    """Return the path of ``--output``, and whether it is a directory, for a file per block."""
+    path = user_path(text)
+    return path, text.endswith(("/", os.sep)) or path.is_dir()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime
 
 FORMAT = "imta-msdnet onnx 4"
+FIELDS = ("class_names", "fingerprint", "image_size", "operations", "points", "preprocessing", "weights")
+BLOCK_FIELDS = {"format", "fingerprint"}
 
 
 class Prediction(NamedTuple):
@@ -45,6 +47,9 @@ class OnnxPredictor:
     Attributes:
         class_names: names of the C classes.
         image_size: height and width of the images, S.
+        preprocessing: ``crop_share`` and ``interpolation`` of the resize; ``mean`` and ``std``, which the
+            network applies itself.
+        fingerprint: of the network, for files that belong to it.
         operations: operations per image to each of the K exits.
         points: the policies, as dictionaries with thresholds, held-out accuracy and mean operations.
 
@@ -64,22 +69,25 @@ class OnnxPredictor:
         self._in_blocks = path.is_dir()
         if self._in_blocks:
             content = _read_json(path / "network.json")
+            _check_fields(content, path / "network.json", (*FIELDS, "blocks"))
         else:
             self._session = self._open(path)
-            content = _from_texts(self._session.get_modelmeta().custom_metadata_map)
-        if content.get("format") != FORMAT:
-            written = ascii(content.get("format"))[:60]
-            raise ValueError(
-                f"{path} was not written by this version of export_onnx.py: "
-                f"its format is {written}, not {FORMAT!r}"
-            )
+            content = self._session.get_modelmeta().custom_metadata_map
+            _check_fields(content, path, FIELDS)
+            texts = set(FIELDS) - {"fingerprint"}
+            content = content | {name: json.loads(content[name]) for name in texts}
         self.class_names: list[str] = content["class_names"]
         self.image_size: int = content["image_size"]
+        self.preprocessing: dict[str, Any] = content["preprocessing"]
+        self.fingerprint: str = content["fingerprint"]
         self.operations: list[float] = content["operations"]
         self.points: list[dict[str, Any]] = content["points"]
         self.num_exits, self.num_classes = len(self.operations), len(self.class_names)
         self._weights = np.array(content["weights"], np.float32)  # (K, K)
         if self._in_blocks:
+            if len(content["blocks"]) != self.num_exits:
+                count = len(content["blocks"])
+                raise ValueError(f"{path / 'network.json'} has {self.num_exits} exits, but {count} blocks")
             self._blocks = [self.load_block(path / block["file"]) for block in content["blocks"]]
 
     def load_block(self, path: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -90,11 +98,17 @@ class OnnxPredictor:
             and the next state.
         """
         session = self._open(path)
+        self.check_block(path, session.get_modelmeta().custom_metadata_map.get("fingerprint"))
         inputs = [value.name for value in session.get_inputs()]
         outputs = [value.name for value in session.get_outputs()]
         return lambda state: dict(
             zip(outputs, session.run(outputs, {name: state[name] for name in inputs}), strict=True)
         )
+
+    def check_block(self, path: Path, fingerprint: str | None) -> None:
+        """Raise ValueError if a block does not have the fingerprint of the network in its metadata."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(f"{path} is not a block of the network of {path.parent / 'network.json'}")
 
     def choose(self, operations: float | None = None) -> np.ndarray:
         """Return the thresholds (K,) of the policy that is most accurate on held-out images within a budget.
@@ -132,8 +146,9 @@ class OnnxPredictor:
             thresholds: (K,), compared with the largest softmax probability; None: those of ``choose()``.
 
         Raises:
-            ValueError: if the images have another type or size, or there are not K thresholds.
+            ValueError: if the images have another type or size, or the thresholds are not K numbers.
         """
+        images = np.asarray(images)
         size = self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
@@ -142,6 +157,8 @@ class OnnxPredictor:
         thresholds = self.choose() if thresholds is None else np.asarray(thresholds, np.float32)
         if thresholds.shape != (self.num_exits,):
             raise ValueError(f"thresholds are {thresholds.shape}; this network has {self.num_exits} exits")
+        if np.isnan(thresholds).any():
+            raise ValueError(f"thresholds are {thresholds.tolist()}; not all of them are numbers")
         if self._in_blocks:
             return self._predict_in_blocks(images, thresholds)
         inputs = {"images": images, "thresholds": thresholds}
@@ -192,14 +209,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _from_texts(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the metadata of a file in plain types; all but plain texts are JSON."""
-    if metadata.get("format") != FORMAT:
-        return metadata
-    return metadata | {
-        name: json.loads(metadata[name])
-        for name in ("class_names", "image_size", "operations", "points", "weights")
-    }
+def _check_fields(content: dict[str, Any], path: Path, fields: Sequence[str]) -> None:
+    """Raise ValueError if an export has another format, or lacks one of these fields."""
+    if content.get("format") != FORMAT:
+        written = ascii(content.get("format"))[:60]
+        raise ValueError(
+            f"{path} was not written by this version of export_onnx.py: "
+            f"its format is {written}, not {FORMAT!r}"
+        )
+    missing = [name for name in fields if name not in content]
+    if missing:
+        hint = "; it is one block of a network: pass its directory" if content.keys() == BLOCK_FIELDS else ""
+        raise ValueError(f"{path} lacks {', '.join(missing)}{hint}")
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

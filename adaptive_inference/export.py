@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from adaptive_inference.fingerprint import describe, network_fingerprint
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import PolicyCurve
+from models.description import Description
 from models.network import ExitNetwork
 from utils import UserError, atomic_write
 
 try:
     import onnx
     import onnxscript  # noqa: F401 - torch.onnx.export needs it
+    from google.protobuf.message import Error as ProtobufError
     from onnx import TensorProto, compose, helper, numpy_helper
 except ImportError:
     onnx = None
@@ -54,7 +56,7 @@ OUTPUTS = {"classes": 7, "confidence": 1, "exits": 7, "logits": 1}
 
 def export_onnx(
     network: ExitNetwork,
-    path: Path,
+    path: str | Path,
     curve: PolicyCurve | None = None,
     blocks: Sequence["onnx.GraphProto"] | None = None,
 ) -> None:
@@ -67,28 +69,37 @@ def export_onnx(
         blocks: what ``convert_blocks`` returned for this network; None converts it here.
 
     Raises:
-        UserError: if a package is missing, the policies do not compare softmax, or the file cannot be
-            written.
+        UserError: if a package or the description is missing, the policies do not compare softmax, or the
+            file cannot be written.
     """
-    metadata = _metadata(network, curve)
+    path, metadata = Path(path), _metadata(network, curve)
+    blocks = blocks or convert_blocks(network)
+    hint = " and about 30 exits; a file per block (--output DIR/) holds more"
+    with _protobuf_limits(path, hint):
+        whole = _whole_graph(network, blocks, np.array(metadata["weights"], np.float32))
+        _write(whole, metadata, path)
+
+
+def _whole_graph(
+    network: ExitNetwork, blocks: Sequence["onnx.GraphProto"], weights: np.ndarray
+) -> "onnx.GraphProto":
+    """Return one graph that stops early; weights are those of ``_add_exits``."""
     blocks = [
         compose.add_prefix_graph(block, f"exit{k + 1}_", rename_inputs=k > 0)
-        for k, block in enumerate(blocks or convert_blocks(network))
+        for k, block in enumerate(blocks)
     ]
-    graph, results = _add_exits(blocks, np.array(metadata["weights"], np.float32))
+    graph, results = _add_exits(blocks, weights)
     shapes = {"classes": ["N"], "confidence": ["N"], "exits": ["N"], "logits": ["N", network.num_classes]}
     for name, result in zip(shapes, results, strict=True):
         graph.add("Identity", result, name=name)
     thresholds = helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [network.num_exits])
     outputs = [helper.make_tensor_value_info(name, OUTPUTS[name], shape) for name, shape in shapes.items()]
-    whole = graph.finish(outputs, [*blocks[0].input, thresholds])
-    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
-    _write(_model(whole, texts), path)
+    return graph.finish(outputs, [*blocks[0].input, thresholds])
 
 
 def export_blocks(
     network: ExitNetwork,
-    folder: Path,
+    folder: str | Path,
     curve: PolicyCurve | None = None,
     blocks: Sequence["onnx.GraphProto"] | None = None,
 ) -> None:
@@ -101,17 +112,24 @@ def export_blocks(
         blocks: what ``convert_blocks`` returned for this network; None converts it here.
 
     Raises:
-        UserError: if a package is missing, the policies do not compare softmax, or a file cannot be written.
+        UserError: if a package or the description is missing, the policies do not compare softmax, or a file
+            cannot be written.
     """
-    metadata = _metadata(network, curve)
+    folder, metadata = Path(folder), _metadata(network, curve)
+    of_block = {name: metadata[name] for name in ("format", "fingerprint")}
     metadata["blocks"] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the directory {folder}: {error.strerror}") from None
-    for number, graph in enumerate(blocks or convert_blocks(network), start=1):
+    blocks = blocks or convert_blocks(network)
+    # Nobody finds new blocks beside the network.json of an older export if this is interrupted.
+    with contextlib.suppress(OSError):
+        (folder / "network.json").unlink()
+    for number, graph in enumerate(blocks, start=1):
         file = f"block{number}.onnx"
-        _write(_model(graph, {"format": FORMAT}), folder / file)
+        with _protobuf_limits(folder / file):
+            _write(graph, of_block, folder / file)
         inputs, outputs = (
             {value.name: _shape(value) for value in values} for values in (graph.input, graph.output)
         )
@@ -127,7 +145,7 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
     if any(point.policy.measure != "softmax" for point in points):
         measure = points[0].policy.measure
         raise UserError(f"an ONNX file compares softmax only; these policies compare {measure}")
-    data = network.description.data
+    data = _description(network).data
     return {
         "format": FORMAT,
         "network": describe(network),
@@ -156,6 +174,16 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
             for point in points
         ],
     }
+
+
+def _description(network: ExitNetwork) -> Description:
+    """Return what the network's file says about it, or raise UserError if it comes from no file."""
+    if network.description is None:
+        raise UserError(
+            "the network has no description, which holds its classes and preprocessing: "
+            "save it, and export what models.load returns"
+        )
+    return network.description
 
 
 class _Block(nn.Module):
@@ -206,11 +234,11 @@ def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
         reads; its outputs are ``logits`` and the next state, whose names begin with ``next_``.
 
     Raises:
-        UserError: if a package is missing.
+        UserError: if a package or the description is missing.
     """
+    size = _description(network).data.image_size
     if onnx is None:
         raise UserError("this needs the packages onnx and onnxscript: pip install -r requirements-export.txt")
-    size = network.description.data.image_size
     network = fold(network, channels_last=False, dtype=torch.float32).cpu()
     # Two images, as the exporter would turn a batch of one into a constant.
     tensors, names = (torch.zeros(2, 3, size, size, dtype=torch.uint8),), ["images"]
@@ -382,22 +410,28 @@ def _add_exits(
     return graph, names
 
 
-def _model(graph: "onnx.GraphProto", metadata: dict[str, str]) -> "onnx.ModelProto":
-    """Return a checked model."""
+def _write(graph: "onnx.GraphProto", metadata: dict[str, Any], path: Path) -> None:
+    """Check and write a model; of the metadata, all but texts become JSON."""
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="imta-msdnet",
     )
-    helper.set_model_props(model, metadata)
+    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
+    helper.set_model_props(model, texts)
     onnx.checker.check_model(model)
-    return model
-
-
-def _write(model: "onnx.ModelProto", path: Path) -> None:
     with atomic_write(path, "wb") as stream:
         stream.write(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _protobuf_limits(path: Path, hint: str = "") -> Iterator[None]:
+    """Raise UserError where a file becomes larger, or its graphs more deeply nested, than ONNX allows."""
+    try:
+        yield
+    except ProtobufError:
+        raise UserError(f"cannot write {path}: an ONNX file holds at most 2 GiB{hint}") from None
 
 
 @contextlib.contextmanager

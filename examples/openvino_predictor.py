@@ -17,6 +17,7 @@ import numpy as np
 import openvino
 
 from onnx_predictor import OnnxPredictor
+from utils import at_least, one_line
 
 LEAST_SECONDS = 0.2  # of one measurement
 
@@ -27,7 +28,16 @@ class OpenVinoPredictor(OnnxPredictor):
     Args:
         path: the directory.
         threads: threads per operator; None leaves the number to OpenVINO.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the path is one file, or a file is damaged or of another version.
     """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        if Path(path).expanduser().is_file():
+            raise ValueError(f"{path} is one file with control flow; OpenVINO needs a directory of blocks")
+        super().__init__(path, threads)
 
     def load_block(self, path: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Load the file of a block; see ``OnnxPredictor.load_block``."""
@@ -38,7 +48,14 @@ class OpenVinoPredictor(OnnxPredictor):
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self.threads:
             options["INFERENCE_NUM_THREADS"] = self.threads
-        model = openvino.Core().compile_model(str(path), "CPU", options)
+        core = openvino.Core()
+        try:
+            source = core.read_model(str(path))
+            model = core.compile_model(source, "CPU", options)
+        except RuntimeError as error:
+            raise ValueError(f"cannot load the model {path}: {one_line(str(error))[:200]}") from None
+        key = ["framework", "fingerprint"]  # where OpenVINO puts the metadata of ONNX files
+        self.check_block(path, source.get_rt_info(key).astype(str) if source.has_rt_info(key) else None)
         inputs = [value.any_name for value in model.inputs]
         outputs = [value.any_name for value in model.outputs]
 
@@ -56,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("network", type=Path, help="directory of export_onnx.py, with a file per block")
     parser.add_argument(
-        "--threads", type=int, default=2, metavar="N", help="threads per operator (default: 2)"
+        "--threads", type=at_least(1), default=2, metavar="N", help="threads per operator (default: 2)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="rounds of every measurement (default: 7)"
+        "--rounds", type=at_least(1), default=7, metavar="N", help="rounds of every measurement (default: 7)"
     )
     arguments = parser.parse_args(argv)
     try:

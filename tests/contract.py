@@ -406,10 +406,10 @@ def check_folded(case: Case) -> None:
 
 
 def check_onnx(case: Case) -> str | None:
-    """The exported file gives the same logits, at the same exits."""
+    """Both kinds of export give the same logits, at the same exits."""
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         return "onnx, onnxscript or onnxruntime is not installed"
-    from adaptive_inference.export import export_onnx
+    from adaptive_inference.export import convert_blocks, export_blocks, export_onnx
     from onnx_predictor import OnnxPredictor
 
     network = case.network().float()
@@ -421,15 +421,20 @@ def check_onnx(case: Case) -> str | None:
         for x in (network.description.data.mean, network.description.data.std)
     )
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        logits = network((pixels / 255 - mean) / std)
-        path = Path(folder) / "network.onnx"
-        export_onnx(network, path)
-        runner = OnnxPredictor(path, threads=1)
-        for k, z in enumerate(logits):
-            thresholds = [NEVER] * k + [0.0] * (network.num_exits - k)
-            found = runner.predict(pixels.numpy(), thresholds)
-            assert found.exits.tolist() == [k] * len(pixels)
-            assert_close(torch.from_numpy(found.logits), z, 1e-4)
+        images, blocks = (pixels / 255 - mean) / std, convert_blocks(network)
+        confidence, _ = confidence_by_exit(torch.stack(network(images)))
+        in_order = confidence.sort(dim=1).values
+        gap = in_order.diff(dim=1).argmax(dim=1, keepdim=True)  # the widest: float32 rounds
+        middle = (in_order.gather(1, gap) + in_order.gather(1, gap + 1)).flatten() / 2
+        for export, path in ((export_onnx, Path(folder) / "network.onnx"), (export_blocks, Path(folder))):
+            export(network, path, None, blocks)
+            runner = OnnxPredictor(path, threads=1)
+            same_exit = [[NEVER] * k + [0.0] * (network.num_exits - k) for k in range(network.num_exits)]
+            for thresholds in (*same_exit, middle.tolist()):
+                found = runner.predict(pixels.numpy(), thresholds)
+                logits, exits = network.early_exit(images, thresholds)
+                assert found.exits.tolist() == exits.tolist()
+                assert_close(torch.from_numpy(found.logits), logits, 1e-4)
     return None
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from adaptive_inference.predictor import AdaptivePredictor
 from image_data import synthetic
 from models import build_backbone
 from tests import contract
+from tests.backbones import make_small
 from tests.conftest import describe, policy_point
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
@@ -69,6 +71,14 @@ def export_both(network, folder, curve=None, blocks=None):
     return [OnnxPredictor(folder / name, threads=1) for name in ("network.onnx", "network")]
 
 
+def predictor_class(runtime):
+    if runtime == "onnxruntime":
+        return OnnxPredictor
+    from examples.openvino_predictor import OpenVinoPredictor
+
+    return OpenVinoPredictor
+
+
 @pytest.fixture(scope="module")
 def converted():
     """A network and its converted blocks."""
@@ -109,6 +119,15 @@ def test_missing_package_is_one_line(tmp_path):
     message = "this needs the packages onnx and onnxscript: pip install -r requirements-export.txt"
     assert result.stderr == f"export_onnx.py: {message}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_output_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        program.main(["--model", "imta_cifar100", "--output", ""])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --output: an empty name is no file or folder" in error
+    assert error.count("\n") == 1
 
 
 def test_command_line_without_a_checkpoint(tmp_path, capsys):
@@ -199,6 +218,8 @@ def test_an_export_describes_itself(exported, export_path):
         10,
     )
     assert runner.operations == sorted(runner.operations)
+    preprocessing = {"crop_share": 1.0, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
+    assert runner.preprocessing == preprocessing
     for operations, p in ((math.inf, 2), (1e5, 1), (2.5e5, 2), (None, 3)):
         expected = np.array(curve.points[p - 1].policy.thresholds, np.float32)
         np.testing.assert_array_equal(runner.choose(operations), expected)
@@ -245,6 +266,9 @@ def test_bad_calls_are_one_line(export_path):
         ),
         (good[:, :, :31], [0.5] * 3, r"images are uint8 \(2, 3, 31, 32\)"),
         (good[0], [0.5] * 3, r"images are uint8 \(3, 32, 32\)"),
+        (good.tolist(), [0.5] * 3, r"images are int64 \(2, 3, 32, 32\)"),
+        (good, [0.5, math.nan, 0.5], r"thresholds are \[0.5, nan, 0.5\]; not all of them are numbers"),
+        (good, [None, 0.5, 0.5], r"thresholds are \[nan, 0.5, 0.5\]; not all of them are numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             runner.predict(images, thresholds)
@@ -280,6 +304,96 @@ def test_bad_files_are_one_line(exported, tmp_path):
 
 
 @needs_onnx
+@pytest.mark.parametrize("field", ["class_names", "fingerprint", "points", "weights", "blocks"])
+def test_a_missing_field_is_one_line(exported, tmp_path, field):
+    content = json.loads((exported[2] / "network" / "network.json").read_text(encoding="utf-8"))
+    del content[field]
+    (tmp_path / "network.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"network\.json lacks {field}$"):
+        OnnxPredictor(tmp_path)
+    if field == "blocks":
+        return
+    model = onnx.load(exported[2] / "network.onnx")
+    metadata = {entry.key: entry.value for entry in model.metadata_props if entry.key != field}
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, tmp_path / "network.onnx")
+    with pytest.raises(ValueError, match=rf"network\.onnx lacks {field}$"):
+        OnnxPredictor(tmp_path / "network.onnx")
+
+
+@needs_onnx
+def test_a_block_alone_is_no_network(exported):
+    with pytest.raises(ValueError, match="it is one block of a network: pass its directory"):
+        OnnxPredictor(exported[2] / "network" / "block1.onnx")
+
+
+@needs_onnx
+def test_too_few_blocks_are_one_line(exported, tmp_path):
+    content = json.loads((exported[2] / "network" / "network.json").read_text(encoding="utf-8"))
+    del content["blocks"][-1]
+    (tmp_path / "network.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"network\.json has 3 exits, but 2 blocks"):
+        OnnxPredictor(tmp_path)
+
+
+@needs_onnx
+@pytest.mark.parametrize("metadata", [{}, {"format": FORMAT, "fingerprint": "0" * 32}])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+def test_a_block_of_another_network_is_refused(exported, tmp_path, metadata, runtime):
+    shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)
+    model = onnx.load(tmp_path / "block2.onnx")
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, tmp_path / "block2.onnx")
+    with pytest.raises(ValueError, match=r"block2\.onnx is not a block of the network of .*network\.json"):
+        predictor_class(runtime)(tmp_path, threads=1)
+
+
+@needs_onnx
+def test_an_interrupted_export_leaves_no_mixture(converted, tmp_path):
+    """The second block cannot be written; the first is new and the third old."""
+    network, blocks = converted
+    export_blocks(network, tmp_path, None, blocks)
+    (tmp_path / "block2.onnx").unlink()
+    (tmp_path / "block2.onnx").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*block2\.onnx"):
+        export_blocks(network, tmp_path, None, blocks)
+    with pytest.raises(FileNotFoundError, match=r"network\.json"):
+        OnnxPredictor(tmp_path)
+
+
+@needs_onnx
+def test_more_exits_than_one_file_holds(tmp_path):
+    """Graphs inside graphs have a limit, which a file per block does not meet."""
+    network = make_small("chain").eval()
+    network.description = describe(network)
+    first, middle, last = convert_blocks(network)
+    network.num_exits = 40
+    network.description = replace(network.description, operations=list(range(1, 41)))
+    blocks = [first, *[middle] * 38, last]
+    with pytest.raises(UserError, match=r"x\.onnx: an ONNX file holds at most 2 GiB and about 30 exits"):
+        export_onnx(network, tmp_path / "x.onnx", None, blocks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_no_description_is_one_line(tmp_path):
+    for export in (export_onnx, export_blocks):
+        with pytest.raises(UserError, match=r"the network has no description, .* export what models.load"):
+            export(make_network(1), tmp_path / "network")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_paths_may_be_text(converted, tmp_path):
+    network, blocks = converted
+    export_onnx(network, f"{tmp_path}/a/network.onnx", None, blocks)
+    export_blocks(network, f"{tmp_path}/b", None, blocks)
+    pixels = random_pixels(1).numpy()
+    one, other = (OnnxPredictor(f"{tmp_path}/{name}", threads=1) for name in ("a/network.onnx", "b"))
+    np.testing.assert_allclose(one.predict(pixels, [2] * 3).logits, other.predict(pixels, [2] * 3).logits)
+
+
+@needs_onnx
 def test_what_cannot_be_exported(exported, tmp_path):
     network, curve, _ = exported
     points = tuple(replace(point, policy=replace(point.policy, measure="margin")) for point in curve.points)
@@ -312,6 +426,8 @@ def test_every_way_gives_the_same_predictions(finished, tmp_path, capsys):
     for n, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{n}.png")
     assert same_predictions.main([str(tmp_path), "--model", model, "--openvino-images", "20"]) == 0
+    with pytest.raises(SystemExit):
+        same_predictions.main([str(tmp_path), "--model", model, "--openvino-images", "0"])
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("30 images; ")
     ways = [line.split(":")[0] for line in lines if "predictions differ" in line]
@@ -334,6 +450,41 @@ def test_openvino(exported, capsys):
     assert openvino_predictor.main([str(folder), "--threads", "1", "--rounds", "1"]) == 0
     assert capsys.readouterr().out.endswith("predictions that differ: 0 of 64\n")
     assert openvino_predictor.main([str(folder / "missing")]) == 2
+
+
+@needs_openvino
+def test_openvino_refuses_in_one_line(exported, tmp_path, capsys):
+    from examples import openvino_predictor
+
+    # One file would run on ONNX Runtime.
+    assert openvino_predictor.main([str(exported[2] / "network.onnx")]) == 2
+    assert "is one file with control flow; OpenVINO needs a directory of blocks\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        openvino_predictor.main([str(exported[2] / "network"), "--rounds", "0"])
+    shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "block2.onnx").write_bytes((tmp_path / "block2.onnx").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"cannot load the model .*block2\.onnx") as caught:
+        openvino_predictor.OpenVinoPredictor(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("classes", "confidence", "exits", "fails"),
+    [
+        ([1, 2, 3], [0.5, 0.6, 0.7], [0, 1, 2], False),
+        ([1, 5, 3], [0.5, 0.6, 0.7], [0, 2, 2], False),  # left later: the second image is near at exit 2
+        ([5, 2, 3], [0.5, 0.6, 0.7], [1, 1, 2], True),  # left later: the first is near no threshold
+        ([1, 2, 3], [0.5, 0.6, 0.7], [0, 1, 0], True),  # left earlier: the third is near at exit 2 only
+        ([1, 5, 3], [0.5, 0.6, 0.7], [0, 1, 2], True),  # another class at the same exit
+        ([1, 2, 3], [0.5, 0.6, 0.7001], [0, 1, 2], True),
+    ],
+)
+def test_only_images_near_a_threshold_may_differ(classes, confidence, exits, fails):
+    near = np.array([[False, False, False], [False, True, True], [False, False, False]])
+    expected = same_predictions.Rows(np.array([1, 2, 3]), np.array([0.5, 0.6, 0.7]), np.array([0, 1, 2]))
+    found = same_predictions.Rows(*map(np.array, (classes, confidence, exits)))
+    assert same_predictions.report("a way", found, expected, near, 1e-5) is fails
 
 
 @needs_node
