@@ -19,10 +19,12 @@ from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, exp
 from adaptive_inference.policies import Policy
 from adaptive_inference.policy_files import policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
+from engine.checkpoint import save_network
 from image_data import synthetic
-from models import build_backbone
+from models import build_backbone, load
+from models.description import Split
 from tests import contract
-from tests.backbones import make_small
+from tests.backbones import Chain, make_small
 from tests.conftest import describe, policy_point
 from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
@@ -182,6 +184,21 @@ def test_a_backbone(tmp_path):
             found = runner.predict(pixels.numpy(), thresholds)
             assert found.exits.tolist() == [k] * 8
             torch.testing.assert_close(torch.from_numpy(found.logits), logits[k], atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+def test_a_network_of_ones_own(tmp_path, capsys):
+    """The program says that it cannot make the network; in Python, one passes it."""
+    network = make_small("chain").eval()
+    save_network(tmp_path / "own.safetensors", network, describe(network), Split.unknown())
+    assert program.main(["--model", str(tmp_path / "own.safetensors"), "--output", str(tmp_path / "x")]) == 2
+    assert "pass it, as in load(path, network=my_network)\n" in capsys.readouterr().err
+    loaded = load(tmp_path / "own.safetensors", network=Chain())
+    pixels = random_pixels(3)
+    logits = logits_of(network, normalised(loaded, pixels))
+    for runner in export_both(loaded, tmp_path):
+        found = runner.predict(pixels.numpy(), [NONE] * 3)
+        torch.testing.assert_close(torch.from_numpy(found.logits), logits[-1], atol=1e-4, rtol=1e-4)
 
 
 @needs_onnx
