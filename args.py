@@ -5,8 +5,11 @@
     settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default
 
 The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the
-names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed. To add
-an option, add its default to ``DEFAULTS`` and its flag below.
+names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed.
+
+To add an option, add its default to ``DEFAULTS`` and its flag to a group below. Name it in ``INHERITED`` if
+stage 2 takes it from stage 1's record, and in ``RESUMABLE`` if a resumed run may change it. An option of the
+network alone is a line of ``models.options.NetworkOptions`` and a flag: default and inheritance follow.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_inference.confidence import MEASURES
-from models.options import NetworkOptions
+from models.options import CHOICES, NETWORK_FIELDS, NetworkOptions
 from utils import (
     CommandLineParser,
     UserError,
@@ -108,34 +111,26 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_activations": False,
     "sync_bn": False,
 }
-NETWORK_OPTIONS = tuple(asdict(NetworkOptions()))
+NETWORK_OPTIONS = tuple(NETWORK_FIELDS)
 # Values of --arch for networks of this project, with the options that are theirs alone. All other values are
 # names of torchvision and timm.
 OWN_NETWORKS = {"msdnet": set(NETWORK_OPTIONS) - {"gradient_equilibrium", "boosted_exits"}}
 ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, unless they are typed.
 INHERITED = (
-    *NETWORK_OPTIONS,
-    "arch",
-    "exits",
-    "data",
-    "data_root",
-    "image_size",
-    "val_size",
-    "test_size",
-    "split_seed",
-    "workers",
+    *("arch", "exits", *NETWORK_OPTIONS),
+    *("data", "data_root", "image_size", "val_size", "test_size", "split_seed", "workers"),
+    *("skip_unreadable", "check_images", "augment"),
 )
-INHERITED += ("skip_unreadable", "check_images", "augment")
-# A resumed run may change these: where and how it runs, and by which measure it is evaluated.
-RESUMABLE = {
-    *("data_root", "save", "resume", "overwrite", "evalmode", "evaluate_from", "measure", "gpu"),
-    *("print_freq", "save_every_steps", "save_every_minutes", "workers", "skip_unreadable", "check_images"),
-}
-LARGE_DATA = ("imagenet", "folder")
-IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
 # What a record says of these holds for the start it was written by alone.
 OF_ONE_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
+# A resumed run may change these: where and how it runs, and by which measure it is evaluated.
+RESUMABLE = {
+    *OF_ONE_START,
+    *("data_root", "save", "measure", "print_freq", "save_every_steps", "save_every_minutes"),
+    *("workers", "skip_unreadable", "check_images"),
+}
+IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
 
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
@@ -323,9 +318,9 @@ class CommandLine:
         values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
         values["data_root"] = Path(values["data_root"])
         # The weights of other networks say which size they expect of images that can have any.
-        is_own = values["arch"] in OWN_NETWORKS
-        if values["image_size"] is None and (is_own or values["data"] not in LARGE_DATA):
-            values["image_size"] = IMAGE_SIZES[values["data"]]
+        usual_size = IMAGE_SIZES[values["data"]]
+        if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or usual_size <= SMALL_IMAGES):
+            values["image_size"] = usual_size
         if values["small_inputs"] is None and values["image_size"] is not None:
             values["small_inputs"] = values["image_size"] <= SMALL_IMAGES
         if values["lr_milestones"] is None:
@@ -366,9 +361,9 @@ class CommandLine:
         """
         if stored.get("data") == "demo" and "data_root" in self.typed:
             raise UserError(
-                f"the run in {self.save_directory} was trained on the demo's images, not on those in "
-                "--data-root "
-                f"{self.typed['data_root']}; --save names the run's directory"
+                f"the run in {self.save_directory} was trained on the demo's images, "
+                f"not on those in --data-root {self.typed['data_root']}; "
+                "--save names the run's directory"
             )
 
     @property
@@ -379,14 +374,19 @@ class CommandLine:
 
     @property
     def save_directory(self) -> Path:
-        """--save; else a neighbour of the --pretrained run; else save/PRESET/STAGE."""
+        """Directory of the run.
+
+        It is --save; else save/PRESET/STAGE with --preset, or without --pretrained; else save/ARCH/STAGE for
+        weights of a library; else a neighbour of the run that --pretrained names, or save/NAME/STAGE for a
+        shipped network.
+        """
         origin = self.typed.get("pretrained")
         if "save" in self.typed:
             return self.typed["save"]
-        if "arch" in self.typed and origin is not None and "preset" not in self.typed:
-            return Path("save") / self.typed["arch"].split("/")[-1] / self.stage
         if "preset" in self.typed or origin is None:
             return Path("save") / self.typed.get("preset", DEFAULTS["preset"]) / self.stage
+        if "arch" in self.typed:
+            return Path("save") / self.typed["arch"].split("/")[-1] / self.stage
         if origin.is_dir() or origin.name in ("best.safetensors", "last.pt"):
             run = origin if origin.is_dir() else origin.parent
             return run.with_name(f"{run.name}_2" if self.stage == "GE" else self.stage)
@@ -407,8 +407,8 @@ class CommandLine:
             if name in known and self.typed.get(name, before) != before:
                 given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
-                    f"the checkpoint's images were held out {given}, not with {self.typed[name]}; they stay "
-                    "so"
+                    f"the checkpoint's images were held out {given}, "
+                    f"not with {self.typed[name]}; they stay so"
                 )
 
     def _of_preset_and_origin(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
@@ -539,7 +539,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         "often used": _add_common,
         "run": _add_run,
         "data": _add_data,
-        "network": add_network,
+        "network": _add_network,
         "optimisation": _add_optimisation,
         "speed and memory": _add_speed,
     }
@@ -562,18 +562,17 @@ def _add_common(add: Callable) -> None:
     )
     add(
         "--data",
-        choices=["demo", "cifar10", "cifar100", "imagenet", "folder"],
+        choices=list(IMAGE_SIZES),
         type=str.lower,
-        help="data set; folder: images in train/CLASS/ (default: folder with --data-root, else that of the "
-        "preset)",
+        help="data set; folder: images in train/CLASS/ "
+        "(default: folder with --data-root, else that of the preset)",
     )
     add(
         "--data-root",
         type=user_path,
         metavar="DIR",
-        help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; without --data and "
-        "--preset its folders "
-        "are the classes",
+        help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; "
+        "without --data and --preset its folders are the classes",
     )
     add(
         "--save",
@@ -594,10 +593,9 @@ def _add_common(add: Callable) -> None:
         const="dynamic",
         choices=["anytime", "dynamic", "runtime"],
         type=str.lower,
-        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, also when "
-        "no mode is given), "
-        "or measured time of the policies that dynamic wrote (runtime) (default: train, then anytime and "
-        "dynamic)",
+        help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, "
+        "also when no mode is given), or measured time of the policies that dynamic wrote (runtime) "
+        "(default: train, then anytime and dynamic)",
     )
     add("--epochs", type=at_least(1, MAX_EPOCHS), metavar="N", help="passes over the training images")
     add(
@@ -621,20 +619,18 @@ def _add_run(add: Callable) -> None:
         "--measure",
         choices=MEASURES,
         type=str.lower,
-        help="what decides whether an image leaves: largest softmax probability (the paper), entropy, margin "
-        "of the two "
-        "largest, or how many exits in a row agree (patience)",
+        help="what decides whether an image leaves: largest softmax probability (the paper), "
+        "entropy, margin of the two largest, or how many exits in a row agree (patience)",
     )
     add(
         "--pretrained",
         type=user_path,
         metavar="PATH",
-        help="stage 1: weights to start from, with their classifiers where the classes are the same; stage "
-        "2: the stage-1 "
-        "network. Directory of a run, a file, or a name in weights/; with --arch: DEFAULT or another name of "
-        "the library's "
-        "weights, which are downloaded, or a file of weights (default: none; stage 2: the directory GE "
-        "beside --save)",
+        help="stage 1: weights to start from, with their classifiers where the classes are the same; "
+        "stage 2: the stage-1 network. Directory of a run, a file, or a name in weights/; "
+        "with --arch: DEFAULT or another name of the library's weights, "
+        "which are downloaded, or a file of weights (default: none; "
+        "stage 2: the directory GE beside --save)",
     )
     add("--seed", type=_SEED, metavar="N", help="seed of initialisation, order and augmentation")
     add(
@@ -664,9 +660,8 @@ def _add_run(add: Callable) -> None:
     add(
         "--released",
         action="store_true",
-        help="the choices of the released program where it differs from the paper (its bugs left out); such "
-        "a flag beside it "
-        "still counts",
+        help="the choices of the released program where it differs from the paper (its bugs left out); "
+        "such a flag beside it still counts",
     )
 
 
@@ -681,17 +676,15 @@ def _add_data(add: Callable) -> None:
         "--val-size",
         type=at_least(0),
         metavar="N",
-        help="training images held out to choose the best epoch and the thresholds (default: 1000, CIFAR "
-        "5000, ImageNet "
-        "50000, folders 10 %%)",
+        help="training images held out to choose the best epoch and the thresholds "
+        "(default: 1000, CIFAR 5000, ImageNet 50000, folders 10 %%)",
     )
     add(
         "--test-size",
         type=share_or_count,
         metavar="N",
-        help="split test images off, for folders without test/ and val/: a share such as 20%% of every "
-        "class, or a number "
-        "(default: those in test/ or val/)",
+        help="split test images off, for folders without test/ and val/: "
+        "a share such as 20%% of every class, or a number (default: those in test/ or val/)",
     )
     add("--split-seed", type=_SEED, metavar="N", help="seed of the choice of held-out and test images")
     add(
@@ -705,9 +698,8 @@ def _add_data(add: Callable) -> None:
     add(
         "--skip-unreadable",
         action="store_true",
-        help="continue without images that cannot be read: in training the next one of the epoch takes the "
-        "place, in "
-        "evaluation they are left out",
+        help="continue without images that cannot be read: "
+        "in training the next one of the epoch takes the place, in evaluation they are left out",
     )
     add(
         "--check-images",
@@ -724,8 +716,7 @@ def _add_data(add: Callable) -> None:
     )
 
 
-def add_network(add: Callable) -> None:
-    """Add the flags of networks: of any, and then of an MSDNet."""
+def _add_network(add: Callable) -> None:
     add(
         "--arch",
         metavar="NAME",
@@ -735,9 +726,45 @@ def add_network(add: Callable) -> None:
         "--exits",
         type=exits,
         metavar="N|PATH,PATH",
-        help="with --arch: number of exits, or the modules after which the early ones are, such as "
-        "layer1,layer2",
+        help="with --arch: number of exits, or the modules after which the early ones "
+        "are, such as layer1,layer2",
     )
+    add_msdnet_sizes(add)
+    add(
+        "--small-inputs",
+        action=BooleanOptionalAction,
+        help="stem and exits of the CIFAR networks, not of the ImageNet ones "
+        f"(default: up to {SMALL_IMAGES} pixels)",
+    )
+    add(
+        "--gradient-equilibrium",
+        "--GE",
+        action=BooleanOptionalAction,
+        help="rescale gradients at the exits; off: plain MSDNet",
+    )
+    add(
+        "--ge-scales",
+        dest="gradient_equilibrium_scales",
+        choices=CHOICES["gradient_equilibrium_scales"],
+        type=str.lower,
+        help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
+    )
+    add(
+        "--boosted-exits",
+        action=BooleanOptionalAction,
+        help="an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)",
+    )
+    add(
+        "--init",
+        dest="initialization",
+        choices=CHOICES["initialization"],
+        type=str.lower,
+        help="PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
+    )
+
+
+def add_msdnet_sizes(add: Callable) -> None:
+    """Add the flags of an MSDNet's layers and channels, which the released programs have too."""
     add("--nBlocks", dest="num_blocks", type=at_least(1), metavar="N", help="blocks, and so exits, K")
     add("--base", type=at_least(1), metavar="N", help="layers of the first block")
     add(
@@ -749,7 +776,7 @@ def add_network(add: Callable) -> None:
     add(
         "--stepmode",
         dest="step_mode",
-        choices=["even", "lin_grow"],
+        choices=CHOICES["step_mode"],
         type=str.lower,
         help="block i >= 1 has STEP layers, or STEP * i + 1",
     )
@@ -784,7 +811,7 @@ def add_network(add: Callable) -> None:
     add("--bottleneck", action=BooleanOptionalAction, help="1x1 convolutions before the 3x3 ones")
     add(
         "--prune",
-        choices=["max", "min"],
+        choices=CHOICES["prune"],
         type=str.lower,
         help="drop fine scales evenly over the depth (max) or in the last layers (min)",
     )
@@ -793,37 +820,6 @@ def add_network(add: Callable) -> None:
         type=in_range(0, 1),
         metavar="R",
         help="share of channels a transition keeps; 0: no transitions",
-    )
-    add(
-        "--small-inputs",
-        action=BooleanOptionalAction,
-        help=f"stem and exits of the CIFAR networks, not of the ImageNet ones (default: up to {SMALL_IMAGES} "
-        "pixels)",
-    )
-    add(
-        "--gradient-equilibrium",
-        "--GE",
-        action=BooleanOptionalAction,
-        help="rescale gradients at the exits; off: plain MSDNet",
-    )
-    add(
-        "--ge-scales",
-        dest="gradient_equilibrium_scales",
-        choices=["trunk", "coarsest"],
-        type=str.lower,
-        help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
-    )
-    add(
-        "--boosted-exits",
-        action=BooleanOptionalAction,
-        help="an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)",
-    )
-    add(
-        "--init",
-        dest="initialization",
-        choices=["pytorch", "he"],
-        type=str.lower,
-        help="PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
     )
 
 
@@ -882,8 +878,8 @@ def _add_optimisation(add: Callable) -> None:
         "--pretrained-lr-factor",
         type=in_range(0),
         metavar="F",
-        help="with --pretrained and --arch: the learning rate of pretrained parameters is F times that of "
-        "new ones",
+        help="with --pretrained and --arch: "
+        "the learning rate of pretrained parameters is F times that of new ones",
     )
     add(
         "--freeze",
@@ -908,9 +904,8 @@ def _add_optimisation(add: Callable) -> None:
         "--ema-decay",
         type=in_range(0, 1),
         metavar="D",
-        help="evaluate and keep an exponential moving average of the weights, with this decay per step "
-        "(default: the weights "
-        "themselves)",
+        help="evaluate and keep an exponential moving average of the weights, "
+        "with this decay per step (default: the weights themselves)",
     )
     add("--clip-grad", type=above(0), metavar="NORM", help="clip the gradient's norm (default: no clipping)")
     add(
@@ -939,9 +934,9 @@ def _add_speed(add: Callable) -> None:
         "--compile",
         choices=["auto", "off", "default", "reduce-overhead", "max-autotune"],
         type=str.lower,
-        help="torch.compile of the training step, which takes minutes the first time; auto: when the "
-        "training is long enough to "
-        "pay for it; reduce-overhead: with CUDA graphs",
+        help="torch.compile of the training step, which takes minutes the first time; "
+        "auto: when the training is long enough to pay for it; "
+        "reduce-overhead: with CUDA graphs",
     )
     add(
         "--checkpoint-activations",
@@ -951,6 +946,6 @@ def _add_speed(add: Callable) -> None:
     add(
         "--sync-bn",
         action=BooleanOptionalAction,
-        help="batch normalisation over all GPUs of torchrun together; they wait for each other at every "
-        "layer",
+        help="batch normalisation over all GPUs of torchrun together; "
+        "they wait for each other at every layer",
     )

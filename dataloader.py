@@ -163,8 +163,8 @@ def _default_size(data: str) -> int:
 def _refuse_large_batch(settings: Namespace, count: int) -> None:
     if settings.evalmode is None and count < settings.batch_size:
         raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {count} training images without the "
-            "held-out ones"
+            f"--batch-size {settings.batch_size} is more than the {count} training images "
+            "without the held-out ones"
         )
 
 
@@ -173,8 +173,8 @@ def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
     held_out = choose_held_out(found.train.targets, size, settings.split_seed)
     if size is None:
         found.notes.append(
-            f"{HELD_OUT_SHARE} % of the training images are held out to choose the best epoch and the "
-            "thresholds; --val-size N changes that"
+            f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "
+            "epoch and the thresholds; --val-size N changes that"
         )
     trained = torch.ones(len(found.train), dtype=torch.bool)
     trained[held_out] = False

@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptive_inference.policy_files import FORMAT as POLICY_FORMAT
 from adaptive_inference.policy_files import from_format_2
+from args import add_msdnet_sizes
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
 from engine.record import RunDirectory
@@ -35,9 +36,7 @@ from utils import (
     UserError,
     at_least,
     atomic_write,
-    in_range,
     in_words,
-    int_list,
     one_line,
     user_path,
 )
@@ -150,13 +149,16 @@ def _convert_last(path: Path, output: Path) -> str:
 
 
 def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: argparse.Namespace) -> str:
-    flags = {flag: getattr(arguments, flag) for flag in PUBLISHED_NAMES if hasattr(arguments, flag)}
+    flags = {
+        flag: getattr(arguments, option)
+        for flag, option in PUBLISHED_NAMES.items()
+        if hasattr(arguments, option)
+    }
     network = load_released(path, gradient_equilibrium=arguments.gradient_equilibrium, **flags)
     if arguments.classes is None:
         raise UserError(
-            f"{path} is of a released program, which stores no class names: give --classes FILE, one name a "
-            "line, or the "
-            "folder that holds a folder for each class"
+            f"{path} is of a released program, which stores no class names: "
+            "give --classes FILE, one name a line, or the folder that holds a folder for each class"
         )
     options = network.stage_1.config
     name = arguments.data or DATA_OF_CLASSES.get(network.num_classes, "folder")
@@ -269,15 +271,10 @@ def _parser() -> CommandLineParser:
         action=argparse.BooleanOptionalAction,
         help="default: as the file says",
     )
-    network = parser.add_argument_group("networks of other sizes than the published ones")
-    for flag in ("nBlocks", "base", "step", "nChannels", "growthRate"):
-        network.add_argument(f"--{flag}", type=at_least(1), metavar="N", default=argparse.SUPPRESS)
-    for flag in ("grFactor", "bnFactor"):
-        network.add_argument(f"--{flag}", type=int_list("-"), metavar="1-2-4", default=argparse.SUPPRESS)
-    network.add_argument("--stepmode", choices=["even", "lin_grow"], default=argparse.SUPPRESS)
-    network.add_argument("--prune", choices=["max", "min"], default=argparse.SUPPRESS)
-    network.add_argument("--reduction", type=in_range(0, 1), metavar="R", default=argparse.SUPPRESS)
-    network.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    network = parser.add_argument_group(
+        "networks of other sizes than the published ones", argument_default=argparse.SUPPRESS
+    )
+    add_msdnet_sizes(network.add_argument)
     return parser
 
 

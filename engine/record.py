@@ -63,8 +63,8 @@ class RunDirectory:
         """Raise a ``UserError`` if something was trained here."""
         if self.holds_run():
             raise UserError(
-                f"{self.path} holds a run; --resume continues it, --overwrite starts again, --save DIR goes "
-                "elsewhere"
+                f"{self.path} holds a run; --resume continues it, --overwrite starts again, "
+                "--save DIR goes elsewhere"
             )
 
     @contextmanager
@@ -93,9 +93,8 @@ class RunDirectory:
                 ) from None
             except OSError as error:
                 complain(
-                    f"the file system of --save {self.path} has no locks ({error.strerror}): make sure that "
-                    "no other run "
-                    "writes there"
+                    f"the file system of --save {self.path} has no locks ({error.strerror}): "
+                    "make sure that no other run writes there"
                 )
             self._clear_leftovers()
             try:

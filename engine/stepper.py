@@ -180,8 +180,6 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
     if several_gpus and (settings.sync_bn or settings.compile != "off"):
         flag = "--sync-bn" if settings.sync_bn else "--compile"
         raise UserError(f"{flag} needs one process per GPU: start with torchrun instead of --gpu")
-    if settings.compile != "off" and settings.checkpoint_activations:
-        raise UserError("--compile and --checkpoint-activations do not go together")
     if settings.compile not in ("off", "default") and settings.accumulate > 1:
         raise UserError(
             f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate "
@@ -209,7 +207,7 @@ def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     if settings.compile == "off":
         return objective
     # The function of Gradient Equilibrium depends on its arguments alone, so its compiled gradient may be
-    # cached.
+    # cached. PyTorch has no public setting for that.
     if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hide that there is no GPU

@@ -282,9 +282,9 @@ class Trainer:
                 else "nothing was saved yet"
             )
             raise UserError(
-                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at "
-                "learning rate "
-                f"{self.stepper.rate:.4g}; {last}; try a smaller --lr, --warmup-epochs or --clip-grad"
+                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, "
+                f"by step {self.progress.step}, at learning rate {self.stepper.rate:.4g}; "
+                f"{last}; try a smaller --lr, --warmup-epochs or --clip-grad"
             )
 
     def _finish_epoch(self) -> None:
@@ -323,10 +323,9 @@ class Trainer:
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
         left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
         self.session.log.line(
-            f"epoch {progress.epoch}/{self.session.settings.epochs}: {LOSS} {row['loss']:.4f}, held-out "
-            f"top-1 by exit {held_out}"
-            f"{' (best)' if is_best else ''}, {row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} "
-            f"s, {left} left"
+            f"epoch {progress.epoch}/{self.session.settings.epochs}: "
+            f"{LOSS} {row['loss']:.4f}, held-out top-1 by exit {held_out}{' (best)' if is_best else ''}, "
+            f"{row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
         self.session.log.scalars(row, progress.epoch)
 

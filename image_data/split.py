@@ -127,8 +127,9 @@ def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None
             )
             return numbers
     raise UserError(
-        f"the data are not those of the checkpoint: it knows {stored.num_training_images} training images of "
-        f"{stored.name}, these are {count}, or others; its held-out split would mix with training images"
+        "the data are not those of the checkpoint: "
+        f"it knows {stored.num_training_images} training images of {stored.name}, these are {count}, "
+        "or others; its held-out split would mix with training images"
     )
 
 

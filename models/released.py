@@ -131,8 +131,8 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
         raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError(
-            "an IMTA network with isc=False has no released form: the released stage 2 always has the ISC "
-            "links"
+            "an IMTA network with isc=False has no released form: "
+            "the released stage 2 always has the ISC links"
         )
     ours = network.state_dict()
     return {f"module.{released_name}": ours[our_name] for our_name, released_name in _names(network)}
