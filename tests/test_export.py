@@ -505,6 +505,14 @@ def test_only_images_near_a_threshold_may_differ(classes, confidence, exits, fai
 
 
 @needs_node
+def test_a_failure_of_node_is_one_line(exported):
+    network, _, folder = exported
+    names = network.description.data.class_names
+    with pytest.raises(UserError, match=r"classify\.mjs failed: there are 2 thresholds"):
+        same_predictions.by_node(folder / "network", Policy((0.5, 0.5)), random_pixels(1), names)
+
+
+@needs_node
 @pytest.mark.parametrize(
     ("change", "limit", "message"),
     [
