@@ -58,13 +58,15 @@ def measure_cost(
         ValueError: the network does not take images of this size.
     """
     network.check_image_size(image_size)
-    # Shapes alone are needed: on the meta device nothing is computed.
-    network = copy.deepcopy(network).to("meta").eval()
-    counter = _Counter(set(network.parameters()), {} if multiply_adds_only else SMALL_OPERATIONS)
-    dtype = next(network.parameters()).dtype
-    images = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=dtype)
     cost = Cost([], [])
-    with torch.no_grad():
+    # In inference mode, PyTorch hands a convolution to the counter before it has become one of the calls that
+    # are counted.
+    with torch.inference_mode(False), torch.no_grad():
+        # Shapes alone are needed: on the meta device nothing is computed.
+        network = copy.deepcopy(network).to("meta").eval()
+        counter = _Counter(set(network.parameters()), {} if multiply_adds_only else SMALL_OPERATIONS)
+        dtype = next(network.parameters()).dtype
+        images = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=dtype)
         for _ in _lazily(network, images, counter) if lazy else _by_whole_blocks(network, images, counter):
             cost.operations.append(counter.operations)
             cost.parameters.append(sum(parameter.numel() for parameter in counter.used))

@@ -1,6 +1,7 @@
 """Operation counts of a network small enough to count by hand, and of stage 2; see also test_golden.py."""
 
 import pytest
+import torch
 
 from models import IMTA, MSDNet, count_operations, measure_cost
 
@@ -51,6 +52,16 @@ def test_lazy_never_costs_more_and_ends_the_same():
     lazy, published = count_operations(network, 32, lazy=True), count_operations(network, 32)
     assert all(a < b for a, b in zip(lazy[:-1], published[:-1], strict=True))
     assert lazy[-1] <= published[-1]
+
+
+def test_counted_in_inference_mode():
+    network = MSDNet(num_classes=10, num_blocks=2, num_channels=4, growth_rate=4)
+    expected = [count_operations(network, 32), count_operations(network, 32, lazy=True)]
+    with torch.inference_mode():
+        made_here = MSDNet(num_classes=10, num_blocks=2, num_channels=4, growth_rate=4)
+        for counted in (network, made_here):
+            found = [count_operations(counted, 32), count_operations(counted, 32, lazy=True)]
+            assert found == expected
 
 
 def test_counting_leaves_the_network_alone():
