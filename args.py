@@ -1,5 +1,6 @@
 """The command line of both training programs: flags in groups, defaults and presets.
 
+Example:
     command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
     command.typed                # {"preset": "cifar100", "lr": 0.2}
     settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default

@@ -1,8 +1,9 @@
 """The three parts of a data set, as batches of normalised float tensors on the training device.
 
-data = load_data(settings, device)
-for images, targets in data.train.epoch(0): ...   # (N, 3, H, W), (N,)
-for images, targets in data.test: ...
+Example:
+    data = load_data(settings, device)
+    for images, targets in data.train.epoch(0): ...   # (N, 3, H, W), (N,)
+    for images, targets in data.test: ...
 """
 
 from argparse import Namespace
@@ -51,9 +52,9 @@ class Data:
     """The three parts of a data set.
 
     Args:
-        split: which training images are ``val``.
-        notes: lines for the user.
-        sorted_by_name: classes are in the order of their folders' names.
+        split: Which training images are ``val``.
+        notes: Lines for the user.
+        sorted_by_name: Classes are in the order of their folders' names.
     """
 
     info: DataInfo
@@ -79,17 +80,17 @@ def load_data(
     evaluation needs no training images.
 
     Args:
-        settings: data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode, check_images,
-            channels_last, and what ``Batches`` take.
-        device: device of the batches.
-        shard: this process's share.
-        stored: what a checkpoint remembers of its data: the classes must be the same.
-        split: that of the checkpoint, which is taken over; training images that it does not know are left
+        settings: With data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,
+            check_images, channels_last, and what ``Batches`` take.
+        device: Device of the batches.
+        shard: This process's share.
+        stored: What a checkpoint remembers of its data: the classes must be the same.
+        split: That of the checkpoint, which is taken over; training images that it does not know are left
             out.
-        preprocessing: what a pretrained network expects; without it, and without ``stored``, our own.
+        preprocessing: What a pretrained network expects; without it, and without ``stored``, our own.
 
     Raises:
-        UserError: missing or empty folders, unreadable images, classes that differ between the parts, an
+        UserError: Missing or empty folders, unreadable images, classes that differ between the parts, an
             impossible split, other data than the checkpoint's.
     """
     expected = stored or preprocessing

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Export what the arguments name, and return the exit status.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: The arguments; None takes those of the process.
     """
     parser = CommandLineParser(
         prog="export_onnx.py", description="Write a trained network as ONNX that stops early."

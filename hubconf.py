@@ -1,5 +1,6 @@
 """Trained networks for ``torch.hub``: in evaluation mode, with a ``description``.
 
+Example:
     network = torch.hub.load(REPOSITORY, "imta_cifar100")                         # from GitHub
     network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")  # offline
 

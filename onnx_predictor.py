@@ -2,9 +2,10 @@
 
 This module needs numpy and onnxruntime only: copy it wherever the network goes.
 
-predictor = OnnxPredictor("network.onnx")    # or the directory of a file per block
-prediction = predictor.predict(images, predictor.choose(operations=20e6))    # images (N, 3, S, S) uint8
-[predictor.class_names[c] for c in prediction.classes]
+Example:
+    predictor = OnnxPredictor("network.onnx")    # or the directory of a file per block
+    prediction = predictor.predict(images, predictor.choose(operations=20e6))    # images (N, 3, S, S) uint8
+    [predictor.class_names[c] for c in prediction.classes]
 """
 
 import json
@@ -40,22 +41,22 @@ class OnnxPredictor:
     """A network that stops early, as one ONNX file or as a directory with one file per block.
 
     Args:
-        path: the file or the directory.
-        threads: threads per operator; None leaves the number to ONNX Runtime.
-        providers: where the network runs, in ONNX Runtime's words, such as ``["CUDAExecutionProvider"]``.
+        path: The file or the directory.
+        threads: Threads per operator; None leaves the number to ONNX Runtime.
+        providers: Where the network runs, in ONNX Runtime's words, such as ``["CUDAExecutionProvider"]``.
 
     Attributes:
-        class_names: names of the C classes.
-        image_size: height and width of the images, S.
+        class_names: Names of the C classes.
+        image_size: Height and width of the images, S.
         preprocessing: ``crop_share`` and ``interpolation`` of the resize; ``mean`` and ``std``, which the
             network applies itself.
-        fingerprint: of the network, for files that belong to it.
-        operations: operations per image to each of the K exits.
-        points: the policies, as dictionaries with thresholds, held-out accuracy and mean operations.
+        fingerprint: Of the network, for files that belong to it.
+        operations: Operations per image to each of the K exits.
+        points: The policies, as dictionaries with thresholds, held-out accuracy and mean operations.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, or was not written by this version of ``export_onnx.py``.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or was not written by this version of ``export_onnx.py``.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class OnnxPredictor:
         """Return the thresholds (K,) of the policy that is most accurate on held-out images within a budget.
 
         Args:
-            operations: mean operations per image at most; None chooses the policy nearest to half of the
+            operations: Mean operations per image at most; None chooses the policy nearest to half of the
                 network's, as predict.py does.
 
         Raises:
-            ValueError: if every policy needs more, or there is none.
+            ValueError: If every policy needs more, or there is none.
         """
         if not self.points:
             raise ValueError("this network was exported without policies: pass thresholds")
@@ -146,7 +147,7 @@ class OnnxPredictor:
             thresholds: (K,), compared with the largest softmax probability; None: those of ``choose()``.
 
         Raises:
-            ValueError: if the images have another type or size, or the thresholds are not K numbers.
+            ValueError: If the images have another type or size, or the thresholds are not K numbers.
         """
         images = np.asarray(images)
         size = self.image_size

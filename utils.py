@@ -80,7 +80,7 @@ def available_cores(root: Path = Path("/")) -> int:
     A container's quota counts: with ``docker run --cpus 2`` on 64 cores, 64 threads would stop each other.
 
     Args:
-        root: where the files of the system begin.
+        root: Where the files of the system begin.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(cores, _cpu_quota(root))))
@@ -223,11 +223,11 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that replaces ``path`` when the block ends: readers see the old or the new file.
 
     Args:
-        path: the file to write; missing folders are made.
-        mode: as for ``open``.
+        path: The file to write; missing folders are made.
+        mode: As for ``open``.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full; an old file is then untouched.
+        UserError: The folder cannot be written or the disk is full; an old file is then untouched.
     """
     temporary = None
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}

@@ -40,7 +40,7 @@ def in_other_library(network: Backbone, thresholds: list[float]) -> nn.Module:
     """Return the network inside ``earlyon``'s wrapper; modules are shared.
 
     Raises:
-        ImportError: the package is missing.
+        ImportError: The package is missing.
     """
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 

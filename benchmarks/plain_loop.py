@@ -51,9 +51,9 @@ class PlainLoop:
     """Training of one stage by a plain loop.
 
     Args:
-        network: an ``MSDNet``, or for stage 2 an ``IMTA`` whose frozen part follows the batches.
-        dataset: augmented images and targets, as ``plain_dataset`` gives.
-        workers: processes that augment images.
+        network: An ``MSDNet``, or for stage 2 an ``IMTA`` whose frozen part follows the batches.
+        dataset: Augmented images and targets, as ``plain_dataset`` gives.
+        workers: Processes that augment images.
     """
 
     def __init__(

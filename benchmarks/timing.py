@@ -16,9 +16,9 @@ def median_seconds(
     """Return the median seconds of one call of each function.
 
     Args:
-        functions: by name.
-        rounds: each round measures every function once.
-        least: a measurement repeats a function until it takes about this many seconds.
+        functions: By name.
+        rounds: Each round measures every function once.
+        least: A measurement repeats a function until it takes about this many seconds.
     """
     threads = torch.get_num_threads()
     timers = {

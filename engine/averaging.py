@@ -1,5 +1,6 @@
 """A moving average of the weights (``--ema-decay``), with BatchNorm statistics of its own.
 
+Example:
     average = moving_average(network, 0.999)
     average.update_parameters(network)                                  # after every step
     measure_batch_norm(average.module, network, batches, torch.bfloat16)    # before it predicts
@@ -42,11 +43,11 @@ def measure_batch_norm(
     """Measure the running statistics of ``average`` again, as the means over batches.
 
     Args:
-        average: ends in evaluation mode.
-        network: the network that is trained, in training mode. Where one of its layers is not, such as in a
+        average: Ends in evaluation mode.
+        network: The network that is trained, in training mode. Where one of its layers is not, such as in a
             frozen backbone, the statistics stay as they are.
-        batches: images (N, 3, H, W), normalised, and their targets, which are not used.
-        dtype: of the convolutions, as in training; None for float32.
+        batches: Images (N, 3, H, W), normalised, and their targets, which are not used.
+        dtype: Of the convolutions, as in training; None for float32.
     """
     average.eval()
     pairs = zip(average.modules(), network.modules(), strict=True)

@@ -1,8 +1,9 @@
 """The files of a run: ``best.safetensors`` (``models.saved``) and ``last.pt``, from which the run resumes.
 
-saved = load_saved(path, {})
-save_checkpoint(path, state)
-state = load_checkpoint(path)
+Example:
+    saved = load_saved(path, {})
+    save_checkpoint(path, state)
+    state = load_checkpoint(path)
 """
 
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
 
     Raises:
-        UserError: one line: the file is missing, truncated, needs unsafe unpickling, or is none of this
+        UserError: One line: the file is missing, truncated, needs unsafe unpickling, or is none of this
             version of the project.
     """
     try:

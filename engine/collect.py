@@ -1,7 +1,8 @@
 """Evaluation: the logits of every exit are collected once, and all results are functions of them.
 
-logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (N,)
-rows = anytime_rows(logits, targets, operations)
+Example:
+    logits, targets = collect_logits(network, data.test, processes)   # (K, N, C), (N,)
+    rows = anytime_rows(logits, targets, operations)
 """
 
 import torch

@@ -1,6 +1,7 @@
 """A check that ``torch.compile`` works here: it needs a compiler, Python's headers and a writable TMPDIR.
 
-mode = usable_mode("default", is_required=False, processes=processes, say=log.line)
+Example:
+    mode = usable_mode("default", is_required=False, processes=processes, say=log.line)
 """
 
 import logging
@@ -19,13 +20,13 @@ def usable_mode(mode: str, is_required: bool, processes: Processes, say: Callabl
     """Return ``mode``, or ``off`` with one line where compiling fails in one of the processes.
 
     Args:
-        mode: value of --compile; not ``auto``.
-        is_required: the user asked for this mode.
-        processes: all of them make the same choice.
-        say: prints a line of the run, once.
+        mode: Value of --compile; not ``auto``.
+        is_required: The user asked for this mode.
+        processes: All of them make the same choice.
+        say: Prints a line of the run, once.
 
     Raises:
-        UserError: compiling fails and ``is_required``.
+        UserError: Compiling fails and ``is_required``.
     """
     if mode == "off":
         return mode

@@ -51,7 +51,7 @@ def place(network: ExitNetwork, settings: Namespace, device: torch.device) -> No
 
     Args:
         network: The network.
-        settings: tf32, channels_last, checkpoint_activations, amp and evalmode, with "auto" resolved.
+        settings: With tf32, channels_last, checkpoint_activations, amp and evalmode, with "auto" resolved.
         device: Where it is to run.
     """
     set_tf32(settings.tf32)
@@ -68,8 +68,8 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed PyTorch, the source of all randomness.
 
     Args:
-        seed: any number.
-        deterministic: allow only operations that repeat bit for bit.
+        seed: Any number.
+        deterministic: Allow only operations that repeat bit for bit.
     """
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
@@ -82,10 +82,10 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     """Seed dropout and other random layers for one training step, so that a resumed run draws the same masks.
 
     Args:
-        seed: of the run.
-        epoch: completed epochs.
-        step: completed steps of this epoch.
-        rank: of this process; processes draw different masks.
+        seed: Of the run.
+        epoch: Completed epochs.
+        step: Completed steps of this epoch.
+        rank: Of this process; processes draw different masks.
     """
     digest = hashlib.sha256(f"{seed} {epoch} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,6 +1,7 @@
 """Processes started by torchrun, found through the environment alone; one process when there is none.
 
-with process_group(settings.gpu) as processes: ...
+Example:
+    with process_group(settings.gpu) as processes: ...
 """
 
 import os
@@ -59,8 +60,8 @@ class Processes:
         """Put rows of all processes together in the main process; return None in the others.
 
         Args:
-            own: rows of this process, on the CPU.
-            indices: of these rows, int64 from 0, by which all rows are sorted; each index occurs in one
+            own: Rows of this process, on the CPU.
+            indices: Of these rows, int64 from 0, by which all rows are sorted; each index occurs in one
                 process.
         """
         if self.world_size == 1:
@@ -116,7 +117,7 @@ def launch_of_environment() -> Launch:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; empty ones count as not set.
 
     Raises:
-        UserError: a value is no number, or RANK is beyond WORLD_SIZE, such as one that a scheduler left.
+        UserError: A value is no number, or RANK is beyond WORLD_SIZE, such as one that a scheduler left.
     """
     world_size = _variable("WORLD_SIZE", 1, smallest=1)
     rank = _variable("RANK", 0)
@@ -157,7 +158,7 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         gpu: --gpu; under torchrun every process takes the GPU of its local rank.
 
     Raises:
-        UserError: the environment names no launch that can work, or a GPU does not exist.
+        UserError: The environment names no launch that can work, or a GPU does not exist.
     """
     launch, available = launch_of_environment(), torch.cuda.device_count()
     _refuse_gpus(launch, gpu, available)
@@ -213,7 +214,7 @@ def _join(launch: Launch, device: torch.device) -> None:
     """Meet the other processes at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: they are missing, cannot be reached or, for rank 0, cannot be used.
+        UserError: They are missing, cannot be reached or, for rank 0, cannot be used.
     """
     address, port = os.environ.get("MASTER_ADDR", "").strip(), _variable("MASTER_PORT", 0)
     if not address or not 0 < port < 2**16:

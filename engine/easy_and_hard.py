@@ -1,5 +1,6 @@
 """Easy and hard images, as in the MSDNet paper's figure 5.
 
+Example:
     easy, hard = easy_and_hard(logits, targets, policy)
     figure = examples_figure(lambda i: images[i], targets, (easy, hard), class_names)
 
@@ -30,9 +31,9 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
     last exit, which is right, while every other exit is wrong.
 
     Args:
-        logits: of every exit, (K, N, C).
+        logits: Of every exit, (K, N, C).
         targets: (N,).
-        policy: decides who leaves.
+        policy: Decides who leaves.
     """
     confidence, classes = confidence_by_exit(logits, policy.measure)
     correct = classes == targets
@@ -56,10 +57,10 @@ def examples_figure(
     Only as many rows and columns are drawn as there are images for; a kind without any image is left out.
 
     Args:
-        picture: image of an index, bytes (3, H, W).
+        picture: Image of an index, bytes (3, H, W).
         targets: (N,).
-        kinds: indices of easy and of hard images, as from ``easy_and_hard``.
-        class_names: of all classes.
+        kinds: Indices of easy and of hard images, as from ``easy_and_hard``.
+        class_names: Of all classes.
     """
     counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in kinds]
     order = (torch.minimum(*counts) * (COLUMNS + 1) + torch.maximum(*counts)).argsort(

@@ -1,6 +1,7 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
-Evaluation(session, network, data, operations, curves).run(["anytime", "dynamic"])
+Example:
+    Evaluation(session, network, data, operations, curves).run(["anytime", "dynamic"])
 """
 
 from dataclasses import replace
@@ -61,12 +62,12 @@ class Evaluation:
     there.
 
     Args:
-        session: the run.
-        network: to evaluate.
-        data: its test images, and its held-out images for ``dynamic``.
-        operations: to each exit.
-        curves: runs whose curves are drawn, by title: this one, after others to compare it with.
-        has_split: whether the held-out images are known to be new to the network, so that they can test
+        session: The run.
+        network: To evaluate.
+        data: Its test images, and its held-out images for ``dynamic``.
+        operations: To each exit.
+        curves: Runs whose curves are drawn, by title: this one, after others to compare it with.
+        has_split: Whether the held-out images are known to be new to the network, so that they can test
             promises.
     """
 
@@ -88,7 +89,7 @@ class Evaluation:
         """Run the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
 
         Raises:
-            UserError: a mode lacks what it needs: held-out images, or a policy file.
+            UserError: A mode lacks what it needs: held-out images, or a policy file.
         """
         log, processes = self.session.log, self.session.processes
         if "dynamic" in modes and self.data.val.num_images == 0:
@@ -126,7 +127,7 @@ class Evaluation:
         Args:
             logits: (K, N, C) of the test images.
             targets: (N,).
-            policy: whose temperatures and ensemble are evaluated too.
+            policy: Whose temperatures and ensemble are evaluated too.
         """
         run, log = self.session.run, self.session.log
         rows = anytime_rows(logits, targets, self.operations)
@@ -270,10 +271,10 @@ def with_ensemble(
     """Return the predictions of the policy's ensemble at every exit, and the operations to them.
 
     Args:
-        predictions: of each exit alone.
+        predictions: Of each exit alone.
         logits: (K, N, C).
-        policy: without an ensemble, both come back unchanged.
-        operations: to each exit.
+        policy: Without an ensemble, both come back unchanged.
+        operations: To each exit.
     """
     if policy.ensemble is None:
         return predictions, operations
@@ -287,11 +288,11 @@ def find_policies(
     """Return the policies of all rules.
 
     Args:
-        network: that gave the logits.
-        operations: to each exit.
-        val: held-out images.
-        policy: measure, temperatures and ensemble.
-        certify: whether the held-out images can test promises about accuracy.
+        network: That gave the logits.
+        operations: To each exit.
+        val: Held-out images.
+        policy: Measure, temperatures and ensemble.
+        certify: Whether the held-out images can test promises about accuracy.
     """
     alone = ExitPredictions.from_logits(*val, policy.measure)
     single = replace(policy, ensemble=None)
@@ -323,11 +324,11 @@ def budget_table(
     """Return about ten budgets of the three rules as a table, each of them different.
 
     Args:
-        geometric: rows of ``budgeted.csv``.
-        optimised: rows of ``optimised.csv``.
-        ensemble: rows of ``ensemble.csv``.
-        full: operations of the whole network.
-        num_images: number of test images.
+        geometric: Rows of ``budgeted.csv``.
+        optimised: Rows of ``optimised.csv``.
+        ensemble: Rows of ``ensemble.csv``.
+        full: Operations of the whole network.
+        num_images: Number of test images.
     """
     others = {"optimised rule": optimised, "ensemble of exits": ensemble}
     if ensemble == optimised:

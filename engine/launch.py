@@ -1,6 +1,7 @@
 """One process per core where a CPU trains: forked workers with a single thread each share every batch.
 
-with shared_out(settings.batch_size, settings.gpu) as processes: ...   # runs once in every process
+Example:
+    with shared_out(settings.batch_size, settings.gpu) as processes: ...   # runs once in every process
 
 Two threads of one process would wait for each other in every convolution, and very long where another program
 uses a core.
@@ -62,8 +63,8 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
     leaves each process ``MIN_SHARE`` images.
 
     Args:
-        batch_size: images per step of all processes.
-        cores: by default those that this process may use.
+        batch_size: Images per step of all processes.
+        cores: By default those that this process may use.
 
     Raises:
         UserError: PROCESSES is not a number, or more than there are images in a batch.
@@ -104,12 +105,12 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
     A worker must end with ``leave_copy``.
 
     Args:
-        batch_size: images per step of all processes.
+        batch_size: Images per step of all processes.
         gpu: --gpu.
 
     Raises:
-        CopyEnded: a worker met an error that this process did not.
-        UserError: as ``process_group`` and ``process_count``; or no process can be started.
+        CopyEnded: A worker met an error that this process did not.
+        UserError: As ``process_group`` and ``process_count``; or no process can be started.
     """
     count = process_count(batch_size) if may_fork(gpu) else 1
     if count == 1:
@@ -146,7 +147,7 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
     """Fork this process; return the rank of each process and, in rank 0, the process ids of the workers.
 
     Raises:
-        UserError: the system does not allow so many.
+        UserError: The system does not allow so many.
     """
     global _report
     parent, workers = os.getpid(), []

@@ -1,7 +1,8 @@
 """The record of a run: what lies where in its directory, and ``run.json``, how each piece of it was made.
 
-with RunDirectory(path).lock():
-    with recorded(session, command, resumed=False, frozen_digest=None): ...
+Example:
+    with RunDirectory(path).lock():
+        with recorded(session, command, resumed=False, frozen_digest=None): ...
 """
 
 import fcntl

@@ -46,9 +46,9 @@ def table(rows: Sequence[dict], names: Sequence[str], num_images: int | None = N
     """Return rows as text: right-aligned columns, a rule below their titles, and a legend.
 
     Args:
-        rows: of numbers or text.
-        names: columns to show; those that the rows lack are left out.
-        num_images: number of images that percentages are of; they get no more digits than these allow.
+        rows: Of numbers or text.
+        names: Columns to show; those that the rows lack are left out.
+        num_images: Number of images that percentages are of; they get no more digits than these allow.
     """
     names = [name for name in names if name in rows[0]]
     cells = [
@@ -87,9 +87,9 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
     """Return the rows of ``budgeted.csv``: points, and what their policies reach on test images.
 
     Args:
-        points: of one rule.
-        test: predictions for the test images.
-        operations: to each exit.
+        points: Of one rule.
+        test: Predictions for the test images.
+        operations: To each exit.
 
     Returns:
         ``p``; ``val_operations`` and ``operations``, means on held-out and on test images; ``val_acc1``,
@@ -117,8 +117,8 @@ def best_within(rows: Sequence[dict], operations: float) -> dict | None:
     Test images choose nothing: the budget is compared with the mean operations on held-out images.
 
     Args:
-        rows: of ``budget_rows``.
-        operations: the budget, a mean per image.
+        rows: Of ``budget_rows``.
+        operations: The budget, a mean per image.
 
     Returns:
         The row, None if all of them spend more.
@@ -139,11 +139,11 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
     """Return rows of numbers that ``write_csv`` wrote.
 
     Args:
-        path: of the file.
-        columns: names that every row must have.
+        path: Of the file.
+        columns: Names that every row must have.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     try:
         with path.open(newline="", encoding="utf-8") as stream:
@@ -165,10 +165,10 @@ def draw_curves(
     """Draw accuracy against operations.
 
     Args:
-        runs: name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty).
+        runs: Name -> rows of ``anytime.csv``, ``budgeted.csv`` and ``optimised.csv`` (each may be empty).
             Exits are circles; budgets are a line for the paper's rule and a dotted one for the optimised
             rule.
-        num_images: number of test images. Where there are few, budgets are points with error bars of one
+        num_images: Number of test images. Where there are few, budgets are points with error bars of one
             standard error, as lines between them would show little but chance.
     """
     figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
@@ -190,9 +190,9 @@ def draw_runtime(budgets: list[dict], exits: list[dict], deadlines: list[dict]) 
     """Draw accuracy against operations, and against milliseconds at batch 1.
 
     Args:
-        budgets: rows of policies, with ``acc1``, ``operations`` and ``milliseconds``.
-        exits: rows of every exit, with ``acc1`` and ``operations``.
-        deadlines: rows with ``acc1`` and ``milliseconds``.
+        budgets: Rows of policies, with ``acc1``, ``operations`` and ``milliseconds``.
+        exits: Rows of every exit, with ``acc1`` and ``operations``.
+        deadlines: Rows with ``acc1`` and ``milliseconds``.
     """
     figure = Figure(figsize=(9.6, 4.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,7 +1,8 @@
 """The checkpoint from which a run resumes.
 
-state = state_to_resume(command, stage.name, directory)      # None: start
-network = network_to_resume(directory, state)
+Example:
+    state = state_to_resume(command, stage.name, directory)      # None: start
+    network = network_to_resume(directory, state)
 """
 
 import os

@@ -94,8 +94,8 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
     """Open a file, or standard output for None.
 
     Raises:
-        UserError: it cannot be written, one line.
-        BrokenPipeError: the reader of standard output has closed it.
+        UserError: It cannot be written, one line.
+        BrokenPipeError: The reader of standard output has closed it.
     """
     if path is not None:
         with atomic_write(path) as stream:

@@ -1,6 +1,7 @@
 """A run from its command line to its tables: check, load, train or resume, evaluate.
 
-status = run(parse("GE", argv), Stage1())
+Example:
+    status = run(parse("GE", argv), Stage1())
 """
 
 import os

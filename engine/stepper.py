@@ -1,5 +1,6 @@
 """One optimisation step: mixed precision, accumulation over parts of the batch, several devices.
 
+Example:
     stepper = Stepper(objective, settings, processes)
     stepper.step(images, targets, rate, meters.update)
 
@@ -34,7 +35,7 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
 
     Args:
         objective: Its ``network``, if it has one, knows its pretrained parameters.
-        settings: optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer, pretrained_lr_factor.
+        settings: With optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer, pretrained_lr_factor.
     """
     network = getattr(objective, "network", None)
     pretrained = (
@@ -58,11 +59,11 @@ class Stepper:
     """Optimisation of ``objective``, step by step, with SGD or AdamW.
 
     Args:
-        objective: on its device.
-        settings: optimizer, lr, pretrained_lr_factor, momentum, weight_decay, nesterov, clip_grad, amp,
+        objective: On its device.
+        settings: With optimizer, lr, pretrained_lr_factor, momentum, weight_decay, nesterov, clip_grad, amp,
             accumulate, compile, fused_optimizer and sync_bn, in a combination that
             ``refuse_combinations`` accepts.
-        processes: this process and the others.
+        processes: This process and the others.
     """
 
     def __init__(self, objective: nn.Module, settings: Namespace, processes: Processes):
@@ -100,8 +101,8 @@ class Stepper:
         Args:
             images: (N, 3, H, W).
             targets: (N,).
-            rate: learning rate.
-            observe: called with losses (n,), logits (n, K, C) and targets (n,) of every part.
+            rate: Learning rate.
+            observe: Called with losses (n,), logits (n, K, C) and targets (n,) of every part.
         """
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
@@ -207,7 +208,8 @@ def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     if settings.compile == "off":
         return objective
     # The function of Gradient Equilibrium depends on its arguments alone, so its compiled gradient may be
-    # cached. PyTorch has no public setting for that.
+    # cached. The only other setting is an environment
+    # variable, which has to be set before anything else in the process compiles.
     if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hide that there is no GPU

@@ -2,6 +2,7 @@
 
 ``engine.stepper`` makes the steps.
 
+Example:
     progress = train(objective, description, data, session, state)
 
 A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
@@ -146,7 +147,7 @@ def learning_rate(settings: Namespace, step: int, steps_per_epoch: int) -> float
     It is a function of the step alone, so that a resumed run needs no state for it.
 
     Args:
-        settings: lr, lr_type, lr_milestones (epochs), decay_rate, warmup_epochs, epochs.
+        settings: With lr, lr_type, lr_milestones (epochs), decay_rate, warmup_epochs, epochs.
         step: Counted over all epochs, from 0.
         steps_per_epoch: Steps of an epoch.
     """

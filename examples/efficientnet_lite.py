@@ -56,7 +56,7 @@ def converted(original: nn.Module, target: nn.Module) -> dict[str, Tensor]:
     the other.
 
     Raises:
-        ValueError: they do not have the same tensors in the same order.
+        ValueError: They do not have the same tensors in the same order.
     """
     weights = {}
     for (name, x), (own_name, own) in zip(

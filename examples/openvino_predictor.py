@@ -26,12 +26,12 @@ class OpenVinoPredictor(OnnxPredictor):
     """A network with one file per block, on OpenVINO.
 
     Args:
-        path: the directory.
-        threads: threads per operator; None leaves the number to OpenVINO.
+        path: The directory.
+        threads: Threads per operator; None leaves the number to OpenVINO.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the path is one file, or a file is damaged or of another version.
+        FileNotFoundError: If a file is missing.
+        ValueError: If the path is one file, or a file is damaged or of another version.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):

@@ -170,11 +170,11 @@ def report(name: str, found: Rows, expected: Rows, near: np.ndarray, tolerance: 
     """Print how many predictions differ.
 
     Args:
-        name: of the way to predict.
-        found: its predictions, of the first images or all.
+        name: Of the way to predict.
+        found: Its predictions, of the first images or all.
         expected: PyTorch's predictions.
         near: (K, N) bool: whether the confidence of an image at an exit is near the exit's threshold.
-        tolerance: of confidences.
+        tolerance: Of confidences.
 
     Returns:
         True if a prediction differs that should not.

@@ -147,7 +147,7 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
 
     Args:
         source: CIFAR-100, as for --data-root.
-        target: links to the folders of the classes, or images from the archive, go here.
+        target: Links to the folders of the classes, or images from the archive, go here.
         every: 1 for all classes, which are those in ``source``.
 
     Raises:

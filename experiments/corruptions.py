@@ -1,5 +1,6 @@
 """Corruptions of images that are common in the field, each at five strengths.
 
+Example:
     corrupted = CORRUPTIONS["jpeg"].apply(images, 75)     # uint8 (N, 3, H, W) -> the same
 
 Every corruption is deterministic: the noise has a fixed seed. ``experiments.drift`` measures what they cost
@@ -25,9 +26,9 @@ class Corruption:
     """A way to damage images.
 
     Attributes:
-        title: what the strengths measure, for tables.
-        strengths: from weak to strong.
-        apply: images uint8 (N, 3, H, W) and a strength -> damaged images, uint8 (N, 3, H, W).
+        title: What the strengths measure, for tables.
+        strengths: From weak to strong.
+        apply: Images uint8 (N, 3, H, W) and a strength -> damaged images, uint8 (N, 3, H, W).
     """
 
     title: str

@@ -37,10 +37,10 @@ class TestImages:
 
     Args:
         network: predicts.
-        data: holds the images.
-        cache: folder of the logits.
-        name: of the network, for file names.
-        limit: number of images, evenly spread.
+        data: Holds the images.
+        cache: Folder of the logits.
+        name: Of the network, for file names.
+        limit: Number of images, evenly spread.
     """
 
     def __init__(self, network: ExitNetwork, data: Data, cache: Path, name: str, limit: int | None):

@@ -235,10 +235,10 @@ class Evaluated(NamedTuple):
     """Predictions of a network for held-out and test images, its ensemble among them.
 
     Attributes:
-        val: held-out images.
-        test: test images.
-        policy: measure, temperatures and ensemble, fitted on the held-out images.
-        operations: to each exit.
+        val: Held-out images.
+        test: Test images.
+        policy: Measure, temperatures and ensemble, fitted on the held-out images.
+        operations: To each exit.
     """
 
     val: ExitPredictions
@@ -251,7 +251,7 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     """Run a network on the held-out images of its own split and on the test images.
 
     Raises:
-        UserError: the network or its images cannot be read.
+        UserError: The network or its images cannot be read.
     """
     saved = load_saved(find(network), {})
     flags = ["--data-root", str(data_root)] if data_root else []

@@ -108,7 +108,7 @@ def ship(saved: Saved, output: Path, bfloat16: bool = False, data_root: Path | N
         data_root: Folder of the images; None: that of the run.
 
     Raises:
-        UserError: the rounded network cannot be evaluated, or an exit loses too much.
+        UserError: The rounded network cannot be evaluated, or an exit loses too much.
     """
     # Names are many, and of use to the run alone.
     split = saved.split._replace(names=saved.split.names[:0])
@@ -164,7 +164,7 @@ def training(run: RunDirectory) -> dict[str, str | int]:
     """Hardware and minutes of a run.
 
     Raises:
-        UserError: its records do not tell.
+        UserError: Its records do not tell.
     """
     try:
         piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]

@@ -362,7 +362,7 @@ def check_backbones() -> None:
     """Check that the arms of stage 2 that are compared start from the same network.
 
     Raises:
-        UserError: arms of one seed froze different networks of the same arm of stage 1.
+        UserError: Arms of one seed froze different networks of the same arm of stage 1.
     """
     frozen: dict[tuple[Path, str], str] = {}
     for record in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):

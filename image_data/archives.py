@@ -21,7 +21,7 @@ def read_cifar(name: str, root: Path) -> tuple[Part, Part, list[str]]:
     An archive that is not there is downloaded.
 
     Raises:
-        UserError: there is none, and it cannot be downloaded.
+        UserError: There is none, and it cannot be downloaded.
     """
     missing = [folder for folder in (root, *root.parents) if not is_folder(folder)]
     try:

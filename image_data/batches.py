@@ -1,5 +1,6 @@
 """Batches of normalised float tensors on the training device.
 
+Example:
     batches = FileBatches(part, (evaluation, training), settings, True, normalize, Shard())
     for images, targets in batches.epoch(0): ...   # training: (N, 3, H, W), (N,)
     for images, targets in batches: ...            # evaluation
@@ -49,12 +50,12 @@ class Batches(ABC):
     normalisation: bytes (3, H, W).
 
     Args:
-        part: the images.
-        settings: batch_size, of all processes together; seed; augment; workers and skip_unreadable, for
+        part: The images.
+        settings: With batch_size, of all processes together; seed; augment; workers and skip_unreadable, for
             files.
-        augment: whether ``epoch`` augments.
-        normalize: its device is that of the batches.
-        shard: what this process gets of every batch.
+        augment: Whether ``epoch`` augments.
+        normalize: Its device is that of the batches.
+        shard: What this process gets of every batch.
     """
 
     def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
@@ -152,9 +153,9 @@ class FileBatches(Batches):
     """Batches of image files that threads decode, augment and resize.
 
     Args:
-        part: the files.
-        transforms: for evaluation and for training.
-        settings: as for ``Batches``, like the rest.
+        part: The files.
+        transforms: For evaluation and for training.
+        settings: As for ``Batches``, like the rest.
     """
 
     def __init__(self, part: Part, transforms: tuple[Transform, Transform], settings: Namespace, *how: Any):

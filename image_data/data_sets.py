@@ -1,5 +1,6 @@
 """Every data set as training and test images: the demo, CIFAR's archives, and folders of images.
 
+Example:
     data_set = find_data_set(settings, image_size=224)
     data_set.train.files, data_set.test.targets, data_set.class_names
 
@@ -47,15 +48,15 @@ def find_data_set(
     """Find the data set that ``settings`` name.
 
     Args:
-        settings: data, data_root, test_size, split_seed.
-        image_size: of the demo's images, and to check that of CIFAR's.
-        stored: what a checkpoint remembers; its classes keep their order.
-        digests: of the names of the checkpoint's training images; where test images are split off, they are
+        settings: With data, data_root, test_size, split_seed.
+        image_size: Of the demo's images, and to check that of CIFAR's.
+        stored: What a checkpoint remembers; its classes keep their order.
+        digests: Of the names of the checkpoint's training images; where test images are split off, they are
             all others.
-        only_test: leave folders of training images alone.
+        only_test: Leave folders of training images alone.
 
     Raises:
-        UserError: missing, empty or closed folders, or classes that differ between training and test images.
+        UserError: Missing, empty or closed folders, or classes that differ between training and test images.
     """
     if settings.data == "demo":
         train, test = (

@@ -1,5 +1,6 @@
 """Walking through folders of images.
 
+Example:
     files, complaints = find_images([Path("photos")])
     classes = Survey().classes(Path("photos/train"))     # {"cat": [files], "dog": [files]}
 
@@ -32,8 +33,8 @@ class Survey:
     """A walk through folders.
 
     Attributes:
-        left_out: number of files that are no images, by suffix.
-        closed: errors about folders that may not be entered.
+        left_out: Number of files that are no images, by suffix.
+        closed: Errors about folders that may not be entered.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     """Find image files.
 
     Args:
-        paths: files and folders; folders are replaced by the images anywhere below them, in order of their
+        paths: Files and folders; folders are replaced by the images anywhere below them, in order of their
             names.
 
     Returns:

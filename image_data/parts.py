@@ -41,9 +41,9 @@ class DataSet:
     """A data set before images are held out.
 
     Args:
-        names: names of the training images, or one digest of all their pixels.
-        notes: lines for the user.
-        sorted_by_name: classes are numbered by the order of their folders' names, which another program may
+        names: Names of the training images, or one digest of all their pixels.
+        notes: Lines for the user.
+        sorted_by_name: Classes are numbered by the order of their folders' names, which another program may
             not share.
     """
 

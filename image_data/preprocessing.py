@@ -1,6 +1,7 @@
 """A photograph as a network expects it, for ``AdaptivePredictor.predict_images``.
 
-prediction = predictor.predict_images(["photo.jpg", pil_image], preprocess)
+Example:
+    prediction = predictor.predict_images(["photo.jpg", pil_image], preprocess)
 """
 
 from pathlib import Path
@@ -17,11 +18,11 @@ def preprocess(image: str | Path | Image.Image, data: DataInfo) -> Tensor:
     """Return bytes (3, S, S) of an image file or a PIL image, resized and cropped as in evaluation.
 
     Args:
-        image: a path, or a PIL image with 8 bits per channel.
-        data: of the network, ``network.description.data``.
+        image: A path, or a PIL image with 8 bits per channel.
+        data: Of the network, ``network.description.data``.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: The file cannot be read.
     """
     transform = evaluation_transform(data.image_size, data.crop_share, data.interpolation)
     return transform(image) if isinstance(image, Image.Image) else read_image(image, transform)

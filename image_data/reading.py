@@ -1,7 +1,8 @@
 """Image files in RGB: upright, on a white background, with their contrast, and never a decompression bomb.
 
-image = read_image("photo.jpg")                                # a PIL image
-pixels = read_image("photo.jpg", evaluation_transform(224, 0.875))    # bytes (3, 224, 224)
+Example:
+    image = read_image("photo.jpg")                                # a PIL image
+    pixels = read_image("photo.jpg", evaluation_transform(224, 0.875))    # bytes (3, 224, 224)
 """
 
 import warnings
@@ -26,11 +27,11 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
     """Open an image file and return what ``transform`` makes of it.
 
     Args:
-        path: a file in one of ``FORMATS``.
-        transform: gets the opened image, which is not decoded yet; None: ``rgb``.
+        path: A file in one of ``FORMATS``.
+        transform: Gets the opened image, which is not decoded yet; None: ``rgb``.
 
     Raises:
-        UserError: the file cannot be read, or is so large that it looks like a decompression bomb.
+        UserError: The file cannot be read, or is so large that it looks like a decompression bomb.
     """
     path = Path(path)
     _ignore_pillow_warnings()

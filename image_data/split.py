@@ -19,14 +19,14 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
 
     Args:
         targets: (N,), of all training images.
-        val_size: how many to hold out; None: ``HELD_OUT_SHARE``.
-        split_seed: seed of the draw.
+        val_size: How many to hold out; None: ``HELD_OUT_SHARE``.
+        split_seed: Seed of the draw.
 
     Returns:
         Sorted indices.
 
     Raises:
-        UserError: fewer than one image would be left to train on.
+        UserError: Fewer than one image would be left to train on.
     """
     count = len(targets)
     size = max(1, count * HELD_OUT_SHARE // 100) if val_size is None else val_size
@@ -65,14 +65,14 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
 
     Args:
         targets: (N,), of all images.
-        test_size: a share below 1, or a number of images.
-        split_seed: seed of the draw.
+        test_size: A share below 1, or a number of images.
+        split_seed: Seed of the draw.
 
     Returns:
         Which images are test images, bool (N,). Every class with at least two images keeps one and gives one.
 
     Raises:
-        UserError: there are not so many images.
+        UserError: There are not so many images.
     """
     count = len(targets)
     size = round(count * test_size) if test_size < 1 else int(test_size)
@@ -98,16 +98,16 @@ def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None
     it.
 
     Args:
-        data_set: as found now.
-        stored: what the checkpoint remembers; None: there is no checkpoint, and the images are numbered as
+        data_set: As found now.
+        stored: What the checkpoint remembers; None: there is no checkpoint, and the images are numbered as
             they are.
-        digests: the ``name_digests`` of the checkpoint's training images; without them, all must be there.
+        digests: The ``name_digests`` of the checkpoint's training images; without them, all must be there.
 
     Returns:
         The number of every training image among those of the checkpoint, -1 for an unknown one.
 
     Raises:
-        UserError: the classes are others, or so are too many of the images.
+        UserError: The classes are others, or so are too many of the images.
     """
     count = len(data_set.train)
     if stored is not None:

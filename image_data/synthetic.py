@@ -5,6 +5,7 @@ together. Images differ widely in difficulty: a large shape in strong colours on
 to the first exit; a small, faint, partly hidden one among smaller decoys of other classes and the same colour
 needs a deep one.
 
+Example:
     images, labels = generate(8000, seed=0)  # uint8 (8000, 3, 32, 32), int64 (8000,)
 """
 
@@ -51,8 +52,8 @@ def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, 
 
     Args:
         num_images: N, at least 1.
-        seed: seed of this data set's own generator; another one gives other images of the same kind.
-        image_size: height and width in pixels. Everything in the image scales with it.
+        seed: Seed of this data set's own generator; another one gives other images of the same kind.
+        image_size: Height and width in pixels. Everything in the image scales with it.
 
     Returns:
         Images, uint8 (N, 3, H, W), and labels, int64 (N,), in random order; numbers of images of two classes
@@ -151,8 +152,8 @@ def _coverage(distance: Array, image_size: int) -> Array:
     """Return the share of each pixel that a shape covers, which smooths its edge.
 
     Args:
-        distance: signed distance to the edge, negative inside, in half image sides.
-        image_size: in pixels.
+        distance: Signed distance to the edge, negative inside, in half image sides.
+        image_size: In pixels.
     """
     return np.clip(np.float32(0.5) - distance * np.float32(image_size / 2), 0, 1)
 
@@ -161,9 +162,9 @@ def _shape_distance(labels: Array, x: Array, y: Array) -> Array:
     """Return the signed distance (n, H, W) to the edges of shapes, negative inside, in radii.
 
     Args:
-        labels: classes of the shapes, (n,).
-        x: positions in the frames of the shapes, (n, H, W).
-        y: the same.
+        labels: Classes of the shapes, (n,).
+        x: Positions in the frames of the shapes, (n, H, W).
+        y: The same.
     """
     outline, fill = labels // len(FILLS), labels % len(FILLS)
     distance = np.empty_like(x)

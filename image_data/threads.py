@@ -1,5 +1,6 @@
 """Threads that work ahead, in order, on a bounded number of batches.
 
+Example:
     for images in map_batches(read, [[path_1, path_2], [path_3, path_4]], threads=4): ...
 
 PIL and PyTorch release Python's global lock while they decode and resize, so that threads keep all cores
@@ -25,12 +26,12 @@ def map_batches(
     """Yield ``[function(x) for x in batch]`` of every batch, in order.
 
     Args:
-        function: may run in any thread; what it raises is raised here.
-        batches: its arguments.
-        threads: that work ahead; 0: everything happens in the calling thread, when it is asked for.
+        function: May run in any thread; what it raises is raised here.
+        batches: Its arguments.
+        threads: That work ahead; 0: everything happens in the calling thread, when it is asked for.
 
     Raises:
-        UserError: the system allows fewer threads.
+        UserError: The system allows fewer threads.
     """
     if threads == 0:
         for batch in batches:

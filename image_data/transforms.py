@@ -1,8 +1,9 @@
 """From an image to the bytes that a network sees: fixed for evaluation, random for training.
 
-pixels = read_image(path, evaluation_transform(224, crop_share=0.875))   # bytes (3, 224, 224)
-with DrawsFrom(torch.Generator().manual_seed(1)):
-    pixels = read_image(path, TrainingTransform(224, "trivial"))       # a function of the seed alone
+Example:
+    pixels = read_image(path, evaluation_transform(224, crop_share=0.875))   # bytes (3, 224, 224)
+    with DrawsFrom(torch.Generator().manual_seed(1)):
+        pixels = read_image(path, TrainingTransform(224, "trivial"))       # a function of the seed alone
 """
 
 import math
@@ -60,9 +61,9 @@ def evaluation_transform(image_size: int, crop_share: float, interpolation: str 
     """Return a transform: opened image -> bytes (3, image_size, image_size), the centre of the resized image.
 
     Args:
-        image_size: height and width of the result.
-        crop_share: the share of the shorter side that is kept.
-        interpolation: value of a torchvision ``InterpolationMode``, such as ``bicubic``.
+        image_size: Height and width of the result.
+        crop_share: The share of the shorter side that is kept.
+        interpolation: Value of a torchvision ``InterpolationMode``, such as ``bicubic``.
     """
     mode, resized = v2.InterpolationMode(interpolation), round(image_size / crop_share)
     resize = v2.Compose([v2.Resize(resized, interpolation=mode, antialias=True), v2.CenterCrop(image_size)])
@@ -123,8 +124,8 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
 
     Args:
         images: (N, C, H, W).
-        offsets: row and column of each window in the padded image, (N, 2), from 0 to 2 * CROP_PADDING.
-        flips: which images to mirror left to right, (N,) bool.
+        offsets: Row and column of each window in the padded image, (N, 2), from 0 to 2 * CROP_PADDING.
+        flips: Which images to mirror left to right, (N,) bool.
     """
     height, width = images.shape[-2:]
     padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)

@@ -1,5 +1,6 @@
 """Exits with Gradient Equilibrium on any network that ``torch.fx`` can trace.
 
+Example:
     network = Backbone(torchvision.models.resnet18(), exits=["layer1", "layer2", "layer3"], num_classes=100)
     logits = network(torch.randn(8, 3, 224, 224))  # a list of 4 tensors (8, 100)
 
@@ -85,21 +86,21 @@ class Backbone(ExitNetwork):
     """A network with exits at the outputs of some of its modules, and its own end as the last exit.
 
     Args:
-        network: takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is
+        network: Takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is
             not copied.
-        exits: paths of modules, in the order in which the network runs them; or the number of all exits.
+        exits: Paths of modules, in the order in which the network runs them; or the number of all exits.
             Then the early ones are put at the network's own blocks such that operations are spread evenly.
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
-        boosted_exits: an exit adds its logits to half of those of the exit before.
-        gradient_equilibrium: rescale gradients at the exits.
-        layout: one of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
-        image_size: a size that the network takes, where it takes none of the usual ones.
-        frozen: let only the exits learn, and the last linear layer if it is new.
+        boosted_exits: An exit adds its logits to half of those of the exit before.
+        gradient_equilibrium: Rescale gradients at the exits.
+        layout: One of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
+        image_size: A size that the network takes, where it takes none of the usual ones.
+        frozen: Let only the exits learn, and the last linear layer if it is new.
         origin: ``library``, ``name`` and ``options`` of the network's constructor, by which a file can
             describe it.
 
     Raises:
-        ValueError: the network cannot be traced, has no last linear layer, or cannot be cut there; one line
+        ValueError: The network cannot be traced, has no last linear layer, or cannot be cut there; one line
             says which.
     """
 
@@ -172,12 +173,12 @@ class Backbone(ExitNetwork):
         """Build the network that ``config`` describes, with new weights, on the CPU.
 
         Args:
-            config: its ``library`` is torchvision, timm, or None for a custom network.
-            network: that network, needed where ``library`` is None.
+            config: Its ``library`` is torchvision, timm, or None for a custom network.
+            network: That network, needed where ``library`` is None.
 
         Raises:
-            NeedsNetworkError: the network or its library is missing.
-            ValueError: the network is unknown, or cannot be cut as it was.
+            NeedsNetworkError: The network or its library is missing.
+            ValueError: The network is unknown, or cannot be cut as it was.
         """
         config = dict(config)
         origin = {key: config.pop(key) for key in ("library", "name", "options")}
@@ -282,7 +283,7 @@ class Backbone(ExitNetwork):
         """Load a state dict of the network without exits; its last linear layer only if that fits.
 
         Raises:
-            ValueError: the weights are those of another network.
+            ValueError: The weights are those of another network.
         """
         own = self.network.state_dict()
         classifier = f"{self._classifier}."
@@ -571,18 +572,18 @@ def build_backbone(
     """Build a network of torchvision (``NAME``) or timm (``timm/NAME``) with exits.
 
     Args:
-        arch: name of the network.
-        exits: as for ``Backbone``.
+        arch: Name of the network.
+        exits: As for ``Backbone``.
         num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
         pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
             weights; None for none.
-        image_size: of the images it will see; operations are spread evenly for this size.
-        options: of the network's constructor, plain types.
-        of_backbone: further arguments of ``Backbone``.
+        image_size: Of the images it will see; operations are spread evenly for this size.
+        options: Of the network's constructor, plain types.
+        of_backbone: Further arguments of ``Backbone``.
 
     Raises:
-        ValueError: an unknown name, a network that cannot be cut, or weights of another network.
-        OSError: the weights cannot be read or downloaded.
+        ValueError: An unknown name, a network that cannot be cut, or weights of another network.
+        OSError: The weights cannot be read or downloaded.
     """
     origin = {"library": None, "name": arch, "options": dict(options or {})}
     origin["library"], origin["name"] = split_name(arch)

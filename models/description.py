@@ -1,7 +1,8 @@
 """The record of a network: what its file says about it, its data set and its training, in plain types.
 
-network.description.data.class_names, network.description.data.image_size
-network.description.operations[-1]
+Example:
+    network.description.data.class_names, network.description.data.image_size
+    network.description.operations[-1]
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Paths of the files of trained networks. This module imports nothing heavy.
 
-find("imta_cifar100"), find("save/demo/IMTA"), find("elsewhere/network.safetensors")
+Example:
+    find("imta_cifar100"), find("save/demo/IMTA"), find("elsewhere/network.safetensors")
 """
 
 import os
@@ -15,7 +16,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
     """Return the file that a path, the directory of a run or the name of a shipped network means.
 
     Raises:
-        OSError: there is none; the names are listed.
+        OSError: There is none; the names are listed.
     """
     path = Path(os.path.expanduser(path_or_name))  # noqa: PTH111, as Path's raises where there is no such home
     if path.is_dir():

@@ -3,6 +3,7 @@
 Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section
 3.2.
 
+Example:
     network = IMTA(MSDNet(num_classes=100))
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
@@ -23,15 +24,15 @@ class IMTA(ExitNetwork):
     f_k are the backbone's features at exit k, z_{k-1} the logits of exit k-1, and g is the link between them.
 
     Args:
-        backbone: the stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.
+        backbone: The stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.
         isc: False leaves the links out: every new classifier reads its own features only (One-for-all alone).
-        cut_isc_gradient: the loss of exit k does not reach exit k-1 through the link (the paper). False lets
+        cut_isc_gradient: The loss of exit k does not reach exit k-1 through the link (the paper). False lets
             it flow (released code).
-        freeze_backbone: parameters of the backbone do not learn. False is the single-stage variant, which
+        freeze_backbone: Parameters of the backbone do not learn. False is the single-stage variant, which
             trains everything at once and whose teacher is its own last exit.
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper).
             False lets it use and collect those of the batches (released code).
-        boosted: whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
+        boosted: Whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class IMTA(ExitNetwork):
         """Inline Subnetwork Collaboration: compute the logits (N, num_classes) of exit ``k``.
 
         Args:
-            k: number of the exit, from 0.
-            features: of exit ``k``, (N, feature_dims[k]).
-            previous_logits: of exit k - 1, (N, num_classes); None for the first exit.
+            k: Number of the exit, from 0.
+            features: Of exit ``k``, (N, feature_dims[k]).
+            previous_logits: Of exit k - 1, (N, num_classes); None for the first exit.
         """
         if self.links is not None and previous_logits is not None:
             linked = previous_logits.detach() if self.cut_isc_gradient else previous_logits
@@ -149,8 +150,8 @@ class IMTA(ExitNetwork):
         variant.
 
         Args:
-            features: of all exits.
-            logits: of all exits.
+            features: Of all exits.
+            logits: Of all exits.
         """
         if not self.freeze_backbone:
             return logits[-1].detach()

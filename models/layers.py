@@ -53,7 +53,7 @@ class Stem(nn.Module):
     """First layer: the image at the finest scale, then one strided convolution for every further scale.
 
     Args:
-        channels: output channels of every scale, finest first.
+        channels: Output channels of every scale, finest first.
         small_inputs: 3x3 stride-1 convolution (CIFAR) instead of 7x7 stride 2 and a max-pool (ImageNet).
     """
 
@@ -101,12 +101,12 @@ class Layer(GridStage):
     adds down(x_{s-1}) and normal(x_s), half of the new channels each.
 
     Args:
-        width: input channels of every scale.
-        growth: new channels of every scale.
-        bottleneck_factors: one per scale, applied by the scale an input comes from; None for no bottleneck.
-        input_scales: scales of the stage before.
-        output_scales: scales of this stage; finer ones are dropped here.
-        share_convolutions: run the two 1x1 convolutions that read one scale as one in ``forward``. Both then
+        width: Input channels of every scale.
+        growth: New channels of every scale.
+        bottleneck_factors: One per scale, applied by the scale an input comes from; None for no bottleneck.
+        input_scales: Scales of the stage before.
+        output_scales: Scales of this stage; finer ones are dropped here.
+        share_convolutions: Run the two 1x1 convolutions that read one scale as one in ``forward``. Both then
             get a gradient, if only zeros, even where the output of one of them is never read.
     """
 
@@ -204,8 +204,8 @@ class Exit(nn.Module):
     map is the same there, and keeps the number of features independent of the image size.
 
     Args:
-        in_channels: channels of the coarsest scale.
-        feature_channels: channels of both convolutions, and number of pooled features.
+        in_channels: Channels of the coarsest scale.
+        feature_channels: Channels of both convolutions, and number of pooled features.
     """
 
     def __init__(self, in_channels: int, feature_channels: int, num_classes: int):

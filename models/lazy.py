@@ -24,9 +24,9 @@ class ExitPlan(NamedTuple):
     """The cells on the way to an exit.
 
     Args:
-        computed: cells to compute for this exit, in this order.
-        read: the cell that the exit reads.
-        kept: all cells that later exits read.
+        computed: Cells to compute for this exit, in this order.
+        read: The cell that the exit reads.
+        kept: All cells that later exits read.
     """
 
     computed: tuple[Cell, ...]

@@ -12,9 +12,9 @@ def sum_of_cross_entropies(logits: list[Tensor], targets: Tensor, label_smoothin
     """Return the stage-1 loss (N,): the sum of the cross-entropies of all exits.
 
     Args:
-        logits: one tensor (N, C) per exit.
-        targets: class indices (N,).
-        label_smoothing: share of the targets that is spread over all classes.
+        logits: One tensor (N, C) per exit.
+        targets: Class indices (N,).
+        label_smoothing: Share of the targets that is spread over all classes.
     """
     return sum(F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing) for z in logits)
 
@@ -33,14 +33,14 @@ def one_for_all_loss(
     The loss of an exit k < K is (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
 
     Args:
-        logits: one tensor (N, C) per exit.
-        targets: class indices (N,).
+        logits: One tensor (N, C) per exit.
+        targets: Class indices (N,).
         teacher_logits: (N, C); no gradient flows into them.
         temperature: T.
-        gamma: weight of the distillation term; 0 is no distillation.
-        kl_mean_over_classes: use the released program's KL, which is also averaged over classes and so weighs
+        gamma: Weight of the distillation term; 0 is no distillation.
+        kl_mean_over_classes: Use the released program's KL, which is also averaged over classes and so weighs
             1 / C of the paper's.
-        label_smoothing: share of the targets that is spread over all classes.
+        label_smoothing: Share of the targets that is spread over all classes.
     """
     loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
     soft_targets = F.softmax(teacher_logits.detach() / temperature, dim=1)

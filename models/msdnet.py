@@ -4,6 +4,7 @@ MSDNet: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image C
 (arXiv 1703.09844). GE: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv
 1908.06294), section 3.1.
 
+Example:
     network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=16, growth_rate=6, num_classes=100)
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
@@ -39,12 +40,12 @@ class MSDNet(ExitNetwork):
     """Multi-scale dense network with ``num_blocks`` exits.
 
     Args:
-        num_classes: outputs of every exit.
-        options: those of ``NetworkOptions``, which explains them.
+        num_classes: Outputs of every exit.
+        options: Those of ``NetworkOptions``, which explains them.
 
     Raises:
-        TypeError: an unknown option.
-        ValueError: an impossible combination; the message names what was given and what is allowed.
+        TypeError: An unknown option.
+        ValueError: An impossible combination; the message names what was given and what is allowed.
     """
 
     def __init__(self, num_classes: int = 100, **options: Any):
@@ -149,7 +150,7 @@ class MSDNet(ExitNetwork):
 
         Args:
             images: (N, 3, H, W).
-            num_exits: exits to compute; None: all.
+            num_exits: Exits to compute; None: all.
         """
         features = []
         grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}

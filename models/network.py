@@ -28,16 +28,16 @@ class ExitNetwork(nn.Module, ABC):
     """A network with classifiers (exits) along its depth.
 
     Attributes:
-        kinds: classes of networks by name. A subclass is entered when it is defined; files name it.
-        config: options, of plain types, from which ``from_config`` makes the same network.
-        num_exits: number of exits, K.
-        num_classes: number of classes, C.
-        feature_dims: number of features that each exit's classifier reads, one per exit.
-        boosted: whether exit k adds a share of the logits of exit k - 1 to its own.
-        checkpoint_activations: in ``features``, keep only what passes between blocks for the backward pass,
+        kinds: Classes of networks by name. A subclass is entered when it is defined; files name it.
+        config: Options, of plain types, from which ``from_config`` makes the same network.
+        num_exits: Number of exits, K.
+        num_classes: Number of classes, C.
+        feature_dims: Number of features that each exit's classifier reads, one per exit.
+        boosted: Whether exit k adds a share of the logits of exit k - 1 to its own.
+        checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
-        description: what its file says about it (``models.description.Description``), None without a file.
-        fingerprint: digest of the network that a folded copy was made from, None for all other networks.
+        description: What its file says about it (``models.description.Description``), None without a file.
+        fingerprint: Digest of the network that a folded copy was made from, None for all other networks.
     """
 
     kinds: ClassVar[dict[str, type["ExitNetwork"]]] = {}
@@ -73,10 +73,10 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             config: ``config`` of a network of this class, also as JSON returns it.
-            network: a network without exits that is part of it, where ``config`` alone cannot describe that.
+            network: A network without exits that is part of it, where ``config`` alone cannot describe that.
 
         Raises:
-            ValueError: there is no such network.
+            ValueError: There is no such network.
         """
         return cls(**config)
 
@@ -104,8 +104,8 @@ class ExitNetwork(nn.Module, ABC):
         """Compute what exit ``k`` needs.
 
         Args:
-            k: number of the exit, from 0.
-            state: of n images, from ``start`` (k = 0) or from ``advance`` of exit k - 1.
+            k: Number of the exit, from 0.
+            state: Of n images, from ``start`` (k = 0) or from ``advance`` of exit k - 1.
 
         Returns:
             The features (n, feature_dims[k]) of exit ``k``, and the state that exit k + 1 needs.
@@ -116,9 +116,9 @@ class ExitNetwork(nn.Module, ABC):
         """Compute the logits (N, C) of exit ``k``.
 
         Args:
-            k: number of the exit, from 0.
-            features: of exit ``k``, (N, feature_dims[k]).
-            previous_logits: of exit k - 1, (N, C); None for the first exit.
+            k: Number of the exit, from 0.
+            features: Of exit ``k``, (N, feature_dims[k]).
+            previous_logits: Of exit k - 1, (N, C); None for the first exit.
         """
 
     # Training: whole blocks, with Gradient Equilibrium.
@@ -129,7 +129,7 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             images: (N, 3, H, W).
-            num_exits: exits to compute; None: all.
+            num_exits: Exits to compute; None: all.
         """
 
     # Parameters
@@ -146,7 +146,7 @@ class ExitNetwork(nn.Module, ABC):
         """Let the pretrained parameters learn no more, and keep their layers in evaluation mode.
 
         Raises:
-            ValueError: there are none.
+            ValueError: There are none.
         """
         raise ValueError(f"{self.title} has no pretrained parameters: all of it learns")
 
@@ -154,7 +154,7 @@ class ExitNetwork(nn.Module, ABC):
         """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
 
         Args:
-            fused: returns one module for a layer and the BatchNorm after it, None where these two cannot be
+            fused: Returns one module for a layer and the BatchNorm after it, None where these two cannot be
                 fused.
         """
         fold_sequences(self, fused)
@@ -180,13 +180,13 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             images: (N, 3, H, W), normalised as in training.
-            thresholds: one per exit. All images that are left leave at the last exit, whatever its threshold.
+            thresholds: One per exit. All images that are left leave at the last exit, whatever its threshold.
 
         Returns:
             Logits (N, C) of the exit at which each image left, and the number (N,) of that exit, from 0.
 
         Raises:
-            ValueError: the network is in training mode, or the number of thresholds is not that of the exits.
+            ValueError: The network is in training mode, or the number of thresholds is not that of the exits.
         """
         check_evaluation_mode(self)
         if len(thresholds) != self.num_exits:
@@ -213,7 +213,7 @@ def checked_num_exits(network: ExitNetwork, num_exits: int | None) -> int:
     """Return ``num_exits``, or the number of all exits for None.
 
     Raises:
-        ValueError: the network has fewer exits.
+        ValueError: The network has fewer exits.
     """
     if num_exits is None:
         return network.num_exits
@@ -237,11 +237,11 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     """Build the network that ``network_options`` described, with new weights.
 
     Args:
-        options: its ``type`` is one of ``ExitNetwork.kinds``. A file runs no code of its own.
-        network: as for ``ExitNetwork.from_config``.
+        options: Its ``type`` is one of ``ExitNetwork.kinds``. A file runs no code of its own.
+        network: As for ``ExitNetwork.from_config``.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: There is no such network.
     """
     config = dict(options)
     kind = config.pop("type", None)

@@ -10,10 +10,10 @@ class Normalizer:
     """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation.
 
     Args:
-        mean: of the three channels, for values from 0 to 1.
-        std: of the three channels, for values from 0 to 1.
-        device: of the images.
-        memory_format: of the result.
+        mean: Of the three channels, for values from 0 to 1.
+        std: Of the three channels, for values from 0 to 1.
+        device: Of the images.
+        memory_format: Of the result.
     """
 
     def __init__(

@@ -32,13 +32,13 @@ def count_operations(network: ExitNetwork, image_size: int, lazy: bool = False) 
     """Count the operations for one image of ``image_size`` x ``image_size`` pixels up to every exit.
 
     Args:
-        network: any network with exits. Only what runs is counted: in a stage-2 network the ISC links and the
+        network: Any network with exits. Only what runs is counted: in a stage-2 network the ISC links and the
             new classifiers, and not the stage-1 classifiers.
-        image_size: height and width in pixels.
-        lazy: count what ``Stepwise`` computes, instead of whole blocks (the published way).
+        image_size: Height and width in pixels.
+        lazy: Count what ``Stepwise`` computes, instead of whole blocks (the published way).
 
     Raises:
-        ValueError: the network does not take images of this size.
+        ValueError: The network does not take images of this size.
     """
     return measure_cost(network, image_size, lazy).operations
 
@@ -49,13 +49,13 @@ def measure_cost(
     """Count operations like ``count_operations``, and the parameters used up to every exit.
 
     Args:
-        network: any network with exits.
-        image_size: height and width in pixels.
-        lazy: count what ``Stepwise`` computes, instead of whole blocks.
-        multiply_adds_only: leave out biases, ReLU, pooling and boosted exits' sums.
+        network: Any network with exits.
+        image_size: Height and width in pixels.
+        lazy: Count what ``Stepwise`` computes, instead of whole blocks.
+        multiply_adds_only: Leave out biases, ReLU, pooling and boosted exits' sums.
 
     Raises:
-        ValueError: the network does not take images of this size.
+        ValueError: The network does not take images of this size.
     """
     network.check_image_size(image_size)
     cost = Cost([], [])

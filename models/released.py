@@ -4,6 +4,7 @@ Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files an
 released names. The published networks are recognised by the shapes of the tensors; any other needs its
 published flags.
 
+Example:
     network = load_released("msdnet-step=4.pth.tar")  # in evaluation mode
     torch.save({"state_dict": to_released(network)}, "for_released_programs.pth.tar")
 """
@@ -68,10 +69,10 @@ def load_released(
     scale only, an ISC gradient that flows, BatchNorm of the frozen backbone that follows the batches.
 
     Args:
-        file_or_dict: a file, its content, or a bare state dict, with or without the ``module.`` of
+        file_or_dict: A file, its content, or a bare state dict, with or without the ``module.`` of
             DataParallel and the like before names. A file is read with ``weights_only=True``: nothing in it
             can run.
-        gradient_equilibrium: whether the network rescales gradients. None: exactly when the file's ``arch``
+        gradient_equilibrium: Whether the network rescales gradients. None: exactly when the file's ``arch``
             is ``msdnet_ge``; a stage-2 backbone always does.
         published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``,
             ``grFactor``, ``bnFactor``, ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``:
@@ -79,8 +80,8 @@ def load_released(
             networks; None is a flag not given.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind, or needs more than tensors and plain types; the
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another kind, or needs more than tensors and plain types; the
             tensors are not those of a released network; a flag disagrees with the file. One line that names
             the file and the reason.
     """
@@ -124,7 +125,7 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     name. The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
-        ValueError: the released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
+        ValueError: The released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
             ``boosted_exits=True``).
     """
     if network.boosted:
@@ -198,8 +199,8 @@ def read_checkpoint(path: Path) -> Mapping:
     """Load a dictionary of tensors and plain types, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another kind, or needs more than that. One line that names the file and
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, of another kind, or needs more than that. One line that names the file and
             the reason.
     """
     if not path.is_file():

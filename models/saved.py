@@ -1,5 +1,6 @@
 """Networks as files: weights in a safetensors file, whose header describes network, data and training.
 
+Example:
     network = load("imta_cifar100")    # of the folder weights/; or any such file, or the directory of a run
     network.description.data.class_names, network.description.data.mean
     content = network_bytes(network, description, split)
@@ -151,12 +152,12 @@ def with_weights(
     """Build the network that ``network_options`` described, with the weights ``tensors``.
 
     Args:
-        options: the description.
-        tensors: its state dict.
-        network: as in ``load``.
+        options: The description.
+        tensors: Its state dict.
+        network: As in ``load``.
 
     Raises:
-        ValueError: the options describe no network, none without ``network``, or another one.
+        ValueError: The options describe no network, none without ``network``, or another one.
     """
     try:
         with torch.device("meta"):  # shapes without memory
@@ -176,7 +177,7 @@ def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:
     """Strict ``load_state_dict``; a network on the meta device gets the tensors themselves, in its own types.
 
     Raises:
-        ValueError: the first tensor that does not fit.
+        ValueError: The first tensor that does not fit.
     """
     expected = network.state_dict()
     for name in [*expected, *tensors]:

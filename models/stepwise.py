@@ -1,5 +1,6 @@
 """Exit-by-exit evaluation, for custom loops; ``ExitNetwork.early_exit`` is the shortest such loop.
 
+Example:
     run = Stepwise(network, images)
     first = run.next_logits()      # (N, C), exit 1
     run.keep(uncertain)            # a boolean mask or indices: the images that go on
@@ -17,11 +18,11 @@ class Stepwise:
     """One pass over the exits of a network for a batch that may shrink between exits.
 
     Args:
-        network: in evaluation mode.
+        network: In evaluation mode.
         images: (N, 3, H, W).
 
     Raises:
-        ValueError: the network is in training mode.
+        ValueError: The network is in training mode.
     """
 
     def __init__(self, network: ExitNetwork, images: Tensor):
@@ -34,7 +35,7 @@ class Stepwise:
         """Compute the logits (n, C) of the next exit for the images that are left.
 
         Raises:
-            IndexError: all exits are done.
+            IndexError: All exits are done.
         """
         k = self.exits_done
         if k == self.network.num_exits:

@@ -5,6 +5,7 @@ A network is traced twice, in training and in evaluation mode, as a trace fixes 
 the path of a module. A piece is the code between two cuts. It is a plain function ``(root, x) -> y`` that
 runs the modules of ``root.network``: the pieces own no modules and no parameters.
 
+Example:
     traces = trace(network)
     piece = make_piece(traces, None, "layer1")     # from the images to the output of layer1
     y = piece.evaluation(root, images)             # root.network is the network
@@ -48,11 +49,11 @@ class Trace:
     """A graph of a network in one mode.
 
     Attributes:
-        graph: its only placeholder is the images.
-        outputs: node of the output of every module that was called once and returned one value, by path.
-        repeated: paths of modules that were called more than once.
-        leaves: paths of the modules that were not traced into.
-        owners: path of the innermost module in which a node was made.
+        graph: Its only placeholder is the images.
+        outputs: Node of the output of every module that was called once and returned one value, by path.
+        repeated: Paths of modules that were called more than once.
+        leaves: Paths of the modules that were not traced into.
+        owners: Path of the innermost module in which a node was made.
     """
 
     graph: fx.Graph
@@ -221,7 +222,7 @@ class Piece:
         """Return the code of a mode.
 
         Raises:
-            RuntimeError: a folded network has no training mode.
+            RuntimeError: A folded network has no training mode.
         """
         if not training:
             return self.evaluation
@@ -284,9 +285,9 @@ class Survey:
     """Shapes and multiply-adds up to every node, for images of one size.
 
     Attributes:
-        shapes: of every node that is one tensor, for a batch of ``PROBE_BATCH`` images.
-        operations: multiply-adds of all nodes up to and including a node.
-        own_operations: those of the node alone.
+        shapes: Of every node that is one tensor, for a batch of ``PROBE_BATCH`` images.
+        operations: Multiply-adds of all nodes up to and including a node.
+        own_operations: Those of the node alone.
     """
 
     shapes: dict[fx.Node, tuple[int, ...]]
@@ -315,12 +316,12 @@ def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[i
     """Run the evaluation graph on the meta device for images of two sizes, or of the only one.
 
     Args:
-        network: the traced network.
-        traces: its graphs.
-        image_size: a size to try first.
+        network: The traced network.
+        traces: Its graphs.
+        image_size: A size to try first.
 
     Raises:
-        ValueError: the network runs with none of the usual sizes.
+        ValueError: The network runs with none of the usual sizes.
     """
     root = TracedRoot(meta_copy(network).eval())
     for name, tensor in traces.constants.items():
@@ -363,11 +364,11 @@ def find_layout(shapes: list[tuple[int, ...]]) -> str:
     """Return where the channels are in a tensor: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC".
 
     Args:
-        shapes: of the same tensor for images of one or two sizes. The channels are the dimension that does
+        shapes: Of the same tensor for images of one or two sizes. The channels are the dimension that does
             not change.
 
     Raises:
-        ValueError: the shapes do not tell.
+        ValueError: The shapes do not tell.
     """
     shape = shapes[0]
     if shape[0] != PROBE_BATCH or not 2 <= len(shape) <= 4:

@@ -1,5 +1,6 @@
 """Networks of torchvision and timm by their names, with exits, pretrained weights and their preprocessing.
 
+Example:
     network = construct("timm", "tf_efficientnet_lite0", {})
     preprocessing("mobilenet_v3_small", "DEFAULT")     # image size, crop share, mean, std, interpolation
 
@@ -41,8 +42,8 @@ def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> No
     """Check the arguments of ``build_backbone`` that need no network to be built.
 
     Raises:
-        ValueError: an unknown name.
-        OSError: there are no such weights.
+        ValueError: An unknown name.
+        OSError: There are no such weights.
     """
     library, name = split_name(arch)
     if pretrained is None or Path(pretrained).expanduser().is_file():
@@ -63,11 +64,11 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     """Return what the weights of a network expect of images; ImageNet's usual values where nothing is known.
 
     Args:
-        arch: as for ``build_backbone``.
-        pretrained: name of torchvision's weights. For files and None, those of the default weights count.
+        arch: As for ``build_backbone``.
+        pretrained: Name of torchvision's weights. For files and None, those of the default weights count.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: An unknown name.
     """
     library, name = split_name(arch)
     if library == "timm":
@@ -97,7 +98,7 @@ def split_name(arch: str) -> tuple[str, str]:
     """Return library and name of a network.
 
     Raises:
-        ValueError: there is none of that name; those with similar names are listed.
+        ValueError: There is none of that name; those with similar names are listed.
     """
     if arch.startswith(TIMM_PREFIX):
         library, name = "timm", arch.removeprefix(TIMM_PREFIX)
@@ -165,7 +166,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a safetensors file or a PyTorch checkpoint (``weights_only=True``).
 
     Raises:
-        ValueError: it holds no state dict, or cannot be read.
+        ValueError: It holds no state dict, or cannot be read.
     """
     try:
         with path.open("rb") as stream:

@@ -43,12 +43,12 @@ class Case:
     """A network to check.
 
     Args:
-        build: makes it, with ``NUM_CLASSES`` classes.
-        image_size: height and width in pixels.
-        block_of: returns the number, from 0, of the block that the parameter of a name belongs to, None for
+        build: Makes it, with ``NUM_CLASSES`` classes.
+        image_size: Height and width in pixels.
+        block_of: Returns the number, from 0, of the block that the parameter of a name belongs to, None for
             those of exits. None: the network does not use Gradient Equilibrium, or not on everything that
             passes between blocks. -1 stands for the block of the first exit that depends on it.
-        untrained: beginnings of the names of parameters that no exit depends on.
+        untrained: Beginnings of the names of parameters that no exit depends on.
     """
 
     build: Callable[[], ExitNetwork]

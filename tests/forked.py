@@ -1,7 +1,7 @@
 """Runs of the programs in forked children: importing PyTorch costs seconds, a fork milliseconds.
 
-outcome = run("train_GE", ["--save", "GE"], folder)
-outcome.status, outcome.errors
+    outcome = run("train_GE", ["--save", "GE"], folder)
+    outcome.status, outcome.errors
 
 The parent must never train: a child inherits neither threads nor the locks they held.
 """
@@ -39,11 +39,11 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: what it returned; -N after death by signal N; None if it was killed for running too long.
-        errors: what it wrote on standard error.
-        seconds: from the call of ``main``.
-        struck: whether what was to happen in the middle did happen.
-        left: number of its processes that still ran ``SECONDS_TO_VANISH`` after it.
+        status: What it returned; -N after death by signal N; None if it was killed for running too long.
+        errors: What it wrote on standard error.
+        seconds: From the call of ``main``.
+        struck: Whether what was to happen in the middle did happen.
+        left: Number of its processes that still ran ``SECONDS_TO_VANISH`` after it.
     """
 
     status: int | None
@@ -81,11 +81,11 @@ def run(
     """Call ``main(argv)`` of a program in a child whose working directory is ``folder``.
 
     Args:
-        strike: called with the child's id ``after`` seconds, counted from the call of ``main``, unless the
+        strike: Called with the child's id ``after`` seconds, counted from the call of ``main``, unless the
             child has ended by then.
-        timeout: seconds after which the child counts as hanging.
-        file_size: bytes that a file it writes may have; more is an error as on a full disk.
-        processes: that train together.
+        timeout: Seconds after which the child counts as hanging.
+        file_size: Bytes that a file it writes may have; more is an error as on a full disk.
+        processes: That train together.
     """
     text, ready = folder.parent / f"{folder.name}.stderr", CONTEXT.Event()
 

@@ -18,7 +18,7 @@ class ImportGraph:
     """The modules of a project and what they import.
 
     Args:
-        root: the folder whose Python files are read; hidden folders and ``LEFT_OUT`` are skipped.
+        root: The folder whose Python files are read; hidden folders and ``LEFT_OUT`` are skipped.
     """
 
     def __init__(self, root: Path = ROOT):
