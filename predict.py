@@ -175,7 +175,7 @@ def find_model(wanted: str | None) -> Path:
     """Return the file of the network to use; for None the newest run's with policies, else the shipped one.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     runs = [path for path in RUNS.rglob(BEST) if policy_path(path).exists()] if wanted is None else []
     try:

@@ -1,5 +1,6 @@
 """Budgeted batch prediction: one budget for a set of images (MSDNet paper, sections 3 and 5).
 
+Example:
     val = ExitPredictions.from_logits(val_logits, val_targets)           # held-out images
     thresholds = geometric_thresholds(val.confidence)                    # (40, K), from cheap to full
     result = evaluate_thresholds(thresholds[19], test, count_operations(network, 32))
@@ -52,8 +53,8 @@ class BudgetedResult(NamedTuple):
     """Result of a set of thresholds on a set of images.
 
     Attributes:
-        acc1: top-1 accuracy in percent.
-        operations: mean per image.
+        acc1: Top-1 accuracy in percent.
+        operations: Mean per image.
         shares: K shares of the images, by the exit at which they leave.
     """
 
@@ -83,7 +84,7 @@ def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
 
     Args:
         confidence: (K, N) of the held-out images.
-        points: number of budgets.
+        points: Number of budgets.
 
     Returns:
         (points, K), from cheap to full, in the dtype of ``confidence``.
@@ -122,11 +123,11 @@ def evaluate_points(
     """Return one point for each row of thresholds.
 
     Args:
-        rule: how they were found.
+        rule: How they were found.
         thresholds: (P, K).
-        policy: measure, temperatures and ensemble of all of them.
-        val: predictions for held-out images.
-        operations: to each exit.
+        policy: Measure, temperatures and ensemble of all of them.
+        val: Predictions for held-out images.
+        operations: To each exit.
     """
     points = []
     for p, row in enumerate(thresholds, start=1):

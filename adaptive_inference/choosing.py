@@ -1,7 +1,8 @@
 """Choice of a policy by what is asked for: operations, time, accuracy, or a promise about accuracy.
 
-point = choose(curve, operations=12.5e6)
-point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))    # MaxLoss of ``promises.risk``
+Example:
+    point = choose(curve, operations=12.5e6)
+    point = choose(curve, accuracy=70, max_loss=MaxLoss(1.0))    # MaxLoss of ``promises.risk``
 """
 
 import math
@@ -38,17 +39,17 @@ def choose(
     """Return the most accurate point within a budget, or the cheapest one where no budget is given.
 
     Args:
-        curve: the points to choose from.
-        operations: per image, the mean at most.
-        milliseconds: per image, the mean at most, as ``timing`` expects it;
+        curve: The points to choose from.
+        operations: Per image, the mean at most.
+        milliseconds: Per image, the mean at most, as ``timing`` expects it;
             ``promises.deadlines.BudgetPredictor`` keeps to it as measured.
-        accuracy: as for ``allowed_points``.
-        max_loss: as for ``allowed_points``.
-        timing: of this network on this machine, from ``timing.measure_blocks``.
-        rule: as for ``allowed_points``.
+        accuracy: As for ``allowed_points``.
+        max_loss: As for ``allowed_points``.
+        timing: Of this network on this machine, from ``timing.measure_blocks``.
+        rule: As for ``allowed_points``.
 
     Raises:
-        UserError: no point fits; the line says what is possible.
+        UserError: No point fits; the line says what is possible.
         ValueError: ``milliseconds`` without ``timing``.
     """
     if milliseconds is not None and timing is None:
@@ -73,14 +74,14 @@ def allowed_points(
     """Return the points that satisfy what is asked for.
 
     Args:
-        curve: the points to choose from.
-        accuracy: on held-out images at least, in percent.
-        max_loss: a promise about accuracy that the point must keep, ``promises.risk.MaxLoss``.
-        rule: only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of
+        curve: The points to choose from.
+        accuracy: On held-out images at least, in percent.
+        max_loss: A promise about accuracy that the point must keep, ``promises.risk.MaxLoss``.
+        rule: Only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of
             its own.
 
     Raises:
-        UserError: no point does; the line says what is possible.
+        UserError: No point does; the line says what is possible.
         ValueError: ``max_loss`` with a ``rule``.
     """
     if max_loss is not None and rule is not None:
@@ -102,14 +103,14 @@ def within(
     """Return the points whose cost is at most ``limit``.
 
     Args:
-        points: to choose from.
-        costs: one per point.
-        limit: in the unit of the costs.
-        unit: for the error.
-        whole: cost of the whole network, from which the error computes a percentage.
+        points: To choose from.
+        costs: One per point.
+        limit: In the unit of the costs.
+        unit: For the error.
+        whole: Cost of the whole network, from which the error computes a percentage.
 
     Raises:
-        UserError: all cost more; the line says what to ask for.
+        UserError: All cost more; the line says what to ask for.
     """
     cheapest = min(costs)
     if cheapest > limit:

@@ -1,6 +1,7 @@
 """Class and confidence of an exit's prediction, from its logits, and the exit at which each image leaves.
 
-confidence, classes = confidence_by_exit(logits)     # logits (K, N, C) -> (K, N), (K, N)
+Example:
+    confidence, classes = confidence_by_exit(logits)     # logits (K, N, C) -> (K, N), (K, N)
 """
 
 import math
@@ -30,10 +31,10 @@ def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | Non
             this one included, that predict the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020,
             arXiv 2006.04152).
         logits: (n, C).
-        previous: prediction of the exit before for the same images, None at the first exit.
+        previous: Prediction of the exit before for the same images, None at the first exit.
 
     Raises:
-        ValueError: the measure is unknown.
+        ValueError: The measure is unknown.
     """
     # Half precision would make many confidences equal.
     half = logits.dtype in (torch.float16, torch.bfloat16)

@@ -1,5 +1,6 @@
 """Export of any ``ExitNetwork`` to ONNX: one file that stops early, or one file per block.
 
+Example:
     export_onnx(network, Path("network.onnx"), read_policy(Path("policy.json"), network))
     export_blocks(network, Path("network"), read_policy(Path("policy.json"), network))
 
@@ -63,13 +64,13 @@ def export_onnx(
     """Write ``network`` as one ONNX file that stops early.
 
     Args:
-        network: a network with a description; it is not changed.
-        path: the file to write.
-        curve: its policies. Those of the best rule go into the file.
-        blocks: what ``convert_blocks`` returned for this network; None converts it here.
+        network: A network with a description; it is not changed.
+        path: The file to write.
+        curve: Its policies. Those of the best rule go into the file.
+        blocks: What ``convert_blocks`` returned for this network; None converts it here.
 
     Raises:
-        UserError: if a package or the description is missing, the policies do not compare softmax, or the
+        UserError: If a package or the description is missing, the policies do not compare softmax, or the
             file cannot be written.
     """
     path, metadata = Path(path), _metadata(network, curve)
@@ -106,13 +107,13 @@ def export_blocks(
     """Write ``network`` as one ONNX file per block, and ``network.json``.
 
     Args:
-        network: a network with a description; it is not changed.
-        folder: the directory to write; it is made if it does not exist.
-        curve: its policies. Those of the best rule go into ``network.json``.
-        blocks: what ``convert_blocks`` returned for this network; None converts it here.
+        network: A network with a description; it is not changed.
+        folder: The directory to write; it is made if it does not exist.
+        curve: Its policies. Those of the best rule go into ``network.json``.
+        blocks: What ``convert_blocks`` returned for this network; None converts it here.
 
     Raises:
-        UserError: if a package or the description is missing, the policies do not compare softmax, or a file
+        UserError: If a package or the description is missing, the policies do not compare softmax, or a file
             cannot be written.
     """
     folder, metadata = Path(folder), _metadata(network, curve)
@@ -190,9 +191,9 @@ class _Block(nn.Module):
     """Block and exit ``k`` as a function of tensors alone.
 
     Args:
-        network: a folded network.
-        k: the block.
-        names: keys of the state that the block reads; unused by the first block, which reads images.
+        network: A folded network.
+        k: The block.
+        names: Keys of the state that the block reads; unused by the first block, which reads images.
     """
 
     def __init__(self, network: ExitNetwork, k: int, names: Sequence[str]):
@@ -207,7 +208,7 @@ class _Block(nn.Module):
         """Return the logits (n, C) of the exit, and the next state.
 
         Args:
-            tensors: images (n, 3, S, S) uint8 for the first block; the logits of the exit before and the
+            tensors: Images (n, 3, S, S) uint8 for the first block; the logits of the exit before and the
                 state for all others.
         """
         logits, state = self.run(*tensors)
@@ -227,14 +228,14 @@ def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
     """Convert each block with its exit; this takes seconds per block.
 
     Args:
-        network: a network with a description; it is not changed.
+        network: A network with a description; it is not changed.
 
     Returns:
         A graph per block. Its inputs are ``images``, or those of ``previous_logits`` and the state that it
         reads; its outputs are ``logits`` and the next state, whose names begin with ``next_``.
 
     Raises:
-        UserError: if a package or the description is missing.
+        UserError: If a package or the description is missing.
     """
     size = _description(network).data.image_size
     if onnx is None:
@@ -310,7 +311,7 @@ class _Graph:
     """Nodes and constants of one graph while it is put together.
 
     Args:
-        prefix: what all its names begin with; the branches of ``If`` see the names of the graphs around them.
+        prefix: What all its names begin with; the branches of ``If`` see the names of the graphs around them.
     """
 
     def __init__(self, prefix: str):
@@ -369,11 +370,11 @@ def _add_exits(
     """Put block ``k`` and all later ones together, each inside the ``If`` of the exit before.
 
     Args:
-        blocks: the graph of every block; all names of block k begin with ``exit{k + 1}_``.
+        blocks: The graph of every block; all names of block k begin with ``exit{k + 1}_``.
         weights: (K, K), of the logits of all exits in the predictions at each exit.
-        k: the block.
-        rows: name of the indices (n, 1) of the images that stay, among those of the exit before.
-        seen: names of the logits of earlier exits, of the images of the exit before.
+        k: The block.
+        rows: Name of the indices (n, 1) of the images that stay, among those of the exit before.
+        seen: Names of the logits of earlier exits, of the images of the exit before.
 
     Returns:
         The graph, and the names of its ``OUTPUTS``.

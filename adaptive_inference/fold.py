@@ -1,5 +1,6 @@
 """Fast networks for prediction: BatchNorm folded into the layers before it, channels-last, half precision.
 
+Example:
     fast = fold(network)    # a copy; the same interface, operation counts and, to rounding, logits
     logits = fast(images)
 
@@ -30,10 +31,10 @@ class FoldedNetwork(ExitNetwork):
     """A network for prediction alone, made by ``fold``. It casts images and stays in evaluation mode.
 
     Args:
-        network: folded, in evaluation mode.
-        fingerprint: of the network before folding (``fingerprint.network_fingerprint``).
-        dtype: of its weights.
-        memory_format: of its weights.
+        network: Folded, in evaluation mode.
+        fingerprint: Of the network before folding (``fingerprint.network_fingerprint``).
+        dtype: Of its weights.
+        memory_format: Of its weights.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     """Return a copy of ``network`` for prediction alone.
 
     Args:
-        network: any network with exits; it is not changed.
-        channels_last: weights and activations in the memory layout in which convolutions are faster on most
+        network: Any network with exits; it is not changed.
+        channels_last: Weights and activations in the memory layout in which convolutions are faster on most
             devices.
-        dtype: type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
+        dtype: Type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
 
     Returns:
         A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of
@@ -112,7 +113,7 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     """Return ``network`` folded, in the dtype that a policy curve was made for.
 
     Raises:
-        UserError: the curve is of another network; ``source`` is named.
+        UserError: The curve is of another network; ``source`` is named.
     """
     folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
     check_curve(curve, folded, source)

@@ -1,7 +1,8 @@
 """A predictor by the name or file of a network, with the policies that lie beside it.
 
-predictor = load_predictor("imta_cifar100", operations=20e6)
-predictor(images).classes
+Example:
+    predictor = load_predictor("imta_cifar100", operations=20e6)
+    predictor(images).classes
 """
 
 from pathlib import Path
@@ -23,14 +24,14 @@ def load_predictor(
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
     Args:
-        path_or_name: as for ``models.load``; the policies lie beside it.
-        dtype: of the policies, where there are several files; with only one, its dtype is taken.
-        limits: as for ``choose``, such as ``operations``; without any, the policy nearest to half of the
+        path_or_name: As for ``models.load``; the policies lie beside it.
+        dtype: Of the policies, where there are several files; with only one, its dtype is taken.
+        limits: As for ``choose``, such as ``operations``; without any, the policy nearest to half of the
             network, as in predict.py.
 
     Raises:
-        OSError, ValueError: as ``models.load``.
-        UserError: there are no policies of this network, or none grants the limits.
+        OSError, ValueError: As ``models.load``.
+        UserError: There are no policies of this network, or none grants the limits.
     """
     file = find(path_or_name)
     source = policy_path(file, str(dtype).removeprefix("torch."))

@@ -1,7 +1,8 @@
 """Policies: thresholds at which images leave, how predictions are made, and what both reached.
 
-curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
-predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
+Example:
+    curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
+    predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
 """
 
 import math
@@ -22,16 +23,16 @@ class Policy:
     """Rule by which images leave, and by which predictions are made.
 
     Args:
-        thresholds: one per exit, compared with the confidence of its logits.
-        measure: as in ``confidence.next_prediction``.
-        temperatures: one per exit; its logits are divided by it before they become the probabilities of a
+        thresholds: One per exit, compared with the confidence of its logits.
+        measure: As in ``confidence.next_prediction``.
+        temperatures: One per exit; its logits are divided by it before they become the probabilities of a
             prediction. None: 1 everywhere. They do not decide who leaves.
-        ensemble: one row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
+        ensemble: One row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
             these weights, of the logits of all exits so far. The exit's own logits decide who leaves;
             temperatures are not used. None: each exit predicts alone.
 
     Raises:
-        ValueError: no threshold, one that is not finite, an unknown measure, or temperatures or weights that
+        ValueError: No threshold, one that is not finite, an unknown measure, or temperatures or weights that
             do not fit.
     """
 
@@ -78,10 +79,10 @@ class LossCounts(NamedTuple):
     """Counts of images that bound the loss of a policy against the full network.
 
     Attributes:
-        images: number of images that tested the policy.
-        worse: of these, wrong where the full network is right.
-        better: right where the full network is wrong.
-        other: of another class than the full network's, right or wrong.
+        images: Number of images that tested the policy.
+        worse: Of these, wrong where the full network is right.
+        better: Right where the full network is wrong.
+        other: Of another class than the full network's, right or wrong.
     """
 
     images: int
@@ -95,13 +96,13 @@ class Point:
     """A policy and what it reached on held-out images.
 
     Args:
-        policy: thresholds and the rest.
-        val_acc1: top-1 accuracy in percent.
-        operations: mean per image.
-        shares: of the images, by the exit at which they leave.
-        rule: how its thresholds were found, one of ``RULES``.
-        p: its number on that rule's curve, from 1 for the cheapest.
-        losses: of the rule "certified": counts on images that the thresholds do not depend on.
+        policy: Thresholds and the rest.
+        val_acc1: Top-1 accuracy in percent.
+        operations: Mean per image.
+        shares: Of the images, by the exit at which they leave.
+        rule: How its thresholds were found, one of ``RULES``.
+        p: Its number on that rule's curve, from 1 for the cheapest.
+        losses: Of the rule "certified": counts on images that the thresholds do not depend on.
     """
 
     policy: Policy
@@ -138,13 +139,13 @@ class PolicyCurve:
     """Points of a network, from cheap to full.
 
     Args:
-        fingerprint: of the network's weights.
-        dtype: of the network that gave the logits, such as ``float32``.
-        network: the network in words.
-        operations: to each exit, as published counts go.
-        points: of all rules.
-        num_images: held-out images that the points, temperatures and weights rest on; None: not known.
-        certificate: procedure that counted the losses of the certified points; None where there are none.
+        fingerprint: Of the network's weights.
+        dtype: Of the network that gave the logits, such as ``float32``.
+        network: The network in words.
+        operations: To each exit, as published counts go.
+        points: Of all rules.
+        num_images: Held-out images that the points, temperatures and weights rest on; None: not known.
+        certificate: Procedure that counted the losses of the certified points; None where there are none.
     """
 
     fingerprint: str
@@ -178,7 +179,7 @@ class PolicyCurve:
             rule: None: the best rule the curve has: ensemble, else optimised, else any.
 
         Raises:
-            UserError: there is none.
+            UserError: There is none.
         """
         for name in (rule,) if rule else ("ensemble", "optimised"):
             if points := tuple(point for point in self.points if point.rule == name):

@@ -1,5 +1,6 @@
 """Policy files: written after a budgeted evaluation, read to predict.
 
+Example:
     write_policy(Path("policy.json"), policy_curve(network, operations, points))
     curve = read_policy(policy_path(Path("save/demo/IMTA/best.safetensors")), network)
 
@@ -68,7 +69,7 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
     """Write a policy file, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     policies = [point.policy for point in curve.points]
     content = {
@@ -130,7 +131,7 @@ def check_curve(curve: PolicyCurve, network: ExitNetwork, source: Path) -> None:
     """Check that the curve was made for this network and dtype.
 
     Raises:
-        UserError: it was made for another; ``source`` is named.
+        UserError: It was made for another; ``source`` is named.
     """
     if (len(curve.operations), curve.fingerprint) != (network.num_exits, network_fingerprint(network)):
         raise UserError(

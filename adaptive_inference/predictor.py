@@ -1,5 +1,6 @@
 """Prediction that stops early: images leave the batch at exits, and later blocks run for the others only.
 
+Example:
     predictor = AdaptivePredictor(network, choose(curve, operations=5e6).policy)
     prediction = predictor(images)                       # (N, 3, H, W)
     prediction.classes, prediction.confidence, prediction.exits   # (N,) each
@@ -46,12 +47,12 @@ class AdaptivePredictor:
     """Classify batches with a network that stops as early as a policy allows.
 
     Args:
-        network: in evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives
+        network: In evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives
             it, it knows its image size, and how to normalise bytes.
-        policy: which images leave at which exit, and how the exits so far predict.
+        policy: Which images leave at which exit, and how the exits so far predict.
 
     Raises:
-        ValueError: the policy does not have one threshold per exit.
+        ValueError: The policy does not have one threshold per exit.
     """
 
     def __init__(self, network: ExitNetwork, policy: Policy):
@@ -70,7 +71,7 @@ class AdaptivePredictor:
         When no image goes on, later blocks are not launched.
 
         Raises:
-            UserError: the images are of another shape or type, or the network's output for some of them is
+            UserError: The images are of another shape or type, or the network's output for some of them is
                 not finite.
         """
         images = self._checked(images)
@@ -121,10 +122,10 @@ class AdaptivePredictor:
         """Classify image files or PIL images of any size.
 
         Args:
-            images: paths or PIL images.
-            read: returns bytes (3, S, S) for one of them and the network's ``DataInfo``, as in training:
+            images: Paths or PIL images.
+            read: Returns bytes (3, S, S) for one of them and the network's ``DataInfo``, as in training:
                 ``image_data.preprocessing.preprocess``.
-            batch_size: images that are read and predicted at a time.
+            batch_size: Images that are read and predicted at a time.
         """
         device, data = next(self.network.parameters()).device, self.network.description.data
         predictions = []
@@ -151,7 +152,7 @@ class AdaptivePredictor:
             exits: (N,), the exit at which each image left.
 
         Raises:
-            UserError: an image's logits are not finite.
+            UserError: An image's logits are not finite.
         """
         prediction = _prediction(logits, exits, self.policy)
         is_finite = prediction.confidence.isfinite()

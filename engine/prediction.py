@@ -1,6 +1,8 @@
 """The work of predict.py: load a network, choose a policy, read images, predict, and write rows as they come.
 
-status = predict_all(predict.parse(["folder/", "--budget", "2ms"]), Path("save/demo/IMTA/best.safetensors"))
+Example:
+    options = predict.parse(["folder/", "--budget", "2ms"])
+    status = predict_all(options, Path("save/demo/IMTA/best.safetensors"))
 """
 
 import argparse
@@ -44,14 +46,14 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
     """Predict the classes of the images that the command line of predict.py names.
 
     Args:
-        arguments: of predict.py.
-        path: of the network's file.
+        arguments: Of predict.py.
+        path: Of the network's file.
 
     Returns:
         The exit status.
 
     Raises:
-        UserError: one line: the network, its policy, a flag or the output is impossible, or memory is short.
+        UserError: One line: the network, its policy, a flag or the output is impossible, or memory is short.
     """
     try:
         return _predict_all(arguments, path)
@@ -108,9 +110,9 @@ class Tally:
     """Predicts batches, makes a row of each prediction, and counts them.
 
     Args:
-        predictor: its network has a description.
-        deadline: for each batch in milliseconds, None without one.
-        alarm: sees every prediction, and is reported once when it fires.
+        predictor: Its network has a description.
+        deadline: For each batch in milliseconds, None without one.
+        alarm: Sees every prediction, and is reported once when it fires.
     """
 
     def __init__(self, predictor: AdaptivePredictor, deadline: float | None, alarm: DriftAlarm | None = None):

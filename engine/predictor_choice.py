@@ -1,7 +1,8 @@
 """The predictor that does what the command line of predict.py asks for.
 
-choice = choose_predictor(arguments, path, network, batch_size)
-choice.predictor(images)
+Example:
+    choice = choose_predictor(arguments, path, network, batch_size)
+    choice.predictor(images)
 """
 
 import argparse
@@ -44,13 +45,13 @@ def choose_predictor(
     """Return the predictor for what the command line asks for.
 
     Args:
-        arguments: of predict.py.
-        path: of the network's file, beside which its policies are.
-        network: with its description, on its device.
-        batch_size: images at a time.
+        arguments: Of predict.py.
+        path: Of the network's file, beside which its policies are.
+        network: With its description, on its device.
+        batch_size: Images at a time.
 
     Raises:
-        UserError: what is asked for is impossible; the line says what is possible.
+        UserError: What is asked for is impossible; the line says what is possible.
     """
     source = arguments.policy or policy_path(path)
     is_needed = arguments.policy or arguments.rule or _asks_for_point(arguments)

@@ -1,8 +1,9 @@
 """Measured time of every block, and the time of a policy that follows from it.
 
-times = measure_blocks(network, images[:1], batch_size=64)    # of ``promises.timing``
-times.milliseconds(point.shares)                              # expected per image
-times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
+Example:
+    times = measure_blocks(network, images[:1], batch_size=64)    # of ``promises.timing``
+    times.milliseconds(point.shares)                              # expected per image
+    times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ class BlockTimes:
     """Measured milliseconds of every block with its exit; the first includes preprocessing and the stem.
 
     Args:
-        batch_size: expected number of images per call.
-        sizes: the numbers of images that were timed, for each of K blocks an increasing array (S,).
-        usual: milliseconds at these sizes: medians, scaled so that they add up to the time of all passes.
-        high: milliseconds that nearly all passes stayed within, at these sizes.
-        after: milliseconds from the last block that runs to the prediction: median, and what nearly all
+        batch_size: Expected number of images per call.
+        sizes: The numbers of images that were timed, for each of K blocks an increasing array (S,).
+        usual: Milliseconds at these sizes: medians, scaled so that they add up to the time of all passes.
+        high: Milliseconds that nearly all passes stayed within, at these sizes.
+        after: Milliseconds from the last block that runs to the prediction: median, and what nearly all
             passes stayed within.
     """
 

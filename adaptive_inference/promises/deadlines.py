@@ -1,5 +1,6 @@
 """Predictors that keep a time limit: a deadline per call, or a mean time per image.
 
+Example:
     timing = measure_blocks(network, images[:1])
     predictor = AnytimePredictor(network, 5.0, timing)          # the last exit that ends within 5 ms
     predictor = BudgetPredictor(network, points, 2.0, timing)   # 2 ms per image on average
@@ -41,14 +42,14 @@ class AnytimePredictor(AdaptivePredictor):
     returns to 1 within ``RECENT_CALLS`` calls once the machine is fast again.
 
     Args:
-        network: as for ``AdaptivePredictor``.
-        milliseconds: from the call to the prediction, for the whole batch.
-        timing: of this network on this machine, at least at the batch size in use, from ``measure_blocks``.
-        policy: lets images leave even earlier; None: every image stays until the deadline.
-        clock: returns the time in seconds.
+        network: As for ``AdaptivePredictor``.
+        milliseconds: From the call to the prediction, for the whole batch.
+        timing: Of this network on this machine, at least at the batch size in use, from ``measure_blocks``.
+        policy: Lets images leave even earlier; None: every image stays until the deadline.
+        clock: Returns the time in seconds.
 
     Raises:
-        UserError: not even the first exit would end in time.
+        UserError: Not even the first exit would end in time.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class BudgetPredictor(AdaptivePredictor):
     ``HORIZON_CALLS`` calls, so a shorter run may exceed its budget.
 
     Args:
-        network: as for ``AdaptivePredictor``.
-        points: those of a policy curve that may be used.
-        milliseconds: per image, the mean over all calls. Less is spent where even the most expensive policy
+        network: As for ``AdaptivePredictor``.
+        points: Those of a policy curve that may be used.
+        milliseconds: Per image, the mean over all calls. Less is spent where even the most expensive policy
             is cheaper.
-        timing: of this network on this machine at the batch size in use, from ``measure_blocks``.
-        clock: returns the time in seconds.
+        timing: Of this network on this machine at the batch size in use, from ``measure_blocks``.
+        clock: Returns the time in seconds.
 
     Raises:
-        UserError: the cheapest policy is expected to take longer.
+        UserError: The cheapest policy is expected to take longer.
     """
 
     def __init__(
@@ -166,12 +167,12 @@ def deadline_rows(
     """Measure predictions by deadlines from that of the first exit to that of the last, one image at a time.
 
     Args:
-        network: to predict with.
+        network: To predict with.
         images: (N, 3, H, W), as the predictor takes them.
-        times: at batch size 1.
-        acc1: of every exit. Time alone decides which exit predicts, so its accuracy is that over all images.
-        policy: as for ``AnytimePredictor``.
-        calls: per deadline.
+        times: At batch size 1.
+        acc1: Of every exit. Time alone decides which exit predicts, so its accuracy is that over all images.
+        policy: As for ``AnytimePredictor``.
+        calls: Per deadline.
 
     Returns:
         One row per deadline: ``milliseconds``; ``acc1`` in percent; ``late``, the share of the calls that

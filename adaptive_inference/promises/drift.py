@@ -1,5 +1,6 @@
 """An alarm for images that are no longer like the held-out ones, from the stream of predictions alone.
 
+Example:
     reference = read_reference(Path("save/demo/IMTA/reference.safetensors"), curve)
     alarm = DriftAlarm(reference.scores(predictor.policy))
     for images in stream:
@@ -60,9 +61,9 @@ class Reference:
     Attributes:
         log_sum_exp: (K, N) float16, of the logits of every exit.
         confidence: (K, N) float32, which decides where an image leaves; 16 bits would move some images.
-        measure: of the confidence, as for ``Policy``.
-        fingerprint: of the network, as in its policy curve.
-        dtype: of the network, as in its policy curve.
+        measure: Of the confidence, as for ``Policy``.
+        fingerprint: Of the network, as in its policy curve.
+        dtype: Of the network, as in its policy curve.
     """
 
     log_sum_exp: Tensor
@@ -75,7 +76,7 @@ class Reference:
         """Return the scores (N,) of the held-out images with ``policy``.
 
         Raises:
-            ValueError: the policy uses another measure of confidence, or another number of exits.
+            ValueError: The policy uses another measure of confidence, or another number of exits.
         """
         if (policy.measure, len(policy.thresholds)) != (self.measure, len(self.confidence)):
             raise ValueError(
@@ -90,8 +91,8 @@ def reference_of(logits: Tensor, curve: PolicyCurve) -> Reference:
     """Return the reference of ``NUM_IMAGES`` held-out images, drawn from those with logits (K, N, C).
 
     Args:
-        logits: of the network that ``curve`` belongs to; all held-out images are taken if there are fewer.
-        curve: the policies that will be watched.
+        logits: Of the network that ``curve`` belongs to; all held-out images are taken if there are fewer.
+        curve: The policies that will be watched.
     """
     order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))
     chosen = logits[:, order[:NUM_IMAGES].sort().values].float()
@@ -113,7 +114,7 @@ def write_reference(path: Path, reference: Reference) -> None:
     """Write a reference file, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     tensors = {"log_sum_exp": reference.log_sum_exp, "confidence": reference.confidence}
     names = ("measure", "fingerprint", "dtype")
@@ -126,7 +127,7 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
     """Read a reference file and check that it belongs to the network of ``curve``.
 
     Raises:
-        UserError: one line: the file is missing, damaged, or of another network or dtype.
+        UserError: One line: the file is missing, damaged, or of another network or dtype.
     """
     try:
         with safetensors.safe_open(path, "pt") as content:
@@ -157,14 +158,14 @@ class DriftAlarm:
     Time and memory per image do not depend on the length of the stream.
 
     Args:
-        reference: scores (N,) of held-out images, from ``Reference.scores``.
-        level: largest probability of ever firing on images like the held-out ones.
-        seed: of the random order of equal scores.
+        reference: Scores (N,) of held-out images, from ``Reference.scores``.
+        level: Largest probability of ever firing on images like the held-out ones.
+        seed: Of the random order of equal scores.
 
     Attributes:
-        num_images: images seen so far.
-        fired_after: number of images after which the alarm fired, None while it has not.
-        log_capital: logarithm of the capital now; it fires at -log(level), and then stops.
+        num_images: Images seen so far.
+        fired_after: Number of images after which the alarm fired, None while it has not.
+        log_capital: Logarithm of the capital now; it fires at -log(level), and then stops.
     """
 
     def __init__(self, reference: Tensor, level: float = LEVEL, seed: int = 0):

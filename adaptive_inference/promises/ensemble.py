@@ -1,5 +1,6 @@
 """Better predictions from the same exits, without training: calibrated probabilities, and ensembles of exits.
 
+Example:
     temperatures = fit_temperatures(val_logits, val_targets)          # on held-out images, one per exit
     weights = fit_ensemble(val_logits, val_targets, temperatures)     # (K, K), None where no exit gains
     calibration_errors(test_logits, test_targets, temperatures)       # percent, of every exit
@@ -64,7 +65,7 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
     Args:
         logits: (K, N, C) of held-out images.
         targets: (N,).
-        temperatures: of every exit.
+        temperatures: Of every exit.
 
     Returns:
         The weights; None: every exit predicts alone.
@@ -183,7 +184,7 @@ def calibration_errors(
         logits: (K, N, C).
         targets: (N,).
         temperatures: K numbers; None: 1 everywhere.
-        bins: of equal width.
+        bins: Of equal width.
     """
     errors = []
     for k, exit_logits in enumerate(logits):

@@ -1,5 +1,6 @@
 """Optimised thresholds: the highest held-out accuracy within a budget.
 
+Example:
     thresholds = optimised_thresholds(val, operations)                 # (40, K), as from geometric_thresholds
 
 At a cost of lambda per operation, an image that leaves at exit k earns [exit k is right] - lambda *
@@ -31,9 +32,9 @@ def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], poin
     """Return thresholds for the budgets that the geometric rule spends on the same images.
 
     Args:
-        val: predictions for the held-out images.
-        operations: to each exit, K numbers.
-        points: number of budgets.
+        val: Predictions for the held-out images.
+        operations: To each exit, K numbers.
+        points: Number of budgets.
 
     Returns:
         (points, K), dtype of the confidence.
@@ -54,8 +55,8 @@ class _Problem:
     """Thresholds as cuts (..., K - 1): the share of all held-out images that are at least as confident.
 
     Args:
-        predictions: for the held-out images.
-        operations: to each exit.
+        predictions: For the held-out images.
+        operations: To each exit.
     """
 
     def __init__(self, predictions: ExitPredictions, operations: Sequence[float]):
@@ -125,7 +126,7 @@ class _Problem:
 
         Args:
             fit: (L, K - 1), the best cuts at each lambda; neighbours are joined by straight lines.
-            wanted: mean cost of each policy.
+            wanted: Mean cost of each policy.
         """
         # Position t = i + fraction lies between fits i and i + 1.
         low, high = torch.zeros(len(wanted)), torch.full((len(wanted),), len(fit) - 1.0)

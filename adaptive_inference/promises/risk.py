@@ -1,5 +1,6 @@
 """Promises about accuracy: policies that lose at most so much against the full network.
 
+Example:
     points = certified_points(val, policy, operations)                  # part of policy.json
     point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
 
@@ -53,9 +54,9 @@ class MaxLoss(NamedTuple):
     """Limit on what a policy may lose against the full network.
 
     Attributes:
-        percent: of accuracy, or of images with another prediction.
-        level: of confidence, in percent.
-        disagreement: whether every other prediction counts, right or wrong.
+        percent: Of accuracy, or of images with another prediction.
+        level: Of confidence, in percent.
+        disagreement: Whether every other prediction counts, right or wrong.
     """
 
     percent: float
@@ -70,8 +71,8 @@ class MaxLoss(NamedTuple):
         """Return the points of ``curve`` that keep the promise, the full network first.
 
         Raises:
-            UserError: the curve has no certified points.
-            ValueError: percent or level are out of range.
+            UserError: The curve has no certified points.
+            ValueError: Percent or level are out of range.
         """
         if curve.certificate != CERTIFICATE:
             raise UserError(
@@ -97,12 +98,12 @@ def certified_points(
     """Return policies with the counts of their losses, the full network last.
 
     Args:
-        val: predictions for the held-out images; the classes are those of the ensemble where there is one.
-        policy: measure, temperatures and ensemble of the policies.
-        operations: to each exit.
-        points: number of policies beside the full network; 0 where the held-out images may not be new to the
+        val: Predictions for the held-out images; the classes are those of the ensemble where there is one.
+        policy: Measure, temperatures and ensemble of the policies.
+        operations: To each exit.
+        points: Number of policies beside the full network; 0 where the held-out images may not be new to the
             network.
-        seed: of the split.
+        seed: Of the split.
 
     Returns:
         Points whose results are those on the images that test them. Only the full network if there are too
@@ -137,8 +138,8 @@ def certified(points: Sequence[Point], wanted: MaxLoss) -> list[Point]:
     """Return the points of the rule "certified" that keep the promise, from the full network to the cheapest.
 
     Raises:
-        UserError: no point was tested.
-        ValueError: percent or level are out of range.
+        UserError: No point was tested.
+        ValueError: Percent or level are out of range.
     """
     if not 0 <= wanted.percent <= 100 or not 50 <= wanted.level <= 100:
         raise ValueError(
@@ -175,9 +176,9 @@ def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> flo
     that error.
 
     Args:
-        losses: counts on the images that test a policy.
-        limit: as a share, 0 to 1.
-        disagreement: which loss.
+        losses: Counts on the images that test a policy.
+        limit: As a share, 0 to 1.
+        disagreement: Which loss.
     """
     if limit >= 1:
         return 0.0

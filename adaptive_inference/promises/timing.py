@@ -1,5 +1,6 @@
 """Measured time of blocks and policies, beside counted operations.
 
+Example:
     times = measure_blocks(network, images[:1], batch_size=64)    # two seconds
     times.milliseconds(point.shares)                              # expected of a policy, per image
     times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
@@ -35,10 +36,10 @@ def measure_blocks(
     """Measure the time of every block, for the batch sizes that occur as images leave a batch.
 
     Args:
-        network: folded, with the dtype and on the device that will predict.
+        network: Folded, with the dtype and on the device that will predict.
         images: (n, 3, H, W), at least one, as the predictor takes them; their content makes no difference.
-        batch_size: expected number of images per call.
-        seconds: limit for the whole measurement. A batch too large for it is assumed to cost in proportion to
+        batch_size: Expected number of images per call.
+        seconds: Limit for the whole measurement. A batch too large for it is assumed to cost in proportion to
             a smaller one.
     """
     ends = time.perf_counter() + seconds
@@ -124,12 +125,12 @@ def runtime_rows(
     """Measure the mean time per image of policies, beside that of running every exit; they take turns.
 
     Args:
-        network: as for ``measure_blocks``.
-        points: of a policy curve.
-        images: on the device, (N, 3, H, W), as the predictor takes them; as many of them are used as there is
+        network: As for ``measure_blocks``.
+        points: Of a policy curve.
+        images: On the device, (N, 3, H, W), as the predictor takes them; as many of them are used as there is
             time for.
-        times: of this network at the batch size to measure.
-        seconds: no further images are started after this time.
+        times: Of this network at the batch size to measure.
+        seconds: No further images are started after this time.
 
     Returns:
         First a row for running every exit (``p`` 0, a plain pass through the network), then one per point:
