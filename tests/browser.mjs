@@ -9,7 +9,7 @@ const screenshot = images[0] === "--screenshot" ? images.splice(0, 2)[1] : null;
 const browser = await puppeteer.launch({ executablePath, args: ["--no-sandbox"] });
 
 // Open the page, and return it with the list to which it adds what goes wrong.
-async function open(prepare = () => {}) {
+async function open(prepare = () => {}, address = url) {
   const page = await browser.newPage();
   const errors = [];
   page.on("console", (message) => ["error", "warn"].includes(message.type()) && errors.push(message.text()));
@@ -20,8 +20,33 @@ async function open(prepare = () => {}) {
   });
   await page.setViewport({ width: 1100, height: 900 });
   await prepare(page);
-  await page.goto(url);
+  await page.goto(address);
   return { page, errors };
+}
+
+// Answer requests for this file with `response`.
+async function replace(page, name, response) {
+  await page.setRequestInterception(true);
+  page.on("request", (request) => (request.url().endsWith(name) ? request.respond(response) : request.continue()));
+}
+
+// Move the slider through all policies and drop these files in two parts, all at once, as a quick user would.
+async function hurry(page, names) {
+  await page.evaluate(async (names) => {
+    const canvas = new OffscreenCanvas(3000, 2000);
+    canvas.getContext("2d").fillRect(0, 0, 1500, 2000);
+    const image = await canvas.convertToBlob();
+    const files = names.map((name) => new File([name.endsWith("png") ? image : "text"], name));
+    const effort = document.getElementById("effort");
+    for (let n = 0; n <= Number(effort.max); n++) {
+      effort.value = n;
+      effort.dispatchEvent(new Event("input"));
+    }
+    for (const part of [files.slice(0, 3), files.slice(3)]) {
+      const drop = Object.assign(new Event("drop", { cancelable: true }), { dataTransfer: { files: part } });
+      document.dispatchEvent(drop);
+    }
+  }, names);
 }
 
 // Do something that classifies images, and return what the page shows afterwards.
@@ -40,12 +65,13 @@ async function shown(page, action) {
       bars: [...document.querySelectorAll("#bars .count")].map((count) => Number(count.textContent)),
       saved: [text("saved-operations"), text("saved-time")],
       summary: text("summary"),
+      problem: text("problem"),
     };
   });
 }
 
-async function problem(prepare) {
-  const { page } = await open(prepare);
+async function problem(prepare, address) {
+  const { page } = await open(prepare, address);
   const line = await page.waitForSelector("#problem:not([hidden])");
   return line.evaluate((found) => found.textContent);
 }
@@ -61,6 +87,13 @@ try {
   const views = [await shown(page, () => input.uploadFile(...images))];
   await page.focus("#effort");
   for (const key of ["Home", "End"]) views.push(await shown(page, () => page.keyboard.press(key)));
+  const hurried = await shown(page, () => hurry(page, ["first.png", "notes.txt", "second.png", "empty.gif", "third.png"]));
+  const stopped = await shown(page, () =>
+    page.evaluate(() => {
+      document.getElementById("pictures").click();
+      document.getElementById("clear").click();
+    }),
+  );
   const withoutNames = await page.evaluate(() => {
     const controls = [...document.querySelectorAll("input, button, img")];
     return controls.filter((x) => !(x.labels?.length || x.textContent || x.alt)).map((x) => x.outerHTML);
@@ -69,14 +102,12 @@ try {
   const overflows = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
   const problems = {
     webassembly: await problem((other) => other.evaluateOnNewDocument(() => delete globalThis.WebAssembly)),
-    block: await problem(async (other) => {
-      await other.setRequestInterception(true);
-      other.on("request", (request) =>
-        request.url().endsWith("block3.onnx") ? request.respond({ status: 404 }) : request.continue(),
-      );
-    }),
+    block: await problem((other) => replace(other, "block3.onnx", { status: 404 })),
+    version: await problem((other) => replace(other, "network.json", { body: '{"format": "another 1"}' })),
+    pictures: await problem((other) => replace(other, "apple.svg", { status: 404 })),
+    file: await problem(() => {}, new URL("../examples/browser/index.html", import.meta.url).href),
   };
-  console.log(JSON.stringify({ seconds, errors, pictures, cleared, views, withoutNames, overflows, problems }));
+  console.log(JSON.stringify({ seconds, errors, pictures, cleared, views, hurried, stopped, withoutNames, overflows, problems }));
 } finally {
   await browser.close();
 }

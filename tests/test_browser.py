@@ -52,7 +52,7 @@ def site(tmp_path_factory):
     images, _ = synthetic.generate(20, 0, 32)
     files = []
     for n, image in enumerate(images):
-        size = [(32, 32), (200, 150), (90, 141), (24, 30)][max(0, n - 16)]
+        size = [(32, 32), (1500, 1100), (200, 150), (90, 141), (24, 30)][max(0, n - 15)]
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
         files.append(folder / f"image{n}.png")
         picture.save(files[-1])
@@ -89,7 +89,7 @@ def test_same_predictions_as_python(site, seen):
         assert [card["class"] for card in view["cards"]] == [runner.class_names[c] for c in expected.classes]
         assert [int(card["exit"]) for card in view["cards"]] == (expected.exits + 1).tolist()
         confidence = [float(card["confidence"]) for card in view["cards"]]
-        np.testing.assert_allclose(confidence[:17], expected.confidence[:17], atol=1e-5)
+        np.testing.assert_allclose(confidence[:16], expected.confidence[:16], atol=1e-5)
         np.testing.assert_allclose(
             confidence, expected.confidence, atol=0.03
         )  # resized pixels differ by a rounding
@@ -100,7 +100,7 @@ def test_the_slider_changes_exits_and_savings(seen):
     _, cheap, full = seen["views"]
     exits = [sum(int(card["exit"]) for card in view["cards"]) for view in (cheap, full)]
     assert exits[0] < exits[1]
-    saved = [int(view["saved"][0].removesuffix(" %")) for view in (cheap, full)]
+    saved = [int(view["saved"][0].removesuffix("\N{NO-BREAK SPACE}%")) for view in (cheap, full)]
     assert saved[0] > saved[1]
     assert full["summary"].startswith("20 images: ")
 
@@ -128,8 +128,37 @@ def test_no_error_no_other_host_and_controls_have_names(seen):
     assert not seen["overflows"]
 
 
+def test_a_quick_user_gets_sound_numbers(seen):
+    """The slider goes through all policies at once, and files are dropped twice while others are read."""
+    full, hurried = seen["views"][-1], seen["hurried"]
+    assert hurried["policy"] == full["policy"]
+    names = [card["name"] for card in full["cards"]]
+    assert [card["name"] for card in hurried["cards"][:20]] == names
+    assert sorted(card["name"] for card in hurried["cards"][20:]) == ["first.png", "second.png", "third.png"]
+    assert [card["exit"] for card in hurried["cards"][:20]] == [card["exit"] for card in full["cards"]]
+    assert sum(hurried["bars"]) == 23
+    problem = hurried["problem"]
+    assert problem.startswith("This browser cannot read these files as images: ")
+    assert sorted(problem.split(": ")[1].removesuffix(".").split(", ")) == ["empty.gif", "notes.txt"]
+    # Almost every image takes every exit: the time saved is small, whatever else ran meanwhile.
+    exits = [int(card["exit"]) for card in hurried["cards"]]
+    assert np.mean(exits) > 4
+    assert int(hurried["saved"][1].removesuffix("\N{NO-BREAK SPACE}%")) < 50
+
+
+def test_remove_all_stops_reading(seen):
+    assert seen["stopped"]["cards"] == []
+    assert seen["stopped"]["summary"] == "No images yet."
+    assert sum(seen["stopped"]["bars"]) == 0
+
+
 def test_problems_are_one_line(seen):
+    writes = "export_onnx.py --output examples/browser/network/ writes it."
     assert seen["problems"] == {
         "webassembly": "This browser has no WebAssembly, which the network needs.",
-        "block": "There is no file /network/block3.onnx.",
+        "block": f"There is no file /network/block3.onnx. {writes}",
+        "version": "the network was not written by this version of export_onnx.py: "
+        'its format is "another 1", not "imta-msdnet onnx 4"',
+        "pictures": "There is no file /pictures/apple.svg.",
+        "file": "This page needs a server: type python -m http.server in examples/browser, and open http://localhost:8000.",
     }

@@ -7,22 +7,29 @@ const PICTURES = [
   ...["apple", "orange", "sunflower", "sea", "mountain", "skyscraper", "cup", "road"],
   ...["traffic_light", "clock", "bottle", "pear", "cloud", "plain", "plate"],
 ];
-const WARM_UP = 5; // runs of every exit before the page opens
-const MEASURED = 9; // newest runs of every exit whose median is the time without early exit
+const MEASURED = 9; // newest times of every exit of which the fastest counts: other programs slow down the rest
+const MEASURE_AGAIN = 250; // milliseconds until the time of every exit is measured again
+const DRAW_AFTER = 40; // milliseconds of predictions until the browser draws and listens again
 const LARGE = 4; // images with more than this many times the pixels per side are called unlike the training images
 const UNSURE = 0.5; // below this probability, the image may show none of the classes
 const MAX_IMAGES = 500;
+const MAX_SIDE = 1024; // the browser shrinks larger images to so many pixels on the shorter side, before they are resized as in Python
+const NAMED = 5; // so many unreadable files are named
 
 const element = (id) => document.getElementById(id);
-const percent = (share) => `${Math.round(100 * share)} %`;
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+const nextTask = () => new Promise((resume) => setTimeout(resume));
 
 class Page {
   constructor(predictor) {
     this.predictor = predictor;
-    this.fullTimes = []; // milliseconds of one image through every exit
     this.policies = [...predictor.points].sort((a, b) => a.operations - b.operations);
-    this.images = []; // { name, pixels, size: [width, height], card, ... } and the prediction
-    this.round = 0; // number of the newest classification; older ones give up
+    this.images = []; // { name, pixels, size: [width, height], card, policy, ... } and the prediction by this policy
+    this.times = Array.from({ length: predictor.numExits }, () => []); // newest milliseconds of images that left at each exit
+    this.measured = -Infinity; // when every exit was last measured
+    this.underWay = 0; // calls of add() and classify() that have not ended
+    this.classifying = false;
+    this.unreadable = []; // names of files
     this.showNetwork();
     this.listen();
   }
@@ -31,16 +38,20 @@ class Page {
     return this.policies[Number(element("effort").value)];
   }
 
-  get fullMilliseconds() {
-    return [...this.fullTimes].sort((a, b) => a - b)[Math.floor(this.fullTimes.length / 2)];
+  // Classify one image, and keep its time.
+  async predict(pixels, thresholds) {
+    const began = performance.now();
+    const { classes, confidence, exits } = await this.predictor.predict(pixels, thresholds);
+    const milliseconds = performance.now() - began;
+    this.times[exits[0]] = [...this.times[exits[0]], milliseconds].slice(-MEASURED);
+    return { class: this.predictor.classNames[classes[0]], confidence: confidence[0], exit: exits[0] + 1, milliseconds };
   }
 
   // Run one image through every exit, for the time that early exit is compared with.
   async measureEveryExit() {
     const { imageSize, numExits } = this.predictor;
-    const began = performance.now();
-    await this.predictor.predict(new Uint8Array(3 * imageSize ** 2), new Array(numExits).fill(2));
-    this.fullTimes = [...this.fullTimes, performance.now() - began].slice(-MEASURED);
+    await this.predict(new Uint8Array(3 * imageSize ** 2), new Array(numExits).fill(2));
+    this.measured = performance.now();
   }
 
   showNetwork() {
@@ -72,7 +83,7 @@ class Page {
     });
     element("pictures").addEventListener("click", () => this.addPictures());
     element("clear").addEventListener("click", () => {
-      this.images.forEach((image) => image.card.remove());
+      element("results").replaceChildren();
       this.images = [];
       this.classify();
     });
@@ -91,43 +102,95 @@ class Page {
 
   async addPictures() {
     const read = async (name) => new File([await fetchBytes(new URL(`pictures/${name}.svg`, import.meta.url))], name, { type: "image/svg+xml" });
-    const shown = new Set(this.images.map(({ name }) => name));
-    await this.add(await Promise.all(PICTURES.filter((name) => !shown.has(name)).map(read)));
+    const { images } = this;
+    const shown = new Set(images.map(({ name }) => name));
+    this.begin();
+    try {
+      await this.add(await Promise.all(PICTURES.filter((name) => !shown.has(name)).map(read)), images);
+    } catch (error) {
+      showProblem(error.message);
+    }
+    this.end();
   }
 
-  // Read these files and classify all images.
-  async add(files) {
-    const unreadable = [];
-    for (const file of files.slice(0, MAX_IMAGES - this.images.length)) {
-      try {
-        this.images.push(await readImage(file, this.predictor));
-      } catch {
-        unreadable.push(file.name);
+  // Read these files one by one, add them to the images and classify each. After "Remove all", which makes another list, stop.
+  async add(files, images = this.images) {
+    this.begin();
+    for (const [n, file] of files.entries()) {
+      if (images !== this.images) break;
+      if (images.length >= MAX_IMAGES) {
+        showProblem(`The page shows at most ${MAX_IMAGES} images.`);
+        break;
+      }
+      element("summary").textContent = `Reading image ${n + 1} of ${files.length} …`;
+      const image = await readImage(file, this.predictor).catch(() => null);
+      if (image && images === this.images) {
+        images.push(image);
+        element("results").append(image.card);
+        await this.classify();
+      } else if (!image) {
+        this.unreadable.push(file.name);
       }
     }
-    const problems = [];
-    if (unreadable.length) problems.push(`These files are no images that this browser reads: ${unreadable.join(", ")}.`);
-    if (this.images.length === MAX_IMAGES) problems.push(`The page shows at most ${MAX_IMAGES} images.`);
-    showProblem(problems.join(" "));
-    await this.classify();
+    this.end();
   }
 
-  // Classify all images by the present policy, one by one, as their times are shown.
+  // Classify every image that the present policy has not classified yet, one by one, as their times are shown. There is one such loop at
+  // a time, which also takes up the images and the policy that come meanwhile: a second one would be part of the times of the first.
   async classify() {
-    const round = ++this.round;
     this.showPolicy();
-    await this.measureEveryExit();
-    for (const [n, image] of this.images.entries()) {
-      if (n % 20 === 19) await new Promise((resume) => setTimeout(resume)); // let the browser draw
-      const began = performance.now();
-      const { classes, confidence, exits } = await this.predictor.predict(image.pixels, this.policy.thresholds);
-      image.milliseconds = performance.now() - began;
-      if (round !== this.round) return;
-      [image.class, image.confidence, image.exit] = [this.predictor.classNames[classes[0]], confidence[0], exits[0] + 1];
-      this.showImage(image);
+    if (this.classifying) return;
+    this.classifying = true;
+    this.begin();
+    try {
+      let drawn = performance.now();
+      for (let image; (image = this.images.find(({ policy }) => policy !== this.policy)); ) {
+        const { policy } = this;
+        Object.assign(image, await this.predict(image.pixels, policy.thresholds), { policy });
+        this.showImage(image);
+        if (performance.now() - drawn < DRAW_AFTER) continue;
+        this.showTotals();
+        await nextTask();
+        drawn = performance.now();
+      }
+      if (performance.now() - this.measured > MEASURE_AGAIN) await this.measureEveryExit();
+    } catch (error) {
+      showProblem(error.message);
     }
+    this.classifying = false;
+    this.end();
+  }
+
+  // Show the example pictures. Browsers compile WebAssembly while it runs: the times of the first predictions are measured again.
+  async start() {
+    this.begin();
+    await this.addPictures();
+    for (const times of this.times) times.length = 0;
+    for (let run = 0; run < MEASURED; run++) await this.measureEveryExit();
+    for (const image of this.images) image.policy = null;
+    await this.classify();
+    this.end();
+  }
+
+  // Note that work begins. While there is any, screen readers wait with what changes.
+  begin() {
+    if (!this.underWay) {
+      showProblem("");
+      for (const id of ["results", "summary"]) element(id).ariaBusy = "true";
+    }
+    this.underWay++;
+  }
+
+  // Note that work has ended; after the last, show the totals and which files could not be read.
+  end() {
+    this.underWay--;
     this.showTotals();
-    document.body.dataset.round = round; // for tests: this classification is complete
+    if (this.underWay) return;
+    if (this.unreadable.length) showProblem(`This browser cannot read these files as images: ${list(this.unreadable)}.`);
+    this.unreadable = [];
+    this.showSummary();
+    for (const id of ["results", "summary"]) element(id).ariaBusy = "false";
+    document.body.dataset.round = Number(document.body.dataset.round ?? 0) + 1; // for tests: everything is done
   }
 
   showPolicy() {
@@ -141,12 +204,11 @@ class Page {
 
   showImage(image) {
     const { card, confidence, exit, milliseconds } = image;
-    if (!card.isConnected) element("results").append(card);
     card.style.setProperty("--exit", exitColour(exit, this.predictor.numExits));
     Object.assign(card.dataset, { name: image.name, class: image.class, confidence, exit });
     card.querySelector(".class").textContent = image.class.replaceAll("_", " ");
     card.querySelector(".exit").textContent = `exit ${exit}`;
-    card.querySelector(".rest").textContent = `${percent(confidence)} sure, ${milliseconds.toFixed(1)} ms`;
+    card.querySelector(".rest").textContent = `${percent(confidence)}\u00a0sure, ${milliseconds.toFixed(1)}\u00a0ms`;
     card.querySelector(".note").textContent = this.notes(image).join(" ");
   }
 
@@ -163,36 +225,50 @@ class Page {
     return notes;
   }
 
+  // Return the images that have been classified, how many left at each exit, and their milliseconds by the fastest time to each exit.
+  get totals() {
+    const classified = this.images.filter(({ exit }) => exit);
+    const left = this.times.map((_, k) => classified.filter(({ exit }) => exit === k + 1).length);
+    const milliseconds = left.reduce((sum, count, k) => sum + (count && count * Math.min(...this.times[k])), 0);
+    return { count: classified.length, left, milliseconds, fullMilliseconds: classified.length * Math.min(...this.times.at(-1)) };
+  }
+
   showTotals() {
-    const { operations, numExits } = this.predictor;
-    const count = this.images.length;
-    const left = Array.from({ length: numExits }, (_, k) => this.images.filter(({ exit }) => exit === k + 1).length);
+    const { operations } = this.predictor;
+    const { count, left, milliseconds, fullMilliseconds } = this.totals;
     [...element("bars").children].forEach((bar, k) => {
       bar.querySelector(".bar span").style.width = `${(100 * left[k]) / Math.max(count, 1)}%`;
       bar.querySelector(".count").textContent = left[k];
     });
     const spent = left.reduce((sum, images, k) => sum + images * operations[k], 0);
-    const milliseconds = this.images.reduce((sum, image) => sum + image.milliseconds, 0);
-    const savedOperations = count ? percent(1 - spent / (count * operations.at(-1))) : "–";
-    const savedTime = count ? percent(Math.max(0, 1 - milliseconds / (count * this.fullMilliseconds))) : "–";
-    element("saved-operations").textContent = savedOperations;
-    element("saved-time").textContent = savedTime;
+    element("saved-operations").textContent = count ? percent(1 - spent / (count * operations.at(-1))) : "–";
+    const measured = count && Number.isFinite(milliseconds + fullMilliseconds); // every exit has a time
+    element("saved-time").textContent = measured ? percent(1 - milliseconds / fullMilliseconds) : "–";
+  }
+
+  showSummary() {
+    const { count, left, milliseconds, fullMilliseconds } = this.totals;
     const parts = left.map((images, k) => `${images} at exit ${k + 1}`).filter((_, k) => left[k]);
     element("summary").textContent = count
-      ? `${count} images: ${parts.join(", ")}. ${milliseconds.toFixed(0)} ms in all; every exit would take about ` +
-        `${(count * this.fullMilliseconds).toFixed(0)} ms.`
+      ? `${count} ${count > 1 ? "images" : "image"}: ${parts.join(", ")}. About ${milliseconds.toFixed(0)} ms in all; ` +
+        `through every exit, about ${fullMilliseconds.toFixed(0)} ms.`
       : "No images yet.";
   }
+}
+
+function list(names) {
+  const more = names.length - NAMED;
+  return more > 0 ? `${names.slice(0, NAMED).join(", ")} and ${more} more` : names.join(", ");
 }
 
 // Return an image as the network needs it, and its card for the page.
 async function readImage(file, { imageSize, preprocessing }) {
   const picture = new Image();
   picture.src = URL.createObjectURL(file);
-  await picture.decode();
+  await picture.decode().finally(() => URL.revokeObjectURL(picture.src));
   const size = [picture.naturalWidth, picture.naturalHeight];
   const card = document.createElement("li");
-  card.innerHTML = '<div class="text"><div class="class"></div><div class="figures"><span class="exit"></span>, <span class="rest"></span></div><p class="note"></p></div>';
+  card.innerHTML = '<div class="text"><div class="class"></div><div class="exit"></div><div class="rest"></div><p class="note"></p></div>';
   picture.alt = file.name;
   picture.className = Math.max(...size) < 100 ? "small" : "";
   card.prepend(picture);
@@ -200,29 +276,32 @@ async function readImage(file, { imageSize, preprocessing }) {
 }
 
 // Return the central square of a picture as planes of red, green and blue: the shorter side is resized to imageSize / crop_share pixels,
-// then the middle is cut out, as image_data does in Python.
+// then the middle is cut out, as image_data does in Python. Only the part that counts is drawn, and large pictures are drawn smaller:
+// browsers limit the pixels of a canvas.
 function toPixels(picture, imageSize, { crop_share: share, interpolation }) {
-  const [width, height] = [picture.naturalWidth, picture.naturalHeight];
-  const canvas = new OffscreenCanvas(width, height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const sides = [picture.naturalWidth, picture.naturalHeight];
+  const shrink = Math.min(1, MAX_SIDE / Math.min(...sides));
+  const shorter = roundHalfToEven(imageSize / share);
+  const [columns, rows] = sides.map((side) => {
+    const resized = Math.floor((shorter * side) / Math.min(...sides));
+    const first = roundHalfToEven((resized - imageSize) / 2);
+    return resizeWeights(Math.round(side * shrink), resized, interpolation).slice(first, first + imageSize);
+  });
+  const [left, top] = [columns[0].first, rows[0].first];
+  const [width, height] = [columns, rows].map((pixels) => pixels.at(-1).first + pixels.at(-1).weights.length - pixels[0].first);
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.fillStyle = "#fff"; // behind transparent pixels
   context.fillRect(0, 0, width, height);
-  context.drawImage(picture, 0, 0, width, height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(picture, -left, -top, ...sides.map((side) => Math.round(side * shrink)));
   const rgba = context.getImageData(0, 0, width, height).data;
-  const shorter = roundHalfToEven(imageSize / share);
-  const longer = Math.floor((shorter * Math.max(width, height)) / Math.min(width, height));
-  const [newWidth, newHeight] = width <= height ? [shorter, longer] : [longer, shorter];
-  const left = roundHalfToEven((newWidth - imageSize) / 2);
-  const top = roundHalfToEven((newHeight - imageSize) / 2);
-  const columns = resizeWeights(width, newWidth, interpolation).slice(left, left + imageSize);
-  const rows = resizeWeights(height, newHeight, interpolation).slice(top, top + imageSize);
   const pixels = new Uint8Array(3 * imageSize * imageSize);
   for (let channel = 0; channel < 3; channel++) {
     const narrow = new Uint8ClampedArray(height * imageSize); // columns resized, rows not yet
     for (let y = 0; y < height; y++) {
       columns.forEach(({ first, weights }, x) => {
         let sum = 0;
-        for (let i = 0; i < weights.length; i++) sum += weights[i] * rgba[4 * (y * width + first + i) + channel];
+        for (let i = 0; i < weights.length; i++) sum += weights[i] * rgba[4 * (y * width + first - left + i) + channel];
         narrow[y * imageSize + x] = sum; // rounded and clamped
       });
     }
@@ -230,7 +309,7 @@ function toPixels(picture, imageSize, { crop_share: share, interpolation }) {
     rows.forEach(({ first, weights }, y) => {
       for (let x = 0; x < imageSize; x++) {
         let sum = 0;
-        for (let i = 0; i < weights.length; i++) sum += weights[i] * narrow[(first + i) * imageSize + x];
+        for (let i = 0; i < weights.length; i++) sum += weights[i] * narrow[(first - top + i) * imageSize + x];
         plane[y * imageSize + x] = sum;
       }
     });
@@ -270,9 +349,17 @@ function exitColour(exit, numExits) {
 }
 
 async function fetchBytes(url) {
-  const response = await fetch(url);
+  const response = await fetch(url).catch(() => {
+    throw new Error(`The server does not send ${decodeURI(url.pathname)}: is it still running?`);
+  });
   if (!response.ok) throw new Error(`There is no file ${decodeURI(url.pathname)}.`);
   return new Uint8Array(await response.arrayBuffer());
+}
+
+async function readNetwork(name) {
+  return fetchBytes(new URL(name, NETWORK)).catch((error) => {
+    throw new Error(`${error.message} export_onnx.py --output examples/browser/network/ writes it.`);
+  });
 }
 
 function showProblem(text) {
@@ -287,13 +374,11 @@ async function open() {
   });
   ort.env.wasm.wasmPaths = RUNTIME.href;
   ort.env.wasm.numThreads = 1; // several would need headers that a plain file server does not send
-  const predictor = await Predictor.load(ort, (name) => fetchBytes(new URL(name, NETWORK)));
+  const predictor = await Predictor.load(ort, readNetwork);
   if (!predictor.points.length) throw new Error("This network was exported without policies, which the slider needs.");
   const { interpolation } = predictor.preprocessing;
   if (!(interpolation in KERNELS)) throw new Error(`This page cannot resize images by ${interpolation} interpolation.`);
-  const page = new Page(predictor);
-  for (let run = 0; run < WARM_UP; run++) await page.measureEveryExit();
-  await page.addPictures();
+  await new Page(predictor).start();
 }
 
 open().catch((error) => {
