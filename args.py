@@ -17,8 +17,9 @@ import argparse
 import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -246,18 +247,6 @@ examples:
 
 A preset takes the place of the defaults shown, and flags take the place of the preset.
 """
-# Flags whose names do not follow from the names of their settings.
-_FLAG_NAMES = {
-    "num_blocks": "--nBlocks",
-    "step_mode": "--stepmode",
-    "num_channels": "--nChannels",
-    "growth_rate": "--growthRate",
-    "growth_factors": "--grFactor",
-    "bottleneck_factors": "--bnFactor",
-    "initialization": "--init",
-    "gradient_equilibrium_scales": "--ge-scales",
-    "kl_reduction": "--kl",
-}
 # Flags that exclude each other.
 _APART = (
     ("resume", "overwrite"),
@@ -503,7 +492,12 @@ def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
-    return _FLAG_NAMES.get(name, f"--{name.replace('_', '-')}")
+    return _flags()[name]
+
+
+@cache
+def _flags() -> dict[str, str]:
+    return build_parser("IMTA").flags()
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -526,7 +520,7 @@ def _shown(value: Any) -> str:
 _BY_PRESET = {name for preset in PRESETS.values() for part in preset.values() for name in part}
 
 
-def build_parser(stage: str) -> argparse.ArgumentParser:
+def build_parser(stage: str) -> CommandLineParser:
     """Return the parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
     parser = CommandLineParser(
         prog=f"train_{stage}.py",
@@ -551,20 +545,23 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _one_of(values: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of a flag with these values, typed in upper or lower case."""
+    return {"choices": list(values), "type": str.lower}
+
+
 _SEED = at_least(0, 2**32 - 2)
 
 
 def _add_common(add: Callable) -> None:
     add(
         "--preset",
-        choices=list(PRESETS),
-        type=str.lower,
+        **_one_of(PRESETS),
         help="settings that all other flags change (default: that of --data, else demo)",
     )
     add(
         "--data",
-        choices=list(IMAGE_SIZES),
-        type=str.lower,
+        **_one_of(IMAGE_SIZES),
         help="data set; folder: images in train/CLASS/ "
         "(default: folder with --data-root, else that of the preset)",
     )
@@ -592,8 +589,7 @@ def _add_common(add: Callable) -> None:
         "--eval",
         nargs="?",
         const="dynamic",
-        choices=["anytime", "dynamic", "runtime"],
-        type=str.lower,
+        **_one_of(["anytime", "dynamic", "runtime"]),
         help="evaluate only: every exit on its own (anytime), budgeted batch prediction (dynamic, "
         "also when no mode is given), or measured time of the policies that dynamic wrote (runtime) "
         "(default: train, then anytime and dynamic)",
@@ -618,8 +614,7 @@ def _add_run(add: Callable) -> None:
     )
     add(
         "--measure",
-        choices=MEASURES,
-        type=str.lower,
+        **_one_of(MEASURES),
         help="what decides whether an image leaves: largest softmax probability (the paper), "
         "entropy, margin of the two largest, or how many exits in a row agree (patience)",
     )
@@ -709,8 +704,7 @@ def _add_data(add: Callable) -> None:
     )
     add(
         "--augment",
-        choices=["standard", "trivial", "randaugment", "none"],
-        type=str.lower,
+        **_one_of(["standard", "trivial", "randaugment", "none"]),
         help="standard: padded random crop (small images) or random resized crop, and flip; trivial, "
         "randaugment: "
         "TrivialAugment or RandAugment after that, image by image: on a GPU that is slow for small images",
@@ -746,8 +740,7 @@ def _add_network(add: Callable) -> None:
     add(
         "--ge-scales",
         dest="gradient_equilibrium_scales",
-        choices=CHOICES["gradient_equilibrium_scales"],
-        type=str.lower,
+        **_one_of(CHOICES["gradient_equilibrium_scales"]),
         help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
     )
     add(
@@ -758,8 +751,7 @@ def _add_network(add: Callable) -> None:
     add(
         "--init",
         dest="initialization",
-        choices=CHOICES["initialization"],
-        type=str.lower,
+        **_one_of(CHOICES["initialization"]),
         help="PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
     )
 
@@ -777,8 +769,7 @@ def add_msdnet_sizes(add: Callable) -> None:
     add(
         "--stepmode",
         dest="step_mode",
-        choices=CHOICES["step_mode"],
-        type=str.lower,
+        **_one_of(CHOICES["step_mode"]),
         help="block i >= 1 has STEP layers, or STEP * i + 1",
     )
     add(
@@ -812,8 +803,7 @@ def add_msdnet_sizes(add: Callable) -> None:
     add("--bottleneck", action=BooleanOptionalAction, help="1x1 convolutions before the 3x3 ones")
     add(
         "--prune",
-        choices=CHOICES["prune"],
-        type=str.lower,
+        **_one_of(CHOICES["prune"]),
         help="drop fine scales evenly over the depth (max) or in the last layers (min)",
     )
     add(
@@ -839,21 +829,18 @@ def _add_stage_2(add: Callable) -> None:
     )
     add(
         "--isc-gradient",
-        choices=["cut", "flow"],
-        type=str.lower,
+        **_one_of(["cut", "flow"]),
         help="gradient from an exit into the one before: cut (paper), flow (released code)",
     )
     add(
         "--kl",
         dest="kl_reduction",
-        choices=["sum", "mean"],
-        type=str.lower,
+        **_one_of(["sum", "mean"]),
         help="over classes: sum (paper), mean (released code, 1/C of the weight)",
     )
     add(
         "--backbone-bn",
-        choices=["frozen", "moving"],
-        type=str.lower,
+        **_one_of(["frozen", "moving"]),
         help="BatchNorm of the frozen network: frozen (paper), moving (released code)",
     )
     add(
@@ -871,8 +858,7 @@ def exits(text: str) -> int | tuple[str, ...]:
 def _add_optimisation(add: Callable) -> None:
     add(
         "--optimizer",
-        choices=["sgd", "adamw"],
-        type=str.lower,
+        **_one_of(["sgd", "adamw"]),
         help=f"adamw begins at --lr {ADAMW_LR} where none is given",
     )
     add(
@@ -882,13 +868,8 @@ def _add_optimisation(add: Callable) -> None:
         help="with --pretrained and --arch: "
         "the learning rate of pretrained parameters is F times that of new ones",
     )
-    add(
-        "--freeze",
-        choices=["none", "backbone"],
-        type=str.lower,
-        help="backbone: with --arch, train the exits alone",
-    )
-    add("--lr-type", choices=["multistep", "cosine"], type=str.lower, help="learning rate after the warm-up")
+    add("--freeze", **_one_of(["none", "backbone"]), help="backbone: with --arch, train the exits alone")
+    add("--lr-type", **_one_of(["multistep", "cosine"]), help="learning rate after the warm-up")
     add(
         "--lr-milestones",
         type=float_list,
@@ -920,8 +901,7 @@ def _add_optimisation(add: Callable) -> None:
 def _add_speed(add: Callable) -> None:
     add(
         "--amp",
-        choices=["auto", "off", "bf16", "fp16"],
-        type=str.lower,
+        **_one_of(["auto", "off", "bf16", "fp16"]),
         help="mixed precision; auto: the 16-bit type that the device is faster with, off where none is",
     )
     add(
@@ -933,8 +913,7 @@ def _add_speed(add: Callable) -> None:
     add("--fused-optimizer", action=BooleanOptionalAction, help="update all weights in one kernel")
     add(
         "--compile",
-        choices=["auto", "off", "default", "reduce-overhead", "max-autotune"],
-        type=str.lower,
+        **_one_of(["auto", "off", "default", "reduce-overhead", "max-autotune"]),
         help="torch.compile of the training step, which takes minutes the first time; "
         "auto: when the training is long enough to pay for it; "
         "reduce-overhead: with CUDA graphs",

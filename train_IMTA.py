@@ -40,12 +40,10 @@ class Distillation(nn.Module):
     def __init__(self, network: IMTA, settings: Namespace):
         super().__init__()
         self.network = network
-        # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed
-        # precision.
-        is_constant = network.freeze_batchnorm
-        self.frozen = (
-            fold(network.backbone, settings.channels_last, mixed_precision(settings)) if is_constant else None
-        )
+        self.frozen = None
+        if network.freeze_batchnorm:
+            # It runs with BatchNorm folded and without autograd, in the dtype of mixed precision.
+            self.frozen = fold(network.backbone, settings.channels_last, mixed_precision(settings))
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,
@@ -58,9 +56,8 @@ class Distillation(nn.Module):
         features = self.network.features(images) if self.frozen is None else self._frozen_features(images)
         logits = self.network.classify(features)
         teacher_logits = self.network.teacher_logits(features, logits)
-        return one_for_all_loss(logits, targets, teacher_logits, **self.loss_options), torch.stack(
-            logits, dim=1
-        )
+        losses = one_for_all_loss(logits, targets, teacher_logits, **self.loss_options)
+        return losses, torch.stack(logits, dim=1)
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> list[Tensor]:
@@ -113,11 +110,8 @@ class Stage2(Stage):
         """Return a digest of what is frozen, None if nothing is; BatchNorm that may move is left out."""
         if not network.freeze_backbone:
             return None
-        tensors = (
-            network.backbone.state_dict()
-            if network.freeze_batchnorm
-            else dict(network.backbone.named_parameters())
-        )
+        backbone = network.backbone
+        tensors = backbone.state_dict() if network.freeze_batchnorm else dict(backbone.named_parameters())
         digest = hashlib.sha256()
         for name, tensor in tensors.items():
             digest.update(name.encode())
@@ -126,12 +120,12 @@ class Stage2(Stage):
 
     def title(self, network: IMTA, settings: Namespace) -> str:
         """Return the title of a run's curves."""
-        parts = [
-            name
-            for name, used in (("ISC", settings.isc), ("OFA", settings.ofa and settings.gamma > 0))
-            if used
-        ]
-        return " + ".join(["single stage" if settings.single_stage else "stage 2", *parts])
+        parts = ["single stage" if settings.single_stage else "stage 2"]
+        if settings.isc:
+            parts.append("ISC")
+        if settings.ofa and settings.gamma > 0:
+            parts.append("OFA")
+        return " + ".join(parts)
 
     def share_of_work(self, settings: Namespace) -> float:
         """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled."""

@@ -133,6 +133,10 @@ class CommandLineParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return arguments
 
+    def flags(self) -> dict[str, str]:
+        """Return the first spelling of every flag, by the name under which its value is kept."""
+        return {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and end with status 2."""
         self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")

@@ -107,16 +107,11 @@ class Stepper:
         model = self._prepared(images, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
-        parts = list(
-            zip(
-                images.tensor_split(self.settings.accumulate),
-                targets.tensor_split(self.settings.accumulate),
-                strict=True,
-            )
-        )
-        for i, (part_images, part_targets) in enumerate(parts):
+        count = self.settings.accumulate
+        parts = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
+        for i, (part_images, part_targets) in enumerate(parts, start=1):
             # Processes exchange gradients once, with the last part.
-            waits = i + 1 < len(parts) and isinstance(model, DistributedDataParallel)
+            waits = i < count and isinstance(model, DistributedDataParallel)
             with model.no_sync() if waits else nullcontext():
                 losses, logits = model(part_images, part_targets)
                 self.scaler.scale(losses.sum() / len(targets)).backward()
@@ -193,10 +188,10 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
         )
     if settings.accumulate > share:
         raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images per step")
+    # As ``Stepper.step`` cuts a batch, and DataParallel its parts.
     parts = torch.empty(share).tensor_split(settings.accumulate)
-    smallest = min(
-        len(chunk) for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))
-    )  # as DataParallel deals them out
+    chunks = [chunk for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))]
+    smallest = min(map(len, chunks))
     if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
         raise UserError(
             "the BatchNorm of the ISC links needs at least 2 images at a time; "

@@ -62,9 +62,8 @@ class Progress:
 
 
 LOSS = "loss (sum over exits)"
-MAX_STEPS_DEAF = (
-    10  # steps between two looks at signals; a process that is asked to stop has perhaps half a minute
-)
+# Steps between two looks at signals; a process that is asked to stop has perhaps half a minute.
+MAX_STEPS_BETWEEN_LOOKS = 10
 FEW_IMAGES = 200  # held-out images, below which the best epoch is much a matter of chance
 
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
@@ -82,9 +81,8 @@ class Meters:
 
     def __init__(self, num_exits: int, device: torch.device, only_finite: bool = False):
         self.only_finite = only_finite
-        self.totals = torch.zeros(
-            2 + num_exits, dtype=torch.float64, device=device
-        )  # images, loss, correct by exit
+        # Images, loss, and correct predictions of every exit.
+        self.totals = torch.zeros(2 + num_exits, dtype=torch.float64, device=device)
 
     def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: losses (N,), logits (N, K, C), targets (N,)."""
@@ -257,7 +255,7 @@ class Trainer:
         All processes act at the same step; asking each other costs a wait, so they do it only now and then.
         """
         if self.session.processes.world_size > 1 and self.progress.step % min(
-            self.session.settings.print_freq, MAX_STEPS_DEAF
+            self.session.settings.print_freq, MAX_STEPS_BETWEEN_LOOKS
         ):
             return 0
         minutes = self.session.settings.save_every_minutes
@@ -289,22 +287,14 @@ class Trainer:
             )
 
     def _finish_epoch(self) -> None:
+        """Evaluate the epoch whose steps are done, write it and report it."""
         progress = self.progress
         totals = self.session.processes.sum(self.meters.totals)
         loss, train_acc1 = Meters.means(totals)
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
-        if self.average is not None:
-            self._measure_average()
-        if self.data.val.num_images:
-            self.session.processes.share_buffers(self.evaluated)
-            # As the network will predict: folded, in the precision of training.
-            folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
-            row["val_acc1"], row["val_acc5"], row["val_loss"] = accuracy_per_exit(
-                folded, self.data.val, self.session.processes
-            )
-            row["val_mean_acc1"] = sum(row["val_acc1"]) / len(row["val_acc1"])
+        row |= self._evaluate_held_out()
         accuracy = round(row.get("val_mean_acc1", progress.epoch + 1.0), 6)
         held_out_loss = row.get("val_loss", 0.0)
         is_best = (accuracy, -held_out_loss) >= (progress.best_accuracy, -progress.best_loss)
@@ -321,14 +311,31 @@ class Trainer:
             progress.best_epoch = progress.epoch
         self.meters.totals.zero_()
         self.write(is_best, progress, self.meters.totals)
+        self._report_epoch(row)
+
+    def _evaluate_held_out(self) -> dict[str, Any]:
+        """Return the figures of the held-out images, none if there are no such images."""
+        if self.average is not None:
+            self._measure_average()
+        if not self.data.val.num_images:
+            return {}
+        processes = self.session.processes
+        processes.share_buffers(self.evaluated)
+        # As the network will predict: folded, in the precision of training.
+        folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
+        acc1, acc5, loss = accuracy_per_exit(folded, self.data.val, processes)
+        return {"val_acc1": acc1, "val_acc5": acc5, "val_loss": loss, "val_mean_acc1": sum(acc1) / len(acc1)}
+
+    def _report_epoch(self, row: dict[str, Any]) -> None:
+        epoch, epochs = self.progress.epoch, self.session.settings.epochs
         held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
-        left = duration(row["seconds"] * (self.session.settings.epochs - progress.epoch))
+        best = " (best)" if row["best"] else ""
+        left = duration(row["seconds"] * (epochs - epoch))
         self.session.log.line(
-            f"epoch {progress.epoch}/{self.session.settings.epochs}: "
-            f"{LOSS} {row['loss']:.4f}, held-out top-1 by exit {held_out}{' (best)' if is_best else ''}, "
+            f"epoch {epoch}/{epochs}: {LOSS} {row['loss']:.4f}, held-out top-1 by exit {held_out}{best}, "
             f"{row['images_per_second']:,.0f} images/s, {row['seconds']:.1f} s, {left} left"
         )
-        self.session.log.scalars(row, progress.epoch)
+        self.session.log.scalars(row, epoch)
 
     def _measure_average(self) -> None:
         """Measure the BatchNorm statistics of the average on the first training images of this epoch."""

@@ -329,9 +329,10 @@ class Backbone(ExitNetwork):
         too_small, works = size, known
         while works - too_small > 1:
             middle = (too_small + works) // 2
-            too_small, works = (
-                (middle, works) if _failure(runner, middle) is not None else (too_small, middle)
-            )
+            if _failure(runner, middle) is None:
+                works = middle
+            else:
+                too_small = middle
         raise ValueError(f"images of {size} pixels are too small: this network needs at least {works}")
 
     # Folding

@@ -19,9 +19,10 @@ from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, ne
 
 
 class IMTA(ExitNetwork):
-    """Stage-2 network: exit k > 1 reads concat(f_k, g(z_{k-1})).
+    """Stage-2 network: exit k > 0 reads concat(f_k, g(z_{k-1})).
 
-    f_k are the backbone's features at exit k, z_{k-1} the logits of exit k-1, and g is the link between them.
+    f_k are the backbone's features at exit k, z_{k-1} the logits of exit k - 1, and g is the link between
+    them.
 
     Args:
         backbone: The stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.

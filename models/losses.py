@@ -30,7 +30,7 @@ def one_for_all_loss(
 ) -> Tensor:
     """Return the stage-2 loss (N,): all exits learn from the labels, all but the last also from the teacher.
 
-    The loss of an exit k < K is (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
+    Before the last exit, the loss is (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
 
     Args:
         logits: One tensor (N, C) per exit.

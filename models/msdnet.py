@@ -76,29 +76,24 @@ class MSDNet(ExitNetwork):
         self.blocks, self.exits = nn.ModuleList(), nn.ModuleList()
         depths = block_depths(chosen.num_blocks, chosen.base, chosen.step, chosen.step_mode)
         num_layers = sum(depths)
-        layer_number, scales = 0, range(self.num_scales)
+
+        def scales_of(layer_number: int) -> range:
+            return remaining_scales(layer_number, num_layers, self.num_scales, prune)
+
         # If several scales are left at the end, no exit reads the finer ones of the last layers.
-        num_read_layers = (
-            num_layers - len(remaining_scales(num_layers, num_layers, self.num_scales, prune)) + 1
-        )
+        num_read_layers = num_layers - len(scales_of(num_layers)) + 1
+        layer_number, scales = 0, range(self.num_scales)
         for depth in depths:
             stages = []
             for _ in range(depth):
                 layer_number += 1
-                input_scales, scales = (
-                    scales,
-                    remaining_scales(layer_number, num_layers, self.num_scales, prune),
-                )
+                input_scales, scales = scales, scales_of(layer_number)
                 shares = layer_number <= num_read_layers
-                stages.append(
-                    Layer(
-                        per_scale(width), per_scale(chosen.growth_rate), factors, input_scales, scales, shares
-                    )
-                )
+                growth = per_scale(chosen.growth_rate)
+                stages.append(Layer(per_scale(width), growth, factors, input_scales, scales, shares))
                 width += chosen.growth_rate
-                if reduction > 0 and _transition_follows(
-                    layer_number, num_layers, len(scales) < len(input_scales), prune
-                ):
+                drops_scale = len(scales) < len(input_scales)
+                if reduction > 0 and _transition_follows(layer_number, num_layers, drops_scale, prune):
                     reduced_width = math.floor(reduction * width)
                     if reduced_width < 1:
                         raise ValueError(
@@ -185,10 +180,10 @@ class MSDNet(ExitNetwork):
         )
 
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
-        """Rescale gradients (GE): by 1 / (K-i+1) before exit i of K (counted from 1), by K-i after it.
+        """Rescale gradients (GE): by 1 / (K - k) before exit k of K, by K - k - 1 after it.
 
-        The gradient of exit i reaches the blocks before it times 1 / (K-i+1), that of all later exits times
-        (K-i) / (K-i+1).
+        The gradient of exit k reaches the blocks before it times 1 / (K - k), that of all later exits times
+        (K - k - 1) / (K - k). The paper counts exits from 1.
         """
         if not self.gradient_equilibrium or not torch.is_grad_enabled():
             return grid

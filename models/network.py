@@ -8,6 +8,10 @@ A network runs in one of two ways:
   both);
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
+
+A new kind of network is a subclass in a file of its own, which ``models`` imports, and an entry in
+``tests.contract``. To be trained by a value of ``--arch``, it also needs its options and their flags in
+``args`` (``OWN_NETWORKS``), and a line in ``engine.networks.new_network``.
 """
 
 from abc import ABC, abstractmethod
