@@ -19,7 +19,7 @@ from adaptive_inference.fingerprint import describe
 from adaptive_inference.fold import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from engine.checkpoint import load_saved
-from utils import CommandLineParser, UserError, complain, tell, user_path
+from utils import CommandLineParser, UserError, print_error, print_line, user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             folded_for(saved.network, curve, policy)  # checks that they belong together
         export(saved.network, output, curve)
     except UserError as error:
-        complain(f"{parser.prog}: {error}")
+        print_error(f"{parser.prog}: {error}")
         return 2
     count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.dtype != "float32":
         count += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
-    tell(f"{describe(saved.network)}, {count}: {output}")
+    print_line(f"{describe(saved.network)}, {count}: {output}")
     return 0
 
 

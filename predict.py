@@ -24,7 +24,7 @@ from adaptive_inference.policies import RULES
 from adaptive_inference.policy_files import policy_path
 from engine.prediction import predict_all
 from models.files import BEST, find
-from utils import CommandLineParser, UserError, above, at_least, complain, in_range, user_path
+from utils import CommandLineParser, UserError, above, at_least, in_range, print_error, user_path
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"
 
@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return predict_all(arguments, find_model(arguments.model))
     except UserError as error:
-        complain(f"predict.py: {error}")
+        print_error(f"predict.py: {error}")
         return 2
     except KeyboardInterrupt:
-        complain("predict.py: interrupted before the first prediction")
+        print_error("predict.py: interrupted before the first prediction")
         return 130
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from args import parse
-from engine.checkpoint import Saved
+from engine.checkpoint import SavedNetwork
 from engine.networks import expected_images, network_from, new_network
 from engine.run import run
 from engine.stage import Stage
@@ -51,7 +51,7 @@ class Stage1(Stage):
     may_change_data = True
     next_command = "train_IMTA.py --pretrained"
 
-    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:
         """Build the network that the flags describe, or that of ``origin`` with its weights.
 
         Weights of classifiers are taken over only where the classes are the same.
@@ -67,7 +67,9 @@ class Stage1(Stage):
                 raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
         return network
 
-    def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:
+    def preprocessing(
+        self, settings: Namespace, origin: SavedNetwork | None
+    ) -> DataInfo | Preprocessing | None:
         """Return what the weights to start from expect of images, None to start an MSDNet from scratch."""
         return origin.data if origin else expected_images(settings)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import fold
 from args import CommandLine, parse
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import SavedNetwork, load_saved
 from engine.networks import new_network
 from engine.record import RunDirectory
 from engine.run import run
@@ -74,7 +74,7 @@ class Stage2(Stage):
     )
     next_command = "predict.py photo.jpg --model"
 
-    def find_origin(self, command: CommandLine) -> Saved | None:
+    def find_origin(self, command: CommandLine) -> SavedNetwork | None:
         """Load the network that --pretrained names, or that of the run in the directory GE beside this one's.
 
         Raises:
@@ -87,7 +87,7 @@ class Stage2(Stage):
             raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
         return saved
 
-    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> IMTA:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> IMTA:
         """Build new classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
             raise UserError(

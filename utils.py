@@ -40,7 +40,7 @@ def one_line(text: str) -> str:
     return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
-def tell(text: str, stream_name: str = "stdout") -> None:
+def print_line(text: str, stream_name: str = "stdout") -> None:
     """Print a line at once. If the stream is closed or full, drop this line and all later ones."""
     stream = getattr(sys, stream_name)
     if stream is None:
@@ -56,9 +56,9 @@ def tell(text: str, stream_name: str = "stdout") -> None:
         setattr(sys, stream_name, None)
 
 
-def complain(text: str) -> None:
-    """Print a line on standard error, as ``tell`` does on standard output."""
-    tell(text, "stderr")
+def print_error(text: str) -> None:
+    """Print a line on standard error, as ``print_line`` does on standard output."""
+    print_line(text, "stderr")
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

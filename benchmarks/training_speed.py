@@ -44,7 +44,7 @@ from dataloader import load_data
 from engine.auto import resolve_auto
 from engine.device import place, seed_everything, set_tf32
 from engine.distributed import Processes
-from engine.launch import leave_copy, shared_out
+from engine.launch import exit_worker, training_processes
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
@@ -278,13 +278,13 @@ def _obey(connection: Connection, side: str, stage_number: int, options: argpars
         while steps := connection.recv():
             connection.send(loop.run(steps))
         return
-    with shared_out(options.batch_size, None) as processes:
+    with training_processes(options.batch_size, None) as processes:
         ours = Ours(stage_number, options, processes)
         while steps := processes.largest(connection.recv() if processes.is_main else 0):
             result = ours.run(steps)
             if processes.is_main:
                 connection.send(result)
-    leave_copy(0)
+    exit_worker(0)
 
 
 def _memory_of_family(pid: int) -> int:

@@ -26,7 +26,7 @@ FORMAT = "imta-msdnet run 3"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedNetwork:
     """A network from a file, in evaluation mode, with its description and held-out split."""
 
     path: Path
@@ -50,7 +50,7 @@ class Saved:
         return self.split if self.data.knows_training_images else None
 
 
-def load_saved(path: Path, typed: dict[str, Any]) -> Saved:
+def load_saved(path: Path, typed: dict[str, Any]) -> SavedNetwork:
     """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
@@ -72,7 +72,7 @@ def load_saved(path: Path, typed: dict[str, Any]) -> Saved:
             raise UserError(f"{path} has no {flag_of(name)}: it is {network.kind}")
         if config[name] != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} has {flag_of(name)} {config[name]}, the command line says {value}")
-    return Saved(path, network, description, split)
+    return SavedNetwork(path, network, description, split)
 
 
 def save_network(

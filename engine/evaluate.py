@@ -46,7 +46,7 @@ from engine.report import (
 )
 from engine.stepper import mixed_precision
 from models import count_operations
-from utils import UserError, complain
+from utils import UserError, print_error
 
 RUNTIME_IMAGES = 1024
 RUNTIME_BATCHES = (1, 64)
@@ -394,7 +394,7 @@ def known_curves(runs: dict[str, RunDirectory]) -> dict[str, tuple[list[dict], l
                 for path, name in columns.items()
             )
         except UserError as error:  # an old table is no reason to stop, after new ones were written
-            complain(f"{error}; the curves of {title} are left out")
+            print_error(f"{error}; the curves of {title} are left out")
             continue
         if any(rows):
             curves[title] = rows

@@ -4,7 +4,7 @@ from args import CommandLine
 from engine.compiling import is_compiler_error, reason_of
 from engine.device import is_out_of_memory
 from engine.distributed import is_lost_peer
-from engine.launch import CopyEnded
+from engine.launch import WorkerFailed
 from engine.signals import Interrupted
 from utils import UserError, in_words
 
@@ -21,7 +21,7 @@ def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tup
     resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume()}"
     if isinstance(error, (UserError, OSError)):
         return 2, in_words(error)
-    if isinstance(error, CopyEnded):
+    if isinstance(error, WorkerFailed):
         return error.status, str(error)
     if isinstance(error, Interrupted):
         saved = "saved" if error.is_saved else "what was saved before stays"

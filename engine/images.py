@@ -3,14 +3,14 @@
 import torch
 
 from dataloader import Data, Preprocessing, load_data
-from engine.checkpoint import Saved
+from engine.checkpoint import SavedNetwork
 from engine.log import Log
 from engine.record import Session
 from models.description import DataInfo, Split
 
 
 def images_to_start(
-    session: Session, origin: Saved | None, preprocessing: Preprocessing | None, may_change: bool
+    session: Session, origin: SavedNetwork | None, preprocessing: Preprocessing | None, may_change: bool
 ) -> Data:
     """Read the images of a new run. Those held out from the network to start from stay so.
 
@@ -46,7 +46,7 @@ def read_images(
     return load_data(settings, processes.device, processes.shard, stored, split, preprocessing)
 
 
-def say_class_order(saved: Saved, data: Data, log: Log) -> None:
+def say_class_order(saved: SavedNetwork, data: Data, log: Log) -> None:
     """Say in which order classes are if their names are not those of the network's file."""
     if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])

@@ -1,7 +1,7 @@
 """One process per core where a CPU trains: forked workers with a single thread each share every batch.
 
 Example:
-    with shared_out(settings.batch_size, settings.gpu) as processes: ...   # runs once in every process
+    with training_processes(settings.batch_size, settings.gpu) as processes: ...  # once in every process
 
 Two threads of one process would wait for each other in every convolution, and very long where another program
 uses a core.
@@ -40,7 +40,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 _report: Path | None = None  # where a worker reports why it ended; None in rank 0
 
 
-class CopyEnded(Exception):
+class WorkerFailed(Exception):
     """A worker ended for a reason of its own: the exit status and the line that the run ends with."""
 
     def __init__(self, status: int, message: str):
@@ -48,7 +48,7 @@ class CopyEnded(Exception):
         self.status = status
 
 
-def leave_copy(status: int, message: str = "") -> None:
+def exit_worker(status: int, message: str = "") -> None:
     """In a worker, report the message to rank 0 and exit; in rank 0 do nothing."""
     if _report is not None:
         if message:
@@ -99,17 +99,17 @@ def may_fork(gpu: tuple[int, ...] | None) -> bool:
 
 
 @contextmanager
-def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Processes]:
+def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     """Run the block in every process: torchrun's, or one with GPUs, or this one and forked workers.
 
-    A worker must end with ``leave_copy``.
+    A worker must end with ``exit_worker``.
 
     Args:
         batch_size: Images per step of all processes.
         gpu: --gpu.
 
     Raises:
-        CopyEnded: A worker met an error that this process did not.
+        WorkerFailed: A worker met an error that this process did not.
         UserError: As ``process_group`` and ``process_count``; or no process can be started.
     """
     count = process_count(batch_size) if may_fork(gpu) else 1
@@ -135,7 +135,7 @@ def shared_out(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Process
             _wait_for(workers, SECONDS_TO_REPORT)
             for report in folder.glob("*.report"):
                 status, message = report.read_text(encoding="utf-8").split(" ", 1)
-                raise CopyEnded(int(status), message) from None
+                raise WorkerFailed(int(status), message) from None
         raise
     finally:
         if rank == 0:

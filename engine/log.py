@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import atomic_write, duration, is_terminal, tell
+from utils import atomic_write, duration, is_terminal, print_line
 
 LOGGER = logging.getLogger("imta_msdnet")
 
@@ -28,7 +28,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line."""
         with tqdm.external_write_mode(nolock=True):
-            tell(self.format(record))
+            print_line(self.format(record))
 
 
 class Log:

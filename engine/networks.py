@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from args import NETWORK_OPTIONS, OWN_NETWORKS
-from engine.checkpoint import Saved
+from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, MSDNet, build_backbone
 from models.description import DataInfo
@@ -52,7 +52,7 @@ def expected_images(settings: Namespace) -> Preprocessing | None:
     return expected._replace(crop_share=default_crop_share(settings.image_size))
 
 
-def network_from(origin: Saved, data: DataInfo) -> ExitNetwork:
+def network_from(origin: SavedNetwork, data: DataInfo) -> ExitNetwork:
     """Build the stage-1 network of ``origin`` with its weights, for the classes of a data set.
 
     Weights of classifiers are taken over only where the classes are the same.

@@ -32,7 +32,7 @@ from image_data.transforms import evaluation_transform
 from models import ExitNetwork, count_operations
 from models.description import DataInfo
 from models.files import WEIGHTS
-from utils import UserError, complain, is_terminal
+from utils import UserError, is_terminal, print_error
 
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
@@ -271,4 +271,4 @@ def _device(name: str | None) -> torch.device:
 
 def _say(line: str) -> None:
     with tqdm.external_write_mode(file=sys.stderr):
-        complain(f"predict.py: {line}")
+        print_error(f"predict.py: {line}")

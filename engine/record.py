@@ -26,7 +26,7 @@ from engine.distributed import Processes
 from engine.log import Log
 from engine.signals import Requests
 from models.files import BEST
-from utils import UserError, atomic_write, complain
+from utils import UserError, atomic_write, print_error
 
 
 class RunDirectory:
@@ -93,7 +93,7 @@ class RunDirectory:
                     f"another run is writing into {self.path}; choose another --save or wait for it"
                 ) from None
             except OSError as error:
-                complain(
+                print_error(
                     f"the file system of --save {self.path} has no locks ({error.strerror}): "
                     "make sure that no other run writes there"
                 )

@@ -16,14 +16,14 @@ from adaptive_inference import read_policy
 from args import CommandLine, from_record
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import SavedNetwork, load_saved
 from engine.compiling import usable_mode
 from engine.device import place, seed_everything
 from engine.distributed import launch_of_environment, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.failures import status_and_line
 from engine.images import images_to_start, read_images, say_class_order
-from engine.launch import leave_copy, shared_out
+from engine.launch import exit_worker, training_processes
 from engine.log import Log
 from engine.record import RunDirectory, Session, commit, plain, recorded
 from engine.report import draw_curves, millions, read_csv
@@ -36,7 +36,7 @@ from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import network_options
 from models.saved import load_weights
-from utils import UserError, complain, one_line
+from utils import UserError, one_line, print_error
 
 
 def run(command: CommandLine, stage: Stage) -> int:
@@ -54,9 +54,9 @@ def run(command: CommandLine, stage: Stage) -> int:
                 _train_and_evaluate(command, stage, requests)
     except (Exception, Interrupted) as error:
         status, message = status_and_line(error, command)
-    leave_copy(status, message)
+    exit_worker(status, message)
     if message:
-        complain(f"train_{stage.name}.py: {message}")
+        print_error(f"train_{stage.name}.py: {message}")
     if status and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         # Leaving the process group in good order would wait for processes that in turn wait for this one.
         os._exit(status)
@@ -74,7 +74,7 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: Requests) 
             inherited=origin.settings if origin else None,
         )
         with (
-            shared_out(settings.batch_size, settings.gpu) as processes,
+            training_processes(settings.batch_size, settings.gpu) as processes,
             closing(Log(processes.is_main)) as log,
         ):
             session = Session(directory, settings, processes, log, requests)
@@ -86,7 +86,7 @@ def _train_in_process(
     stage: Stage,
     session: Session,
     state: dict[str, Any] | None,
-    origin: Saved | None,
+    origin: SavedNetwork | None,
 ) -> None:
     """Load, train and evaluate in one of the processes that share the run.
 
@@ -218,7 +218,7 @@ def _operations(network: ExitNetwork, image_size: int) -> list[int]:
 
 
 def _describe(
-    stage: Stage, session: Session, data: DataInfo, network: ExitNetwork, origin: Saved | None
+    stage: Stage, session: Session, data: DataInfo, network: ExitNetwork, origin: SavedNetwork | None
 ) -> Description:
     settings = session.settings
     return Description(

@@ -6,7 +6,7 @@ from argparse import Namespace
 from torch import nn
 
 from args import CommandLine
-from engine.checkpoint import Saved, load_saved
+from engine.checkpoint import SavedNetwork, load_saved
 from models import Description, ExitNetwork
 from models.description import DataInfo
 from models.zoo import Preprocessing
@@ -30,7 +30,7 @@ class Stage(ABC):
     frozen_changed = "weights that were frozen changed during the training"
     next_command: str
 
-    def find_origin(self, command: CommandLine) -> Saved | None:
+    def find_origin(self, command: CommandLine) -> SavedNetwork | None:
         """Load the network to start from, None to start from scratch.
 
         Raises:
@@ -38,12 +38,14 @@ class Stage(ABC):
         """
         return None if command.origin is None else load_saved(command.origin, command.typed)
 
-    def preprocessing(self, settings: Namespace, origin: Saved | None) -> DataInfo | Preprocessing | None:
+    def preprocessing(
+        self, settings: Namespace, origin: SavedNetwork | None
+    ) -> DataInfo | Preprocessing | None:
         """Return what the weights to start from expect of images, None to start from scratch."""
         return origin.data if origin else None
 
     @abstractmethod
-    def make_network(self, settings: Namespace, data: DataInfo, origin: Saved | None) -> ExitNetwork:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:
         """Build the network to train."""
 
     @abstractmethod

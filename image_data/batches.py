@@ -36,7 +36,7 @@ from image_data.transforms import (
     crop_and_flip,
 )
 from models.normalizer import Normalizer
-from utils import UserError, complain
+from utils import UserError, print_error
 
 Batch = tuple[Tensor, Tensor]
 WAYS_ON = "repair or remove it, or leave it out with --skip-unreadable"
@@ -225,7 +225,7 @@ class FileBatches(Batches):
             if index not in self._named:
                 self._named.add(index)
                 with tqdm.external_write_mode():
-                    complain(f"skipped: {error}")
+                    print_error(f"skipped: {error}")
             return None
 
     def _load(self, read: Callable[[int], Any], steps: Iterator[Tensor]) -> Iterator[Batch]:

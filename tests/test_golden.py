@@ -9,7 +9,7 @@ from torch import Tensor
 
 import train_IMTA
 from args import parse
-from engine.checkpoint import Saved
+from engine.checkpoint import SavedNetwork
 from models import (
     IMTA,
     MSDNet,
@@ -119,7 +119,9 @@ def test_stage_2_training_with_the_flag_released(run):
     data = DataInfo(
         "cifar100", [str(i) for i in range(100)], 32, 1.0, "bilinear", [0.5] * 3, [0.5] * 3, 1, ""
     )
-    network = train_IMTA.Stage2().make_network(settings, data, Saved(FIXTURES, released.backbone, None, None))
+    network = train_IMTA.Stage2().make_network(
+        settings, data, SavedNetwork(FIXTURES, released.backbone, None, None)
+    )
     network.load_state_dict(released.state_dict())
     objective = train_IMTA.Distillation(network.double(), settings).train()
     images, targets, teachers = case["images"].double(), case["targets"], []

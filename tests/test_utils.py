@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import CommandLineParser, UserError, atomic_write, available_cores, one_line, tell, user_path
+from utils import CommandLineParser, UserError, atomic_write, available_cores, one_line, print_line, user_path
 
 
 @pytest.mark.parametrize("text", ["~/net", "~no-such-user/net", "a/~/net", "~"])
@@ -64,7 +64,7 @@ def test_a_mistyped_flag_is_answered_with_the_right_one(capsys):
 
 def test_a_terminal_that_knows_ascii_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    tell("Zo\u00eb/caf\udce9.jpg")
+    print_line("Zo\u00eb/caf\udce9.jpg")
     assert sys.stdout.buffer.getvalue() == b"Zo\\xeb/caf\\udce9.jpg\n"
 
 
