@@ -191,8 +191,8 @@ class OnnxPredictor:
             raise FileNotFoundError(f"there is no file {path}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
-        # Threads that spin while they wait make every call many times slower when another program uses a
-        # core.
+        # Threads that spin while they wait make every call many
+        # times slower when another program uses a core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=self.providers)

@@ -10,8 +10,8 @@ Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum o
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
-# program.
+# OpenMP's threads spin while they wait for each other, which
+# makes everything many times slower beside a busy program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
 
 import sys

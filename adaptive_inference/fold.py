@@ -22,8 +22,8 @@ from adaptive_inference.policy_files import DTYPES, check_curve
 from models import ExitNetwork, State
 from models.layers import set_memory_format
 
-# By name, as timm is optional: a convolution that only pads by itself, and a BatchNorm with an activation
-# inside.
+# By name, as timm is optional: a convolution that only pads by
+# itself, and a BatchNorm with an activation inside.
 PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
 
 

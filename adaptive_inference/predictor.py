@@ -88,8 +88,8 @@ class AdaptivePredictor:
                 break
             logits = run.next_logits()
             current = next_prediction(self.policy.measure, logits, current)
-            # Overwrite the predictions of all remaining images at every exit: that needs no list of those
-            # that leave.
+            # Overwrite the predictions of all remaining images at
+            # every exit: that needs no list of those that leave.
             if here is None:
                 seen.append(logits)
                 exits.fill_(k)

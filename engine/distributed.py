@@ -236,8 +236,8 @@ def _join(launch: Launch, device: torch.device) -> None:
 def _init_process_group(launch: Launch, device: torch.device) -> None:
     store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size))
     if launch.local_world_size == launch.world_size:
-        # torchrun keeps its store when it starts the processes again, with the addresses of those that are
-        # gone.
+        # torchrun keeps its store when it starts the processes
+        # again, with the addresses of those that are gone.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Data in main memory, such as signals and results, are exchanged without the GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -85,8 +85,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as stream:
             try:
-                # Of this process alone: a worker outlives a killed run by seconds, and would keep what flock
-                # locks.
+                # Of this process alone: a worker outlives a killed run
+                # by seconds, and would keep what flock locks.
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(

@@ -139,8 +139,8 @@ class Stepper:
     def _prepared(self, images: Tensor, targets: Tensor) -> nn.Module:
         if self._model is None:
             if self.processes.world_size > 1:
-                # Parameters that no exit depends on, such as finer scales of the last layer, have no gradient
-                # to exchange.
+                # Parameters that no exit depends on, such as finer scales of
+                # the last layer, have no gradient to exchange.
                 eager = _InPrecision(self.objective, self.processes.device, self.dtype)
                 for parameter in _parameters_without_gradient(
                     eager, self.parameters, images[:2], targets[:2]
@@ -226,8 +226,8 @@ def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
         # Harmless: the channels-last layout of 1x1 convolutions has two names.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         model = DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
-        # Training does not read running statistics; ``Processes.share_buffers`` shares them before they are
-        # read.
+        # Training does not read running statistics;
+        # ``Processes.share_buffers`` shares them before they are read.
         model.broadcast_buffers = False
         return model
     if len(processes.gpu_ids) > 1:

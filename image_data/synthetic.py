@@ -35,8 +35,8 @@ EDGE = 0.28  # thickness of a hollow shape, in radii
 DEMO_IMAGES = {"train": 13000, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
 
-# Images drawn at a time: their intermediate results stay in the processor's cache. Another number draws other
-# images.
+# Images drawn at a time: their intermediate results stay in the
+# processor's cache. Another number draws other images.
 CHUNK = 64
 
 

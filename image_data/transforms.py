@@ -92,8 +92,8 @@ class TrainingTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a random crop."""
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then still has enough pixels; other formats in
-        # full.
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then
+        # still has enough pixels; other formats in full.
         full_width = image.width
         enough = tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size)
         image.draft(None, enough)

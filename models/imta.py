@@ -1,7 +1,7 @@
 """Inline Subnetwork Collaboration (ISC): new classifiers that also read the logits of the exit before.
 
-Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section
-3.2.
+Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294),
+section 3.2.
 
 Example:
     network = IMTA(MSDNet(num_classes=100))
@@ -21,8 +21,7 @@ from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, ne
 class IMTA(ExitNetwork):
     """Stage-2 network: exit k > 0 reads concat(f_k, g(z_{k-1})).
 
-    f_k are the backbone's features at exit k, z_{k-1} the logits of exit k - 1, and g is the link between
-    them.
+    f_k are the backbone's features at exit k, z_{k-1} the logits of exit k - 1, and g links the two exits.
 
     Args:
         backbone: The stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.

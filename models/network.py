@@ -4,8 +4,8 @@ Training, prediction, operation counts, files and export use nothing else of a n
 ``nn.Module`` has. Only the objective of stage 2 and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
 A network runs in one of two ways:
 
-- ``features`` and ``classify`` run whole blocks, for training and for evaluating every exit (``forward`` is
-  both);
+- ``features`` and ``classify`` (together: ``forward``) run whole blocks, for training and for evaluating
+  every exit;
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 
@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# What later exits need of earlier blocks. Every tensor has the batch first; keys are identifiers ("d4_s1"),
-# in a fixed order.
+# What later exits need of earlier blocks. Every tensor has the
+# batch first; keys are identifiers ("d4_s1"), in a fixed order.
 State = dict[str, Tensor]
 # Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
 Fuse = Callable[[nn.Module, nn.Module], nn.Module | None]

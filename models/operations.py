@@ -59,8 +59,8 @@ def measure_cost(
     """
     network.check_image_size(image_size)
     cost = Cost([], [])
-    # In inference mode, PyTorch hands a convolution to the counter before it has become one of the calls that
-    # are counted.
+    # In inference mode, PyTorch hands a convolution to the counter
+    # before it has become one of the calls that are counted.
     with torch.inference_mode(False), torch.no_grad():
         # Shapes alone are needed: on the meta device nothing is computed.
         network = copy.deepcopy(network).to("meta").eval()
