@@ -99,17 +99,20 @@ class OnnxPredictor:
             and the next state.
         """
         session = self._open(path)
-        self.check_block(path, session.get_modelmeta().custom_metadata_map.get("fingerprint"))
+        self.check_block(path, session.get_modelmeta().custom_metadata_map)
         inputs = [value.name for value in session.get_inputs()]
         outputs = [value.name for value in session.get_outputs()]
         return lambda state: dict(
             zip(outputs, session.run(outputs, {name: state[name] for name in inputs}), strict=True)
         )
 
-    def check_block(self, path: Path, fingerprint: str | None) -> None:
-        """Raise ValueError if a block does not have the fingerprint of the network in its metadata."""
-        if fingerprint != self.fingerprint:
-            raise ValueError(f"{path} is not a block of the network of {path.parent / 'network.json'}")
+    def check_block(self, path: Path, metadata: dict[str, str]) -> None:
+        """Raise ValueError unless a block has the network's format and fingerprint in its metadata."""
+        expected = {"format": FORMAT, "fingerprint": self.fingerprint}
+        if any(metadata.get(name) != expected[name] for name in BLOCK_FIELDS):
+            raise ValueError(
+                f"{path} is a block of another network or version than {path.parent / 'network.json'}"
+            )
 
     def choose(self, operations: float | None = None) -> np.ndarray:
         """Return the thresholds (K,) of the policy that is most accurate on held-out images within a budget.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from onnx_predictor import OnnxPredictor
+from onnx_predictor import BLOCK_FIELDS, OnnxPredictor
 from utils import at_least, one_line
 
 LEAST_SECONDS = 0.2  # of one measurement
@@ -54,8 +54,12 @@ class OpenVinoPredictor(OnnxPredictor):
             model = core.compile_model(source, "CPU", options)
         except RuntimeError as error:
             raise ValueError(f"cannot load the model {path}: {one_line(str(error))[:200]}") from None
-        key = ["framework", "fingerprint"]  # where OpenVINO puts the metadata of ONNX files
-        self.check_block(path, source.get_rt_info(key).astype(str) if source.has_rt_info(key) else None)
+        # OpenVINO puts the metadata of ONNX files there.
+        keys = {name: ["framework", name] for name in BLOCK_FIELDS}
+        metadata = {
+            name: source.get_rt_info(key).astype(str) for name, key in keys.items() if source.has_rt_info(key)
+        }
+        self.check_block(path, metadata)
         inputs = [value.any_name for value in model.inputs]
         outputs = [value.any_name for value in model.outputs]
 

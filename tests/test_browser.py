@@ -157,7 +157,7 @@ def test_problems_are_one_line(seen):
     assert seen["problems"] == {
         "webassembly": "This browser has no WebAssembly, which the network needs.",
         "block": f"There is no file /network/block3.onnx. {writes}",
-        "version": "the network was not written by this version of export_onnx.py: "
+        "version": "network.json was not written by this version of export_onnx.py: "
         'its format is "another 1", not "imta-msdnet onnx 4"',
         "pictures": "There is no file /pictures/apple.svg.",
         "file": "This page needs a server: type python -m http.server in examples/browser, and open http://localhost:8000.",

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -354,14 +355,26 @@ def test_too_few_blocks_are_one_line(exported, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize("metadata", [{}, {"format": FORMAT, "fingerprint": "0" * 32}])
-@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
-def test_a_block_of_another_network_is_refused(exported, tmp_path, metadata, runtime):
+@pytest.mark.parametrize("metadata", [None, {"fingerprint": "0" * 32}, {"format": "imta-msdnet onnx 3"}])
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "onnxruntime",
+        pytest.param("openvino", marks=needs_openvino),
+        pytest.param("node", marks=needs_node),
+    ],
+)
+def test_a_block_of_another_network_or_version_is_refused(exported, tmp_path, metadata, runtime):
     shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)
     model = onnx.load(tmp_path / "block2.onnx")
-    onnx.helper.set_model_props(model, metadata)
+    own = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {} if metadata is None else own | metadata)
     onnx.save(model, tmp_path / "block2.onnx")
-    with pytest.raises(ValueError, match=r"block2\.onnx is not a block of the network of .*network\.json"):
+    message = r"block2\.onnx is a block of another network or version than .*network\.json"
+    if runtime == "node":
+        assert re.search(message, refused_by_node(tmp_path))
+        return
+    with pytest.raises(ValueError, match=message):
         predictor_class(runtime)(tmp_path, threads=1)
 
 
@@ -514,27 +527,181 @@ def test_a_failure_of_node_is_one_line(exported):
 
 @needs_node
 @pytest.mark.parametrize(
-    ("change", "limit", "message"),
+    ("limit", "message"),
     [
-        ("", "0.5,0.5", "there are 2 thresholds; this network has 3 exits"),
-        ("", "10", "no policy needs at most 10 operations per image: the cheapest needs 100000"),
-        ("format", "1e9", f'its format is "older", not "{FORMAT}"'),
-        ("missing", "1e9", "there is no file "),
-        ("size", "1e9", "image.ppm is no PPM image of 32 x 32 pixels"),
+        ("0.5,0.5", "there are 2 thresholds; this network has 3 exits"),
+        ("10", "no policy needs at most 10 operations per image: the cheapest needs 100000"),
+        *[(text, f'"{text}" is neither a number') for text in ("nan,0,0", "0.9,,0.9", "a,0,0", "much", "")],
     ],
 )
-def test_node_refuses_in_one_line(exported, tmp_path, change, limit, message):
-    for file in (exported[2] / "network").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    if change == "format":
-        text = (tmp_path / "network.json").read_text(encoding="utf-8")
-        (tmp_path / "network.json").write_text(text.replace(FORMAT, "older"), encoding="utf-8")
-    if change == "missing":
-        (tmp_path / "block2.onnx").unlink()
-    size = 31 if change == "size" else 32
-    Image.new("RGB", (size, size)).save(tmp_path / "image.ppm")
-    command = ["node", "classify.mjs", str(tmp_path), limit, str(tmp_path / "image.ppm")]
-    result = subprocess.run(command, cwd=same_predictions.BROWSER, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert message in result.stderr
+def test_node_refuses_thresholds_in_one_line(exported, tmp_path, limit, message):
+    image = tmp_path / "image.ppm"
+    image.write_bytes(b"P6 32 32 255\n" + bytes(3072))
+    assert refused_by_node(exported[2] / "network", limit, image).startswith(message)
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("predict(pixels, [0.5, NaN, 0.5])", "thresholds are 0.5, NaN, 0.5; not all of them are numbers"),
+        (
+            "predict(pixels, [0.5, , null])",
+            "thresholds are 0.5, undefined, null; not all of them are numbers",
+        ),
+        ("predict(pixels, '0.5')", "thresholds are 0, ., 5; not all of them are numbers"),
+        ("predict(pixels)", "there are no thresholds; this network has 3 exits"),
+        ("choose()", "the operations per image are undefined, which is not a number"),
+        ("choose(NaN)", "the operations per image are NaN, which is not a number"),
+    ],
+)
+def test_bad_calls_in_javascript_are_one_line(export_path, call, message):
+    assert run_javascript(export_path, f"predictor.{call}").stderr == f"{message}\n"
+
+
+@needs_node
+def test_javascript_reads_the_same_metadata_from_both_kinds(exported, export_path):
+    shown = run_javascript(export_path, "[predictor.preprocessing, predictor.fingerprint]").stdout
+    python = OnnxPredictor(export_path, threads=1)
+    assert json.loads(shown) == [python.preprocessing, python.fingerprint]
+
+
+@needs_node
+def test_javascript_without_policies(converted, tmp_path):
+    network, blocks = converted
+    export_both(network, tmp_path, None, blocks)
+    for name in ("network", "network.onnx"):
+        message = "this network was exported without policies: pass thresholds\n"
+        assert run_javascript(tmp_path / name, "predictor.choose(1e9)").stderr == message
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "older"}, f'network.json was not written by .* its format is "older", not "{FORMAT}"'),
+        ({"points": None}, "network.json lacks points$"),
+        ({"preprocessing": None, "blocks": None}, "network.json lacks preprocessing, blocks$"),
+        ({"blocks": []}, "network.json has 3 exits, but 0 blocks"),
+        ("null", "network.json was not written by this version"),
+        ("{", "cannot read network.json: "),
+    ],
+)
+def test_node_refuses_a_bad_description_in_one_line(exported, tmp_path, change, message):
+    shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "network.json"
+    if isinstance(change, dict):
+        content = json.loads(file.read_text(encoding="utf-8")) | change
+        change = json.dumps({name: x for name, x in content.items() if x is not None})
+    file.write_text(change, encoding="utf-8")
+    assert re.match(message, refused_by_node(tmp_path))
+
+
+@needs_node
+def test_node_refuses_bad_files_in_one_line(exported, tmp_path):
+    folder = exported[2]
+    assert refused_by_node(tmp_path / "missing.onnx") == f"there is no file {tmp_path / 'missing.onnx'}\n"
+    block = folder / "network" / "block1.onnx"
+    message = "class_names, .*weights; it is one block of a network: pass its directory"
+    assert re.match(f"{re.escape(str(block))} lacks {message}", refused_by_node(block))
+    whole = (folder / "network.onnx").read_bytes()
+    cut = tmp_path / "cut.onnx"
+    for content in (whole[:-1000], whole[: len(whole) // 2], b"no network\n"):
+        cut.write_bytes(content)
+        assert refused_by_node(cut).startswith(f"{cut} is damaged, or is no ONNX file")
+    model = onnx.load(folder / "network.onnx")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    for change, message in ((("points", None), "lacks points"), (("points", "["), "points of .*x.onnx")):
+        changed = dict([*metadata.items(), change])
+        onnx.helper.set_model_props(model, {name: x for name, x in changed.items() if x is not None})
+        onnx.save(model, tmp_path / "x.onnx")
+        assert re.search(message, refused_by_node(tmp_path / "x.onnx"))
+    model.graph.node[0].op_type = "Unheard"
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, tmp_path / "x.onnx")
+    assert refused_by_node(tmp_path / "x.onnx").startswith(f"cannot load {tmp_path / 'x.onnx'}: ")
+
+    blocks = tmp_path / "blocks"
+    shutil.copytree(folder / "network", blocks)
+    (blocks / "block3.onnx").write_bytes((blocks / "block3.onnx").read_bytes()[:-1000])
+    assert refused_by_node(blocks).startswith("block3.onnx is damaged, or is no ONNX file")
+    (blocks / "block3.onnx").unlink()
+    assert refused_by_node(blocks) == f"there is no file {blocks / 'block3.onnx'}\n"
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", " is no binary PPM image"),
+        (b"P5 32 32 255\n" + bytes(1024), " is no binary PPM image"),
+        (b"P6 31 32 255\n" + bytes(2976), " has 31 x 32 pixels; this network needs 32 x 32"),
+        (b"P6 32 32 65535\n" + bytes(6144), " has values up to 65535"),
+        (b"P6 32 32 255\n" + bytes(3071), " is cut off: it has 3071 of 3072 bytes"),
+        (b"P6 32 32 255\n" + bytes(3072) + b"P6 32 32 255\n", " is cut off: it has 0 of 3072 bytes"),
+        (b"P6 32 32 255\n" + bytes(3072) + b"more", " is no binary PPM image"),
+        (None, "cannot read "),
+    ],
+)
+def test_node_refuses_bad_images_in_one_line(exported, tmp_path, content, message):
+    image = tmp_path / "image.ppm"
+    if content is None:
+        image.mkdir()
+    else:
+        image.write_bytes(content)
+    error = refused_by_node(exported[2] / "network.onnx", image=image)
+    assert message in error
+    assert "image.ppm" in error or content is None
+
+
+@needs_node
+def test_node_reads_comments_and_ends_of_ppm_files(exported, tmp_path):
+    pixels = np.random.default_rng(0).integers(10, 13, 3072, dtype=np.uint8).tobytes()  # newlines among them
+    plain = b"P6\n32 32\n255\n" + pixels
+    commented = b"P6 # a comment\n#another 255\n32\t32 # 1\n255\n" + pixels
+    for name, content in (("plain", plain), ("many", plain + b"\n" + commented + commented + b"\r\n")):
+        (tmp_path / f"{name}.ppm").write_bytes(content)
+    names = [str(tmp_path / name) for name in ("plain.ppm", "many.ppm")]
+    result = classify(exported[2] / "network.onnx", "0.5,0.5,0", *names)
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [names[0], *[names[1]] * 3]
+    assert len({line.split(": ")[1] for line in lines}) == 1
+
+
+def classify(*arguments):
+    """Run the program for Node.js."""
+    command = ["node", "classify.mjs", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=same_predictions.BROWSER, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+def refused_by_node(model, limit="1e9", image="missing.ppm"):
+    """Return the one line with which the program for Node.js ends."""
+    result = classify(model, limit, image)
+    assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def run_javascript(path, expression):
+    """Run JavaScript with ``predictor`` and ``pixels``, and print its value or the message of its error."""
+    code = f"""
+        import {{ readFileSync }} from "node:fs";
+        import {{ createRequire }} from "node:module";
+        import {{ Predictor }} from "{(same_predictions.BROWSER / "predictor.mjs").as_uri()}";
+        const ort = createRequire("{same_predictions.BROWSER.as_uri()}/")("onnxruntime-node");
+        const path = {json.dumps(str(path))};
+        const predictor = path.endsWith(".onnx")
+            ? await Predictor.loadFile(ort, readFileSync(path))
+            : await Predictor.load(ort, (name) => readFileSync(`${{path}}/${{name}}`));
+        const pixels = new Uint8Array(3 * 32 * 32);
+        try {{
+            console.log(JSON.stringify(await {expression}));
+        }} catch (error) {{
+            console.error(error.message);
+        }}
+    """
+    command = ["node", "--input-type=module", "-e", code]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)

@@ -8,25 +8,36 @@
 // Exits count from 0, as in all arrays.
 
 export const FORMAT = "imta-msdnet onnx 4";
+const FIELDS = ["class_names", "fingerprint", "image_size", "operations", "points", "preprocessing", "weights"];
 
 export class Predictor {
   // Load a file per block. `read(name)` returns a promise of the bytes of one file, as a Uint8Array.
   static async load(ort, read) {
-    const content = JSON.parse(new TextDecoder().decode(await read("network.json")));
-    checkFormat(content.format);
-    const create = async ({ file }) => ort.InferenceSession.create(await read(file), SESSION_OPTIONS);
-    return new Predictor(ort, content, await Promise.all(content.blocks.map(create)), true);
+    const content = parse(new TextDecoder().decode(await read("network.json")), "network.json");
+    checkFields(content, "network.json", [...FIELDS, "blocks"]);
+    const { blocks, fingerprint, operations } = content;
+    if (blocks.length !== operations.length) {
+      throw new Error(`network.json has ${operations.length} exits, but ${blocks.length} blocks`);
+    }
+    const loadBlock = async ({ file }) => {
+      const bytes = await read(file);
+      const block = readMetadata(bytes, file);
+      if (block.format !== FORMAT || block.fingerprint !== fingerprint) {
+        throw new Error(`${file} is a block of another network or version than network.json`);
+      }
+      return createSession(ort, bytes, file);
+    };
+    return new Predictor(ort, content, await Promise.all(blocks.map(loadBlock)), true);
   }
 
-  // Load one file from its bytes.
-  static async loadFile(ort, bytes) {
-    const texts = readMetadata(bytes);
-    checkFormat(texts.format);
-    const content = {};
-    for (const name of ["class_names", "image_size", "operations", "points", "weights"]) {
-      content[name] = JSON.parse(texts[name]);
+  // Load one file from its bytes; messages call it `name`.
+  static async loadFile(ort, bytes, name = "the ONNX file") {
+    const content = readMetadata(bytes, name);
+    checkFields(content, name, FIELDS);
+    for (const field of FIELDS) {
+      if (field !== "fingerprint") content[field] = parse(content[field], `${field} of ${name}`);
     }
-    return new Predictor(ort, content, [await ort.InferenceSession.create(bytes, SESSION_OPTIONS)], false);
+    return new Predictor(ort, content, [await createSession(ort, bytes, name)], false);
   }
 
   constructor(ort, content, sessions, inBlocks) {
@@ -38,13 +49,18 @@ export class Predictor {
     this.operations = content.operations; // to each exit, per image
     this.points = content.points; // the policies
     this.weights = content.weights; // of the logits of all exits, at each exit
-    this.preprocessing = content.preprocessing;
+    this.preprocessing = content.preprocessing; // crop_share and interpolation of the resize; mean and std, which the network applies
+    this.fingerprint = content.fingerprint; // of the network, for files that belong to it
     this.numExits = this.operations.length;
     this.numClasses = this.classNames.length;
   }
 
   // Return the policy that is most accurate on held-out images and needs at most so many operations per image on average.
   choose(operations) {
+    if (!this.points.length) throw new Error("this network was exported without policies: pass thresholds");
+    if (typeof operations !== "number" || Number.isNaN(operations)) {
+      throw new Error(`the operations per image are ${operations}, which is not a number`);
+    }
     const allowed = this.points.filter((point) => point.operations <= operations);
     if (!allowed.length) {
       const minimum = Math.min(...this.points.map((point) => point.operations));
@@ -62,9 +78,7 @@ export class Predictor {
       const given = `${pixels?.constructor?.name} of ${pixels?.length} values`;
       throw new Error(`images are ${given}; this network needs a Uint8Array of N * 3 * ${this.imageSize} * ${this.imageSize}`);
     }
-    if (thresholds.length !== this.numExits) {
-      throw new Error(`there are ${thresholds.length} thresholds; this network has ${this.numExits} exits`);
-    }
+    this.#checkThresholds(thresholds);
     const count = pixels.length / size;
     const images = new this.ort.Tensor("uint8", pixels, [count, 3, this.imageSize, this.imageSize]);
     const limits = Float32Array.from(thresholds);
@@ -77,6 +91,15 @@ export class Predictor {
       exits: Array.from(exits.data, Number),
       logits: logits.data,
     };
+  }
+
+  #checkThresholds(thresholds) {
+    if (thresholds?.length !== this.numExits) {
+      throw new Error(`there are ${thresholds?.length ?? "no"} thresholds; this network has ${this.numExits} exits`);
+    }
+    if (!Array.from(thresholds).every((threshold) => typeof threshold === "number" && !Number.isNaN(threshold))) {
+      throw new Error(`thresholds are ${Array.from(thresholds, String).join(", ")}; not all of them are numbers`);
+    }
   }
 
   // Run one block after another, each for the images that are still here.
@@ -136,32 +159,64 @@ export function softmax(logits) {
   return exponentials.map((x) => x / total);
 }
 
-function checkFormat(format) {
-  if (format !== FORMAT) {
-    throw new Error(`the network was not written by this version of export_onnx.py: its format is "${format}", not "${FORMAT}"`);
+async function createSession(ort, bytes, name) {
+  try {
+    return await ort.InferenceSession.create(bytes, SESSION_OPTIONS);
+  } catch (error) {
+    throw new Error(`cannot load ${name}: ${oneLine(error)}`);
   }
+}
+
+function parse(text, name) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`cannot read ${name}: ${oneLine(error)}`);
+  }
+}
+
+function oneLine(error) {
+  return String(error.message ?? error).replace(/\s+/g, " ").slice(0, 200);
+}
+
+// Throw an error if an export has another format, or lacks one of these fields.
+function checkFields(content, name, fields) {
+  if (content?.format !== FORMAT) {
+    throw new Error(`${name} was not written by this version of export_onnx.py: its format is "${content?.format}", not "${FORMAT}"`);
+  }
+  const missing = fields.filter((field) => content[field] == null);
+  if (!missing.length) return;
+  const isBlock = Object.keys(content).sort().join() === "fingerprint,format";
+  const hint = isBlock ? "; it is one block of a network: pass its directory" : "";
+  throw new Error(`${name} lacks ${missing.join(", ")}${hint}`);
 }
 
 // Return the metadata of an ONNX file, which ONNX Runtime does not show in JavaScript. The file is a protocol buffer: a list of
 // fields, each a number and a value. Field 14 of the model holds the metadata, whose fields 1 and 2 are a name and a text.
-function readMetadata(bytes) {
+function readMetadata(bytes, name) {
   const decode = (part) => new TextDecoder().decode(part);
   const metadata = {};
-  for (const [field, value] of readFields(bytes)) {
-    if (field !== 14) continue;
-    const entry = Object.fromEntries(readFields(value));
-    metadata[decode(entry[1])] = decode(entry[2]);
+  try {
+    for (const [field, value] of readFields(bytes)) {
+      if (field !== 14) continue;
+      const entry = Object.fromEntries(readFields(value));
+      metadata[decode(entry[1])] = decode(entry[2]);
+    }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    throw new Error(`${name} is damaged, or is no ONNX file`);
   }
   return metadata;
 }
 
+// Yield the number and the value of each field of a protocol buffer; throw a RangeError if it is damaged.
 function* readFields(bytes) {
   let position = 0;
   const readNumber = () => {
     let value = 0;
     for (let factor = 1; ; factor *= 128) {
       const byte = bytes[position++];
-      if (byte === undefined) throw new Error("the file is damaged, or is no ONNX file");
+      if (byte === undefined) throw new RangeError("a number is cut off");
       value += (byte & 127) * factor;
       if (byte < 128) return value;
     }
@@ -169,9 +224,10 @@ function* readFields(bytes) {
   while (position < bytes.length) {
     const key = readNumber();
     const type = key & 7;
-    if (type !== 0 && type !== 2) throw new Error("the file is damaged, or is no ONNX file");
+    if (type !== 0 && type !== 2) throw new RangeError("a field has another type than those of ONNX");
     const value = readNumber(); // of type 2: the length of the bytes that follow
     if (type === 2) position += value;
+    if (position > bytes.length) throw new RangeError("a field is cut off");
     yield [key >>> 3, type === 2 ? bytes.subarray(position - value, position) : value];
   }
 }
