@@ -8,8 +8,8 @@ Example:
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from image_data.data_sets import find_data_set
 from image_data.parts import NORMALIZATION, DataSet, Part, Shard
 from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
+from image_data.threads import map_batches
 from image_data.transforms import (
     LARGEST_IN_MEMORY,
     TrainingTransform,
@@ -34,6 +35,7 @@ from models.normalizer import Normalizer
 from utils import UserError, listed
 
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
+FILES_AT_ONCE = 256  # that threads read ahead
 SAMPLED_FILES = 32  # whose size is compared with the image size
 
 
@@ -104,7 +106,9 @@ def load_data(
         trains = settings.evalmode is None or not (expected or settings.data in NORMALIZATION)
         for name in ("train", "val", "test") if trains else ("val", "test"):
             parts[name] = _in_memory(parts[name], image_size, evaluation, settings, notes)
-    _refuse_large_batch(settings, len(parts["train"]))
+    if settings.evalmode is None:
+        _refuse_large_batch(settings.batch_size, len(parts["train"]))
+        notes += _lost_classes(parts["train"], found.class_names)
     mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
@@ -161,29 +165,31 @@ def _default_size(data: str) -> int:
     return 224 if data in ("imagenet", "folder") else 32
 
 
-def _refuse_large_batch(settings: Namespace, count: int) -> None:
-    if settings.evalmode is None and count < settings.batch_size:
+def _refuse_large_batch(batch_size: int, count: int) -> None:
+    if count < batch_size:
         raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {count} training images "
-            "without the held-out ones"
+            f"--batch-size {batch_size} is more than the {count} training images without the held-out ones"
         )
 
 
 def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
-    """Choose the held-out images, and add what the user should know of the choice to the notes."""
+    """Choose the held-out images, and add a note where nobody said how many."""
     held_out = choose_held_out(found.train.targets, size, settings.split_seed)
     if size is None:
         found.notes.append(
             f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "
             "epoch and the thresholds; --val-size N changes that"
         )
-    trained = torch.ones(len(found.train), dtype=torch.bool)
-    trained[held_out] = False
-    counts = torch.bincount(found.train.targets[trained], minlength=len(found.class_names))
-    if len(found.train) and len(held_out) and (counts == 0).any():
-        names = [found.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
-        found.notes.append(f"no training image is left of {len(names)} classes: {listed(names)}")
     return held_out
+
+
+def _lost_classes(training_part: Part, class_names: list[str]) -> list[str]:
+    """Return a line about classes whose images are all held out, gone or unreadable."""
+    counts = torch.bincount(training_part.targets, minlength=len(class_names))
+    lost = [name for name, count in zip(class_names, counts.tolist(), strict=True) if count == 0]
+    if not lost:
+        return []
+    return [f"no training image is left of {len(lost)} of {len(class_names)} classes: {listed(lost)}"]
 
 
 def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
@@ -215,8 +221,8 @@ def _in_memory(
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(attempt, part.files))
+    batches = (part.files[i : i + FILES_AT_ONCE] for i in range(0, len(part), FILES_AT_ONCE))
+    results = list(chain.from_iterable(map_batches(attempt, batches, settings.workers)))
     _report(
         [str(result) for result in results if isinstance(result, UserError)], settings.skip_unreadable, notes
     )
@@ -237,7 +243,7 @@ def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
     """Raise an error about unreadable images, or add a note about them if they are to be skipped."""
     if not errors:
         return
-    summary = errors[0] + (f", and {len(errors) - 1:,} others" if len(errors) > 1 else "")
+    summary = errors[0] + (f", and {len(errors) - 1:,} more" if len(errors) > 1 else "")
     if not skip:
         raise UserError(f"{summary}; {WAYS_ON}")
     notes.append(f"skipped: {summary}")

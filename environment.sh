@@ -6,6 +6,7 @@
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
+VENV="${VENV/#\~\//$HOME/}" # in quotes the shell leaves ~ as it is
 
 # The launchers' first word, checked here because a mistyped one should not cost the set-up.
 presets="demo folder finetune cifar10 cifar100 cifar100-anytime cifar100-boosted imagenet"

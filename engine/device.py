@@ -58,6 +58,8 @@ def place(network: ExitNetwork, settings: Namespace, device: torch.device) -> No
     if settings.amp == "bf16" and device.type == "cpu" and settings.evalmode != "runtime":
         # Several threads would wait for each other in every convolution, very long beside another program.
         torch.set_num_threads(1)
+    elif device.type == "cpu":
+        limit_threads()
     network.to(device)
     if settings.channels_last:
         set_memory_format(network, torch.channels_last)

@@ -26,6 +26,8 @@ from models.description import DataInfo
 from utils import UserError, is_folder, listed
 
 Classes = dict[str, list[Path]]
+# In lower case, what other programs and people call the folders of training and test images.
+PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")
 
 
 class Folders(NamedTuple):
@@ -132,14 +134,15 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
 def _split_folders(settings: Namespace, digests: Tensor | None) -> Folders:
     """Split test images off those of ``train/CLASS/``, or ``CLASS/``."""
     root, survey = settings.data_root, Survey()
+    has_train = bool(survey.inner_folders(root / "train"))  # else it is a class: trains among other vehicles
     for folder in (root / "test", root / "val"):
-        if is_folder(root / "train") and _has_images(survey.classes(folder), set()):
+        if has_train and _has_images(survey.classes(folder), set()):
             raise UserError(f"{folder} holds test images: --test-size is for data without them")
-    folder = root / "train" if is_folder(root / "train") else root
+    folder = root / "train" if has_train else root
     survey = Survey()
     classes = dict(sorted(survey.classes(folder).items()))
     _refuse_closed(survey)
-    if not classes:
+    if not classes or _are_parts(classes) or (folder == root and _inner_data_set(root)):
         raise UserError(_what_is_missing(root, False, []))
     _refuse_empty_classes(folder, classes)
     files = _file_part(classes, list(classes))
@@ -175,6 +178,18 @@ def _in_order(classes: Classes, stored: DataInfo | None) -> list[str]:
 def _has_images(classes: Classes, known: set[str]) -> bool:
     """Return True if one of the ``known`` classes has an image; of any class if none is known."""
     return any(files for name, files in classes.items() if not known or name in known)
+
+
+def _are_parts(classes: Classes) -> bool:
+    """Return True if what looks like classes are folders of training and test images."""
+    return bool(classes) and all(name.lower() in PARTS for name in classes)
+
+
+def _inner_data_set(root: Path) -> Path | None:
+    """Return the first folder in ``root`` with folders ``train/CLASS/``, as unpacked archives have one."""
+    survey = Survey()
+    folders = (root / name for name in sorted(survey.inner_folders(root)))
+    return next((folder for folder in folders if survey.inner_folders(folder / "train")), None)
 
 
 def _refuse_closed(survey: Survey) -> None:
@@ -228,12 +243,19 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     survey = Survey()
     if tests:
         return f"{root} has {tests[0]}/ but no training images in folders train/CLASS/"
+    if inner := _inner_data_set(root):
+        return f"{root} has no train/CLASS/, but {inner} has: use --data-root {inner}"
     classes = {name: files for name, files in survey.classes(root).items() if files}
-    if is_folder(root / "train"):
-        return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
+    if _are_parts(classes):
+        if is_folder(root / "train"):
+            return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
+        return (
+            f"{root} has the folders {listed(sorted(classes))}, but no train/ and no test/ (or val/): "
+            "rename them to these"
+        )
     if classes:
         return (
-            f"{root} has no train/ and no test/, but images in the folders {listed(sorted(classes))}: "
+            f"{root} has images in the folders {listed(sorted(classes))}, but no train/CLASS/, test/CLASS/: "
             f"if these are the classes, {split_off}"
         )
     images = survey.images([root])

@@ -24,8 +24,8 @@ LEFT_OUT = "left out: "  # begins the line that counts files which are no images
 # In lower case; names that begin with a dot are hidden, too.
 SYSTEM_NAMES = (
     *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "$recycle.bin", "recycler"),
-    *("system volume information", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle"),
-    *("#snapshot", "~snapshot"),
+    *("recycled", "found.000", "system volume information", "network trash folder", "temporary items"),
+    *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),
 )
 
 

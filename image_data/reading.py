@@ -37,7 +37,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
     _ignore_pillow_warnings()
     try:
         if not path.is_file():  # opening a pipe would wait for ever
-            raise OSError("there is no such file")
+            raise OSError("it is no file" if path.exists() else "there is no such file")
         Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image)
@@ -48,11 +48,10 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
 
 
 def file_size(path: str | Path) -> tuple[int, int] | None:
-    """Return width and height of an image file from its header, or None if it cannot be read."""
+    """Return width and height of an image file, or None if it cannot be read."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except Exception:  # depends on the format
+        return read_image(path, lambda image: image.size)
+    except UserError:
         return None
 
 

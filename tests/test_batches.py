@@ -146,7 +146,7 @@ def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, c
     assert len(data.test.own()) == 14
     notes = load_data(folder_settings(image_folder, *flags, "--skip-unreadable", "--check-images"), CPU).notes
     assert "bee/3.png" in notes[-1]
-    assert "others" in notes[-1]
+    assert "and 1 more" in notes[-1]
 
 
 def test_a_class_of_damaged_images_costs_no_more_than_itself(image_folder):

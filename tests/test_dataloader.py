@@ -43,6 +43,42 @@ def test_what_cannot_be_loaded_is_named(image_folder):
     refused("bee holds no image")
 
 
+def test_folders_of_other_names_or_one_too_many_are_named(image_folder):
+    """Also with --test-size, which would make classes of them."""
+    outer = image_folder.rename(image_folder.with_name("inner")).parent
+    for flags in ([], ["--test-size", "20%"]):
+        with pytest.raises(UserError, match=r"but .*inner has: use --data-root .*inner$"):
+            load_data(folder_settings(outer, *flags), CPU)
+    root = outer / "inner"
+    for name in ("train", "test"):
+        (root / name).rename(root / f"{name.title()}ing")
+    for flags in ([], ["--test-size", "20%"]):
+        with pytest.raises(UserError, match="has the folders Testing, Training, but no train/ and no test/"):
+            load_data(folder_settings(root, *flags), CPU)
+
+
+def test_a_class_may_be_named_train(image_folder):
+    """Trains among other vehicles; with a folder of test images the names train and test are taken."""
+    root = image_folder / "train"
+    (root / "bee").rename(root / "train")
+    data = load_data(folder_settings(root, "--test-size", "20%"), CPU)
+    assert (data.info.class_names, data.test.num_images) == (["ant", "cat", "train"], 12)
+    with pytest.raises(UserError, match=r"in the folders ant, cat, train.*--test-size"):
+        load_data(folder_settings(root), CPU)
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(image_folder):
+    for size in ("32", "80"):
+        path = image_folder / "train" / "ant" / "pipe.png"
+        os.mkfifo(path)
+        flags = ["--image-size", size, "--check-images"]
+        with pytest.raises(UserError, match=r"pipe\.png: it is no file"):
+            load_data(folder_settings(image_folder, *flags), CPU)
+        data = load_data(folder_settings(image_folder, *flags, "--skip-unreadable"), CPU)
+        assert any("skipped: cannot read the image" in note for note in data.notes)
+        path.unlink()
+
+
 def test_test_images_are_where_the_classes_are(image_folder):
     (image_folder / "test").rename(image_folder / "val")
     assert load_data(folder_settings(image_folder), CPU).test.num_images == 15
@@ -70,6 +106,9 @@ def test_only_visible_images_are_read_and_others_counted(image_folder, monkeypat
         "$RECYCLE.BIN/1.png",
         "System Volume Information/1.png",
         "ant/@eaDir/0.png/SYNOFILE_THUMB_M.png",
+        "ant/#snapshot/0.png",
+        "ant/found.000/0.png",
+        "Temporary Items/1.png",
         "ant/Thumbs.db",
         "ant/._0.png",
         "ant/.ipynb_checkpoints/0.png",

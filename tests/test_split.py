@@ -37,6 +37,21 @@ def test_no_class_loses_all_its_training_images(seed):
         assert size > 20 or len(trained.unique()) == 40
 
 
+def test_classes_that_have_no_training_image_are_named(image_folder):
+    """As all of them are held out, or cannot be read."""
+
+    def lines(*flags):
+        notes = load_data(folder_settings(image_folder, "--batch-size", "2", *flags), CPU).notes
+        return [note for note in notes if note.startswith("no training image")]
+
+    assert lines("--val-size", "57") == []  # one image of every class stays
+    (line,) = lines("--val-size", "58")
+    assert line.rsplit(" ", 1)[0] == "no training image is left of 1 of 3 classes:"
+    for path in (image_folder / "train" / "bee").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    assert lines("--skip-unreadable") == ["no training image is left of 1 of 3 classes: bee"]
+
+
 def test_test_images_are_an_equal_share_of_every_class():
     targets = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
     assert torch.bincount(targets[choose_test(targets, 0.2, 0)]).tolist() == [10, 2, 1]
