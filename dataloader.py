@@ -32,7 +32,7 @@ from image_data.transforms import (
 )
 from models.description import DataInfo, Split
 from models.normalizer import Normalizer
-from utils import UserError, listed
+from utils import UserError, listed, one_line
 
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
@@ -136,7 +136,7 @@ def load_data(
         num_training_images=stored.num_training_images if knows else len(found.train),
         fingerprint=stored.fingerprint if knows else found.fingerprint,
     )
-    return Data(info, split, notes, found.sorted_by_name, train, val, test)
+    return Data(info, split, [one_line(note) for note in notes], found.sorted_by_name, train, val, test)
 
 
 def _find_and_split(

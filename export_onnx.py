@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="FILE",
         help="network of either stage: a file, the directory of a run, or a name in weights/",

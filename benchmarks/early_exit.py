@@ -32,7 +32,7 @@ from engine.checkpoint import load_saved
 from engine.precision import half_precision
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, user_path
 
 SEVEN_EXITS = {
     "num_blocks": 7,
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="network to measure (default: 7 exits, random weights)",
     )

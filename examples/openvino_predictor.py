@@ -17,7 +17,7 @@ import numpy as np
 import openvino
 
 from onnx_predictor import BLOCK_FIELDS, OnnxPredictor
-from utils import at_least, one_line
+from utils import at_least, one_line, user_path
 
 LEAST_SECONDS = 0.2  # of one measurement
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="examples.openvino_predictor", description="Time of a network on OpenVINO beside ONNX Runtime."
     )
-    parser.add_argument("network", type=Path, help="directory of export_onnx.py, with a file per block")
+    parser.add_argument("network", type=user_path, help="directory of export_onnx.py, with a file per block")
     parser.add_argument(
         "--threads", type=at_least(1), default=2, metavar="N", help="threads per operator (default: 2)"
     )

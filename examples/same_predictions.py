@@ -34,7 +34,7 @@ from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models.files import find
 from onnx_predictor import OnnxPredictor
-from utils import UserError, at_least
+from utils import UserError, at_least, user_path
 
 BROWSER = Path(__file__).resolve().parent / "browser"
 NEAR = 1e-5  # of a threshold
@@ -55,7 +55,9 @@ class Rows(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Compare the predictions for these images in every way, and return the exit status."""
     parser = argparse.ArgumentParser(prog="examples.same_predictions", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="+", type=Path, help="image files, or directories that hold them")
+    parser.add_argument(
+        "images", nargs="+", type=user_path, help="image files, or directories that hold them"
+    )
     parser.add_argument("--model", default="imta_cifar100", help="network (default: %(default)s)")
     parser.add_argument(
         "--openvino-images",

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from image_data.archives import read_cifar
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -247,11 +247,11 @@ def main() -> int:
         prog="experiments.arms", description="Train every arm of the comparison for every seed."
     )
     parser.add_argument(
-        "--data-root", type=Path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100"
+        "--data-root", type=user_path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100"
     )
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"
+        "--work", type=user_path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.report import read_csv
 from experiments.arms import KEPT_FILES, RESULTS, Arm, is_complete, run_command
-from utils import CommandLineParser
+from utils import CommandLineParser, user_path
 
 FOLDER = RESULTS / "backbones"
 ARCH = "timm/tf_efficientnet_lite0"
@@ -92,10 +92,12 @@ def table(folder: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Train, or print the table."""
     parser = CommandLineParser(prog="experiments.backbones", description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="CIFAR-100 as folders train/ and test/")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help=f"of {ARCH}")
     parser.add_argument(
-        "--work", type=Path, default=Path("save/backbones"), metavar="DIR", help="(default: %(default)s)"
+        "--data-root", type=user_path, metavar="DIR", help="CIFAR-100 as folders train/ and test/"
+    )
+    parser.add_argument("--weights", type=user_path, metavar="FILE", help=f"of {ARCH}")
+    parser.add_argument(
+        "--work", type=user_path, default=Path("save/backbones"), metavar="DIR", help="(default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
     parser.add_argument(

@@ -26,7 +26,7 @@ from engine.checkpoint import load_saved
 from engine.report import write_csv
 from experiments.corruptions import CORRUPTIONS, markdown
 from models import ExitNetwork
-from utils import CommandLineParser, UserError, atomic_write
+from utils import CommandLineParser, UserError, atomic_write, user_path
 
 STREAM_LENGTH = 2_000
 BATCH_SIZE = 250
@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables for these arguments (None: those of the process), and return the exit status."""
     parser = CommandLineParser(prog="experiments.drift", description="Test the drift alarm.")
     parser.add_argument(
-        "network", type=Path, metavar="FILE", help="such as weights/imta_cifar100.safetensors"
+        "network", type=user_path, metavar="FILE", help="such as weights/imta_cifar100.safetensors"
     )
     parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="the network's data set (default: data)"
+        "--data-root", type=user_path, metavar="DIR", help="the network's data set (default: data)"
     )
     parser.add_argument("--clean-streams", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -125,12 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="only so many test images (default: all)")
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=user_path,
         default=Path("save/drift"),
         metavar="DIR",
         help="for logits (default: %(default)s)",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.network, {})

@@ -47,7 +47,7 @@ from engine.evaluate import fit_policy, with_ensemble
 from engine.report import table
 from models import count_operations
 from models.files import find
-from utils import CommandLineParser, UserError
+from utils import CommandLineParser, UserError, user_path
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 LEVELS = (90.0, 95.0, 99.0)
@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             command.add_argument("network", metavar="NETWORK", help="a run, a file or a name in weights/")
-            command.add_argument("--data-root", type=Path, metavar="DIR", help="(default: that of the run)")
+            command.add_argument(
+                "--data-root", type=user_path, metavar="DIR", help="(default: that of the run)"
+            )
     return parser
 
 

@@ -27,7 +27,7 @@ from experiments.corruptions import accuracy_table
 from experiments.tables import epochs
 from models import Description, load
 from models.files import SUFFIX, networks_in
-from utils import CommandLineParser, UserError, atomic_write
+from utils import CommandLineParser, UserError, atomic_write, user_path
 
 MAX_LOSS = 0.05  # points of top-1
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
@@ -221,11 +221,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="experiments.ship", description="A file for weights/ from a finished run."
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="directory of a finished run, or a file that was shipped before"
+        "run",
+        type=user_path,
+        metavar="RUN",
+        help="directory of a finished run, or a file that was shipped before",
     )
-    parser.add_argument("output", type=Path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}")
+    parser.add_argument(
+        "output", type=user_path, metavar="FILE", help=f"such as weights/imta_cifar100{SUFFIX}"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="find policies in bfloat16 too")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of the images (default: the run's)")
+    parser.add_argument(
+        "--data-root", type=user_path, metavar="DIR", help="of the images (default: the run's)"
+    )
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.run, {})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.report import read_csv
 from experiments.arms import is_complete, run_command
-from utils import CommandLineParser
+from utils import CommandLineParser, user_path
 
 CLASSES = ("bicycle", "castle", "lion", "rose")
 TRAINING_IMAGES = 30
@@ -74,12 +74,18 @@ def run_all(
 def main(argv: list[str] | None = None) -> int:
     """Train and print the table; further flags go to ``train_GE.py``."""
     parser = CommandLineParser(prog="experiments.small_data", description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="CIFAR-100 as folders")
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="FILE", help="of tf_efficientnet_lite0"
+        "--data-root", type=user_path, required=True, metavar="DIR", help="CIFAR-100 as folders"
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("save/small_data"), metavar="DIR", help="(default: %(default)s)"
+        "--weights", type=user_path, required=True, metavar="FILE", help="of tf_efficientnet_lite0"
+    )
+    parser.add_argument(
+        "--work",
+        type=user_path,
+        default=Path("save/small_data"),
+        metavar="DIR",
+        help="(default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)"

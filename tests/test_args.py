@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from args import DEFAULTS, NETWORK_OPTIONS, RELEASED_CHOICES, from_record, parse
+from args import DEFAULTS, NETWORK_OPTIONS, RELEASED_CHOICES, flag_of, from_record, parse
 from engine.record import plain
 from models.options import block_depths
 from utils import UserError
@@ -219,6 +219,14 @@ def test_a_run_never_continues_one_of_other_data():
 def test_the_command_that_resumes():
     command = parse("GE", ["--data-root", "my photos", "--overwrite", "--lr", "0.2"])
     assert command.to_resume() == "python train_GE.py --data-root 'my photos' --lr 0.2 --resume"
+
+
+@pytest.mark.parametrize("stage", ["GE", "IMTA"])
+def test_every_flag_that_takes_a_path_knows_the_home(monkeypatch, tmp_path, stage):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("data_root", "save", "pretrained", "evaluate_from")
+    command = parse(stage, ["--evalmode", *(f"{flag_of(name)}=~/x" for name in names)])
+    assert [command.typed[name] for name in names] == [tmp_path / "x"] * 4
 
 
 def test_a_home_that_does_not_exist_stays_a_name():

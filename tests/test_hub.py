@@ -43,6 +43,29 @@ def test_hub_neither_meets_nor_hides_another_package(tmp_path, program):
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_the_library_in_a_folder_that_holds_files_of_the_same_names(tmp_path):
+    """With the clone first on the path, as documented."""
+    (tmp_path / "models").mkdir()
+    for name in ("utils.py", "datasets.py", "args.py", "models/__init__.py"):
+        (tmp_path / name).write_text("MINE = 1\n")
+    (tmp_path / "program.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from adaptive_inference import load_predictor\n"
+        "from image_data.preprocessing import preprocess\n"
+        "assert load_predictor('imta_cifar100').network.num_exits == 5\n"
+        "import datasets; assert datasets.MINE\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_installing_is_refused_with_the_ways_that_work(monkeypatch):
     sys_path = [str(ROOT / ".ci"), *sys.path]
     monkeypatch.setattr(sys, "path", sys_path)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from args import PRESETS
 from engine.report import read_csv
 from tests.conftest import TINY_FLAGS
@@ -45,6 +47,46 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
     )
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
     assert "VENV=" in refused.stderr
+
+
+# Ends the program that is imported where PyTorch would be loaded.
+UNTIL_TORCH = """
+import importlib, os, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.exit(os.environ.get("OMP_WAIT_POLICY", "not set"))
+sys.meta_path.insert(0, NoTorch())
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("program", ["train_GE", "train_IMTA", "predict", "export_onnx"])
+def test_threads_do_not_spin_unless_the_user_wants_it(program):
+    """Beside a busy core they would make everything many times slower; later than this it has no effect."""
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        command = [sys.executable, "-c", UNTIL_TORCH, program]
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment | given, capture_output=True, text=True, check=False
+        )
+        assert ended.stderr.strip() == expected
+
+
+def test_a_home_in_quotes_is_expanded_for_the_environment_too(tmp_path):
+    """``VENV="~/env"``; the shell expands ~ only outside of quotes."""
+    empty = tmp_path / "empty"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
+    (tmp_path / "env").write_text("no folder")
+    refused = run(
+        ["bash", ROOT / "run_GE.sh"],
+        tmp_path,
+        PYTHON=str(empty / "bin/python"),
+        VENV="~/env",
+        HOME=str(tmp_path),
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"cannot write {tmp_path / 'env'};")
 
 
 def test_launchers_end_to_end(tmp_path, image_folder):
