@@ -106,6 +106,8 @@ def export_blocks(
 ) -> None:
     """Write ``network`` as one ONNX file per block, and ``network.json``.
 
+    Those of an earlier export in this directory are replaced; other files stay.
+
     Args:
         network: A network with a description; it is not changed.
         folder: The directory to write; it is made if it does not exist.
@@ -127,6 +129,7 @@ def export_blocks(
     # Nobody finds new blocks beside the network.json of an older export if this is interrupted.
     with contextlib.suppress(OSError):
         (folder / "network.json").unlink()
+    _remove_later_blocks(folder, len(blocks))
     for number, graph in enumerate(blocks, start=1):
         file = f"block{number}.onnx"
         with _protobuf_limits(folder / file):
@@ -138,6 +141,19 @@ def export_blocks(
     with atomic_write(folder / "network.json") as stream:
         json.dump(metadata, stream, indent=1, allow_nan=False)
         stream.write("\n")
+
+
+def _remove_later_blocks(folder: Path, count: int) -> None:
+    """Remove the blocks after the first ``count``, which an export of a deeper network left there."""
+    for path in folder.glob("block*.onnx"):
+        number = path.stem.removeprefix("block")
+        if not number.isdecimal() or int(number) <= count:
+            continue
+        # What is no file, cannot be read or was not exported by us stays.
+        with contextlib.suppress(OSError, ProtobufError):
+            metadata = {entry.key for entry in onnx.load(path, load_external_data=False).metadata_props}
+            if metadata == {"format", "fingerprint"}:
+                path.unlink()
 
 
 def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]:

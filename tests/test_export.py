@@ -392,6 +392,25 @@ def test_an_interrupted_export_leaves_no_mixture(converted, tmp_path):
 
 
 @needs_onnx
+def test_blocks_of_a_deeper_network_are_removed_and_nothing_else(converted, tmp_path):
+    network, blocks = converted
+    export_blocks(network, tmp_path, None, blocks)
+    exported = sorted(path.name for path in tmp_path.iterdir())
+    shutil.copy(tmp_path / "block3.onnx", tmp_path / "block4.onnx")
+    shutil.copy(tmp_path / "block3.onnx", tmp_path / "block10.onnx")
+    others = {"block5.onnx": b"no network", "block6.txt": b"", "blocks.onnx": b"", "other.onnx": b""}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    model = onnx.load(tmp_path / "block3.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "block7.onnx")
+    (tmp_path / "block8.onnx").mkdir()
+    export_blocks(network, tmp_path, None, blocks)
+    kept = [*exported, *others, "block7.onnx", "block8.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@needs_onnx
 def test_more_exits_than_one_file_holds(tmp_path):
     """Graphs inside graphs have a limit, which a file per block does not meet."""
     network = make_small("chain").eval()
