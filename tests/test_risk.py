@@ -48,6 +48,25 @@ def test_the_trinomial_test_is_exact(limit, level):
         assert wrong <= 1 - level / 100 + 2e-5
 
 
+@pytest.mark.parametrize(("worse", "better", "limit"), [(0, 3, 0.0), (0, 3, 0.005), (2, 3, 0.1)])
+def test_the_p_value_is_the_largest_of_all_shares(worse, better, limit):
+    """No share of changed images makes so small a loss more likely, however close one looks."""
+    images = 58
+
+    def studentised(up, down):
+        variance = max(up + down, images * limit) - images * limit**2
+        return (up - down - images * limit) / math.sqrt(max(variance, 1e-12))
+
+    pairs = [(up, down) for up in range(images + 1) for down in range(images + 1 - up)]
+    small = [pair for pair in pairs if studentised(*pair) <= studentised(worse, better) + 1e-9]
+    largest = max(
+        sum(chance(images, *pair, ((changed + limit) / 2, (changed - limit) / 2)) for pair in small)
+        for changed in torch.linspace(0.06, 0.19, 80, dtype=torch.float64).tolist()
+    )
+    found = p_value(LossCounts(images, worse, better, worse + better), limit)
+    assert largest <= found <= largest + 2e-5
+
+
 def test_the_binomial_test_is_exact():
     """1,000 images, a limit of 2 %: certain at 95 % with up to 12 other predictions, as tables say."""
     assert p_value(LossCounts(1000, 0, 0, 12), 0.02, disagreement=True) == pytest.approx(0.0378, abs=2e-4)

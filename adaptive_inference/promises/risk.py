@@ -20,7 +20,7 @@ are. The full network loses nothing, so it is always among the points.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import takewhile
@@ -44,10 +44,11 @@ CERTIFICATE = {
     "learning_share": LEARNING_SHARE,
     "split_seed": SPLIT_SEED,
 }
-NUISANCE_ERROR = (
-    1e-5  # probability that the share of changed images lies outside the values that are searched
-)
-NUISANCE_VALUES = 12
+# Probability that the share of changed images lies outside the interval that is searched for the maximum.
+NUISANCE_ERROR = 1e-5
+NUISANCE_VALUES = 16  # at which the search begins
+GRID_ERROR = 0.1  # share by which the largest of these values may miss the maximum near it
+GOLDEN, GOLDEN_STEPS = (math.sqrt(5) - 1) / 2, 10
 
 
 class MaxLoss(NamedTuple):
@@ -205,8 +206,8 @@ def _trinomial_tail(images: int, worse: int, better: int, limit: float) -> float
     observed = (worse - better - images * limit) / standard_error[worse + better]
     largest_difference = images * limit + observed * standard_error + 1e-9
     log_factorial = torch.lgamma(numbers + 1)
-    largest = 0.0
-    for changed in _possible_shares(images, worse + better, limit):
+
+    def chance_as_small(changed: float) -> float:
         up, down = (changed + limit) / 2, max(changed - limit, 0.0) / 2
         same = torch.tensor(1 - changed, dtype=torch.float64)
         log_rest = log_factorial[-1] - log_factorial.flip(0) + torch.xlogy(images - numbers, same)
@@ -214,12 +215,46 @@ def _trinomial_tail(images: int, worse: int, better: int, limit: float) -> float
         total = ups + downs
         logs = log_rest[total.clamp(max=images)]
         for counts, chance in ((ups, up), (downs, down)):
-            logs = (
-                logs + torch.xlogy(counts, torch.tensor(chance, dtype=torch.float64)) - log_factorial[counts]
-            )
+            log_chance = torch.xlogy(counts, torch.tensor(chance, dtype=torch.float64))
+            logs = logs + log_chance - log_factorial[counts]
         as_small = (ups - downs <= largest_difference[total.clamp(max=images)]) & (total <= images)
-        largest = max(largest, float(logs.exp()[as_small].sum()))
+        return float(logs.exp()[as_small].sum())
+
+    largest = _maximum(chance_as_small, _possible_shares(images, worse + better, limit))
     return min(largest + NUISANCE_ERROR, 1.0)
+
+
+def _maximum(function: Callable[[float], float], positions: Sequence[float]) -> float:
+    """Return the maximum of a smooth function over an interval.
+
+    Args:
+        function: With few local maxima, each wider than the distance of two positions.
+        positions: Across the interval, increasing. Every local maximum among them that comes near the
+            largest one is refined by a golden-section search between its neighbours.
+    """
+    values = [function(position) for position in positions]
+    largest = max(values)
+    for i, value in enumerate(values):
+        first, last = max(i - 1, 0), min(i + 1, len(values) - 1)
+        if value == max(values[first : last + 1]) and value >= (1 - GRID_ERROR) * max(values):
+            largest = max(largest, _golden_section(function, positions[first], positions[last]))
+    return largest
+
+
+def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
+    """Return the maximum of a function with one local maximum in the interval."""
+    inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
+    values = [function(position) for position in inner]
+    for _ in range(GOLDEN_STEPS):
+        if values[0] >= values[1]:
+            high = inner[1]
+            inner = [high - GOLDEN * (high - low), inner[0]]
+            values = [function(inner[0]), values[0]]
+        else:
+            low = inner[0]
+            inner = [inner[1], low + GOLDEN * (high - low)]
+            values = [values[1], function(inner[1])]
+    return max(values)
 
 
 def _possible_shares(images: int, changed: int, limit: float) -> list[float]:
@@ -229,10 +264,12 @@ def _possible_shares(images: int, changed: int, limit: float) -> list[float]:
     observed = torch.tensor(changed / images, dtype=torch.float64)
     divergence = torch.xlogy(observed, observed / shares)
     divergence += torch.xlogy(1 - observed, (1 - observed) / (1 - shares).clamp(min=1e-300))
-    possible = shares[images * divergence <= math.log(2 / NUISANCE_ERROR)]
+    possible = (images * divergence <= math.log(2 / NUISANCE_ERROR)).nonzero().flatten()
     if len(possible) == 0:  # fewer images changed than the hypothesis allows
         return [lowest]
-    return possible[torch.linspace(0, len(possible) - 1, NUISANCE_VALUES).long().unique()].tolist()
+    # From one value before the interval to one after it, so that both ends are searched too.
+    first, last = max(int(possible[0]) - 1, 0), min(int(possible[-1]) + 1, len(shares) - 1)
+    return shares[torch.linspace(first, last, NUISANCE_VALUES).long().unique()].tolist()
 
 
 def _likely_counts(images: int, chance: float) -> Tensor:
