@@ -46,8 +46,8 @@ def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | Non
         negative_entropy = torch.special.xlogy(probs, probs).sum(dim=1)
         return ExitPrediction(classes, 1 + negative_entropy / math.log(max(probs.shape[1], 2)))
     if measure == "margin":
-        best = probs.topk(2, dim=1).values
-        return ExitPrediction(classes, best[:, 0] - best[:, 1])
+        second = probs.topk(min(2, probs.shape[1]), dim=1).values[:, 1:].sum(dim=1)  # 0 with one class
+        return ExitPrediction(classes, largest - second)
     if measure == "patience":
         one = torch.ones_like(largest)
         if previous is None:

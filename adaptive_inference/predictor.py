@@ -24,6 +24,22 @@ from utils import UserError
 SHOWN_IMAGES = 10  # in an error message
 
 
+class NotFiniteError(UserError):
+    """The network's output is not finite for some images of a batch.
+
+    Attributes:
+        positions: Their positions in the batch, from 0.
+    """
+
+    def __init__(self, positions: list[int], batch_size: int):
+        shown = ", ".join(map(str, positions[:SHOWN_IMAGES])) + ", ..." * (len(positions) > SHOWN_IMAGES)
+        super().__init__(
+            f"the network's output is not finite for {len(positions)} of {batch_size} images; "
+            f"their positions in the batch, from 0: {shown}"
+        )
+        self.positions = positions
+
+
 class Prediction(NamedTuple):
     """Predictions for N images, on the device of the images.
 
@@ -71,8 +87,8 @@ class AdaptivePredictor:
         When no image goes on, later blocks are not launched.
 
         Raises:
-            UserError: The images are of another shape or type, or the network's output for some of them is
-                not finite.
+            UserError: The images are of another shape or type.
+            NotFiniteError: The network's output for some of the images is not finite.
         """
         images = self._checked(images)
         if len(images) == 0:
@@ -152,17 +168,12 @@ class AdaptivePredictor:
             exits: (N,), the exit at which each image left.
 
         Raises:
-            UserError: An image's logits are not finite.
+            NotFiniteError: The logits of some images are not finite.
         """
         prediction = _prediction(logits, exits, self.policy)
         is_finite = prediction.confidence.isfinite()
         if not is_finite.all():
-            numbers = is_finite.logical_not().nonzero().flatten().tolist()
-            shown = ", ".join(map(str, numbers[:SHOWN_IMAGES])) + ", ..." * (len(numbers) > SHOWN_IMAGES)
-            raise UserError(
-                f"the network's output is not finite for {len(numbers)} of {len(exits)} images; "
-                f"their positions in the batch, from 0: {shown}"
-            )
+            raise NotFiniteError(is_finite.logical_not().nonzero().flatten().tolist(), len(exits))
         return prediction
 
     def _checked(self, images: Tensor) -> Tensor:

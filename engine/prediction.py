@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptive_inference.policy_files import policy_path, read_policy
-from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from adaptive_inference.promises.ensemble import operations_together
 from engine.checkpoint import load_saved
@@ -82,10 +82,9 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
             _say(line)
         try:
             for names, images in _batches(files, tally.data, batch_size):
-                if images is not None:
-                    writer.rows(tally.predict(names, images.to(device)))
-                else:
-                    skipped += len(names)
+                rows = [] if images is None else tally.predict(names, images.to(device))
+                writer.rows(rows)
+                skipped += len(names) - len(rows)
                 bar.update(len(names))
         except KeyboardInterrupt:
             is_interrupted = True
@@ -125,7 +124,19 @@ class Tally:
         self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
 
     def predict(self, names: list[Path], images: Tensor) -> list[dict]:
-        """Return one row per image (n, 3, H, W), uint8."""
+        """Return one row per image (n, 3, H, W), uint8.
+
+        Images for which the network's output is not finite are reported, and have no row.
+        """
+        try:
+            return self._rows(names, images)
+        except NotFiniteError as error:
+            for position in error.positions:
+                _say(f"the network's output for {names[position]} is not finite; skipped")
+            others = [i for i in range(len(names)) if i not in error.positions]
+        return self.predict([names[i] for i in others], images[others]) if others else []
+
+    def _rows(self, names: list[Path], images: Tensor) -> list[dict]:
         if self.num_calls == 0:
             self.predictor(images[:WARM_UP_IMAGES])
         began = time.perf_counter()

@@ -124,6 +124,7 @@ def test_file(network, logits, tmp_path):
     assert path == tmp_path / "name.reference.safetensors"
     assert reference_path(tmp_path / "policy.json") == tmp_path / "reference.safetensors"
     assert reference_path(tmp_path / "policy.bfloat16.json") == tmp_path / "reference.bfloat16.safetensors"
+    assert reference_path(tmp_path / "mine.json") == tmp_path / "mine.reference.safetensors"
     with pytest.raises(UserError, match="--evalmode dynamic writes it"):
         read_reference(path, curve)
     many = logits.repeat(1, 10, 1)
@@ -132,8 +133,10 @@ def test_file(network, logits, tmp_path):
     assert reference.scores(policy).shape == (NUM_IMAGES,)
     assert torch.equal(reference.scores(policy), reference_of(many, curve).scores(policy))
     assert path.stat().st_size < 40 * NUM_IMAGES
-    with pytest.raises(UserError, match="belongs to another network or dtype"):
+    with pytest.raises(UserError, match="belongs to another network, dtype"):
         read_reference(path, curve_of(make_network(1).float(), policy))
+    with pytest.raises(UserError, match="another network, dtype or measure"):
+        read_reference(path, curve_of(network, Policy(policy.thresholds, "margin")))
     with pytest.raises(ValueError, match="compares the margin of 3 exits"):
         reference.scores(Policy(policy.thresholds, "margin"))
 

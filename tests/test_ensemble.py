@@ -107,6 +107,19 @@ def test_operations_are_counted():
     assert operations_together([10, 20, 40], 5) == [15, 30, 55]
 
 
+def test_three_gains_are_too_few():
+    """Of six images, an ensemble is right on three that the second exit alone gets wrong; then of twelve."""
+    targets = torch.arange(6) % 2
+    wrong = torch.arange(6) < 3
+    sure = 6 * torch.nn.functional.one_hot(targets, 2).float()
+    unsure = torch.where(wrong[:, None], 0.5 * (1 - sure / 6), sure)
+    together = sure + unsure
+    assert (together.argmax(dim=1) == targets).all()
+    assert fit_ensemble(torch.stack([sure, unsure]), targets, [1.0, 1.0]) is None
+    more = torch.stack([sure, unsure]).repeat(1, 2, 1)
+    assert fit_ensemble(more, targets.repeat(2), [1.0, 1.0]) is not None
+
+
 def test_exits_that_predict_the_same_stay_alone():
     logits, targets = drawn(1000)
     assert fit_ensemble(torch.stack([logits, 2 * logits]), targets, [1.0, 0.5]) is None

@@ -188,6 +188,25 @@ def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsy
     assert "empty holds no image" in output.err
 
 
+def test_images_without_a_finite_output_are_named_and_skipped(trained, images, tmp_path, capsys):
+    """With this normalisation all but dark pixels become infinite; a black image is predicted."""
+    network, description, split = read_network(trained / "best.safetensors")
+    data = replace(description.data, mean=(0.0,) * 3, std=(1e-39,) * 3)
+    model = tmp_path / "overflowing" / "best.safetensors"
+    model.parent.mkdir()
+    save_network(model, network, replace(description, data=data), split)
+    Image.new("RGB", (32, 32)).save(images / "black.png")
+    words = [str(images), "--model", str(model), "--format", "json"]
+    for batch_size in ("1", "2", "64"):
+        assert predict.main([*words, "--batch-size", batch_size]) == 1
+        printed = capsys.readouterr()
+        (row,) = json.loads(printed.out)["predictions"]
+        assert row["file"].endswith("black.png")
+        skipped = [line for line in printed.err.splitlines() if "is not finite; skipped" in line]
+        assert len(skipped) == 4
+        assert any("deeper/c.jpg" in line for line in skipped)
+
+
 def test_newest_run_is_taken(trained, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("models.files.WEIGHTS", tmp_path)

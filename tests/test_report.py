@@ -9,7 +9,10 @@ from adaptive_inference.budgeted import (
     evaluate_thresholds,
     geometric_thresholds,
 )
+from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy
+from adaptive_inference.promises.ensemble import classes_together
+from adaptive_inference.promises.risk import learning_images
 from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
 from engine.report import best_within, budget_rows, draw_curves, draw_runtime, percent, table
 from models import MSDNet
@@ -112,4 +115,13 @@ def test_policies_of_all_rules(certify):
     assert len(certified) == (41 if certify else 1)
     assert certified[-1].policy.runs_everything
     assert all(point.policy.ensemble == policy.ensemble for point in certified)
+    # Losses are counted against the last exit with its ensemble, whose accuracy the full network has.
+    tested = ~learning_images(400) if certify else torch.ones(400, dtype=torch.bool)
+    classes, targets = classes_together(val[0], policy.ensemble)[:, tested], val[1][tested]
+    assert policy.ensemble is not None
+    assert certified[-1].val_acc1 == pytest.approx(100 * (classes[-1] == targets).double().mean().item())
+    thresholds = torch.tensor(certified[0].policy.thresholds)
+    exits = assign_exits(confidence_by_exit(val[0])[0][:, tested], thresholds)
+    other = classes.gather(0, exits[None])[0] != classes[-1]
+    assert certified[0].losses.other == other.sum().item()
     assert curve.num_images == 400

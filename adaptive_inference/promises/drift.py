@@ -104,10 +104,12 @@ def reference_of(logits: Tensor, curve: PolicyCurve) -> Reference:
 def reference_path(policy_file: Path) -> Path:
     """Return where the reference of a policy file lies.
 
-    It is beside the file: ``NAME.reference.safetensors`` for ``NAME.policy.json``.
+    It is beside the file: ``NAME.reference.safetensors`` for ``NAME.policy.json``, or for ``NAME.json``.
     """
-    before, _, after = policy_file.name.removesuffix(".json").rpartition("policy")
-    return policy_file.with_name(f"{before}reference{after}.safetensors")
+    name = policy_file.name.removesuffix(".json")
+    before, found, after = name.rpartition("policy")
+    own = f"{before}reference{after}" if found else f"{name}.reference"
+    return policy_file.with_name(f"{own}.safetensors")
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -127,7 +129,7 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
     """Read a reference file and check that it belongs to the network of ``curve``.
 
     Raises:
-        UserError: One line: the file is missing, damaged, or of another network or dtype.
+        UserError: One line: the file is missing, damaged, or of another network, dtype or measure.
     """
     try:
         with safetensors.safe_open(path, "pt") as content:
@@ -147,8 +149,12 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no reference file of this project: {str(error)[:200]}") from None
-    if (reference.fingerprint, reference.dtype) != (curve.fingerprint, curve.dtype):
-        raise UserError(f"{path} belongs to another network or dtype; --evalmode dynamic writes one for this")
+    policy = curve.points[0].policy
+    own = (curve.fingerprint, curve.dtype, policy.measure, len(policy.thresholds))
+    if (reference.fingerprint, reference.dtype, reference.measure, len(reference.confidence)) != own:
+        raise UserError(
+            f"{path} belongs to another network, dtype or measure; --evalmode dynamic writes one for this"
+        )
     return reference
 
 

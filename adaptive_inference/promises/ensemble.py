@@ -97,7 +97,10 @@ def _gains(logits: Tensor, targets: Tensor, start: Tensor) -> bool:
         weights = _fit_weights(logits[:, fold != f], targets[fold != f], start)
         together[fold == f] = _weighted(weights, logits[:, fold == f]).argmax(dim=1)
     gains = (together == targets).double() - (logits[-1].argmax(dim=1) == targets).double()
-    return bool(gains.sum() > 0 and gains.mean() >= NEEDED_GAIN * gains.std() / len(gains) ** 0.5)
+    # As in McNemar's test: if neither predicts better, each of the images on which they differ is a gain or a
+    # loss with equal probability. The standard deviation of a few gains alone would be far too small.
+    standard_error = gains.abs().sum().sqrt()
+    return bool(gains.sum() > 0 and gains.sum() >= NEEDED_GAIN * standard_error)
 
 
 def _fit_weights(logits: Tensor, targets: Tensor, start: Tensor) -> Tensor:

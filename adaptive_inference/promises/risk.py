@@ -9,14 +9,15 @@ arXiv 2405.20915): some held-out images, drawn by a seed, set the thresholds of 
 others test these one after another, from the full network to the cheapest, up to the first one that may lose
 too much. A sequence fixed beforehand needs no correction for many tests.
 
-A loss is measured against the full network as ``--budget 100%`` runs it: its last exit, with the ensemble of
-exits where there is one. It is 1 for an image on which the policy is wrong and the full network right, -1 the
-other way round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both tests are exact:
-see ``p_value``.
+A loss is measured against the full network, which runs every image to the last exit and predicts with the
+ensemble of exits where there is one. It is 1 for an image on which the policy is wrong and the full network
+right, -1 the other way round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both
+tests are exact: see ``p_value``.
 
-Promised is that P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out
-images, if new images come from the same distribution, for the network and the weights of its ensemble as they
-are. The full network loses nothing, so it is always among the points.
+The promise: P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if
+new images come from the same distribution. It takes the network and its ensemble as given, although the same
+held-out images chose the epoch and the weights of the ensemble. The full network loses nothing, so it is
+always among the points, and ``--max-loss 0%`` runs it.
 """
 
 import math
@@ -55,9 +56,9 @@ class MaxLoss(NamedTuple):
     """Limit on what a policy may lose against the full network.
 
     Attributes:
-        percent: Of accuracy, or of images with another prediction.
-        level: Of confidence, in percent.
-        disagreement: Whether every other prediction counts, right or wrong.
+        percent: Limit on the mean loss, in percent of the images.
+        level: Confidence that the limit is kept, in percent.
+        disagreement: Whether every prediction that differs from the full network's counts, right or wrong.
     """
 
     percent: float
@@ -101,10 +102,10 @@ def certified_points(
     Args:
         val: Predictions for the held-out images; the classes are those of the ensemble where there is one.
         policy: Measure, temperatures and ensemble of the policies.
-        operations: To each exit.
+        operations: Operations to each exit, K numbers.
         points: Number of policies beside the full network; 0 where the held-out images may not be new to the
             network.
-        seed: Of the split.
+        seed: Seed of the split into images that set the thresholds and images that test them.
 
     Returns:
         Points whose results are those on the images that test them. Only the full network if there are too
@@ -178,8 +179,8 @@ def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> flo
 
     Args:
         losses: Counts on the images that test a policy.
-        limit: As a share, 0 to 1.
-        disagreement: Which loss.
+        limit: Limit on the mean loss, as a share from 0 to 1.
+        disagreement: Whether the loss counts every other prediction, instead of accuracy.
     """
     if limit >= 1:
         return 0.0
