@@ -107,9 +107,10 @@ def test_scores_are_those_of_the_predictor(network, logits, measure):
     if measure == "patience":
         policy = Policy((2.0, 2.0, -1e8), measure)
     reference = reference_of(logits, curve_of(network, policy))
-    assert torch.equal(
-        reference.scores(policy).sort().values, simulate(logits, policy).log_sum_exp.half().sort().values
-    )
+    weights = ((1.0, 0.0, 0.0), (0.5, 0.6, 0.0), (0.2, 0.3, 0.7))
+    for changes in ({}, {"temperatures": (2.0, 3.0, 0.5)}, {"ensemble": weights}):
+        own = dataclasses.replace(policy, **changes)
+        assert torch.equal(reference.scores(own), simulate(logits, own).log_sum_exp.half())
     images = torch.randn(20, 3, 32, 32)
     with torch.no_grad():
         expected = simulate(torch.stack(network(images)), policy)
