@@ -20,7 +20,7 @@ def half_precision(device: torch.device) -> torch.dtype | None:
     if (
         device.type == "cpu"
         and cpu_multiplies_bfloat16()
-        and _convolution_seconds(torch.bfloat16) < _convolution_seconds(None)
+        and convolution_seconds(torch.bfloat16) < convolution_seconds(None)
     ):
         return torch.bfloat16
     return None
@@ -32,7 +32,7 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(ask is not None and ask() for ask in has)
 
 
-def _convolution_seconds(dtype: torch.dtype | None) -> float:
+def convolution_seconds(dtype: torch.dtype | None) -> float:
     """Return the shortest time of a forward and backward pass through a typical convolution of training."""
     seconds = []
     with (

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import engine.launch
 import train_GE
 from engine.stepper import Stepper
 from image_data import synthetic
@@ -47,10 +46,10 @@ def _send_once(number: int, marker: Path) -> None:
 
 
 def _fail_in_copies() -> None:
-    real = Stepper.step
+    real, program = Stepper.step, os.getpid()
 
     def step(*arguments):
-        if engine.launch._report is not None:
+        if os.getpid() != program:
             raise UserError("cannot read the image bad.jpg")
         real(*arguments)
 

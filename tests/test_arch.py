@@ -34,6 +34,7 @@ def photos(tmp_path, monkeypatch):
     return ["--data-root", "photos", *SMALL]
 
 
+@pytest.mark.slow
 def test_a_run_started_again_from_its_weights_and_frozen(photos):
     assert train_GE.main([*photos, *ARCH, "--freeze", "backbone", "--save", "run"]) == 0
     assert train_GE.main([*photos, "--pretrained", "run", "--save", "again", "--lr", "1e-12"]) == 0

@@ -391,6 +391,7 @@ def describe(network):
     return Description(network_options(network), data, operations, "GE", "title", {}, 1, None)
 
 
+@pytest.mark.slow
 def test_example_of_own_network_runs_outside_the_clone(tmp_path):
     clone = Path(__file__).parents[1]
     program = tmp_path / "own_network.py"

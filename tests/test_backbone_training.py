@@ -15,6 +15,7 @@ from args import parse
 from engine.checkpoint import load_checkpoint
 from experiments import backbones, small_data
 from models import IMTA, load
+from tests.conftest import make_images
 
 ARCH = ["--arch", "mobilenet_v3_small", "--exits", "3", "--image-size", "32", "--data", "folder"]
 SHORT = ["--val-size", "12", "--batch-size", "8", "--epochs", "2", "--amp", "off", "--lr", "0.02"]
@@ -29,11 +30,22 @@ def train(image_folder, tmp_path):
     return run
 
 
-def test_trained_taken_to_stage_2_and_used(train, image_folder, tmp_path, capsys):
-    assert train("run") == 0
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A finished run of stage 1, with the images of the fixture ``image_folder``."""
+    folder = tmp_path_factory.mktemp("finished")
+    images = make_images(folder / "images", ["ant", "bee", "cat"], train=20, test=5)
+    save = ["--save", str(folder / "GE"), "--data-root", str(images)]
+    assert train_GE.main([*save, *ARCH, *SHORT, "--epochs", "1"]) == 0
+    return folder / "GE"
+
+
+def test_taken_to_stage_2_and_used(finished_run, image_folder, tmp_path, capsys):
     stage_2 = [
         "--pretrained",
-        str(tmp_path / "run" / "GE"),
+        str(finished_run),
+        "--save",
+        str(tmp_path / "run" / "IMTA"),
         "--epochs",
         "1",
         "--batch-size",
@@ -53,6 +65,7 @@ def test_trained_taken_to_stage_2_and_used(train, image_folder, tmp_path, capsys
     assert str(photo) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_dropout_masks(train, tmp_path, monkeypatch):
     """mobilenet_v3_small drops a fifth of the features of its last exit."""
     steps = []
@@ -93,9 +106,8 @@ def test_exits_alone(train, tmp_path):
     assert record["settings"]["optimizer"] == "adamw"
 
 
-def test_fine_tuned_on_other_classes(train, tmp_path):
-    assert train("run") == 0
-    run = str(tmp_path / "run" / "GE")
+def test_fine_tuned_on_other_classes(train, finished_run, tmp_path):
+    run = str(finished_run)
     assert (
         train("other", "--pretrained", run, "--lr", "1e-9", "--epochs", "1", arch=["--data", "folder"]) == 0
     )

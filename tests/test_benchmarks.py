@@ -2,11 +2,14 @@
 
 import sys
 
+import pytest
+
 from benchmarks import other_library, reading_speed, start_up, time_to_exit, training_speed
 
 TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1"]
 
 
+@pytest.mark.slow
 def test_training_speed(capsys):
     """Both sides of both stages, each in processes of its own."""
     assert training_speed.main([*TINY, "--what", "speed", "busy", "memory"]) == 0
@@ -30,11 +33,13 @@ def test_reading_speed(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_start_up(capsys):
     assert start_up.main(["--files", "100", "--rounds", "1", "--image-size", "72"]) == 0
     assert "100 files: first step after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_time_to_exit(capsys):
     tiny = ["--archs", "mobilenet_v3_small", "--image-size", "32", "--batch-sizes", "2", "--rounds", "1"]
     assert time_to_exit.main(tiny) == 0

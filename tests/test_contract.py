@@ -5,7 +5,22 @@ import pytest
 from tests import contract
 
 
-@pytest.mark.parametrize("name", contract.CASES)
+# One or two networks of every kind; ``python -m tests.contract`` checks all.
+NAMES = (
+    "msdnet",
+    "msdnet_boosted",
+    "msdnet_large",
+    "msdnet_one_exit",
+    "imta",
+    "imta_flowing_gradient",
+    "imta_single_stage",
+    "imta_backbone",
+    "resnet",
+    "vit",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "check", [check for check in contract.CHECKS if check != "onnx"]
 )  # see test_export.py

@@ -138,23 +138,14 @@ def test_command_line_without_a_checkpoint(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-@needs_onnx
-@pytest.mark.parametrize(
-    ("stage", "options", "size"),
-    [
-        (2, {"step_mode": "lin_grow", "bottleneck": False, "prune": "min"}, 24),
-        (1, {"reduction": 0.0, "boosted_exits": True}, 33),
-        (1, {"num_blocks": 1}, 32),
-    ],
-)
-def test_same_predictions(stage, options, size, tmp_path):
-    network = described_network(stage, size, **options)
-    pixels = random_pixels(40, size)
+def assert_same_predictions(network, runners):
+    """Compare runners with PyTorch, where images leave at all exits, at the first and at the last one."""
+    pixels = random_pixels(40, network.description.data.image_size)
     images = normalised(network, pixels)
     logits = logits_of(network, images)
     none, every = (Policy((threshold,) * network.num_exits) for threshold in (NONE, ALL))
     some = quantile_policy(logits, 0.4)
-    for runner in export_both(network, tmp_path):
+    for runner in runners:
         for count, policy in ((0, none), (40, some), (40, none), (40, every), (1, none), (1, every)):
             found = runner.predict(pixels[:count].numpy(), policy.thresholds)
             expected = AdaptivePredictor(network, policy)(images[:count])
@@ -168,12 +159,36 @@ def test_same_predictions(stage, options, size, tmp_path):
 
 
 @needs_onnx
+def test_same_predictions(exported):
+    network, _, folder = exported
+    runners = [OnnxPredictor(folder / name, threads=1) for name in ("network.onnx", "network")]
+    assert_same_predictions(network, runners)
+
+
+@pytest.mark.slow
+@needs_onnx
+@pytest.mark.parametrize(
+    ("stage", "options", "size"),
+    [
+        (2, {"step_mode": "lin_grow", "bottleneck": False, "prune": "min"}, 24),
+        (1, {"reduction": 0.0, "boosted_exits": True}, 33),
+        (1, {"num_blocks": 1}, 32),
+    ],
+)
+def test_same_predictions_of_other_networks(stage, options, size, tmp_path):
+    network = described_network(stage, size, **options)
+    assert_same_predictions(network, export_both(network, tmp_path))
+
+
+@pytest.mark.slow
+@needs_onnx
 @pytest.mark.parametrize("name", ["msdnet_four_scales", "imta_boosted"])
 def test_networks_of_the_contract(name):
     """``python -m tests.contract`` checks all of them."""
     assert contract.check_onnx(contract.CASES[name]) is None
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_backbone(tmp_path):
     network = build_backbone("mobilenet_v3_small", exits=2, num_classes=10).eval()
@@ -463,6 +478,7 @@ def test_the_predictor_needs_no_pytorch(export_path):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_every_way_gives_the_same_predictions(finished, tmp_path, capsys):
     """All runtimes that are installed agree, after the command line has written a directory."""

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_a_few_faults_of_every_kind_are_survived():
     # A process of its own: it forks, which a process that has trained must not do.
     command = [

@@ -123,6 +123,7 @@ def stop_and_go_on(place):
     assert output.endswith("next: python train_IMTA.py --pretrained save/longer/GE\n")
 
 
+@pytest.mark.slow
 def test_commands(place):
     stage_1, stage_2, look = TRAINING
     output, _ = run(stage_1, place, SMALL_NETWORK + " --epochs 2")

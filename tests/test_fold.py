@@ -55,7 +55,7 @@ def test_half_precision_is_close():
 
 def test_a_folded_network_compiles_in_one_piece():
     folded, images = fold(make_network(2).float()), torch.randn(2, 3, 32, 32)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(folded, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for ours, expected in zip(compiled(images), folded(images), strict=True):

@@ -12,17 +12,29 @@ LOAD = f"import torch; network = torch.hub.load({str(ROOT)!r}, 'imta_cifar100', 
 LOAD_OTHER = "import torch; torch.hub.load('other', 'network', source='local')"
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        f"import models, utils; mine = sys.modules['models']; {LOAD}; assert sys.modules['models'] is mine",
-        f"{LOAD}; import models, utils; assert models.MINE and utils.MINE",
-        f"{LOAD_OTHER}; {LOAD}; {LOAD}",
-        f"{LOAD}; {LOAD_OTHER}; assert 'models' in sys.modules",
-        f"{LOAD}; network.early_exit(torch.zeros(1, 3, 32, 32), [0.5] * 5)",
-    ],
+PROGRAMS = (
+    f"import models, utils; mine = sys.modules['models']; {LOAD}; assert sys.modules['models'] is mine",
+    f"{LOAD}; import models, utils; assert models.MINE and utils.MINE",
+    f"{LOAD_OTHER}; {LOAD}; {LOAD}",
+    f"{LOAD}; {LOAD_OTHER}; assert 'models' in sys.modules",
+    f"{LOAD}; network.early_exit(torch.zeros(1, 3, 32, 32), [0.5] * 5)",
 )
-def test_hub_neither_meets_nor_hides_another_package(tmp_path, program):
+# Every program runs in a fork, as importing PyTorch takes seconds.
+RUN_ALL = f"""
+import os, sys, torch
+statuses = []
+for program in {PROGRAMS!r}:
+    process = os.fork()
+    if process == 0:
+        exec(program)
+        assert type(network).__name__ == "IMTA"
+        os._exit(0)
+    statuses.append(os.waitpid(process, 0)[1])
+print(statuses)
+"""
+
+
+def test_hub_neither_meets_nor_hides_another_package(tmp_path):
     for folder in (tmp_path / "models", tmp_path / "other" / "models"):
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("MINE = 1\nclass Network: pass\n")
@@ -31,9 +43,9 @@ def test_hub_neither_meets_nor_hides_another_package(tmp_path, program):
     (tmp_path / "other" / "hubconf.py").write_text(
         "dependencies = []\nfrom models import Network as _N\ndef network(): return _N()\n"
     )
-    (tmp_path / "program.py").write_text(f"import sys; {program}; assert type(network).__name__ == 'IMTA'\n")
+    (tmp_path / "programs.py").write_text(RUN_ALL)
     ended = subprocess.run(
-        [sys.executable, "program.py"],
+        [sys.executable, "programs.py"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -41,6 +53,7 @@ def test_hub_neither_meets_nor_hides_another_package(tmp_path, program):
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == f"{[0] * len(PROGRAMS)}\n"
 
 
 def test_the_library_in_a_folder_that_holds_files_of_the_same_names(tmp_path):

@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,17 +19,16 @@ from args import parse
 from engine import precision
 from engine.auto import resolve_auto
 from engine.distributed import Processes, launch_of_environment, process_group
-from engine.launch import process_count
+from engine.launch import may_fork, process_count
 from engine.record import RunDirectory
 from engine.signals import Interrupted, listening
 from image_data.data_sets import find_data_set
-from tests import disturbed
+from tests import disturbed, forkserver
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
 from train_IMTA import Stage2
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
 CPU = Processes(0, 1, torch.device("cpu"), ())
 
 
@@ -44,7 +42,7 @@ CPU = Processes(0, 1, torch.device("cpu"), ())
 )
 def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instructions, seconds, expected):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
-    monkeypatch.setattr(precision, "_convolution_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(precision, "convolution_seconds", lambda dtype: seconds[dtype])
     assert precision.half_precision(torch.device("cpu")) is expected
 
 
@@ -102,21 +100,19 @@ def test_processes_can_be_chosen(monkeypatch):
             process_count(32)
 
 
-def test_workers_are_forked_from_a_program_and_not_from_a_session_or_a_thread():
-    program = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from engine.launch import may_fork
-print(may_fork(None), may_fork((0,)))
-with ThreadPoolExecutor(1) as pool:
-    print(pool.submit(may_fork, None).result())
-sys.ps1 = ">>> "
-print(may_fork(None))
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (ended.stdout.split(), ended.stderr) == (["True", "False", "False", "False"], "")
+def print_may_fork(_):
+    """Print what ``may_fork`` says in a program, one with a GPU, a thread, and an interactive session."""
+    print(may_fork(None), may_fork((0,)))
+    with ThreadPoolExecutor(1) as pool:
+        print(pool.submit(may_fork, None).result())
+    sys.ps1 = ">>> "
+    print(may_fork(None))
+    return 0
+
+
+def test_workers_are_forked_from_a_program_and_not_from_a_session_or_a_thread(tmp_path):
+    ended = forkserver.run(print_may_fork, [], tmp_path)
+    assert (ended.output.split(), ended.errors) == (["True", "False", "False", "False"], "")
 
 
 def test_signals_are_left_alone_in_a_thread():
@@ -171,30 +167,26 @@ def test_empty_variables_count_as_not_set(monkeypatch):
     assert launch_of_environment().rank == 0
 
 
-def train(folder, *flags, environment=None, **streams):
-    """``tests/disturbed.py`` in two processes."""
-    command = [sys.executable, disturbed.__file__, *TINY_FLAGS, "--save", "run", *flags]
-    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(
-        command, cwd=folder, env=environment, text=True, timeout=120, check=False, **streams
-    )
+def train(folder, *flags, stdout=None, **environment):
+    """Run ``tests/disturbed.py`` in two processes."""
+    argv = [*TINY_FLAGS, "--save", "run", *flags]
+    return forkserver.run(disturbed.main, argv, folder, {"PROCESSES": 2, **environment}, stdout=stdout)
 
 
 def test_forked_processes_train_together_and_speak_once(tmp_path):
     result = train(tmp_path, "--amp", "bf16", "--epochs", "2")
-    assert result.returncode == 0, result.stderr
-    assert "CPU, 2 processes, bf16" in result.stdout
-    assert result.stdout.count("evaluating the best epoch") == 1
-    assert result.stderr == ""
+    assert result.statuses == [0], result.errors
+    assert "CPU, 2 processes, bf16" in result.output
+    assert result.output.count("evaluating the best epoch") == 1
+    assert result.errors == ""
     mistake = train(tmp_path, "--save", "other", "--val-size", "100000")
-    assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
+    assert (mistake.statuses, mistake.errors.count("\n")) == ([2], 1)
 
 
 def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     """Such as an image of its share that cannot be read."""
-    result = train(tmp_path, environment={"COPY_FAILS": "1"})
-    assert (result.returncode, result.stderr) == (2, "train_GE.py: cannot read the image bad.jpg\n")
+    result = train(tmp_path, COPY_FAILS=1)
+    assert (result.statuses, result.errors) == ([2], "train_GE.py: cannot read the image bad.jpg\n")
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
@@ -246,9 +238,8 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
 
 
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
-    with Path(os.devnull).open() as nothing, Path("/dev/full").open("w") as full:
-        result = train(tmp_path, stdin=nothing, stdout=full)
-    assert (result.returncode, result.stderr) == (0, "")
+    result = train(tmp_path, stdout=Path("/dev/full"))
+    assert (result.statuses, result.errors) == ([0], "")
     assert (tmp_path / "run" / "anytime.csv").exists()
 
 
@@ -306,6 +297,6 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
 
 def test_resuming_nothing_trains_in_as_many_processes(tmp_path):
     result = train(tmp_path, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert "nothing to resume" in result.stdout
-    assert "2 processes" in result.stdout
+    assert result.statuses == [0], result.errors
+    assert "nothing to resume" in result.output
+    assert "2 processes" in result.output

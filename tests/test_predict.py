@@ -271,7 +271,11 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("redirection", "status", "message"),
-    [("| head -1", 0, None), (">/dev/full", 2, "No space"), (">&-", 2, "is closed")],
+    [
+        ("| head -1", 0, None),
+        pytest.param(">/dev/full", 2, "No space", marks=pytest.mark.slow),
+        pytest.param(">&-", 2, "is closed", marks=pytest.mark.slow),
+    ],
 )
 def test_standard_output_that_ends(trained, images, redirection, status, message):
     """Its reader leaves, its disk is full, or it was closed from the start."""

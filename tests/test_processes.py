@@ -1,7 +1,6 @@
 """Lost processes end a run with one line and no orphans; several processes resume exactly where they were."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -9,16 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from engine.checkpoint import load_checkpoint
 from engine.report import read_csv
-from tests import disturbed
+from tests import disturbed, forkserver
 from tests.compare import differences
 from tests.conftest import TINY_FLAGS
-from tests.forked import be_the_program
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save", "run", *TINY_FLAGS, "--print-freq", "1"]
@@ -37,26 +34,6 @@ FOLDER = [
 ]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 
-# Fork from a process that has imported PyTorch and done nothing with it: each import takes seconds.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tests.disturbed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
-)
-
-
-class Ended(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-        statuses: Exit status by rank; -N after death by signal N.
-        output: What all processes wrote to standard output.
-        errors: What all processes wrote to standard error.
-    """
-
-    statuses: list[int]
-    output: str
-    errors: str
-
 
 def free_port():
     with socket.socket() as free:
@@ -65,37 +42,20 @@ def free_port():
 
 
 def run(folder, *flags, processes=2, **environment):
-    """``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
-    children, port = [], free_port()
-    for rank in range(processes):
-        of_rank = {
+    """Run ``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
+    port = free_port()
+    ranks = [
+        {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": processes,
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": port,
         }
-        # Two processes may not share the one GPU that a machine has.
-        everything = {"CUDA_VISIBLE_DEVICES": "", **(of_rank if processes > 1 else {}), **environment}
-        texts = {str(k): str(v) for k, v in everything.items()}
-        children.append(CONTEXT.Process(target=_be_a_rank, args=(folder, rank, [*SMALL, *flags], texts)))
-    for child in children:
-        child.start()
-    last = time.monotonic() + 2 * LONGEST
-    for child in children:
-        child.join(max(0, last - time.monotonic()))
-        child.kill()
-        child.join()
-    output, errors = (
-        "".join((folder / f"{rank}.{name}").read_text() for rank in range(processes))
-        for name in ("stdout", "stderr")
-    )
-    return Ended([child.exitcode for child in children], output, errors)
-
-
-def _be_a_rank(folder, rank, argv, environment):
-    os.environ |= environment
-    be_the_program(disturbed.main, "train_GE", argv, folder, (f"{rank}.stdout", f"{rank}.stderr"))
+        for rank in range(processes)
+    ]
+    environments = [{**(variables if processes > 1 else {}), **environment} for variables in ranks]
+    return forkserver.run(disturbed.main, [*SMALL, *flags], folder, *environments)
 
 
 def processes_in(folder):
@@ -124,6 +84,7 @@ def test_evaluation_gathered_from_two_processes_equals_that_of_one(undisturbed):
     assert read_csv(undisturbed / "run" / "anytime.csv") == gathered
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_path):
     """On two machines as ``docs/usage.md`` says.
 

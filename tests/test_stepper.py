@@ -2,12 +2,12 @@
 
 import functools
 import os
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from args import parse
@@ -16,12 +16,12 @@ from engine.stepper import Stepper, refuse_combinations
 from engine.trainer import Meters
 from models import IMTA, MSDNet
 from models.layers import frozen_statistics
+from tests import forkserver
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
 from train_IMTA import Distillation
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
 PLAIN_SGD = [
@@ -57,11 +57,13 @@ def batch():
     )
 
 
-def one_step(objective, chosen, processes=ALONE, observe=lambda *_: None, rates=(1.0,)):
+def one_step(objective, chosen, processes=ALONE, observe=lambda *_: None, rates=(1.0,), later=nullcontext):
+    """Make a step per rate, all but the first in the context that ``later`` makes; return the weights."""
     images, targets = batch()
     share, stepper = slice(processes.rank, None, processes.world_size), Stepper(objective, chosen, processes)
-    for rate in rates:
-        stepper.step(images[share], targets[share], rate, observe)
+    for number, rate in enumerate(rates):
+        with later() if number else nullcontext():
+            stepper.step(images[share], targets[share], rate, observe)
     return {name: tensor.double() for name, tensor in objective.state_dict().items()}
 
 
@@ -151,15 +153,16 @@ def test_compiled_step_agrees(stage, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     )
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled, plain = (
         settings(*flags, "--momentum", "0.9", stage=stage) for flags in (["--compile", "default"], [])
     )
     objectives = (make_objective(stage, chosen, num_blocks=2) for chosen in (compiled, plain))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        ours, expected = (
-            one_step(o, c, rates=(0.1, 0.03, 0.2)) for o, c in zip(objectives, (compiled, plain), strict=True)
-        )
+    once = functools.partial(torch.compiler.set_stance, "fail_on_recompile")
+    ours, expected = (
+        one_step(objective, chosen, rates=(0.1, 0.03, 0.2), later=once)
+        for objective, chosen in zip(objectives, (compiled, plain), strict=True)
+    )
     assert_close(ours, expected)
 
 
@@ -194,38 +197,30 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     assert meters.totals.isfinite().all()
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-from engine.distributed import Processes
-from tests import test_stepper as t
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-processes = Processes(rank, 2, torch.device("cpu"), ())
-results = {}
-for stage in ("GE", "IMTA"):
-    chosen = t.settings(stage=stage)
-    results[stage] = t.one_step(t.make_objective(stage, chosen).eval(), chosen, processes)
-for stage in ("GE", "IMTA"):
-    chosen = t.settings("--amp", "bf16", stage=stage)
-    objective = t.make_objective(stage, chosen).float()
-    images, targets = (part[rank::2] for part in t.batch())
-    t.Stepper(objective, chosen, processes).step(images.float(), targets, 0.1, lambda *_: None)
-    results[f"{stage} in bf16"] = dict(objective.named_parameters())
-chosen = t.settings("--accumulate", "3")
-results["accumulated"] = t.one_step(t.WithoutNormalisation(), chosen, processes)
-torch.save(results, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+def step_together(_):
+    """Make steps as one of two processes, and save the weights."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/rendezvous", rank=rank, world_size=2)
+    processes = Processes(rank, 2, torch.device("cpu"), ())
+    results = {}
+    for stage in ("GE", "IMTA"):
+        chosen = settings(stage=stage)
+        results[stage] = one_step(make_objective(stage, chosen).eval(), chosen, processes)
+        chosen = settings("--amp", "bf16", stage=stage)
+        objective = make_objective(stage, chosen).float()
+        images, targets = (part[rank::2] for part in batch())
+        Stepper(objective, chosen, processes).step(images.float(), targets, 0.1, lambda *_: None)
+        results[f"{stage} in bf16"] = dict(objective.named_parameters())
+    results["accumulated"] = one_step(WithoutNormalisation(), settings("--accumulate", "3"), processes)
+    torch.save(results, f"{rank}.pt")
+    dist.destroy_process_group()
+    return 0
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     """Weights are the same after a step on the same global batch, in float64, with frozen BatchNorm."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, cwd=ROOT) for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    ended = forkserver.run(step_together, [], tmp_path, {"RANK": 0}, {"RANK": 1})
+    assert ended.statuses == [0, 0], ended.errors
     ours = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for stage in ("GE", "IMTA"):
         chosen = settings(stage=stage)

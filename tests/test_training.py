@@ -130,11 +130,7 @@ def test_every_arm_of_the_paper_trains(runs, flags):
 
 
 def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
-    monkeypatch.setattr(
-        train_IMTA.Distillation,
-        "_frozen_features",
-        lambda objective, images: objective.network.features(images),
-    )
+    monkeypatch.setattr(train_IMTA, "fold", lambda network, *_: network)
     assert train_imta(runs, "plain") == 0
     folded = weights(runs / "IMTA")
     for name, tensor in weights(runs / "plain").items():
@@ -164,7 +160,7 @@ def signal_after(monkeypatch, step, number):
     monkeypatch.setattr(Stepper, "step", counted)
 
 
-TWO_EPOCHS = ["--epochs", "2", "--augment", "standard"]
+TWO_EPOCHS = ["--epochs", "2", "--augment", "standard", "--ema-decay", "0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -176,38 +172,40 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "step"),
-    [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)],
-)
-def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, number, status, step):
-    """4 steps an epoch: in the middle of epoch 1, at its end, in the middle of epoch 2."""
-    with monkeypatch.context() as patch:
-        signal_after(patch, step, number)
-        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == status
+def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch):
+    """Stop in the middle of epoch 1 of 4 steps, at its end, and in the middle of epoch 2."""
+    flags = [*TINY_FLAGS, *TWO_EPOCHS]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with monkeypatch.context() as patch:
+            signal_after(patch, 2, number)
+            assert train_GE.main(["--save", str(tmp_path / "GE"), *flags]) == status
+        flags = ["--resume"]
     assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
+    assert len(record(tmp_path / "GE")["pieces"]) == 4
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch, step):
+def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch):
     """At once; what was trained until then is saved."""
     real, began = InMemoryBatches.epoch, time.monotonic()
 
-    def epoch(batches, *position):
-        for number, batch in enumerate(real(batches, *position)):
-            if number == step:
-                signal.raise_signal(signal.SIGTERM)
-                time.sleep(60)
-            yield batch
+    def wait_for_batch(step):
+        def epoch(batches, *position):
+            for number, batch in enumerate(real(batches, *position)):
+                if number == step:
+                    signal.raise_signal(signal.SIGTERM)
+                    time.sleep(60)
+                yield batch
 
-    with monkeypatch.context() as patch:
-        patch.setattr(InMemoryBatches, "epoch", epoch)
-        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == 143
+        return epoch
+
+    for step in (0, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(InMemoryBatches, "epoch", wait_for_batch(step))
+            assert train_ge(tmp_path / "GE", *TWO_EPOCHS, *(["--resume"] if step else [])) == 143
+        assert (tmp_path / "GE" / "last.pt").exists() == (step > 0)
     assert time.monotonic() - began < 60
-    assert (tmp_path / "GE" / "last.pt").exists() == (step > 0)
-    again = [] if step else [*TINY_FLAGS, *TWO_EPOCHS]
-    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume", *again]) == 0
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
@@ -223,17 +221,6 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     pieces = record(runs / "parts")["pieces"]
     assert [piece["complete"] for piece in pieces] == [False, True]
     assert all(piece["ended"] >= piece["began"] for piece in pieces)
-
-
-def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
-    flags = (*TWO_EPOCHS, "--ema-decay", "0.9")
-    assert train_ge(tmp_path / "whole", *flags) == 0
-    with monkeypatch.context() as patch:
-        signal_after(patch, 2, signal.SIGTERM)
-        assert train_ge(tmp_path / "parts", *flags) == 143
-    assert train_GE.main(["--save", str(tmp_path / "parts"), "--resume"]) == 0
-    assert differences(tmp_path / "parts", tmp_path / "whole") == []
 
 
 @pytest.mark.parametrize(
@@ -255,27 +242,31 @@ def test_saves_in_the_middle_and_goes_on(tmp_path, monkeypatch, flags, positions
     assert saved == positions
 
 
-@pytest.mark.parametrize(
-    ("results", "best"),
-    [
-        ([([10.0, 20.0, 30.0], 5.0), ([40.0, 50.0, 60.0], 5.0), ([0.0, 0.0, 90.0], 1.0)], 2),
-        ([([100.0] * 3, 0.2), ([100.0] * 3, 0.1), ([100.0] * 3, 0.3)], 2),  # ties: the lower held-out loss
-        ([([100.0] * 3, 0.2), ([100.0] * 3, 0.1), ([100.0] * 3, 0.1)], 3),  # and then the later epoch
-    ],
-)
-def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch, results, best):
-    remaining = iter(results)
+def test_best_is_the_highest_mean_accuracy(tmp_path, monkeypatch):
+    # Accuracies of the exits, held-out loss, and whether the epoch is the best one so far.
+    epochs = [
+        ([10.0, 20.0, 30.0], 5.0, True),
+        ([40.0, 50.0, 60.0], 6.0, True),
+        ([0.0, 0.0, 90.0], 1.0, False),
+        ([50.0, 50.0, 50.0], 4.0, True),  # of equals, the lower held-out loss
+        ([60.0, 50.0, 40.0], 4.0, True),  # of equals again, the later epoch
+        ([50.0, 50.0, 50.0], 4.5, False),
+    ]
+    remaining = iter(epochs)
 
     def evaluated(*_):
-        accuracies, loss = next(remaining)
+        accuracies, loss, _ = next(remaining)
         return accuracies, [100.0] * 3, loss
 
     monkeypatch.setattr(trainer, "accuracy_per_exit", evaluated)
-    assert train_ge(tmp_path / "GE", "--epochs", "3") == 0
+    one_step = ["--val-size", "160"]
+    assert train_ge(tmp_path / "GE", "--epochs", str(len(epochs)), *one_step) == 0
+    rows = [json.loads(line) for line in (tmp_path / "GE" / "log.jsonl").read_text().splitlines()]
+    assert [row["best"] for row in rows] == [is_best for _, _, is_best in epochs]
     described = load(tmp_path / "GE" / "best.safetensors").description
     last = load_checkpoint(tmp_path / "GE" / "last.pt")
-    assert (described.epoch, described.accuracy["val_acc1"]) == (best, results[best - 1][0])
-    assert (last["epoch"], last["best_epoch"]) == (3, best)
+    assert (described.epoch, described.accuracy["val_acc1"]) == (5, epochs[4][0])
+    assert (last["epoch"], last["best_epoch"]) == (6, 5)
 
 
 def test_without_held_out_images_the_last_epoch_is_best(tmp_path):
