@@ -4,7 +4,8 @@
     python -m tests.contract densenet121         # torchvision's; timm's if it is installed
     python -m tests.contract imta msdnet_large   # these
 
-``tests/test_contract.py`` runs the same checks on some of them. A new kind of network needs one entry in ``CASES``.
+``tests/test_contract.py`` checks one or two networks of every kind. A new kind of network needs one entry in
+``CASES``, and its name there.
 """
 
 import argparse

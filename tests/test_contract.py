@@ -4,7 +4,6 @@ import pytest
 
 from tests import contract
 
-
 # One or two networks of every kind; ``python -m tests.contract`` checks all.
 NAMES = (
     "msdnet",
@@ -15,7 +14,7 @@ NAMES = (
     "imta_flowing_gradient",
     "imta_single_stage",
     "imta_backbone",
-    "resnet",
+    "chain",
     "vit",
 )
 
