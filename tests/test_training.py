@@ -130,7 +130,13 @@ def test_every_arm_of_the_paper_trains(runs, flags):
 
 
 def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
-    monkeypatch.setattr(train_IMTA, "fold", lambda network, *_: network)
+    def unfolded(stage, network, settings):
+        objective = real(stage, network, settings)
+        objective.frozen = None
+        return objective
+
+    real = train_IMTA.Stage2.make_objective
+    monkeypatch.setattr(train_IMTA.Stage2, "make_objective", unfolded)
     assert train_imta(runs, "plain") == 0
     folded = weights(runs / "IMTA")
     for name, tensor in weights(runs / "plain").items():
@@ -160,7 +166,7 @@ def signal_after(monkeypatch, step, number):
     monkeypatch.setattr(Stepper, "step", counted)
 
 
-TWO_EPOCHS = ["--epochs", "2", "--augment", "standard", "--ema-decay", "0.9"]
+TWO_EPOCHS = ["--epochs", "2", "--augment", "standard"]
 
 
 @pytest.fixture(scope="module")
@@ -185,27 +191,25 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
-def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch, step):
     """At once; what was trained until then is saved."""
     real, began = InMemoryBatches.epoch, time.monotonic()
 
-    def wait_for_batch(step):
-        def epoch(batches, *position):
-            for number, batch in enumerate(real(batches, *position)):
-                if number == step:
-                    signal.raise_signal(signal.SIGTERM)
-                    time.sleep(60)
-                yield batch
+    def epoch(batches, *position):
+        for number, batch in enumerate(real(batches, *position)):
+            if number == step:
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(60)
+            yield batch
 
-        return epoch
-
-    for step in (0, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(InMemoryBatches, "epoch", wait_for_batch(step))
-            assert train_ge(tmp_path / "GE", *TWO_EPOCHS, *(["--resume"] if step else [])) == 143
-        assert (tmp_path / "GE" / "last.pt").exists() == (step > 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(InMemoryBatches, "epoch", epoch)
+        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == 143
     assert time.monotonic() - began < 60
-    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
+    assert (tmp_path / "GE" / "last.pt").exists() == (step > 0)
+    again = [] if step else [*TINY_FLAGS, *TWO_EPOCHS]
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume", *again]) == 0
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
@@ -221,6 +225,17 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     pieces = record(runs / "parts")["pieces"]
     assert [piece["complete"] for piece in pieces] == [False, True]
     assert all(piece["ended"] >= piece["began"] for piece in pieces)
+
+
+def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
+    flags = (*TWO_EPOCHS, "--ema-decay", "0.9")
+    assert train_ge(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2, signal.SIGTERM)
+        assert train_ge(tmp_path / "parts", *flags) == 143
+    assert train_GE.main(["--save", str(tmp_path / "parts"), "--resume"]) == 0
+    assert differences(tmp_path / "parts", tmp_path / "whole") == []
 
 
 @pytest.mark.parametrize(
