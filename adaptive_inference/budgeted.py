@@ -123,11 +123,11 @@ def evaluate_points(
     """Return one point for each row of thresholds.
 
     Args:
-        rule: How they were found.
+        rule: Name of the rule that found them.
         thresholds: (P, K).
         policy: Measure, temperatures and ensemble of all of them.
         val: Predictions for held-out images.
-        operations: To each exit.
+        operations: Operations to each exit, K numbers.
     """
     points = []
     for p, row in enumerate(thresholds, start=1):

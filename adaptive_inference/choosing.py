@@ -40,13 +40,13 @@ def choose(
 
     Args:
         curve: The points to choose from.
-        operations: Per image, the mean at most.
-        milliseconds: Per image, the mean at most, as ``timing`` expects it;
+        operations: Largest mean of operations per image.
+        milliseconds: Largest mean time per image, as ``timing`` expects it;
             ``promises.deadlines.BudgetPredictor`` keeps to it as measured.
-        accuracy: As for ``allowed_points``.
-        max_loss: As for ``allowed_points``.
-        timing: Of this network on this machine, from ``timing.measure_blocks``.
-        rule: As for ``allowed_points``.
+        accuracy: See ``allowed_points``.
+        max_loss: See ``allowed_points``.
+        timing: Times of this network on this machine, from ``timing.measure_blocks``.
+        rule: See ``allowed_points``.
 
     Raises:
         UserError: No point fits; the line says what is possible.
@@ -103,7 +103,7 @@ def within(
     """Return the points whose cost is at most ``limit``.
 
     Args:
-        points: To choose from.
+        points: The points to choose from.
         costs: One per point.
         limit: In the unit of the costs.
         unit: For the error.

@@ -32,9 +32,9 @@ class FoldedNetwork(ExitNetwork):
 
     Args:
         network: Folded, in evaluation mode.
-        fingerprint: Of the network before folding (``fingerprint.network_fingerprint``).
-        dtype: Of its weights.
-        memory_format: Of its weights.
+        fingerprint: Fingerprint of the network before folding (``fingerprint.network_fingerprint``).
+        dtype: Data type of its weights.
+        memory_format: Memory format of its weights.
     """
 
     def __init__(

@@ -24,10 +24,10 @@ def load_predictor(
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
     Args:
-        path_or_name: As for ``models.load``; the policies lie beside it.
-        dtype: Of the policies, where there are several files; with only one, its dtype is taken.
-        limits: As for ``choose``, such as ``operations``; without any, the policy nearest to half of the
-            network, as in predict.py.
+        path_or_name: File or name, as for ``models.load``; the policies lie beside the file.
+        dtype: Dtype of the policies, where there are several files; with one file, its dtype is taken.
+        limits: Arguments of ``choose``, such as ``operations``. Without any, the policy nearest to half of
+            the network is taken, as in predict.py.
 
     Raises:
         OSError, ValueError: As ``models.load``.

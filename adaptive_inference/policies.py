@@ -24,7 +24,7 @@ class Policy:
 
     Args:
         thresholds: One per exit, compared with the confidence of its logits.
-        measure: As in ``confidence.next_prediction``.
+        measure: Measure of confidence, see ``confidence.next_prediction``.
         temperatures: One per exit; its logits are divided by it before they become the probabilities of a
             prediction. None: 1 everywhere. They do not decide who leaves.
         ensemble: One row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
@@ -80,9 +80,9 @@ class LossCounts(NamedTuple):
 
     Attributes:
         images: Number of images that tested the policy.
-        worse: Of these, wrong where the full network is right.
-        better: Right where the full network is wrong.
-        other: Of another class than the full network's, right or wrong.
+        worse: Number of images on which the policy is wrong and the full network right.
+        better: Number of images on which the policy is right and the full network wrong.
+        other: Number of images whose class differs from the full network's, right or wrong.
     """
 
     images: int
@@ -99,10 +99,10 @@ class Point:
         policy: Thresholds and the rest.
         val_acc1: Top-1 accuracy in percent.
         operations: Mean per image.
-        shares: Of the images, by the exit at which they leave.
+        shares: Shares of the images that leave at each exit.
         rule: How its thresholds were found, one of ``RULES``.
-        p: Its number on that rule's curve, from 1 for the cheapest.
-        losses: Of the rule "certified": counts on images that the thresholds do not depend on.
+        p: Number of the policy on that rule's curve, from 1 for the cheapest.
+        losses: Counts on images that the thresholds do not depend on, for the rule "certified" only.
     """
 
     policy: Policy
@@ -139,11 +139,11 @@ class PolicyCurve:
     """Points of a network, from cheap to full.
 
     Args:
-        fingerprint: Of the network's weights.
-        dtype: Of the network that gave the logits, such as ``float32``.
+        fingerprint: Digest of the network's configuration and weights.
+        dtype: Dtype of the network that gave the logits, such as ``float32``.
         network: The network in words.
-        operations: To each exit, as published counts go.
-        points: Of all rules.
+        operations: Operations to each exit, counted as in the paper.
+        points: Points of all rules.
         num_images: Held-out images that the points, temperatures and weights rest on; None: not known.
         certificate: Procedure that counted the losses of the certified points; None where there are none.
     """

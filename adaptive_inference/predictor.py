@@ -65,7 +65,7 @@ class AdaptivePredictor:
     Args:
         network: In evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives
             it, it knows its image size, and how to normalise bytes.
-        policy: Which images leave at which exit, and how the exits so far predict.
+        policy: Decides which images leave at which exit, and how the exits so far predict.
 
     Raises:
         ValueError: The policy does not have one threshold per exit.

@@ -63,9 +63,9 @@ class Evaluation:
 
     Args:
         session: The run.
-        network: To evaluate.
-        data: Its test images, and its held-out images for ``dynamic``.
-        operations: To each exit.
+        network: The network to evaluate.
+        data: The test images, and for ``dynamic`` the held-out images.
+        operations: Operations to each exit.
         curves: Runs whose curves are drawn, by title: this one, after others to compare it with.
         has_split: Whether the held-out images are known to be new to the network, so that they can test
             promises.
@@ -127,7 +127,7 @@ class Evaluation:
         Args:
             logits: (K, N, C) of the test images.
             targets: (N,).
-            policy: Whose temperatures and ensemble are evaluated too.
+            policy: Policy whose temperatures and ensemble are evaluated too.
         """
         run, log = self.session.run, self.session.log
         rows = anytime_rows(logits, targets, self.operations)
@@ -271,10 +271,10 @@ def with_ensemble(
     """Return the predictions of the policy's ensemble at every exit, and the operations to them.
 
     Args:
-        predictions: Of each exit alone.
+        predictions: Predictions of each exit alone.
         logits: (K, N, C).
         policy: Without an ensemble, both come back unchanged.
-        operations: To each exit.
+        operations: Operations to each exit.
     """
     if policy.ensemble is None:
         return predictions, operations
@@ -288,8 +288,8 @@ def find_policies(
     """Return the policies of all rules.
 
     Args:
-        network: That gave the logits.
-        operations: To each exit.
+        network: The network that gave the logits.
+        operations: Operations to each exit.
         val: Held-out images.
         policy: Measure, temperatures and ensemble.
         certify: Whether the held-out images can test promises about accuracy.

@@ -46,8 +46,8 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
     """Predict the classes of the images that the command line of predict.py names.
 
     Args:
-        arguments: Of predict.py.
-        path: Of the network's file.
+        arguments: Parsed command line of predict.py.
+        path: The network's file.
 
     Returns:
         The exit status.
@@ -109,7 +109,7 @@ class Tally:
     """Predicts batches, makes a row of each prediction, and counts them.
 
     Args:
-        predictor: Its network has a description.
+        predictor: A predictor whose network has a description.
         deadline: For each batch in milliseconds, None without one.
         alarm: Sees every prediction, and is reported once when it fires.
     """

@@ -45,8 +45,8 @@ def choose_predictor(
     """Return the predictor for what the command line asks for.
 
     Args:
-        arguments: Of predict.py.
-        path: Of the network's file, beside which its policies are.
+        arguments: Parsed command line of predict.py.
+        path: The network's file, beside which its policies are.
         network: With its description, on its device.
         batch_size: Images at a time.
 

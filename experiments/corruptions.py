@@ -27,7 +27,7 @@ class Corruption:
 
     Attributes:
         title: What the strengths measure, for tables.
-        strengths: From weak to strong.
+        strengths: Strengths from weak to strong.
         apply: Images uint8 (N, 3, H, W) and a strength -> damaged images, uint8 (N, 3, H, W).
     """
 

@@ -36,10 +36,10 @@ class TestImages:
     """Test images, and the logits of a network for every corruption of them, kept in a folder.
 
     Args:
-        network: predicts.
-        data: Holds the images.
+        network: The network that predicts.
+        data: The data set of the images.
         cache: Folder of the logits.
-        name: Of the network, for file names.
+        name: Name of the network, for file names.
         limit: Number of images, evenly spread.
     """
 

@@ -141,10 +141,10 @@ class Boundary:
     """The counts with which a test certifies: by the number of changed images, the most that may be worse.
 
     Args:
-        images: Images that test a policy.
-        limit: Of the loss, as a share.
-        level: Of confidence, in percent.
-        disagreement: Which loss; every changed image counts as worse.
+        images: Number of images that test a policy.
+        limit: Limit on the loss, as a share.
+        level: Confidence level, in percent.
+        disagreement: Whether every changed image counts as worse.
     """
 
     def __init__(self, images: int, limit: float, level: float, disagreement: bool):
@@ -240,7 +240,7 @@ class Evaluated(NamedTuple):
         val: Held-out images.
         test: Test images.
         policy: Measure, temperatures and ensemble, fitted on the held-out images.
-        operations: To each exit.
+        operations: Operations to each exit.
     """
 
     val: ExitPredictions

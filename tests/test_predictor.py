@@ -155,6 +155,13 @@ def test_output_that_is_not_finite_is_an_error_that_names_the_images(ensemble):
         predictor(images)
 
 
+@pytest.mark.parametrize("measure", ["softmax", "entropy", "margin"])
+def test_a_single_class_is_certain(measure):
+    confidence, classes = confidence_by_exit(torch.randn(3, 4, 1), measure)
+    assert classes.eq(0).all()
+    assert confidence.eq(1).all()
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_confidence_orders_sure_before_unsure(measure):
     sure, unsure = torch.tensor([[9.0, 0, 0]]), torch.tensor([[0.2, 0.1, 0]])

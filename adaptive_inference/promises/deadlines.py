@@ -43,8 +43,9 @@ class AnytimePredictor(AdaptivePredictor):
 
     Args:
         network: As for ``AdaptivePredictor``.
-        milliseconds: From the call to the prediction, for the whole batch.
-        timing: Of this network on this machine, at least at the batch size in use, from ``measure_blocks``.
+        milliseconds: Time from the call to the prediction, for the whole batch.
+        timing: Times of this network on this machine, for the batch size in use or a larger one, from
+            ``measure_blocks``.
         policy: Lets images leave even earlier; None: every image stays until the deadline.
         clock: Returns the time in seconds.
 
@@ -105,10 +106,10 @@ class BudgetPredictor(AdaptivePredictor):
 
     Args:
         network: As for ``AdaptivePredictor``.
-        points: Those of a policy curve that may be used.
-        milliseconds: Per image, the mean over all calls. Less is spent where even the most expensive policy
+        points: Points of a policy curve that may be used.
+        milliseconds: Mean time per image over all calls. Less is spent where even the most expensive policy
             is cheaper.
-        timing: Of this network on this machine at the batch size in use, from ``measure_blocks``.
+        timing: Times of this network on this machine at the batch size in use, from ``measure_blocks``.
         clock: Returns the time in seconds.
 
     Raises:
@@ -167,12 +168,12 @@ def deadline_rows(
     """Measure predictions by deadlines from that of the first exit to that of the last, one image at a time.
 
     Args:
-        network: To predict with.
+        network: The network that predicts.
         images: (N, 3, H, W), as the predictor takes them.
-        times: At batch size 1.
-        acc1: Of every exit. Time alone decides which exit predicts, so its accuracy is that over all images.
-        policy: As for ``AnytimePredictor``.
-        calls: Per deadline.
+        times: Times of its blocks at batch size 1.
+        acc1: Accuracy of every exit over all images: time alone decides which exit predicts.
+        policy: See ``AnytimePredictor``.
+        calls: Number of calls per deadline.
 
     Returns:
         One row per deadline: ``milliseconds``; ``acc1`` in percent; ``late``, the share of the calls that

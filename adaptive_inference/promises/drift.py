@@ -22,10 +22,10 @@ shift, small or large p-values become frequent, and one of the bets grows expone
 capital is redistributed equally at every image, so that no bet is lost for a shift that begins late.
 
 **What it cannot see.** A loss of accuracy that leaves the distribution of the scores as it was, for example
-labels with a new meaning. A stream that holds the same images in another order with the same scores. Single
-odd images among many usual ones. A slow drift, or one that begins after many thousand images, may be missed
-too, because every image joins the reference. And it does not tell why it fired: images sorted by class or
-difficulty are not exchangeable, and can fire it although each of them is like a held-out one.
+labels with a new meaning. An unusual order of usual images, as long as their scores come in random order.
+Single odd images among many usual ones. A slow drift, or one that begins after many thousand images, may be
+missed too, because every image joins the reference. And it does not tell why it fired: images sorted by class
+or difficulty are not exchangeable, and can fire it although each of them is like a held-out one.
 
 **Limits.** It holds within one policy: a deadline or a budget in milliseconds changes the policy with the
 load of the machine, and thereby the scores. The probability is an average over the choice of the held-out
@@ -61,9 +61,9 @@ class Reference:
     Attributes:
         log_sum_exp: (K, N) float16, of the logits of every exit.
         confidence: (K, N) float32, which decides where an image leaves; 16 bits would move some images.
-        measure: Of the confidence, as for ``Policy``.
-        fingerprint: Of the network, as in its policy curve.
-        dtype: Of the network, as in its policy curve.
+        measure: Measure of confidence, as in ``Policy``.
+        fingerprint: Fingerprint of the network, as in its policy curve.
+        dtype: Dtype of the network, as in its policy curve.
     """
 
     log_sum_exp: Tensor
@@ -91,7 +91,7 @@ def reference_of(logits: Tensor, curve: PolicyCurve) -> Reference:
     """Return the reference of ``NUM_IMAGES`` held-out images, drawn from those with logits (K, N, C).
 
     Args:
-        logits: Of the network that ``curve`` belongs to; all held-out images are taken if there are fewer.
+        logits: Logits of the network that ``curve`` belongs to; all images are taken if there are fewer.
         curve: The policies that will be watched.
     """
     order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))
@@ -166,7 +166,7 @@ class DriftAlarm:
     Args:
         reference: Scores (N,) of held-out images, from ``Reference.scores``.
         level: Largest probability of ever firing on images like the held-out ones.
-        seed: Of the random order of equal scores.
+        seed: Seed of the random order of equal scores.
 
     Attributes:
         num_images: Images seen so far.

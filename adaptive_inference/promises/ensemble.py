@@ -65,7 +65,7 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
     Args:
         logits: (K, N, C) of held-out images.
         targets: (N,).
-        temperatures: Of every exit.
+        temperatures: Temperature of every exit.
 
     Returns:
         The weights; None: every exit predicts alone.
@@ -187,7 +187,7 @@ def calibration_errors(
         logits: (K, N, C).
         targets: (N,).
         temperatures: K numbers; None: 1 everywhere.
-        bins: Of equal width.
+        bins: Number of bins of equal width.
     """
     errors = []
     for k, exit_logits in enumerate(logits):

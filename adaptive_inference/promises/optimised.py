@@ -33,7 +33,7 @@ def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], poin
 
     Args:
         val: Predictions for the held-out images.
-        operations: To each exit, K numbers.
+        operations: Operations to each exit, K numbers.
         points: Number of budgets.
 
     Returns:
@@ -56,7 +56,7 @@ class _Problem:
 
     Args:
         predictions: For the held-out images.
-        operations: To each exit.
+        operations: Operations to each exit.
     """
 
     def __init__(self, predictions: ExitPredictions, operations: Sequence[float]):

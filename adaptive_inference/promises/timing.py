@@ -126,10 +126,10 @@ def runtime_rows(
 
     Args:
         network: As for ``measure_blocks``.
-        points: Of a policy curve.
+        points: Points of a policy curve.
         images: On the device, (N, 3, H, W), as the predictor takes them; as many of them are used as there is
             time for.
-        times: Of this network at the batch size to measure.
+        times: Times of this network at the batch size to measure.
         seconds: No further images are started after this time.
 
     Returns:
