@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import os
 from argparse import Namespace
 
@@ -11,6 +12,9 @@ from models import ExitNetwork
 from models.layers import set_memory_format
 from utils import available_cores
 
+# With less work per thread a forward pass ends sooner on fewer threads, which wait for each other in every
+# layer.
+OPERATIONS_PER_THREAD = 5e8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -28,14 +32,17 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def limit_threads(threads: int | None = None) -> None:
+def limit_threads(threads: int | None = None, operations: float = math.inf) -> None:
     """Set the number of PyTorch's threads.
 
     Args:
-        threads: None: no more than a container's quota allows, unless OMP_NUM_THREADS is set.
+        threads: Their number; None: no more than a container's quota allows and ``operations`` occupy, unless
+            OMP_NUM_THREADS is set.
+        operations: Of one forward pass of a batch.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = min(torch.get_num_threads(), available_cores())
+        useful = max(1, math.ceil(min(operations / OPERATIONS_PER_THREAD, 1024)))
+        threads = min(torch.get_num_threads(), available_cores(), useful)
     if threads is not None:
         torch.set_num_threads(threads)
 

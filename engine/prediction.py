@@ -66,9 +66,9 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
-    limit_threads(arguments.threads)
     device, network = _device(arguments.device), load_saved(path, {}).network
     batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
+    limit_threads(arguments.threads, batch_size * network.description.operations[-1])
     choice = choose_predictor(arguments, path, network.to(device), batch_size)
     alarm = _drift_alarm(arguments, path, choice.predictor) if arguments.drift_alarm else None
     tally = Tally(choice.predictor, arguments.deadline, alarm)

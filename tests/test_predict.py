@@ -20,6 +20,7 @@ from adaptive_inference.policies import LossCounts
 from adaptive_inference.policy_files import policy_curve, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from engine.checkpoint import save_network
+from engine.device import limit_threads
 from models import IMTA, MSDNet, count_operations, to_released
 from models.description import Split
 from models.saved import read_network
@@ -119,6 +120,25 @@ def test_formats_agree(trained, images, capsys):
     ]
     assert run(trained, images) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("operations", "variable", "expected"), [(5e7, None, 1), (1e12, None, 2), (5e7, "2", 2)]
+)
+def test_small_batches_use_one_thread(operations, variable, expected, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:  # chosen by the user
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr("engine.device.available_cores", lambda: 2)
+    try:
+        torch.set_num_threads(2)
+        limit_threads(None, operations)
+        assert torch.get_num_threads() == expected
+        limit_threads(3, operations)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
