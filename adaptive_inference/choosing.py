@@ -57,7 +57,7 @@ def choose(
     points = allowed_points(curve, accuracy, max_loss, rule)
     if operations is not None:
         costs = [point.operations / 1e6 for point in points]
-        points = within(points, costs, operations / 1e6, "M", curve.operations[-1] / 1e6)
+        points = within(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
     if milliseconds is not None:
         points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
     if operations is None and milliseconds is None:

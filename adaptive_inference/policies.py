@@ -166,6 +166,11 @@ class PolicyCurve:
         if self.num_images is not None and (type(self.num_images) is not int or self.num_images < 1):
             raise ValueError("its number of held-out images is not a number of images")
 
+    @property
+    def whole_operations(self) -> float:
+        """Operations of the whole network: to the last exit, with the ensemble of exits if there is one."""
+        return max(self.operations[-1], *(point.operations for point in self.points))
+
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """Return the point whose mean operations are nearest to ``operations``."""
         return min(

@@ -100,7 +100,7 @@ def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse
     if _asks_for_point(arguments):
         operations = None
         if arguments.budget is not None:
-            unit = 1e6 if arguments.budget.unit == "M" else curve.operations[-1] / 100
+            unit = 1e6 if arguments.budget.unit == "M" else curve.whole_operations / 100
             operations = arguments.budget.amount * unit
         point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=promise, rule=arguments.rule)
     else:
@@ -121,8 +121,10 @@ def _choice_of_point(
 ) -> Choice:
     about = {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
     if promise is not None:
-        about["promise"], note = str(promise), f"{note}; certain to {promise}"
-    images = "held-out images" if curve.num_images is None else f"{curve.num_images:,} held-out images"
+        about["promise"], note = str(promise), f"{note}; the promise is to {promise}"
+    # Certified policies have their results on the images that tested them.
+    count = curve.num_images if point.losses is None else point.losses.images
+    images = "held-out images" if count is None else f"{count:,} held-out images"
     line = (
         f"policy {point.p} of the {point.rule} rule: {point.val_acc1:.2f} % of {images} right with "
         f"{point.operations / 1e6:.2f} M operations per image "
