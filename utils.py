@@ -257,6 +257,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
                 temporary.unlink()
 
 
+def percent(value: float, num_images: int | None = None) -> str:
+    """Return a percentage with the digits its images allow: none up to 100, one up to 1,000, else two."""
+    digits = 2 if num_images is None else min(max(math.ceil(math.log10(max(num_images, 1))) - 2, 0), 2)
+    return f"{value:.{digits}f}"
+
+
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Return names with commas between them; of many, only the first ones."""
     names = list(names)

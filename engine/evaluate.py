@@ -38,7 +38,6 @@ from engine.report import (
     budget_rows,
     draw_curves,
     draw_runtime,
-    percent,
     read_csv,
     save_figure,
     table,
@@ -46,7 +45,7 @@ from engine.report import (
 )
 from engine.stepper import mixed_precision
 from models import count_operations
-from utils import UserError, print_error
+from utils import UserError, percent, print_error
 
 RUNTIME_IMAGES = 1024
 RUNTIME_BATCHES = (1, 64)

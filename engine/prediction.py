@@ -40,6 +40,7 @@ BEST_CLASSES = 5
 SHOWN_CLASSES = 3
 SAMPLED_FILES = 9  # whose size is compared with that of the network's images
 FAR_SIZES_RATIO = 3
+SMALL_IMAGES = 64  # pixels per side, up to which a network was trained on images that were small already
 
 
 def predict_all(arguments: argparse.Namespace, path: Path) -> int:
@@ -77,9 +78,9 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
     is_interrupted = False
     with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
         about = {"model": str(path), "policy": choice.about}
-        writer = WRITERS[arguments.format](stream, tally.data.class_names, about)
         for line in (*_about_network(arguments, path, network, files), choice.line, *complaints):
             _say(line)
+        writer = WRITERS[arguments.format](stream, tally.data.class_names, about)
         try:
             for names, images in _batches(files, tally.data, batch_size):
                 rows = [] if images is None else tally.predict(names, images.to(device))
@@ -217,8 +218,9 @@ def _about_network(
         f"network {path}{origin}: it knows {len(data.class_names)} classes ({names}) in images of "
         f"{data.image_size} x {data.image_size} pixels ({data.name})"
     ]
-    side = _usual_side(files)
-    if side is not None and side > FAR_SIZES_RATIO * max(data.image_size, 64):
+    # Photographs of any size are what a network of larger images, or of one's own, was trained on.
+    side = None if data.name == "folder" else _usual_side(files)
+    if side is not None and data.image_size <= SMALL_IMAGES and side > FAR_SIZES_RATIO * SMALL_IMAGES:
         lines.append(
             f"the images have about {side} pixels per side, far more than the network's {data.image_size}: "
             "it was trained on other images, so its predictions may be wrong at any confidence"

@@ -27,6 +27,7 @@ from adaptive_inference.promises.deadlines import (
 from adaptive_inference.promises.risk import LEVEL, MaxLoss
 from adaptive_inference.promises.timing import BlockTimes, measure_blocks
 from models import ExitNetwork
+from utils import percent
 
 DEFAULT_SHARE = 0.5  # of all operations
 
@@ -125,9 +126,10 @@ def _choice_of_point(
     # Certified policies have their results on the images that tested them.
     count = curve.num_images if point.losses is None else point.losses.images
     images = "held-out images" if count is None else f"{count:,} held-out images"
+    right = percent(point.val_acc1, count)
     line = (
-        f"policy {point.p} of the {point.rule} rule: {point.val_acc1:.2f} % of {images} right with "
-        f"{point.operations / 1e6:.2f} M operations per image "
+        f"policy {point.p} of the {point.rule} rule: {right} % of {images} "
+        f"right with {point.operations / 1e6:.2f} M operations per image "
         f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
     )
     return Choice(predictor, about | _about(point.policy), line)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from adaptive_inference.budgeted import ExitPredictions, evaluate_thresholds
 from adaptive_inference.policies import Point
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, percent
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
 FEW_IMAGES = 1_000  # below, accuracies are drawn as points with error bars
@@ -69,12 +70,6 @@ def _shown(name: str, value: float | str, num_images: int | None) -> str:
     if name in PERCENTAGES:
         return percent(value, num_images)
     digits = 0 if name.startswith("share") else 3 if name.endswith("milliseconds") else 2
-    return f"{value:.{digits}f}"
-
-
-def percent(value: float, num_images: int | None = None) -> str:
-    """Return a percentage with the digits its images allow: none up to 100, one up to 1,000, else two."""
-    digits = 2 if num_images is None else min(max(math.ceil(math.log10(max(num_images, 1))) - 2, 0), 2)
     return f"{value:.{digits}f}"
 
 
@@ -236,6 +231,7 @@ def _draw(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
-    with atomic_write(path, "wb") as stream:
+    """Write a PNG. Letters that the font lacks, such as Chinese ones, are boxes in it."""
+    with atomic_write(path, "wb") as stream, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(stream, format="png", metadata={"Software": None})

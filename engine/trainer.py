@@ -33,7 +33,7 @@ from engine.signals import Interrupted, Requests
 from engine.stepper import Stepper
 from image_data.batches import Batch
 from models.description import Description
-from utils import UserError, duration
+from utils import UserError, duration, percent
 
 
 @dataclass
@@ -328,7 +328,8 @@ class Trainer:
 
     def _report_epoch(self, row: dict[str, Any]) -> None:
         epoch, epochs = self.progress.epoch, self.session.settings.epochs
-        held_out = " ".join(f"{a:.2f}" for a in row["val_acc1"]) if "val_acc1" in row else "none"
+        accuracies = [percent(acc1, self.data.val.num_images) for acc1 in row.get("val_acc1", [])]
+        held_out = " ".join(accuracies) or "none"
         best = " (best)" if row["best"] else ""
         left = duration(row["seconds"] * (epochs - epoch))
         self.session.log.line(

@@ -422,6 +422,17 @@ def test_images_far_from_the_networks_are_named(trained, tmp_path, capsys, size,
     assert words is None or words in errors
 
 
+@pytest.mark.parametrize("size", [400, 10])
+def test_a_network_of_ones_own_photographs_is_not_doubted(trained, tmp_path, capsys, size):
+    """It was trained on photographs that were scaled to its size, too."""
+    network, description, split = read_network(trained / "best.safetensors")
+    data = replace(description.data, name="folder")
+    save_network(tmp_path / "best.safetensors", network, replace(description, data=data), split)
+    Image.new("RGB", (size, size)).save(tmp_path / "image.png")
+    assert predict.main([str(tmp_path / "image.png"), "--model", str(tmp_path / "best.safetensors")]) == 0
+    assert "pixels per side" not in capsys.readouterr().err
+
+
 def test_the_line_of_a_budget_in_time_says_over_how_many_images_it_holds(trained, images, capsys):
     assert run(trained, images, "--budget", "1000000ms", "--batch-size", "4", "--threads", "1") == 0
     assert "the mean holds over 72 images or more" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from adaptive_inference.budgeted import (
     ExitPredictions,
@@ -14,9 +15,10 @@ from adaptive_inference.policies import Policy
 from adaptive_inference.promises.ensemble import classes_together
 from adaptive_inference.promises.risk import learning_images
 from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
-from engine.report import best_within, budget_rows, draw_curves, draw_runtime, percent, table
+from engine.report import best_within, budget_rows, draw_curves, draw_runtime, save_figure, table
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
+from utils import percent
 
 OPERATIONS = [10, 20, 40]
 
@@ -84,6 +86,14 @@ def test_few_images_are_drawn_with_error_bars():
         (axes,) = figure.axes
         assert bool(axes.containers) == has_bars
         assert any(line.get_linestyle() == "-" for line in axes.lines) != has_bars
+
+
+def test_letters_that_the_font_lacks_cost_no_warning(tmp_path, recwarn):
+    figure = Figure()
+    figure.suptitle("ねこ 猫")
+    save_figure(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert not recwarn.list
 
 
 def test_the_legend_of_runtime_covers_no_point():
