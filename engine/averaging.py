@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-MEASURED_IMAGES = 10_000  # training images that BatchNorm statistics are measured on
+MEASURED_IMAGES = 10_000  # training images, of all processes, that BatchNorm statistics are measured on
 
 
 def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     """Return the average of a network's weights; its buffers are those of the network at the last update.
 
-    The decay of update t, counted from 0, is min(decay, (1 + t) / (10 + t)).
+    Update 0 copies the weights; the decay of update t after it is min(decay, (1 + t) / (10 + t)).
     """
 
     def update(averages: list[Tensor], values: list[Tensor], num_updates: Tensor) -> None:

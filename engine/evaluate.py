@@ -159,6 +159,8 @@ class Evaluation:
         write_policy(run.policy, curve)
         if self.has_split:
             write_reference(run.reference, reference_of(val[0], curve))
+        else:  # one of an earlier evaluation must not pass for one of images that are new to the network
+            run.reference.unlink(missing_ok=True)
         tables = self._tables(curve, test, policy)
         for path, rows in tables.items():
             write_csv(path, rows)

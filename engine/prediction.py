@@ -157,7 +157,8 @@ class Tally:
         if self.alarm.update(prediction.log_sum_exp) and not has_fired:
             _say(
                 f"drift alarm after {self.alarm.fired_after} images: they are no longer like the held-out "
-                "images, so the accuracy and the operations of the policy may not hold for them"
+                "images, so the accuracy and the operations of the policy may not hold for them; or they are "
+                "sorted, by class for example"
             )
 
     def _row(self, name: Path, prediction: Prediction, i: int, milliseconds: float) -> dict[str, Any]:
@@ -190,6 +191,7 @@ class Tally:
             "share_of_exits": [round(n / count, 4) for n in self.exits.tolist()],
             "network_milliseconds": round(self.milliseconds / count, 3),
             "late": self.num_late / max(self.num_calls, 1) if self.deadline is not None else None,
+            "drift_alarm": None if self.alarm is None else {"fired_after": self.alarm.fired_after},
         }
 
 

@@ -1,6 +1,7 @@
 """The drift alarm rarely fires on images like the held-out ones, and soon on others."""
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -206,13 +207,25 @@ def test_command_line(finished, photographs, tmp_path, capsys):
     assert predict.main(flags[:-1]) == 0
     assert predict.main([str(photographs / "00.png"), *flags[1:]]) == 0
     assert "drift alarm" not in capsys.readouterr().err
-    assert predict.main(flags) == 3
-    assert capsys.readouterr().err.count("drift alarm after ") == 1
+    assert predict.main([*flags, "--format", "json"]) == 3
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "drift alarm after " in line]
+    fired_after = json.loads(printed.out)["summary"]["drift_alarm"]["fired_after"]
+    assert f"after {fired_after} images" in line
+    assert "sorted" in line  # which fires it too
     (photographs / "broken.png").write_bytes(b"no image")
     assert predict.main(flags) == 1
     (run / "reference.safetensors").unlink()
     assert predict.main(flags) == 2
     assert "--evalmode dynamic writes it" in capsys.readouterr().err
+
+
+def test_json_tells_no_alarm_from_none_asked_for(finished, photographs, capsys):
+    flags = [str(photographs / "00.png"), "--model", str(finished / "GE"), "--format", "json"]
+    assert predict.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["drift_alarm"] is None
+    assert predict.main([*flags, "--drift-alarm"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["drift_alarm"] == {"fired_after": None}
 
 
 @pytest.mark.parametrize("flags", [["--deadline", "5ms"], ["--budget", "2ms"]])

@@ -48,6 +48,8 @@ def converted(data_flags, tmp_path, monkeypatch):
 )
 def test_evaluated_as_it_is(data_flags, converted, tmp_path, name, program):
     converted(name)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "reference.safetensors").write_bytes(b"of an earlier evaluation")
     for mode in ("anytime", "dynamic"):
         flags = ["--evaluate-from", "network.safetensors", "--evalmode", mode, *data_flags, "--save", "out"]
         assert program.main(flags) == 0
@@ -64,6 +66,7 @@ def test_evaluated_as_it_is(data_flags, converted, tmp_path, name, program):
     curve = read_policy(tmp_path / "out" / "policy.json")
     # A released file remembers no held-out images: nothing but the full network can be promised.
     assert [point.policy.runs_everything for point in curve.points if point.rule == "certified"] == [True]
+    assert not (tmp_path / "out" / "reference.safetensors").exists()
 
 
 def test_starts_stage_2(data_flags, converted, tmp_path):

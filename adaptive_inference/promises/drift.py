@@ -143,7 +143,8 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
                 raise ValueError("its tensors do not fit together")
     except FileNotFoundError:
         raise UserError(
-            f"there is no {path} with scores of held-out images; --evalmode dynamic writes it"
+            f"there is no {path} with scores of held-out images; --evalmode dynamic writes it for a network "
+            "that remembers which images were held out"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
