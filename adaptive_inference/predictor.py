@@ -144,6 +144,8 @@ class AdaptivePredictor:
             batch_size: Images that are read and predicted at a time.
         """
         device, data = next(self.network.parameters()).device, self.network.description.data
+        if len(images) == 0:
+            return self(torch.empty(0, 3, data.image_size, data.image_size, dtype=torch.uint8, device=device))
         predictions = []
         for start in range(0, len(images), batch_size):
             pixels = torch.stack([read(image, data) for image in images[start : start + batch_size]])

@@ -205,7 +205,7 @@ class Ours:
         for _, (images, targets) in zip(range(steps), self.batches, strict=False):
             self.stepper.step(images, targets, LEARNING_RATE, self.meters.update)
         _wait()
-        self.processes.largest(0)
+        self.processes.all_reduce_max(0)
         return steps * self.batch_size, time.perf_counter() - began
 
 
@@ -280,7 +280,7 @@ def _obey(connection: Connection, side: str, stage_number: int, options: argpars
         return
     with training_processes(options.batch_size, None) as processes:
         ours = Ours(stage_number, options, processes)
-        while steps := processes.largest(connection.recv() if processes.is_main else 0):
+        while steps := processes.all_reduce_max(connection.recv() if processes.is_main else 0):
             result = ours.run(steps)
             if processes.is_main:
                 connection.send(result)

@@ -28,7 +28,7 @@ def resolve_auto(
     if amp == "auto":
         choices = ("bf16", "fp16", "off")
         own = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[half_precision(processes.device)]
-        amp = choices[processes.largest(choices.index(own))]
+        amp = choices[processes.all_reduce_max(choices.index(own))]
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()
         possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)

@@ -57,7 +57,7 @@ def accuracy_per_exit(
         totals[1:3] += correct_in_top(logits, labels).sum(dim=2)
         for k, z in enumerate(logits):
             totals[3, k] += nn.functional.cross_entropy(z.float(), labels, reduction="sum")
-    count, top1, top5, losses = processes.sum(totals)
+    count, top1, top5, losses = processes.all_reduce_sum(totals)
     if count[0] == 0:
         raise UserError(f"none of the {batches.num_images} images can be read")
     acc1, acc5 = (100 * torch.stack([top1, top5]) / count).tolist()

@@ -31,7 +31,7 @@ def usable_mode(mode: str, is_required: bool, processes: Processes, say: Callabl
     if mode == "off":
         return mode
     problem = compiler_problem(processes.device)
-    if not processes.largest(int(problem is not None)):
+    if not processes.all_reduce_max(int(problem is not None)):
         return mode
     reason = problem or "it fails in another process"
     if is_required:

@@ -94,7 +94,7 @@ def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
         except UserError as error:
             yield f"left alone: {error}"
     if old.path.resolve() != new.path.resolve():
-        for path in old.results:
+        for path in old.files:
             if path not in (old.best, old.last, old.policy) and path.exists():
                 shutil.copyfile(path, new.path / path.name)
 

@@ -50,8 +50,8 @@ class Processes:
         """This process's part of every batch."""
         return Shard(self.rank, self.world_size)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -66,7 +66,7 @@ class Processes:
         """
         if self.world_size == 1:
             return own
-        most = self.largest(len(own))
+        most = self.all_reduce_max(len(own))
         # All parts must have one size.
         padded, numbers = (_padded(x, most) for x in (own, indices + 1))
         parts, part_numbers = (
@@ -84,8 +84,8 @@ class Processes:
             whole[torch.searchsorted(in_order, part_number[:count])] = part[:count]
         return whole
 
-    def largest(self, value: int) -> int:
-        """Return the largest of a number over all processes, which wait for each other, not for GPUs."""
+    def all_reduce_max(self, value: int) -> int:
+        """Return the maximum of a number over all processes, which wait for each other, not for GPUs."""
         if self.world_size == 1:
             return value
         shared = torch.tensor(value)

@@ -52,8 +52,11 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     @property
-    def results(self) -> list[Path]:
-        """Everything a run writes, TensorBoard's events aside."""
+    def files(self) -> list[Path]:
+        """Every file that a run writes: checkpoints, network, log, tables and figures.
+
+        TensorBoard's events are in a folder of their own.
+        """
         return [value for name, value in vars(self).items() if name not in ("path", "tensorboard")]
 
     def holds_run(self) -> bool:
@@ -106,7 +109,7 @@ class RunDirectory:
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed run was writing."""
-        for path in self.results:
+        for path in self.files:
             for leftover in self.path.glob(f".{path.name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
 

@@ -116,7 +116,7 @@ def _train_in_process(
     place(network, settings, session.processes.device)
     _introduce(network, data, operations, session)
     if is_main and state is None:
-        _clear(directory)
+        _delete_old_run(directory)
     record = recorded(session, str(command), state is not None, description.frozen_digest)
     with record if is_main else nullcontext():
         log.open(directory.tensorboard, state["epoch"] + 1 if state else 0)
@@ -263,8 +263,8 @@ def _introduce(network: ExitNetwork, data: Data, operations: list[int], session:
     )
 
 
-def _clear(directory: RunDirectory) -> None:
-    for path in directory.results:
+def _delete_old_run(directory: RunDirectory) -> None:
+    for path in directory.files:
         path.unlink(missing_ok=True)
     shutil.rmtree(directory.tensorboard, ignore_errors=True)
 

@@ -206,11 +206,11 @@ class Trainer:
                 if request > _SAVE:
                     raise Interrupted(request - _SAVE, True, self._place())
         log.end_epoch()
-        if self.session.processes.largest(requests.stop):
+        if self.session.processes.all_reduce_max(requests.stop):
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
-        signal_number = self.session.processes.largest(requests.stop)
+        signal_number = self.session.processes.all_reduce_max(requests.stop)
         if signal_number:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
@@ -262,10 +262,10 @@ class Trainer:
         is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
         request = _SAVE + requests.stop if requests.stop else _SAVE * (requests.save or is_time)
         requests.save = False
-        return self.session.processes.largest(request)
+        return self.session.processes.all_reduce_max(request)
 
     def _report(self) -> None:
-        loss, accuracies = Meters.means(self.session.processes.sum(self.meters.totals.clone()))
+        loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals.clone()))
         self._refuse_divergence(loss)
         self.session.log.step(
             self.progress.step,
@@ -289,7 +289,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Evaluate the epoch whose steps are done, write it and report it."""
         progress = self.progress
-        totals = self.session.processes.sum(self.meters.totals)
+        totals = self.session.processes.all_reduce_sum(self.meters.totals)
         loss, train_acc1 = Meters.means(totals)
         self._refuse_divergence(loss)
         training_seconds = self._seconds()
@@ -347,7 +347,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
-        totals = self.session.processes.sum(self.meters.totals.clone())
+        totals = self.session.processes.all_reduce_sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
         self.write(False, replace(self.progress, seconds=self._seconds()), totals)
         self.saved = time.monotonic()

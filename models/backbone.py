@@ -184,8 +184,7 @@ class Backbone(ExitNetwork):
         origin = {key: config.pop(key) for key in ("library", "name", "options")}
         if network is None and origin["library"] is None:
             raise NeedsNetworkError(
-                f"it is a network of its author's own, {str(origin['name'])!a:.60}: pass it, as in "
-                "load(path, network=my_network)"
+                f"{str(origin['name'])!a:.60} is a custom network; pass it: load(path, network=...)"
             )
         with torch.device("cpu"):  # not on the meta device: networks compute constants when they are made
             network = construct(**origin) if network is None else network

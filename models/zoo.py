@@ -25,7 +25,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 class NeedsNetworkError(ValueError):
-    """A file's network cannot be built: it is its author's own, or its library is missing."""
+    """A file's network cannot be built: it is a custom network, or its library is missing."""
 
 
 class Preprocessing(NamedTuple):

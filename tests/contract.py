@@ -334,7 +334,7 @@ def check_other_classes(case: Case) -> str | None:
     """For other classes all but the classifiers of a network stays as it is, and all of it learns."""
     network = case.network().stage_1
     if _own_network(network) is not None:
-        return "its constructor is nobody's but the author's"
+        return "a custom network: its constructor is not in torchvision or timm"
     other = network.for_classes(7)
     shapes, theirs = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, other))
     assert theirs.keys() == shapes.keys()
@@ -359,7 +359,7 @@ def check_file(case: Case) -> None:
 
 
 def _own_network(network: ExitNetwork) -> nn.Module | None:
-    """Return the network without exits if a file cannot describe it, as it is nobody's but the author's."""
+    """Return the network without exits if it is a custom one, which a file cannot describe."""
     inner = network.stage_1
     if isinstance(inner, Backbone) and inner.config["library"] is None:
         return copy.deepcopy(inner.network)

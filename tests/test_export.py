@@ -208,7 +208,7 @@ def test_a_network_of_ones_own(tmp_path, capsys):
     network = make_small("chain").eval()
     save_network(tmp_path / "own.safetensors", network, describe(network), Split.unknown())
     assert program.main(["--model", str(tmp_path / "own.safetensors"), "--output", str(tmp_path / "x")]) == 2
-    assert "pass it, as in load(path, network=my_network)\n" in capsys.readouterr().err
+    assert "pass it: load(path, network=...)\n" in capsys.readouterr().err
     loaded = load(tmp_path / "own.safetensors", network=Chain())
     pixels = random_pixels(3)
     logits = logits_of(network, normalised(loaded, pixels))

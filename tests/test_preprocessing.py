@@ -23,3 +23,6 @@ def test_paths_and_pil_images_are_predicted_alike(tmp_path):
     assert prediction.classes.unique().numel() == 1
     expected = predictor(preprocess(image, network.description.data)[None])
     torch.testing.assert_close(prediction.probs[2:], expected.probs)
+    none = predictor.predict_images([], preprocess)
+    assert [tuple(values.shape) for values in none] == [(0,), (0,), (0,), (0, 10), (0,)]
+    assert [values.dtype for values in none] == [values.dtype for values in prediction]
