@@ -67,5 +67,7 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error:" in line or "Error:" in line or "o space" in line] or lines
+    # A compiler's own line says more than that of the exception about it.
+    signs = ("o space left", "error:", "Error:")
+    telling = [line for sign in signs for line in lines if sign in line] or lines
     return one_line((telling or [type(error).__name__])[0])[:LONGEST_REASON]

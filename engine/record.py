@@ -132,6 +132,7 @@ class Session:
         processes: The processes that share it.
         log: Where it tells what happens.
         requests: What signals ask for.
+        may_train_eagerly: Whether to train without compiled code where compiling the step fails.
     """
 
     run: RunDirectory
@@ -139,6 +140,7 @@ class Session:
     processes: Processes
     log: Log
     requests: Requests = field(default_factory=Requests)
+    may_train_eagerly: bool = False
 
 
 @contextmanager

@@ -145,8 +145,10 @@ def _settled(stage: Stage, session: Session, network: ExitNetwork, operations: i
     work = operations // processes.world_size
     settings = resolve_auto(asked, processes, work * stage.share_of_work(asked), work)
     refuse_combinations(network, settings, processes)
-    mode = usable_mode(settings.compile, asked.compile != "auto", processes, session.log.line)
-    return replace(session, settings=with_values(settings, compile=mode))
+    is_required = asked.compile != "auto"
+    mode = usable_mode(settings.compile, is_required, processes, session.log.line)
+    settings = with_values(settings, compile=mode)
+    return replace(session, settings=settings, may_train_eagerly=not is_required)
 
 
 def _evaluate(

@@ -87,8 +87,49 @@ class Stepper:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the first step, which compiles, is done."""
+        """Whether ``prepare`` was called."""
         return self._model is not None
+
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Compile the step for batches such as this one, if the settings ask for it.
+
+        The step is tried on the batch; weights, statistics and random state stay as they are, and no other
+        process is waited for.
+
+        Args:
+            images: (N, 3, H, W).
+            targets: (N,).
+        """
+        if self.processes.world_size > 1:
+            # Parameters that no exit depends on, such as finer scales of the last layer, have no gradient to
+            # exchange.
+            eager = _InPrecision(self.objective, self.processes.device, self.dtype)
+            for parameter in _parameters_without_gradient(eager, self.parameters, images[:2], targets[:2]):
+                parameter.requires_grad_(False)
+        self._inner = _InPrecision(
+            _compiled(self.objective, self.settings), self.processes.device, self.dtype
+        )
+        self._model = _parallel(self._inner, self.processes)
+        if self.settings.compile != "off":
+            size = len(images) // self.settings.accumulate
+            self._try_step(images[:size], targets[:size])
+
+    def train_eagerly(self) -> None:
+        """Take all further steps without the compiled code."""
+        self._inner.objective = self.objective
+
+    def _try_step(self, images: Tensor, targets: Tensor) -> None:
+        buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
+        devices = [images.device] if images.device.type == "cuda" else []
+        is_shared = isinstance(self._model, DistributedDataParallel)
+        try:
+            with torch.random.fork_rng(devices), self._model.no_sync() if is_shared else nullcontext():
+                losses, _ = self._model(images, targets)
+                losses.sum().backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def step(
         self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]
@@ -104,7 +145,9 @@ class Stepper:
             rate: Learning rate.
             observe: Called with losses (n,), logits (n, K, C) and targets (n,) of every part.
         """
-        model = self._prepared(images, targets)
+        if not self.is_prepared:
+            self.prepare(images, targets)
+        model = self._model
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
         count = self.settings.accumulate
@@ -135,20 +178,6 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run did not need one before
             self.scaler.load_state_dict(state["scaler"])
-
-    def _prepared(self, images: Tensor, targets: Tensor) -> nn.Module:
-        if self._model is None:
-            if self.processes.world_size > 1:
-                # Parameters that no exit depends on, such as finer scales of
-                # the last layer, have no gradient to exchange.
-                eager = _InPrecision(self.objective, self.processes.device, self.dtype)
-                for parameter in _parameters_without_gradient(
-                    eager, self.parameters, images[:2], targets[:2]
-                ):
-                    parameter.requires_grad_(False)
-            inner = _InPrecision(_compiled(self.objective, self.settings), self.processes.device, self.dtype)
-            self._model = _parallel(inner, self.processes)
-        return self._model
 
 
 def mixed_precision(settings: Namespace) -> torch.dtype | None:

@@ -14,7 +14,6 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -27,6 +26,7 @@ from dataloader import Data
 from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
 from engine.checkpoint import damage_named, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
+from engine.compiling import is_compiler_error, reason_of
 from engine.device import seed_step
 from engine.record import Session
 from engine.signals import Interrupted, Requests
@@ -189,9 +189,10 @@ class Trainer:
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         for images, targets in self._awaited(self.data.train.epoch(progress.epoch, progress.step), requests):
             rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
-            with self._announced(requests):
-                seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
-                self.stepper.step(images, targets, rate, self.meters.update)
+            if not self.stepper.is_prepared:
+                self._prepare(images, targets, requests)
+            seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
+            self.stepper.step(images, targets, rate, self.meters.update)
             if self.average is not None:
                 self.average.update_parameters(self.network)
             progress.step += 1
@@ -236,18 +237,31 @@ class Trainer:
         epoch, steps = progress.epoch + 1, len(self.data.train)
         return f" in epoch {epoch} of {epochs}, after step {progress.step} of {steps}"
 
-    @contextmanager
-    def _announced(self, requests: Requests) -> Iterator[None]:
-        """Announce the step in the block if it compiles; a signal then stops it at once."""
-        if self.session.settings.compile == "off" or self.stepper.is_prepared:
-            yield
-            return
-        self.session.log.line(
-            "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
-        )
-        requests.at_once = True
-        yield
+    def _prepare(self, images: Tensor, targets: Tensor, requests: Requests) -> None:
+        """Compile the step before the first one, or go on without where that was not asked for.
+
+        All processes go on alike. A signal stops the compiling at once.
+        """
+        session, problem = self.session, None
+        if session.settings.compile != "off":
+            session.log.line(
+                "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
+            )
+        requests.at_once = session.settings.compile != "off"
+        try:
+            self.stepper.prepare(images, targets)
+        except Exception as error:
+            if not (is_compiler_error(error) or isinstance(error, OSError)):
+                raise
+            problem = reason_of(error)
         requests.at_once = False
+        if not session.processes.largest(int(problem is not None)):
+            return
+        problem = problem or "it fails in another process"
+        if not session.may_train_eagerly:
+            raise UserError(f"the training step cannot be compiled: {problem}; --compile off trains without")
+        session.log.line(f"training goes on without compiled code: {problem}")
+        self.stepper.train_eagerly()
 
     def _requested(self, requests: Requests) -> int:
         """Return 0, ``_SAVE``, or ``_SAVE`` plus the number of the signal that asked to stop.

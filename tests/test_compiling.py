@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
+import models
 import train_GE
-from engine.compiling import usable_mode
+from engine.compiling import reason_of, usable_mode
 from engine.distributed import Processes
 from tests.conftest import TINY_FLAGS
 from utils import UserError
@@ -39,6 +41,14 @@ def test_a_mode_that_nobody_typed_is_left_with_one_line(no_compiler):
     assert "g++: no such file" in lines[0]
 
 
+def test_the_reason_is_what_the_compiler_says():
+    text = (
+        "CppCompileError: C++ compile error\nOutput:\na.h: fatal error: x\nclosing b: No space left on device"
+    )
+    assert reason_of(RuntimeError(text)) == "closing b: No space left on device"
+    assert reason_of(RuntimeError(text.rsplit("\n", 1)[0])) == "a.h: fatal error: x"
+
+
 def test_a_mode_that_was_typed_is_refused(no_compiler):
     with pytest.raises(UserError, match=r"--compile default does not work here: .*g\+\+"):
         usable_mode("default", True, CPU, print)
@@ -60,3 +70,35 @@ def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(
     assert train_GE.main(command) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["auto", "default"])
+def test_the_first_step_that_cannot_be_compiled(tmp_path, tiny_demo, monkeypatch, capsys, mode):
+    """The disk is full after the small test, say: ``auto`` trains on, to the same weights as without."""
+    monkeypatch.setattr("engine.auto.COMPILING_PAYS", 0.0)
+    small_ones = torch.compile
+
+    def compile(function, mode):
+        return Failing() if isinstance(function, torch.nn.Module) else function
+
+    class Failing(torch.nn.Module):
+        def forward(self, *_):
+            raise BackendCompilerFailed(small_ones, OSError(28, "No space left on device"), None)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    command = [*TINY_FLAGS, "--save"]
+    status = train_GE.main([*command, str(tmp_path / "run"), "--compile", mode])
+    printed = capsys.readouterr()
+    if mode == "default":
+        assert status == 2
+        (line,) = printed.err.splitlines()
+        assert "cannot be compiled" in line
+        assert "No space left" in line
+        return
+    assert (status, printed.err) == (0, "")
+    (line,) = [line for line in printed.out.splitlines() if "without compiled code" in line]
+    assert "No space left" in line
+    assert train_GE.main([*command, str(tmp_path / "eager"), "--compile", "off"]) == 0
+    weights = [models.load(tmp_path / name).state_dict() for name in ("run", "eager")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name])
