@@ -40,7 +40,7 @@ class ExitNetwork(nn.Module, ABC):
         boosted: Whether exit k adds a share of the logits of exit k - 1 to its own.
         checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
-        description: What its file says about it (``models.description.Description``), None without a file.
+        description: Description stored in its file (``models.description.Description``), None without a file.
         fingerprint: Digest of the network that a folded copy was made from, None for all other networks.
     """
 
@@ -85,7 +85,7 @@ class ExitNetwork(nn.Module, ABC):
         return cls(**config)
 
     def for_classes(self, num_classes: int) -> "ExitNetwork":
-        """Build a network like this one for another number of classes; all of its new weights learn."""
+        """Build a network like this one for another number of classes, with new weights that are all trained."""
         return self.from_config({**self.config, "num_classes": num_classes})
 
     @property
@@ -147,12 +147,12 @@ class ExitNetwork(nn.Module, ABC):
         yield from ()
 
     def freeze_pretrained(self) -> None:
-        """Let the pretrained parameters learn no more, and keep their layers in evaluation mode.
+        """Freeze the pretrained parameters, and keep their layers in evaluation mode.
 
         Raises:
             ValueError: There are none.
         """
-        raise ValueError(f"{self.title} has no pretrained parameters: all of it learns")
+        raise ValueError(f"{self.title} has no pretrained parameters: all its parameters are trained")
 
     def fold_batch_norm(self, fused: Fuse) -> None:
         """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
@@ -205,7 +205,8 @@ class ExitNetwork(nn.Module, ABC):
             else:
                 result[remaining], exits[remaining] = logits, k
             confidence = logits.float().softmax(dim=1).amax(dim=1)
-            stays = (confidence < threshold).nonzero().flatten()
+            # Not "<": an image whose confidence is NaN stays, as in ``AdaptivePredictor``.
+            stays = (confidence >= threshold).logical_not().nonzero().flatten()
             if len(stays) == 0:
                 break
             state, logits = {key: x[stays] for key, x in state.items()}, logits[stays]

@@ -1,4 +1,6 @@
-"""Exit-by-exit evaluation: what is refused. ``tests.contract`` holds it to the full pass."""
+"""Exit-by-exit evaluation: what is refused, and NaN. ``tests.contract`` holds it to the full pass."""
+
+import math
 
 import pytest
 import torch
@@ -28,3 +30,11 @@ def test_training_mode_is_refused():
 def test_one_threshold_per_exit():
     with pytest.raises(ValueError, match="2 thresholds for 3 exits"):
         MSDNet(**TINY_NETWORK).eval().early_exit(torch.randn(1, 3, 32, 32), [0.5] * 2)
+
+
+def test_nan_reaches_no_threshold():
+    network = MSDNet(**TINY_NETWORK).eval()
+    images = torch.randn(3, 3, 32, 32)
+    assert network.early_exit(images, [math.nan] * 3)[1].tolist() == [2, 2, 2]
+    images[1] = math.nan
+    assert network.early_exit(images, [0.0] * 3)[1].tolist() == [0, 2, 0]
