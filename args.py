@@ -434,10 +434,11 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     if mistake := _mistake(typed):
         parser.error(mistake)
     has_origin = "single_stage" not in typed and "pretrained" in typed
-    # The record in --save says which data they are, and --data-root only where they lie now.
-    goes_its_way = "save" in typed and {"resume", "evalmode"} & typed.keys()
+    # Then the record in --save says which data they are, and --data-root only where they lie now: neither
+    # the data set nor the preset follows from what was typed.
+    resumes_or_evaluates = "save" in typed and {"resume", "evalmode"} & typed.keys()
     inherits = stage == "IMTA" and (has_origin or ("save" in typed and "single_stage" not in typed))
-    if not (inherits or goes_its_way):
+    if not (inherits or resumes_or_evaluates):
         typed = _with_data_and_preset(typed)
     return CommandLine(stage, typed, sys.argv[1:] if argv is None else argv)
 
@@ -477,7 +478,7 @@ def _optimizer_mistake(typed: dict[str, Any]) -> str | None:
 def _arch_mistake(typed: dict[str, Any]) -> str | None:
     arch = typed.get("arch", DEFAULTS["arch"])
     if arch in OWN_NETWORKS and "exits" in typed:
-        return "--exits needs --arch; an MSDNet has as many exits as blocks, --nBlocks"
+        return "--exits is for networks of torchvision and timm (--arch NAME)"
     for owner, options in OWN_NETWORKS.items():
         if owner != arch and (wrong := options & typed.keys()):
             return f"{flag_of(min(wrong))} is for --arch {owner}, not for --arch {arch}"

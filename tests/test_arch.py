@@ -47,7 +47,7 @@ def test_a_run_started_again_from_its_weights_and_frozen(photos):
     [
         (["--arch", "mobilenet_v3_smal"], "mobilenet_v3_small"),
         ([*ARCH, "--nBlocks", "3"], "--nBlocks is for --arch msdnet"),
-        (["--exits", "3"], "--exits needs --arch"),
+        (["--exits", "3"], "--exits is for networks of torchvision and timm"),
         (["--freeze", "backbone"], "another --arch"),
         ([*ARCH[:2], "--exits", "features.99"], "features.99"),
         ([*ARCH, "--pretrained", "missing.pt"], "missing.pt"),

@@ -128,7 +128,7 @@ def test_fine_tuned_on_other_classes(train, finished_run, tmp_path):
             ["--arch", "resnet18", "--nBlocks", "3"],
             "--nBlocks is for --arch msdnet, not for --arch resnet18",
         ),
-        (["--exits", "3"], "--exits needs --arch"),
+        (["--exits", "3"], "--exits is for networks of torchvision and timm"),
         (
             ["--freeze", "backbone"],
             "another --arch: MSDNet has no pretrained parameters",
