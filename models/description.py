@@ -1,4 +1,4 @@
-"""The record of a network: what its file says about it, its data set and its training, in plain types.
+"""The description stored in a network's file: the network, its data set and its training, in plain types.
 
 Example:
     network.description.data.class_names, network.description.data.image_size
@@ -48,7 +48,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """The record of a network: everything a file says about it, in plain types.
+    """Everything that a file stores about a network beside its tensors, in plain types.
 
     Attributes:
         network: ``type``, and the options of its constructor.

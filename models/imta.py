@@ -167,11 +167,11 @@ class IMTA(ExitNetwork):
             yield f"backbone.{name}", parameter
 
     def pretrained_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield those of the backbone."""
+        """Yield the backbone's pretrained parameters."""
         return self.backbone.pretrained_parameters()
 
     def freeze_pretrained(self) -> None:
-        """Freeze those of the backbone."""
+        """Freeze the backbone's pretrained parameters."""
         self.backbone.freeze_pretrained()
 
     def fold_batch_norm(self, fused: Fuse) -> None:

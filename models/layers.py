@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeatureGrid = dict[int, Tensor]
-BOOST = 0.5  # share of the earlier exits' logits
+PREVIOUS_LOGITS_WEIGHT = 0.5  # of the exit before, in boosted exits
 
 
 def conv_bn_relu(
@@ -231,7 +231,7 @@ def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
     """
     if previous_logits is None:
         return logits
-    return torch.add(logits, previous_logits.detach(), alpha=BOOST)
+    return torch.add(logits, previous_logits.detach(), alpha=PREVIOUS_LOGITS_WEIGHT)
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:

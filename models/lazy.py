@@ -6,18 +6,11 @@ depth 0.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from .layers import GridStage
 
 Cell = tuple[int, int]
-
-
-class GridStage(Protocol):
-    """The properties of a stage that planning needs (``layers.GridStage``)."""
-
-    scales: range
-
-    def reads(self, scale: int) -> tuple[int, ...]:
-        """Return the scales of the stage before that ``scale`` is computed from."""
 
 
 class ExitPlan(NamedTuple):

@@ -31,6 +31,7 @@ def one_for_all_loss(
     """Return the stage-2 loss (N,): all exits learn from the labels, all but the last also from the teacher.
 
     Before the last exit, the loss is (1 - gamma) CE + gamma T^2 KL(softmax(teacher / T) || softmax(z_k / T)).
+    The last exit has the depth of the teacher, so it is not distilled: its loss is the cross-entropy alone.
 
     Args:
         logits: One tensor (N, C) per exit.
@@ -45,8 +46,8 @@ def one_for_all_loss(
     loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
     soft_targets = F.softmax(teacher_logits.detach() / temperature, dim=1)
     for z in logits[:-1]:
-        divergence = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
-        divergence = divergence.mean(dim=1) if kl_mean_over_classes else divergence.sum(dim=1)
+        kl = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
+        kl = kl.mean(dim=1) if kl_mean_over_classes else kl.sum(dim=1)
         cross_entropy = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
-        loss = loss + (1 - gamma) * cross_entropy + gamma * temperature**2 * divergence
+        loss = loss + (1 - gamma) * cross_entropy + gamma * temperature**2 * kl
     return loss

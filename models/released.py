@@ -210,7 +210,7 @@ def read_checkpoint(path: Path) -> Mapping:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged!a:.80} is another")
+                    raise ValueError(f"the checksum of {damaged!a:.80} does not match")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

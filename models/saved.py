@@ -57,7 +57,7 @@ def network_bytes(network: ExitNetwork, description: Description, split: Split, 
 
     Args:
         network: The network.
-        description: What the file says about it.
+        description: Description to store in the file.
         split: The training images it learned from.
         half: Store the weights of convolutions and linear layers in float16; all others stay as they are.
     """
@@ -127,7 +127,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})"
         ) from None
     if "crc32" in header and header["crc32"] != _crc32(content, header.get("description", "")):
-        raise ValueError(f"{path} is damaged: its checksum is another")
+        raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, header
 
 

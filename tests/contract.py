@@ -331,7 +331,7 @@ def check_parameter_lists(case: Case) -> None:
 
 
 def check_other_classes(case: Case) -> str | None:
-    """For other classes all but the classifiers of a network stays as it is, and all of it learns."""
+    """For other classes all but the classifiers stays as it is, and all parameters are trained."""
     network = case.network().stage_1
     if _own_network(network) is not None:
         return "a custom network: its constructor is not in torchvision or timm"
