@@ -1,6 +1,12 @@
 """The networks and losses of the paper: ``MSDNet`` with Gradient Equilibrium, ``IMTA`` with ISC, One-for-all.
 
 ``Backbone`` puts exits with Gradient Equilibrium on any other network.
+
+Reading order:
+
+- the paper: ``layers``, ``msdnet``, ``losses``, ``imta``, ``network`` (the interface of all), ``lazy``;
+- other networks: ``backbone``, ``tracing``, ``zoo``;
+- files: ``saved``, ``released``, ``files``, ``description``.
 """
 
 from .backbone import Backbone, build_backbone

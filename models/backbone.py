@@ -191,7 +191,7 @@ class Backbone(ExitNetwork):
             return cls(network, origin=origin, **config)
 
     def for_classes(self, num_classes: int) -> "Backbone":
-        """Build a network like this one for another number of classes; all of its new weights learn."""
+        """Build a network like this one for another number of classes, with new weights that are all trained."""
         return self.from_config({**self.config, "num_classes": num_classes, "frozen": False})
 
     # Inference
@@ -244,6 +244,7 @@ class Backbone(ExitNetwork):
         )
 
     def _rescale(self, x: Tensor, factor: float) -> Tensor:
+        """Rescale gradients (GE) as in ``MSDNet``: a block gets the mean of the exits' gradients."""
         return rescale_gradient(x, factor) if self.gradient_equilibrium else x
 
     def freeze_pretrained(self) -> None:
@@ -385,7 +386,7 @@ def _failure(runner: Backbone, size: int) -> str | None:
         with torch.no_grad():
             runner(images)
             first = runner.advance(0, runner.start(images))[1]["x"]
-    except Exception as error:  # what a network raises on images of a wrong size is its own affair
+    except Exception as error:  # on images of a wrong size a network can raise any exception
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     is_single = first.dim() == 4 and first.numel() == PROBE_BATCH * runner.exits[0].channels
     return "the first exit reads a map of one pixel" if is_single else None

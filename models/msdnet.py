@@ -182,8 +182,9 @@ class MSDNet(ExitNetwork):
     def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
         """Rescale gradients (GE): by 1 / (K - k) before exit k of K, by K - k - 1 after it.
 
-        The gradient of exit k reaches the blocks before it times 1 / (K - k), that of all later exits times
-        (K - k - 1) / (K - k). The paper counts exits from 1.
+        The factors telescope: the gradient of every exit from k on reaches block k times 1 / (K - k). So the
+        block gets the mean of their gradients and not the sum, however many exits follow. Layers of the exits
+        themselves are left alone. k counts from 0, in the paper from 1.
         """
         if not self.gradient_equilibrium or not torch.is_grad_enabled():
             return grid

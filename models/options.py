@@ -21,6 +21,8 @@ CHOICES = {
 class NetworkOptions:
     """Architecture of an ``MSDNet``, and how Gradient Equilibrium treats it.
 
+    Values are stored as given; ``check``, which the network calls, refuses impossible ones.
+
     Attributes:
         num_blocks: Blocks, and so exits, K.
         base: Layers of the first block.
@@ -39,9 +41,6 @@ class NetworkOptions:
             exit's (coarsest, released code).
         boosted_exits: An exit adds its logits to half of those of the exit before (Boosted Dynamic Networks).
         initialization: PyTorch's default, or He-normal by fan-out (the Lua program).
-
-    Raises:
-        ValueError: The combination is impossible; the message names what was given and what is allowed.
     """
 
     num_blocks: int = 5
@@ -62,7 +61,11 @@ class NetworkOptions:
     initialization: str = "pytorch"
 
     def check(self) -> None:
-        """Raise the ``ValueError`` of an impossible combination."""
+        """Check that a network can have these options.
+
+        Raises:
+            ValueError: The combination is impossible; the message names what was given and what is allowed.
+        """
         for name, described in NETWORK_FIELDS.items():
             value, allowed = getattr(self, name), CHOICES.get(name)
             if allowed and value not in allowed:

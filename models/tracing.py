@@ -334,7 +334,7 @@ def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[i
         try:
             with torch.no_grad(), counter:
                 surveyor.run(images)
-        except Exception as error:  # what a network raises on images of a wrong size is its own affair
+        except Exception as error:  # on images of a wrong size a network can raise any exception
             reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
             continue
         found[size] = surveyor.result
