@@ -191,7 +191,7 @@ class Backbone(ExitNetwork):
             return cls(network, origin=origin, **config)
 
     def for_classes(self, num_classes: int) -> "Backbone":
-        """Build a network like this one for another number of classes, with new weights that are all trained."""
+        """Build a network like this one for another number of classes, with new weights, all trained."""
         return self.from_config({**self.config, "num_classes": num_classes, "frozen": False})
 
     # Inference
@@ -395,15 +395,14 @@ def _failure(runner: Backbone, size: int) -> str | None:
 def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.Node]]:
     """Return the path of the network's last linear layer, and the node of its input in both modes."""
     found = {}
-    for mode in ("evaluation", "training"):
-        graph = getattr(traces, mode).graph
-        node = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    for mode, one in traces.by_mode.items():
+        node = next(node for node in reversed(one.graph.nodes) if node.op == "output").args[0]
         while _is_unchanging(network, node):
             node = node.args[0]
         found[mode] = node
     for mode, node in found.items():
         if not _is_linear(network, node):
-            output = getattr(traces, mode).name(node) if isinstance(node, fx.Node) else "several values"
+            output = traces.by_mode[mode].name(node) if isinstance(node, fx.Node) else "several values"
             raise ValueError(
                 f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: "
                 f"its output in {mode} mode is {output}"
@@ -427,7 +426,7 @@ def _is_linear(network: nn.Module, node: Any) -> bool:
 
 def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) -> str | None:
     """Return why no exit can be at the output of a module, None if one can."""
-    for one in traces.both:
+    for mode, one in traces.by_mode.items():
         if path in one.repeated:
             return "the network runs it more than once"
         if path not in one.outputs:
@@ -437,9 +436,7 @@ def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) 
         if crossing:
             names = ", ".join(map(one.name, [node, *crossing]))
             return f"{len(crossing) + 1} values cross a cut there ({names}), and only one may"
-        if ends and one.position(node) >= one.position(
-            ends["evaluation" if one is traces.evaluation else "training"]
-        ):
+        if ends and one.position(node) >= one.position(ends[mode]):
             return "nothing but the last linear layer comes after it"
     return None
 
@@ -531,10 +528,9 @@ def _pieces(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> list[
     pieces = []
     for k in range(len(paths) + 1):
         start = paths[k - 1] if k else None
-        is_last = k == len(paths)
-        end = (
-            ends if is_last else {m: getattr(traces, m).outputs[paths[k]] for m in ("evaluation", "training")}
-        )
+        end = ends
+        if k < len(paths):
+            end = {mode: one.outputs[paths[k]] for mode, one in traces.by_mode.items()}
         pieces.append(make_piece(start, end, traces))
     return pieces
 

@@ -85,7 +85,7 @@ class ExitNetwork(nn.Module, ABC):
         return cls(**config)
 
     def for_classes(self, num_classes: int) -> "ExitNetwork":
-        """Build a network like this one for another number of classes, with new weights that are all trained."""
+        """Build a network like this one for another number of classes, with new weights, all trained."""
         return self.from_config({**self.config, "num_classes": num_classes})
 
     @property

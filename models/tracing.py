@@ -6,9 +6,11 @@ the path of a module. A piece is the code between two cuts. It is a plain functi
 runs the modules of ``root.network``: the pieces own no modules and no parameters.
 
 Example:
+    network = torchvision.models.resnet18().eval()
     traces = trace(network)
-    piece = make_piece(traces, None, "layer1")     # from the images to the output of layer1
-    y = piece.evaluation(root, images)             # root.network is the network
+    end = {mode: trace.outputs["layer1"] for mode, trace in traces.by_mode.items()}
+    piece = make_piece(None, end, traces)                   # from the images to the output of layer1
+    y = piece.evaluation(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
 """
 
 import copy
@@ -24,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 PREFIX = "network."  # the traced network is the attribute ``network`` of the root
+MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -100,16 +103,20 @@ class Trace:
 
 @dataclass
 class Traces:
-    """The graphs of a network in both modes, and the tensors that tracing made."""
+    """The graphs of a network in both modes, and the tensors that tracing made.
 
-    training: Trace
-    evaluation: Trace
+    Attributes:
+        by_mode: Trace of every mode, ``evaluation`` and ``training``.
+        constants: Tensors that the network made while it was traced, by name.
+    """
+
+    by_mode: dict[str, Trace]
     constants: dict[str, Tensor]
 
     @property
-    def both(self) -> tuple[Trace, Trace]:
-        """The traces of evaluation and of training."""
-        return self.evaluation, self.training
+    def evaluation(self) -> Trace:
+        """The trace of evaluation mode."""
+        return self.by_mode["evaluation"]
 
 
 def trace(network: nn.Module) -> Traces:
@@ -119,11 +126,11 @@ def trace(network: nn.Module) -> Traces:
         ValueError: ``torch.fx`` cannot trace it.
     """
     root = TracedRoot(network)
-    traces = {}
-    for training in (True, False):
-        with _mode(network, training):
+    by_mode = {}
+    for mode in MODES:
+        with _mode(network, mode == "training"):
             try:
-                traces[training] = _Tracer().run(root)
+                by_mode[mode] = _Tracer().run(root)
             except Exception as error:  # any code of the network can fail on a proxy
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(f"torch.fx cannot trace {type(network).__name__}: {reason:.200}") from error
@@ -132,7 +139,7 @@ def trace(network: nn.Module) -> Traces:
         for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
         if name.startswith("_tensor_constant")
     }
-    return Traces(traces[True], traces[False], constants)
+    return Traces(by_mode, constants)
 
 
 class _Tracer(fx.Tracer):
@@ -232,10 +239,15 @@ class Piece:
 
 
 def make_piece(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Piece:
-    """Return the piece from the output of module ``start`` (None: the images) to the nodes ``end``."""
+    """Return the piece between two cuts.
+
+    Args:
+        start: Path of the module whose output it takes; None: the images.
+        end: Node of its result in every mode.
+        traces: Both traces of the network.
+    """
     graphs = {}
-    for mode in ("evaluation", "training"):
-        one = getattr(traces, mode)
+    for mode, one in traces.by_mode.items():
         first = one.images if start is None else one.outputs[start]
         graphs[mode] = _between(one, first, end[mode])
     return Piece(**graphs)
