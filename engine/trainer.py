@@ -255,7 +255,7 @@ class Trainer:
                 raise
             problem = reason_of(error)
         requests.at_once = False
-        if not session.processes.largest(int(problem is not None)):
+        if not session.processes.all_reduce_max(int(problem is not None)):
             return
         problem = problem or "it fails in another process"
         if not session.may_train_eagerly:
