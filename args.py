@@ -113,22 +113,22 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_activations": False,
     "sync_bn": False,
 }
-NETWORK_OPTIONS = tuple(NETWORK_FIELDS)
-# Values of --arch for networks of this project, with the options that are theirs alone. All other values are
+MSDNET_OPTIONS = tuple(NETWORK_FIELDS)
+# Values of --arch for networks of this project, with the options of this network alone. All other values are
 # names of torchvision and timm.
-OWN_NETWORKS = {"msdnet": set(NETWORK_OPTIONS) - {"gradient_equilibrium", "boosted_exits"}}
+OWN_NETWORKS = {"msdnet": set(MSDNET_OPTIONS) - {"gradient_equilibrium", "boosted_exits"}}
 ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, unless they are typed.
 INHERITED = (
-    *("arch", "exits", *NETWORK_OPTIONS),
+    *("arch", "exits", *MSDNET_OPTIONS),
     *("data", "data_root", "image_size", "val_size", "test_size", "split_seed", "workers"),
     *("skip_unreadable", "check_images", "augment"),
 )
-# What a record says of these holds for the start it was written by alone.
-OF_ONE_START = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
+# Options of a single launch: never taken from a checkpoint's record.
+LAUNCH_ONLY = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
 # A resumed run may change these: where and how it runs, and by which measure it is evaluated.
 RESUMABLE = {
-    *OF_ONE_START,
+    *LAUNCH_ONLY,
     *("data_root", "save", "measure", "print_freq", "save_every_steps", "save_every_minutes"),
     *("workers", "skip_unreadable", "check_images"),
 }
@@ -242,13 +242,11 @@ _EXAMPLES = """\
 examples:
   python train_{stage}.py                                     the embedded demo, minutes on a CPU
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
-  python train_{stage}.py --data-root photos                  your own images: photos/train/CLASS/*.jpg,
-  photos/test/CLASS/*.jpg
+  python train_{stage}.py --data-root photos                  your images: photos/{{train,test}}/CLASS/*.jpg
 
 A preset takes the place of the defaults shown, and flags take the place of the preset.
 """
-# Flags that exclude each other.
-_APART = (
+_MUTUALLY_EXCLUSIVE = (
     ("resume", "overwrite"),
     ("single_stage", "pretrained"),
     ("evalmode", "resume"),
@@ -296,13 +294,13 @@ class CommandLine:
         typed = self.typed if stored or inherited else _with_data_and_preset(self.typed)
         takes_other_data = self.stage == "GE" and {"preset", "data"} & self.typed.keys()
         if inherited and takes_other_data:
-            kept = (*NETWORK_OPTIONS, "arch", "exits", "image_size")
+            kept = (*MSDNET_OPTIONS, "arch", "exits", "image_size")
             inherited = {name: inherited[name] for name in kept if name in inherited}
         known = stored or inherited or {}
         self._check_images_are_there(known)
         self._check_split(known)
         if stored is not None:
-            base = {name: value for name, value in stored.items() if name not in OF_ONE_START}
+            base = {name: value for name, value in stored.items() if name not in LAUNCH_ONLY}
         else:
             base = self._of_preset_and_origin(typed, inherited or {})
         values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
@@ -357,7 +355,7 @@ class CommandLine:
             )
 
     @property
-    def origin(self) -> Path | None:
+    def pretrained_run(self) -> Path | None:
         """The run or file of this project that --pretrained names; None for weights of a library."""
         is_own = self.typed.get("arch", DEFAULTS["arch"]) in OWN_NETWORKS
         return self.typed.get("pretrained") if is_own else None
@@ -370,17 +368,17 @@ class CommandLine:
         weights of a library; else a neighbour of the run that --pretrained names, or save/NAME/STAGE for a
         shipped network.
         """
-        origin = self.typed.get("pretrained")
+        pretrained = self.typed.get("pretrained")
         if "save" in self.typed:
             return self.typed["save"]
-        if "preset" in self.typed or origin is None:
+        if "preset" in self.typed or pretrained is None:
             return Path("save") / self.typed.get("preset", DEFAULTS["preset"]) / self.stage
         if "arch" in self.typed:
             return Path("save") / self.typed["arch"].split("/")[-1] / self.stage
-        if origin.is_dir() or origin.name in ("best.safetensors", "last.pt"):
-            run = origin if origin.is_dir() else origin.parent
+        if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
+            run = pretrained if pretrained.is_dir() else pretrained.parent
             return run.with_name(f"{run.name}_2" if self.stage == "GE" else self.stage)
-        name = DEFAULTS["preset"] if self.stage == "IMTA" else origin.name.split(".")[0]
+        name = DEFAULTS["preset"] if self.stage == "IMTA" else pretrained.name.split(".")[0]
         return Path("save") / name / self.stage
 
     def _check_images_are_there(self, known: dict[str, Any]) -> None:
@@ -389,7 +387,7 @@ class CommandLine:
         root = known.get("data_root")
         if root is None or not is_folder(root):
             were = f"are those of {known['data']}" if root is None else f"were in {root}"
-            raise UserError(f"the images of this checkpoint {were}; say with --data-root where they are")
+            raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
 
     def _check_split(self, known: dict[str, Any]) -> None:
         for name in ("val_size", "test_size", "split_seed"):
@@ -398,7 +396,7 @@ class CommandLine:
                 given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
                     f"the checkpoint's images were held out {given}, "
-                    f"not with {self.typed[name]}; they stay so"
+                    f"not with {self.typed[name]}; the split cannot change"
                 )
 
     def _of_preset_and_origin(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
@@ -431,8 +429,8 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     """
     parser = build_parser(stage)
     typed = vars(parser.parse_args(argv))
-    if mistake := _mistake(typed):
-        parser.error(mistake)
+    if conflict := _find_conflict(typed):
+        parser.error(conflict)
     has_origin = "single_stage" not in typed and "pretrained" in typed
     # Then the record in --save says which data they are, and --data-root only where they lie now: neither
     # the data set nor the preset follows from what was typed.
@@ -454,12 +452,12 @@ def _with_data_and_preset(typed: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def _mistake(typed: dict[str, Any]) -> str | None:
-    for first, second in _APART:
+def _find_conflict(typed: dict[str, Any]) -> str | None:
+    for first, second in _MUTUALLY_EXCLUSIVE:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
-    if mistake := _optimizer_mistake(typed) or _arch_mistake(typed):
-        return mistake
+    if conflict := _optimizer_conflict(typed) or _arch_conflict(typed):
+        return conflict
     if typed.get("compile", "auto") not in ("auto", "off") and typed.get("checkpoint_activations"):
         return "--compile and --checkpoint-activations do not go together"
     if "evaluate_from" in typed and "evalmode" not in typed:
@@ -467,7 +465,7 @@ def _mistake(typed: dict[str, Any]) -> str | None:
     return None
 
 
-def _optimizer_mistake(typed: dict[str, Any]) -> str | None:
+def _optimizer_conflict(typed: dict[str, Any]) -> str | None:
     if typed.get("optimizer") == "adamw" and (wrong := {"momentum", "nesterov"} & typed.keys()):
         return f"{flag_of(min(wrong))} belongs to --optimizer sgd"
     if typed.get("nesterov") and typed.get("momentum") == 0:
@@ -475,7 +473,7 @@ def _optimizer_mistake(typed: dict[str, Any]) -> str | None:
     return None
 
 
-def _arch_mistake(typed: dict[str, Any]) -> str | None:
+def _arch_conflict(typed: dict[str, Any]) -> str | None:
     arch = typed.get("arch", DEFAULTS["arch"])
     if arch in OWN_NETWORKS and "exits" in typed:
         return "--exits is for networks of torchvision and timm (--arch NAME)"
@@ -543,7 +541,15 @@ def build_parser(stage: str) -> CommandLineParser:
         groups["collaboration and distillation"] = _add_stage_2
     for title, add_flags in groups.items():
         add_flags(parser.add_argument_group(title).add_argument)
+    if stage == "GE":
+        parser.flags_elsewhere = dict.fromkeys(_stage_2_flags(), "train_IMTA.py")
     return parser
+
+
+def _stage_2_flags() -> list[str]:
+    parser = CommandLineParser(add_help=False)
+    _add_stage_2(parser.add_argument)
+    return parser.spellings()
 
 
 def _one_of(values: Iterable[str]) -> dict[str, Any]:
@@ -558,7 +564,7 @@ def _add_common(add: Callable) -> None:
     add(
         "--preset",
         **_one_of(PRESETS),
-        help="settings that all other flags change (default: that of --data, else demo)",
+        help="base settings; other flags override them (default: that of --data, else demo)",
     )
     add(
         "--data",

@@ -6,10 +6,11 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NoReturn
 
 LONGEST_MESSAGE = 600  # characters
@@ -122,16 +123,32 @@ def _text(path: Path) -> str:
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """A parser that ends the program with one line and status 2 after a mistake."""
+    """A parser that ends the program with one line and status 2 after a mistake.
+
+    Attributes:
+        flags_elsewhere: Names of other programs, by the flags that they have and this one has not.
+    """
+
+    flags_elsewhere: Mapping[str, str] = MappingProxyType({})
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments; for an unknown flag, suggest the most similar one."""
+        """Parse the arguments; for an unknown flag, name its program or the most similar flag."""
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            similar = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {similar[0]}?" if similar else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0].split('=')[0])}")
         return arguments
+
+    def _hint(self, flag: str) -> str:
+        if flag in self.flags_elsewhere:
+            return f"; {flag} is a flag of {self.flags_elsewhere[flag]}"
+        # Without the dashes, which would make all short flags alike.
+        spellings = {spelling.lstrip("-"): spelling for spelling in self.spellings()}
+        similar = difflib.get_close_matches(flag.lstrip("-"), spellings, n=1, cutoff=0.7)
+        return f"; did you mean {spellings[similar[0]]}?" if similar else ""
+
+    def spellings(self) -> list[str]:
+        """Return all spellings of all flags."""
+        return [spelling for action in self._actions for spelling in action.option_strings]
 
     def flags(self) -> dict[str, str]:
         """Return the first spelling of every flag, by the name under which its value is kept."""

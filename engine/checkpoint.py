@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from args import NETWORK_OPTIONS, flag_of, from_record
+from args import MSDNET_OPTIONS, flag_of, from_record
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
@@ -66,7 +66,7 @@ def load_saved(path: Path, typed: dict[str, Any]) -> SavedNetwork:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     config = {**network.stage_1.config, **network.config}
-    for name in typed.keys() & {*NETWORK_OPTIONS}:
+    for name in typed.keys() & {*MSDNET_OPTIONS}:
         value = typed[name]
         if name not in config:
             raise UserError(f"{path} has no {flag_of(name)}: it is {network.kind}")

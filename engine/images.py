@@ -12,7 +12,7 @@ from models.description import DataInfo, Split
 def images_to_start(
     session: Session, origin: SavedNetwork | None, preprocessing: Preprocessing | None, may_change: bool
 ) -> Data:
-    """Read the images of a new run. Those held out from the network to start from stay so.
+    """Read the images of a new run. Images held out from the network to start from stay held out.
 
     Args:
         session: The run.

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from args import NETWORK_OPTIONS, OWN_NETWORKS
+from args import MSDNET_OPTIONS, OWN_NETWORKS
 from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, MSDNet, build_backbone
@@ -20,7 +20,7 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
     num_classes = len(data.class_names)
     try:
         if settings.arch == "msdnet":
-            return MSDNet(num_classes, **{name: getattr(settings, name) for name in NETWORK_OPTIONS})
+            return MSDNet(num_classes, **{name: getattr(settings, name) for name in MSDNET_OPTIONS})
         return build_backbone(
             settings.arch,
             settings.exits,

@@ -82,7 +82,9 @@ class RunDirectory:
         try:
             str(self.path).encode()  # TensorBoard writes into no other folders
         except UnicodeEncodeError:
-            raise UserError(f"cannot write into --save {str(self.path)!a}: its name is no text") from None
+            raise UserError(
+                f"cannot write into --save {str(self.path)!a}: its name is not valid UTF-8"
+            ) from None
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         owner = os.getpid()
         self.path.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ class Stage(ABC):
         Raises:
             UserError, OSError: It is not there, cannot be read, or is another network than the flags say.
         """
-        return None if command.origin is None else load_saved(command.origin, command.typed)
+        path = command.pretrained_run
+        return None if path is None else load_saved(path, command.typed)
 
     def preprocessing(
         self, settings: Namespace, origin: SavedNetwork | None

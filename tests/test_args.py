@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from args import DEFAULTS, NETWORK_OPTIONS, RELEASED_CHOICES, flag_of, from_record, parse
+from args import DEFAULTS, MSDNET_OPTIONS, RELEASED_CHOICES, flag_of, from_record, parse
 from engine.record import plain
 from models.options import block_depths
 from utils import UserError
@@ -37,7 +37,7 @@ def test_help_explains_every_flag_with_its_default(capsys, stage):
 def test_settings_are_every_default_and_never_enter_the_network():
     settings = parse("GE", []).settings()
     assert vars(settings).keys() == DEFAULTS.keys()
-    assert set(NETWORK_OPTIONS) < vars(settings).keys()
+    assert set(MSDNET_OPTIONS) < vars(settings).keys()
 
 
 def test_published_presets():
@@ -134,6 +134,17 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, flags, words):
     assert words in message
 
 
+@pytest.mark.parametrize("flags", [["--kl", "sum"], ["--kl=sum"], ["-T", "2"], ["--no-isc"]])
+def test_a_flag_of_stage_2_alone_is_named_as_such(capsys, flags):
+    with pytest.raises(SystemExit):
+        parse("GE", flags)
+    flag = flags[0].split("=")[0]
+    assert (
+        f"unrecognized arguments: {' '.join(flags)}; {flag} is a flag of train_IMTA.py"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "directory"),
     [
@@ -177,7 +188,7 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
 
 def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
     stage_1 = plain(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings())
-    with pytest.raises(UserError, match="say with --data-root where they are"):
+    with pytest.raises(UserError, match="pass --data-root DIR"):
         parse("IMTA", []).settings(inherited=stage_1)
     assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(stored=stage_1).data_root == Path("new")
 
@@ -187,7 +198,7 @@ def test_held_out_images_stay_those_of_stage_1(flags):
     stage_1 = plain(parse("GE", ["--val-size", "7"]).settings())
     with pytest.raises(UserError, match="the checkpoint's images were held out with"):
         parse("IMTA", flags).settings(inherited=stage_1)
-    with pytest.raises(UserError, match="they stay so"):
+    with pytest.raises(UserError, match="the split cannot change"):
         parse("GE", ["--evalmode", *flags]).settings(stored=stage_1)
     assert parse("IMTA", ["--val-size", "7"]).settings(inherited=stage_1).val_size == 7
 
@@ -222,7 +233,7 @@ def test_the_command_that_resumes():
 
 
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])
-def test_every_flag_that_takes_a_path_knows_the_home(monkeypatch, tmp_path, stage):
+def test_every_flag_that_takes_a_path_expands_the_home(monkeypatch, tmp_path, stage):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("data_root", "save", "pretrained", "evaluate_from")
     command = parse(stage, ["--evalmode", *(f"{flag_of(name)}=~/x" for name in names)])

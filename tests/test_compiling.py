@@ -21,7 +21,7 @@ class OtherFails(NamedTuple):
 
     device: torch.device = torch.device("cpu")
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return what the other process said."""
         return 1
 

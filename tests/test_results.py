@@ -129,7 +129,7 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     accuracy = network.description.accuracy["test_acc1"][2]
     assert f"| 3 | {millions(network.description.operations[2])} | {accuracy:.2f} | " in card
     assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
-    assert "say with --save where its tables go" in capsys.readouterr().err
+    assert "pass --save DIR for its tables" in capsys.readouterr().err
     # It is taken as stage 1 by its path, and goes on from there.
     assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *TINY_STAGE_2]) == 0
 
