@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from image_data.batches import WAYS_ON, Batches, FileBatches, InMemoryBatches
+from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
 from image_data.parts import NORMALIZATION, DataSet, Part, Shard
 from image_data.reading import file_size, read_image
@@ -116,10 +116,10 @@ def load_data(
     transforms = evaluation, evaluation if settings.augment == "none" else augmented
 
     def batches(name: str) -> Batches:
-        how = (settings, name == "train", normalize, shard or Shard())
+        augment, own_shard = name == "train", shard or Shard()
         if parts[name].images is not None:
-            return InMemoryBatches(parts[name], *how)
-        return FileBatches(parts[name], transforms, *how)
+            return InMemoryBatches(parts[name], settings, augment, normalize, own_shard)
+        return FileBatches(parts[name], transforms, settings, augment, normalize, own_shard)
 
     train, val, test = map(batches, ("train", "val", "test"))
     if settings.check_images:
@@ -245,7 +245,7 @@ def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
         return
     summary = errors[0] + (f", and {len(errors) - 1:,} more" if len(errors) > 1 else "")
     if not skip:
-        raise UserError(f"{summary}; {WAYS_ON}")
+        raise UserError(f"{summary}; {UNREADABLE_HINT}")
     notes.append(f"skipped: {summary}")
 
 

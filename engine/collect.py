@@ -24,7 +24,7 @@ def collect_logits(
         others.
     """
     network.eval()
-    count = len(batches.own())
+    count = len(batches.local_indices())
     logits = torch.empty(count, network.num_exits, network.num_classes)
     targets = torch.empty(count, dtype=torch.int64)
     start = 0
@@ -33,7 +33,7 @@ def collect_logits(
         logits[part] = torch.stack(network(images), dim=1).float().cpu()
         targets[part] = labels.cpu()
         start += len(labels)
-    indices = batches.own()  # fewer if some could not be read
+    indices = batches.local_indices()  # fewer if some could not be read
     logits, targets = (processes.gather(own[:start], indices) for own in (logits, targets))
     batches.collected = processes.gather(indices, indices)
     if not processes.is_main:

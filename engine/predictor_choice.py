@@ -55,7 +55,7 @@ def choose_predictor(
         UserError: What is asked for is impossible; the line says what is possible.
     """
     source = arguments.policy or policy_path(path)
-    is_needed = arguments.policy or arguments.rule or _asks_for_point(arguments)
+    is_needed = arguments.policy or arguments.rule or _has_limit(arguments)
     curve = read_policy(source) if is_needed or source.exists() else None
     folded = fold(network) if curve is None else folded_for(network, curve, source)
     if arguments.deadline is not None:
@@ -69,8 +69,8 @@ def choose_predictor(
     return _by_operations(folded, curve, arguments)
 
 
-def _asks_for_point(arguments: argparse.Namespace) -> bool:
-    return any(wish is not None for wish in (arguments.budget, arguments.accuracy, arguments.max_loss))
+def _has_limit(arguments: argparse.Namespace) -> bool:
+    return any(limit is not None for limit in (arguments.budget, arguments.accuracy, arguments.max_loss))
 
 
 def _by_deadline(network: ExitNetwork, curve: PolicyCurve | None, deadline: float, batch_size: int) -> Choice:
@@ -98,7 +98,7 @@ def _by_milliseconds(
 
 def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace) -> Choice:
     promise, note = _promise(arguments), ""
-    if _asks_for_point(arguments):
+    if _has_limit(arguments):
         operations = None
         if arguments.budget is not None:
             unit = 1e6 if arguments.budget.unit == "M" else curve.whole_operations / 100

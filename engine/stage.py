@@ -1,4 +1,7 @@
-"""The interface of a stage: everything in which the two training programs differ."""
+"""The interface of a stage: what the two training programs build, train and check.
+
+Their flags, defaults and presets differ too: see ``args``.
+"""
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
@@ -10,7 +13,6 @@ from engine.checkpoint import SavedNetwork, load_saved
 from models import Description, ExitNetwork
 from models.description import DataInfo
 from models.zoo import Preprocessing
-from utils import UserError
 
 
 class Stage(ABC):
@@ -20,7 +22,7 @@ class Stage(ABC):
         name: Name of the stage in ``args`` and in directories.
         may_change_data: Whether it may train on other data than the network it starts from.
         origin_title: Title of the curves of the network it starts from, None not to draw them.
-        frozen_changed: Message if something changed that must not.
+        frozen_changed: Message of the error if something changed that must not.
         next_command: What to do with the finished run; the run's directory is appended.
     """
 
@@ -53,7 +55,8 @@ class Stage(ABC):
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> nn.Module:
         """Build the module (images, targets) -> (losses (N,), logits (N, K, C)) that trains ``network``.
 
-        It is too late to refuse anything here: with --overwrite the old run is gone.
+        Must not raise UserError: with --overwrite the previous run has been deleted by now. Validate in
+        ``make_network``.
         """
 
     @abstractmethod
@@ -72,10 +75,10 @@ class Stage(ABC):
             description: It holds the digest from before.
 
         Raises:
-            UserError: Something changed.
+            RuntimeError: Something changed, which is a bug.
         """
         if self.frozen_digest(network) != description.frozen_digest:
-            raise UserError(self.frozen_changed)
+            raise RuntimeError(self.frozen_changed)
 
     def share_of_work(self, settings: Namespace) -> float:
         """Return the share of a whole training's operations that compiling makes faster on a CPU."""

@@ -223,7 +223,7 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
     smallest = min(map(len, chunks))
     if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
         raise UserError(
-            "the BatchNorm of the ISC links needs at least 2 images at a time; "
+            "BatchNorm1d needs at least 2 images per process, and per GPU and part of --accumulate; "
             f"--batch-size {settings.batch_size} gives {smallest}"
         )
 
@@ -231,9 +231,9 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
 def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     if settings.compile == "off":
         return objective
-    # The function of Gradient Equilibrium depends on its arguments alone, so its compiled gradient may be
-    # cached. The only other setting is an environment
-    # variable, which has to be set before anything else in the process compiles.
+    # By default AOTAutograd caches no graph with a custom autograd.Function, such as that of Gradient
+    # Equilibrium, as its result could depend on global state. Ours depends on its arguments alone. The
+    # environment variable of this setting would have to be set before anything in the process compiles.
     if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hide that there is no GPU

@@ -39,7 +39,7 @@ from models.normalizer import Normalizer
 from utils import UserError, print_error
 
 Batch = tuple[Tensor, Tensor]
-WAYS_ON = "repair or remove it, or leave it out with --skip-unreadable"
+UNREADABLE_HINT = "repair or remove it, or leave it out with --skip-unreadable"
 
 
 class Batches(ABC):
@@ -78,18 +78,18 @@ class Batches(ABC):
         """Return the number of steps per epoch."""
         return self.num_images // self.batch_size
 
-    def own(self) -> Tensor:
+    def local_indices(self) -> Tensor:
         """Return the indices of the images that this process evaluates, if they were not found unreadable."""
-        own = self.chosen
-        if own is None:
-            own = torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
-        return own[~torch.isin(own, torch.tensor(sorted(self.unreadable), dtype=torch.int64))]
+        indices = self.chosen
+        if indices is None:
+            indices = torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
+        return indices[~torch.isin(indices, torch.tensor(sorted(self.unreadable), dtype=torch.int64))]
 
     def spread(self, count: int) -> "Batches":
         """Return batches of about ``count`` of this process's images, evenly spread over their order."""
-        own, part = self.own(), copy.copy(self)
-        part.chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
-        return part
+        indices, batches = self.local_indices(), copy.copy(self)
+        batches.chosen = indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).long()]
+        return batches
 
     def picture(self, row: int) -> Tensor:
         """Return the image behind a row of the collected results, bytes (3, H, W)."""
@@ -114,8 +114,8 @@ class Batches(ABC):
 class InMemoryBatches(Batches):
     """Batches of small images, (N, 3, H, W) bytes that live on the device; arguments as for ``Batches``."""
 
-    def __init__(self, part: Part, *how: Any):
-        super().__init__(part, *how)
+    def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
+        super().__init__(part, settings, augment, normalize, shard)
         self.images, self.targets = part.images.to(self.device), part.targets.to(self.device)
         self.policy = augmentation_policy(self.augment)
 
@@ -145,7 +145,7 @@ class InMemoryBatches(Batches):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the images of this process once."""
-        for chosen in self.own().to(self.device).split(self.batch_size):
+        for chosen in self.local_indices().to(self.device).split(self.batch_size):
             yield self.normalize(self.images[chosen]), self.targets[chosen]
 
 
@@ -155,11 +155,22 @@ class FileBatches(Batches):
     Args:
         part: The files.
         transforms: For evaluation and for training.
-        settings: As for ``Batches``, like the rest.
+        settings: As for ``Batches``.
+        augment: As for ``Batches``.
+        normalize: As for ``Batches``.
+        shard: As for ``Batches``.
     """
 
-    def __init__(self, part: Part, transforms: tuple[Transform, Transform], settings: Namespace, *how: Any):
-        super().__init__(part, settings, *how)
+    def __init__(
+        self,
+        part: Part,
+        transforms: tuple[Transform, Transform],
+        settings: Namespace,
+        augment: bool,
+        normalize: Normalizer,
+        shard: Shard,
+    ):
+        super().__init__(part, settings, augment, normalize, shard)
         self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
         self.files, self.targets = [os.fspath(file) for file in part.files], part.targets.tolist()
         self.plain, self.augmented = transforms
@@ -200,7 +211,7 @@ class FileBatches(Batches):
                 return None
             return image, self.targets[index]
 
-        return self._load(read, self.own().split(self.batch_size))
+        return self._load(read, self.local_indices().split(self.batch_size))
 
     def check(self) -> list[str]:
         """Read all images of this process, and return a line about each that is unreadable."""
@@ -212,7 +223,7 @@ class FileBatches(Batches):
                 return str(error)
             return None
 
-        parts = map_batches(problem, (part.tolist() for part in self.own().split(64)), self.workers)
+        parts = map_batches(problem, (part.tolist() for part in self.local_indices().split(64)), self.workers)
         return [line for part in parts for line in part if line is not None]
 
     def _read(self, index: int, transform: Transform) -> Tensor | None:
@@ -221,7 +232,7 @@ class FileBatches(Batches):
             return read_image(self.files[index], transform)
         except UserError as error:
             if not self.skip_unreadable:
-                raise UserError(f"{error}; {WAYS_ON}; a run is continued with --resume") from None
+                raise UserError(f"{error}; {UNREADABLE_HINT}; a run is continued with --resume") from None
             if index not in self._named:
                 self._named.add(index)
                 with tqdm.external_write_mode():

@@ -70,7 +70,7 @@ def test_processes_share_every_batch_and_every_evaluation(image_folder, size):
     counts = [sum(len(t) for _, t in part.test) for part in parts]
     assert counts == [8, 7]
     none = load_data(folder_settings(image_folder, "--val-size", "0"), CPU, Shard(1, 2)).val
-    assert (none.num_images, len(none.own())) == (0, 0)
+    assert (none.num_images, len(none.local_indices())) == (0, 0)
 
 
 @pytest.mark.parametrize("size", ["32", "80"])
@@ -140,10 +140,10 @@ def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, c
     together = torch.cat([images for step in steps for images, _ in step])
     assert torch.equal(together, whole[0])
     for part in (data, *shares):
-        count = len(part.test.own())
+        count = len(part.test.local_indices())
         labels = torch.cat([targets for _, targets in part.test])
-        assert len(labels) == len(part.test.own()) in (count, count - 1)
-    assert len(data.test.own()) == 14
+        assert len(labels) == len(part.test.local_indices()) in (count, count - 1)
+    assert len(data.test.local_indices()) == 14
     notes = load_data(folder_settings(image_folder, *flags, "--skip-unreadable", "--check-images"), CPU).notes
     assert "bee/3.png" in notes[-1]
     assert "and 1 more" in notes[-1]
