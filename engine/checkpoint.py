@@ -18,7 +18,7 @@ from args import MSDNET_OPTIONS, flag_of, from_record
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
-from models.released import read_checkpoint
+from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
 from utils import UserError, atomic_write
 

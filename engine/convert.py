@@ -26,10 +26,11 @@ from image_data.parts import NORMALIZATION
 from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
-from models.files import SUFFIX
+from models.files import SUFFIX, is_network_file
 from models.network import network_options
 from models.options import NETWORK_FIELDS
-from models.released import PUBLISHED_NAMES, STATE_DICTS, is_network_file, read_checkpoint
+from models.pytorch_files import STATE_DICTS, read_checkpoint
+from models.released import PUBLISHED_NAMES
 from models.saved import FORMAT, from_tensors, read_safetensors, tensor_bytes
 from utils import (
     CommandLineParser,
@@ -185,7 +186,8 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
     )
     save_network(output, network, description, Split.unknown())
     found = [key for key in STATE_DICTS if isinstance(checkpoint.get(key), Mapping)]
-    others = [key for key in checkpoint if "ema" in str(key).lower() or "average" in str(key).lower()]
+    averages = [key for key in checkpoint if "ema" in str(key).lower() or "average" in str(key).lower()]
+    others = [key for key in averages if key not in found[:1]]
     taken = f", from {found[0]!r}, not from {others[0]!r}" if found and others else ""
     return f"network: {output}{taken}"
 

@@ -6,7 +6,7 @@ Reading order:
 
 - the paper: ``layers``, ``msdnet``, ``losses``, ``imta``, ``network`` (the interface of all), ``lazy``;
 - other networks: ``backbone``, ``tracing``, ``zoo``;
-- files: ``saved``, ``released``, ``files``, ``description``.
+- files: ``saved``, ``released``, ``pytorch_files``, ``files``, ``description``.
 """
 
 from .backbone import Backbone, build_backbone

@@ -37,3 +37,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
 def networks_in(folder: Path) -> list[Path]:
     """Return the network files of a folder, sorted, without their ``NAME.reference.safetensors``."""
     return [file for file in sorted(folder.glob(f"*{SUFFIX}")) if not Path(file.stem).suffix]
+
+
+def is_network_file(path: Path) -> bool:
+    """Return True if a file is, or should be, a safetensors file."""
+    if path.suffix == SUFFIX or not path.is_file():
+        return path.suffix == SUFFIX
+    with path.open("rb") as stream:
+        return stream.read(9)[8:] == b"{"

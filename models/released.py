@@ -10,10 +10,7 @@ Example:
 """
 
 import os
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import SUFFIX
+from .files import is_network_file
 from .imta import IMTA
 from .layers import Transition
 from .msdnet import MSDNet
+from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 Flags = dict[str, Any]
@@ -55,9 +53,8 @@ _PUBLISHED = {
     ],
     False: [{**_IMAGENET, "stepmode": "even", "base": depth, "step": depth} for depth in range(2, 8)],
 }
-# Under these names programs keep the state dict, and before its names wrappers put these.
-STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state")
-_WRAPPERS = ("module", "_orig_mod", "model")
+# No module of the released networks has such a name.
+_WRAPPERS = (*WRAPPERS, "model")
 
 
 def load_released(
@@ -108,14 +105,6 @@ def load_released(
         raise ValueError(f"{source}: {error}") from error
     network.load_state_dict(weights, assign=True)
     return network.eval()
-
-
-def is_network_file(path: Path) -> bool:
-    """Return True if a file is, or should be, a safetensors file."""
-    if path.suffix == SUFFIX or not path.is_file():
-        return path.suffix == SUFFIX
-    with path.open("rb") as stream:
-        return stream.read(9)[8:] == b"{"
 
 
 def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
@@ -193,47 +182,6 @@ def _parse_flags(given: Flags) -> Flags:
             [int(part) for part in flags[flag].split("-")] if isinstance(flags[flag], str) else flags[flag]
         )
     return flags
-
-
-def read_checkpoint(path: Path) -> Mapping:
-    """Load a dictionary of tensors and plain types, on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, of another kind, or needs more than that. One line that names the file and
-            the reason.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        # PyTorch does not compare the archive's checksums: flipped bits would become weights.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged!a:.80} does not match")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A damaged or foreign file can make any part of the readers fail.
-        refused = (
-            re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        )
-        if refused:
-            raise ValueError(
-                f"{path}: besides tensors it holds {refused[1]}, which is not loaded since it could run "
-                "code. If you trust its origin, "
-                "save its 'state_dict' alone on the machine it comes from, or allow that class with "
-                "torch.serialization.safe_globals"
-            ) from error
-        reason = (
-            str(error)
-            if type(error) is ValueError and len(str(error)) < 120
-            else f"{type(error).__name__} while reading it"
-        )
-        raise ValueError(f"{path}: it is no PyTorch checkpoint, or a damaged one ({reason})") from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path}: it holds a {type(checkpoint).__name__}, not a checkpoint or state dict")
-    return checkpoint
 
 
 def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .files import is_network_file
+from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
+
 TIMM_PREFIX = "timm/"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Under these names programs keep the state dict, and before the names of its tensors wrappers put these.
-_STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state", "state_dict_ema", "model_ema")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class NeedsNetworkError(ValueError):
@@ -168,26 +168,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: It holds no state dict, or cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            is_safetensors = stream.read(9)[8:] == b"{"
-        found = (
-            safetensors.torch.load_file(path)
-            if is_safetensors
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can make any part of the readers fail
-        raise ValueError(f"{path} is damaged, or holds more than weights ({type(error).__name__})") from None
-    for name in _STATE_DICTS:
+    found: Any
+    if is_network_file(path):
+        try:
+            found = safetensors.torch.load_file(path)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file can make any part of the reader fail
+            raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    else:
+        found = read_checkpoint(path)
+    for name in STATE_DICTS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{path} holds no state dict of a network")
     weights = {}
     for name, x in found.items():
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper)
+        for wrapper in WRAPPERS:
+            name = name.removeprefix(f"{wrapper}.")
         weights[name] = x
     return weights

@@ -14,7 +14,7 @@ from adaptive_inference.policy_files import read_policy
 from engine import convert
 from engine.checkpoint import load_checkpoint, load_saved
 from models import MSDNet, load, to_released
-from models.released import read_checkpoint
+from models.pytorch_files import read_checkpoint
 from utils import UserError
 
 FORMAT_2 = Path(__file__).parent / "fixtures" / "format_2"
