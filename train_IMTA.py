@@ -40,10 +40,11 @@ class Distillation(nn.Module):
     def __init__(self, network: IMTA, settings: Namespace):
         super().__init__()
         self.network = network
-        self.frozen = None
+        self.folded_backbone = None
         if network.freeze_batchnorm:
-            # It runs with BatchNorm folded and without autograd, in the dtype of mixed precision.
-            self.frozen = fold(network.backbone, settings.channels_last, mixed_precision(settings))
+            # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed
+            # precision. The teacher's classifiers are read from the original, which folding does not touch.
+            self.folded_backbone = fold(network.backbone, settings.channels_last, mixed_precision(settings))
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,
@@ -53,7 +54,8 @@ class Distillation(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute losses and logits of images (N, 3, H, W) with targets (N,)."""
-        features = self.network.features(images) if self.frozen is None else self._frozen_features(images)
+        is_frozen = self.folded_backbone is not None
+        features = self._frozen_features(images) if is_frozen else self.network.features(images)
         logits = self.network.classify(features)
         teacher_logits = self.network.teacher_logits(features, logits)
         losses = one_for_all_loss(logits, targets, teacher_logits, **self.loss_options)
@@ -61,7 +63,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> list[Tensor]:
-        return self.frozen.features(images)
+        return self.folded_backbone.features(images)
 
 
 class Stage2(Stage):

@@ -132,7 +132,7 @@ def test_every_arm_of_the_paper_trains(runs, flags):
 def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
     def unfolded(stage, network, settings):
         objective = real(stage, network, settings)
-        objective.frozen = None
+        objective.folded_backbone = None
         return objective
 
     real = train_IMTA.Stage2.make_objective
