@@ -32,7 +32,7 @@ class ExitNetwork(nn.Module, ABC):
     """A network with classifiers (exits) along its depth.
 
     Attributes:
-        kinds: Classes of networks by name. A subclass is entered when it is defined; files name it.
+        kinds: Classes of networks by the name that files give them. A subclass is entered when it is defined.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
@@ -54,9 +54,25 @@ class ExitNetwork(nn.Module, ABC):
     description: Any = None
     fingerprint: str | None = None
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Enter the new class in ``kinds``."""
+    def __init_subclass__(cls, in_files: bool = True, **options: Any) -> None:
+        """Enter the new class in ``kinds``.
+
+        Args:
+            in_files: False leaves it out: such networks cannot be saved.
+            options: Those of other base classes.
+
+        Raises:
+            TypeError: Another class has this name. The same class may be defined again, as in a notebook.
+        """
         super().__init_subclass__(**options)
+        if not in_files:
+            return
+        other = ExitNetwork.kinds.get(cls.__name__, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"there is a network {cls.__name__} already, in {other.__module__}, and files name networks "
+                f"by their classes: give the one in {cls.__module__} another name"
+            )
         ExitNetwork.kinds[cls.__name__] = cls
 
     @property

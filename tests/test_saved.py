@@ -17,7 +17,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
-from models.network import network_options
+from models.network import ExitNetwork, build_network, network_options
 from models.saved import read_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
@@ -173,6 +173,19 @@ def test_contents_that_do_not_belong_together(network, path):
             load(path)
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_types_in_files_are_classes_that_can_be_saved():
+    with pytest.raises(ValueError, match=r"its type is 'FoldedNetwork', not one of .*MSDNet") as raised:
+        build_network({"type": "FoldedNetwork"})
+    assert str(raised.value).count("FoldedNetwork") == 1
+    known = dict(ExitNetwork.kinds)
+    with pytest.raises(TypeError, match=r"there is a network Backbone already, in models\.backbone"):
+
+        class Backbone(ExitNetwork):
+            pass
+
+    assert ExitNetwork.kinds == known
 
 
 def test_files_to_convert_name_the_command(network, path):
