@@ -7,12 +7,13 @@ Example:
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from adaptive_inference.policies import Point, PolicyCurve
 from utils import UserError
 
 
+@runtime_checkable
 class Promise(Protocol):
     """A promise that some points of a curve keep, such as ``promises.risk.MaxLoss``."""
 
@@ -83,7 +84,10 @@ def allowed_points(
     Raises:
         UserError: No point does; the line says what is possible.
         ValueError: ``max_loss`` with a ``rule``.
+        TypeError: ``max_loss`` is no promise, such as a number.
     """
+    if max_loss is not None and not isinstance(max_loss, Promise):
+        raise TypeError(f"max_loss is {max_loss!r}; it must be a promise, such as promises.risk.MaxLoss(1.0)")
     if max_loss is not None and rule is not None:
         raise ValueError(f"max_loss has a rule of its own, certified; {rule} promises nothing")
     points = list(curve.of_rule(rule)) if max_loss is None else max_loss.points(curve)

@@ -131,6 +131,8 @@ def test_limits_choose(curve):
         choose(curve, max_loss=MaxLoss(2.0), rule=rule)
     with pytest.raises(ValueError, match="50 to 100"):
         choose(curve, max_loss=MaxLoss(2.0, 0.95))
+    with pytest.raises(TypeError, match="must be a promise"):
+        choose(curve, max_loss=2.0)
     assert curve.nearest(19e6, rule).p == 3
     with pytest.raises(UserError, match="of the rule optimised; there are certified, ensemble, geometric"):
         curve.of_rule("optimised")
