@@ -94,7 +94,7 @@ class AdaptivePredictor:
         if len(images) == 0:
             none = torch.empty(0, dtype=torch.int64, device=images.device)
             return self.finish([torch.empty(0, self.network.num_classes, device=images.device)], none)
-        run = Stepwise(self.network, images)
+        steps = Stepwise(self.network, images)
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         here: Tensor | None = None  # indices of the remaining images, None for all
@@ -102,7 +102,7 @@ class AdaptivePredictor:
         for k, threshold in enumerate(self.policy.thresholds):
             if not self.may_start(k, len(images) if here is None else len(here)):
                 break
-            logits = run.next_logits()
+            logits = steps.next_logits()
             current = next_prediction(self.policy.measure, logits, current)
             # Overwrite the predictions of all remaining images at
             # every exit: that needs no list of those that leave.
@@ -124,7 +124,7 @@ class AdaptivePredictor:
             if len(going_on) == 0:
                 break
             if len(going_on) < len(leaves):
-                run.keep(going_on)
+                steps.keep(going_on)
                 here = going_on if here is None else here[going_on]
                 current = ExitPrediction(current.classes[going_on], current.confidence[going_on])
         return self.finish(seen, exits)

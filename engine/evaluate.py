@@ -109,13 +109,13 @@ class Evaluation:
             self.anytime(*test, policy)
         if "dynamic" in modes:
             self.budgeted(val, test, policy)
-        save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.run.curves)
-        log.line(f"accuracy against operations: {self.session.run.curves}")
+        save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.directory.curves)
+        log.line(f"accuracy against operations: {self.session.directory.curves}")
 
     def known_policy(self) -> Policy | None:
         """Return a policy of the run's file, with its ensemble; None if it is not of this network."""
         try:
-            policy = read_policy(self.session.run.policy, self.network).of_rule(None)[0].policy
+            policy = read_policy(self.session.directory.policy, self.network).of_rule(None)[0].policy
             return policy if policy.temperatures else None
         except UserError:
             return None
@@ -128,7 +128,7 @@ class Evaluation:
             targets: (N,).
             policy: Policy whose temperatures and ensemble are evaluated too.
         """
-        run, log = self.session.run, self.session.log
+        directory, log = self.session.directory, self.session.log
         rows = anytime_rows(logits, targets, self.operations)
         columns = {"ece": calibration_errors(logits, targets)}
         if policy is not None:
@@ -140,8 +140,8 @@ class Evaluation:
                 together = percent_right(classes_together(logits, policy.ensemble), targets)
             columns["ensemble_acc1"] = together
         rows = [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
-        write_csv(run.anytime, rows)
-        log.line(f"\nevery exit on the {len(targets):,} test images ({run.anytime})")
+        write_csv(directory.anytime, rows)
+        log.line(f"\nevery exit on the {len(targets):,} test images ({directory.anytime})")
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
         shown = [row | {"lazy_operations": n} for row, n in zip(rows, lazy, strict=True)]
         names = ["exit", "operations", "lazy_operations", "acc1", "ece"]
@@ -153,32 +153,32 @@ class Evaluation:
 
     def budgeted(self, val: Labelled, test: Labelled, policy: Policy) -> None:
         """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
-        run, log = self.session.run, self.session.log
+        directory, log = self.session.directory, self.session.log
         log.line(temperature_line(policy, len(val[1])))
         curve = find_policies(self.network, self.operations, val, policy, self.has_split)
-        write_policy(run.policy, curve)
+        write_policy(directory.policy, curve)
         if self.has_split:
-            write_reference(run.reference, reference_of(val[0], curve))
+            write_reference(directory.reference, reference_of(val[0], curve))
         else:  # one of an earlier evaluation must not pass for one of images that are new to the network
-            run.reference.unlink(missing_ok=True)
+            directory.reference.unlink(missing_ok=True)
         tables = self._tables(curve, test, policy)
         for path, rows in tables.items():
             write_csv(path, rows)
         log.line(f"\nbudgeted batch prediction ({', '.join(map(str, tables))})")
         log.line(budget_table(*tables.values(), self.operations[-1], len(test[1])))
-        log.line(self._half_line(tables[run.budgeted], *test))
-        log.line(f"thresholds for predict.py: {run.policy}")
+        log.line(self._half_line(tables[directory.budgeted], *test))
+        log.line(f"thresholds for predict.py: {directory.policy}")
         self._draw_examples(*test, curve.nearest(self.operations[-1] / 2, "optimised").policy)
 
     def _tables(self, curve: PolicyCurve, test: Labelled, policy: Policy) -> dict[Path, list[dict]]:
         """Return the rows of the CSV files."""
-        run, alone = self.session.run, ExitPredictions.from_logits(*test, self.measure)
+        directory, alone = self.session.directory, ExitPredictions.from_logits(*test, self.measure)
         together, spent = with_ensemble(alone, test[0], policy, self.operations)
         best = "ensemble" if policy.ensemble else "optimised"
         return {
-            run.budgeted: budget_rows(curve.of_rule("geometric"), alone, self.operations),
-            run.optimised: budget_rows(curve.of_rule("optimised"), alone, self.operations),
-            run.ensemble: budget_rows(curve.of_rule(best), together, spent),
+            directory.budgeted: budget_rows(curve.of_rule("geometric"), alone, self.operations),
+            directory.optimised: budget_rows(curve.of_rule("optimised"), alone, self.operations),
+            directory.ensemble: budget_rows(curve.of_rule(best), together, spent),
         }
 
     def _half_line(self, rows: list[dict], logits: Tensor, targets: Tensor) -> str:
@@ -194,20 +194,20 @@ class Evaluation:
         )
 
     def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
-        run = self.session.run
+        directory = self.session.directory
         easy, hard = easy_and_hard(logits, targets, policy)
         figure = examples_figure(self.data.test.picture, targets, (easy, hard), self.data.info.class_names)
-        save_figure(figure, run.examples)
+        save_figure(figure, directory.examples)
         self.session.log.line(
-            f"images that left first and right, and that only the last exit got right: {run.examples}"
+            f"images that left first and right, and that only the last exit got right: {directory.examples}"
         )
 
     def runtime(self) -> None:
         """Measure time, one image at a time and in batches, and predictions by deadlines."""
-        run, log, network = self.session.run, self.session.log, self.network
+        directory, log, network = self.session.directory, self.session.log, self.network
         if not self.session.processes.is_main:
             return
-        points = distinct(read_policy(run.policy, network).of_rule(None), RUNTIME_POLICIES)
+        points = distinct(read_policy(directory.policy, network).of_rule(None), RUNTIME_POLICIES)
         chosen = self.data.test.spread(RUNTIME_IMAGES)
         images, targets = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         log.line(
@@ -215,17 +215,18 @@ class Evaluation:
             f"{len(points)} different policies and every exit"
         )
         rows, single = self._measured_rows(points, images, targets.cpu())
-        write_csv(run.runtime, rows)
+        write_csv(directory.runtime, rows)
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits)
         acc1 = percent_right(classes_together(self._logits(images), everything.ensemble), targets.cpu())
         deadlines = deadline_rows(network, images, single, acc1, everything)
-        write_csv(run.deadlines, deadlines)
+        write_csv(directory.deadlines, deadlines)
         exits = [{"operations": n, "acc1": a} for n, a in zip(self.operations, acc1, strict=True)]
         budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
-        save_figure(draw_runtime(budgets, exits, deadlines), run.runtime_picture)
+        save_figure(draw_runtime(budgets, exits, deadlines), directory.runtime_picture)
         log.line("\nthe best prediction by a deadline, one image at a time")
         log.line(_deadline_table(deadlines))
-        log.line(f"{len(targets):,} test images; {run.runtime}, {run.deadlines}, {run.runtime_picture}")
+        files = f"{directory.runtime}, {directory.deadlines}, {directory.runtime_picture}"
+        log.line(f"{len(targets):,} test images; {files}")
 
     def _logits(self, images: Tensor) -> Tensor:
         """Return the logits (K, N, C) of images, on the CPU."""

@@ -129,15 +129,15 @@ class Session:
     """A run at work, as every part of it needs to know it.
 
     Attributes:
-        run: Its directory.
+        directory: The directory of the run.
         settings: The settings of ``args``, all resolved.
         processes: The processes that share it.
-        log: Where it tells what happens.
+        log: Log of the run.
         requests: What signals ask for.
         may_train_eagerly: Whether to train without compiled code where compiling the step fails.
     """
 
-    run: RunDirectory
+    directory: RunDirectory
     settings: Namespace
     processes: Processes
     log: Log
@@ -155,7 +155,7 @@ def recorded(session: Session, command: str, resumed: bool, frozen_digest: str |
         resumed: Whether the run continues, and the pieces that are in the file stay.
         frozen_digest: Digest of the network that stage 2 keeps frozen.
     """
-    path = session.run.record
+    path = session.directory.record
     piece = {
         "command": command,
         "began": _now(),

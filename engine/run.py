@@ -97,7 +97,7 @@ def _train_in_process(
         state: The checkpoint to resume from, if there is one.
         origin: The network to start from, if there is one.
     """
-    directory, log, is_main = session.run, session.log, session.processes.is_main
+    directory, log, is_main = session.directory, session.log, session.processes.is_main
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
     if state is None:
         preprocessing = stage.preprocessing(session.settings, origin)
@@ -259,7 +259,7 @@ def _introduce(network: ExitNetwork, data: Data, operations: list[int], session:
     log.line(f"{network.title}: {network.num_exits} exits at {millions(*operations)} operations")
     log.line(
         f"{total:,} parameters, {trained:,} of them learn; "
-        f"{device}, {number}, {precision}; into {session.run.path}"
+        f"{device}, {number}, {precision}; into {session.directory.path}"
     )
 
 
@@ -270,7 +270,7 @@ def _delete_old_run(directory: RunDirectory) -> None:
 
 
 def _to_tensorboard(session: Session, curves: dict[str, RunDirectory]) -> None:
-    directory, writer = session.run, session.log.writer
+    directory, writer = session.directory, session.log.writer
     writer.add_figure("accuracy against operations", draw_curves(known_curves(curves)))
     for path in filter(Path.exists, (directory.budgeted, directory.optimised)):
         for row in read_csv(path, ("operations", "test_acc1")):

@@ -130,7 +130,7 @@ def train(
     """
     trainer = Trainer(objective, description, data, session)
     if state is not None:
-        with damage_named(session.run.last):
+        with damage_named(session.directory.last):
             trainer.restore(state)
     session.requests.at_once = False
     while trainer.progress.epoch < session.settings.epochs:
@@ -290,8 +290,8 @@ class Trainer:
     def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
         if not math.isfinite(loss):
             last = (
-                f"last good checkpoint: {self.session.run.last}"
-                if self.session.run.last.exists()
+                f"last good checkpoint: {self.session.directory.last}"
+                if self.session.directory.last.exists()
                 else "nothing was saved yet"
             )
             raise UserError(
@@ -384,15 +384,15 @@ class Trainer:
                 if name in ("val_acc1", "val_acc5")
             }
             description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.run.best, self.evaluated, description, self.data.split)
+            save_network(self.session.directory.best, self.evaluated, description, self.data.split)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
         constants = {"description": asdict(self.description), **self.data.split._asdict(), "launch": launch}
         running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
         if self.average is not None:
             running["average"] = self.average.state_dict()
         state = {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running}
-        save_checkpoint(self.session.run.last, state)
-        self.session.log.write_history(self.session.run.log, progress.history)
+        save_checkpoint(self.session.directory.last, state)
+        self.session.log.write_history(self.session.directory.log, progress.history)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
@@ -404,7 +404,7 @@ class Trainer:
         self.progress = Progress(**{name: state[name] for name in vars(self.progress) if name in state})
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(state["totals"])
-        self.session.log.write_history(self.session.run.log, self.progress.history)
+        self.session.log.write_history(self.session.directory.log, self.progress.history)
 
 
 def _rounded(value: Any) -> Any:

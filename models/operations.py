@@ -75,10 +75,10 @@ def measure_cost(
 
 def _lazily(network: ExitNetwork, images: Tensor, counter: "_Counter") -> Iterator[None]:
     with counter:
-        run = Stepwise(network, images)
+        steps = Stepwise(network, images)
     for _ in range(network.num_exits):
         with counter:
-            run.next_logits()
+            steps.next_logits()
         yield
 
 

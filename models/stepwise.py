@@ -1,10 +1,10 @@
 """Exit-by-exit evaluation, for custom loops; ``ExitNetwork.early_exit`` is the shortest such loop.
 
 Example:
-    run = Stepwise(network, images)
-    first = run.next_logits()      # (N, C), exit 1
-    run.keep(uncertain)            # a boolean mask or indices: the images that go on
-    second = run.next_logits()     # (n, C), exit 2, of those images only
+    steps = Stepwise(network, images)
+    first = steps.next_logits()    # (N, C), exit 1
+    steps.keep(uncertain)          # a boolean mask or indices: the images that go on
+    second = steps.next_logits()   # (n, C), exit 2, of those images only
 
 Each exit costs only what it reads (MSDNet paper, section 5, "lazy evaluation").
 """

@@ -10,12 +10,12 @@ from tests.conftest import TINY_NETWORK
 
 
 def test_no_exit_after_the_last():
-    run = Stepwise(MSDNet(**TINY_NETWORK).eval(), torch.randn(1, 3, 32, 32))
+    steps = Stepwise(MSDNet(**TINY_NETWORK).eval(), torch.randn(1, 3, 32, 32))
     for _ in range(3):
-        run.next_logits()
-    assert run.exits_done == 3
+        steps.next_logits()
+    assert steps.exits_done == 3
     with pytest.raises(IndexError, match="all 3 exits are done"):
-        run.next_logits()
+        steps.next_logits()
 
 
 def test_training_mode_is_refused():
