@@ -1,6 +1,10 @@
 """The interface of a stage: what the two training programs build, train and check.
 
 Their flags, defaults and presets differ too: see ``args``.
+
+To add a loss, write a function in ``models.losses`` that returns one value per image. Use it in the objective
+of the stage's program (``JointTraining`` in ``train_GE``, ``Distillation`` in ``train_IMTA``), and add a flag
+for it to ``args``.
 """
 
 from abc import ABC, abstractmethod
@@ -54,6 +58,9 @@ class Stage(ABC):
     @abstractmethod
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> nn.Module:
         """Build the module (images, targets) -> (losses (N,), logits (N, K, C)) that trains ``network``.
+
+        It keeps the network as its attribute ``network``, and trains no parameters but those of the network,
+        as nothing else is saved; ``engine.trainer`` refuses others.
 
         Must not raise UserError: with --overwrite the previous run has been deleted by now. Validate in
         ``make_network``.

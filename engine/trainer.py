@@ -35,6 +35,13 @@ from image_data.batches import Batch
 from models.description import Description
 from utils import UserError, duration, percent
 
+LOSS = "loss (sum over exits)"
+# Steps between two looks at signals; a process that is asked to stop has perhaps half a minute.
+MAX_STEPS_BETWEEN_LOOKS = 10
+FEW_IMAGES = 200  # held-out images, below which the best epoch is much a matter of chance
+# What a process asks the others for at a step; numbers of signals that stop the run are added to it.
+_SAVE = 1
+
 
 @dataclass
 class Progress:
@@ -59,15 +66,6 @@ class Progress:
     seconds: float = 0.0
     skipped_steps: int = 0
     history: list[dict] = field(default_factory=list)
-
-
-LOSS = "loss (sum over exits)"
-# Steps between two looks at signals; a process that is asked to stop has perhaps half a minute.
-MAX_STEPS_BETWEEN_LOOKS = 10
-FEW_IMAGES = 200  # held-out images, below which the best epoch is much a matter of chance
-
-# What a process asks the others for at a step; numbers of signals that stop the run are added to it.
-_SAVE = 1
 
 
 class Meters:
@@ -160,12 +158,24 @@ def learning_rate(settings: Namespace, step: int, steps_per_epoch: int) -> float
     )
 
 
+def _refuse_own_parameters(objective: nn.Module) -> None:
+    """Raise ``RuntimeError`` if an objective trains parameters that are not of its network."""
+    saved = set(objective.network.parameters())
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and parameter not in saved:
+            raise RuntimeError(
+                f"{type(objective).__name__} has a parameter of its own, {name}: put it into the network, "
+                "as nothing else is saved"
+            )
+
+
 class Trainer:
     """The state of a training, and its epochs."""
 
     def __init__(self, objective: nn.Module, description: Description, data: Data, session: Session):
         self.objective, self.description, self.data, self.session = objective, description, data, session
         self.network = objective.network
+        _refuse_own_parameters(objective)
         self.stepper = Stepper(objective, session.settings, session.processes)
         self.meters = Meters(
             self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled()
@@ -187,25 +197,14 @@ class Trainer:
         self.began = self.saved = time.monotonic()
         self.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
-        for images, targets in self._awaited(self.data.train.epoch(progress.epoch, progress.step), requests):
-            rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
+        for images, targets in self._batches_until_signal(requests):
             if not self.stepper.is_prepared:
                 self._prepare(images, targets, requests)
-            seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
-            self.stepper.step(images, targets, rate, self.meters.update)
-            if self.average is not None:
-                self.average.update_parameters(self.network)
-            progress.step += 1
-            progress.skipped_steps += self.stepper.was_skipped
+            self._train_step(images, targets)
             log.advance()
             if progress.step % settings.print_freq == 0:
                 self._report()
-            request = self._requested(requests)
-            if progress.step < steps:
-                if request or (settings.save_every_steps and progress.step % settings.save_every_steps == 0):
-                    self._save()
-                if request > _SAVE:
-                    raise Interrupted(request - _SAVE, True, self._place())
+            self._save_or_stop(requests)
         log.end_epoch()
         if self.session.processes.all_reduce_max(requests.stop):
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
@@ -215,8 +214,22 @@ class Trainer:
         if signal_number:
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
-    def _awaited(self, batches: Iterator[Batch], requests: Requests) -> Iterator[Batch]:
-        """Yield the batches; where there is no other process, the first signal ends the wait for one."""
+    def _train_step(self, images: Tensor, targets: Tensor) -> None:
+        settings, progress, steps = self.session.settings, self.progress, len(self.data.train)
+        rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
+        seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
+        self.stepper.step(images, targets, rate, self.meters.update)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        progress.step += 1
+        progress.skipped_steps += self.stepper.was_skipped
+
+    def _batches_until_signal(self, requests: Requests) -> Iterator[Batch]:
+        """Yield the batches that are left of the epoch.
+
+        Where there is no other process, the first signal also ends the wait for a batch.
+        """
+        batches = self.data.train.epoch(self.progress.epoch, self.progress.step)
         while True:
             try:
                 requests.at_once = self.session.processes.world_size == 1
@@ -263,7 +276,21 @@ class Trainer:
         session.log.line(f"training goes on without compiled code: {problem}")
         self.stepper.train_eagerly()
 
-    def _requested(self, requests: Requests) -> int:
+    def _save_or_stop(self, requests: Requests) -> None:
+        """Save after a step where that is due, and stop where a signal asked for it.
+
+        After the last step of an epoch, its end does both.
+        """
+        step, every = self.progress.step, self.session.settings.save_every_steps
+        request = self._save_or_stop_request(requests)
+        if step == len(self.data.train):
+            return
+        if request or (every and step % every == 0):
+            self._save()
+        if request > _SAVE:
+            raise Interrupted(request - _SAVE, True, self._place())
+
+    def _save_or_stop_request(self, requests: Requests) -> int:
         """Return 0, ``_SAVE``, or ``_SAVE`` plus the number of the signal that asked to stop.
 
         All processes act at the same step; asking each other costs a wait, so they do it only now and then.

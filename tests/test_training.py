@@ -112,6 +112,18 @@ def test_a_moved_backbone_is_noticed(runs, monkeypatch):
         train_imta(runs, "new")
 
 
+def test_an_objective_has_no_parameters_of_its_own(runs, monkeypatch):
+    def with_scale(stage, network, settings):
+        objective = real(stage, network, settings)
+        objective.scale = torch.nn.Parameter(torch.ones(()))
+        return objective
+
+    real = train_IMTA.Stage2.make_objective
+    monkeypatch.setattr(train_IMTA.Stage2, "make_objective", with_scale)
+    with pytest.raises(RuntimeError, match="Distillation has a parameter of its own, scale"):
+        train_imta(runs, "new")
+
+
 def test_moving_batchnorm_moves_statistics_only(runs):
     assert train_imta(runs, "new", "--backbone-bn", "moving") == 0
     before, after = weights(runs / "GE"), weights(runs / "new")
