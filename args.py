@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_inference.confidence import MEASURES
+from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
 from models.options import CHOICES, NETWORK_FIELDS, NetworkOptions
 from utils import (
     CommandLineParser,
@@ -40,7 +41,6 @@ from utils import (
 )
 
 MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
-SMALL_IMAGES = 64  # pixels a side, up to which a network has the stem and the exits of the CIFAR networks
 
 # General defaults; those of a preset take their place.
 DEFAULTS: dict[str, Any] = {
@@ -132,7 +132,6 @@ RESUMABLE = {
     *("data_root", "save", "measure", "print_freq", "save_every_steps", "save_every_minutes"),
     *("workers", "skip_unreadable", "check_images"),
 }
-IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
 
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
@@ -306,11 +305,11 @@ class CommandLine:
         values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
         values["data_root"] = Path(values["data_root"])
         # The weights of other networks say which size they expect of images that can have any.
-        usual_size = IMAGE_SIZES[values["data"]]
-        if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or usual_size <= SMALL_IMAGES):
-            values["image_size"] = usual_size
+        size = IMAGE_SIZES[values["data"]]
+        if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or size <= SMALL_IMAGE_SIZE):
+            values["image_size"] = size
         if values["small_inputs"] is None and values["image_size"] is not None:
-            values["small_inputs"] = values["image_size"] <= SMALL_IMAGES
+            values["small_inputs"] = values["image_size"] <= SMALL_IMAGE_SIZE
         if values["lr_milestones"] is None:
             values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
         if values["pretrained"] is None:
@@ -736,7 +735,7 @@ def _add_network(add: Callable) -> None:
         "--small-inputs",
         action=BooleanOptionalAction,
         help="stem and exits of the CIFAR networks, not of the ImageNet ones "
-        f"(default: up to {SMALL_IMAGES} pixels)",
+        f"(default: up to {SMALL_IMAGE_SIZE} pixels)",
     )
     add(
         "--gradient-equilibrium",

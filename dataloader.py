@@ -19,7 +19,7 @@ from torch import Tensor
 
 from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
-from image_data.parts import NORMALIZATION, DataSet, Part, Shard
+from image_data.parts import IMAGE_SIZES, NORMALIZATION, DataSet, Part, Shard
 from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
 from image_data.threads import map_batches
@@ -39,7 +39,7 @@ FILES_AT_ONCE = 256  # that threads read ahead
 SAMPLED_FILES = 32  # whose size is compared with the image size
 
 
-class Preprocessing(Protocol):
+class ImageSpec(Protocol):
     """The images that a pretrained network expects; the fields are those of ``DataInfo``."""
 
     image_size: int
@@ -74,7 +74,7 @@ def load_data(
     shard: Shard | None = None,
     stored: DataInfo | None = None,
     split: Split | None = None,
-    preprocessing: Preprocessing | None = None,
+    image_spec: ImageSpec | None = None,
 ) -> Data:
     """Find, check and split the data set that ``settings`` name.
 
@@ -89,14 +89,14 @@ def load_data(
         stored: What a checkpoint remembers of its data: the classes must be the same.
         split: That of the checkpoint, which is taken over; training images that it does not know are left
             out.
-        preprocessing: What a pretrained network expects; without it, and without ``stored``, our own.
+        image_spec: What a pretrained network expects; without it, and without ``stored``, our own.
 
     Raises:
         UserError: Missing or empty folders, unreadable images, classes that differ between the parts, an
             impossible split, other data than the checkpoint's.
     """
-    expected = stored or preprocessing
-    image_size = settings.image_size or (expected.image_size if expected else _default_size(settings.data))
+    expected = stored or image_spec
+    image_size = settings.image_size or (expected.image_size if expected else IMAGE_SIZES[settings.data])
     crop_share = expected.crop_share if expected else default_crop_share(image_size)
     interpolation = expected.interpolation if expected else "bilinear"
     found, parts, split = _find_and_split(settings, image_size, stored, split, has_mean=expected is not None)
@@ -159,10 +159,6 @@ def _find_and_split(
         "test": found.test,
     }
     return found, parts, split
-
-
-def _default_size(data: str) -> int:
-    return 224 if data in ("imagenet", "folder") else 32
 
 
 def _refuse_large_batch(batch_size: int, count: int) -> None:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from args import parse
+from dataloader import ImageSpec
 from engine.checkpoint import SavedNetwork
 from engine.networks import expected_images, network_from, new_network
 from engine.run import run
 from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
 from models.description import DataInfo
-from models.zoo import Preprocessing
 from utils import UserError
 
 
@@ -67,9 +67,7 @@ class Stage1(Stage):
                 raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
         return network
 
-    def preprocessing(
-        self, settings: Namespace, origin: SavedNetwork | None
-    ) -> DataInfo | Preprocessing | None:
+    def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
         """Return what the weights to start from expect of images, None to start an MSDNet from scratch."""
         return origin.data if origin else expected_images(settings)
 

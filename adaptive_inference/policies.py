@@ -13,8 +13,8 @@ from adaptive_inference.confidence import MEASURES, NONE_LEAVE
 from utils import UserError
 
 # "geometric": the paper's shares. "optimised": thresholds of the highest held-out accuracy. "ensemble":
-# optimised for predictions from all exits so far. "certified": for promises about accuracy: its thresholds
-# and its held-out results come from different images.
+# optimised for predictions from all exits so far. "certified": for promises about accuracy: thresholds set on
+# one part of the held-out images, loss tested on the other.
 RULES = ("geometric", "optimised", "certified", "ensemble")
 
 

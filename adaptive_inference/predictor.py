@@ -214,17 +214,17 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
     if stacked.dtype in (torch.float16, torch.bfloat16):
         stacked = stacked.float()
-    own = stacked[exits, torch.arange(len(exits), device=stacked.device)]
+    exit_logits = stacked[exits, torch.arange(len(exits), device=stacked.device)]
     if policy.temperatures or policy.ensemble:
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[
             exits, : len(stacked)
         ]  # (N, exits run)
         combined = torch.einsum("nk,knc->nc", weights, stacked)
     else:
-        combined = own
+        combined = exit_logits
     probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)
-    return Prediction(classes, confidence, exits, probs, torch.logsumexp(own, dim=1))
+    return Prediction(classes, confidence, exits, probs, torch.logsumexp(exit_logits, dim=1))
 
 
 def _shape(sizes: tuple) -> str:

@@ -21,10 +21,10 @@ from adaptive_inference.promises.drift import reference_of, write_reference
 from adaptive_inference.promises.ensemble import (
     MANY_IMAGES,
     calibration_errors,
-    classes_together,
+    ensemble_classes,
+    ensemble_operations,
     fit_ensemble,
     fit_temperatures,
-    operations_together,
 )
 from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import CERTIFICATE, certified_points
@@ -135,10 +135,10 @@ class Evaluation:
             columns["ece_scaled"] = calibration_errors(logits, targets, policy.temperatures)
             columns["temperature"] = policy.temperatures
             # Without an ensemble not counted again: equal logits in 16 bits may be ordered differently.
-            together = [row["acc1"] for row in rows]
+            ensemble_acc1 = [row["acc1"] for row in rows]
             if policy.ensemble is not None:
-                together = percent_right(classes_together(logits, policy.ensemble), targets)
-            columns["ensemble_acc1"] = together
+                ensemble_acc1 = percent_right(ensemble_classes(logits, policy.ensemble), targets)
+            columns["ensemble_acc1"] = ensemble_acc1
         rows = [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
         write_csv(directory.anytime, rows)
         log.line(f"\nevery exit on the {len(targets):,} test images ({directory.anytime})")
@@ -172,13 +172,15 @@ class Evaluation:
 
     def _tables(self, curve: PolicyCurve, test: Labelled, policy: Policy) -> dict[Path, list[dict]]:
         """Return the rows of the CSV files."""
-        directory, alone = self.session.directory, ExitPredictions.from_logits(*test, self.measure)
-        together, spent = with_ensemble(alone, test[0], policy, self.operations)
+        directory, exit_predictions = self.session.directory, ExitPredictions.from_logits(*test, self.measure)
+        ensemble_predictions, ensemble_costs = with_ensemble(
+            exit_predictions, test[0], policy, self.operations
+        )
         best = "ensemble" if policy.ensemble else "optimised"
         return {
-            directory.budgeted: budget_rows(curve.of_rule("geometric"), alone, self.operations),
-            directory.optimised: budget_rows(curve.of_rule("optimised"), alone, self.operations),
-            directory.ensemble: budget_rows(curve.of_rule(best), together, spent),
+            directory.budgeted: budget_rows(curve.of_rule("geometric"), exit_predictions, self.operations),
+            directory.optimised: budget_rows(curve.of_rule("optimised"), exit_predictions, self.operations),
+            directory.ensemble: budget_rows(curve.of_rule(best), ensemble_predictions, ensemble_costs),
         }
 
     def _half_line(self, rows: list[dict], logits: Tensor, targets: Tensor) -> str:
@@ -214,11 +216,11 @@ class Evaluation:
             f"\ntime per image on {images.device}, one at a time and {RUNTIME_BATCHES[-1]} together; "
             f"{len(points)} different policies and every exit"
         )
-        rows, single = self._measured_rows(points, images, targets.cpu())
+        rows, block_times = self._measured_rows(points, images, targets.cpu())
         write_csv(directory.runtime, rows)
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits)
-        acc1 = percent_right(classes_together(self._logits(images), everything.ensemble), targets.cpu())
-        deadlines = deadline_rows(network, images, single, acc1, everything)
+        acc1 = percent_right(ensemble_classes(self._logits(images), everything.ensemble), targets.cpu())
+        deadlines = deadline_rows(network, images, block_times, acc1, everything)
         write_csv(directory.deadlines, deadlines)
         exits = [{"operations": n, "acc1": a} for n, a in zip(self.operations, acc1, strict=True)]
         budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
@@ -245,19 +247,19 @@ class Evaluation:
         ]
         lazy = count_operations(network, self.data.info.image_size, lazy=True)
         costs = torch.tensor([self.operations, lazy], dtype=torch.float64)
-        rows, single = [], None
+        rows, block_times = [], None
         for batch_size in RUNTIME_BATCHES:
             times = measure_blocks(network, images[:1], batch_size)
             self.session.log.line(str(times))
-            single = single or times
+            block_times = block_times or times
             measured = runtime_rows(network, points, images, times)
             for row, prediction in zip(measured, predictions, strict=True):
-                spent = costs[:, prediction.exits].mean(dim=1).round().long().tolist()
-                row["operations"], row["lazy_operations"] = spent
+                mean_costs = costs[:, prediction.exits].mean(dim=1).round().long().tolist()
+                row["operations"], row["lazy_operations"] = mean_costs
                 (row["acc1"],) = percent_right(prediction.classes[None], targets)
             rows += measured
             self.session.log.line(_runtime_table(measured))
-        return rows, single
+        return rows, block_times
 
 
 def fit_policy(logits: Tensor, targets: Tensor, measure: str) -> Policy:
@@ -280,8 +282,8 @@ def with_ensemble(
     """
     if policy.ensemble is None:
         return predictions, operations
-    together = predictions._replace(classes=classes_together(logits, policy.ensemble))
-    return together, operations_together(operations, logits.shape[2])
+    ensemble_predictions = predictions._replace(classes=ensemble_classes(logits, policy.ensemble))
+    return ensemble_predictions, ensemble_operations(operations, logits.shape[2])
 
 
 def find_policies(
@@ -296,20 +298,20 @@ def find_policies(
         policy: Measure, temperatures and ensemble.
         certify: Whether the held-out images can test promises about accuracy.
     """
-    alone = ExitPredictions.from_logits(*val, policy.measure)
-    single = replace(policy, ensemble=None)
+    exit_predictions = ExitPredictions.from_logits(*val, policy.measure)
+    exit_policy = replace(policy, ensemble=None)
     rules = {
-        "geometric": geometric_thresholds(alone.confidence),
-        "optimised": optimised_thresholds(alone, operations),
+        "geometric": geometric_thresholds(exit_predictions.confidence),
+        "optimised": optimised_thresholds(exit_predictions, operations),
     }
     points: list[Point] = []
     for rule, thresholds in rules.items():
-        points += evaluate_points(rule, thresholds, single, alone, operations)
-    together, spent = with_ensemble(alone, val[0], policy, operations)
+        points += evaluate_points(rule, thresholds, exit_policy, exit_predictions, operations)
+    ensemble_predictions, ensemble_costs = with_ensemble(exit_predictions, val[0], policy, operations)
     if policy.ensemble is not None:
-        thresholds = optimised_thresholds(together, spent)
-        points += evaluate_points("ensemble", thresholds, policy, together, spent)
-    points += certified_points(together, policy, spent, points=40 if certify else 0)
+        thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
+        points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
+    points += certified_points(ensemble_predictions, policy, ensemble_costs, points=40 if certify else 0)
     return policy_curve(network, operations, points, len(val[1]), CERTIFICATE)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dataloader import Data, Preprocessing, load_data
+from dataloader import Data, ImageSpec, load_data
 from engine.checkpoint import SavedNetwork
 from engine.log import Log
 from engine.record import Session
@@ -10,20 +10,20 @@ from models.description import DataInfo, Split
 
 
 def images_to_start(
-    session: Session, origin: SavedNetwork | None, preprocessing: Preprocessing | None, may_change: bool
+    session: Session, origin: SavedNetwork | None, image_spec: ImageSpec | None, may_change: bool
 ) -> Data:
     """Read the images of a new run. Images held out from the network to start from stay held out.
 
     Args:
         session: The run.
         origin: The network to start from, if there is one.
-        preprocessing: What the weights to start from expect of images.
+        image_spec: What the weights to start from expect of images.
         may_change: Whether the data set may be another than that of ``origin``.
     """
     if origin is None:
-        return read_images(session, preprocessing=preprocessing)
+        return read_images(session, image_spec=image_spec)
     if may_change:
-        data = read_images(session, preprocessing=preprocessing)
+        data = read_images(session, image_spec=image_spec)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
@@ -36,14 +36,14 @@ def read_images(
     session: Session,
     stored: DataInfo | None = None,
     split: Split | None = None,
-    preprocessing: Preprocessing | None = None,
+    image_spec: ImageSpec | None = None,
 ) -> Data:
     """Read the images that the settings name; the other arguments are those of ``load_data``."""
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
     session.log.line(f"reading the images{of}{where}")
-    return load_data(settings, processes.device, processes.shard, stored, split, preprocessing)
+    return load_data(settings, processes.device, processes.shard, stored, split, image_spec)
 
 
 def say_class_order(saved: SavedNetwork, data: Data, log: Log) -> None:

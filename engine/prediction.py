@@ -21,12 +21,13 @@ from tqdm import tqdm
 from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
-from adaptive_inference.promises.ensemble import operations_together
+from adaptive_inference.promises.ensemble import ensemble_operations
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory, limit_threads
 from engine.predictor_choice import choose_predictor
 from engine.rows import WRITERS, open_output
 from image_data.folders import LEFT_OUT, find_images
+from image_data.parts import SMALL_IMAGE_SIZE
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork, count_operations
@@ -40,7 +41,6 @@ BEST_CLASSES = 5
 SHOWN_CLASSES = 3
 SAMPLED_FILES = 9  # whose size is compared with that of the network's images
 FAR_SIZES_RATIO = 3
-SMALL_IMAGES = 64  # pixels per side, up to which a network was trained on images that were small already
 
 
 def predict_all(arguments: argparse.Namespace, path: Path) -> int:
@@ -120,7 +120,7 @@ class Tally:
         self.predictor, self.data, self.deadline = predictor, predictor.network.description.data, deadline
         self.operations = count_operations(predictor.network, self.data.image_size)
         if predictor.policy.ensemble:
-            self.operations = operations_together(self.operations, predictor.network.num_classes)
+            self.operations = ensemble_operations(self.operations, predictor.network.num_classes)
         self.exits = torch.zeros(len(self.operations), dtype=torch.int64)
         self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
 
@@ -222,7 +222,7 @@ def _about_network(
     ]
     # Photographs of any size are what a network of larger images, or of one's own, was trained on.
     side = None if data.name == "folder" else _usual_side(files)
-    if side is not None and data.image_size <= SMALL_IMAGES and side > FAR_SIZES_RATIO * SMALL_IMAGES:
+    if side is not None and data.image_size <= SMALL_IMAGE_SIZE and side > FAR_SIZES_RATIO * SMALL_IMAGE_SIZE:
         lines.append(
             f"the images have about {side} pixels per side, far more than the network's {data.image_size}: "
             "it was trained on other images, so its predictions may be wrong at any confidence"

@@ -15,7 +15,7 @@ from adaptive_inference.policies import Point
 from utils import UserError, atomic_write, percent
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
-FEW_IMAGES = 1_000  # below, accuracies are drawn as points with error bars
+ERROR_BARS_BELOW = 1_000  # test images: with fewer, accuracies are drawn as points with error bars
 # Titles of the columns of a run's files, and of percentages made of them, on the terminal.
 TITLES = {
     "p": "budget",
@@ -168,7 +168,7 @@ def draw_curves(
     """
     figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    few = num_images if num_images is not None and num_images < FEW_IMAGES else None
+    few = num_images if num_images is not None and num_images < ERROR_BARS_BELOW else None
     for i, (name, (anytime, budgeted, optimised)) in enumerate(runs.items()):
         curves = (
             (budgeted, "test_acc1", "s" if few else "-", f"{name}: budgeted"),

@@ -31,12 +31,14 @@ from engine.resuming import network_to_resume, state_to_resume
 from engine.signals import Interrupted, Requests, listening
 from engine.stage import Stage
 from engine.stepper import refuse_combinations
-from engine.trainer import FEW_IMAGES, train
+from engine.trainer import train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import network_options
 from models.saved import load_weights
 from utils import UserError, one_line, print_error
+
+FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
 
 
 def run(command: CommandLine, stage: Stage) -> int:
@@ -100,8 +102,8 @@ def _train_in_process(
     directory, log, is_main = session.directory, session.log, session.processes.is_main
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
     if state is None:
-        preprocessing = stage.preprocessing(session.settings, origin)
-        data = images_to_start(session, origin, preprocessing, stage.may_change_data)
+        image_spec = stage.image_spec(session.settings, origin)
+        data = images_to_start(session, origin, image_spec, stage.may_change_data)
         seed_everything(session.settings.seed, session.settings.deterministic)
         network = stage.make_network(session.settings, data.info, origin)
     else:
@@ -160,7 +162,7 @@ def _evaluate(
 ) -> None:
     """Evaluate a trained network, and show the results in TensorBoard too."""
     held_out = data.val.num_images
-    if 0 < held_out < FEW_IMAGES:
+    if 0 < held_out < FEW_HELD_OUT_IMAGES:
         session.log.line(
             f"{held_out} held-out images decide on the best epoch and the thresholds; "
             f"each is worth {100 / held_out:.1f} points, so small differences are chance"

@@ -13,10 +13,10 @@ from argparse import Namespace
 from torch import nn
 
 from args import CommandLine
+from dataloader import ImageSpec
 from engine.checkpoint import SavedNetwork, load_saved
 from models import Description, ExitNetwork
 from models.description import DataInfo
-from models.zoo import Preprocessing
 
 
 class Stage(ABC):
@@ -45,9 +45,7 @@ class Stage(ABC):
         path = command.pretrained_run
         return None if path is None else load_saved(path, command.typed)
 
-    def preprocessing(
-        self, settings: Namespace, origin: SavedNetwork | None
-    ) -> DataInfo | Preprocessing | None:
+    def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
         """Return what the weights to start from expect of images, None to start from scratch."""
         return origin.data if origin else None
 

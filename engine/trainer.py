@@ -38,7 +38,6 @@ from utils import UserError, duration, percent
 LOSS = "loss (sum over exits)"
 # Steps between two looks at signals; a process that is asked to stop has perhaps half a minute.
 MAX_STEPS_BETWEEN_LOOKS = 10
-FEW_IMAGES = 200  # held-out images, below which the best epoch is much a matter of chance
 # What a process asks the others for at a step; numbers of signals that stop the run are added to it.
 _SAVE = 1
 

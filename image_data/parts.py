@@ -12,6 +12,9 @@ NORMALIZATION = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+# Default height and width of the images of each --data.
+IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
+SMALL_IMAGE_SIZE = 64  # up to this size, networks get the stem and exits of the CIFAR networks
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 
 from adaptive_inference.promises.ensemble import (
     calibration_errors,
-    classes_together,
+    ensemble_classes,
+    ensemble_operations,
     fit_ensemble,
     fit_temperatures,
-    operations_together,
 )
 
 
@@ -97,14 +97,14 @@ def test_parts_of_the_truth_are_added():
     assert ensemble[0] == pytest.approx((1 / temperatures[0], 0.0, 0.0), abs=1e-3)
     assert ensemble[1] == pytest.approx((0.5, 0.5, 0.0), abs=0.05)
     assert ensemble[2] == pytest.approx((0.0, 0.0, 1 / temperatures[2]), abs=1e-3)
-    right = (classes_together(exits, ensemble) == targets).double().mean(dim=1)
-    alone = (classes_together(exits, None) == targets).double().mean(dim=1)
+    right = (ensemble_classes(exits, ensemble) == targets).double().mean(dim=1)
+    alone = (ensemble_classes(exits, None) == targets).double().mean(dim=1)
     assert right[1] > alone[1] + 0.05
     assert right[[0, 2]].tolist() == alone[[0, 2]].tolist()
 
 
 def test_operations_are_counted():
-    assert operations_together([10, 20, 40], 5) == [15, 30, 55]
+    assert ensemble_operations([10, 20, 40], 5) == [15, 30, 55]
 
 
 def test_three_gains_are_too_few():

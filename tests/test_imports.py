@@ -14,7 +14,7 @@ ALLOWED = {
     "dataloader": ("image_data", "models.description", "models.normalizer", "utils"),
     "adaptive_inference": ("models", "utils"),
     PROMISES: ("adaptive_inference", "models", "utils"),
-    "args": ("adaptive_inference.confidence", "models", "utils"),
+    "args": ("adaptive_inference.confidence", "image_data.parts", "models", "utils"),
     "engine": (PROMISES, "adaptive_inference", "args", "dataloader", "image_data", "models", "utils"),
     "onnx_predictor": (),
     "hubconf": ("models",),

@@ -12,7 +12,7 @@ from adaptive_inference.budgeted import (
 )
 from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy
-from adaptive_inference.promises.ensemble import classes_together
+from adaptive_inference.promises.ensemble import ensemble_classes
 from adaptive_inference.promises.risk import learning_images
 from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
 from engine.report import best_within, budget_rows, draw_curves, draw_runtime, save_figure, table
@@ -127,7 +127,7 @@ def test_policies_of_all_rules(certify):
     assert all(point.policy.ensemble == policy.ensemble for point in certified)
     # Losses are counted against the last exit with its ensemble, whose accuracy the full network has.
     tested = ~learning_images(400) if certify else torch.ones(400, dtype=torch.bool)
-    classes, targets = classes_together(val[0], policy.ensemble)[:, tested], val[1][tested]
+    classes, targets = ensemble_classes(val[0], policy.ensemble)[:, tested], val[1][tested]
     assert policy.ensemble is not None
     assert certified[-1].val_acc1 == pytest.approx(100 * (classes[-1] == targets).double().mean().item())
     thresholds = torch.tensor(certified[0].policy.thresholds)

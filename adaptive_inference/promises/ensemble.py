@@ -155,7 +155,7 @@ def _weighted(weights: Tensor, logits: Tensor) -> Tensor:
     return torch.einsum("k,knc->nc", weights.to(logits.dtype), logits)
 
 
-def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
+def ensemble_classes(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
     """Return the classes (K, N) that an ensemble predicts at every exit.
 
     Args:
@@ -167,7 +167,7 @@ def classes_together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
     return torch.stack([_weighted(torch.tensor(weights), logits).argmax(dim=1) for weights in ensemble])
 
 
-def operations_together(operations: Sequence[int], num_classes: int) -> list[int]:
+def ensemble_operations(operations: Sequence[int], num_classes: int) -> list[int]:
     """Return the operations to each exit with an ensemble: the k-th adds k times the number of classes."""
     return [n + k * num_classes for k, n in enumerate(operations, start=1)]
 
