@@ -1,5 +1,6 @@
 """A machine that cannot compile: ``--compile auto`` trains without, an explicit mode ends with one line."""
 
+from inspect import signature
 from typing import NamedTuple
 
 import pytest
@@ -83,7 +84,9 @@ def test_the_first_step_that_cannot_be_compiled(tmp_path, tiny_demo, monkeypatch
 
     class Failing(torch.nn.Module):
         def forward(self, *_):
-            raise BackendCompilerFailed(small_ones, OSError(28, "No space left on device"), None)
+            full = OSError(28, "No space left on device")
+            newer = [None] * ("first_useful_frame" in signature(BackendCompilerFailed).parameters)
+            raise BackendCompilerFailed(small_ones, full, *newer)
 
     monkeypatch.setattr(torch, "compile", compile)
     command = [*TINY_FLAGS, "--save"]

@@ -161,7 +161,7 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["policy"]["promise"] == "lose at most 2 % with 95 % confidence"
     assert "the promise is to lose at most 2 % with 95 % confidence" in printed.err
-    assert "85.00 % of 900 held-out images right" in printed.err
+    assert "85.0 % of 900 held-out images right" in printed.err
     assert run(trained, images, "--deadline", "1000000ms", "--format", "json") == 0
     content = json.loads(capsys.readouterr().out)
     assert {row["exit"] for row in content["predictions"]} == {3}

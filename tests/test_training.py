@@ -152,7 +152,7 @@ def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
     assert train_imta(runs, "plain") == 0
     folded = weights(runs / "IMTA")
     for name, tensor in weights(runs / "plain").items():
-        torch.testing.assert_close(folded[name], tensor, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(folded[name], tensor, atol=5e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
