@@ -235,7 +235,7 @@ def user_path(text: str) -> Path:
     The shell leaves ``--output=~/file`` as it is. Where there is no such home, the name stays as it is.
     """
     if not text:
-        raise argparse.ArgumentTypeError("an empty name is no file or folder")
+        raise argparse.ArgumentTypeError("an empty name is not a file or folder")
     return Path(os.path.expanduser(text))  # noqa: PTH111, as Path.expanduser raises where there is no such home
 
 

@@ -3,7 +3,7 @@
 import sys
 
 MESSAGE = (
-    "imta-msdnet is no package to install: use torch.hub.load(CLONE, 'imta_cifar100', source='local'), "
+    "imta-msdnet is not a package to install: use torch.hub.load(CLONE, 'imta_cifar100', source='local'), "
     "the ONNX file of export_onnx.py, or the clone itself on PYTHONPATH; "
     "its requirements: pip install -r requirements.txt"
 )

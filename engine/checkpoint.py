@@ -105,7 +105,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what ``save_checkpoint`` wrote, on the CPU, with ``description`` and ``split`` as such.
 
     Raises:
-        UserError: One line: the file is missing, truncated, needs unsafe unpickling, or is none of this
+        UserError: One line: the file is missing, truncated, needs unsafe unpickling, or is of another
             version of the project.
     """
     try:
@@ -119,7 +119,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"convert a finished run: {convert_command(path.parent)}"
         )
     if state.get("format") != FORMAT:
-        raise UserError(f"{path} is no run of this version of the project")
+        raise UserError(f"{path} is not a run of this version of the project")
     with damage_named(path):
         if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - state.keys():
             raise KeyError(*missing)

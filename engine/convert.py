@@ -85,7 +85,7 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
 def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
     """Convert the files of a run, and copy the others where the folder is a new one."""
     if not old.best.exists():
-        raise UserError(f"{old.path} holds no {old.best.name}: it is no run of this project")
+        raise UserError(f"{old.path} holds no {old.best.name}: it is not a run of this project")
     yield _convert_network(old.best, new.best)
     if old.policy.exists():
         yield _convert_policy(old.policy, new.policy)
@@ -105,7 +105,9 @@ def _convert_network(path: Path, output: Path) -> str:
     if header.get("format") == FORMAT:
         return f"{path} is of today's format already"
     if header.get("format") != OLD_NETWORK:
-        raise UserError(f"{path} is no network of this project: its format is {header.get('format')!a:.80}")
+        raise UserError(
+            f"{path} is not a network of this project: its format is {header.get('format')!a:.80}"
+        )
     try:
         description = _from_format_2(json.loads(header["description"]))
         from_tensors(dict(tensors), description)
@@ -125,7 +127,9 @@ def _convert_policy(path: Path, output: Path) -> str:
             raise ValueError(f"its format is {content['format']!a:.80}")
         content = from_format_2(content)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no policy file of this project: {type(error).__name__} {error}") from None
+        raise UserError(
+            f"{path} is not a policy file of this project: {type(error).__name__} {error}"
+        ) from None
     with atomic_write(output) as stream:
         json.dump(content, stream, indent=1, allow_nan=False)
         stream.write("\n")
@@ -137,7 +141,7 @@ def _convert_last(path: Path, output: Path) -> str:
     if state.get("format") == RUN_FORMAT:
         return f"{path} is of today's format already"
     if state.get("format") != OLD_RUN:
-        raise UserError(f"{path} is no run of this project: its format is {state.get('format')!a:.80}")
+        raise UserError(f"{path} is not a run of this project: its format is {state.get('format')!a:.80}")
     try:
         description = _from_format_2(state["description"])
         is_finished = state["epoch"] >= description.recipe["epochs"]

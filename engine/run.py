@@ -178,7 +178,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     saved = load_saved(source, command.typed)
     directory = RunDirectory(command.typed.get("save") or saved.path.parent)
     if "save" not in command.typed and saved.path != directory.best:
-        raise UserError(f"{source} belongs to no run of this project; pass --save DIR for its tables")
+        raise UserError(f"{source} does not belong to a run of this project; pass --save DIR for its tables")
     if directory.holds_run() and saved.path.resolve() != directory.best.resolve():
         raise UserError(f"{directory.path} holds another run than {source}; pass --save DIR for its tables")
     command.refuse_other_data(saved.settings)

@@ -37,7 +37,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
     _ignore_pillow_warnings()
     try:
         if not path.is_file():  # opening a pipe would wait for ever
-            raise OSError("it is no file" if path.exists() else "there is no such file")
+            raise OSError("it is not a file" if path.exists() else "there is no such file")
         Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image)

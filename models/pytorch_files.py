@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> Mapping:
             if type(error) is ValueError and len(str(error)) < 120
             else f"{type(error).__name__} while reading it"
         )
-        raise ValueError(f"{path}: it is no PyTorch checkpoint, or a damaged one ({reason})") from error
+        raise ValueError(f"{path}: it is damaged, or not a PyTorch checkpoint ({reason})") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path}: it holds a {type(checkpoint).__name__}, not a checkpoint or state dict")
     return checkpoint

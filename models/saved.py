@@ -95,7 +95,8 @@ def read_network(
         is_old = header.get("format") == "imta-msdnet network 2"
         way = f"; convert it once: {convert_command(path)}" if is_old else ""
         raise ValueError(
-            f"{path} is no network of this version of the project: its format is {found}, not {FORMAT!r}{way}"
+            f"{path} is not a network of this version of the project: "
+            f"its format is {found}, not {FORMAT!r}{way}"
         )
     try:
         return from_tensors(tensors, Description.from_dict(json.loads(header["description"])), network)

@@ -332,7 +332,7 @@ def test_weights_from_files(tmp_path):
     for file in ("a.safetensors", "a.pth"):
         network = build_backbone("mobilenet_v3_small", 3, 4, pretrained=tmp_path / file, image_size=64)
         assert all(torch.equal(x, weights[k]) for k, x in network.network.state_dict().items())
-    for file, reason in (("b.pth", "it is no PyTorch checkpoint"), ("b.safetensors", "is damaged")):
+    for file, reason in (("b.pth", "not a PyTorch checkpoint"), ("b.safetensors", "is damaged")):
         (tmp_path / file).write_bytes(b"nothing")
         with pytest.raises(ValueError, match=f"{file}.* {reason}"):
             build_backbone("mobilenet_v3_small", pretrained=tmp_path / file)

@@ -109,8 +109,8 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     torch.save({"state_dict": to_released(MSDNet(num_classes=10, step_mode="lin_grow"))}, tmp_path / "a.pth")
     for arguments, words in [
         (["missing.pth"], "there is no checkpoint"),
-        (["text"], "no PyTorch checkpoint"),
-        (["empty"], "it is no run"),
+        (["text"], "not a PyTorch checkpoint"),
+        (["empty"], "it is not a run"),
         (["a.pth", "--classes", str(tmp_path / "names")], "holds 1 names, the network knows 10 classes"),
         (["a.pth", "--nBlocks", "7"], "the file has 5 exits, --nBlocks says 7"),
     ]:

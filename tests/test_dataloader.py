@@ -72,7 +72,7 @@ def test_a_pipe_among_the_images_is_not_waited_for(image_folder):
         path = image_folder / "train" / "ant" / "pipe.png"
         os.mkfifo(path)
         flags = ["--image-size", size, "--check-images"]
-        with pytest.raises(UserError, match=r"pipe\.png: it is no file"):
+        with pytest.raises(UserError, match=r"pipe\.png: it is not a file"):
             load_data(folder_settings(image_folder, *flags), CPU)
         data = load_data(folder_settings(image_folder, *flags, "--skip-unreadable"), CPU)
         assert any("skipped: cannot read the image" in note for note in data.notes)

@@ -154,7 +154,7 @@ def test_damaged_file(network, logits, tmp_path, damage):
         "text": b"no",
     }
     path.write_bytes(changed[damage])
-    with pytest.raises(UserError, match="is no reference file of this project"):
+    with pytest.raises(UserError, match="is not a reference file of this project"):
         read_reference(path, curve)
 
 

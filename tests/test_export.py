@@ -129,7 +129,7 @@ def test_an_empty_output_is_one_line(capsys):
         program.main(["--model", "imta_cifar100", "--output", ""])
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert "argument --output: an empty name is no file or folder" in error
+    assert "argument --output: an empty name is not a file or folder" in error
     assert error.count("\n") == 1
 
 

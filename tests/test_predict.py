@@ -203,7 +203,7 @@ def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsy
     for name, reason in (
         ("broken.png", ""),
         ("missing.png", ""),
-        ("pipe.png", "it is no file"),
+        ("pipe.png", "it is not a file"),
         ("line.png", "differ too much"),
     ):
         (line,) = (line for line in errors if name in line)

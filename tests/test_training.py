@@ -371,10 +371,10 @@ def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
     assert "without last.pt" in capsys.readouterr().err
     last.write_bytes(before)
     assert train_GE.main(["--save", "GE", "--resume"]) == 2
-    assert "last.pt: it is no PyTorch checkpoint" in capsys.readouterr().err
+    assert "last.pt: it is damaged, or not a PyTorch checkpoint" in capsys.readouterr().err
     torch.save({"format": "imta-msdnet run 99"}, last)
     assert train_GE.main(["--save", "GE", "--resume"]) == 2
-    assert "no run of this version of the project" in capsys.readouterr().err
+    assert "not a run of this version of the project" in capsys.readouterr().err
     assert best.read_bytes() == before
 
 

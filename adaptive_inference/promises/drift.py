@@ -149,7 +149,7 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no reference file of this project: {str(error)[:200]}") from None
+        raise UserError(f"{path} is not a reference file of this project: {str(error)[:200]}") from None
     policy = curve.points[0].policy
     own = (curve.fingerprint, curve.dtype, policy.measure, len(policy.thresholds))
     if (reference.fingerprint, reference.dtype, reference.measure, len(reference.confidence)) != own:
