@@ -126,14 +126,14 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Session:
-    """A run at work, as every part of it needs to know it.
+    """What every part of a program needs of the run that it trains or evaluates.
 
     Attributes:
         directory: The directory of the run.
         settings: The settings of ``args``, all resolved.
         processes: The processes that share it.
         log: Log of the run.
-        requests: What signals ask for.
+        requests: Requests that signals made.
         may_train_eagerly: Whether to train without compiled code where compiling the step fails.
     """
 

@@ -72,7 +72,7 @@ class Meters:
 
     Args:
         num_exits: Number of exits, K.
-        device: Where the sums live.
+        device: Device of the sums.
         only_finite: Leave out images whose loss is not finite.
     """
 
