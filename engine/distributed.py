@@ -175,6 +175,7 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     yield Processes(launch.rank, launch.world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
     if launch.world_size > 1:
+        dist.barrier()  # with PyTorch 2.6, a process that leaves long before another may hang in Gloo
         dist.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ import torch
 import dataloader
 import train_GE
 import train_IMTA
-from adaptive_inference import AdaptivePredictor, read_policy
+from adaptive_inference import AdaptivePredictor, fold, read_policy
 from args import parse
 from engine import trainer
 from engine.checkpoint import load_checkpoint, load_saved
@@ -436,10 +436,10 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     for row, point in zip(read_csv(run / "budgeted.csv"), curve.of_rule("geometric"), strict=True):
         if row["p"] in (1, 20, 40):
             assert point.policy.measure == measure
-            prediction = AdaptivePredictor(saved.network, point.policy)(images)
-            assert 100 * (prediction.classes == targets).double().mean().item() == pytest.approx(
-                row["test_acc1"], abs=0.01
-            )
+            prediction = AdaptivePredictor(fold(saved.network), point.policy)(images)
+            acc1 = 100 * (prediction.classes == targets).double().mean().item()
+            # Batches of another size round differently, which may move one image at a threshold.
+            assert acc1 == pytest.approx(row["test_acc1"], abs=100 / len(targets) + 0.01)
 
 
 def test_runtime_needs_the_policies_of_this_network(runs, capsys):
