@@ -435,7 +435,9 @@ def check_onnx(case: Case) -> str | None:
                 found = runner.predict(pixels.numpy(), thresholds)
                 logits, exits = network.early_exit(images, thresholds)
                 assert found.exits.tolist() == exits.tolist()
-                assert_close(torch.from_numpy(found.logits), logits, 1e-4)
+                # float32 rounds each logit in proportion to the largest ones it is a sum of.
+                scale = logits.abs().max().clamp(min=1)
+                assert_close(torch.from_numpy(found.logits) / scale, logits / scale, 1e-4)
     return None
 
 
