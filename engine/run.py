@@ -114,7 +114,10 @@ def _train_in_process(
     session = _settled(stage, session, network, data.train.num_images * operations[-1])
     settings = session.settings
     seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
-    description = state["description"] if state else _describe(stage, session, data.info, network, origin)
+    if state is None:
+        description = _describe(stage, session, data.info, network, operations, origin)
+    else:
+        description = state["description"]
     place(network, settings, session.processes.device)
     _introduce(network, data, operations, session)
     if is_main and state is None:
@@ -220,13 +223,18 @@ def _operations(network: ExitNetwork, image_size: int) -> list[int]:
 
 
 def _describe(
-    stage: Stage, session: Session, data: DataInfo, network: ExitNetwork, origin: SavedNetwork | None
+    stage: Stage,
+    session: Session,
+    data: DataInfo,
+    network: ExitNetwork,
+    operations: list[int],
+    origin: SavedNetwork | None,
 ) -> Description:
     settings = session.settings
     return Description(
         network=network_options(network),
         data=data,
-        operations=_operations(network, data.image_size),
+        operations=operations,
         stage=stage.name,
         title=stage.title(network, settings),
         recipe=plain(settings),

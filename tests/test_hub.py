@@ -34,6 +34,18 @@ print(statuses)
 """
 
 
+def run_program(path):
+    """Run a program in its folder."""
+    return subprocess.run(
+        [sys.executable, path.name],
+        cwd=path.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_hub_neither_meets_nor_hides_another_package(tmp_path):
     for folder in (tmp_path / "models", tmp_path / "other" / "models"):
         folder.mkdir(parents=True)
@@ -44,14 +56,7 @@ def test_hub_neither_meets_nor_hides_another_package(tmp_path):
         "dependencies = []\nfrom models import Network as _N\ndef network(): return _N()\n"
     )
     (tmp_path / "programs.py").write_text(RUN_ALL)
-    ended = subprocess.run(
-        [sys.executable, "programs.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = run_program(tmp_path / "programs.py")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == f"{[0] * len(PROGRAMS)}\n"
 
@@ -68,14 +73,7 @@ def test_the_library_in_a_folder_that_holds_files_of_the_same_names(tmp_path):
         "assert load_predictor('imta_cifar100').network.num_exits == 5\n"
         "import datasets; assert datasets.MINE\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = run_program(tmp_path / "program.py")
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
