@@ -1,5 +1,7 @@
 """Both kinds of ONNX export give the predictions of PyTorch, image by image; bad input is one line."""
 
+import ctypes
+import gc
 import importlib.util
 import json
 import math
@@ -80,6 +82,29 @@ def predictor_class(runtime):
     from examples.openvino_predictor import OpenVinoPredictor
 
     return OpenVinoPredictor
+
+
+class SignalStack(ctypes.Structure):
+    """The C library's ``stack_t``, on Linux."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(autouse=True)
+def same_signal_stack():
+    """Give back the stack on which Python handles signals.
+
+    OpenVINO replaces it while a model is compiled, and by a stack that is gone where models are not released
+    in the order opposite to that in which they were made. The next signal would then end the process.
+    """
+    if sys.platform != "linux" or not importlib.util.find_spec("openvino"):
+        yield
+        return
+    library, before = ctypes.CDLL(None), SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    yield
+    gc.collect()
+    library.sigaltstack(ctypes.byref(before), None)
 
 
 @pytest.fixture(scope="module")
