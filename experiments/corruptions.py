@@ -92,4 +92,4 @@ def accuracy_table(name: str) -> str | None:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     titles = {column: column.replace("_", " ") for column in rows[0]}
-    return markdown(rows, titles | {"policy": "half of the operations"})
+    return markdown(rows, titles | {"policy": "policy nearest to half"})

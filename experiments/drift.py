@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         "median_images": "images, median",
     }
     exits = {f"exit_{k}": f"exit {k}" for k in range(1, saved.network.num_exits + 1)}
-    accuracy = titles | exits | {"policy": "half of the operations"}
+    accuracy = titles | exits | {"policy": "policy nearest to half"}
     sys.stdout.write(f"\n{markdown(rows[1:], titles | delays)}\n\n{markdown(rows, accuracy)}\n")
     if arguments.csv:
         write_csv(arguments.csv, [{name: row[name] for name in accuracy} for row in rows])

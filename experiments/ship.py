@@ -64,14 +64,14 @@ Held-out images chose the epoch, the thresholds and the policy of each budget; t
 |---|---|---|---|---|
 {exits}
 
-| budget, % of all operations | test top-1 % |
+| mean budget, at most this % of all operations | test top-1 % |
 |---|---|
 {budgets}
 {corruptions}"""
 CORRUPTIONS = """
-Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy at about
-half of the operations (strength: sigma of 255 for noise, sigma in pixels for blur, a factor for brightness,
-quality for JPEG):
+Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy nearest to
+half of the operations, which may spend a little more than half (strength: sigma of 255 for noise, sigma in
+pixels for blur, a factor for brightness, quality for JPEG). The logits were stored in half precision:
 
 {table}
 """
