@@ -77,7 +77,7 @@ class Stage1(Stage):
 
     def title(self, network: ExitNetwork, settings: Namespace) -> str:
         """Return the title of a run's curves."""
-        return f"{network.title} + GE" if settings.gradient_equilibrium else network.title
+        return f"{network.title} + GE" if network.gradient_equilibrium else network.title
 
 
 def main(argv: list[str] | None = None) -> int:

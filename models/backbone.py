@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import add_boost, conv_bn_relu, frozen_statistics, rescale_gradient
+from .layers import add_boost, conv_bn_relu, frozen_statistics
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .tracing import (
     PREFIX,
@@ -225,9 +225,9 @@ class Backbone(ExitNetwork):
             if remaining_exits == 1:
                 features.append(x)
                 break
-            x = self._rescale(x, 1 / remaining_exits)
+            x = self.rescale(x, 1 / remaining_exits)
             features.append(self.exits[k].features(x))
-            x = self._rescale(x, remaining_exits - 1)
+            x = self.rescale(x, remaining_exits - 1)
         return features
 
     def _run_piece(self, k: int, x: Tensor) -> Tensor:
@@ -242,10 +242,6 @@ class Backbone(ExitNetwork):
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), frozen_statistics(self.network)),
         )
-
-    def _rescale(self, x: Tensor, factor: float) -> Tensor:
-        """Rescale gradients (GE) as in ``MSDNet``: a block gets the mean of the exits' gradients."""
-        return rescale_gradient(x, factor) if self.gradient_equilibrium else x
 
     def freeze_pretrained(self) -> None:
         """Let only the exits learn, and a new last linear layer. The rest stays in evaluation mode."""

@@ -58,6 +58,7 @@ class IMTA(ExitNetwork):
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
         self.feature_dims = backbone.feature_dims
+        self.gradient_equilibrium = backbone.gradient_equilibrium
         self.cut_isc_gradient = cut_isc_gradient
         self.freeze_backbone = freeze_backbone
         self.freeze_batchnorm = freeze_backbone and freeze_batchnorm

@@ -258,19 +258,3 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
-
-
-class _GradientRescale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
-
-
-def rescale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return ``x``; its gradient is multiplied by ``factor`` (IMTA paper, section 3.1)."""
-    return _GradientRescale.apply(x, factor)

@@ -27,7 +27,6 @@ from .layers import (
     Transition,
     add_boost,
     frozen_statistics,
-    rescale_gradient,
 )
 from .lazy import Cell, exit_plans
 from .network import ExitNetwork, State, checked_num_exits
@@ -152,9 +151,9 @@ class MSDNet(ExitNetwork):
         for k in range(checked_num_exits(self, num_exits)):
             grid = self._run_block(k, grid)  # more channels, and perhaps fewer fine scales
             remaining_exits = self.num_exits - k
-            grid = self._rescale(grid, 1 / remaining_exits)
+            grid = self._rescale_grid(grid, 1 / remaining_exits)
             features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, feature_dims[k])
-            grid = self._rescale(grid, remaining_exits - 1)
+            grid = self._rescale_grid(grid, remaining_exits - 1)
         return features
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
@@ -179,20 +178,11 @@ class MSDNet(ExitNetwork):
             context_fn=lambda: (nullcontext(), frozen_statistics(block)),
         )
 
-    def _rescale(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
-        """Rescale gradients (GE): by 1 / (K - k) before exit k of K, by K - k - 1 after it.
-
-        The factors telescope: the gradient of every exit from k on reaches block k times 1 / (K - k). So the
-        block gets the mean of their gradients and not the sum, however many exits follow. Layers of the exits
-        themselves are left alone. k counts from 0, in the paper from 1.
-        """
-        if not self.gradient_equilibrium or not torch.is_grad_enabled():
-            return grid
+    def _rescale_grid(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
+        """Rescale the gradients of all scales (the paper), or of the exit's scale only (released code)."""
         coarsest = self.num_scales - 1
         every_scale = self.gradient_equilibrium_scales == "trunk"
-        return {
-            s: rescale_gradient(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()
-        }
+        return {s: self.rescale(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
 
 
 def _key(cell: Cell) -> str:

@@ -38,6 +38,7 @@ class ExitNetwork(nn.Module, ABC):
         num_classes: Number of classes, C.
         feature_dims: Number of features that each exit's classifier reads, one per exit.
         boosted: Whether exit k adds a share of the logits of exit k - 1 to its own.
+        gradient_equilibrium: Whether ``features`` rescales gradients at the exits (``rescale``).
         checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
         description: Description stored in its file (``models.description.Description``), None without a file.
@@ -50,6 +51,7 @@ class ExitNetwork(nn.Module, ABC):
     num_classes: int
     feature_dims: tuple[int, ...]
     boosted: bool = False
+    gradient_equilibrium: bool = False
     checkpoint_activations: bool = False
     description: Any = None
     fingerprint: str | None = None
@@ -179,7 +181,25 @@ class ExitNetwork(nn.Module, ABC):
         """
         fold_sequences(self, fused)
 
-    # Written once, for all networks
+    # Shared by all networks
+
+    def rescale(self, x: Tensor, factor: float) -> Tensor:
+        """Return ``x``; with Gradient Equilibrium, its gradient is multiplied by ``factor``.
+
+        This is the gradient re-scaling of Li et al. (ICCV 2019, arXiv 1908.06294), section 3.1.
+        ``features`` of a network with K exits rescales what block k computes twice, with k from 0: by
+        1 / (K - k) before exit k reads it, and by K - k - 1 before the next block does. The paper counts
+        exits from 1: with i = k + 1, the gradient of exit i is multiplied by 1 / (K - i + 1), and that of the
+        later blocks by (K - i) / (K - i + 1).
+
+        The factors telescope: the gradient of every exit from k on reaches block k times 1 / (K - k). So the
+        block gets the mean of their gradients and not the sum, however many exits follow. The layers of the
+        exits themselves are left alone.
+        """
+        # Without autograd there is nothing to rescale, and no operation is added to inference and export.
+        if not self.gradient_equilibrium or not torch.is_grad_enabled():
+            return x
+        return _RescaledGradient.apply(x, factor)
 
     def classify(self, features: list[Tensor]) -> list[Tensor]:
         """Compute the logits (N, C) of the first exits from their features."""
@@ -228,6 +248,17 @@ class ExitNetwork(nn.Module, ABC):
             state, logits = {key: x[stays] for key, x in state.items()}, logits[stays]
             remaining = remaining[stays]
         return result, exits
+
+
+class _RescaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 def checked_num_exits(network: ExitNetwork, num_exits: int | None) -> int:

@@ -263,6 +263,9 @@ def check_gradient_equilibrium(case: Case) -> str | None:
     if case.block_of is None:
         return "not on everything that passes between blocks"
     network, images = case.network(), case.images()
+    assert network.gradient_equilibrium, (
+        f"declare gradient_equilibrium = True in {network.kind}, or leave block_of out of its case"
+    )
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
     def gradients(exits: Sequence[int]) -> list[Tensor | None]:
@@ -273,7 +276,7 @@ def check_gradient_equilibrium(case: Case) -> str | None:
     number = network.num_exits
     equilibrium = gradients(range(number))
     for module in network.modules():
-        if hasattr(module, "gradient_equilibrium"):
+        if isinstance(module, ExitNetwork):
             module.gradient_equilibrium = False
     by_exit = [gradients([k]) for k in range(number)]
     for name, ours, own in zip(parameters, equilibrium, zip(*by_exit, strict=True), strict=True):
@@ -281,8 +284,14 @@ def check_gradient_equilibrium(case: Case) -> str | None:
         if block == -1:
             block = next(k for k, gradient in enumerate(own) if gradient is not None and gradient.any())
         expected = sum(gradient for gradient in own if gradient is not None)
-        if ours is not None:
-            assert_close(ours, expected if block is None else expected / (number - block))
+        divisor = 1 if block is None else number - block
+        if ours is not None and not torch.allclose(ours, expected / divisor, rtol=1e-9, atol=1e-9):
+            where = "an exit" if block is None else f"block {block} (from 0)"
+            raise AssertionError(
+                f"the gradient of {name} in {where} is not the exits' sum / {divisor}: features() must call "
+                "rescale(x, 1 / (K - k)) before exit k and rescale(x, K - k - 1) after it, or the network "
+                "must leave gradient_equilibrium False and its case block_of None"
+            )
     return None
 
 
