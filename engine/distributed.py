@@ -111,10 +111,11 @@ class Launch(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    restart_count: int = 0  # how often torchrun has started the processes again
 
 
 def launch_of_environment() -> Launch:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; empty ones count as not set.
+    """Read RANK, WORLD_SIZE and the other variables of torchrun; empty ones count as not set.
 
     Raises:
         UserError: A value is no number, or RANK is beyond WORLD_SIZE, such as one that a scheduler left.
@@ -127,7 +128,8 @@ def launch_of_environment() -> Launch:
         raise UserError(
             f"the environment has RANK={rank} and {given}: torchrun sets both; unset RANK for one process"
         )
-    return Launch(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size)
+    restart_count = _variable("TORCHELASTIC_RESTART_COUNT", 0)
+    return Launch(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size, restart_count)
 
 
 def _variable(name: str, default: int, smallest: int = 0) -> int:
@@ -239,7 +241,7 @@ def _init_process_group(launch: Launch, device: torch.device) -> None:
     if launch.local_world_size == launch.world_size:
         # torchrun keeps its store when it starts the processes
         # again, with the addresses of those that are gone.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"attempt_{launch.restart_count}", store)
     # Data in main memory, such as signals and results, are exchanged without the GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":

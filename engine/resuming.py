@@ -65,8 +65,8 @@ def network_to_resume(directory: RunDirectory, state: dict[str, Any]) -> ExitNet
 
 def _is_restart(directory: RunDirectory) -> bool:
     """Return True if torchrun starts the processes of this run again after one was lost (--max-restarts)."""
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv_id every launch has the same name; with it, each
-    # machine counts its own restarts alone, and the name tells.
-    may_be = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or launch not in (None, "none")
-    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == launch
+    launch_name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone,
+    # and the name tells.
+    may_be = launch_of_environment().restart_count > 0 or launch_name not in (None, "none")
+    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == launch_name

@@ -134,6 +134,7 @@ def test_signals_are_left_alone_in_a_thread():
         ({"RANK": "-1"}, "RANK='-1'"),
         ({"RANK": "one"}, "RANK='one'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"TORCHELASTIC_RESTART_COUNT": "many"}, "TORCHELASTIC_RESTART_COUNT='many'"),
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR='' and MASTER_PORT=''"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT=''"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
@@ -162,7 +163,7 @@ def test_a_port_that_another_program_uses_is_named(monkeypatch):
 def test_empty_variables_count_as_not_set(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
-    assert launch_of_environment() == (0, 1, 0, 1)
+    assert launch_of_environment() == (0, 1, 0, 1, 0)
     monkeypatch.setenv("RANK", "0")
     assert launch_of_environment().rank == 0
 
