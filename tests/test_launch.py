@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from train_IMTA import Stage2
 from utils import UserError
 
 CPU = Processes(0, 1, torch.device("cpu"), ())
+LONGEST = 10  # seconds that a name takes to resolve in a test
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,29 @@ def test_what_a_scheduler_left_in_the_environment_is_refused(monkeypatch, variab
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message), process_group(None):
         pass
+
+
+def test_a_signal_is_handled_while_a_name_is_resolved(monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(number, frame):
+        raise Stopped
+
+    never = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: never.wait(LONGEST))
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "slow", "MASTER_PORT": 29511}.items():
+        monkeypatch.setenv(name, str(value))
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Stopped), process_group(None):
+            pass
+    finally:
+        never.set()
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < LONGEST / 2
 
 
 def test_a_port_that_another_program_uses_is_named(monkeypatch):

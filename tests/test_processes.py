@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ FOLDER = [
     "2",
 ]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
+LONGEST_STOP = 5  # seconds until a signal must have ended a process that only waits
 
 
 def free_port():
@@ -177,3 +179,27 @@ def test_threads_go_on_exactly(image_folder, tmp_path):
     assert ended.statuses == [0, 0], ended.errors
     assert "the 14 test images" in ended.output
     assert read_csv(whole / "run" / "anytime.csv") == table
+
+
+def test_sigterm_ends_a_process_that_waits_for_the_others(tmp_path):
+    port = free_port()
+    environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run, tmp_path, processes=1, **environment)
+        _wait_until_listening(port)
+        began = time.monotonic()
+        os.kill(int(processes_in(tmp_path)[0]), signal.SIGTERM)
+        result = ended.result()
+    assert result.statuses == [128 + signal.SIGTERM], result.errors
+    assert time.monotonic() - began < LONGEST_STOP
+    assert processes_in(tmp_path) == []
+
+
+def _wait_until_listening(port):
+    last = time.monotonic() + LONGEST
+    while time.monotonic() < last:
+        with socket.socket() as client:
+            if client.connect_ex(("localhost", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens at port {port}")
