@@ -1,8 +1,18 @@
 """Less computation on easy images: thresholds, budgets, and prediction that stops early.
 
-``budgeted`` finds thresholds and evaluates them, ``policy_files`` keeps them, and ``predictor`` stops early.
-``fold`` makes a network fast for prediction, ``export`` writes it for ONNX Runtime. What promises something
-about accuracy or time is in ``adaptive_inference.promises``.
+Reading order, from the logits of held-out images to a prediction:
+
+1. ``confidence``: logits (K, N, C) -> confidence and class (K, N);
+2. ``budgeted``: confidence -> thresholds (K,) by the paper's rule, and what they reach; ``optimised``:
+   thresholds of the highest accuracy; ``calibration``: temperatures, and ensembles of exits;
+3. ``policies``: thresholds and their results as a ``Point``, all points of a network as a ``PolicyCurve``;
+4. ``policy_files``: curve -> ``policy.json`` and back; ``fingerprint``: which network a file belongs to;
+5. ``choosing``: curve and budget -> the point to use;
+6. ``predictor``: network and policy -> predictions that stop early; ``fold``: networks fast for prediction;
+   ``loading``: steps 4 to 6 by the name of a network.
+
+Beside this path: ``timing`` and ``block_times`` measure milliseconds, ``export`` writes ONNX, and
+``promises`` holds what promises something: ``risk`` (accuracy), ``deadlines`` (time), ``drift`` (an alarm).
 """
 
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds

@@ -22,7 +22,7 @@ class Promise(Protocol):
 
 
 class Timing(Protocol):
-    """Measured time of a network on this machine, such as ``promises.timing.BlockTimes``."""
+    """Measured time of a network on this machine, such as ``block_times.BlockTimes``."""
 
     def milliseconds(self, shares: tuple[float, ...]) -> float:
         """Return the expected time per image of a policy that lets these shares leave at each exit."""

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from adaptive_inference import fold, policy_curve, read_policy, write_policy
 from adaptive_inference.budgeted import ExitPredictions, evaluate_points, geometric_thresholds
-from adaptive_inference.confidence import NONE_LEAVE
-from adaptive_inference.policies import Point, Policy, PolicyCurve
-from adaptive_inference.predictor import simulate
-from adaptive_inference.promises.deadlines import deadline_rows
-from adaptive_inference.promises.drift import reference_of, write_reference
-from adaptive_inference.promises.ensemble import (
+from adaptive_inference.calibration import (
     MANY_IMAGES,
     calibration_errors,
     ensemble_classes,
@@ -26,9 +21,14 @@ from adaptive_inference.promises.ensemble import (
     fit_ensemble,
     fit_temperatures,
 )
-from adaptive_inference.promises.optimised import optimised_thresholds
+from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.optimised import optimised_thresholds
+from adaptive_inference.policies import Point, Policy, PolicyCurve
+from adaptive_inference.predictor import simulate
+from adaptive_inference.promises.deadlines import deadline_rows
+from adaptive_inference.promises.drift import reference_of, write_reference
 from adaptive_inference.promises.risk import CERTIFICATE, certified_points
-from adaptive_inference.promises.timing import distinct, measure_blocks, runtime_rows
+from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
 from engine.easy_and_hard import easy_and_hard, examples_figure

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptive_inference.calibration import ensemble_operations
 from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
-from adaptive_inference.promises.ensemble import ensemble_operations
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory, limit_threads
 from engine.predictor_choice import choose_predictor

@@ -25,7 +25,7 @@ from adaptive_inference.promises.deadlines import (
     BudgetPredictor,
 )
 from adaptive_inference.promises.risk import LEVEL, MaxLoss
-from adaptive_inference.promises.timing import BlockTimes, measure_blocks
+from adaptive_inference.timing import BlockTimes, measure_blocks
 from models import ExitNetwork
 from utils import percent
 

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from adaptive_inference.promises.block_times import BlockTimes
+from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.promises.deadlines import AnytimePredictor
 from engine.report import table
 from models import load

@@ -36,7 +36,7 @@ from PIL import Image
 
 import engine.evaluate
 from adaptive_inference.promises.deadlines import deadline_rows
-from adaptive_inference.promises.timing import measure_blocks, runtime_rows
+from adaptive_inference.timing import measure_blocks, runtime_rows
 from image_data import synthetic
 from models import load, to_released
 from tests.compare import differences, unreadable

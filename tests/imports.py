@@ -32,7 +32,7 @@ class ImportGraph:
 
     def cycles(self) -> list[list[str]]:
         """Return the groups of modules that import each other, directly or through others."""
-        reached = {name: self._reachable(name) for name in self.files}
+        reached = {name: self.reachable(name) for name in self.files}
         groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in self.files}
         return sorted(sorted(group) for group in groups if group)
 
@@ -45,7 +45,8 @@ class ImportGraph:
 
         return list(max(map(chain, sorted(self.files)), key=len))
 
-    def _reachable(self, name: str) -> set[str]:
+    def reachable(self, name: str) -> set[str]:
+        """Return the modules that ``name`` imports, directly or through others."""
         reached: set[str] = set()
         waiting = list(self.imports[name])
         while waiting:

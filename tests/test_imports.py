@@ -56,6 +56,13 @@ def test_imports_run_downwards(graph):
     assert upwards == []
 
 
+def test_prediction_needs_no_search_for_thresholds_and_no_timing(graph):
+    reached = graph.reachable("adaptive_inference.loading")
+    others = ("calibration", "optimised", "timing", "block_times", "export")
+    assert reached & {f"adaptive_inference.{name}" for name in others} == set()
+    assert "adaptive_inference.predictor" in reached
+
+
 def test_nothing_below_the_programs_imports_one(graph):
     importers = {
         module

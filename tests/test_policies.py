@@ -11,6 +11,7 @@ from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thre
 from adaptive_inference.budgeted import evaluate_points
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.fold import folded_for
+from adaptive_inference.optimised import optimised_thresholds
 from adaptive_inference.policies import LossCounts, Policy
 from adaptive_inference.policy_files import (
     from_format_2,
@@ -19,7 +20,6 @@ from adaptive_inference.policy_files import (
     read_policy,
     write_policy,
 )
-from adaptive_inference.promises.optimised import optimised_thresholds
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet
 from models.files import WEIGHTS

@@ -10,9 +10,9 @@ from adaptive_inference.budgeted import (
     evaluate_thresholds,
     geometric_thresholds,
 )
+from adaptive_inference.calibration import ensemble_classes
 from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy
-from adaptive_inference.promises.ensemble import ensemble_classes
 from adaptive_inference.promises.risk import learning_images
 from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
 from engine.report import best_within, budget_rows, draw_curves, draw_runtime, save_figure, table

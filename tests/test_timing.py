@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference.promises.block_times import BlockTimes
+from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.promises.deadlines import deadline_rows
-from adaptive_inference.promises.timing import (
+from adaptive_inference.timing import (
     distinct,
     measure_blocks,
     runtime_rows,

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_inference.block_times import BlockTimes, wait_for
 from adaptive_inference.choosing import within
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
-from adaptive_inference.promises.block_times import BlockTimes, wait_for
 from utils import UserError
 
 RECENT_CALLS = 200  # calls that decide how much time is reserved now

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_inference.block_times import BlockTimes, wait_for
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
-from adaptive_inference.promises.block_times import BlockTimes, wait_for
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it

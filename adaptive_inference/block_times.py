@@ -1,7 +1,7 @@
 """Measured time of every block, and the time of a policy that follows from it.
 
 Example:
-    times = measure_blocks(network, images[:1], batch_size=64)    # of ``promises.timing``
+    times = measure_blocks(network, images[:1], batch_size=64)    # of ``timing``
     times.milliseconds(point.shares)                              # expected per image
     times.reserve(k, 64)                                          # milliseconds that block k rarely exceeds
 """

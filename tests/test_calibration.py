@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adaptive_inference.promises.ensemble import (
+from adaptive_inference.calibration import (
     calibration_errors,
     ensemble_classes,
     ensemble_operations,
