@@ -5,12 +5,15 @@ Example:
     command.typed                # {"preset": "cifar100", "lr": 0.2}
     settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default
 
-The settings are an ``argparse.Namespace`` that nothing changes afterwards. Published flag spellings stay; the
-names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed.
+*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* is the
+settings in the file of a run or network: a run is resumed from it (``stored``), or starts from it
+(``inherited``). Published flag spellings stay; the names behind them are snake_case. ``argparse.SUPPRESS``
+leaves out of the namespace what was not typed.
 
-To add an option, add its default to ``DEFAULTS`` and its flag to a group below. Name it in ``INHERITED`` if
-stage 2 takes it from stage 1's record, and in ``RESUMABLE`` if a resumed run may change it. An option of the
-network alone is a line of ``models.options.NetworkOptions`` and a flag: default and inheritance follow.
+To add an option, add its default to ``DEFAULTS`` and its flag to a group below: ``_add_stage_1`` or
+``_add_stage_2`` if one stage alone has it. Name it in ``INHERITED`` if stage 2 takes it from stage 1's
+record, in ``RESUMABLE`` if a resumed run may change it, and in ``EVALUABLE`` if an evaluation may. An option
+of an MSDNet is a line of ``models.options.NetworkOptions`` and a flag: default and inheritance follow.
 """
 
 import argparse
@@ -18,14 +21,13 @@ import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
 from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
-from models.options import CHOICES, NETWORK_FIELDS, NetworkOptions
+from models.options import CHOICES, NetworkOptions
 from presets import PRESETS
 from utils import (
     CommandLineParser,
@@ -43,7 +45,7 @@ from utils import (
 
 MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
 
-# General defaults; those of a preset take their place.
+# General defaults; presets override them.
 DEFAULTS: dict[str, Any] = {
     # often used
     "preset": "demo",
@@ -114,14 +116,27 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_activations": False,
     "sync_bn": False,
 }
-MSDNET_OPTIONS = tuple(NETWORK_FIELDS)
-# Values of --arch for networks of this project, with the options of this network alone. All other values are
-# names of torchvision and timm.
-OWN_NETWORKS = {"msdnet": set(MSDNET_OPTIONS) - {"gradient_equilibrium", "boosted_exits"}}
+
+
+class OwnNetwork(NamedTuple):
+    """A kind of network of this project, by a value of --arch.
+
+    Attributes:
+        kind: Name of its class in ``models.ExitNetwork.kinds``. The constructor takes ``num_classes`` and the
+            options as keyword arguments, and ``config`` holds them by the same names.
+        options: Dataclass of its options; their defaults are in ``DEFAULTS`` too.
+    """
+
+    kind: str
+    options: type
+
+
+# All other values of --arch are names of torchvision and timm.
+OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", NetworkOptions)}
+LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
 ADAMW_LR = 1e-3
-# Stage 2 takes these from stage 1's record, unless they are typed.
+# Stage 2 takes these from stage 1's record, with --arch and its options, unless they are typed.
 INHERITED = (
-    *("arch", "exits", *MSDNET_OPTIONS),
     *("data", "data_root", "image_size", "val_size", "test_size", "split_seed", "workers"),
     *("skip_unreadable", "check_images", "augment"),
 )
@@ -133,6 +148,12 @@ RESUMABLE = {
     *("data_root", "save", "measure", "print_freq", "save_every_steps", "save_every_minutes"),
     *("workers", "skip_unreadable", "check_images"),
 }
+# An evaluation follows these; the split is checked on its own. All others describe the training.
+EVALUABLE = {
+    *RESUMABLE,
+    *("preset", "data", "image_size", "val_size", "test_size", "split_seed", "batch_size"),
+    *("seed", "deterministic", "amp", "tf32", "channels_last"),
+}
 
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
@@ -143,7 +164,7 @@ RELEASED_CHOICES = {
 }
 
 _PURPOSE = {
-    "GE": "Stage 1: train an MSDNet, by default with Gradient Equilibrium.",
+    "GE": "Stage 1: train an MSDNet, or the network of --arch, by default with Gradient Equilibrium.",
     "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
 }
 _EXAMPLES = """\
@@ -157,9 +178,18 @@ A preset takes the place of the defaults shown, and flags take the place of the 
 _MUTUALLY_EXCLUSIVE = (
     ("resume", "overwrite"),
     ("single_stage", "pretrained"),
+    ("single_stage", "backbone_bn"),
     ("evalmode", "resume"),
     ("evalmode", "overwrite"),
 )
+# Flags that count only beside this value of another setting.
+_REQUIRED: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("momentum", "nesterov"), ("optimizer", "sgd")),
+    **dict.fromkeys(("lr_milestones", "decay_rate"), ("lr_type", "multistep")),
+    **dict.fromkeys(("temperature", "gamma", "kl_reduction"), ("ofa", True)),
+    "isc_gradient": ("isc", True),
+    "gradient_equilibrium_scales": ("gradient_equilibrium", True),
+}
 
 
 class CommandLine:
@@ -167,13 +197,15 @@ class CommandLine:
 
     Attributes:
         stage: ``GE`` or ``IMTA``.
-        typed: Values of the flags that were typed, and what follows from them alone: the data set of
-            ``--data-root``, and the preset of a data set.
+        typed: Values of the flags that were typed.
+        implied: The data set of --data-root and the preset of a data set, where they follow from what was
+            typed. The record of a run or of stage 1 takes their place.
         argv: The words of the command line.
     """
 
     def __init__(self, stage: str, typed: dict[str, Any], argv: list[str]):
         self.stage, self.typed, self.argv = stage, typed, argv
+        self.implied = _implied(typed)
 
     def __str__(self) -> str:
         return shlex.join(["python", f"train_{self.stage}.py", *self.argv])
@@ -189,64 +221,58 @@ class CommandLine:
         """Resolve every setting of a run: what was typed, over a record, over the preset, over the defaults.
 
         Args:
-            stored: Settings in the record of a checkpoint to resume or to evaluate; they take the place of
-                the preset.
-            inherited: Settings in the record of the network to start from; its preset, data and network
-                options hold here too. Where stage 1 takes other data, only the network's options and the
-                image size do.
+            stored: Record of the run to resume or of the network to evaluate; it takes the place of the
+                preset.
+            inherited: Record of the network to start from; its preset, data and network options hold here
+                too. Where stage 1 takes other data, only the network's options and the image size do.
 
         Raises:
-            UserError: The preset is not stage 1's, the held-out split is not the checkpoint's, or the images
-                are gone.
+            UserError: A flag that the network or the other settings have no use for, a preset that is not
+                stage 1's, a held-out split that is not the record's, or images that are gone.
         """
-        typed = self.typed if stored or inherited else _with_data_and_preset(self.typed)
-        takes_other_data = self.stage == "GE" and {"preset", "data"} & self.typed.keys()
-        if inherited and takes_other_data:
-            kept = (*MSDNET_OPTIONS, "arch", "exits", "image_size")
+        has_record = stored is not None or (inherited is not None and self.stage == "IMTA")
+        given = self.typed if has_record else {**self.implied, **self.typed}
+        if inherited and self.stage == "GE" and ("preset" in given or "data" in given):
+            kept = ("arch", *options_of(_arch(inherited)), "image_size")
             inherited = {name: inherited[name] for name in kept if name in inherited}
-        known = stored or inherited or {}
-        self._check_images_are_there(known)
-        self._check_split(known)
+        record = stored or inherited or {}
+        self._check_images_are_there(record)
+        self._check_split(record)
         if stored is not None:
             base = {name: value for name, value in stored.items() if name not in LAUNCH_ONLY}
         else:
-            base = self._of_preset_and_origin(typed, inherited or {})
-        values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | typed
-        values["data_root"] = Path(values["data_root"])
-        # The weights of other networks say which size they expect of images that can have any.
-        size = IMAGE_SIZES[values["data"]]
-        if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or size <= SMALL_IMAGE_SIZE):
-            values["image_size"] = size
-        if values["small_inputs"] is None and values["image_size"] is not None:
-            values["small_inputs"] = values["image_size"] <= SMALL_IMAGE_SIZE
-        if values["lr_milestones"] is None:
-            values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
-        if values["pretrained"] is None:
-            values["pretrained_lr_factor"] = 1.0
-        return Namespace(**values)
+            base = self._base_settings(given, inherited or {})
+        values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | given
+        if problem := _unused_flag(self.typed, values):
+            raise UserError(problem)
+        return Namespace(**_complete(values))
 
     def refuse_changes(self, stored: dict[str, Any]) -> None:
-        """Check that a resumed run is asked to continue as it began.
+        """Check that nothing was typed that the run to resume, or the network to evaluate, cannot follow.
 
         Args:
-            stored: Settings in its record.
+            stored: Record of the run or network.
 
         Raises:
             UserError: The first flag that asks for something else.
         """
         self.refuse_other_data(stored)
+        if conflict := _arch_conflict(self.typed, _arch(stored)):
+            raise UserError(conflict)
+        if "evalmode" in self.typed:  # the network's file says more of its options than the record
+            may_differ = {*EVALUABLE, *every_network_option()}
+            what, way = "network to evaluate", "--evalmode trains nothing"
+        else:
+            may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
+            if self.stage == "GE":
+                way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
         for name, value in self.typed.items():
-            before = stored.get(name)
-            if name == "pretrained":  # recorded as the file that was found
-                names = (str(before), Path(str(before)).stem)
-                is_same = str(value) in names or str(before).startswith(str(value.resolve()))
-                before = value if is_same else before
-            if name not in RESUMABLE and name in stored and before != value:
-                way = "use a new --save"
-                if self.stage == "GE":
-                    way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
+            if name in may_differ or name not in stored:
+                continue
+            before = stored[name]
+            if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
                 raise UserError(
-                    f"the run to resume has {flag_of(name)} {before}, the command line says {value}; {way}"
+                    f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
 
     def refuse_other_data(self, stored: dict[str, Any]) -> None:
@@ -265,63 +291,77 @@ class CommandLine:
     @property
     def pretrained_run(self) -> Path | None:
         """The run or file of this project that --pretrained names; None for weights of a library."""
-        is_own = self.typed.get("arch", DEFAULTS["arch"]) in OWN_NETWORKS
+        is_own = self.stage == "IMTA" or _arch(self.typed) in OWN_NETWORKS
         return self.typed.get("pretrained") if is_own else None
 
     @property
     def save_directory(self) -> Path:
         """Directory of the run.
 
-        It is --save; else save/PRESET/STAGE with --preset, or without --pretrained; else save/ARCH/STAGE for
-        weights of a library; else a neighbour of the run that --pretrained names, or save/NAME/STAGE for a
-        shipped network.
+        ====================================== =================================================
+        typed                                  directory
+        ====================================== =================================================
+        ``--save DIR``                         DIR
+        a preset, or no ``--pretrained``       save/PRESET/STAGE
+        weights of a library                   save/ARCH/STAGE
+        ``--pretrained`` run, stage 1          RUN_2
+        ``--pretrained`` run, stage 2          IMTA beside the run
+        ``--pretrained`` file or name, stage 1 save/NAME/GE
+        ``--pretrained`` file or name, stage 2 save/demo/IMTA
+        ====================================== =================================================
+
+        The preset of a data set counts as typed, but for stage 2 on a network that --pretrained names.
         """
         pretrained = self.typed.get("pretrained")
         if "save" in self.typed:
             return self.typed["save"]
-        if "preset" in self.typed or pretrained is None:
-            return Path("save") / self.typed.get("preset", DEFAULTS["preset"]) / self.stage
-        if "arch" in self.typed:
-            return Path("save") / self.typed["arch"].split("/")[-1] / self.stage
+        implied = {} if self.stage == "IMTA" and pretrained is not None else self.implied
+        preset = self.typed.get("preset", implied.get("preset"))
+        if preset is not None or pretrained is None:
+            return Path("save") / (preset or DEFAULTS["preset"]) / self.stage
+        if self.pretrained_run is None:
+            return Path("save") / _arch(self.typed).split("/")[-1] / self.stage
         if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
             run = pretrained if pretrained.is_dir() else pretrained.parent
             return run.with_name(f"{run.name}_2" if self.stage == "GE" else self.stage)
         name = DEFAULTS["preset"] if self.stage == "IMTA" else pretrained.name.split(".")[0]
         return Path("save") / name / self.stage
 
-    def _check_images_are_there(self, known: dict[str, Any]) -> None:
-        if known.get("data", "demo") == "demo" or "data_root" in self.typed:
+    def _check_images_are_there(self, record: dict[str, Any]) -> None:
+        if record.get("data", "demo") == "demo" or "data_root" in self.typed:
             return
-        root = known.get("data_root")
+        root = record.get("data_root")
         if root is None or not is_folder(root):
-            were = f"are those of {known['data']}" if root is None else f"were in {root}"
+            were = f"are those of {record['data']}" if root is None else f"were in {root}"
             raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
 
-    def _check_split(self, known: dict[str, Any]) -> None:
+    def _check_split(self, record: dict[str, Any]) -> None:
         for name in ("val_size", "test_size", "split_seed"):
-            before = known.get(name)
-            if name in known and self.typed.get(name, before) != before:
+            before = record.get(name)
+            if name in record and self.typed.get(name, before) != before:
                 given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
                     f"the checkpoint's images were held out {given}, "
                     f"not with {self.typed[name]}; the split cannot change"
                 )
 
-    def _of_preset_and_origin(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
+    def _base_settings(self, given: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings below the flags of a new run: those of the preset, and of stage 1's record."""
         trained_with = inherited.get("preset")
-        preset = typed.get("preset", trained_with or DEFAULTS["preset"])
+        preset = given.get("preset", trained_with or DEFAULTS["preset"])
         if trained_with not in (None, preset):
             raise UserError(
                 f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
             )
         values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage]}
-        if typed.get("released"):
+        if given.get("released"):
             values |= RELEASED_CHOICES
-        if typed.get("optimizer") == "adamw":
+        if given.get("optimizer") == "adamw":
             values["lr"] = ADAMW_LR
-        if typed.get("data") == "folder":  # a preset does not know its number of images
+        if given.get("data") == "folder":  # a preset does not know its number of images
             values["val_size"] = None
-        return values | {name: inherited[name] for name in INHERITED if name in inherited}
+        names = ("arch", *options_of(_arch(inherited)), *INHERITED)
+        return values | {name: inherited[name] for name in names if name in inherited}
 
 
 def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
@@ -339,33 +379,67 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     typed = vars(parser.parse_args(argv))
     if conflict := _find_conflict(typed):
         parser.error(conflict)
-    has_origin = "single_stage" not in typed and "pretrained" in typed
-    # Then the record in --save says which data they are, and --data-root only where they lie now: neither
-    # the data set nor the preset follows from what was typed.
-    resumes_or_evaluates = "save" in typed and {"resume", "evalmode"} & typed.keys()
-    inherits = stage == "IMTA" and (has_origin or ("save" in typed and "single_stage" not in typed))
-    if not (inherits or resumes_or_evaluates):
-        typed = _with_data_and_preset(typed)
     return CommandLine(stage, typed, sys.argv[1:] if argv is None else argv)
 
 
-def _with_data_and_preset(typed: dict[str, Any]) -> dict[str, Any]:
-    """Return what was typed, with the data set and the preset that follow from --data-root and --data."""
-    typed = dict(typed)
+def options_of(arch: str) -> tuple[str, ...]:
+    """Return the settings that are options of the networks of a value of --arch."""
+    own = OWN_NETWORKS.get(arch)
+    return LIBRARY_OPTIONS if own is None else tuple(field.name for field in fields(own.options))
+
+
+def every_network_option() -> set[str]:
+    """Return the settings that are options of a network, whatever its kind."""
+    return {*LIBRARY_OPTIONS}.union(*map(options_of, OWN_NETWORKS))
+
+
+def _arch(settings: dict[str, Any]) -> str:
+    return settings.get("arch", DEFAULTS["arch"])
+
+
+def _implied(typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the data set and the preset that follow from --data-root and --data."""
+    implied = {}
     if "data_root" in typed and not {"data", "preset"} & typed.keys():
-        typed["data"] = "folder"
-    if "preset" not in typed and typed.get("data") in PRESETS:
-        is_tuned = "pretrained" in typed and typed["data"] == "folder"
-        typed["preset"] = "finetune" if is_tuned else typed["data"]
-    return typed
+        implied["data"] = "folder"
+    data = typed.get("data", implied.get("data"))
+    if "preset" not in typed and data in PRESETS:
+        implied["preset"] = "finetune" if "pretrained" in typed and data == "folder" else data
+    return implied
+
+
+def _is_same_origin(recorded: str | Path | None, typed: Path) -> bool:
+    """Return True if --pretrained names the recorded file, its run, or its name in ``weights/``."""
+    if recorded is None:
+        return False
+    path = Path(recorded).resolve()
+    return str(typed) == Path(recorded).stem or typed.resolve() in (path, *path.parents)
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those that depend on others, without options of other kinds of networks."""
+    values = dict(values)
+    values["data_root"] = Path(values["data_root"])
+    # The weights of other networks say which size they expect of images that can have any.
+    size = IMAGE_SIZES[values["data"]]
+    if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or size <= SMALL_IMAGE_SIZE):
+        values["image_size"] = size
+    if values["small_inputs"] is None and values["image_size"] is not None:
+        values["small_inputs"] = values["image_size"] <= SMALL_IMAGE_SIZE
+    if values["lr_milestones"] is None:
+        values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
+    if values["pretrained"] is None:
+        values["pretrained_lr_factor"] = 1.0
+    others = every_network_option() - {*options_of(values["arch"])}
+    return {name: value for name, value in values.items() if name not in others}
 
 
 def _find_conflict(typed: dict[str, Any]) -> str | None:
     for first, second in _MUTUALLY_EXCLUSIVE:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
-    if conflict := _optimizer_conflict(typed) or _arch_conflict(typed):
-        return conflict
+    if typed.get("nesterov") and typed.get("momentum") == 0:
+        return "--nesterov needs a --momentum above 0"
     if typed.get("compile", "auto") not in ("auto", "off") and typed.get("checkpoint_activations"):
         return "--compile and --checkpoint-activations do not go together"
     if "evaluate_from" in typed and "evalmode" not in typed:
@@ -373,22 +447,27 @@ def _find_conflict(typed: dict[str, Any]) -> str | None:
     return None
 
 
-def _optimizer_conflict(typed: dict[str, Any]) -> str | None:
-    if typed.get("optimizer") == "adamw" and (wrong := {"momentum", "nesterov"} & typed.keys()):
-        return f"{flag_of(min(wrong))} belongs to --optimizer sgd"
-    if typed.get("nesterov") and typed.get("momentum") == 0:
-        return "--nesterov needs a --momentum above 0"
+def _unused_flag(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Return a line about the first flag that would change nothing, None if there is none."""
+    if conflict := _arch_conflict(typed, settings["arch"]):
+        return conflict
+    for name, (other, value) in _REQUIRED.items():
+        if name in typed and settings[other] != value:
+            return f"{flag_of(name)} belongs to {flag_of(other)}{'' if value is True else f' {value}'}"
+    if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
+        return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
     return None
 
 
-def _arch_conflict(typed: dict[str, Any]) -> str | None:
-    arch = typed.get("arch", DEFAULTS["arch"])
-    if arch in OWN_NETWORKS and "exits" in typed:
-        return "--exits is for networks of torchvision and timm (--arch NAME)"
-    for owner, options in OWN_NETWORKS.items():
-        if owner != arch and (wrong := options & typed.keys()):
-            return f"{flag_of(min(wrong))} is for --arch {owner}, not for --arch {arch}"
-    return None
+def _arch_conflict(typed: dict[str, Any], arch: str) -> str | None:
+    """Return a line about the first option of other kinds of networks, None if there is none."""
+    wrong = sorted(every_network_option() & typed.keys() - {*options_of(arch)})
+    if not wrong:
+        return None
+    owners = [f"--arch {own}" for own in OWN_NETWORKS if wrong[0] in options_of(own)]
+    if wrong[0] in LIBRARY_OPTIONS:
+        owners.append("networks of torchvision and timm (--arch NAME)")
+    return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"
 
 
 def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -399,12 +478,7 @@ def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
-    return _flags()[name]
-
-
-@cache
-def _flags() -> dict[str, str]:
-    return build_parser("IMTA").flags()
+    return {**build_parser("GE").flags(), **build_parser("IMTA").flags()}[name]
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -445,24 +519,22 @@ def build_parser(stage: str) -> CommandLineParser:
         "optimisation": _add_optimisation,
         "speed and memory": _add_speed,
     }
-    if stage == "IMTA":
-        groups["collaboration and distillation"] = _add_stage_2
+    own, elsewhere = _STAGE_FLAGS[stage], _STAGE_FLAGS["IMTA" if stage == "GE" else "GE"]
+    groups[own.title] = own.add_flags
     for title, add_flags in groups.items():
         add_flags(parser.add_argument_group(title).add_argument)
-    if stage == "GE":
-        parser.flags_elsewhere = dict.fromkeys(_stage_2_flags(), "train_IMTA.py")
+    parser.flags_elsewhere = dict.fromkeys(elsewhere.spellings(), elsewhere.program)
     return parser
-
-
-def _stage_2_flags() -> list[str]:
-    parser = CommandLineParser(add_help=False)
-    _add_stage_2(parser.add_argument)
-    return parser.spellings()
 
 
 def _one_of(values: Iterable[str]) -> dict[str, Any]:
     """Return the arguments of a flag with these values, typed in upper or lower case."""
     return {"choices": list(values), "type": str.lower}
+
+
+def _exits(text: str) -> int | tuple[str, ...]:
+    """Convert a number of exits, or paths of modules with commas between them."""
+    return at_least(2)(text) if text.isdecimal() else tuple(text.split(","))
 
 
 _SEED = at_least(0, 2**32 - 2)
@@ -634,7 +706,7 @@ def _add_network(add: Callable) -> None:
     )
     add(
         "--exits",
-        type=exits,
+        type=_exits,
         metavar="N|PATH,PATH",
         help="with --arch: number of exits, or the modules after which the early ones "
         "are, such as layer1,layer2",
@@ -729,6 +801,17 @@ def add_msdnet_sizes(add: Callable) -> None:
     )
 
 
+def _add_stage_1(add: Callable) -> None:
+    add(
+        "--pretrained-lr-factor",
+        type=in_range(0),
+        metavar="F",
+        help="with --pretrained and --arch: "
+        "the learning rate of pretrained parameters is F times that of new ones",
+    )
+    add("--freeze", **_one_of(["none", "backbone"]), help="backbone: with --arch, train the exits alone")
+
+
 def _add_stage_2(add: Callable) -> None:
     add("--temperature", "-T", type=above(0), metavar="T", help="temperature of the distillation")
     add("--gamma", type=in_range(0, 1), metavar="G", help="weight of the distillation against the labels")
@@ -765,25 +848,12 @@ def _add_stage_2(add: Callable) -> None:
     )
 
 
-def exits(text: str) -> int | tuple[str, ...]:
-    """Convert a number of exits, or paths of modules with commas between them."""
-    return at_least(2)(text) if text.isdecimal() else tuple(text.split(","))
-
-
 def _add_optimisation(add: Callable) -> None:
     add(
         "--optimizer",
         **_one_of(["sgd", "adamw"]),
         help=f"adamw begins at --lr {ADAMW_LR} where none is given",
     )
-    add(
-        "--pretrained-lr-factor",
-        type=in_range(0),
-        metavar="F",
-        help="with --pretrained and --arch: "
-        "the learning rate of pretrained parameters is F times that of new ones",
-    )
-    add("--freeze", **_one_of(["none", "backbone"]), help="backbone: with --arch, train the exits alone")
     add("--lr-type", **_one_of(["multistep", "cosine"]), help="learning rate after the warm-up")
     add(
         "--lr-milestones",
@@ -844,3 +914,22 @@ def _add_speed(add: Callable) -> None:
         help="batch normalisation over all GPUs of torchrun together; "
         "they wait for each other at every layer",
     )
+
+
+class _StageFlags(NamedTuple):
+    """Flags that one stage has and the other has not."""
+
+    program: str
+    title: str
+    add_flags: Callable[[Callable], None]
+
+    def spellings(self) -> list[str]:
+        parser = CommandLineParser(add_help=False)
+        self.add_flags(parser.add_argument)
+        return parser.spellings()
+
+
+_STAGE_FLAGS = {
+    "GE": _StageFlags("train_GE.py", "pretrained weights", _add_stage_1),
+    "IMTA": _StageFlags("train_IMTA.py", "collaboration and distillation", _add_stage_2),
+}

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     output, is_directory = arguments.output
     export = export_blocks if is_directory else export_onnx
     try:
-        saved = load_saved(arguments.model, {})
+        saved = load_saved(arguments.model)
         policy = arguments.policy or policy_path(saved.path)
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:

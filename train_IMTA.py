@@ -84,10 +84,11 @@ class Stage2(Stage):
         """
         if "single_stage" in command.typed:
             return None
-        saved = load_saved(command.typed.get("pretrained") or _stage_1_beside(command), command.typed)
-        if isinstance(saved.network, IMTA):
-            raise UserError(f"{saved.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
-        return saved
+        origin = load_saved(command.pretrained_run or _stage_1_beside(command))
+        if isinstance(origin.network, IMTA):
+            raise UserError(f"{origin.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
+        origin.refuse_other_network(command.typed)
+        return origin
 
     def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> IMTA:
         """Build new classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""

@@ -225,7 +225,7 @@ class Benchmark:
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:
     if checkpoint is not None:
-        saved = load_saved(checkpoint, {})
+        saved = load_saved(checkpoint)
         return saved.network, saved.data.image_size
     torch.manual_seed(0)
     network = IMTA(MSDNet(**SEVEN_EXITS)).eval()

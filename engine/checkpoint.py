@@ -1,7 +1,7 @@
 """The files of a run: ``best.safetensors`` (``models.saved``) and ``last.pt``, from which the run resumes.
 
 Example:
-    saved = load_saved(path, {})
+    saved = load_saved(path)
     save_checkpoint(path, state)
     state = load_checkpoint(path)
 """
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from args import MSDNET_OPTIONS, flag_of, from_record
+from args import OWN_NETWORKS, every_network_option, flag_of, from_record, options_of
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
 from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
+from models.zoo import TIMM_PREFIX
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
@@ -36,8 +37,9 @@ class SavedNetwork:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of the run that wrote it."""
-        return {**from_record(self.description.recipe), "image_size": self.data.image_size}
+        """Record of the run that wrote it; the network itself says which network and image size it is."""
+        recipe = {**self.description.recipe, **options_of_network(self.network)}
+        return from_record({**recipe, "image_size": self.data.image_size})
 
     @property
     def data(self) -> DataInfo:
@@ -49,29 +51,48 @@ class SavedNetwork:
         """The split, None where the training images are unknown."""
         return self.split if self.data.knows_training_images else None
 
+    def refuse_other_network(self, typed: dict[str, Any]) -> None:
+        """Check that flags of the network, as far as any were typed, describe this one.
 
-def load_saved(path: Path, typed: dict[str, Any]) -> SavedNetwork:
+        Raises:
+            UserError: The first flag that asks for something else.
+        """
+        own = options_of_network(self.network)
+        for name in sorted(typed.keys() & {"arch", *every_network_option()}):
+            value = typed[name]
+            if name not in own:
+                raise UserError(f"{self.path} has no {flag_of(name)}: it is {self.network.stage_1.kind}")
+            is_number_of_exits = name == "exits" and value == self.network.num_exits
+            if not is_number_of_exits and own[name] != (list(value) if isinstance(value, tuple) else value):
+                raise UserError(f"{self.path} has {flag_of(name)} {own[name]}, the command line says {value}")
+        if "pretrained_lr_factor" in typed and not any(True for _ in self.network.pretrained_parameters()):
+            raise UserError(f"{self.path} has no pretrained parameters for --pretrained-lr-factor")
+
+
+def options_of_network(network: ExitNetwork) -> dict[str, Any]:
+    """Return --arch and the options of the network that stage 1 trained, as far as ``args`` knows them."""
+    stage_1 = network.stage_1
+    own = [arch for arch, kind in OWN_NETWORKS.items() if kind.kind == stage_1.kind]
+    prefix = TIMM_PREFIX if stage_1.config.get("library") == "timm" else ""
+    arch = own[0] if own else prefix + stage_1.config.get("name", stage_1.kind)
+    options = {name: stage_1.config[name] for name in options_of(arch) if name in stage_1.config}
+    return {"arch": arch, **options}
+
+
+def load_saved(path: Path) -> SavedNetwork:
     """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
         path: As ``models.load`` takes it.
-        typed: Flags that were typed; network options among them must agree with the file.
 
     Raises:
-        UserError: One line: the file is missing, damaged, foreign or of another version, or what disagrees.
+        UserError: One line: the file is missing, damaged, foreign or of another version.
     """
     try:
         path = find(path)
         network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    config = {**network.stage_1.config, **network.config}
-    for name in typed.keys() & {*MSDNET_OPTIONS}:
-        value = typed[name]
-        if name not in config:
-            raise UserError(f"{path} has no {flag_of(name)}: it is {network.kind}")
-        if config[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{path} has {flag_of(name)} {config[name]}, the command line says {value}")
     return SavedNetwork(path, network, description, split)
 
 

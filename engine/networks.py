@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 
-from args import MSDNET_OPTIONS, OWN_NETWORKS
+from args import OWN_NETWORKS, options_of
 from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
-from models import ExitNetwork, MSDNet, build_backbone
+from models import ExitNetwork, build_backbone
 from models.description import DataInfo
 from models.zoo import Preprocessing, preprocessing
 from utils import UserError
@@ -19,8 +19,9 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
     """
     num_classes = len(data.class_names)
     try:
-        if settings.arch == "msdnet":
-            return MSDNet(num_classes, **{name: getattr(settings, name) for name in MSDNET_OPTIONS})
+        if own := OWN_NETWORKS.get(settings.arch):
+            options = {name: getattr(settings, name) for name in options_of(settings.arch)}
+            return ExitNetwork.kinds[own.kind](num_classes=num_classes, **options)
         return build_backbone(
             settings.arch,
             settings.exits,

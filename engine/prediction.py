@@ -67,7 +67,7 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
-    device, network = _device(arguments.device), load_saved(path, {}).network
+    device, network = _device(arguments.device), load_saved(path).network
     batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
     limit_threads(arguments.threads, batch_size * network.description.operations[-1])
     choice = choose_predictor(arguments, path, network.to(device), batch_size)

@@ -45,7 +45,8 @@ def state_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -
         raise UserError(
             f"{directory.last} was written by train_{description.stage}.py; resume with that program"
         )
-    command.refuse_changes({"pretrained": description.origin, **from_record(description.recipe)})
+    stored = from_record(description.recipe)
+    command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or description.origin})
     return state
 
 
@@ -58,7 +59,7 @@ def network_to_resume(directory: RunDirectory, state: dict[str, Any]) -> ExitNet
     with damage_named(directory.last):
         network = with_weights(state["description"].network, state["state_dict"])
     # The best epoch is needed at the end; that its file is of another run should be known before.
-    if state["best_epoch"] and load_saved(directory.best, {}).network.config != network.config:
+    if state["best_epoch"] and load_saved(directory.best).network.config != network.config:
         raise UserError(f"{directory.best} holds another network than {directory.last}")
     return network
 

@@ -127,7 +127,7 @@ def _train_in_process(
         log.open(directory.tensorboard, state["epoch"] + 1 if state else 0)
         progress = train(stage.make_objective(network, settings), description, data, session, state)
         stage.check_result(network, description)  # of the last epoch, then of the best
-        load_weights(network, load_saved(directory.best, {}).network.state_dict())
+        load_weights(network, load_saved(directory.best).network.state_dict())
         stage.check_result(network, description)
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {directory.best}")
         _evaluate(session, network, data, description, _curves_of(stage, description, directory))
@@ -178,15 +178,17 @@ def _evaluate(
 
 def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     source = command.typed.get("evaluate_from") or RunDirectory(command.save_directory).best
-    saved = load_saved(source, command.typed)
+    saved = load_saved(source)
     directory = RunDirectory(command.typed.get("save") or saved.path.parent)
     if "save" not in command.typed and saved.path != directory.best:
         raise UserError(f"{source} does not belong to a run of this project; pass --save DIR for its tables")
     if directory.holds_run() and saved.path.resolve() != directory.best.resolve():
         raise UserError(f"{directory.path} holds another run than {source}; pass --save DIR for its tables")
-    command.refuse_other_data(saved.settings)
+    saved.refuse_other_network(command.typed)
+    stored = saved.settings
+    command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or saved.description.origin})
     # As this machine is fastest, unless it is typed; "runtime" measures its policies as they were made.
-    settings = command.settings(stored={**saved.settings, "amp": "auto", "compile": "off"})
+    settings = command.settings(stored={**stored, "amp": "auto", "compile": "off"})
     if settings.evalmode == "runtime" and settings.amp == "auto":
         dtype = read_policy(directory.policy).dtype
         settings = with_values(settings, amp={"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "off"))

@@ -42,8 +42,11 @@ class Stage(ABC):
         Raises:
             UserError, OSError: It is not there, cannot be read, or is another network than the flags say.
         """
-        path = command.pretrained_run
-        return None if path is None else load_saved(path, command.typed)
+        if command.pretrained_run is None:
+            return None
+        origin = load_saved(command.pretrained_run)
+        origin.refuse_other_network(command.typed)
+        return origin
 
     def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
         """Return what the weights to start from expect of images, None to start from scratch."""

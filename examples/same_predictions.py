@@ -81,7 +81,7 @@ def compare(files: list[Path], model: str, openvino_images: int) -> int:
     Returns:
         The exit status: 1 if one differs although its confidence is near no threshold, else 0.
     """
-    network = load_saved(find(model), {}).network
+    network = load_saved(find(model)).network
     curve = read_policy(policy_path(find(model)))
     policy = curve.nearest(curve.operations[-1] / 2).policy
     data = network.description.data

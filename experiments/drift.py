@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(argv)
     try:
-        saved = load_saved(arguments.network, {})
+        saved = load_saved(arguments.network)
         flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
         settings = parse("GE", ["--evalmode", "anytime", *flags]).settings(stored=saved.settings)
         data = load_data(settings, torch.device("cpu"), None, saved.data, saved.split)

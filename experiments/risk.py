@@ -255,7 +255,7 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     Raises:
         UserError: The network or its images cannot be read.
     """
-    saved = load_saved(find(network), {})
+    saved = load_saved(find(network))
     flags = ["--data-root", str(data_root)] if data_root else []
     # --save says that the data are those of the record.
     words = ["--evalmode", "dynamic", "--save", str(saved.path.parent), *flags]

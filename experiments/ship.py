@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        saved = load_saved(arguments.run, {})
+        saved = load_saved(arguments.run)
         if arguments.output.suffix != SUFFIX:
             raise UserError(f"it takes a run of this project and a file ending with {SUFFIX}")
         ship(saved, arguments.output, arguments.bfloat16, arguments.data_root)

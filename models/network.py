@@ -10,8 +10,8 @@ A network runs in one of two ways:
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 
 A new kind of network is a subclass in a file of its own, which ``models`` imports, and an entry in
-``tests.contract``. To be trained by a value of ``--arch``, it also needs its options and their flags in
-``args`` (``OWN_NETWORKS``), and a line in ``engine.networks.new_network``.
+``tests.contract``. To be trained by a value of ``--arch``, it also needs a dataclass of its options, which
+``args`` names in ``OWN_NETWORKS`` with their defaults in ``DEFAULTS`` and their flags in ``_add_network``.
 """
 
 from abc import ABC, abstractmethod

@@ -37,7 +37,7 @@ def unreadable(path: Path) -> tuple[list[str], int]:
     directory = RunDirectory(path)
     checks: dict[Path, Callable[[Path], object]] = {
         directory.last: load_checkpoint,
-        directory.best: lambda p: load_saved(p, {}),
+        directory.best: load_saved,
         directory.log: _read_log,
         directory.record: lambda p: json.loads(p.read_text()),
         directory.policy: read_policy,
@@ -102,7 +102,7 @@ def _last(path: Path) -> dict[str, Any]:
 
 
 def _best(path: Path) -> dict[str, Any]:
-    saved = load_saved(path, {})
+    saved = load_saved(path)
     return {
         "state_dict": saved.network.state_dict(),
         **saved.split._asdict(),

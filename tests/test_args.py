@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from args import DEFAULTS, MSDNET_OPTIONS, RELEASED_CHOICES, flag_of, from_record, parse
+from args import (
+    DEFAULTS,
+    RELEASED_CHOICES,
+    build_parser,
+    every_network_option,
+    flag_of,
+    from_record,
+    options_of,
+    parse,
+)
 from engine.record import plain
 from models.options import block_depths
 from utils import UserError
@@ -18,26 +27,20 @@ def test_help_explains_every_flag_with_its_default(capsys, stage):
         parse(stage, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    stage_2 = {
-        "temperature",
-        "gamma",
-        "isc",
-        "ofa",
-        "isc_gradient",
-        "kl_reduction",
-        "backbone_bn",
-        "single_stage",
-    }
-    names = DEFAULTS.keys() - (stage_2 if stage == "GE" else set())
-    assert text.count("(default:") == len(names)
+    assert text.count("(default:") == len(DEFAULTS.keys() & build_parser(stage).flags().keys())
     assert "peak learning rate (default: 0.1, or by preset)" in text
     assert "seed of initialisation, order and augmentation (default: 1)" in text
 
 
-def test_settings_are_every_default_and_never_enter_the_network():
-    settings = parse("GE", []).settings()
-    assert vars(settings).keys() == DEFAULTS.keys()
-    assert set(MSDNET_OPTIONS) < vars(settings).keys()
+def test_every_setting_is_a_flag_of_one_stage_or_both():
+    assert build_parser("GE").flags().keys() | build_parser("IMTA").flags().keys() == {*DEFAULTS, "help"}
+
+
+@pytest.mark.parametrize("arch", ["msdnet", "resnet18"])
+def test_settings_hold_the_options_of_their_network_alone(arch):
+    settings = vars(parse("GE", ["--arch", arch]).settings())
+    assert settings.keys() & every_network_option() == {*options_of(arch)}
+    assert settings.keys() | every_network_option() == DEFAULTS.keys()
 
 
 def test_published_presets():
@@ -91,7 +94,7 @@ def test_released_sets_every_choice_and_explicit_flags_win():
     ("flags", "name", "value"),
     [
         (["--grFactor", "1-2-4-4"], "growth_factors", (1, 2, 4, 4)),
-        (["--lr-milestones", "30,60"], "lr_milestones", (30.0, 60.0)),
+        (["--lr-type", "multistep", "--lr-milestones", "30,60"], "lr_milestones", (30.0, 60.0)),
         (["--gpu", "0,2"], "gpu", (0, 2)),
         (["--no-bottleneck"], "bottleneck", False),
         ([], "evalmode", None),
@@ -143,6 +146,39 @@ def test_a_flag_of_stage_2_alone_is_named_as_such(capsys, flags):
         f"unrecognized arguments: {' '.join(flags)}; {flag} is a flag of train_IMTA.py"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("flag", ["--freeze", "--pretrained-lr-factor"])
+def test_a_flag_of_stage_1_alone_is_named_as_such(capsys, flag):
+    with pytest.raises(SystemExit):
+        parse("IMTA", [flag, "backbone"])
+    assert f"{flag} is a flag of train_GE.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("GE", ["--arch", "resnet18", "--no-bottleneck"], "--bottleneck is for --arch msdnet, not for"),
+        ("GE", ["--exits", "3"], "--exits is for networks of torchvision and timm"),
+        ("GE", ["--lr-milestones", "1,2"], "--lr-milestones belongs to --lr-type multistep"),  # demo: cosine
+        ("GE", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum belongs to --optimizer sgd"),
+        ("GE", ["--no-GE", "--ge-scales", "trunk"], "--ge-scales belongs to --gradient-equilibrium"),
+        ("GE", ["--arch", "resnet18", "--pretrained-lr-factor", "0"], "needs --pretrained"),
+        ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
+        ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(stage, flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(stage, flags).settings()
+
+
+@pytest.mark.parametrize("flags", [["--lr", "0.5"], ["--no-isc"], ["--pretrained", "x"]])
+def test_an_evaluation_refuses_flags_of_another_training(flags):
+    stored = from_record(plain(parse("IMTA", ["--lr", "0.3"]).settings()))
+    with pytest.raises(UserError, match=r"the network to evaluate has --.*; --evalmode trains nothing"):
+        parse("IMTA", ["--evalmode", *flags]).refuse_changes(stored)
+    parse("IMTA", ["--evalmode", "--lr", "0.3", "--batch-size", "7", "--amp", "off"]).refuse_changes(stored)
 
 
 @pytest.mark.parametrize(

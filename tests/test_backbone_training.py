@@ -118,6 +118,29 @@ def test_fine_tuned_on_other_classes(train, finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (train_IMTA, ["--arch", "resnet18"], "has --arch mobilenet_v3_small, the command line says resnet18"),
+        (train_IMTA, ["--exits", "4"], "has --exits ['features"),
+        (train_IMTA, ["--nBlocks", "3"], "has no --nBlocks: it is Backbone"),
+        (train_GE, ["--nBlocks", "3"], "has no --nBlocks: it is Backbone"),
+        (train_GE, ["--exits", "features.3"], "has --exits ['features"),
+        (train_GE, ["--boosted-exits"], "has --boosted-exits False, the command line says True"),
+    ],
+)
+def test_flags_that_another_network_cannot_follow(finished_run, tmp_path, capsys, program, flags, message):
+    words = ["--pretrained", str(finished_run), "--save", str(tmp_path / "new"), "--exits", "3", *flags]
+    assert program.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--exits", "4"], ["--arch", "msdnet"], ["--freeze", "backbone"]])
+def test_an_evaluation_refuses_flags_of_another_network(finished_run, capsys, flags):
+    assert train_GE.main(["--evalmode", "anytime", "--save", str(finished_run), *flags]) == 2
+    assert f"has {flags[0]} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (

@@ -49,7 +49,7 @@ def test_a_run_of_format_2(run, stage, capsys):
         1.0,
     )
     assert description.data.class_names[:2] == ["solid circle", "hollow circle"]
-    assert (description.data.num_training_images, len(load_saved(path, {}).split.held_out)) == (13000, 100)
+    assert (description.data.num_training_images, len(load_saved(path).split.held_out)) == (13000, 100)
     assert description.stage == stage
     assert convert.main([str(run / stage)]) == 0
     assert "is of today's format already" in capsys.readouterr().out

@@ -93,7 +93,7 @@ def test_a_run_leaves_tables_curves_logs_and_how_it_was_made(runs, stage):
 
 
 def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen(runs):
-    before, after = (load_saved(runs / stage / "best.safetensors", {}) for stage in ("GE", "IMTA"))
+    before, after = (load_saved(runs / stage / "best.safetensors") for stage in ("GE", "IMTA"))
     assert torch.equal(before.split.held_out, after.split.held_out)
     assert after.data == before.data
     assert after.network.backbone.config == before.network.config
@@ -360,7 +360,7 @@ def test_what_is_refused_writes_one_line_and_no_file(runs, capsys, program, argv
 
 def test_a_directory_is_overwritten_when_asked(runs):
     assert train_ge("GE", "--overwrite", "--seed", "5") == 0
-    assert not same_tensors(weights(runs / "GE"), load_saved(runs / "IMTA", {}).network.backbone.state_dict())
+    assert not same_tensors(weights(runs / "GE"), load_saved(runs / "IMTA").network.backbone.state_dict())
 
 
 def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
@@ -390,11 +390,11 @@ def test_stage_1_starts_from_weights(runs, image_folder):
         )
         == 0
     )
-    more, again, tuned = (load_saved(runs / name, {}) for name in ("more", "again", "tuned"))
+    more, again, tuned = (load_saved(runs / name) for name in ("more", "again", "tuned"))
     assert (
         more.split.held_out.tolist()
         == again.split.held_out.tolist()
-        == load_saved(runs / "GE", {}).split.held_out.tolist()
+        == load_saved(runs / "GE").split.held_out.tolist()
     )
     assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
     assert tuned.network.num_classes == 3
@@ -423,7 +423,7 @@ def test_evaluation_alone_repeats_the_tables(runs, program):
 def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     run = runs / "GE"
     assert train_GE.main(["--save", "GE", "--evalmode", "dynamic", "--measure", measure]) == 0
-    saved = load_saved(run / "best.safetensors", {})
+    saved = load_saved(run / "best.safetensors")
     curve = read_policy(run / "policy.json", saved.network)
     data = dataloader.load_data(
         parse("GE", TINY_FLAGS).settings(stored=saved.settings),
