@@ -186,10 +186,13 @@ def summary() -> str:
     ensembles, ensembles_on_stage_2 = gain("GE", "GE"), gain("GE_ISC_OFA", "GE_ISC_OFA")
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, at every exit but the first.",
-        f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. New classifiers with **ISC** gain {isc}",
-        f"   on new classifiers alone. **OFA: no measurable gain** ({ofa} alone, {ofa_on_isc} on ISC).",
-        f"3. Beyond the paper, **boosted exits** gain {gain('GE', 'GE_boosted')} on GE. Ensembles of all",
-        f"   exits so far gain {ensembles} on GE and {ensembles_on_stage_2} on GE + ISC + OFA.",
+        f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
+        f"New classifiers with **ISC** gain {isc} on new classifiers alone.",
+        f"3. **OFA: no measurable gain** ({ofa} alone, {ofa_on_isc} on ISC).",
+        "4. **Boosted exits** add half of the previous exit's logits to their own. "
+        f"Beyond the paper, they gain {gain('GE', 'GE_boosted')} on GE.",
+        f"5. **Ensembles** of all exits so far gain {ensembles} on GE "
+        f"and {ensembles_on_stage_2} on GE + ISC + OFA.",
     )
     title = "In points of top-1, mean over exits, after 30 + 10 epochs:"
     return "\n".join([exits_table(), "", title, "", *lines])
@@ -310,7 +313,7 @@ def epochs_table() -> str:
     rows = [
         ["the best epoch is the last one", f"in {is_last} of {len(logs)} runs"],
         [
-            "the lowest epoch, as the released stage 1 chooses, against the best one",
+            "the lowest epoch, as the official stage 1 chooses, against the best one",
             spread([min(log) - max(log) for log in accuracies], "+"),
         ],
     ]

@@ -1,9 +1,21 @@
-"""Relative links and anchors of the Markdown documents lead somewhere."""
+"""Links and anchors of the Markdown documents lead somewhere, and the README's Python runs."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from models import IMTA, MSDNet
+from models.layers import rescale_gradient
+from models.losses import one_for_all_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -50,3 +62,55 @@ def test_dead_links_are_found(tmp_path):
     document = tmp_path / "document.md"
     document.write_text(f"# Title\n{text}\n```\n[g](in_code.md)\n```\n", encoding="utf-8")
     assert dead_links(document) == ["other.md#three", "none.md", "#none"]
+
+
+METHOD, PYTHON = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+def test_the_method_in_the_readme():
+    """Its five lines compute what the functions compute that their comments name."""
+    network = IMTA(MSDNet(num_blocks=2, base=1, step=1, num_channels=4, growth_rate=4, num_classes=5)).eval()
+    start = torch.randn(3, network.feature_dims[1], requires_grad=True)
+    previous, teacher, targets = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 3, 4])
+    names = {
+        **{"torch": torch, "rescale_gradient": rescale_gradient, "block": nn.Identity(), "x": start},
+        **{"exit": SimpleNamespace(features=nn.Identity()), "K": 5, "k": 1, "T": 4.0, "gamma": 0.5},
+        **{"classifier": network.classifiers[1], "link": network.links[0], "previous_logits": previous},
+        "cross_entropy": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
+        "teacher": teacher,
+        "kl": lambda p, q: F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(dim=1),
+    }
+    exec(METHOD, names)
+    for name, share in (("features", 1 / 4), ("x", 3 / 4)):
+        (gradient,) = torch.autograd.grad(names[name].sum(), start, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, share))
+        assert torch.equal(names[name], start)
+    logits = names["logits"]
+    torch.testing.assert_close(logits, network.classify_next(1, start, previous))
+    loss = one_for_all_loss([logits, previous], targets, teacher, temperature=4.0, gamma=0.5)
+    torch.testing.assert_close(names["loss"], loss - names["cross_entropy"](previous))
+
+
+def test_the_python_of_the_readme(tmp_path):
+    """It runs in a clone's folder that holds a photograph."""
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in {"adaptive_inference", "image_data", "models", "weights"}:
+            (tmp_path / path.name).symlink_to(path)
+    Image.new("RGB", (40, 30), "navy").save(tmp_path / "photo.jpg")
+    program = tmp_path / "program.py"
+    program.write_text(
+        PYTHON + "print(logits.shape, exits.shape, prediction.probs.shape)\n", encoding="utf-8"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert re.findall(r"\[(.*?)\]", ended.stdout) == ["8, 100", "8", "1, 100"]
