@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import IMTA, MSDNet
-from models.layers import rescale_gradient
 from models.losses import one_for_all_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +74,7 @@ def test_the_method_in_the_readme():
     start = torch.randn(3, network.feature_dims[1], requires_grad=True)
     previous, teacher, targets = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 3, 4])
     names = {
-        **{"torch": torch, "rescale_gradient": rescale_gradient, "block": nn.Identity(), "x": start},
+        **{"torch": torch, "rescale": network.backbone.rescale, "block": nn.Identity(), "x": start},
         **{"exit": SimpleNamespace(features=nn.Identity()), "K": 5, "k": 1, "T": 4.0, "gamma": 0.5},
         **{"classifier": network.classifiers[1], "link": network.links[0], "previous_logits": previous},
         "cross_entropy": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
