@@ -73,6 +73,7 @@ def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "default"])
 def test_the_first_step_that_cannot_be_compiled(tmp_path, tiny_demo, monkeypatch, capsys, mode):
     """The disk is full after the small test, say: ``auto`` trains on, to the same weights as without."""

@@ -41,7 +41,7 @@ def accepted(images, limit, level):
 @pytest.mark.parametrize("limit", [0.02, 0.1])
 def test_the_trinomial_test_is_exact(limit, level):
     """At the limit, whatever the share of changed images, an error is at most as likely as 1 - level."""
-    images = 40
+    images = 28
     for changed in torch.linspace(limit, 1, 60, dtype=torch.float64).tolist():
         shares = (changed + limit) / 2, max(changed - limit, 0.0) / 2
         wrong = sum(chance(images, *pair, shares) for pair in accepted(images, limit, level))
@@ -90,9 +90,9 @@ def test_power_is_near_that_of_a_test_that_knows_the_variance(disagreement):
     better = 0.0 if disagreement else share
     error = math.sqrt((share + better) / images)
     limit = share - better + 2.5 * error
-    losses = [drawn(images, share, better, generator) for _ in range(400)]
+    losses = [drawn(images, share, better, generator) for _ in range(100)]
     passed = sum(p_value(counts, limit, disagreement) <= 0.05 for counts in losses)
-    assert passed / 400 > 0.70
+    assert passed / 100 > 0.70
 
 
 def certified_point(p, counts, policy=None):
@@ -182,7 +182,7 @@ def test_the_simulation_prints_violations_and_power(capsys):
 @pytest.mark.parametrize("disagreement", [False, True])
 def test_exact_chance_of_a_certificate(disagreement):
     """It equals the sum over all outcomes, and at the limit it is at most 1 - level."""
-    images, better, limit = 60, 0.0 if disagreement else 0.05, 0.1
+    images, better, limit = 30, 0.0 if disagreement else 0.05, 0.1
     boundary = experiment.Boundary(images, limit, 90.0, disagreement)
     worse = better + limit
     expected = 0.0
