@@ -77,7 +77,7 @@ def test_the_method_in_the_readme():
         **{"torch": torch, "rescale": network.backbone.rescale, "block": nn.Identity(), "x": start},
         **{"exit": SimpleNamespace(features=nn.Identity()), "K": 5, "k": 1, "T": 4.0, "gamma": 0.5},
         **{"classifier": network.classifiers[1], "link": network.links[0], "previous_logits": previous},
-        "cross_entropy": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
+        "ce": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
         "teacher": teacher,
         "kl": lambda p, q: F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(dim=1),
     }
@@ -89,7 +89,7 @@ def test_the_method_in_the_readme():
     logits = names["logits"]
     torch.testing.assert_close(logits, network.classify_next(1, start, previous))
     loss = one_for_all_loss([logits, previous], targets, teacher, temperature=4.0, gamma=0.5)
-    torch.testing.assert_close(names["loss"], loss - names["cross_entropy"](previous))
+    torch.testing.assert_close(names["loss"], loss - names["ce"](previous))
 
 
 def test_the_python_of_the_readme(tmp_path):
