@@ -7,7 +7,7 @@ from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, build_backbone
 from models.description import DataInfo
-from models.zoo import Preprocessing, preprocessing
+from models.third_party import Preprocessing, preprocessing
 from utils import UserError
 
 

@@ -5,7 +5,7 @@
 Reading order:
 
 - the paper: ``layers``, ``msdnet``, ``losses``, ``imta``, ``network`` (the interface of all), ``lazy``;
-- other networks: ``backbone``, ``tracing``, ``zoo``;
+- other networks: ``backbone``, ``tracing``, ``third_party``;
 - files: ``saved``, ``released``, ``pytorch_files``, ``files``, ``description``.
 """
 

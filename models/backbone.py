@@ -23,23 +23,23 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import add_boost, conv_bn_relu, frozen_statistics
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
+from .third_party import Constructor, NeedsNetworkError, check_backbone, construct, split_name, weights_of
 from .tracing import (
     PREFIX,
     PROBE_BATCH,
-    Piece,
-    Survey,
+    GraphProfile,
+    Segment,
     Traces,
     block_paths,
+    evenly_spread,
     find_layout,
     layer_outputs,
-    make_piece,
+    make_segment,
     meta_copy,
-    nearest_places,
-    survey,
-    trace,
+    profile_graph,
+    trace_both_modes,
     with_cloned_input,
 )
-from .zoo import NeedsNetworkError, check_backbone, construct, split_name, weights_of
 
 LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
 EXIT_WIDTHS = (128, 512)  # fewest and most channels of an exit's convolution
@@ -96,8 +96,8 @@ class Backbone(ExitNetwork):
         layout: One of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: A size that the network takes, where it takes none of the usual ones.
         frozen: Let only the exits learn, and the last linear layer if it is new.
-        origin: ``library``, ``name`` and ``options`` of the network's constructor, by which a file can
-            describe it.
+        constructor: The constructor that built the network, by which a file can describe it; None: a custom
+            network.
 
     Raises:
         ValueError: The network cannot be traced, has no last linear layer, or cannot be cut there; one line
@@ -115,41 +115,32 @@ class Backbone(ExitNetwork):
         layout: str | Sequence[str] | None = None,
         image_size: int | None = None,
         frozen: bool = False,
-        origin: dict[str, Any] | None = None,
+        constructor: Constructor | None = None,
     ):
         super().__init__()
-        traces = trace(network)
+        traces = trace_both_modes(network)
+        self._classifier, ends = _last_linear(network, traces)
+        profiles = profile_graph(network, traces, image_size)
+        if isinstance(exits, int):
+            paths = _even_exits(network, traces, profiles, exits)
+        else:
+            paths = _checked_exits(network, traces, list(exits), ends)
+        layouts = _layouts(traces, profiles, paths, layout)
         self.network = network
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._classifier, ends = _last_linear(network, traces)
-        surveys = survey(network, traces, image_size)
-        paths = (
-            _even_exits(network, traces, surveys, exits)
-            if isinstance(exits, int)
-            else _checked_exits(network, traces, list(exits), ends)
-        )
-        layouts = _layouts(traces, surveys, paths, layout)
-        self._pieces = _pieces(traces, paths, ends)
-        linear = network.get_submodule(self._classifier)
+        self._segments = _segments(traces, paths, ends)
         self.num_exits = len(paths) + 1
-        self.num_classes = linear.out_features if num_classes is None else num_classes
-        self.has_new_classifier = self.num_classes != linear.out_features
-        if self.has_new_classifier:
-            self._set(self._classifier, nn.Linear(linear.in_features, self.num_classes).to(linear.weight))
-        self.exits = nn.ModuleList(
-            _make_exit(_any_shape(surveys, traces, path), kind, self.num_classes)
-            for path, kind in zip(paths, layouts, strict=True)
-        ).to(linear.weight)
-        self.feature_dims = (*(exit.feature_channels for exit in self.exits), linear.in_features)
-        self.gradient_equilibrium = gradient_equilibrium
-        self.boosted = boosted_exits
-        self.frozen = False
-        self._accepted_sizes = set(surveys)
-        self._takes_one_size = len(surveys) == 1
-        self._clone_where_needed(next(iter(surveys)))
+        # In this order: it decides which random numbers initialise which layer.
+        self._replace_classifier(num_classes)
+        first_profile = next(iter(profiles.values()))
+        self._add_exits([first_profile.shapes[traces.evaluation.outputs[path]] for path in paths], layouts)
+        self.boosted, self.gradient_equilibrium, self.frozen = boosted_exits, gradient_equilibrium, False
+        self._accepted_sizes, self._takes_one_size = set(profiles), len(profiles) == 1
+        self._clone_where_needed(next(iter(profiles)))
+        constructor = constructor or Constructor(None, type(network).__name__, {})
         self.config = {
-            **(origin or {"library": None, "name": type(network).__name__, "options": {}}),
+            **constructor._asdict(),
             "exits": list(paths),
             "num_classes": self.num_classes,
             "boosted_exits": boosted_exits,
@@ -160,6 +151,23 @@ class Backbone(ExitNetwork):
         }
         if frozen:
             self.freeze_pretrained()
+
+    def _replace_classifier(self, num_classes: int | None) -> None:
+        """Replace the last linear layer by a new one, unless it has ``num_classes`` outputs (None: any)."""
+        linear = self.network.get_submodule(self._classifier)
+        self.num_classes = linear.out_features if num_classes is None else num_classes
+        self.has_new_classifier = self.num_classes != linear.out_features
+        if self.has_new_classifier:
+            self._set(self._classifier, nn.Linear(linear.in_features, self.num_classes).to(linear.weight))
+
+    def _add_exits(self, shapes: Sequence[tuple[int, ...]], layouts: Sequence[str]) -> None:
+        """Make the early exits, which read tensors of these shapes and layouts."""
+        linear = self.network.get_submodule(self._classifier)
+        self.exits = nn.ModuleList(
+            _make_exit(shape, layout, self.num_classes) for shape, layout in zip(shapes, layouts, strict=True)
+        ).to(linear.weight)
+        early = (exit_module.feature_channels for exit_module in self.exits)
+        self.feature_dims = (*early, linear.in_features)
 
     # Making networks
 
@@ -181,14 +189,14 @@ class Backbone(ExitNetwork):
             ValueError: The network is unknown, or cannot be cut as it was.
         """
         config = dict(config)
-        origin = {key: config.pop(key) for key in ("library", "name", "options")}
-        if network is None and origin["library"] is None:
+        constructor = Constructor(*(config.pop(field) for field in Constructor._fields))
+        if network is None and constructor.library is None:
             raise NeedsNetworkError(
-                f"{str(origin['name'])!a:.60} is a custom network; pass it: load(path, network=...)"
+                f"{str(constructor.name)!a:.60} is a custom network; pass it: load(path, network=...)"
             )
         with torch.device("cpu"):  # not on the meta device: networks compute constants when they are made
-            network = construct(**origin) if network is None else network
-            return cls(network, origin=origin, **config)
+            network = construct(*constructor) if network is None else network
+            return cls(network, constructor=constructor, **config)
 
     def for_classes(self, num_classes: int) -> "Backbone":
         """Build a network like this one for another number of classes, with new weights, all trained."""
@@ -197,12 +205,12 @@ class Backbone(ExitNetwork):
     # Inference
 
     def start(self, images: Tensor) -> State:
-        """Return the images: the first piece reads them."""
+        """Return the images: the first segment reads them."""
         return {"x": images}
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
-        """Run piece ``k`` and the exit after it; the state is the tensor at the cut."""
-        x = self._pieces[k].evaluation(self, state["x"])
+        """Run segment ``k`` and the exit after it; the state is the tensor at the cut."""
+        x = self._segments[k].evaluation(self, state["x"])
         if k == self.num_exits - 1:
             return x, {}
         return self.exits[k].features(x), {"x": x}
@@ -220,7 +228,7 @@ class Backbone(ExitNetwork):
         """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
         features, x = [], images
         for k in range(checked_num_exits(self, num_exits)):
-            x = self._run_piece(k, x)
+            x = self._run_segment(k, x)
             remaining_exits = self.num_exits - k
             if remaining_exits == 1:
                 features.append(x)
@@ -230,8 +238,8 @@ class Backbone(ExitNetwork):
             x = self.rescale(x, remaining_exits - 1)
         return features
 
-    def _run_piece(self, k: int, x: Tensor) -> Tensor:
-        run = self._pieces[k].function(self.training and not self.frozen)
+    def _run_segment(self, k: int, x: Tensor) -> Tensor:
+        run = self._segments[k].function(self.training and not self.frozen)
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return run(self, x)
         # The random state is kept: dropout has to draw the same masks again.
@@ -262,8 +270,8 @@ class Backbone(ExitNetwork):
 
     def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield names and parameters of all linear classifiers."""
-        for k, exit in enumerate(self.exits):
-            for name, parameter in exit.linear.named_parameters():
+        for k, exit_module in enumerate(self.exits):
+            for name, parameter in exit_module.linear.named_parameters():
                 yield f"exits.{k}.linear.{name}", parameter
         for name, parameter in self.network.get_submodule(self._classifier).named_parameters():
             yield f"{PREFIX}{self._classifier}.{name}", parameter
@@ -281,26 +289,28 @@ class Backbone(ExitNetwork):
         Raises:
             ValueError: The weights are those of another network.
         """
-        own = self.network.state_dict()
+        expected = self.network.state_dict()
         classifier = f"{self._classifier}."
         weights = {
             name: x
             for name, x in weights.items()
-            if not (name.startswith(classifier) and name in own and own[name].shape != x.shape)
+            if not (name.startswith(classifier) and name in expected and expected[name].shape != x.shape)
         }
-        wrong = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
+        wrong = [
+            name for name in weights if name not in expected or expected[name].shape != weights[name].shape
+        ]
         missing = [
             name
-            for name in own
+            for name in expected
             if name not in weights
             and not name.startswith(classifier)
             and not name.endswith("num_batches_tracked")
         ]
         if wrong or missing:
-            what = f"{wrong[0]} does not belong to it" if wrong else f"{missing[0]} is missing"
+            difference = f"{wrong[0]} does not belong to it" if wrong else f"{missing[0]} is missing"
             more = len(wrong) + len(missing) - 1
             raise ValueError(
-                f"{source}: these weights are not those of {self.config['name']}: {what}"
+                f"{source}: these weights are not those of {self.config['name']}: {difference}"
                 + (f", and {more} more" if more else "")
             )
         self.network.load_state_dict(weights, strict=False)
@@ -317,12 +327,12 @@ class Backbone(ExitNetwork):
         if reason is None:
             self._accepted_sizes.add(size)
             return
-        known = min(self._accepted_sizes)
+        smallest = min(self._accepted_sizes)
         if self._takes_one_size:
-            raise ValueError(f"this network takes images of {known} pixels only, not of {size}")
-        if size > known:
+            raise ValueError(f"this network takes images of {smallest} pixels only, not of {size}")
+        if size > smallest:
             raise ValueError(f"this network does not take images of {size} pixels ({reason:.150})")
-        too_small, works = size, known
+        too_small, works = size, smallest
         while works - too_small > 1:
             middle = (too_small + works) // 2
             if _failure(runner, middle) is None:
@@ -335,9 +345,9 @@ class Backbone(ExitNetwork):
 
     def fold_batch_norm(self, fused: Fuse) -> None:
         """Fold every BatchNorm of the network and the exits into the layer before it, in place."""
-        graphs = [piece.evaluation_graph for piece in self._pieces]
+        graphs = [segment.evaluation_graph for segment in self._segments]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
-        self._pieces = [Piece(self._folded(graph, calls, fused), None) for graph in graphs]
+        self._segments = [Segment(self._folded(graph, calls, fused), None) for graph in graphs]
         fold_sequences(self.exits, fused)
 
     def _folded(self, graph: fx.Graph, calls: Counter[str], fused: Fuse) -> fx.Graph:
@@ -360,7 +370,7 @@ class Backbone(ExitNetwork):
         setattr(self.network.get_submodule(parent), name, module)
 
     def _clone_where_needed(self, size: int) -> None:
-        """Let pieces that change their input in place copy it first: the exit before them needs it too."""
+        """Let segments that change their input in place copy it first: the exit before them needs it too."""
         # Inference tensors have no versions, and the caller may be in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             runner = meta_copy(self)
@@ -369,9 +379,9 @@ class Backbone(ExitNetwork):
                 x = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
                 for k in range(self.num_exits):
                     version = x._version
-                    y = runner._pieces[k].function(training)(runner, x)
+                    y = runner._segments[k].function(training)(runner, x)
                     if x._version != version:
-                        self._pieces[k] = with_cloned_input(self._pieces[k])
+                        self._segments[k] = with_cloned_input(self._segments[k])
                     x = y
 
 
@@ -390,21 +400,21 @@ def _failure(runner: Backbone, size: int) -> str | None:
 
 def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.Node]]:
     """Return the path of the network's last linear layer, and the node of its input in both modes."""
-    found = {}
-    for mode, one in traces.by_mode.items():
-        node = next(node for node in reversed(one.graph.nodes) if node.op == "output").args[0]
+    last_nodes = {}
+    for mode, trace in traces.by_mode.items():
+        node = next(node for node in reversed(trace.graph.nodes) if node.op == "output").args[0]
         while _is_unchanging(network, node):
             node = node.args[0]
-        found[mode] = node
-    for mode, node in found.items():
+        last_nodes[mode] = node
+    for mode, node in last_nodes.items():
         if not _is_linear(network, node):
             output = traces.by_mode[mode].name(node) if isinstance(node, fx.Node) else "several values"
             raise ValueError(
                 f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: "
                 f"its output in {mode} mode is {output}"
             )
-    path = found["evaluation"].target.removeprefix(PREFIX)
-    return path, {mode: node.args[0] for mode, node in found.items()}
+    path = last_nodes["evaluation"].target.removeprefix(PREFIX)
+    return path, {mode: node.args[0] for mode, node in last_nodes.items()}
 
 
 def _module_of(network: nn.Module, node: Any) -> nn.Module | None:
@@ -422,17 +432,17 @@ def _is_linear(network: nn.Module, node: Any) -> bool:
 
 def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) -> str | None:
     """Return why no exit can be at the output of a module, None if one can."""
-    for mode, one in traces.by_mode.items():
-        if path in one.repeated:
+    for mode, trace in traces.by_mode.items():
+        if path in trace.repeated:
             return "the network runs it more than once"
-        if path not in one.outputs:
+        if path not in trace.outputs:
             return "its output is not one tensor"
-        node = one.outputs[path]
-        crossing = [other for other in one.crossing(node) if other is not node]
+        node = trace.outputs[path]
+        crossing = [other for other in trace.crossing(node) if other is not node]
         if crossing:
-            names = ", ".join(map(one.name, [node, *crossing]))
+            names = ", ".join(map(trace.name, [node, *crossing]))
             return f"{len(crossing) + 1} values cross a cut there ({names}), and only one may"
-        if ends and one.position(node) >= one.position(ends[mode]):
+        if ends and trace.position(node) >= trace.position(ends[mode]):
             return "nothing but the last linear layer comes after it"
     return None
 
@@ -448,56 +458,57 @@ def _checked_exits(
         reason = _refusal(traces, path, ends)
         if reason:
             raise ValueError(f"no exit can be at {path!r}: {reason}")
-    places: dict[int, str] = {}
+    by_position: dict[int, str] = {}
     for path in paths:
-        place = traces.evaluation.position(traces.evaluation.outputs[path])
-        if place in places:
-            raise ValueError(f"the exits {places[place]!r} and {path!r} are the same place")
-        places[place] = path
-    if list(places) != sorted(places):
-        raise ValueError(
-            f"exits must be in the network's order: {', '.join(places[p] for p in sorted(places))}"
-        )
+        position = traces.evaluation.position(traces.evaluation.outputs[path])
+        if position in by_position:
+            raise ValueError(f"the exits {by_position[position]!r} and {path!r} are the same place")
+        by_position[position] = path
+    in_order = [by_position[position] for position in sorted(by_position)]
+    if in_order != paths:
+        raise ValueError(f"exits must be in the network's order: {', '.join(in_order)}")
     return paths
 
 
 def _unknown_exit(network: nn.Module, traces: Traces, path: str) -> str:
-    one = traces.evaluation
-    known = [p for p in block_paths(network, one, {}, 0) if _refusal(traces, p) is None]
-    near = difflib.get_close_matches(path, list(one.outputs), 3) or known
+    trace = traces.evaluation
+    allowed = [block for block in block_paths(network, trace, {}, 0) if _refusal(traces, block) is None]
+    near = difflib.get_close_matches(path, list(trace.outputs), 3) or allowed
     listed = ", ".join(near[:20]) + (", ..." if len(near) > 20 else "")
     return f"there is no module {path!r} in {type(network).__name__}; exits can be at: {listed}"
 
 
-def _even_exits(network: nn.Module, traces: Traces, surveys: dict[int, Survey], count: int) -> list[str]:
+def _even_exits(
+    network: nn.Module, traces: Traces, profiles: dict[int, GraphProfile], count: int
+) -> list[str]:
     """Return the paths of ``count`` - 1 early exits that spread the operations evenly."""
-    one, measured = traces.evaluation, next(iter(surveys.values()))
-    total = max(measured.operations.values())
+    trace, profile = traces.evaluation, next(iter(profiles.values()))
+    total = max(profile.operations_up_to.values())
     if count < 2:
         raise ValueError(
             f"exits is {count}; at least 2 are needed, of which the last is the network's own end"
         )
-    places: dict[fx.Node, str] = {}
-    blocks = block_paths(network, one, measured.own_operations, total // count)
+    candidates: dict[fx.Node, str] = {}
+    blocks = block_paths(network, trace, profile.operations_of, total // count)
     # A plain chain of layers has no blocks: there, exits can be after activations and pooling.
-    for path in [*blocks, *(layer_outputs(network, one) if len(blocks) < count else [])]:
-        node = one.outputs[path]
-        if _refusal(traces, path) is None and len(measured.shapes.get(node, ())) in (3, 4):
-            places.setdefault(node, path)
+    for path in [*blocks, *(layer_outputs(network, trace) if len(blocks) < count else [])]:
+        node = trace.outputs[path]
+        if _refusal(traces, path) is None and len(profile.shapes.get(node, ())) in (3, 4):
+            candidates.setdefault(node, path)
     # An exit that comes with the last operations saves nothing.
-    nodes = [node for node in one.graph.nodes if node in places]
-    nodes = [node for node in nodes if 0 < measured.operations[node] < (1 - 0.5 / count) * total]
+    nodes = [node for node in trace.graph.nodes if node in candidates]
+    nodes = [node for node in nodes if 0 < profile.operations_up_to[node] < (1 - 0.5 / count) * total]
     if len(nodes) < count - 1:
         raise ValueError(
             f"exits is {count}; {type(network).__name__} has places for {len(nodes) + 1} at most: "
-            f"{', '.join(places[node] for node in nodes) or 'its end'}"
+            f"{', '.join(candidates[node] for node in nodes) or 'its end'}"
         )
-    shares = [measured.operations[node] / total for node in nodes]
-    return [places[nodes[i]] for i in nearest_places(shares, count - 1)]
+    shares = [profile.operations_up_to[node] / total for node in nodes]
+    return [candidates[nodes[i]] for i in evenly_spread(shares, count - 1)]
 
 
 def _layouts(
-    traces: Traces, surveys: dict[int, Survey], paths: list[str], given: str | Sequence[str] | None
+    traces: Traces, profiles: dict[int, GraphProfile], paths: list[str], given: str | Sequence[str] | None
 ) -> list[str]:
     if given is not None:
         layouts = [given] * len(paths) if isinstance(given, str) else list(given)
@@ -509,30 +520,23 @@ def _layouts(
         return layouts
     layouts = []
     for path in paths:
+        node = traces.evaluation.outputs[path]
         try:
-            layouts.append(
-                find_layout(
-                    [s.shapes.get(traces.evaluation.outputs[path], ()) or (0,) for s in surveys.values()]
-                )
-            )
+            layouts.append(find_layout([p.shapes.get(node, ()) or (0,) for p in profiles.values()]))
         except ValueError as error:
             raise ValueError(f"no exit can be at {path!r}: {error}") from None
     return layouts
 
 
-def _pieces(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> list[Piece]:
-    pieces = []
+def _segments(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> list[Segment]:
+    segments = []
     for k in range(len(paths) + 1):
         start = paths[k - 1] if k else None
         end = ends
         if k < len(paths):
-            end = {mode: one.outputs[paths[k]] for mode, one in traces.by_mode.items()}
-        pieces.append(make_piece(start, end, traces))
-    return pieces
-
-
-def _any_shape(surveys: dict[int, Survey], traces: Traces, path: str) -> tuple[int, ...]:
-    return next(iter(surveys.values())).shapes[traces.evaluation.outputs[path]]
+            end = {mode: trace.outputs[paths[k]] for mode, trace in traces.by_mode.items()}
+        segments.append(make_segment(start, end, traces))
+    return segments
 
 
 def _make_exit(shape: tuple[int, ...], layout: str, num_classes: int) -> nn.Module:
@@ -560,7 +564,7 @@ def build_backbone(
     pretrained: str | os.PathLike | None = None,
     image_size: int | None = None,
     options: dict[str, Any] | None = None,
-    **of_backbone: Any,
+    **backbone_arguments: Any,
 ) -> Backbone:
     """Build a network of torchvision (``NAME``) or timm (``timm/NAME``) with exits.
 
@@ -570,19 +574,24 @@ def build_backbone(
         num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
         pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
             weights; None for none.
-        image_size: Of the images it will see; operations are spread evenly for this size.
-        options: Of the network's constructor, plain types.
-        of_backbone: Further arguments of ``Backbone``.
+        image_size: Size of the images it will see; operations are spread evenly for this size.
+        options: Options of the network's constructor, plain types.
+        backbone_arguments: Further arguments of ``Backbone``.
 
     Raises:
         ValueError: An unknown name, a network that cannot be cut, or weights of another network.
         OSError: The weights cannot be read or downloaded.
     """
-    origin = {"library": None, "name": arch, "options": dict(options or {})}
-    origin["library"], origin["name"] = split_name(arch)
+    constructor = Constructor(*split_name(arch), dict(options or {}))
     check_backbone(arch, pretrained)
-    network = construct(**origin)
-    backbone = Backbone(network, exits, num_classes, image_size=image_size, origin=origin, **of_backbone)
+    backbone = Backbone(
+        construct(*constructor),
+        exits,
+        num_classes,
+        image_size=image_size,
+        constructor=constructor,
+        **backbone_arguments,
+    )
     if pretrained is not None:
-        backbone.load_pretrained(weights_of(origin, pretrained), str(pretrained))
+        backbone.load_pretrained(weights_of(constructor, pretrained), str(pretrained))
     return backbone

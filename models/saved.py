@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .description import Description, Split
 from .files import find
 from .network import ExitNetwork, build_network
-from .zoo import NeedsNetworkError
+from .third_party import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels

@@ -1,16 +1,16 @@
-"""Cutting a network into pieces with ``torch.fx``.
+"""Cutting a network into segments with ``torch.fx``.
 
 A network is traced twice, in training and in evaluation mode, as a trace fixes the value of
 ``self.training``. Every module call is recorded with the node of its output, so that a cut can be named by
-the path of a module. A piece is the code between two cuts. It is a plain function ``(root, x) -> y`` that
-runs the modules of ``root.network``: the pieces own no modules and no parameters.
+the path of a module. A segment is the code between two cuts. It is a plain function ``(root, x) -> y`` that
+runs the modules of ``root.network``: the segments own no modules and no parameters.
 
 Example:
     network = torchvision.models.resnet18().eval()
-    traces = trace(network)
+    traces = trace_both_modes(network)
     end = {mode: trace.outputs["layer1"] for mode, trace in traces.by_mode.items()}
-    piece = make_piece(None, end, traces)                   # from the images to the output of layer1
-    y = piece.evaluation(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
+    segment = make_segment(None, end, traces)  # from the images to the output of layer1
+    y = segment.evaluation(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
 """
 
 import copy
@@ -29,6 +29,8 @@ PREFIX = "network."  # the traced network is the attribute ``network`` of the ro
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
+# Layouts by the number of dimensions and the dimension of the channels.
+LAYOUT_BY_CHANNELS = {(3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -79,16 +81,16 @@ class Trace:
         return next(node for node in self.graph.nodes if node.op == "placeholder")
 
     def position(self, node: fx.Node) -> int:
-        """Return the place of a node in the order of the graph."""
+        """Return the position of a node in the order of the graph."""
         return self._positions[node]
 
     def crossing(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that are computed up to ``node`` and used after it; parameters do not count."""
-        place = self._positions[node]
+        cut = self._positions[node]
         return [
             other
             for other, position in self._positions.items()
-            if position <= place and self._last_uses[other] > place and other.op != "get_attr"
+            if position <= cut and self._last_uses[other] > cut and other.op != "get_attr"
         ]
 
     def name(self, node: fx.Node) -> str:
@@ -119,7 +121,7 @@ class Traces:
         return self.by_mode["evaluation"]
 
 
-def trace(network: nn.Module) -> Traces:
+def trace_both_modes(network: nn.Module) -> Traces:
     """Trace a network in both modes; its modules keep their modes.
 
     Raises:
@@ -211,10 +213,10 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-class Piece:
+class Segment:
     """The code between two cuts: ``evaluation(root, x)``, and ``training(root, x)`` for training mode.
 
-    The graphs are not changed after this, so copies of a network share their pieces.
+    The graphs are not changed after this, so copies of a network share their segments.
     """
 
     def __init__(self, evaluation: fx.Graph, training: fx.Graph | None):
@@ -222,7 +224,7 @@ class Piece:
         self.evaluation = _compiled(evaluation)
         self.training = None if training is None else _compiled(training)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Piece":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Segment":
         return self
 
     def function(self, training: bool) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -238,8 +240,8 @@ class Piece:
         return self.training
 
 
-def make_piece(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Piece:
-    """Return the piece between two cuts.
+def make_segment(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Segment:
+    """Return the segment between two cuts.
 
     Args:
         start: Path of the module whose output it takes; None: the images.
@@ -247,16 +249,16 @@ def make_piece(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Pi
         traces: Both traces of the network.
     """
     graphs = {}
-    for mode, one in traces.by_mode.items():
-        first = one.images if start is None else one.outputs[start]
-        graphs[mode] = _between(one, first, end[mode])
-    return Piece(**graphs)
+    for mode, trace in traces.by_mode.items():
+        first = trace.images if start is None else trace.outputs[start]
+        graphs[mode] = _between(trace, first, end[mode])
+    return Segment(**graphs)
 
 
-def with_cloned_input(piece: Piece) -> Piece:
-    """Return a piece that copies its input first, for one that begins with an in-place operation."""
+def with_cloned_input(segment: Segment) -> Segment:
+    """Return a segment that copies its input first, for one that begins with an in-place operation."""
     graphs = []
-    for graph in (piece.evaluation_graph, piece.training_graph):
+    for graph in (segment.evaluation_graph, segment.training_graph):
         new = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
@@ -264,22 +266,23 @@ def with_cloned_input(piece: Piece) -> Piece:
             if node.op == "placeholder":
                 values[node] = new.call_method("clone", (values[node],))
         graphs.append(new)
-    return Piece(*graphs)
+    return Segment(*graphs)
 
 
-def _between(one: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
+def _between(trace: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
+    """Return the graph that computes ``last`` from ``first``."""
     graph = fx.Graph()
     values = {first: graph.placeholder("x")}
 
     def value(node: fx.Node) -> fx.Node:
-        # Parameters may have been read long before: every piece reads its own.
+        # Parameters may have been read long before: every segment reads its own.
         if node not in values and node.op == "get_attr":
             values[node] = graph.node_copy(node)
         return values[node]
 
-    begin, end = one.position(first), one.position(last)
-    for node in one.graph.nodes:
-        if begin < one.position(node) <= end and node.op not in ("placeholder", "get_attr", "output"):
+    begin, end = trace.position(first), trace.position(last)
+    for node in trace.graph.nodes:
+        if begin < trace.position(node) <= end and node.op not in ("placeholder", "get_attr", "output"):
             values[node] = graph.node_copy(node, value)
     graph.output(value(last))
     return graph
@@ -288,44 +291,44 @@ def _between(one: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
 def _compiled(graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(compile(code.src, "<piece of a network>", "exec"), namespace)
+    exec(compile(code.src, "<segment of a network>", "exec"), namespace)
     return namespace["forward"]
 
 
 @dataclass
-class Survey:
-    """Shapes and multiply-adds up to every node, for images of one size.
+class GraphProfile:
+    """Shape and multiply-adds of every node of a graph, for images of one size.
 
     Attributes:
-        shapes: Of every node that is one tensor, for a batch of ``PROBE_BATCH`` images.
-        operations: Multiply-adds of all nodes up to and including a node.
-        own_operations: Those of the node alone.
+        shapes: Shape of every node that is one tensor, for a batch of ``PROBE_BATCH`` images.
+        operations_up_to: Multiply-adds per image of all nodes up to and including a node.
+        operations_of: Multiply-adds per image of the node alone.
     """
 
     shapes: dict[fx.Node, tuple[int, ...]]
-    operations: dict[fx.Node, int]
-    own_operations: dict[fx.Node, int]
+    operations_up_to: dict[fx.Node, int]
+    operations_of: dict[fx.Node, int]
 
 
-class _Surveyor(fx.Interpreter):
+class _Profiler(fx.Interpreter):
     def __init__(self, root: nn.Module, graph: fx.Graph, counter: FlopCounterMode):
         super().__init__(root, graph=graph)
         self.counter = counter
-        self.result = Survey({}, {}, {})
+        self.profile = GraphProfile({}, {}, {})
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         value = super().run_node(n)
         after = self.counter.get_total_flops()
-        self.result.operations[n] = after // (2 * PROBE_BATCH)
-        self.result.own_operations[n] = (after - before) // (2 * PROBE_BATCH)
+        self.profile.operations_up_to[n] = after // (2 * PROBE_BATCH)
+        self.profile.operations_of[n] = (after - before) // (2 * PROBE_BATCH)
         if isinstance(value, Tensor):
-            self.result.shapes[n] = tuple(value.shape)
+            self.profile.shapes[n] = tuple(value.shape)
         return value
 
 
-def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[int, Survey]:
-    """Run the evaluation graph on the meta device for images of two sizes, or of the only one.
+def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) -> dict[int, GraphProfile]:
+    """Run the evaluation graph on the meta device, and profile it for two image sizes, or the only one.
 
     Args:
         network: The traced network.
@@ -338,26 +341,26 @@ def survey(network: nn.Module, traces: Traces, image_size: int | None) -> dict[i
     root = TracedRoot(meta_copy(network).eval())
     for name, tensor in traces.constants.items():
         setattr(root, name, tensor.to("meta"))
-    found, reason = {}, ""
+    profiles, reason = {}, ""
     for size in dict.fromkeys((*([] if image_size is None else [image_size]), *PROBE_SIZES)):
         images = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
         counter = FlopCounterMode(display=False)
-        surveyor = _Surveyor(root, traces.evaluation.graph, counter)
+        profiler = _Profiler(root, traces.evaluation.graph, counter)
         try:
             with torch.no_grad(), counter:
-                surveyor.run(images)
+                profiler.run(images)
         except Exception as error:  # on images of a wrong size a network can raise any exception
             reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
             continue
-        found[size] = surveyor.result
-        if len(found) == 2:
+        profiles[size] = profiler.profile
+        if len(profiles) == 2:
             break
-    if not found:
+    if not profiles:
         raise ValueError(
             f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150}); "
             "say image_size="
         )
-    return found
+    return profiles
 
 
 def meta_copy(module: nn.Module) -> Any:
@@ -376,7 +379,7 @@ def find_layout(shapes: list[tuple[int, ...]]) -> str:
     """Return where the channels are in a tensor: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC".
 
     Args:
-        shapes: Of the same tensor for images of one or two sizes. The channels are the dimension that does
+        shapes: Shapes of one tensor for images of one or two sizes. The channels are the dimension that does
             not change.
 
     Raises:
@@ -397,9 +400,12 @@ def find_layout(shapes: list[tuple[int, ...]]) -> str:
         raise ValueError(
             f"its channels cannot be told from the shapes {' and '.join(map(str, shapes))}: say layout="
         )
-    return {3: {1: "NCL", 2: "NLC"}, 4: {1: "NCHW", 3: "NHWC"}}[len(shape)].get(fixed[0], "") or _refuse(
-        shapes
-    )
+    layout = LAYOUT_BY_CHANNELS.get((len(shape), fixed[0]))
+    if layout is None:
+        raise ValueError(
+            f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: say layout="
+        )
+    return layout
 
 
 def _guessed_channels(shape: tuple[int, ...]) -> list[int]:
@@ -409,13 +415,7 @@ def _guessed_channels(shape: tuple[int, ...]) -> list[int]:
     return [d for d, (a, b) in {1: (2, 3), 3: (1, 2)}.items() if shape[a] == shape[b] != shape[d]]
 
 
-def _refuse(shapes: list[tuple[int, ...]]) -> str:
-    raise ValueError(
-        f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: say layout="
-    )
-
-
-def block_paths(network: nn.Module, one: Trace, own_operations: dict[fx.Node, int], limit: int) -> list[str]:
+def block_paths(network: nn.Module, trace: Trace, operations_of: dict[fx.Node, int], limit: int) -> list[str]:
     """Return the paths of the network's own blocks, outermost first.
 
     Containers are always opened, other modules only if they hold more than ``limit`` operations.
@@ -425,16 +425,16 @@ def block_paths(network: nn.Module, one: Trace, own_operations: dict[fx.Node, in
     def operations_in(path: str) -> int:
         return sum(
             count
-            for node, count in own_operations.items()
-            if f"{one.owners.get(node, '')}.".startswith(f"{path}.")
+            for node, count in operations_of.items()
+            if f"{trace.owners.get(node, '')}.".startswith(f"{path}.")
         )
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
-            if path in one.leaves:
+            if path in trace.leaves:
                 continue
-            if path in one.outputs and any(isinstance(part, _WEIGHTED) for part in child.modules()):
+            if path in trace.outputs and any(isinstance(part, _WEIGHTED) for part in child.modules()):
                 paths.append(path)
             if isinstance(child, _CONTAINERS) or operations_in(path) > limit:
                 visit(child, f"{path}.")
@@ -443,13 +443,13 @@ def block_paths(network: nn.Module, one: Trace, own_operations: dict[fx.Node, in
     return paths
 
 
-def layer_outputs(network: nn.Module, one: Trace) -> list[str]:
+def layer_outputs(network: nn.Module, trace: Trace) -> list[str]:
     """Return the paths of the layers without weights, such as activations, in the order of the network."""
-    found = [path for path in one.outputs if path in one.leaves and path not in one.repeated]
-    return [path for path in found if not isinstance(network.get_submodule(path), _LAYERS)]
+    layers = [path for path in trace.outputs if path in trace.leaves and path not in trace.repeated]
+    return [path for path in layers if not isinstance(network.get_submodule(path), _LAYERS)]
 
 
-def nearest_places(shares: list[float], count: int) -> list[int]:
+def evenly_spread(shares: list[float], count: int) -> list[int]:
     """Return the indices of ``count`` increasing ``shares``, each near its multiple of 1 / (count + 1)."""
     chosen: list[int] = []
     for j in range(1, count + 1):

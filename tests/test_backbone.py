@@ -20,7 +20,7 @@ from models.backbone import Backbone, build_backbone
 from models.description import DataInfo, Split
 from models.network import network_options
 from models.operations import measure_cost
-from models.zoo import preprocessing
+from models.third_party import preprocessing
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
 
 NAMES = list(SMALL)

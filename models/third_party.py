@@ -28,6 +28,20 @@ class NeedsNetworkError(ValueError):
     """A file's network cannot be built: it is a custom network, or its library is missing."""
 
 
+class Constructor(NamedTuple):
+    """A constructor that a library registers, and its options, in plain types.
+
+    Attributes:
+        library: ``torchvision`` or ``timm``; None for a custom network, which has to be passed.
+        name: Name of the network in the library.
+        options: Keyword arguments of the constructor.
+    """
+
+    library: str | None
+    name: str
+    options: dict[str, Any]
+
+
 class Preprocessing(NamedTuple):
     """The images that weights expect; ``crop_share`` is the share of the shorter side that is kept."""
 
@@ -73,9 +87,9 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     library, name = split_name(arch)
     if library == "timm":
         return _timm_preprocessing(name)
-    every = _torchvision().get_model_weights(name)
-    known = isinstance(pretrained, str) and pretrained in every.__members__
-    weights = every[pretrained] if known else getattr(every, "DEFAULT", None)
+    all_weights = _torchvision().get_model_weights(name)
+    known = isinstance(pretrained, str) and pretrained in all_weights.__members__
+    weights = all_weights[pretrained] if known else getattr(all_weights, "DEFAULT", None)
     if weights is None:
         return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear")
     transform = weights.transforms()
@@ -86,11 +100,15 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
 
 
 def _timm_preprocessing(name: str) -> Preprocessing:
-    found = _timm().get_pretrained_cfg(name)
-    if found is None:
+    defaults = _timm().get_pretrained_cfg(name)
+    if defaults is None:
         return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bicubic")
     return Preprocessing(
-        found.input_size[-1], found.crop_pct, list(found.mean), list(found.std), found.interpolation
+        defaults.input_size[-1],
+        defaults.crop_pct,
+        list(defaults.mean),
+        list(defaults.std),
+        defaults.interpolation,
     )
 
 
@@ -146,19 +164,20 @@ def _timm() -> Any:
     return timm
 
 
-def weights_of(origin: dict[str, Any], pretrained: str | os.PathLike) -> dict[str, Tensor]:
+def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of pretrained weights: a file, or those of the library."""
     path = Path(pretrained).expanduser()
     if path.is_file():
         return read_weights(path)
     try:
-        if origin["library"] == "timm":
-            return _timm().create_model(origin["name"], pretrained=True, **origin["options"]).state_dict()
-        weights = _torchvision().get_model_weights(origin["name"])[str(pretrained)]
+        if constructor.library == "timm":
+            network = _timm().create_model(constructor.name, pretrained=True, **constructor.options)
+            return network.state_dict()
+        weights = _torchvision().get_model_weights(constructor.name)[str(pretrained)]
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"the weights {pretrained} of {origin['name']} cannot be downloaded: {error!s:.150}"
+            f"the weights {pretrained} of {constructor.name} cannot be downloaded: {error!s:.150}"
         ) from None
 
 
@@ -168,23 +187,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: It holds no state dict, or cannot be read.
     """
-    found: Any
+    content: Any
     if is_network_file(path):
         try:
-            found = safetensors.torch.load_file(path)
+            content = safetensors.torch.load_file(path)
         except OSError:
             raise
         except Exception as error:  # a damaged file can make any part of the reader fail
             raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
     else:
-        found = read_checkpoint(path)
+        content = read_checkpoint(path)
+    # Programs nest them: a checkpoint may hold a model that holds a state dict.
     for name in STATE_DICTS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f"{path} holds no state dict of a network")
     weights = {}
-    for name, x in found.items():
+    for name, x in content.items():
         for wrapper in WRAPPERS:
             name = name.removeprefix(f"{wrapper}.")
         weights[name] = x
