@@ -20,7 +20,7 @@ from models.description import DataInfo, Description, Split
 from models.files import find
 from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
-from models.zoo import TIMM_PREFIX
+from models.third_party import TIMM_PREFIX
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
