@@ -24,20 +24,42 @@ class Interrupted(BaseException):
 class Requests:
     """Requests that signals made.
 
-    ``stop`` is the number of the last signal that asked to stop, 0 for none. While ``at_once`` is True it
-    also raises; it is noted all the same, because Python drops exceptions that are raised in some places.
+    Attributes:
+        stop_signal: Number of the last signal that asked to stop, 0 for none. It is noted also where it
+            raises, because Python drops exceptions that are raised in some places.
+        save: Whether a signal asked to save.
+        is_immediate: Whether already the first signal that asks to stop raises ``Interrupted``.
     """
 
     def __init__(self) -> None:
-        self.stop = 0
-        self.save, self.at_once = False, True
+        self.stop_signal, self.save, self.is_immediate = 0, False, True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Note the first signal that asks to stop within the block; a second one raises."""
+        with self._mode(is_immediate=False):
+            yield
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Raise ``Interrupted`` at every signal that asks to stop within the block."""
+        with self._mode(is_immediate=True):
+            yield
+
+    @contextmanager
+    def _mode(self, is_immediate: bool) -> Iterator[None]:
+        before, self.is_immediate = self.is_immediate, is_immediate
+        try:
+            yield
+        finally:
+            self.is_immediate = before
 
 
 @contextmanager
 def listening() -> Iterator[Requests]:
     """Handle signals within the block.
 
-    SIGINT and SIGTERM raise ``Interrupted``, except that the first one is only noted while not ``at_once``;
+    SIGINT and SIGTERM raise ``Interrupted``, except that the first one is only noted in a ``deferred`` block;
     SIGUSR1 is only noted. In a thread other than the main one, where Python handles no signals, nothing is
     changed.
     """
@@ -47,8 +69,8 @@ def listening() -> Iterator[Requests]:
         return
 
     def stop(number: int, frame: object) -> None:
-        is_first, requests.stop = not requests.stop, number
-        if requests.at_once or not is_first:
+        is_first, requests.stop_signal = not requests.stop_signal, number
+        if requests.is_immediate or not is_first:
             raise Interrupted(number)
 
     def save(number: int, frame: object) -> None:

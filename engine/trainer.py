@@ -13,7 +13,7 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -28,18 +28,14 @@ from engine.checkpoint import damage_named, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
 from engine.compiling import is_compiler_error, reason_of
 from engine.device import seed_step
+from engine.interruption import Interruptions
 from engine.record import Session
-from engine.signals import Interrupted, Requests
+from engine.signals import Interrupted
 from engine.stepper import Stepper
-from image_data.batches import Batch
 from models.description import Description
 from utils import UserError, duration, percent
 
 LOSS = "loss (sum over exits)"
-# Steps between two looks at signals; a process that is asked to stop has perhaps half a minute.
-MAX_STEPS_BETWEEN_LOOKS = 10
-# What a process asks the others for at a step; numbers of signals that stop the run are added to it.
-_SAVE = 1
 
 
 @dataclass
@@ -129,10 +125,9 @@ def train(
     if state is not None:
         with damage_named(session.directory.last):
             trainer.restore(state)
-    session.requests.at_once = False
-    while trainer.progress.epoch < session.settings.epochs:
-        trainer.run_epoch(session.requests)
-    session.requests.at_once = True
+    with session.requests.deferred():
+        while trainer.progress.epoch < session.settings.epochs:
+            trainer.run_epoch()
     return trainer.progress
 
 
@@ -180,7 +175,8 @@ class Trainer:
             self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled()
         )
         self.progress = Progress()
-        self.began = self.saved = 0.0
+        self.began = 0.0
+        self.interruptions = Interruptions(session, self._save, self._where)
         decay = session.settings.ema_decay
         self.average = None if decay is None else moving_average(self.network, decay)
 
@@ -189,28 +185,28 @@ class Trainer:
         """The network that is evaluated and kept: the one that learns, or its average."""
         return self.network if self.average is None else self.average.module
 
-    def run_epoch(self, requests: Requests) -> None:
+    def run_epoch(self) -> None:
         """Run the steps that are left of an epoch, evaluate and save."""
         settings, progress, log = self.session.settings, self.progress, self.session.log
-        steps = len(self.data.train)
-        self.began = self.saved = time.monotonic()
+        steps, interruptions = len(self.data.train), self.interruptions
+        self.began = time.monotonic()
         self.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
-        for images, targets in self._batches_until_signal(requests):
+        batches = self.data.train.epoch(progress.epoch, progress.step)
+        for images, targets in interruptions.batches(batches, lambda: progress.step > 0):
             if not self.stepper.is_prepared:
-                self._prepare(images, targets, requests)
+                self._prepare(images, targets)
             self._train_step(images, targets)
             log.advance()
             if progress.step % settings.print_freq == 0:
                 self._report()
-            self._save_or_stop(requests)
+            interruptions.after_step(progress.step, steps)
         log.end_epoch()
-        if self.session.processes.all_reduce_max(requests.stop):
+        if interruptions.stop_signal():
             self._save()  # the evaluation may take longer than whoever asks is willing to wait
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
-        signal_number = self.session.processes.all_reduce_max(requests.stop)
-        if signal_number:
+        if signal_number := interruptions.stop_signal():
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
@@ -223,50 +219,29 @@ class Trainer:
         progress.step += 1
         progress.skipped_steps += self.stepper.was_skipped
 
-    def _batches_until_signal(self, requests: Requests) -> Iterator[Batch]:
-        """Yield the batches that are left of the epoch.
-
-        Where there is no other process, the first signal also ends the wait for a batch.
-        """
-        batches = self.data.train.epoch(self.progress.epoch, self.progress.step)
-        while True:
-            try:
-                requests.at_once = self.session.processes.world_size == 1
-                batch = next(batches, None)
-                requests.at_once = False
-            except Interrupted:
-                requests.at_once = False
-                is_saved = self.progress.step > 0
-                if is_saved:
-                    self._save()
-                raise Interrupted(requests.stop, is_saved, self._place()) from None
-            if batch is None:
-                return
-            yield batch
-
-    def _place(self) -> str:
+    def _where(self) -> str:
         progress, epochs = self.progress, self.session.settings.epochs
         epoch, steps = progress.epoch + 1, len(self.data.train)
         return f" in epoch {epoch} of {epochs}, after step {progress.step} of {steps}"
 
-    def _prepare(self, images: Tensor, targets: Tensor, requests: Requests) -> None:
+    def _prepare(self, images: Tensor, targets: Tensor) -> None:
         """Compile the step before the first one, or go on without where that was not asked for.
 
         All processes go on alike. A signal stops the compiling at once.
         """
         session, problem = self.session, None
-        if session.settings.compile != "off":
+        compiles = session.settings.compile != "off"
+        if compiles:
             session.log.line(
                 "compiling the training step: one to three minutes the first time, later from PyTorch's cache"
             )
-        requests.at_once = session.settings.compile != "off"
         try:
-            self.stepper.prepare(images, targets)
+            with session.requests.immediate() if compiles else nullcontext():
+                self.stepper.prepare(images, targets)
         except Exception as error:
             if not (is_compiler_error(error) or isinstance(error, OSError)):
                 raise
             problem = reason_of(error)
-        requests.at_once = False
         if not session.processes.all_reduce_max(int(problem is not None)):
             return
         problem = problem or "it fails in another process"
@@ -274,35 +249,6 @@ class Trainer:
             raise UserError(f"the training step cannot be compiled: {problem}; --compile off trains without")
         session.log.line(f"training goes on without compiled code: {problem}")
         self.stepper.train_eagerly()
-
-    def _save_or_stop(self, requests: Requests) -> None:
-        """Save after a step where that is due, and stop where a signal asked for it.
-
-        After the last step of an epoch, its end does both.
-        """
-        step, every = self.progress.step, self.session.settings.save_every_steps
-        request = self._save_or_stop_request(requests)
-        if step == len(self.data.train):
-            return
-        if request or (every and step % every == 0):
-            self._save()
-        if request > _SAVE:
-            raise Interrupted(request - _SAVE, True, self._place())
-
-    def _save_or_stop_request(self, requests: Requests) -> int:
-        """Return 0, ``_SAVE``, or ``_SAVE`` plus the number of the signal that asked to stop.
-
-        All processes act at the same step; asking each other costs a wait, so they do it only now and then.
-        """
-        if self.session.processes.world_size > 1 and self.progress.step % min(
-            self.session.settings.print_freq, MAX_STEPS_BETWEEN_LOOKS
-        ):
-            return 0
-        minutes = self.session.settings.save_every_minutes
-        is_time = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
-        request = _SAVE + requests.stop if requests.stop else _SAVE * (requests.save or is_time)
-        requests.save = False
-        return self.session.processes.all_reduce_max(request)
 
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals.clone()))
@@ -390,7 +336,6 @@ class Trainer:
         totals = self.session.processes.all_reduce_sum(self.meters.totals.clone())
         self._refuse_divergence(Meters.means(totals)[0])
         self.write(False, replace(self.progress, seconds=self._seconds()), totals)
-        self.saved = time.monotonic()
 
     def _seconds(self) -> float:
         """Return the time spent on the present epoch, that before an interruption included."""

@@ -124,7 +124,7 @@ def test_signals_are_left_alone_in_a_thread():
 
         def listen():
             with listening() as requests:
-                return requests.stop, signal.getsignal(signal.SIGTERM)
+                return requests.stop_signal, signal.getsignal(signal.SIGTERM)
 
         assert pool.submit(listen).result() == (0, before)
 
