@@ -18,10 +18,12 @@ from engine.report import read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "first_use.md").read_text(encoding="utf-8")
-TRAINING, USE, LATER = (
-    [line for line in block.splitlines() if line]
+COMMANDS = [
+    line.strip()
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-)
+    for line in block.strip().splitlines()
+]
+TRAINING, USE, LATER = COMMANDS[:3], COMMANDS[3:9], COMMANDS[9:]
 SMALL_NETWORK = "--nBlocks 2 --nChannels 4 --growthRate 4 --image-size 80 --workers 1"
 CLASSES = ("car", "cat", "daisy", "dog")
 
