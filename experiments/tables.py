@@ -86,17 +86,22 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Return mean +- sample standard deviation, and the number of values if it is not three."""
+    """Return mean +- sample standard deviation, of a single value the value alone."""
     if not values:
         return ""
-    count = "" if len(values) == 3 else f" (n = {len(values)})"
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}{count}"
+    return f"{statistics.mean(values):{sign}.2f}{deviation}"
+
+
+def with_count(values: list[float], sign: str = "") -> str:
+    """Return ``spread`` of values and their number."""
+    return f"{spread(values, sign)} (n = {len(values)})"
 
 
 def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
-    """Return ``spread`` of every column."""
-    return [spread(list(column), sign) for column in zip(*rows, strict=True)]
+    """Return ``spread`` of every column, then the number of rows; nothing if there are none."""
+    columns = [spread(list(column), sign) for column in zip(*rows, strict=True)]
+    return [*columns, str(len(rows))] if rows else []
 
 
 def exit_names(count: int) -> list[str]:
@@ -131,7 +136,7 @@ def epochs(folder: Path) -> list[dict]:
 
 
 def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]]) -> list[str]:
-    """Return the columns of an arm that was run, none of another."""
+    """Return the columns and the number of seeds of an arm that was run, nothing of another."""
     return spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
 
 
@@ -143,12 +148,12 @@ def comparison(
     trainings: dict[Path, str] = TRAINING,
 ) -> str:
     """Return what others report, then our runs, from the longest training to the shortest."""
-    rows = [["100 classes, as published", *row] for row in published]
+    rows = [["100 classes, as published", *row, ""] for row in published]
     for results, training in trainings.items():
         for arm in arms:
             if columns := over_seeds(arm, results, accuracies):
                 rows.append([training, f"ours: {ARMS[arm].title}", *columns])
-    return markdown(["training", "network", *names], rows)
+    return markdown(["training", "network", *names, "n"], rows)
 
 
 def exits_table() -> str:
@@ -166,9 +171,8 @@ def exits_table() -> str:
                 values = [
                     [*exit_accuracies(run), *budget_accuracies(run, budgets=[BUDGET])] for run in folders
                 ]
-                cells = [text.split(" (n")[0] for text in spread_columns(values)]
                 training = TRAINING[results].removeprefix("100 classes, ")
-                rows.append([training, f"ours: {ARMS[arm].title}", *cells, str(len(folders))])
+                rows.append([training, f"ours: {ARMS[arm].title}", *spread_columns(values)])
     names = [f"exit {k} ({millions:.2f} M)" for k, millions in enumerate(operations, start=1)]
     return markdown(["training", "network", *names, f"budget ({BUDGET / 1e6:.0f} M)", "n"], rows)
 
@@ -208,14 +212,14 @@ def budgets_table() -> str:
 def static_table() -> str:
     """Return the main arms within the operations of each static network."""
     accuracies = partial(budget_accuracies, budgets=[1e6 * millions for _, millions, _ in STATIC])
-    rows = [["static", *(f"{accuracy}" for *_, accuracy in STATIC)]]
+    rows = [["static", *(f"{accuracy}" for *_, accuracy in STATIC), ""]]
     rows += [
         [f"ours: {TITLES[arm]}", *own]
         for arm in (*MAIN_ARMS, COMBINED)
         if (own := over_seeds(arm, MEDIUM, accuracies))
     ]
     return markdown(
-        ["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC)], rows
+        ["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC), "n"], rows
     )
 
 
@@ -228,7 +232,7 @@ def exits_7_table() -> str:
 def arms_table() -> str:
     """Return every exit of every arm of the short schedule with 5 exits."""
     columns = {title: over_seeds(arm, SHORT, exit_accuracies) for arm, title in TITLES.items()}
-    return markdown(["arm", *exit_names(5)], [[title, *own] for title, own in columns.items() if own])
+    return markdown(["arm", *exit_names(5), "n"], [[title, *own] for title, own in columns.items() if own])
 
 
 def arms_budgets_table() -> str:
@@ -239,7 +243,7 @@ def arms_budgets_table() -> str:
         for arm in BUDGETED_ARMS
         for rule, accuracies in rules.items()
     ]
-    return markdown(["arm", "thresholds", *budget_names()], rows)
+    return markdown(["arm", "thresholds", *budget_names(), "n"], rows)
 
 
 def thresholds_table() -> str:
@@ -257,7 +261,7 @@ def thresholds_table() -> str:
         means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
         columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
         rows.append([TRAINING[results], *columns])
-    return markdown(["optimised thresholds minus the paper's", *budget_names(), "mean"], rows)
+    return markdown(["optimised thresholds minus the paper's", *budget_names(), "mean", "n"], rows)
 
 
 def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
@@ -292,7 +296,8 @@ def differences_table(
         if by_seed:
             each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
             rows.append([title, ARMS[before].title, *spread_columns(by_seed, "+"), each])
-    return markdown(["arm", "compared with", *exit_names(num_exits), "mean of exits", "seed by seed"], rows)
+    names = [*exit_names(num_exits), "mean of exits", "n", "seed by seed"]
+    return markdown(["arm", "compared with", *names], rows)
 
 
 def effect(before: str, after: str, schedule: str = "short") -> str:
@@ -302,7 +307,7 @@ def effect(before: str, after: str, schedule: str = "short") -> str:
     """
     results = SCHEDULES[schedule].results
     by_seed = ensemble_gains(after, results) if before == after else gains(before, after, results)
-    return spread([gain[-1] for gain in by_seed], "+")
+    return with_count([gain[-1] for gain in by_seed], "+")
 
 
 def epochs_table() -> str:
@@ -314,7 +319,7 @@ def epochs_table() -> str:
         ["the best epoch is the last one", f"in {is_last} of {len(logs)} runs"],
         [
             "the lowest epoch, as the official stage 1 chooses, against the best one",
-            spread([min(log) - max(log) for log in accuracies], "+"),
+            with_count([min(log) - max(log) for log in accuracies], "+"),
         ],
     ]
     return markdown(["held-out accuracy, mean of exits, points", "measured"], rows)

@@ -51,8 +51,10 @@ def test_arms_on_different_backbones_are_not_compared(tmp_path, monkeypatch):
 
 def test_spread_is_the_sample_standard_deviation():
     assert tables.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert tables.spread([1.0, 3.0], "+") == "+2.00 ± 1.41 (n = 2)"
+    assert tables.spread([1.0, 3.0], "+") == "+2.00 ± 1.41"
     assert tables.spread([]) == ""
+    assert tables.with_count([1.0, 3.0], "+") == "+2.00 ± 1.41 (n = 2)"
+    assert tables.spread_columns([[1.0, 2.0], [3.0, 2.0]]) == ["2.00 ± 1.41", "2.00 ± 0.00", "2"]
 
 
 @pytest.mark.parametrize("schedule", arms.SCHEDULES.values(), ids=arms.SCHEDULES)
