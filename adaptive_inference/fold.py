@@ -20,7 +20,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import PolicyCurve
 from adaptive_inference.policy_files import DTYPES, check_curve
 from models import ExitNetwork, State
-from models.layers import set_memory_format
+from models.module_state import set_memory_format
 
 # By name, as timm is optional: a convolution that only pads by
 # itself, and a BatchNorm with an activation inside.

@@ -9,7 +9,7 @@ from argparse import Namespace
 import torch
 
 from models import ExitNetwork
-from models.layers import set_memory_format
+from models.module_state import set_memory_format
 from utils import available_cores
 
 # With less work per thread a forward pass ends sooner on fewer threads, which wait for each other in every

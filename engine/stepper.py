@@ -23,7 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from engine.device import keep_freed_memory
 from engine.distributed import Processes
 from models import ExitNetwork
-from models.layers import frozen_statistics
+from models.module_state import frozen_statistics
 from utils import UserError
 
 

@@ -4,9 +4,11 @@
 
 Reading order:
 
-- the paper: ``layers``, ``msdnet``, ``losses``, ``imta``, ``network`` (the interface of all), ``lazy``;
+- the interface of all networks: ``network``;
+- the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``, ``lazy``, ``stepwise``, ``operations``;
 - other networks: ``backbone``, ``tracing``, ``third_party``;
-- files: ``saved``, ``released``, ``pytorch_files``, ``files``, ``description``.
+- files: ``description``, ``saved``, ``released``, ``pytorch_files``, ``files``;
+- for all: ``module_state``, ``normalizer``.
 """
 
 from .backbone import Backbone, build_backbone

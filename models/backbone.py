@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import add_boost, conv_bn_relu, frozen_statistics
+from .layers import add_boost, conv_bn_relu
+from .module_state import frozen_statistics
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import Constructor, NeedsNetworkError, check_backbone, construct, split_name, weights_of
 from .tracing import (
@@ -91,7 +92,7 @@ class Backbone(ExitNetwork):
         exits: Paths of modules, in the order in which the network runs them; or the number of all exits.
             Then the early ones are put at the network's own blocks such that operations are spread evenly.
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
-        boosted_exits: An exit adds its logits to half of those of the exit before.
+        boosted_exits: An exit adds half of the previous exit's logits to its own.
         gradient_equilibrium: Rescale gradients at the exits.
         layout: One of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: A size that the network takes, where it takes none of the usual ones.
@@ -370,7 +371,7 @@ class Backbone(ExitNetwork):
         setattr(self.network.get_submodule(parent), name, module)
 
     def _clone_where_needed(self, size: int) -> None:
-        """Let segments that change their input in place copy it first: the exit before them needs it too."""
+        """Let segments that change their input in place copy it first: the previous exit needs it too."""
         # Inference tensors have no versions, and the caller may be in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             runner = meta_copy(self)

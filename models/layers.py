@@ -1,22 +1,22 @@
-"""The pieces MSDNet is made of: convolutions, grid layers, transitions, exits (MSDNet paper, section 4).
+"""The modules of MSDNet: convolutions, layers of the grid, exits (MSDNet paper, section 4).
 
 A feature grid is a dictionary ``{scale: tensor (N, channels, H, W)}``. Scale 0 is the finest, and each
-further scale has half the resolution. ``Layer`` and ``Transition`` are the stages of the grid. ``forward``
-computes all scales at once, for training, and a layer then shares convolutions between scales.
-``compute(scale, inputs)`` computes one scale, where ``inputs(scale)`` gives a scale of the stage before: so
-an exit gets only what it reads (``models.lazy``). The tests compare the two.
+further scale has half the resolution. The layers of the grid are ``DenseLayer`` and ``Transition``.
+``forward`` computes all scales at once, for training, and a dense layer then shares convolutions between
+scales. ``compute(scale, input_of_scale)`` computes one scale from scales of the previous layer, which
+``input_of_scale`` returns: so only what an exit reads is computed (``models.lazy``). The tests compare the
+two.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeatureGrid = dict[int, Tensor]
-PREVIOUS_LOGITS_WEIGHT = 0.5  # of the exit before, in boosted exits
+PREVIOUS_LOGITS_WEIGHT = 0.5  # weight of the previous exit's logits, in boosted exits
 
 
 def conv_bn_relu(
@@ -76,17 +76,17 @@ class Stem(nn.Module):
         return grid
 
 
-class GridStage(nn.Module, ABC):
-    """A stage of the grid that computes the scales in ``self.scales`` from those of the stage before."""
+class GridLayer(nn.Module, ABC):
+    """A layer of the grid that computes the scales in ``self.scales`` from those of the previous layer."""
 
     scales: range
 
     @abstractmethod
-    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
-        """Compute one scale of this stage; ``inputs(scale)`` gives a scale of the stage before."""
+    def compute(self, scale: int, input_of_scale: Callable[[int], Tensor]) -> Tensor:
+        """Compute one scale of this layer; ``input_of_scale`` returns a scale of the previous layer."""
 
     def reads(self, scale: int) -> tuple[int, ...]:
-        """Return the scales of the stage before that ``scale`` of this stage depends on."""
+        """Return the scales of the previous layer that ``scale`` of this layer depends on."""
         return (scale,)
 
     def forward(self, grid: FeatureGrid) -> FeatureGrid:
@@ -94,20 +94,20 @@ class GridStage(nn.Module, ABC):
         return {scale: self.compute(scale, grid.__getitem__) for scale in self.scales}
 
 
-class Layer(GridStage):
-    """One layer: every scale keeps its input and adds ``growth[scale]`` channels (MSDNet paper, figure 2).
+class DenseLayer(GridLayer):
+    """One layer of MSDNet: every scale keeps its input and adds ``growth[scale]`` channels (paper, figure 2).
 
-    The finest scale of the network adds normal(x_s). Every scale that has a finer one in the stage before
+    The finest scale of the network adds normal(x_s). Every scale that has a finer one in the previous layer
     adds down(x_{s-1}) and normal(x_s), half of the new channels each.
 
     Args:
         width: Input channels of every scale.
         growth: New channels of every scale.
         bottleneck_factors: One per scale, applied by the scale an input comes from; None for no bottleneck.
-        input_scales: Scales of the stage before.
-        output_scales: Scales of this stage; finer ones are dropped here.
-        share_convolutions: Run the two 1x1 convolutions that read one scale as one in ``forward``. Both then
-            get a gradient, if only zeros, even where the output of one of them is never read.
+        input_scales: Scales of the previous layer.
+        output_scales: Scales of this layer; finer ones are dropped here.
+        share_convolutions: Run the two 1x1 convolutions that read one scale as one in ``forward``. An unused
+            branch then gets zero gradients instead of None.
     """
 
     def __init__(
@@ -134,25 +134,25 @@ class Layer(GridStage):
         """Return ``scale`` itself, and the next finer one where ``down`` reads it."""
         return (scale, scale - 1) if str(scale) in self.down else (scale,)
 
-    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+    def compute(self, scale: int, input_of_scale: Callable[[int], Tensor]) -> Tensor:
         """Compute one scale: concat(x_s, down(x_{s-1}), normal(x_s))."""
         key = str(scale)
-        x = inputs(scale)
-        from_finer = [self.down[key](inputs(scale - 1))] if key in self.down else []
+        x = input_of_scale(scale)
+        from_finer = [self.down[key](input_of_scale(scale - 1))] if key in self.down else []
         return torch.cat([x, *from_finer, self.normal[key](x)], dim=1)
 
     def forward(self, grid: FeatureGrid) -> FeatureGrid:
         """Compute all scales; faster than one by one, as normal(x_s) and down(x_s) share a convolution."""
         normal, down = {}, {}
+        apply = apply_both if self.share_convolutions else apply_each
         for s, x in grid.items():
-            own, coarser = str(s), str(s + 1)
-            if own in self.normal and coarser in self.down:
-                apply = apply_both if self.share_convolutions else apply_each
-                normal[s], down[s + 1] = apply(self.normal[own], self.down[coarser], x)
-            elif own in self.normal:
-                normal[s] = self.normal[own](x)
+            same_scale, coarser_scale = str(s), str(s + 1)
+            if same_scale not in self.normal:  # dropped here: only the coarser scale reads it
+                down[s + 1] = self.down[coarser_scale](x)
+            elif coarser_scale not in self.down:  # the coarsest
+                normal[s] = self.normal[same_scale](x)
             else:
-                down[s + 1] = self.down[coarser](x)
+                normal[s], down[s + 1] = apply(self.normal[same_scale], self.down[coarser_scale], x)
         return {
             s: torch.cat([grid[s], *([down[s]] if s in down else []), normal[s]], dim=1) for s in self.scales
         }
@@ -184,7 +184,7 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
     return outputs[0], outputs[1]
 
 
-class Transition(GridStage):
+class Transition(GridLayer):
     """1x1 convolutions that reduce the channels of every scale, after a layer that dropped a scale."""
 
     def __init__(self, width: Sequence[int], reduced_width: Sequence[int], scales: range):
@@ -192,9 +192,9 @@ class Transition(GridStage):
         self.scales = scales
         self.reduce = nn.ModuleDict({str(s): conv_bn_relu(width[s], reduced_width[s], 1) for s in scales})
 
-    def compute(self, scale: int, inputs: Callable[[int], Tensor]) -> Tensor:
+    def compute(self, scale: int, input_of_scale: Callable[[int], Tensor]) -> Tensor:
         """Compute one scale: reduce(x_s)."""
-        return self.reduce[str(scale)](inputs(scale))
+        return self.reduce[str(scale)](input_of_scale(scale))
 
 
 class Exit(nn.Module):
@@ -206,6 +206,7 @@ class Exit(nn.Module):
     Args:
         in_channels: Channels of the coarsest scale.
         feature_channels: Channels of both convolutions, and number of pooled features.
+        num_classes: Outputs of the linear layer.
     """
 
     def __init__(self, in_channels: int, feature_channels: int, num_classes: int):
@@ -224,7 +225,7 @@ class Exit(nn.Module):
 
 
 def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
-    """Add half of the logits (N, C) of the exit before, if there is one; their gradient stops here.
+    """Add half of the previous exit's logits (N, C), if there is one; their gradient stops here.
 
     Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): a classifier
     learns what is still wrong with the prediction of the exits before it.
@@ -232,29 +233,3 @@ def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
     if previous_logits is None:
         return logits
     return torch.add(logits, previous_logits.detach(), alpha=PREVIOUS_LOGITS_WEIGHT)
-
-
-def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Put all tensors with four dimensions into a memory layout, in place.
-
-    ``nn.Module.to`` does the same, but refuses networks that also hold tensors with five dimensions.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch normalisation in ``module`` as they are within the block."""
-    tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
-    kept = [(layer.momentum, layer.num_batches_tracked) for layer in tracking]
-    for layer in tracking:
-        # A counter to be thrown away: some kinds of batch normalisation insist on one.
-        counter = None if layer.num_batches_tracked is None else torch.zeros_like(layer.num_batches_tracked)
-        layer.momentum, layer.num_batches_tracked = 0.0, counter
-    try:
-        yield
-    finally:
-        for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked

@@ -1,14 +1,14 @@
 """Which cells of MSDNet's feature grid each exit needs (MSDNet paper, section 5, "lazy evaluation").
 
 An exit reads the coarsest scale only, so the finer scales of a block's last layers wait until an image goes
-on. A *cell* is one scale of one stage (layer or transition): ``(depth, scale)``. The cells of the stem have
-depth 0.
+on. A *cell* is one scale of one layer of the grid (``GridLayer``): ``(depth, scale)``. The cells of the stem
+have depth 0.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .layers import GridStage
+from .layers import GridLayer
 
 Cell = tuple[int, int]
 
@@ -16,7 +16,7 @@ Cell = tuple[int, int]
 class ExitPlan(NamedTuple):
     """The cells on the way to an exit.
 
-    Args:
+    Attributes:
         computed: Cells to compute for this exit, in this order.
         read: The cell that the exit reads.
         kept: All cells that later exits read.
@@ -27,40 +27,40 @@ class ExitPlan(NamedTuple):
     kept: tuple[Cell, ...]
 
 
-def exit_plans(blocks: Iterable[Sequence[GridStage]], num_scales: int) -> list[ExitPlan]:
+def exit_plans(blocks: Iterable[Sequence[GridLayer]], num_scales: int) -> list[ExitPlan]:
     """Return the plan of every exit of a network with these blocks; an exit follows every block."""
-    stages: list[GridStage] = []
+    layers: list[GridLayer] = []
     depths = []
     for block in blocks:
-        stages += block
-        depths.append(len(stages))
+        layers += block
+        depths.append(len(layers))
     done: set[Cell] = {(0, scale) for scale in range(num_scales)}
     plans = []
     for depth in depths:
         read = (depth, num_scales - 1)
-        computed = _missing(read, stages, done)
+        computed = _missing(read, layers, done)
         done |= computed
-        kept = [cell for cell in sorted(done) if _is_read_later(cell, stages, done)]
+        kept = [cell for cell in sorted(done) if _is_read_later(cell, layers, done)]
         plans.append(ExitPlan(tuple(sorted(computed)), read, tuple(kept)))
     return plans
 
 
-def _missing(wanted: Cell, stages: Sequence[GridStage], done: set[Cell]) -> set[Cell]:
+def _missing(wanted: Cell, layers: Sequence[GridLayer], done: set[Cell]) -> set[Cell]:
     """Return ``wanted`` and all cells that it depends on, without those that are ``done``."""
     missing, open_cells = set(), [wanted]
     while open_cells:
         depth, scale = cell = open_cells.pop()
         if cell not in done and cell not in missing:
             missing.add(cell)
-            open_cells += [(depth - 1, source) for source in stages[depth - 1].reads(scale)]
+            open_cells += [(depth - 1, source) for source in layers[depth - 1].reads(scale)]
     return missing
 
 
-def _is_read_later(cell: Cell, stages: Sequence[GridStage], done: set[Cell]) -> bool:
+def _is_read_later(cell: Cell, layers: Sequence[GridLayer], done: set[Cell]) -> bool:
     depth, scale = cell
-    if depth == len(stages):
+    if depth == len(layers):
         return False
-    following = stages[depth]
+    following = layers[depth]
     return any(
         scale in following.reads(reader) for reader in following.scales if (depth + 1, reader) not in done
     )

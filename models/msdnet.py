@@ -4,13 +4,22 @@ MSDNet: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image C
 (arXiv 1703.09844). GE: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv
 1908.06294), section 3.1.
 
+The grid of 3 scales and 1 + 2 + 3 layers, each of which reads its own scale and the next finer one:
+
+    layer    stem   1    2    3    4    5    6
+    scale 0    o -- o -- o                        a fine scale is dropped after every third of the layers;
+    scale 1    o -- o -- o -- o -- o              a transition, not drawn, then reduces the channels
+    scale 2    o -- o -- o -- o -- o -- o -- o
+                    |         |              |    an exit reads the coarsest scale
+                  exit 0    exit 1         exit 2
+
 Example:
     network = MSDNet(num_blocks=5, step_mode="lin_grow", num_channels=16, growth_rate=6, num_classes=100)
     logits = network(torch.randn(8, 3, 32, 32))  # a list of 5 tensors (8, 100)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -19,18 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import (
-    Exit,
-    FeatureGrid,
-    Layer,
-    Stem,
-    Transition,
-    add_boost,
-    frozen_statistics,
-)
+from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
+from .module_state import frozen_statistics
 from .network import ExitNetwork, State, checked_num_exits
-from .options import NetworkOptions, block_depths
+from .options import NetworkOptions
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -40,7 +42,10 @@ class MSDNet(ExitNetwork):
 
     Args:
         num_classes: Outputs of every exit.
-        options: Those of ``NetworkOptions``, which explains them.
+        options: Fields of ``NetworkOptions``, which explains them: ``num_blocks``, ``base``, ``step``,
+            ``step_mode``, ``num_channels``, ``growth_rate``, ``growth_factors``, ``bottleneck_factors``,
+            ``bottleneck``, ``prune``, ``reduction``, ``small_inputs``, ``gradient_equilibrium``,
+            ``gradient_equilibrium_scales``, ``boosted_exits``, ``initialization``.
 
     Raises:
         TypeError: An unknown option.
@@ -58,53 +63,25 @@ class MSDNet(ExitNetwork):
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()
         }
         self.config = {"num_classes": num_classes, **plain}
-        growth_factors, prune, reduction = chosen.growth_factors, chosen.prune, chosen.reduction
         self.num_exits, self.num_classes = chosen.num_blocks, num_classes
-        self.num_scales = len(growth_factors)
+        self.num_scales = len(chosen.growth_factors)
         self.small_inputs = chosen.small_inputs
         self.gradient_equilibrium = chosen.gradient_equilibrium
         self.gradient_equilibrium_scales = chosen.gradient_equilibrium_scales
         self.boosted = chosen.boosted_exits
-
-        def per_scale(multiple: int) -> list[int]:
-            return [multiple * factor for factor in growth_factors]
-
-        factors = list(chosen.bottleneck_factors) if chosen.bottleneck else [None] * self.num_scales
+        # Channels at the finest scale; scale s has growth_factors[s] times as many.
         width = chosen.num_channels
-        self.stem = Stem(per_scale(width), self.small_inputs)
+        self.stem = Stem(_per_scale(width, chosen), self.small_inputs)
         self.blocks, self.exits = nn.ModuleList(), nn.ModuleList()
-        depths = block_depths(chosen.num_blocks, chosen.base, chosen.step, chosen.step_mode)
-        num_layers = sum(depths)
-
-        def scales_of(layer_number: int) -> range:
-            return remaining_scales(layer_number, num_layers, self.num_scales, prune)
-
-        # If several scales are left at the end, no exit reads the finer ones of the last layers.
-        num_read_layers = num_layers - len(scales_of(num_layers)) + 1
-        layer_number, scales = 0, range(self.num_scales)
-        for depth in depths:
-            stages = []
-            for _ in range(depth):
-                layer_number += 1
-                input_scales, scales = scales, scales_of(layer_number)
-                shares = layer_number <= num_read_layers
-                growth = per_scale(chosen.growth_rate)
-                stages.append(Layer(per_scale(width), growth, factors, input_scales, scales, shares))
-                width += chosen.growth_rate
-                drops_scale = len(scales) < len(input_scales)
-                if reduction > 0 and _transition_follows(layer_number, num_layers, drops_scale, prune):
-                    reduced_width = math.floor(reduction * width)
-                    if reduced_width < 1:
-                        raise ValueError(
-                            f"reduction {reduction} leaves no channel of {width} after layer {layer_number}"
-                        )
-                    stages.append(Transition(per_scale(width), per_scale(reduced_width), scales))
-                    width = reduced_width
-            self.blocks.append(nn.Sequential(*stages))
-            coarsest_channels = width * growth_factors[-1]
+        next_layer = 1
+        for depth in chosen.depths:
+            block, width = _make_block(chosen, range(next_layer, next_layer + depth), width)
+            next_layer += depth
+            self.blocks.append(block)
+            coarsest_channels = _per_scale(width, chosen)[-1]
             exit_channels = SMALL_INPUT_EXIT_CHANNELS if self.small_inputs else coarsest_channels
             self.exits.append(Exit(coarsest_channels, exit_channels, num_classes))
-        self.feature_dims = tuple(exit.feature_channels for exit in self.exits)
+        self.feature_dims = tuple(exit_module.feature_channels for exit_module in self.exits)
         self._plans = exit_plans(self.blocks, self.num_scales)
         if chosen.initialization == "he":
             self.apply(_he_normal)
@@ -131,11 +108,9 @@ class MSDNet(ExitNetwork):
         Only the scales that this exit depends on are computed (``models.lazy``).
         """
         plan, state = self._plans[k], dict(state)
-        stages = [stage for block in self.blocks for stage in block]
+        layers = [layer for block in self.blocks for layer in block]
         for depth, scale in plan.computed:
-            state[_key((depth, scale))] = stages[depth - 1].compute(
-                scale, lambda s, below=depth - 1: state[_key((below, s))]
-            )
+            state[_key((depth, scale))] = layers[depth - 1].compute(scale, _scales_at(depth - 1, state))
         features = self.exits[k].features(state[_key(plan.read)])
         return features, {key: state[key] for key in map(_key, plan.kept)}
 
@@ -146,15 +121,15 @@ class MSDNet(ExitNetwork):
             images: (N, 3, H, W).
             num_exits: Exits to compute; None: all.
         """
-        features = []
+        all_features = []
         grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}
         for k in range(checked_num_exits(self, num_exits)):
             grid = self._run_block(k, grid)  # more channels, and perhaps fewer fine scales
             remaining_exits = self.num_exits - k
             grid = self._rescale_grid(grid, 1 / remaining_exits)
-            features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, feature_dims[k])
+            all_features.append(self.exits[k].features(grid[self.num_scales - 1]))  # (N, feature_dims[k])
             grid = self._rescale_grid(grid, remaining_exits - 1)
-        return features
+        return all_features
 
     def classify_next(self, k: int, features: Tensor, previous_logits: Tensor | None) -> Tensor:
         """Compute the logits (N, num_classes) of exit ``k``; only boosted exits read those of exit k - 1."""
@@ -163,8 +138,8 @@ class MSDNet(ExitNetwork):
 
     def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and parameter of the exits' linear layers."""
-        for k, exit in enumerate(self.exits):
-            yield from exit.linear.named_parameters(f"exits.{k}.linear")
+        for k, exit_module in enumerate(self.exits):
+            yield from exit_module.linear.named_parameters(f"exits.{k}.linear")
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]
@@ -185,14 +160,75 @@ class MSDNet(ExitNetwork):
         return {s: self.rescale(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
 
 
+def _make_block(options: NetworkOptions, layer_numbers: range, width: int) -> tuple[nn.Sequential, int]:
+    """Make the dense layers of a block, and the transitions after some of them.
+
+    Args:
+        options: Options of the network.
+        layer_numbers: Numbers of the dense layers, from 1 for the first one of the network.
+        width: Input channels at the finest scale.
+
+    Returns:
+        The block, and its output channels at the finest scale.
+
+    Raises:
+        ValueError: A transition would leave no channel.
+    """
+    num_layers, num_scales = sum(options.depths), len(options.growth_factors)
+    factors = list(options.bottleneck_factors) if options.bottleneck else [None] * num_scales
+    scales_after = [remaining_scales(i, num_layers, num_scales, options.prune) for i in range(num_layers + 1)]
+    # With several scales left, the finer outputs of the last layers are unused.
+    last_used_layer = num_layers - len(scales_after[num_layers]) + 1
+    layers: list[nn.Module] = []
+    for number in layer_numbers:
+        input_scales, scales = scales_after[number - 1], scales_after[number]
+        layers.append(
+            DenseLayer(
+                _per_scale(width, options),
+                _per_scale(options.growth_rate, options),
+                factors,
+                input_scales,
+                scales,
+                share_convolutions=number <= last_used_layer,
+            )
+        )
+        width += options.growth_rate
+        drops_scale = len(scales) < len(input_scales)
+        if options.reduction > 0 and _transition_follows(number, num_layers, drops_scale, options.prune):
+            reduced_width = math.floor(options.reduction * width)
+            if reduced_width < 1:
+                raise ValueError(
+                    f"reduction {options.reduction} leaves no channel of {width} after layer {number}"
+                )
+            layers.append(Transition(_per_scale(width, options), _per_scale(reduced_width, options), scales))
+            width = reduced_width
+    return nn.Sequential(*layers), width
+
+
+def _per_scale(finest: int, options: NetworkOptions) -> list[int]:
+    """Return the channels at every scale, from those at the finest."""
+    return [finest * factor for factor in options.growth_factors]
+
+
 def _key(cell: Cell) -> str:
-    """Return the name of a cell in the state, such as d4_s1 for stage 4 and scale 1."""
+    """Return the name of a cell in the state, such as d4_s1 for layer 4 of the grid and scale 1."""
     depth, scale = cell
     return f"d{depth}_s{scale}"
 
 
+def _scales_at(depth: int, state: State) -> Callable[[int], Tensor]:
+    """Return a function that looks up a scale at a depth of the grid."""
+
+    def input_of_scale(scale: int) -> Tensor:
+        return state[_key((depth, scale))]
+
+    return input_of_scale
+
+
 def remaining_scales(layer_number: int, num_layers: int, num_scales: int, prune: str) -> range:
-    """Return the scales that layer ``layer_number`` = 1 .. ``num_layers`` computes."""
+    """Return the scales that layer ``layer_number`` = 1 .. ``num_layers`` computes; layer 0 is the stem."""
+    if layer_number == 0:
+        return range(num_scales)
     if prune == "max":
         interval = math.ceil(num_layers / num_scales)
         count = num_scales - (layer_number - 1) // interval

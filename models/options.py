@@ -39,7 +39,7 @@ class NetworkOptions:
         gradient_equilibrium: Rescale gradients at the exits.
         gradient_equilibrium_scales: Scales whose gradients are rescaled: all (trunk, the paper), or the
             exit's (coarsest, released code).
-        boosted_exits: An exit adds its logits to half of those of the exit before (Boosted Dynamic Networks).
+        boosted_exits: An exit adds half of the previous exit's logits to its own (Boosted Dynamic Networks).
         initialization: PyTorch's default, or He-normal by fan-out (the Lua program).
     """
 
@@ -60,6 +60,11 @@ class NetworkOptions:
     boosted_exits: bool = False
     initialization: str = "pytorch"
 
+    @property
+    def depths(self) -> list[int]:
+        """Number of layers of every block."""
+        return block_depths(self.num_blocks, self.base, self.step, self.step_mode)
+
     def check(self) -> None:
         """Check that a network can have these options.
 
@@ -72,14 +77,12 @@ class NetworkOptions:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
             if type(described.default) is int and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        # To build millions of layers would take forever; the published networks have tens.
-        counts = {name: getattr(self, name) for name in ("num_blocks", "base", "step")}
-        if (
-            max(counts.values()) > MOST_LAYERS
-            or sum(block_depths(*counts.values(), self.step_mode)) > MOST_LAYERS
-        ):
-            given = ", ".join(f"{name} {number}" for name, number in counts.items())
-            raise ValueError(f"{given} make more than {MOST_LAYERS} layers")
+        # Refuse absurd sizes early: building millions of layers would take hours.
+        if max(self.num_blocks, self.base, self.step) > MOST_LAYERS or sum(self.depths) > MOST_LAYERS:
+            raise ValueError(
+                f"num_blocks {self.num_blocks}, base {self.base}, step {self.step} make more than "
+                f"{MOST_LAYERS} layers"
+            )
         growth, bottleneck = self.growth_factors, self.bottleneck_factors
         if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
             raise ValueError(

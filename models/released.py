@@ -147,22 +147,22 @@ def _module_names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
     for s in range(network.num_scales):
         yield f"stem.scales.{s}", _stem_name(s, network.small_inputs)
     for k, block in enumerate(network.blocks):
-        for i, stage in enumerate(block):
+        for i, layer in enumerate(block):
             # The released first block begins with the stem.
-            yield from _stage_names(stage, f"blocks.{k}.{i}", f"blocks.{k}.{i + 1 if k == 0 else i}")
+            yield from _layer_names(layer, f"blocks.{k}.{i}", f"blocks.{k}.{i + 1 if k == 0 else i}")
     for k in range(network.num_exits):
         for i in range(2):
             yield f"exits.{k}.convolutions.{i}", f"classifier.{k}.m.{i}.net"
         yield f"exits.{k}.linear", f"classifier.{k}.linear"
 
 
-def _stage_names(stage: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _layer_names(layer: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
     # In the released program scales are counted among the remaining ones.
-    for r, s in enumerate(stage.scales):
-        if isinstance(stage, Transition):
+    for r, s in enumerate(layer.scales):
+        if isinstance(layer, Transition):
             yield f"{ours}.reduce.{s}", f"{theirs}.m.{r}.net"
             continue
-        if str(s) in stage.down:
+        if str(s) in layer.down:
             yield f"{ours}.down.{s}", f"{theirs}.layers.{r}.conv_down.net"
         yield f"{ours}.normal.{s}", f"{theirs}.layers.{r}.conv_normal.net"
 

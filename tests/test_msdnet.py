@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import IMTA, ExitNetwork, MSDNet, count_operations
-from models.msdnet import block_depths
+from models.options import block_depths
 from tests.conftest import TINY_NETWORK
 
 VARIANTS = [
@@ -41,15 +41,15 @@ def test_a_shared_convolution_equals_separate_ones(options):
     network = MSDNet(**{**TINY_NETWORK, **options}).double().eval()
     images = images_for(network).double()
     together = separate = network.stem(images)
-    for stage in (stage for block in network.blocks for stage in block):
-        together = stage(together)
-        separate = {s: stage.compute(s, separate.__getitem__) for s in stage.scales}
+    for layer in (layer for block in network.blocks for layer in block):
+        together = layer(together)
+        separate = {s: layer.compute(s, separate.__getitem__) for s in layer.scales}
         torch.testing.assert_close(together, separate, rtol=0, atol=1e-12)
 
 
 def test_a_shared_convolution_trains_like_separate_ones():
     network = MSDNet(**TINY_NETWORK).double()
-    layer = next(stage for stage in network.blocks[0] if stage.share_convolutions and len(stage.scales) > 1)
+    layer = next(layer for layer in network.blocks[0] if layer.share_convolutions and len(layer.scales) > 1)
     grid = {s: x.detach() for s, x in network.stem(images_for(network).double()).items()}
     gradients = []
     for outputs in (layer(grid), {s: layer.compute(s, grid.__getitem__) for s in layer.scales}):

@@ -15,7 +15,7 @@ from engine.distributed import Processes
 from engine.stepper import Stepper, refuse_combinations
 from engine.trainer import Meters
 from models import IMTA, MSDNet
-from models.layers import frozen_statistics
+from models.module_state import frozen_statistics
 from tests import forkserver
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
