@@ -5,7 +5,8 @@
 Reading order:
 
 - the interface of all networks: ``network``;
-- the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``, ``lazy``, ``stepwise``, ``operations``;
+- the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``;
+- computing only what is read: ``lazy``, ``stepwise``; counting it: ``operations``;
 - other networks: ``backbone``, ``tracing``, ``third_party``;
 - files: ``description``, ``saved``, ``released``, ``pytorch_files``, ``files``;
 - for all: ``module_state``, ``normalizer``.
