@@ -14,7 +14,6 @@ import os
 # makes everything many times slower beside a busy program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
 
-import sys
 from argparse import Namespace
 
 import torch
@@ -24,7 +23,7 @@ from args import parse
 from dataloader import ImageSpec
 from engine.checkpoint import SavedNetwork
 from engine.networks import expected_images, network_from, new_network
-from engine.run import run
+from engine.run import end_program, run
 from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
 from models.description import DataInfo
@@ -87,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

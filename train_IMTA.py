@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
 
 import hashlib
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from args import CommandLine, parse
 from engine.checkpoint import SavedNetwork, load_saved
 from engine.networks import new_network
 from engine.record import RunDirectory
-from engine.run import run
+from engine.run import end_program, run
 from engine.stage import Stage
 from engine.stepper import mixed_precision
 from models import IMTA, one_for_all_loss
@@ -130,7 +129,7 @@ class Stage2(Stage):
             parts.append("OFA")
         return " + ".join(parts)
 
-    def share_of_work(self, settings: Namespace) -> float:
+    def share_that_compiling_speeds_up(self, settings: Namespace) -> float:
         """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
 
@@ -157,4 +156,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

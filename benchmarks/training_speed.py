@@ -183,7 +183,8 @@ class Ours:
             origin = SimpleNamespace(path=Path("random weights"), network=network.eval())
             network = stage.make_network(settings, data.info, origin)
         # As in a training of the published length.
-        settings = resolve_auto(settings, processes, work * stage.share_of_work(settings), work)
+        share = stage.share_that_compiling_speeds_up(settings)
+        settings = resolve_auto(settings, processes, work=work, work_on_cpu=work * share)
         self.settings = settings
         place(network, settings, processes.device)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)

@@ -12,7 +12,7 @@ COMPILING_PAYS = 5e12
 
 
 def resolve_auto(
-    settings: Namespace, processes: Processes, work_on_cpu: float = 0.0, work: float = 0.0
+    settings: Namespace, processes: Processes, *, work: float = 0.0, work_on_cpu: float = 0.0
 ) -> Namespace:
     """Return the settings with --amp auto and --compile auto resolved.
 
@@ -21,8 +21,8 @@ def resolve_auto(
     Args:
         settings: The settings of ``args``.
         processes: The processes that share the run.
-        work_on_cpu: Forward operations per epoch and process that compiling makes faster on a CPU.
         work: Forward operations per epoch and process.
+        work_on_cpu: The part of them that compiling makes faster on a CPU.
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":

@@ -2,8 +2,8 @@
 
 Example:
     saved = load_saved(path)
-    save_checkpoint(path, state)
-    state = load_checkpoint(path)
+    save_checkpoint(path, checkpoint)
+    checkpoint = load_checkpoint(path)
 """
 
 from collections.abc import Iterator
@@ -108,15 +108,15 @@ def save_network(
         stream.write(network_bytes(network, description, split, half))
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain types only) atomically.
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write ``checkpoint`` (tensors and plain types only) atomically.
 
     Raises:
         UserError: The file cannot be written; an old one is then untouched.
     """
     try:
         with atomic_write(path, "wb") as stream:
-            torch.save({**state, "format": FORMAT}, stream)
+            torch.save({**checkpoint, "format": FORMAT}, stream)
     except RuntimeError as error:
         # The archive writer fails once more while it closes after a full disk, and hides the first error.
         raise UserError(f"cannot write {path}: {error.__context__ or error}".splitlines()[0]) from None
@@ -130,22 +130,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             version of the project.
     """
     try:
-        state = read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    if state.get("format") == "imta-msdnet run 2":
+    if checkpoint.get("format") == "imta-msdnet run 2":
         raise UserError(
             f"{path} was written by an earlier version: an unfinished training is finished with the code it "
             "began with; "
             f"convert a finished run: {convert_command(path.parent)}"
         )
-    if state.get("format") != FORMAT:
+    if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a run of this version of the project")
     with damage_named(path):
-        if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - state.keys():
+        if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - checkpoint.keys():
             raise KeyError(*missing)
-        split = Split(state["held_out"], state["names"])
-        return {**state, "description": Description.from_dict(state["description"]), "split": split}
+        split = Split(checkpoint["held_out"], checkpoint["names"])
+        description = Description.from_dict(checkpoint["description"])
+        return {**checkpoint, "description": description, "split": split}
 
 
 @contextmanager

@@ -51,8 +51,9 @@ class Processes:
         return Shard(self.rank, self.world_size)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place, and return it."""
+        """Return the sum of a tensor over all processes."""
         if self.world_size > 1:
+            values = values.clone()
             dist.all_reduce(values)
         return values
 

@@ -1,8 +1,8 @@
 """The checkpoint from which a run resumes.
 
 Example:
-    state = state_to_resume(command, stage.name, directory)      # None: start
-    network = network_to_resume(directory, state)
+    checkpoint = checkpoint_to_resume(command, stage.name, directory)      # None: start
+    network = network_to_resume(directory, checkpoint)
 """
 
 import os
@@ -18,7 +18,7 @@ from models.saved import with_weights
 from utils import UserError
 
 
-def state_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -> dict[str, Any] | None:
+def checkpoint_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -> dict[str, Any] | None:
     """Load the checkpoint to resume from, None to start.
 
     Raises:
@@ -39,27 +39,27 @@ def state_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -
         if launch_of_environment().rank == 0:
             Log(True).line(f"nothing to resume in {directory.path}: starting from scratch")
         return None
-    state = load_checkpoint(directory.last)
-    description = state["description"]
+    checkpoint = load_checkpoint(directory.last)
+    description = checkpoint["description"]
     if description.stage != stage:
         raise UserError(
             f"{directory.last} was written by train_{description.stage}.py; resume with that program"
         )
     stored = from_record(description.recipe)
     command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or description.origin})
-    return state
+    return checkpoint
 
 
-def network_to_resume(directory: RunDirectory, state: dict[str, Any]) -> ExitNetwork:
+def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> ExitNetwork:
     """Build the network of a checkpoint, with its weights.
 
     Raises:
         UserError: The checkpoint is damaged, or the best epoch is one of another run.
     """
     with damage_named(directory.last):
-        network = with_weights(state["description"].network, state["state_dict"])
+        network = with_weights(checkpoint["description"].network, checkpoint["state_dict"])
     # The best epoch is needed at the end; that its file is of another run should be known before.
-    if state["best_epoch"] and load_saved(directory.best).network.config != network.config:
+    if checkpoint["best_epoch"] and load_saved(directory.best).network.config != network.config:
         raise UserError(f"{directory.best} holds another network than {directory.last}")
     return network
 

@@ -7,10 +7,11 @@ Example:
 import os
 import shlex
 import shutil
+import sys
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adaptive_inference import read_policy
 from args import CommandLine, from_record
@@ -27,7 +28,7 @@ from engine.launch import exit_worker, training_processes
 from engine.log import Log
 from engine.record import RunDirectory, Session, commit, plain, recorded
 from engine.report import draw_curves, millions, read_csv
-from engine.resuming import network_to_resume, state_to_resume
+from engine.resuming import checkpoint_to_resume, network_to_resume
 from engine.signals import Interrupted, Requests, listening
 from engine.stage import Stage
 from engine.stepper import refuse_combinations
@@ -59,20 +60,28 @@ def run(command: CommandLine, stage: Stage) -> int:
     exit_worker(status, message)
     if message:
         print_error(f"train_{stage.name}.py: {message}")
-    if status and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
-        # Leaving the process group in good order would wait for processes that in turn wait for this one.
-        os._exit(status)
     return status
+
+
+def end_program(status: int) -> NoReturn:
+    """End the program with the exit status that ``run`` returned.
+
+    After an error, a process of torchrun ends at once: leaving the process group in good order would wait for
+    processes that in turn wait for this one.
+    """
+    if status and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
+        os._exit(status)
+    sys.exit(status)
 
 
 def _train_and_evaluate(command: CommandLine, stage: Stage, requests: Requests) -> None:
     directory = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with directory.lock() if launch_of_environment().rank == 0 else nullcontext():
-        state = state_to_resume(command, stage.name, directory)
-        origin = None if state else stage.find_origin(command)
+        checkpoint = checkpoint_to_resume(command, stage.name, directory)
+        origin = None if checkpoint else stage.find_origin(command)
         settings = command.settings(
-            stored=from_record(state["description"].recipe) if state else None,
+            stored=from_record(checkpoint["description"].recipe) if checkpoint else None,
             inherited=origin.settings if origin else None,
         )
         with (
@@ -80,52 +89,48 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: Requests) 
             closing(Log(processes.is_main)) as log,
         ):
             session = Session(directory, settings, processes, log, requests)
-            _train_in_process(command, stage, session, state, origin)
+            _train_in_process(command, stage, session, checkpoint, origin)
 
 
 def _train_in_process(
     command: CommandLine,
     stage: Stage,
     session: Session,
-    state: dict[str, Any] | None,
+    checkpoint: dict[str, Any] | None,
     origin: SavedNetwork | None,
 ) -> None:
     """Load, train and evaluate in one of the processes that share the run.
 
     Args:
-        command: What was typed.
-        stage: What is trained.
+        command: The command line.
+        stage: The stage to train.
         session: The run, its "auto" settings still open.
-        state: The checkpoint to resume from, if there is one.
-        origin: The network to start from, if there is one.
+        checkpoint: The checkpoint to resume from, None to start.
+        origin: The network to start from, None to start from scratch or to resume.
     """
     directory, log, is_main = session.directory, session.log, session.processes.is_main
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
-    if state is None:
-        image_spec = stage.image_spec(session.settings, origin)
-        data = images_to_start(session, origin, image_spec, stage.may_change_data)
-        seed_everything(session.settings.seed, session.settings.deterministic)
-        network = stage.make_network(session.settings, data.info, origin)
+    if checkpoint is None:
+        data, network = _start(stage, session, origin)
     else:
-        log.line(f"resuming {directory.last}: {state['epoch']} epochs and {state['step']} steps are done")
-        data = read_images(session, state["description"].data, state["split"])
-        network = network_to_resume(directory, state)
+        data, network = _resume(session, checkpoint)
     operations = _operations(network, data.info.image_size)
-    session = _settled(stage, session, network, data.train.num_images * operations[-1])
+    session = _resolve_auto(stage, session, network, data.train.num_images * operations[-1])
     settings = session.settings
     seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
-    if state is None:
+    if checkpoint is None:
         description = _describe(stage, session, data.info, network, operations, origin)
     else:
-        description = state["description"]
+        description = checkpoint["description"]
     place(network, settings, session.processes.device)
+    objective = stage.make_objective(network, settings)  # may raise, so before the old run is deleted
     _introduce(network, data, operations, session)
-    if is_main and state is None:
+    if is_main and checkpoint is None:
         _delete_old_run(directory)
-    record = recorded(session, str(command), state is not None, description.frozen_digest)
+    record = recorded(session, str(command), checkpoint is not None, description.frozen_digest)
     with record if is_main else nullcontext():
-        log.open(directory.tensorboard, state["epoch"] + 1 if state else 0)
-        progress = train(stage.make_objective(network, settings), description, data, session, state)
+        log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
+        progress = train(objective, description, data, session, checkpoint)
         stage.check_result(network, description)  # of the last epoch, then of the best
         load_weights(network, load_saved(directory.best).network.state_dict())
         stage.check_result(network, description)
@@ -134,11 +139,28 @@ def _train_in_process(
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
 
 
-def _settled(stage: Stage, session: Session, network: ExitNetwork, operations: int) -> Session:
+def _start(stage: Stage, session: Session, origin: SavedNetwork | None) -> tuple[Data, ExitNetwork]:
+    """Read the images of a new run, and build its network."""
+    settings = session.settings
+    image_spec = stage.image_spec(settings, origin)
+    data = images_to_start(session, origin, image_spec, stage.may_change_data)
+    seed_everything(settings.seed, settings.deterministic)
+    return data, stage.make_network(settings, data.info, origin)
+
+
+def _resume(session: Session, checkpoint: dict[str, Any]) -> tuple[Data, ExitNetwork]:
+    """Read the images of the run to resume, and load its network."""
+    last, epochs, steps = session.directory.last, checkpoint["epoch"], checkpoint["step"]
+    session.log.line(f"resuming {last}: {epochs} epochs and {steps} steps are done")
+    data = read_images(session, checkpoint["description"].data, checkpoint["split"])
+    return data, network_to_resume(session.directory, checkpoint)
+
+
+def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operations: int) -> Session:
     """Return the session with its "auto" settings resolved, in a combination that works here.
 
     Args:
-        stage: What is trained.
+        stage: The stage to train.
         session: The run.
         network: The network to train.
         operations: Forward operations per epoch, of all processes.
@@ -148,7 +170,9 @@ def _settled(stage: Stage, session: Session, network: ExitNetwork, operations: i
     """
     asked, processes = session.settings, session.processes
     work = operations // processes.world_size
-    settings = resolve_auto(asked, processes, work * stage.share_of_work(asked), work)
+    settings = resolve_auto(
+        asked, processes, work=work, work_on_cpu=work * stage.share_that_compiling_speeds_up(asked)
+    )
     refuse_combinations(network, settings, processes)
     is_required = asked.compile != "auto"
     mode = usable_mode(settings.compile, is_required, processes, session.log.line)
@@ -187,7 +211,8 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     saved.refuse_other_network(command.typed)
     stored = saved.settings
     command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or saved.description.origin})
-    # As this machine is fastest, unless it is typed; "runtime" measures its policies as they were made.
+    # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
+    # dtype of the policy file.
     settings = command.settings(stored={**stored, "amp": "auto", "compile": "off"})
     if settings.evalmode == "runtime" and settings.amp == "auto":
         dtype = read_policy(directory.policy).dtype

@@ -20,7 +20,7 @@ from models.description import DataInfo
 
 
 class Stage(ABC):
-    """A kind of training: from which network it starts, what it trains, by which loss.
+    """A kind of training: initial network, trained parameters and loss.
 
     Attributes:
         name: Name of the stage in ``args`` and in directories.
@@ -63,8 +63,8 @@ class Stage(ABC):
         It keeps the network as its attribute ``network``, and trains no parameters but those of the network,
         as nothing else is saved; ``engine.trainer`` refuses others.
 
-        Must not raise UserError: with --overwrite the previous run has been deleted by now. Validate in
-        ``make_network``.
+        Raises:
+            UserError: The settings are impossible; with --overwrite the old run is still there.
         """
 
     @abstractmethod
@@ -88,6 +88,6 @@ class Stage(ABC):
         if self.frozen_digest(network) != description.frozen_digest:
             raise RuntimeError(self.frozen_changed)
 
-    def share_of_work(self, settings: Namespace) -> float:
+    def share_that_compiling_speeds_up(self, settings: Namespace) -> float:
         """Return the share of a whole training's operations that compiling makes faster on a CPU."""
         return 1.0

@@ -3,7 +3,7 @@
 ``engine.stepper`` makes the steps.
 
 Example:
-    progress = train(objective, description, data, session, state)
+    progress = train(objective, description, data, session, checkpoint)
 
 A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
 ``network`` that learns.
@@ -45,7 +45,8 @@ class Progress:
     Attributes:
         epoch: Completed epochs.
         step: Completed steps of the next epoch.
-        best_accuracy: Held-out top-1 accuracy of the best epoch, mean over exits, in percent.
+        best_accuracy: Held-out top-1 accuracy of the best epoch, mean over exits, in percent; -1 without
+            held-out images.
         best_loss: Held-out loss of the best epoch, sum over exits.
         best_epoch: The best epoch, 0 before the first one.
         seconds: Time spent on the present epoch.
@@ -101,7 +102,7 @@ def train(
     description: Description,
     data: Data,
     session: Session,
-    state: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
 ) -> Progress:
     """Train until ``epochs`` of the settings are done.
 
@@ -115,16 +116,16 @@ def train(
         description: Goes into the files of the run.
         data: The images.
         session: The run.
-        state: The checkpoint to resume from.
+        checkpoint: What to resume from, None to start.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
-        UserError: The loss is not finite, a file cannot be written, or ``state`` is damaged.
+        UserError: The loss is not finite, a file cannot be written, or ``checkpoint`` is damaged.
     """
     trainer = Trainer(objective, description, data, session)
-    if state is not None:
+    if checkpoint is not None:
         with damage_named(session.directory.last):
-            trainer.restore(state)
+            trainer.restore(checkpoint)
     with session.requests.deferred():
         while trainer.progress.epoch < session.settings.epochs:
             trainer.run_epoch()
@@ -251,7 +252,7 @@ class Trainer:
         self.stepper.train_eagerly()
 
     def _report(self) -> None:
-        loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals.clone()))
+        loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals))
         self._refuse_divergence(loss)
         self.session.log.step(
             self.progress.step,
@@ -281,10 +282,7 @@ class Trainer:
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
         row |= self._evaluate_held_out()
-        accuracy = round(row.get("val_mean_acc1", progress.epoch + 1.0), 6)
-        held_out_loss = row.get("val_loss", 0.0)
-        is_best = (accuracy, -held_out_loss) >= (progress.best_accuracy, -progress.best_loss)
-        row["best"] = is_best
+        is_best = row["best"] = self._note_if_best(row)
         row["images_per_second"] = totals[0].item() / training_seconds
         row["seconds"] = self._seconds()
         if self.stepper.scaler.is_enabled():
@@ -292,12 +290,21 @@ class Trainer:
         row = {name: _rounded(value) for name, value in row.items()}
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
-        if is_best:
-            progress.best_accuracy, progress.best_loss = accuracy, held_out_loss
-            progress.best_epoch = progress.epoch
         self.meters.totals.zero_()
-        self.write(is_best, progress, self.meters.totals)
+        self._write_checkpoint(is_best, progress, self.meters.totals)
         self._report_epoch(row)
+
+    def _note_if_best(self, row: dict[str, Any]) -> bool:
+        """Compare an epoch with the best one so far, and note it if it is better."""
+        progress, is_best = self.progress, True
+        if self.data.val.num_images:
+            accuracy, loss = round(row["val_mean_acc1"], 6), row["val_loss"]
+            is_best = (accuracy, -loss) >= (progress.best_accuracy, -progress.best_loss)
+            if is_best:
+                progress.best_accuracy, progress.best_loss = accuracy, loss
+        if is_best:
+            progress.best_epoch = progress.epoch + 1
+        return is_best
 
     def _evaluate_held_out(self) -> dict[str, Any]:
         """Return the figures of the held-out images, none if there are no such images."""
@@ -333,19 +340,19 @@ class Trainer:
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
-        totals = self.session.processes.all_reduce_sum(self.meters.totals.clone())
+        totals = self.session.processes.all_reduce_sum(self.meters.totals)
         self._refuse_divergence(Meters.means(totals)[0])
-        self.write(False, replace(self.progress, seconds=self._seconds()), totals)
+        self._write_checkpoint(False, replace(self.progress, seconds=self._seconds()), totals)
 
     def _seconds(self) -> float:
         """Return the time spent on the present epoch, that before an interruption included."""
         return self.progress.seconds + time.monotonic() - self.began
 
-    def write(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
+    def _write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         """Write ``last.pt``, after the best epoch if this one is."""
         if not self.session.processes.is_main:
             return
-        # One question to the device, not one a tensor.
+        # One host-device synchronisation instead of one per tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
             self._refuse_divergence(math.nan, "sum of the weights")
         if is_best:
@@ -356,25 +363,32 @@ class Trainer:
             }
             description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
             save_network(self.session.directory.best, self.evaluated, description, self.data.split)
-        launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        constants = {"description": asdict(self.description), **self.data.split._asdict(), "launch": launch}
-        running = {**self.stepper.state_dict(), "random_state": torch.get_rng_state(), "totals": totals}
+        checkpoint = {
+            "description": asdict(self.description),
+            **self.data.split._asdict(),
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "state_dict": self.network.state_dict(),
+            **vars(progress),
+            **self.stepper.state_dict(),
+            "random_state": torch.get_rng_state(),
+            "totals": totals,
+        }
         if self.average is not None:
-            running["average"] = self.average.state_dict()
-        state = {**constants, "state_dict": self.network.state_dict(), **vars(progress), **running}
-        save_checkpoint(self.session.directory.last, state)
+            checkpoint["average"] = self.average.state_dict()
+        save_checkpoint(self.session.directory.last, checkpoint)
         self.session.log.write_history(self.session.directory.log, progress.history)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
-        self.network.load_state_dict(state["state_dict"])
-        self.stepper.load_state_dict(state)
-        torch.set_rng_state(state["random_state"])
+        self.network.load_state_dict(checkpoint["state_dict"])
+        self.stepper.load_state_dict(checkpoint)
+        torch.set_rng_state(checkpoint["random_state"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress) if name in state})
+            self.average.load_state_dict(checkpoint["average"])
+        names = vars(self.progress).keys() & checkpoint.keys()
+        self.progress = Progress(**{name: checkpoint[name] for name in names})
         if self.session.processes.is_main:  # it holds the sums of all
-            self.meters.totals.copy_(state["totals"])
+            self.meters.totals.copy_(checkpoint["totals"])
         self.session.log.write_history(self.session.directory.log, self.progress.history)
 
 

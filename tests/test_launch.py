@@ -70,8 +70,8 @@ def test_long_trainings_compile_their_steps(monkeypatch):
     def compiled(flags, images_by_operations, stage=None):
         stage = stage or Stage1()
         settings = parse(stage.name, flags).settings()
-        work = images_by_operations * stage.share_of_work(settings)
-        return resolve_auto(settings, CPU, work, images_by_operations).compile
+        on_cpu = images_by_operations * stage.share_that_compiling_speeds_up(settings)
+        return resolve_auto(settings, CPU, work=images_by_operations, work_on_cpu=on_cpu).compile
 
     cifar, whole = ["--preset", "cifar100"], 45_000 * 58e6
     assert compiled([], 5_500 * 16e6) == "off"

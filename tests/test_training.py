@@ -24,6 +24,7 @@ from image_data.batches import InMemoryBatches
 from models import load
 from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
 
@@ -361,6 +362,17 @@ def test_what_is_refused_writes_one_line_and_no_file(runs, capsys, program, argv
 def test_a_directory_is_overwritten_when_asked(runs):
     assert train_ge("GE", "--overwrite", "--seed", "5") == 0
     assert not same_tensors(weights(runs / "GE"), load_saved(runs / "IMTA").network.backbone.state_dict())
+
+
+def test_an_objective_that_is_refused_leaves_the_old_run(runs, monkeypatch, capsys):
+    def refuse(self, network, settings):
+        raise UserError("no such loss")
+
+    monkeypatch.setattr(train_GE.Stage1, "make_objective", refuse)
+    before = weights(runs / "GE")
+    assert train_ge(runs / "GE", "--overwrite") == 2
+    assert "no such loss" in capsys.readouterr().err
+    assert same_tensors(weights(runs / "GE"), before)
 
 
 def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
