@@ -9,7 +9,7 @@ VENV="${VENV:-$project/.venv}"
 VENV="${VENV/#\~\//$HOME/}" # in quotes the shell leaves ~ as it is
 
 # The launchers' first word, checked here because a mistyped one should not cost the set-up.
-presets="demo folder finetune cifar10 cifar100 cifar100-anytime cifar100-boosted imagenet"
+presets="$(sed -n 's/^    "\([a-z0-9-]*\)": {$/\1/p' "$project/presets.py" | xargs)" # the keys of PRESETS
 if [[ -n ${preset:-} ]] && [[ " $presets " != *" $preset "* || " $* " == *" --preset"* ]]; then
     echo "$(basename "$0"): the first word is the preset: ${presets// /, }" >&2
     exit 2

@@ -22,7 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ class Schedule(NamedTuple):
 # In float32, whatever the machine is fast with: most of these runs are older than the choice.
 _SHORT = ["--batch-size", "32", "--lr", "0.05", "--lr-type", "cosine", "--amp", "off", "--compile", "off"]
 _ONE_RECIPE = ["--batch-size", "128", "--lr-type", "cosine", "--weight-decay", "5e-4", "--nesterov"]
+_SAVING = ["--save-every-steps", "100"]
 SCHEDULES = {
     "short": Schedule(
         5,
@@ -134,12 +135,24 @@ MAIN_ARMS = ("MSDNet", "GE", "GE_ISC_OFA")
 
 def command(arm: str, schedule: Schedule, seed: int, data_root: Path, work: Path) -> list[str]:
     """Return the command line of one run."""
-    _, origin, flags = ARMS[arm]
-    save = work / f"seed_{seed}" / arm
-    common = ["--save", str(save), "--seed", str(seed), "--resume", "--save-every-steps", "100", *flags]
-    if origin is None:
-        return ["train_GE.py", "--data-root", str(data_root), *schedule.stage_1, *common]
-    return ["train_IMTA.py", "--pretrained", str(work / f"seed_{seed}" / origin), *schedule.stage_2, *common]
+    stage_1 = ["--data-root", str(data_root), *schedule.stage_1, *_SAVING]
+    return command_line(ARMS[arm], work / f"seed_{seed}" / arm, seed, stage_1, [*schedule.stage_2, *_SAVING])
+
+
+def command_line(arm: Arm, run: Path, seed: int, stage_1: list[str], stage_2: list[str]) -> list[str]:
+    """Return the command line that trains an arm, or resumes it.
+
+    Args:
+        arm: The arm.
+        run: Directory of the run; that of the stage-1 run lies beside it.
+        seed: Seed of the training.
+        stage_1: Flags for all arms of stage 1.
+        stage_2: Flags for all arms of stage 2.
+    """
+    common = ["--save", str(run), "--seed", str(seed), "--resume", *arm.flags]
+    if arm.origin is None:
+        return ["train_GE.py", *stage_1, *common]
+    return ["train_IMTA.py", "--pretrained", str(run.parent / arm.origin), *stage_2, *common]
 
 
 def choose_classes(source: Path, target: Path, every: int) -> Path:
@@ -190,11 +203,11 @@ def seeds_of(arm: str, results: Path) -> list[Path]:
     return sorted(path.parent for path in results.glob(f"seed_*/{arm}/anytime.csv"))
 
 
-def with_origins(arms: Iterable[str]) -> list[str]:
-    """Return ``arms``, each after the one it starts from."""
+def with_origins(arms: Iterable[str], described: Mapping[str, Arm] = ARMS) -> list[str]:
+    """Return the names ``arms``, each after the arm it starts from."""
     ordered = []
     for arm in arms:
-        ordered += [name for name in (ARMS[arm].origin, arm) if name is not None and name not in ordered]
+        ordered += [name for name in (described[arm].origin, arm) if name is not None and name not in ordered]
     return ordered
 
 
@@ -229,16 +242,27 @@ def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int],
     classes = choose_classes(data_root, work / "classes", schedule.every_nth_class)
     for seed in seeds:
         for arm in with_origins(arms):
-            run, kept = work / f"seed_{seed}" / arm, schedule.results / f"seed_{seed}" / arm
-            if is_complete(run):
-                sys.stdout.write(f"seed {seed}, {arm}: complete in {run}\n")
-            elif status := run_command(command(arm, schedule, seed, classes, work)):
+            run = work / f"seed_{seed}" / arm
+            if status := train_once(run, command(arm, schedule, seed, classes, work)):
                 return status
-            kept.mkdir(parents=True, exist_ok=True)
-            for name in KEPT_FILES:
-                if (run / name).exists():  # older runs lack some
-                    shutil.copy(run / name, kept / name)
+            keep_files(run, schedule.results / f"seed_{seed}" / arm)
     return 0
+
+
+def train_once(run: Path, words: list[str]) -> int:
+    """Run a command if its run is not complete yet, and return its exit status."""
+    if is_complete(run):
+        sys.stdout.write(f"complete: {run}\n")
+        return 0
+    return run_command(words)
+
+
+def keep_files(run: Path, kept: Path) -> None:
+    """Copy the small files of a run into the folder of its results."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in KEPT_FILES:
+        if (run / name).exists():  # older runs lack some
+            shutil.copy(run / name, kept / name)
 
 
 def main() -> int:

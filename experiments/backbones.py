@@ -9,24 +9,36 @@ Run it again and it resumes. When a run is complete, its small files are copied 
 ``results/backbones/seed_N/ARM/``.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-from engine.report import read_csv
-from experiments.arms import KEPT_FILES, RESULTS, Arm, is_complete, run_command
+from engine.report import best_within, read_csv
+from experiments.arms import RESULTS, Arm, command_line, keep_files, seeds_of, train_once, with_origins
+from experiments.markdown import markdown_table
 from utils import CommandLineParser, user_path
 
 FOLDER = RESULTS / "backbones"
-ARCH = "timm/tf_efficientnet_lite0"
+ARCH, NUM_EXITS = "timm/tf_efficientnet_lite0", 4
 STAGE_1 = [
-    *("--data", "cifar100", "--arch", ARCH, "--exits", "4", "--image-size", "64", "--val-size", "5000"),
+    *(
+        "--data",
+        "cifar100",
+        "--arch",
+        ARCH,
+        "--exits",
+        str(NUM_EXITS),
+        "--image-size",
+        "64",
+        "--val-size",
+        "5000",
+    ),
     *("--epochs", "8", "--warmup-epochs", "0.5", "--batch-size", "64", "--lr", "0.05", "--lr-type", "cosine"),
     *("--nesterov", "--weight-decay", "1e-4", "--pretrained-lr-factor", "0.4", "--compile", "off"),
+    *("--save-every-minutes", "10"),
 ]
 STAGE_2 = [
     *("--epochs", "3", "--warmup-epochs", "0", "--batch-size", "64", "--lr", "0.05", "--lr-type", "cosine"),
-    *("--nesterov", "--weight-decay", "1e-4", "--compile", "off"),
+    *("--nesterov", "--weight-decay", "1e-4", "--compile", "off", "--save-every-minutes", "10"),
 ]
 # In the order in which they are trained.
 ARMS = {
@@ -40,13 +52,8 @@ ARMS = {
 
 def command(arm: str, seed: int, data_root: Path, weights: Path, work: Path) -> list[str]:
     """Return the command line of one run."""
-    _, origin, flags = ARMS[arm]
-    save = ["--save", str(work / f"seed_{seed}" / arm), "--seed", str(seed), "--resume"]
-    save += ["--save-every-minutes", "10"]
-    if origin is None:
-        data = ["--data-root", str(data_root), "--pretrained", str(weights)]
-        return ["train_GE.py", *data, *STAGE_1, *save, *flags]
-    return ["train_IMTA.py", "--pretrained", str(work / f"seed_{seed}" / origin), *STAGE_2, *save, *flags]
+    stage_1 = ["--data-root", str(data_root), "--pretrained", str(weights), *STAGE_1]
+    return command_line(ARMS[arm], work / f"seed_{seed}" / arm, seed, stage_1, STAGE_2)
 
 
 def train_all(
@@ -54,39 +61,32 @@ def train_all(
 ) -> int:
     """Run what is not complete, with ``more`` flags for all, and return the exit status of the last run."""
     for seed in seeds:
-        for arm in arms:
-            run, kept = work / f"seed_{seed}" / arm, FOLDER / f"seed_{seed}" / arm
-            if not is_complete(run) and (
-                status := run_command([*command(arm, seed, data_root, weights, work), *more])
-            ):
+        for arm in with_origins(arms, ARMS):
+            run = work / f"seed_{seed}" / arm
+            if status := train_once(run, [*command(arm, seed, data_root, weights, work), *more]):
                 return status
-            if more:  # a trial
-                continue
-            kept.mkdir(parents=True, exist_ok=True)
-            for name in KEPT_FILES:
-                if (run / name).exists():
-                    shutil.copy(run / name, kept / name)
+            if not more:  # with more flags the run is a trial
+                keep_files(run, FOLDER / f"seed_{seed}" / arm)
     return 0
 
 
-def table(folder: Path) -> list[str]:
+def results_table(folder: Path) -> str:
     """Return a table in Markdown, a row per run: top-1 of every exit, and within half of the operations."""
     rows = []
-    for arm, described in ARMS.items():
-        for run in sorted(folder.glob(f"seed_*/{arm}")):
-            exits = [row["acc1"] for row in read_csv(run / "anytime.csv")]
-            full = read_csv(run / "anytime.csv")[-1]["operations"]
-            affordable = [
-                row for row in read_csv(run / "budgeted.csv") if row["val_operations"] <= 0.5 * full
+    for name, arm in ARMS.items():
+        for run in seeds_of(name, folder):
+            exits = read_csv(run / "anytime.csv")
+            by_exit = [row["acc1"] for row in exits]
+            best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
+            numbers = [*by_exit, sum(by_exit) / len(by_exit), *([best["test_acc1"]] if best else [])]
+            cells = [
+                arm.title,
+                run.parent.name.removeprefix("seed_"),
+                *(f"{number:.2f}" for number in numbers),
             ]
-            # The budget that is best on held-out images.
-            chosen = max(affordable, key=lambda row: row["val_acc1"], default=None)
-            half = f"{chosen['test_acc1']:.2f}" if chosen else "-"
-            cells = [described.title, run.parent.name[5:], *(f"{acc1:.2f}" for acc1 in exits)]
-            rows.append(f"| {' | '.join([*cells, f'{sum(exits) / len(exits):.2f}', half])} |")
-    count = len(rows[0].split("|")) - 6 if rows else 4
-    names = ["training", "seed", *(f"exit {k + 1}" for k in range(count)), "mean", "half of the operations"]
-    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows]
+            rows.append(cells if best else [*cells, "-"])
+    names = [f"exit {k}" for k in range(1, NUM_EXITS + 1)]
+    return markdown_table(["training", "seed", *names, "mean", "half of the operations"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,14 +106,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the table of the kept results")
     arguments, more = parser.parse_known_args(argv)
     if arguments.table:
-        sys.stdout.write("\n".join(table(FOLDER)) + "\n")
+        sys.stdout.write(f"{results_table(FOLDER)}\n")
         return 0
     if arguments.data_root is None or arguments.weights is None:
         parser.error("--data-root and --weights are needed")
-    arms = list(ARMS) if not arguments.arms else [arm for arm in ARMS if arm in arguments.arms]
-    if "GE_ISC_OFA" in arms and "GE" not in arms:
-        arms.insert(0, "GE")
-    return train_all(arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more)
+    return train_all(
+        arguments.arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more
+    )
 
 
 if __name__ == "__main__":

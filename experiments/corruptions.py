@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from experiments.markdown import markdown_table
+
 
 @dataclass(frozen=True)
 class Corruption:
@@ -75,13 +77,13 @@ CORRUPTIONS = {
 }
 
 
-def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Return a markdown table of these columns (name in the rows -> title)."""
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in columns)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def rows_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Return a table in Markdown of these columns (name in the rows -> title)."""
+    cells = [
+        [f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
+        for row in rows
+    ]
+    return markdown_table(list(columns.values()), cells)
 
 
 def accuracy_table(name: str) -> str | None:
@@ -92,4 +94,4 @@ def accuracy_table(name: str) -> str | None:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     titles = {column: column.replace("_", " ") for column in rows[0]}
-    return markdown(rows, titles | {"policy": "policy nearest to half"})
+    return rows_table(rows, titles | {"policy": "policy nearest to half"})

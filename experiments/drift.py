@@ -24,8 +24,9 @@ from args import parse
 from dataloader import Data, load_data
 from engine.checkpoint import load_saved
 from engine.report import write_csv
-from experiments.corruptions import CORRUPTIONS, markdown
+from experiments.corruptions import CORRUPTIONS, rows_table
 from models import ExitNetwork
+from models.normalizer import Normalizer
 from utils import CommandLineParser, UserError, atomic_write, user_path
 
 STREAM_LENGTH = 2_000
@@ -50,8 +51,7 @@ class TestImages:
         self.name = f"{name}_{len(chosen)}"
         self.images = torch.stack([data.test.picture(i) for i in chosen.tolist()])
         self.targets = torch.cat([targets for _, targets in data.test])[chosen]
-        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (data.info.mean, data.info.std))
-        self.mean, self.std = 255 * mean, 255 * std
+        self.normalize = Normalizer(data.info.mean, data.info.std, torch.device("cpu"))
 
     def logits(self, corruption: str | None, strength: float = 0.0) -> Tensor:
         """Return logits (K, N, C) of the images with a corruption, or None for the clean images."""
@@ -61,8 +61,9 @@ class TestImages:
             return torch.load(path, weights_only=True).float()
         images = self.images if corruption is None else CORRUPTIONS[corruption].apply(self.images, strength)
         with torch.inference_mode():
-            batches = ((batch - self.mean) / self.std for batch in images.split(BATCH_SIZE))
-            logits = torch.cat([torch.stack(self.network(batch)).half() for batch in batches], dim=1)
+            batches = images.split(BATCH_SIZE)
+            logits = [torch.stack(self.network(self.normalize(batch))).half() for batch in batches]
+        logits = torch.cat(logits, dim=1)
         with atomic_write(path, "wb") as stream:
             torch.save(logits, stream)
         return logits.float()
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     exits = {f"exit_{k}": f"exit {k}" for k in range(1, saved.network.num_exits + 1)}
     accuracy = titles | exits | {"policy": "policy nearest to half"}
-    sys.stdout.write(f"\n{markdown(rows[1:], titles | delays)}\n\n{markdown(rows, accuracy)}\n")
+    sys.stdout.write(f"\n{rows_table(rows[1:], titles | delays)}\n\n{rows_table(rows, accuracy)}\n")
     if arguments.csv:
         write_csv(arguments.csv, [{name: row[name] for name in accuracy} for row in rows])
     return 0

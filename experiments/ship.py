@@ -30,6 +30,7 @@ from models.files import SUFFIX, networks_in
 from utils import CommandLineParser, UserError, atomic_write, user_path
 
 MAX_LOSS = 0.05  # points of top-1
+BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
 RECIPE = (
     "epochs",
@@ -151,10 +152,12 @@ def ship(saved: SavedNetwork, output: Path, bfloat16: bool = False, data_root: P
         description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
+        for name in BFLOAT16_FILES:  # those of an earlier network would not fit this one
+            output.with_suffix(name).unlink(missing_ok=True)
         if bfloat16:
             half = evaluated(rounded, Path(folder) / "bfloat16", ["dynamic"], "bf16")
-            shutil.copyfile(half.policy, output.with_suffix(".policy.bfloat16.json"))
-            shutil.copyfile(half.reference, output.with_suffix(".reference.bfloat16.safetensors"))
+            for made, name in zip((half.policy, half.reference), BFLOAT16_FILES, strict=True):
+                shutil.copyfile(made, output.with_suffix(name))
         shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))

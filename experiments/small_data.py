@@ -7,12 +7,12 @@ these classes already; and a network pretrained on ImageNet. A seed chooses the 
 the training. Prints a table in Markdown.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
 from engine.report import read_csv
 from experiments.arms import is_complete, run_command
+from experiments.markdown import markdown_table, spread
 from utils import CommandLineParser, user_path
 
 CLASSES = ("bicycle", "castle", "lion", "rose")
@@ -92,14 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments, more = parser.parse_known_args(argv)
     results = run_all(arguments.data_root, arguments.weights, arguments.work, arguments.seeds, more)
-    print("| training | first exit | last exit |\n|---|---|---|")
-    for way, by_seed in results.items():
-        cells = []
-        for k in (0, -1):
-            values = [exits[k] for exits in by_seed]
-            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        print(f"| {way} | {' | '.join(cells)} |")
+    rows = [
+        [way, *(spread([exits[k] for exits in by_seed], digits=1) for k in (0, -1))]
+        for way, by_seed in results.items()
+    ]
+    print(markdown_table(["training", "first exit", "last exit"], rows))
     return 0
 
 

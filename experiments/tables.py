@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from engine.report import best_within, draw_curves, read_csv, save_figure
 from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
+from experiments.markdown import markdown_table, spread
 from utils import CommandLineParser, UserError, atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,40 +58,29 @@ BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
 STAGE_1_VARIANTS = ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_10_epochs", "GE_bf16")
 DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in STAGE_1_VARIANTS))
-DIFFERENCES_2 = (
+DIFFERENCES_ON_GE = (
     ("GE", "GE_ISC_OFA"),
     ("GE", "GE_classifiers"),
     ("GE_classifiers", "GE_ISC"),
     ("GE_classifiers", "GE_OFA"),
     ("GE_ISC", "GE_ISC_OFA"),
     *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
+)
+DIFFERENCES_2 = (
+    *DIFFERENCES_ON_GE,
     ("released_GE", "released_IMTA"),
     ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
 )
 DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
-    *DIFFERENCES_2[:9],
+    *DIFFERENCES_ON_GE,
     ("GE", COMBINED),
     ("GE_ISC_OFA", COMBINED),
     (COMBINED, "GE_boosted_ISC_OFA"),
-    *((arm, arm) for arm in (*MAIN_ARMS, COMBINED, "GE_boosted_ISC_OFA")),
 )
+ENSEMBLE_ARMS = (*MAIN_ARMS, COMBINED, "GE_boosted_ISC_OFA")
 BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
-
-
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Return mean +- sample standard deviation, of a single value the value alone."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
 
 def with_count(values: list[float], sign: str = "") -> str:
@@ -153,7 +143,7 @@ def comparison(
         for arm in arms:
             if columns := over_seeds(arm, results, accuracies):
                 rows.append([training, f"ours: {ARMS[arm].title}", *columns])
-    return markdown(["training", "network", *names, "n"], rows)
+    return markdown_table(["training", "network", *names, "n"], rows)
 
 
 def exits_table() -> str:
@@ -174,7 +164,7 @@ def exits_table() -> str:
                 training = TRAINING[results].removeprefix("100 classes, ")
                 rows.append([training, f"ours: {ARMS[arm].title}", *spread_columns(values)])
     names = [f"exit {k} ({millions:.2f} M)" for k, millions in enumerate(operations, start=1)]
-    return markdown(["training", "network", *names, f"budget ({BUDGET / 1e6:.0f} M)", "n"], rows)
+    return markdown_table(["training", "network", *names, f"budget ({BUDGET / 1e6:.0f} M)", "n"], rows)
 
 
 def summary() -> str:
@@ -187,7 +177,7 @@ def summary() -> str:
         gain(*pair)
         for pair in (("GE_classifiers", "GE_ISC"), ("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
     )
-    ensembles, ensembles_on_stage_2 = gain("GE", "GE"), gain("GE_ISC_OFA", "GE_ISC_OFA")
+    ensembles, ensembles_on_stage_2 = (mean_gain(ensemble_gains(arm, MEDIUM)) for arm in ("GE", "GE_ISC_OFA"))
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, at every exit but the first.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
@@ -218,7 +208,7 @@ def static_table() -> str:
         for arm in (*MAIN_ARMS, COMBINED)
         if (own := over_seeds(arm, MEDIUM, accuracies))
     ]
-    return markdown(
+    return markdown_table(
         ["30 + 10 epochs, budgeted", *(f"{millions} M, {name}" for name, millions, _ in STATIC), "n"], rows
     )
 
@@ -232,7 +222,9 @@ def exits_7_table() -> str:
 def arms_table() -> str:
     """Return every exit of every arm of the short schedule with 5 exits."""
     columns = {title: over_seeds(arm, SHORT, exit_accuracies) for arm, title in TITLES.items()}
-    return markdown(["arm", *exit_names(5), "n"], [[title, *own] for title, own in columns.items() if own])
+    return markdown_table(
+        ["arm", *exit_names(5), "n"], [[title, *own] for title, own in columns.items() if own]
+    )
 
 
 def arms_budgets_table() -> str:
@@ -243,13 +235,13 @@ def arms_budgets_table() -> str:
         for arm in BUDGETED_ARMS
         for rule, accuracies in rules.items()
     ]
-    return markdown(["arm", "thresholds", *budget_names(), "n"], rows)
+    return markdown_table(["arm", "thresholds", *budget_names(), "n"], rows)
 
 
 def thresholds_table() -> str:
-    """Return what the optimised thresholds gain on those of the paper's rule.
+    """Return the accuracy that the optimised thresholds gain on the paper's.
 
-    The arms of a seed are averaged, as most of them share a network.
+    Gains are averaged over the arms of a seed, as most of these share a network.
     """
     rows = []
     for results in (MEDIUM, SHORT):
@@ -261,7 +253,7 @@ def thresholds_table() -> str:
         means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
         columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
         rows.append([TRAINING[results], *columns])
-    return markdown(["optimised thresholds minus the paper's", *budget_names(), "mean", "n"], rows)
+    return markdown_table(["optimised thresholds minus the paper's", *budget_names(), "mean", "n"], rows)
 
 
 def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
@@ -276,7 +268,7 @@ def gains(before: str, after: str, results: Path = SHORT) -> list[list[float]]:
 
 
 def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
-    """Return the same for ensembles of exits against each exit alone."""
+    """Return by seed what ensembles of exits gain on each exit alone: at every exit, then their mean."""
     by_seed = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, results)]
     by_exit = [
         [row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]
@@ -285,28 +277,35 @@ def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
 
 
 def differences_table(
-    differences: Iterable[tuple[str, str]], num_exits: int = 5, results: Path = SHORT
+    differences: Iterable[tuple[str, str]],
+    num_exits: int = 5,
+    results: Path = SHORT,
+    ensembles_of: Iterable[str] = (),
 ) -> str:
-    """Return rows of ``gains``; where both names are the same, of ``ensemble_gains``."""
-    rows = []
-    for before, after in differences:
-        title, by_seed = ARMS[after].title, gains(before, after, results)
-        if before == after:
-            title, by_seed = f"{title}, ensembles of exits", ensemble_gains(after, results)
-        if by_seed:
-            each = " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)
-            rows.append([title, ARMS[before].title, *spread_columns(by_seed, "+"), each])
+    """Return rows of ``gains`` of pairs of arms, then of ``ensemble_gains`` of ``ensembles_of``."""
+    compared = [
+        (ARMS[after].title, ARMS[before].title, gains(before, after, results))
+        for before, after in differences
+    ]
+    for arm in ensembles_of:
+        title = ARMS[arm].title
+        compared.append((f"{title}, ensembles of exits", title, ensemble_gains(arm, results)))
+    rows = [
+        [title, other, *spread_columns(by_seed, "+"), " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)]
+        for title, other, by_seed in compared
+        if by_seed
+    ]
     names = [*exit_names(num_exits), "mean of exits", "n", "seed by seed"]
-    return markdown(["arm", "compared with", *names], rows)
+    return markdown_table(["arm", "compared with", *names], rows)
 
 
 def effect(before: str, after: str, schedule: str = "short") -> str:
-    """Return the mean over exits of what ``after`` gains on ``before``.
+    """Return the mean over exits of what ``after`` gains on ``before``."""
+    return mean_gain(gains(before, after, SCHEDULES[schedule].results))
 
-    Where both are the same arm, it is what its ensembles gain on its exits.
-    """
-    results = SCHEDULES[schedule].results
-    by_seed = ensemble_gains(after, results) if before == after else gains(before, after, results)
+
+def mean_gain(by_seed: list[list[float]]) -> str:
+    """Return mean and spread over seeds of the last column of ``gains``, the mean over exits."""
     return with_count([gain[-1] for gain in by_seed], "+")
 
 
@@ -322,7 +321,7 @@ def epochs_table() -> str:
             with_count([min(log) - max(log) for log in accuracies], "+"),
         ],
     ]
-    return markdown(["held-out accuracy, mean of exits, points", "measured"], rows)
+    return markdown_table(["held-out accuracy, mean of exits, points", "measured"], rows)
 
 
 def runs_table() -> str:
@@ -336,7 +335,9 @@ def runs_table() -> str:
             rows.append(
                 [arm, f"`{flags}`" if flags else "", seeds, ", ".join(f"{number:.0f}" for number in minutes)]
             )
-    return markdown(["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows)
+    return markdown_table(
+        ["arm", "flags beside the schedule's", "seeds", "minutes of training, each seed"], rows
+    )
 
 
 def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
@@ -383,13 +384,10 @@ def check_backbones() -> None:
     """
     frozen: dict[tuple[Path, str], str] = {}
     for record in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
-        digest, arm = (
-            json.loads(record.read_text(encoding="utf-8")).get("frozen_digest"),
-            ARMS[record.parent.name],
-        )
-        if (
-            digest is None or "moving" in arm.flags
-        ):  # where BatchNorm moves, the digest leaves its statistics out
+        arm = ARMS[record.parent.name]
+        digest = json.loads(record.read_text(encoding="utf-8")).get("frozen_digest")
+        # With --backbone-bn moving the digest leaves out BatchNorm's statistics: it differs from the others.
+        if digest is None or "moving" in arm.flags:
             continue
         if frozen.setdefault((record.parent.parent, arm.origin), digest) != digest:
             raise UserError(
@@ -406,7 +404,9 @@ TABLES = {
     "arms-budgets": arms_budgets_table,
     "differences-1": partial(differences_table, DIFFERENCES_1),
     "differences-2": partial(differences_table, DIFFERENCES_2),
-    "differences-all-classes": partial(differences_table, DIFFERENCES_ALL_CLASSES, results=MEDIUM),
+    "differences-all-classes": partial(
+        differences_table, DIFFERENCES_ALL_CLASSES, results=MEDIUM, ensembles_of=ENSEMBLE_ARMS
+    ),
     "beyond": partial(differences_table, BEYOND, results=TRIALS),
     "differences-7": partial(differences_table, DIFFERENCES_7, 7),
     "thresholds": thresholds_table,

@@ -17,6 +17,7 @@ from adaptive_inference.promises.drift import read_reference
 from args import parse
 from engine.report import millions
 from experiments import arms, ship, tables
+from experiments.markdown import spread
 from image_data.reading import read_image
 from models import load
 from tests.conftest import TINY_FLAGS, TINY_STAGE_2
@@ -50,9 +51,9 @@ def test_arms_on_different_backbones_are_not_compared(tmp_path, monkeypatch):
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert tables.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert tables.spread([1.0, 3.0], "+") == "+2.00 ± 1.41"
-    assert tables.spread([]) == ""
+    assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert spread([1.0, 3.0], "+", digits=1) == "+2.0 ± 1.4"
+    assert (spread([1.0]), spread([])) == ("1.00", "")
     assert tables.with_count([1.0, 3.0], "+") == "+2.00 ± 1.41 (n = 2)"
     assert tables.spread_columns([[1.0, 2.0], [3.0, 2.0]]) == ["2.00 ± 1.41", "2.00 ± 0.00", "2"]
 
@@ -80,7 +81,7 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     for _ in range(2):
         assert arms.train_all(schedule, image_folder, tmp_path / "work", [5], ["GE_ISC"]) == 0
     assert trained == ["train_GE.py", "train_IMTA.py"]
-    assert "seed 5, GE: complete" in capsys.readouterr().out
+    assert f"complete: {tmp_path / 'work' / 'seed_5' / 'GE'}\n" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "results" / "seed_5" / "GE_ISC").iterdir()} == set(
         arms.KEPT_FILES
     )
@@ -132,6 +133,11 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     assert f"| 3 | {millions(network.description.operations[2])} | {accuracy:.2f} | " in card
     assert train_GE.main(["--evaluate-from", str(file), "--evalmode", "anytime"]) == 2
     assert "pass --save DIR for its tables" in capsys.readouterr().err
+    # Shipped again without --bfloat16: no policies of the earlier network are left beside it.
+    bfloat16 = file.with_suffix(".policy.bfloat16.json")
+    assert bfloat16.exists()
+    assert ship.main([str(finished / "GE"), str(file)]) == 0
+    assert not bfloat16.exists()
     # It is taken as stage 1 by its path, and goes on from there.
     assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *TINY_STAGE_2]) == 0
 
