@@ -32,8 +32,8 @@ from image_data.transforms import (
     CROP_PADDING,
     DrawsFrom,
     Transform,
-    augmentation_policy,
     crop_and_flip,
+    make_augmentation,
 )
 from models.normalizer import Normalizer
 from utils import UserError, print_error
@@ -50,12 +50,12 @@ class Batches(ABC):
     normalisation: bytes (3, H, W).
 
     Args:
-        part: The images.
-        settings: With batch_size, of all processes together; seed; augment; workers and skip_unreadable, for
-            files.
+        part: The part of the data set.
+        settings: The settings batch_size (of all processes together), seed and augment; for files also
+            workers and skip_unreadable.
         augment: Whether ``epoch`` augments.
-        normalize: Its device is that of the batches.
-        shard: What this process gets of every batch.
+        normalize: The normalisation, whose device is that of the batches.
+        shard: The share of every batch that this process gets.
     """
 
     def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
@@ -68,10 +68,11 @@ class Batches(ABC):
         self.num_images, self.seed = len(part), settings.seed
         self.augment = settings.augment if augment else "none"
         self.normalize, self.device = normalize, normalize.device
-        # Images that an evaluation of this process found unreadable, and the indices of those whose results
-        # all processes collected.
+        # Indices of images that this process found unreadable in an evaluation.
         self.unreadable: set[int] = set()
-        self.chosen: Tensor | None = None  # indices to evaluate, None for all
+        # Indices that this process evaluates; None: its share of all images.
+        self.evaluated_indices: Tensor | None = None
+        # Indices of the images whose results all processes collected, by row; None: row and index are equal.
         self.collected: Tensor | None = None
 
     def __len__(self) -> int:
@@ -80,7 +81,7 @@ class Batches(ABC):
 
     def local_indices(self) -> Tensor:
         """Return the indices of the images that this process evaluates, if they were not found unreadable."""
-        indices = self.chosen
+        indices = self.evaluated_indices
         if indices is None:
             indices = torch.arange(self.num_images)[self.shard.rank :: self.shard.world_size]
         return indices[~torch.isin(indices, torch.tensor(sorted(self.unreadable), dtype=torch.int64))]
@@ -88,7 +89,8 @@ class Batches(ABC):
     def spread(self, count: int) -> "Batches":
         """Return batches of about ``count`` of this process's images, evenly spread over their order."""
         indices, batches = self.local_indices(), copy.copy(self)
-        batches.chosen = indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).long()]
+        rows = torch.linspace(0, len(indices) - 1, min(count, len(indices))).long()
+        batches.evaluated_indices = indices[rows]
         return batches
 
     def picture(self, row: int) -> Tensor:
@@ -117,7 +119,7 @@ class InMemoryBatches(Batches):
     def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
         super().__init__(part, settings, augment, normalize, shard)
         self.images, self.targets = part.images.to(self.device), part.targets.to(self.device)
-        self.policy = augmentation_policy(self.augment)
+        self.augmentation = make_augmentation(self.augment)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``first_step`` on."""
@@ -129,36 +131,36 @@ class InMemoryBatches(Batches):
         )
         flips = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool).to(self.device)
         seeds = _image_seeds(self.num_images, generator)
-        numbers = self._steps(order, first_step)  # on the host, for the seeds
-        for chosen, own in zip(self._steps(order.to(self.device), first_step), numbers, strict=True):
-            images = self.images[chosen]
+        on_host = self._steps(order, first_step)  # for the seeds
+        for indices, own in zip(self._steps(order.to(self.device), first_step), on_host, strict=True):
+            images = self.images[indices]
             if self.augment != "none":
-                images = crop_and_flip(images, offsets[chosen], flips[chosen])
-            if self.policy is not None:
+                images = crop_and_flip(images, offsets[indices], flips[indices])
+            if self.augmentation is not None:
                 # One by one, as torchvision draws one operation for everything it is given.
                 pairs = zip(images, seeds[own].tolist(), strict=True)
-                images = torch.stack([_seeded(self.policy, image, seed) for image, seed in pairs])
-            yield self.normalize(images), self.targets[chosen]
+                images = torch.stack([_seeded(self.augmentation, image, seed) for image, seed in pairs])
+            yield self.normalize(images), self.targets[indices]
 
     def _picture(self, index: int) -> Tensor:
         return self.images[index]
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the images of this process once."""
-        for chosen in self.local_indices().to(self.device).split(self.batch_size):
-            yield self.normalize(self.images[chosen]), self.targets[chosen]
+        for indices in self.local_indices().to(self.device).split(self.batch_size):
+            yield self.normalize(self.images[indices]), self.targets[indices]
 
 
 class FileBatches(Batches):
     """Batches of image files that threads decode, augment and resize.
 
     Args:
-        part: The files.
-        transforms: For evaluation and for training.
-        settings: As for ``Batches``.
-        augment: As for ``Batches``.
-        normalize: As for ``Batches``.
-        shard: As for ``Batches``.
+        part: The part of the data set, with files.
+        transforms: The transforms of evaluation and of training.
+        settings: The settings that ``Batches`` needs.
+        augment: Whether ``epoch`` augments.
+        normalize: The normalisation, which also gives the device.
+        shard: The share of every batch that this process gets.
     """
 
     def __init__(
@@ -223,8 +225,9 @@ class FileBatches(Batches):
                 return str(error)
             return None
 
-        parts = map_batches(problem, (part.tolist() for part in self.local_indices().split(64)), self.workers)
-        return [line for part in parts for line in part if line is not None]
+        batches = (indices.tolist() for indices in self.local_indices().split(64))
+        lines = chain.from_iterable(map_batches(problem, batches, self.workers))
+        return [line for line in lines if line is not None]
 
     def _read(self, index: int, transform: Transform) -> Tensor | None:
         """Return an image, or None for an unreadable one that may be skipped; it is named once."""
@@ -240,7 +243,7 @@ class FileBatches(Batches):
             return None
 
     def _load(self, read: Callable[[int], Any], steps: Iterator[Tensor]) -> Iterator[Batch]:
-        for results in map_batches(read, (part.tolist() for part in steps), self.workers):
+        for results in map_batches(read, (indices.tolist() for indices in steps), self.workers):
             pairs = [pair for pair in results if pair is not None]
             if not pairs:
                 continue

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from image_data import synthetic
 from image_data.archives import read_cifar
-from image_data.folders import Survey, a_file_ending, text_of
+from image_data.folders import FolderScan, suffixes_in_words, text_of
 from image_data.parts import DataSet, Part, name_digests
 from image_data.split import choose_test
 from models.description import DataInfo
@@ -104,13 +104,13 @@ def _from_folders(
 
 def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool) -> Folders:
     """Find ``train/`` and ``test/`` or ``val/``."""
-    root, survey = settings.data_root, Survey()
+    root, scan = settings.data_root, FolderScan()
     if is_folder(root) and not os.access(root, os.X_OK):
         raise UserError(f"--data-root {root} may not be entered")
-    train = {} if only_test else survey.classes(root / "train")
+    train = {} if only_test else scan.classes(root / "train")
     folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]
-    found = {folder: survey.classes(folder) for folder in folders}
-    _refuse_closed(survey)
+    found = {folder: scan.classes(folder) for folder in folders}
+    _refuse_closed(scan)
     known = set(train) or set(stored.class_names if stored else ())
     # A test folder may be empty or without labels; the other one then serves.
     labelled = [folder for folder in folders if _has_images(found[folder], known)]
@@ -118,7 +118,7 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
     if not fitting or not (train or only_test):
         raise UserError(_what_is_missing(root, bool(train), [folder.name for folder in fitting]))
     test_folder = fitting[0]
-    notes = survey.complaints()
+    notes = scan.complaints()
     if is_folder(folders[0]) and folders[0] != test_folder:
         notes.append(
             f"the test images are those of {test_folder}, as {folders[0]} has none in folders of the classes"
@@ -133,15 +133,15 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
 
 def _split_folders(settings: Namespace, digests: Tensor | None) -> Folders:
     """Split test images off those of ``train/CLASS/``, or ``CLASS/``."""
-    root, survey = settings.data_root, Survey()
-    has_train = bool(survey.inner_folders(root / "train"))  # else it is a class: trains among other vehicles
+    root, scan = settings.data_root, FolderScan()
+    has_train = bool(scan.inner_folders(root / "train"))  # else it is a class: trains among other vehicles
     for folder in (root / "test", root / "val"):
-        if has_train and _has_images(survey.classes(folder), set()):
+        if has_train and _has_images(scan.classes(folder), set()):
             raise UserError(f"{folder} holds test images: --test-size is for data without them")
     folder = root / "train" if has_train else root
-    survey = Survey()
-    classes = dict(sorted(survey.classes(folder).items()))
-    _refuse_closed(survey)
+    scan = FolderScan()
+    classes = dict(sorted(scan.classes(folder).items()))
+    _refuse_closed(scan)
     if not classes or _are_parts(classes) or (folder == root and _inner_data_set(root)):
         raise UserError(_what_is_missing(root, False, []))
     _refuse_empty_classes(folder, classes)
@@ -153,12 +153,12 @@ def _split_folders(settings: Namespace, digests: Tensor | None) -> Folders:
         is_test = choose_test(files.targets, settings.test_size, settings.split_seed)
     parts: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
     labels = [name for name, of_class in classes.items() for _ in of_class]
-    for name, path, chosen in zip(labels, files.files, is_test.tolist(), strict=True):
-        parts[chosen][name].append(path)
+    for name, path, is_of_test in zip(labels, files.files, is_test.tolist(), strict=True):
+        parts[is_of_test][name].append(path)
     note = (
         f"{int(is_test.sum()):,} of the {len(files):,} images of {folder} are the test images (--test-size)"
     )
-    return Folders(parts[0], folder, parts[1], folder, [*survey.complaints(), note])
+    return Folders(parts[0], folder, parts[1], folder, [*scan.complaints(), note])
 
 
 def _file_part(classes: Classes, class_names: list[str]) -> Part:
@@ -187,19 +187,19 @@ def _are_parts(classes: Classes) -> bool:
 
 def _inner_data_set(root: Path) -> Path | None:
     """Return the first folder in ``root`` with folders ``train/CLASS/``, as unpacked archives have one."""
-    survey = Survey()
-    folders = (root / name for name in sorted(survey.inner_folders(root)))
-    return next((folder for folder in folders if survey.inner_folders(folder / "train")), None)
+    scan = FolderScan()
+    folders = (root / name for name in sorted(scan.inner_folders(root)))
+    return next((folder for folder in folders if scan.inner_folders(folder / "train")), None)
 
 
-def _refuse_closed(survey: Survey) -> None:
-    if survey.closed:
-        raise UserError(survey.complaints()[0])
+def _refuse_closed(scan: FolderScan) -> None:
+    if scan.closed:
+        raise UserError(scan.complaints()[0])
 
 
 def _refuse_empty_classes(folder: Path, classes: Classes) -> None:
     if empty := [name for name, files in classes.items() if not files]:
-        raise UserError(f"{folder / empty[0]} holds no image ({a_file_ending()})")
+        raise UserError(f"{folder / empty[0]} holds no image ({suffixes_in_words()})")
 
 
 def _refuse_different_classes(found: Folders) -> None:
@@ -219,7 +219,7 @@ def _refuse_single_class(found: Folders, class_names: list[str]) -> None:
         return
     folder, name = found.train_folder if found.train else found.test_folder, class_names[0]
     count = len(found.train.get(name, [])) or len(found.test[name])
-    inner = sorted(map(text_of, Survey().inner_folders(folder / name)))
+    inner = sorted(map(text_of, FolderScan().inner_folders(folder / name)))
     hint = (
         f" in the folders {listed(inner)}; if these are the classes, move them up into {folder}"
         if inner
@@ -240,12 +240,12 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
             f"{root} has train/ but no test images: put a fifth or so of every class into "
             f"{root}/test/CLASS/ (or val/CLASS/), or {split_off}"
         )
-    survey = Survey()
+    scan = FolderScan()
     if tests:
         return f"{root} has {tests[0]}/ but no training images in folders train/CLASS/"
     if inner := _inner_data_set(root):
         return f"{root} has no train/CLASS/, but {inner} has: use --data-root {inner}"
-    classes = {name: files for name, files in survey.classes(root).items() if files}
+    classes = {name: files for name, files in scan.classes(root).items() if files}
     if _are_parts(classes):
         if is_folder(root / "train"):
             return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
@@ -258,7 +258,7 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
             f"{root} has images in the folders {listed(sorted(classes))}, but no train/CLASS/, test/CLASS/: "
             f"if these are the classes, {split_off}"
         )
-    images = survey.images([root])
+    images = scan.images([root])
     found = f"{len(images):,} images, but no folder of a class" if images else "no image"
     return (
         f"{root} holds {found}: images belong into train/CLASS/ and test/CLASS/ (or val/CLASS/); "

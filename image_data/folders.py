@@ -2,7 +2,7 @@
 
 Example:
     files, complaints = find_images([Path("photos")])
-    classes = Survey().classes(Path("photos/train"))     # {"cat": [files], "dog": [files]}
+    classes = FolderScan().classes(Path("photos/train"))     # {"cat": [files], "dog": [files]}
 
 Hidden files and folders, and those that a NAS, Windows or a Mac makes, are neither images nor classes.
 Symbolic links are followed, and every real folder is entered once. Names may be any bytes; what is remembered
@@ -29,12 +29,12 @@ SYSTEM_NAMES = (
 )
 
 
-class Survey:
-    """A walk through folders.
+class FolderScan:
+    """A scan of folders for classes and images.
 
     Attributes:
-        left_out: Number of files that are no images, by suffix.
-        closed: Errors about folders that may not be entered.
+        left_out: Number of files that are not images, by suffix.
+        closed: Errors from folders that may not be entered.
     """
 
     def __init__(self) -> None:
@@ -101,17 +101,17 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
         The files, and complaints, one line each: about folders without images, folders that may not be
         entered, and files that are no images.
     """
-    survey, files, complaints = Survey(), [], []
+    scan, files, complaints = FolderScan(), [], []
     for path in paths:
-        found = survey.images([path]) if is_folder(path) else [path]
+        found = scan.images([path]) if is_folder(path) else [path]
         if not found:
-            complaints.append(f"the folder {path} holds no image ({a_file_ending()})")
+            complaints.append(f"the folder {path} holds no image ({suffixes_in_words()})")
         files += found
-    return files, complaints + survey.complaints()
+    return files, complaints + scan.complaints()
 
 
-def a_file_ending() -> str:
-    """Return in words which files are images."""
+def suffixes_in_words() -> str:
+    """Return in words which suffixes image files have."""
     return f"a file ending with one of {' '.join(SUFFIXES)}"
 
 

@@ -80,7 +80,7 @@ def name_digests(names: list[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """Part ``rank`` of ``world_size`` processes that share every batch."""
+    """The share of every batch that process ``rank`` of ``world_size`` gets."""
 
     rank: int = 0
     world_size: int = 1

@@ -94,13 +94,13 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
 def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
     """Find the training images that a checkpoint knows.
 
-    Images may have gone or come since: the split of the others stays, and unknown ones belong to no part of
-    it.
+    Images may have been removed or added since. Known images keep their place in the split; unknown ones are
+    in no part of it.
 
     Args:
-        data_set: As found now.
-        stored: What the checkpoint remembers; None: there is no checkpoint, and the images are numbered as
-            they are.
+        data_set: The data set that was found.
+        stored: The checkpoint's record of its data; None: there is no checkpoint, and the images are numbered
+            as they are.
         digests: The ``name_digests`` of the checkpoint's training images; without them, all must be there.
 
     Returns:

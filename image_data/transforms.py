@@ -22,8 +22,6 @@ from torchvision.transforms import v2
 MAX_PIXELS = 89_478_485  # of an image that is decoded in full; PIL's own limit
 REDUCED_SIDE = 1024  # pixels that a reduced JPEG keeps at least
 BACKGROUND = (255, 255, 255)  # behind transparent pixels
-
-
 LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
 LARGE_CROP_SHARE = 0.875  # of the shorter side of larger images, that evaluation sees
 CROP_PADDING = 4  # pixels around small images, from which training crops
@@ -53,7 +51,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def default_crop_share(image_size: int) -> float:
-    """Return the share of the shorter side that evaluation sees, unless a pretrained network says else."""
+    """Return the share of the shorter side that evaluation sees, if no pretrained network says otherwise."""
     return 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
 
 
@@ -78,13 +76,13 @@ def evaluation_transform(image_size: int, crop_share: float, interpolation: str 
 
 
 class TrainingTransform:
-    """Opened image -> bytes (3, image_size, image_size): random crop, flip, and the policy ``augment``.
+    """Opened image -> bytes (3, image_size, image_size): random crop, flip, and the augmentation ``augment``.
 
     Only what the crop needs is decoded, and PyTorch resizes bytes faster than PIL does.
     """
 
     def __init__(self, image_size: int, augment: str = "standard", interpolation: str = "bilinear"):
-        self.image_size, self.policy = image_size, augmentation_policy(augment)
+        self.image_size, self.augmentation = image_size, make_augmentation(augment)
         # PyTorch resizes bytes by these two.
         smooth = "bilinear" if interpolation == "bilinear" else "bicubic"
         self.interpolation = v2.InterpolationMode(smooth)
@@ -99,7 +97,7 @@ class TrainingTransform:
         image.draft(None, enough)
         reduction = round(full_width / image.width)
         top, left, height, width = (n // reduction for n in (top, left, height, width))
-        # Turned upright after the crop, whose shape is as likely either way.
+        # Turn the crop upright, not the image: crops of both orientations are equally likely.
         crop = rgb(image.crop((left, top, left + width, top + height)))
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             # Without these instructions PIL is twice as fast.
@@ -110,13 +108,13 @@ class TrainingTransform:
         crop = v2.functional.resize(crop, size, interpolation=self.interpolation, antialias=True)
         if torch.rand(()) < 0.5:
             crop = crop.flip(-1)
-        return crop if self.policy is None else self.policy(crop)
+        return crop if self.augmentation is None else self.augmentation(crop)
 
 
-def augmentation_policy(augment: str) -> v2.Transform | None:
+def make_augmentation(augment: str) -> v2.Transform | None:
     """Return the transform that ``--augment`` adds to crops and flips, None for ``standard`` and ``none``."""
-    policies = {"trivial": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
-    return policies[augment]() if augment in policies else None
+    augmentations = {"trivial": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
+    return augmentations[augment]() if augment in augmentations else None
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:

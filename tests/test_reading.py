@@ -12,9 +12,9 @@ from image_data.transforms import (
     CROP_PADDING,
     DrawsFrom,
     TrainingTransform,
-    augmentation_policy,
     crop_and_flip,
     evaluation_transform,
+    make_augmentation,
 )
 from utils import UserError
 
@@ -46,7 +46,7 @@ def test_training_crops_agree_with_torchvisions(tmp_path, large):
 def test_augmentation_draws_from_its_own_generator(augment):
     """The same operations as torchvision draws with its seed; torch's global state stays as it is."""
     image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
-    policy, state = augmentation_policy(augment), torch.get_rng_state()
+    policy, state = make_augmentation(augment), torch.get_rng_state()
     for seed in range(60):
         with DrawsFrom(torch.Generator().manual_seed(seed)):
             ours = policy(image)
