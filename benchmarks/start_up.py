@@ -81,7 +81,7 @@ def seconds_to_first_step(root: Path, image_size: int) -> float:
     """Start a training, stop it after its first step, and return the seconds that passed until then.
 
     Raises:
-        UserError: It ended before.
+        UserError: The training ended before its first step.
     """
     with tempfile.TemporaryDirectory() as save, tempfile.TemporaryFile("w+") as errors:
         flags = ["--data-root", str(root), "--save", str(Path(save) / "GE"), "--image-size", str(image_size)]

@@ -16,9 +16,9 @@ def median_seconds(
     """Return the median seconds of one call of each function.
 
     Args:
-        functions: By name.
-        rounds: Each round measures every function once.
-        least: A measurement repeats a function until it takes about this many seconds.
+        functions: The functions to measure, by name.
+        rounds: Number of rounds, each of which measures every function once.
+        least: Seconds that a measurement takes about, by repeating the function.
     """
     threads = torch.get_num_threads()
     timers = {

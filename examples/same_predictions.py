@@ -173,11 +173,11 @@ def report(name: str, found: Rows, expected: Rows, near: np.ndarray, tolerance: 
     """Print how many predictions differ.
 
     Args:
-        name: Of the way to predict.
-        found: Its predictions, of the first images or all.
+        name: Name of the way to predict.
+        found: Predictions of that way, for the first images or all.
         expected: PyTorch's predictions.
-        near: (K, N) bool: whether the confidence of an image at an exit is near the exit's threshold.
-        tolerance: Of confidences.
+        near: True if the confidence of an image at an exit is near the exit's threshold, bool (K, N).
+        tolerance: Largest difference of confidences that counts as equal.
 
     Returns:
         True if a prediction differs that should not.

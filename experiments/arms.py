@@ -160,8 +160,8 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
 
     Args:
         source: CIFAR-100, as for --data-root.
-        target: Links to the folders of the classes, or images from the archive, go here.
-        every: 1 for all classes, which are those in ``source``.
+        target: Folder for links to the folders of the classes, or for images from the archive.
+        every: Distance of the chosen classes in the sorted names; 1: all classes, which stay in ``source``.
 
     Raises:
         UserError: ``source`` holds no CIFAR-100.

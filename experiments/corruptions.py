@@ -28,9 +28,9 @@ class Corruption:
     """A way to damage images.
 
     Attributes:
-        title: What the strengths measure, for tables.
+        title: The quantity that the strengths are values of, for tables.
         strengths: Strengths from weak to strong.
-        apply: Images uint8 (N, 3, H, W) and a strength -> damaged images, uint8 (N, 3, H, W).
+        apply: Function: images uint8 (N, 3, H, W), strength -> damaged images, uint8 (N, 3, H, W).
     """
 
     title: str

@@ -164,14 +164,14 @@ def ship(saved: SavedNetwork, output: Path, bfloat16: bool = False, data_root: P
 
 
 def training(run: RunDirectory) -> dict[str, str | int]:
-    """Hardware and minutes of a run.
+    """Return the hardware and the minutes of a run.
 
     Raises:
-        UserError: Its records do not tell.
+        UserError: The records of the run do not have them.
     """
     try:
-        piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
-        hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
+        session = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
+        hardware = ", ".join(session["gpus"]) or f"{session['cores']} cores of {session['processor']}"
         return {
             "hardware": hardware,
             "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60),

@@ -50,12 +50,12 @@ def find_data_set(
     """Find the data set that ``settings`` name.
 
     Args:
-        settings: With data, data_root, test_size, split_seed.
-        image_size: Of the demo's images, and to check that of CIFAR's.
-        stored: What a checkpoint remembers; its classes keep their order.
-        digests: Of the names of the checkpoint's training images; where test images are split off, they are
-            all others.
-        only_test: Leave folders of training images alone.
+        settings: The settings data, data_root, test_size and split_seed.
+        image_size: Image size of the demo; for CIFAR it is checked.
+        stored: The checkpoint's record of its data; its classes keep their order.
+        digests: Digests of the names of the checkpoint's training images; if test images are split off, they
+            are all others.
+        only_test: Whether to leave folders of training images alone.
 
     Raises:
         UserError: Missing, empty or closed folders, or classes that differ between training and test images.

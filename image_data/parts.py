@@ -46,8 +46,8 @@ class DataSet:
     Args:
         names: Names of the training images, or one digest of all their pixels.
         notes: Lines for the user.
-        sorted_by_name: Classes are numbered by the order of their folders' names, which another program may
-            not share.
+        sorted_by_name: Whether classes are numbered by the order of their folders' names, which another
+            program may not share.
     """
 
     name: str

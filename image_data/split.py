@@ -18,8 +18,8 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
     an image of another class is held out in its place.
 
     Args:
-        targets: (N,), of all training images.
-        val_size: How many to hold out; None: ``HELD_OUT_SHARE``.
+        targets: Targets (N,) of all training images.
+        val_size: Number of images to hold out; None: ``HELD_OUT_SHARE`` percent.
         split_seed: Seed of the draw.
 
     Returns:
@@ -64,12 +64,12 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
     """Choose test images, as equal a share of every class as whole numbers allow.
 
     Args:
-        targets: (N,), of all images.
+        targets: Targets (N,) of all images.
         test_size: A share below 1, or a number of images.
         split_seed: Seed of the draw.
 
     Returns:
-        Which images are test images, bool (N,). Every class with at least two images keeps one and gives one.
+        True for every test image, bool (N,). Every class with at least two images keeps one and gives one.
 
     Raises:
         UserError: There are not so many images.

@@ -51,7 +51,7 @@ def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, 
     Only operations that IEEE arithmetic rounds exactly (no sine, no exponential) touch a pixel.
 
     Args:
-        num_images: N, at least 1.
+        num_images: Number of images N, at least 1.
         seed: Seed of this data set's own generator; another one gives other images of the same kind.
         image_size: Height and width in pixels. Everything in the image scales with it.
 
@@ -153,7 +153,7 @@ def _coverage(distance: Array, image_size: int) -> Array:
 
     Args:
         distance: Signed distance to the edge, negative inside, in half image sides.
-        image_size: In pixels.
+        image_size: Height and width in pixels.
     """
     return np.clip(np.float32(0.5) - distance * np.float32(image_size / 2), 0, 1)
 
@@ -163,8 +163,8 @@ def _shape_distance(labels: Array, x: Array, y: Array) -> Array:
 
     Args:
         labels: Classes of the shapes, (n,).
-        x: Positions in the frames of the shapes, (n, H, W).
-        y: The same.
+        x: Horizontal positions in the frames of the shapes, (n, H, W).
+        y: Vertical positions in the frames of the shapes, (n, H, W).
     """
     outline, fill = labels // len(FILLS), labels % len(FILLS)
     distance = np.empty_like(x)

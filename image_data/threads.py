@@ -26,9 +26,9 @@ def map_batches(
     """Yield ``[function(x) for x in batch]`` of every batch, in order.
 
     Args:
-        function: May run in any thread; what it raises is raised here.
-        batches: Its arguments.
-        threads: That work ahead; 0: everything happens in the calling thread, when it is asked for.
+        function: The function, which may run in any thread; its errors are raised here.
+        batches: The arguments, in batches.
+        threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it.
 
     Raises:
         UserError: The system allows fewer threads.

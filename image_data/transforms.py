@@ -121,9 +121,9 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     """Pad with ``CROP_PADDING`` black pixels, cut windows of the old size, and mirror some.
 
     Args:
-        images: (N, C, H, W).
+        images: Images (N, C, H, W).
         offsets: Row and column of each window in the padded image, (N, 2), from 0 to 2 * CROP_PADDING.
-        flips: Which images to mirror left to right, (N,) bool.
+        flips: True for every image to mirror left to right, bool (N,).
     """
     height, width = images.shape[-2:]
     padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)

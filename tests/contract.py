@@ -44,9 +44,9 @@ class Case:
     """A network to check.
 
     Args:
-        build: Makes it, with ``NUM_CLASSES`` classes.
+        build: Function that makes the network, with ``NUM_CLASSES`` classes.
         image_size: Height and width in pixels.
-        block_of: Returns the number, from 0, of the block that the parameter of a name belongs to, None for
+        block_of: Function of a parameter's name that returns the number, from 0, of its block, None for
             those of exits. None: the network does not use Gradient Equilibrium, or not on everything that
             passes between blocks. -1 stands for the block of the first exit that depends on it.
         untrained: Beginnings of the names of parameters that no exit depends on.
@@ -110,10 +110,8 @@ def backbone_case(name: str, **options: object) -> Case:
 
 
 SINGLE_STAGE = {"freeze_backbone": False}
-LAST_BLOCK = (
-    "blocks.2",
-    "backbone.blocks.2",
-)  # its finer scales are read by no exit if several scales are left at the end
+# If several scales are left at the end, no exit reads the finer ones of the last block.
+LAST_BLOCK = ("blocks.2", "backbone.blocks.2")
 CASES: dict[str, Case] = {
     "msdnet": Case(msdnet, 32, msdnet_block, LAST_BLOCK),
     "msdnet_coarsest": Case(lambda: msdnet(gradient_equilibrium_scales="coarsest"), 32, None, LAST_BLOCK),

@@ -39,9 +39,9 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: What it returned; -N after death by signal N; None if it was killed for running too long.
-        errors: What it wrote on standard error.
-        seconds: From the call of ``main``.
+        status: Exit status; -N after death by signal N; None if it was killed for running too long.
+        errors: Text that it wrote to standard error.
+        seconds: Seconds from the call of ``main``.
         struck: Whether what was to happen in the middle did happen.
         left: Number of its processes that still ran ``SECONDS_TO_VANISH`` after it.
     """
@@ -81,11 +81,11 @@ def run(
     """Call ``main(argv)`` of a program in a child whose working directory is ``folder``.
 
     Args:
-        strike: Called with the child's id ``after`` seconds, counted from the call of ``main``, unless the
-            child has ended by then.
+        strike: Function that is called with the child's id ``after`` seconds, counted from the call of
+            ``main``, unless the child has ended by then.
         timeout: Seconds after which the child counts as hanging.
         file_size: Bytes that a file it writes may have; more is an error as on a full disk.
-        processes: That train together.
+        processes: Number of processes that train together.
     """
     text, ready = folder.parent / f"{folder.name}.stderr", CONTEXT.Event()
 

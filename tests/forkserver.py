@@ -29,8 +29,8 @@ class Ended(NamedTuple):
 
     Attributes:
         statuses: Exit status by process; -N after death by signal N.
-        output: What all processes wrote to standard output.
-        errors: What all processes wrote to standard error.
+        output: Text that all processes wrote to standard output.
+        errors: Text that all processes wrote to standard error.
     """
 
     statuses: list[int]
@@ -52,7 +52,7 @@ def run(
         argv: Arguments of the command line.
         folder: Working directory.
         environments: Variables of each process, added to those of this one; without any, one process.
-        stdout: Where standard output goes, instead of into ``output``.
+        stdout: Destination of standard output, instead of ``output``.
     """
     _start_server()
     children = []

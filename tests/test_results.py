@@ -23,6 +23,8 @@ from models import load
 from tests.conftest import TINY_FLAGS, TINY_STAGE_2
 from utils import UserError
 
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+
 
 def test_documents_agree_with_the_result_files():
     texts = [document.read_text(encoding="utf-8") for document in tables.DOCUMENTS]
@@ -140,6 +142,10 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     assert not bfloat16.exists()
     # It is taken as stage 1 by its path, and goes on from there.
     assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *TINY_STAGE_2]) == 0
+
+
+def test_the_card_of_the_weights_is_that_of_their_files():
+    assert ship.card(WEIGHTS) == (WEIGHTS / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_file_that_loses_accuracy_is_not_shipped(finished, tiny_demo, tmp_path, monkeypatch, capsys):
