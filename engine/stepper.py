@@ -48,7 +48,7 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
     ]
     groups = [group for group in groups if group["params"]]
     # One kernel, which takes the learning rate of the step: it is no part of what is captured, so a new rate
-    # captures nothing again.
+    # captures nothing again. ``Stepper.step`` sets it at every step; --lr is what the constructors ask for.
     common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": settings.fused_optimizer}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)
@@ -78,6 +78,7 @@ class Stepper:
         self.optimizer = make_optimizer(objective, settings)
         self.was_skipped = False
         self.objective = objective
+        self._inner: _InPrecision | None = None  # in ``_model``, which exchanges gradients
         self._model: nn.Module | None = None
 
     @property
@@ -93,32 +94,36 @@ class Stepper:
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Compile the step for batches such as this one, if the settings ask for it.
 
-        The step is tried on the batch; weights, statistics and random state stay as they are, and no other
-        process is waited for.
+        Compiling runs forward and backward on the batch; weights, statistics and random state stay as they
+        are, and no other process is waited for. With several processes, parameters that no exit depends on
+        are excluded from training, as ``DistributedDataParallel`` would wait for their gradients.
 
         Args:
             images: (N, 3, H, W).
             targets: (N,).
         """
         if self.processes.world_size > 1:
-            # Parameters that no exit depends on, such as finer scales of the last layer, have no gradient to
-            # exchange.
-            eager = _InPrecision(self.objective, self.processes.device, self.dtype)
-            for parameter in _parameters_without_gradient(eager, self.parameters, images[:2], targets[:2]):
-                parameter.requires_grad_(False)
+            self._exclude_unused_parameters(images[:2], targets[:2])
         self._inner = _InPrecision(
             _compiled(self.objective, self.settings), self.processes.device, self.dtype
         )
         self._model = _parallel(self._inner, self.processes)
         if self.settings.compile != "off":
             size = len(images) // self.settings.accumulate
-            self._try_step(images[:size], targets[:size])
+            self._run_without_step(images[:size], targets[:size])
 
     def train_eagerly(self) -> None:
         """Take all further steps without the compiled code."""
         self._inner.objective = self.objective
 
-    def _try_step(self, images: Tensor, targets: Tensor) -> None:
+    def _exclude_unused_parameters(self, images: Tensor, targets: Tensor) -> None:
+        """Exclude parameters that no exit depends on, such as finer scales of the last layer, from training."""
+        eager = _InPrecision(self.objective, self.processes.device, self.dtype)
+        for parameter in _parameters_without_gradient(eager, self.parameters, images, targets):
+            parameter.requires_grad_(False)
+
+    def _run_without_step(self, images: Tensor, targets: Tensor) -> None:
+        """Run forward and backward, which compiles them, and discard everything they change."""
         buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         devices = [images.device] if images.device.type == "cuda" else []
         is_shared = isinstance(self._model, DistributedDataParallel)
