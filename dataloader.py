@@ -6,6 +6,7 @@ Example:
     for images, targets in data.test: ...
 """
 
+import statistics
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from utils import UserError, listed, one_line
 
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
-SAMPLED_FILES = 32  # whose size is compared with the image size
+SAMPLED_FILES = 32  # whose sizes stand for those of all files
 
 
 class ImageSpec(Protocol):
@@ -192,16 +193,20 @@ def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
     """Return a line with the classes, and one about files that would be enlarged a lot."""
     notes = [f"classes: {listed(found.class_names)}"]
     files = training_part.files or found.test.files or []
-    if not files:
-        return notes
-    every = max(1, len(files) // SAMPLED_FILES)
-    sides = sorted(min(size) for size in map(file_size, files[::every][:SAMPLED_FILES]) if size)
-    if sides and sides[len(sides) // 2] * 2 <= image_size:
+    side = median_side(files)
+    if side is not None and side * 2 <= image_size:
         notes.append(
-            f"the images are small: {sides[len(sides) // 2]} pixels a side in the median, "
+            f"the images are small: {side} pixels a side in the median, "
             f"enlarged to {image_size}; a smaller --image-size costs less"
         )
     return notes
+
+
+def median_side(files: Sequence[Path]) -> int | None:
+    """Return the median of the shorter sides of some of the images, in pixels, None if none can be read."""
+    some = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
+    sides = [min(size) for size in map(file_size, some) if size]
+    return int(statistics.median(sides)) if sides else None
 
 
 def _in_memory(

@@ -182,9 +182,11 @@ def find_model(wanted: str | None) -> Path:
     Raises:
         UserError: There is none.
     """
-    runs = [path for path in RUNS.rglob(BEST) if policy_path(path).exists()] if wanted is None else []
     try:
-        return find(max(runs, key=lambda path: path.stat().st_mtime, default=wanted or SHIPPED))
+        if wanted is not None:
+            return find(wanted)
+        runs = [path for path in RUNS.rglob(BEST) if policy_path(path).exists()]
+        return find(max(runs, key=lambda path: path.stat().st_mtime, default=SHIPPED))
     except OSError as error:
         raise UserError(str(error)) from None
 

@@ -6,26 +6,26 @@ Example:
 """
 
 import argparse
-import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from adaptive_inference.calibration import ensemble_operations
-from adaptive_inference.policy_files import policy_path, read_policy
+from adaptive_inference.policy_files import policy_path
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
+from dataloader import median_side
 from engine.checkpoint import load_saved
 from engine.device import is_out_of_memory, limit_threads
-from engine.predictor_choice import choose_predictor
-from engine.rows import WRITERS, open_output
+from engine.predictor_choice import Choice, choose_predictor
+from engine.rows import WRITERS, open_output, prediction_rows
 from image_data.folders import LEFT_OUT, find_images
 from image_data.parts import SMALL_IMAGE_SIZE
 from image_data.reading import read_image
@@ -37,9 +37,7 @@ from utils import UserError, is_terminal, print_error
 
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
-BEST_CLASSES = 5
 SHOWN_CLASSES = 3
-SAMPLED_FILES = 9  # whose size is compared with that of the network's images
 FAR_SIZES_RATIO = 3
 
 
@@ -56,23 +54,24 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
     Raises:
         UserError: One line: the network, its policy, a flag or the output is impossible, or memory is short.
     """
-    try:
-        return _predict_all(arguments, path)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            "not enough memory for so many images at a time; a smaller --batch-size needs less"
-        ) from None
+    with _memory_error_named():
+        device, network = _device(arguments.device), load_saved(path).network
+        batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
+        limit_threads(arguments.threads, batch_size * network.description.operations[-1])
+        policies = arguments.policy or policy_path(path)
+        choice = choose_predictor(arguments, policies, network.to(device), batch_size)
+        alarm = _drift_alarm(choice, policies) if arguments.drift_alarm else None
+        return _predict_files(arguments, path, choice, batch_size, alarm)
 
 
-def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
-    device, network = _device(arguments.device), load_saved(path).network
-    batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
-    limit_threads(arguments.threads, batch_size * network.description.operations[-1])
-    choice = choose_predictor(arguments, path, network.to(device), batch_size)
-    alarm = _drift_alarm(arguments, path, choice.predictor) if arguments.drift_alarm else None
-    tally = Tally(choice.predictor, arguments.deadline, alarm)
+def _predict_files(
+    arguments: argparse.Namespace, path: Path, choice: Choice, batch_size: int, alarm: DriftAlarm | None
+) -> int:
+    predictor = choice.predictor
+    network = predictor.network
+    data, device = network.description.data, next(network.parameters()).device
+    timed, operations = TimedPredictor(predictor), _operations(predictor)
+    totals = Totals(operations, arguments.deadline)
     files, complaints = find_images(arguments.paths)
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
     is_interrupted = False
@@ -80,16 +79,21 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
         about = {"model": str(path), "policy": choice.about}
         for line in (*_about_network(arguments, path, network, files), choice.line, *complaints):
             _say(line)
-        writer = WRITERS[arguments.format](stream, tally.data.class_names, about)
+        writer = WRITERS[arguments.format](stream, data.class_names, about)
         try:
-            for names, images in _batches(files, tally.data, batch_size):
-                rows = [] if images is None else tally.predict(names, images.to(device))
-                writer.rows(rows)
-                skipped += len(names) - len(rows)
+            for names, images in _batches(files, data, batch_size):
+                result = None if images is None else timed.predict(names, images.to(device))
+                if result is not None:
+                    totals.add(result.prediction, result.milliseconds)
+                    if alarm is not None:
+                        _watch(alarm, result.prediction)
+                    writer.rows(prediction_rows(*result, operations, data.class_names))
+                skipped += len(names) - (0 if result is None else len(result.names))
                 bar.update(len(names))
         except KeyboardInterrupt:
             is_interrupted = True
-        summary = tally.summary()
+        fired = None if alarm is None else {"fired_after": alarm.fired_after}
+        summary = {**totals.summary(), "drift_alarm": fired}
         writer.end(summary)
     _say(_in_words(summary))
     if is_interrupted:
@@ -100,87 +104,104 @@ def _predict_all(arguments: argparse.Namespace, path: Path) -> int:
     return 3 if alarm is not None and alarm.fired_after else 0
 
 
-def _drift_alarm(arguments: argparse.Namespace, path: Path, predictor: AdaptivePredictor) -> DriftAlarm:
-    source = arguments.policy or policy_path(path)
-    reference = read_reference(reference_path(source), read_policy(source))
-    return DriftAlarm(reference.scores(predictor.policy))
+@contextmanager
+def _memory_error_named() -> Iterator[None]:
+    """Turn an error about memory in the block into a ``UserError``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "not enough memory for so many images at a time; a smaller --batch-size needs less"
+        ) from None
 
 
-class Tally:
-    """Predicts batches, makes a row of each prediction, and counts them.
+def _operations(predictor: AdaptivePredictor) -> list[int]:
+    """Return the operations to each exit, with those of the predictor's ensemble."""
+    network = predictor.network
+    operations = count_operations(network, network.description.data.image_size)
+    return ensemble_operations(operations, network.num_classes) if predictor.policy.ensemble else operations
 
-    Args:
-        predictor: A predictor whose network has a description.
-        deadline: For each batch in milliseconds, None without one.
-        alarm: Sees every prediction, and is reported once when it fires.
-    """
 
-    def __init__(self, predictor: AdaptivePredictor, deadline: float | None, alarm: DriftAlarm | None = None):
-        self.alarm = alarm
-        self.predictor, self.data, self.deadline = predictor, predictor.network.description.data, deadline
-        self.operations = count_operations(predictor.network, self.data.image_size)
-        if predictor.policy.ensemble:
-            self.operations = ensemble_operations(self.operations, predictor.network.num_classes)
-        self.exits = torch.zeros(len(self.operations), dtype=torch.int64)
-        self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
+def _drift_alarm(choice: Choice, policies: Path) -> DriftAlarm:
+    reference = read_reference(reference_path(policies), choice.curve)
+    return DriftAlarm(reference.scores(choice.predictor.policy))
 
-    def predict(self, names: list[Path], images: Tensor) -> list[dict]:
-        """Return one row per image (n, 3, H, W), uint8.
 
-        Images for which the network's output is not finite are reported, and have no row.
+def _watch(alarm: DriftAlarm, prediction: Prediction) -> None:
+    """Let the alarm see predictions, and say once that it fired."""
+    has_fired = alarm.fired_after is not None
+    if alarm.update(prediction.log_sum_exp) and not has_fired:
+        _say(
+            f"drift alarm after {alarm.fired_after} images: they are no longer like the held-out images, so "
+            "the accuracy and the operations of the policy may not hold for them; or they are sorted, by "
+            "class for example"
+        )
+
+
+class TimedPrediction(NamedTuple):
+    """The prediction of n images, on the CPU, with the images' names and the time of all of them together."""
+
+    names: list[Path]
+    prediction: Prediction
+    milliseconds: float
+
+
+class TimedPredictor:
+    """A predictor whose time is measured, and which leaves out images it has no finite output for."""
+
+    def __init__(self, predictor: AdaptivePredictor):
+        self.predictor, self.is_warm = predictor, False
+
+    def predict(self, names: list[Path], images: Tensor) -> TimedPrediction | None:
+        """Predict images (n, 3, H, W), uint8. Those without finite output are reported.
+
+        Returns:
+            The prediction of the others, None if there are none.
         """
-        try:
-            return self._rows(names, images)
-        except NotFiniteError as error:
-            for position in error.positions:
-                _say(f"the network's output for {names[position]} is not finite; skipped")
-            others = [i for i in range(len(names)) if i not in error.positions]
-        return self.predict([names[i] for i in others], images[others]) if others else []
+        while names:
+            try:
+                return self._predict(names, images)
+            except NotFiniteError as error:
+                for position in error.positions:
+                    _say(f"the network's output for {names[position]} is not finite; skipped")
+                others = [i for i in range(len(names)) if i not in error.positions]
+            names, images = [names[i] for i in others], images[others]
+        return None
 
-    def _rows(self, names: list[Path], images: Tensor) -> list[dict]:
-        if self.num_calls == 0:
+    def _predict(self, names: list[Path], images: Tensor) -> TimedPrediction:
+        if not self.is_warm:
             self.predictor(images[:WARM_UP_IMAGES])
         began = time.perf_counter()
         prediction = Prediction(*(values.cpu() for values in self.predictor(images)))  # waits for the device
         milliseconds = 1e3 * (time.perf_counter() - began)
+        self.is_warm = True
+        return TimedPrediction(names, prediction, milliseconds)
+
+
+class Totals:
+    """Totals over all images predicted so far.
+
+    Args:
+        operations: Operations to each exit.
+        deadline: For each batch in milliseconds, None without one.
+    """
+
+    def __init__(self, operations: list[int], deadline: float | None):
+        self.operations, self.deadline = operations, deadline
+        self.exits = torch.zeros(len(operations), dtype=torch.int64)
+        self.num_late, self.num_calls, self.milliseconds = 0, 0, 0.0
+
+    def add(self, prediction: Prediction, milliseconds: float) -> None:
+        """Add a batch and the time it took."""
         self.num_calls += 1
         self.num_late += self.deadline is not None and milliseconds > self.deadline
         self.milliseconds += milliseconds
         self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
-        if self.alarm is not None:
-            self._watch(prediction)
-        per_image = milliseconds / len(names)
-        return [self._row(name, prediction, i, per_image) for i, name in enumerate(names)]
-
-    def _watch(self, prediction: Prediction) -> None:
-        has_fired = self.alarm.fired_after is not None
-        if self.alarm.update(prediction.log_sum_exp) and not has_fired:
-            _say(
-                f"drift alarm after {self.alarm.fired_after} images: they are no longer like the held-out "
-                "images, so the accuracy and the operations of the policy may not hold for them; or they are "
-                "sorted, by class for example"
-            )
-
-    def _row(self, name: Path, prediction: Prediction, i: int, milliseconds: float) -> dict[str, Any]:
-        best = prediction.probs[i].topk(min(BEST_CLASSES, prediction.probs.shape[1]))
-        # Not a dictionary: two classes may have the same name.
-        top5 = [
-            {"class": self.data.class_names[k], "index": k, "confidence": round(probability, 4)}
-            for k, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-        k = int(prediction.exits[i])
-        return {
-            "file": os.fsencode(name).decode("utf-8", "replace"),
-            "class": top5[0]["class"],
-            "confidence": top5[0]["confidence"],
-            "exit": k + 1,
-            "operations": self.operations[k],
-            "network_milliseconds": round(milliseconds, 3),
-            "top5": top5,
-        }
 
     def summary(self) -> dict[str, Any]:
-        """Return the totals over all images predicted so far."""
+        """Return the totals by name, in plain types."""
         images = int(self.exits.sum())
         count = max(images, 1)
         spent = sum(n * number for n, number in zip(self.exits.tolist(), self.operations, strict=True))
@@ -191,7 +212,6 @@ class Tally:
             "share_of_exits": [round(n / count, 4) for n in self.exits.tolist()],
             "network_milliseconds": round(self.milliseconds / count, 3),
             "late": self.num_late / max(self.num_calls, 1) if self.deadline is not None else None,
-            "drift_alarm": None if self.alarm is None else {"fired_after": self.alarm.fired_after},
         }
 
 
@@ -221,7 +241,7 @@ def _about_network(
         f"{data.image_size} x {data.image_size} pixels ({data.name})"
     ]
     # Photographs of any size are what a network of larger images, or of one's own, was trained on.
-    side = None if data.name == "folder" else _usual_side(files)
+    side = None if data.name == "folder" else median_side(files)
     if side is not None and data.image_size <= SMALL_IMAGE_SIZE and side > FAR_SIZES_RATIO * SMALL_IMAGE_SIZE:
         lines.append(
             f"the images have about {side} pixels per side, far more than the network's {data.image_size}: "
@@ -233,17 +253,6 @@ def _about_network(
             f"{data.image_size}: its predictions may be wrong at any confidence"
         )
     return lines
-
-
-def _usual_side(files: list[Path]) -> int | None:
-    """Return the median of the shorter sides of some images, in pixels; None if no image can be read."""
-    sides = []
-    for path in files[:: max(len(files) // SAMPLED_FILES, 1)]:
-        try:
-            sides.append(read_image(path, lambda image: min(image.size)))
-        except UserError:  # reported when the image is predicted
-            continue
-    return int(statistics.median(sides)) if sides else None
 
 
 def _batches(

@@ -1,7 +1,7 @@
 """The predictor that does what the command line of predict.py asks for.
 
 Example:
-    choice = choose_predictor(arguments, path, network, batch_size)
+    choice = choose_predictor(arguments, policy_path(path), network, batch_size)
     choice.predictor(images)
 """
 
@@ -16,7 +16,7 @@ from adaptive_inference.choosing import allowed_points, choose
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.fold import fold, folded_for
 from adaptive_inference.policies import Point, Policy, PolicyCurve
-from adaptive_inference.policy_files import policy_path, read_policy
+from adaptive_inference.policy_files import read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from adaptive_inference.promises.deadlines import (
     HORIZON_CALLS,
@@ -33,37 +33,44 @@ DEFAULT_SHARE = 0.5  # of all operations
 
 
 class Choice(NamedTuple):
-    """A predictor with a description of what decides who leaves: ``about`` for JSON, ``line`` for people."""
+    """A predictor, and what decides which images leave.
+
+    Attributes:
+        predictor: The predictor.
+        about: Entries that describe its policy, for JSON.
+        line: The same in a line, for people.
+        curve: The policies of the file, None if there is none and none is needed.
+    """
 
     predictor: AdaptivePredictor
     about: dict[str, Any]
     line: str
+    curve: PolicyCurve | None
 
 
 def choose_predictor(
-    arguments: argparse.Namespace, path: Path, network: ExitNetwork, batch_size: int
+    arguments: argparse.Namespace, policies: Path, network: ExitNetwork, batch_size: int
 ) -> Choice:
     """Return the predictor for what the command line asks for.
 
     Args:
         arguments: Parsed command line of predict.py.
-        path: The network's file, beside which its policies are.
+        policies: File of the network's policies, which need not exist where nothing asks for one.
         network: With its description, on its device.
         batch_size: Images at a time.
 
     Raises:
         UserError: What is asked for is impossible; the line says what is possible.
     """
-    source = arguments.policy or policy_path(path)
-    is_needed = arguments.policy or arguments.rule or _has_limit(arguments)
-    curve = read_policy(source) if is_needed or source.exists() else None
-    folded = fold(network) if curve is None else folded_for(network, curve, source)
+    is_needed = arguments.policy or arguments.rule or arguments.drift_alarm or _has_limit(arguments)
+    curve = read_policy(policies) if is_needed or policies.exists() else None
+    folded = fold(network) if curve is None else folded_for(network, curve, policies)
     if arguments.deadline is not None:
         return _by_deadline(folded, curve, arguments.deadline, batch_size)
     if curve is None:
         policy = _whole_network(folded)
-        line = f"there is no {source}, which --evalmode dynamic writes: every image runs the whole network"
-        return Choice(AdaptivePredictor(folded, policy), _about(policy), line)
+        line = f"there is no {policies}, which --evalmode dynamic writes: every image runs the whole network"
+        return Choice(AdaptivePredictor(folded, policy), _about(policy), line, curve)
     if arguments.budget is not None and arguments.budget.unit == "ms":
         return _by_milliseconds(folded, curve, arguments, batch_size)
     return _by_operations(folded, curve, arguments)
@@ -79,7 +86,7 @@ def _by_deadline(network: ExitNetwork, curve: PolicyCurve | None, deadline: floa
         policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
     line = f"each batch of {batch_size} gets the last exit that ends within {deadline:g} ms; {timing}"
     predictor = AnytimePredictor(network, deadline, timing, policy)
-    return Choice(predictor, _about(policy, deadline_milliseconds=deadline), line)
+    return Choice(predictor, _about(policy, deadline_milliseconds=deadline), line, curve)
 
 
 def _by_milliseconds(
@@ -132,7 +139,7 @@ def _choice_of_point(
         f"right with {point.operations / 1e6:.2f} M operations per image "
         f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
     )
-    return Choice(predictor, about | _about(point.policy), line)
+    return Choice(predictor, about | _about(point.policy), line, curve)
 
 
 def _about(policy: Policy, deadline_milliseconds: float | None = None) -> dict[str, Any]:

@@ -19,9 +19,50 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from adaptive_inference.predictor import Prediction
 from utils import UserError, atomic_write, one_line
 
+BEST_CLASSES = 5  # of each image, in JSON
 COLUMNS = ("file", "class", "confidence", "exit", "operations", "network_milliseconds")
+
+
+def prediction_rows(
+    names: list[Path],
+    prediction: Prediction,
+    milliseconds: float,
+    operations: list[int],
+    class_names: list[str],
+) -> list[dict[str, Any]]:
+    """Return a row for each of n images.
+
+    Args:
+        names: The files, n.
+        prediction: Of these images, on the CPU.
+        milliseconds: Time in the network of all images together.
+        operations: Operations to each exit.
+        class_names: Names of all classes.
+    """
+    best = prediction.probs.topk(min(BEST_CLASSES, len(class_names)))
+    rows = []
+    for i, name in enumerate(names):
+        # Not a dictionary: two classes may have the same name.
+        top5 = [
+            {"class": class_names[k], "index": k, "confidence": round(probability, 4)}
+            for k, probability in zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
+        ]
+        k = int(prediction.exits[i])
+        rows.append(
+            {
+                "file": os.fsencode(name).decode("utf-8", "replace"),
+                "class": top5[0]["class"],
+                "confidence": top5[0]["confidence"],
+                "exit": k + 1,
+                "operations": operations[k],
+                "network_milliseconds": round(milliseconds / len(names), 3),
+                "top5": top5,
+            }
+        )
+    return rows
 
 
 class _Writer:

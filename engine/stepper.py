@@ -117,7 +117,7 @@ class Stepper:
         self._inner.objective = self.objective
 
     def _exclude_unused_parameters(self, images: Tensor, targets: Tensor) -> None:
-        """Exclude parameters that no exit depends on, such as finer scales of the last layer, from training."""
+        """Exclude parameters that no exit depends on, such as finer scales of the last layer."""
         eager = _InPrecision(self.objective, self.processes.device, self.dtype)
         for parameter in _parameters_without_gradient(eager, self.parameters, images, targets):
             parameter.requires_grad_(False)
