@@ -147,7 +147,7 @@ def _find_and_split(
     test_alone = settings.evalmode in TEST_ALONE
     needs_no_mean = has_mean or settings.data in NORMALIZATION or image_size > LARGEST_IN_MEMORY
     only_test = test_alone and needs_no_mean and settings.test_size is None
-    digests = None if split is None else split.names
+    digests = None if split is None else split.name_digests
     found = find_data_set(settings, image_size, stored, digests, only_test)
     numbers = recognise(found, stored, digests)
     if split is None:

@@ -30,13 +30,18 @@ class Prediction(NamedTuple):
         classes: (N,) int64.
         confidence: (N,) float32, the probability of that class.
         exits: (N,) int64, the exit at which each image left, from 0.
-        logits: (N, C) float32, whose softmax are the probabilities of all classes.
+        logits: (N, C) float32, whose softmax are the probabilities of all classes (``probs``).
     """
 
     classes: np.ndarray
     confidence: np.ndarray
     exits: np.ndarray
     logits: np.ndarray
+
+    @property
+    def probs(self) -> np.ndarray:
+        """Probabilities (N, C) of all classes."""
+        return _softmax(self.logits)
 
 
 class OnnxPredictor:
@@ -171,20 +176,23 @@ class OnnxPredictor:
         return Prediction(*self._session.run(list(Prediction._fields), inputs))
 
     def _predict_in_blocks(self, images: np.ndarray, thresholds: np.ndarray) -> Prediction:
-        """Run one block after another, each for the images that are still here."""
+        """Run one block after another, each for the images that have not left.
+
+        A loop of its own, beside that of the single file, which ONNX Runtime runs, and those in PyTorch.
+        """
         seen = np.zeros((len(images), self.num_exits, self.num_classes), np.float32)  # logits of every exit
         exits = np.zeros(len(images), np.int64)
-        here = np.arange(len(images))  # indices of the images that stay
+        remaining = np.arange(len(images))  # indices
         state = {"images": images}
         for k, run in enumerate(self._blocks):
-            if len(here) == 0:
+            if len(remaining) == 0:
                 break
             state = run(state)
             logits = state.pop("logits")
-            seen[here, k] = logits
-            exits[here] = k
+            seen[remaining, k] = logits
+            exits[remaining] = k
             stay = ~(_softmax(logits).max(axis=1) >= thresholds[k])
-            here = here[stay]
+            remaining = remaining[stay]
             state = {key.removeprefix("next_"): x[stay] for key, x in state.items()}
             state["previous_logits"] = logits[stay]
         logits = np.einsum("nk,nkc->nc", self._weights[exits], seen)

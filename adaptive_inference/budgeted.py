@@ -54,7 +54,7 @@ class BudgetedResult(NamedTuple):
 
     Attributes:
         acc1: Top-1 accuracy in percent.
-        operations: Mean per image.
+        operations: Mean operations per image.
         shares: K shares of the images, by the exit at which they leave.
     """
 
@@ -75,8 +75,8 @@ def exit_shares(ratio: float, num_exits: int) -> Tensor:
     return q / q.sum()
 
 
-def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
-    """Return the paper's thresholds: at budget p, shares of about ``exit_shares(2 p / points)`` leave.
+def geometric_thresholds(confidence: Tensor, num_points: int = 40) -> Tensor:
+    """Return the paper's thresholds: at budget i, shares of about ``exit_shares(2 i / num_points)`` leave.
 
     Exit by exit, among the images that have not left, the threshold is the confidence of the floor(N q_k)-th
     most confident one. Where that number is 0, or more than are left, none leave. The last exit takes
@@ -84,24 +84,24 @@ def geometric_thresholds(confidence: Tensor, points: int = 40) -> Tensor:
 
     Args:
         confidence: (K, N) of the held-out images.
-        points: Number of budgets.
+        num_points: Number of budgets.
 
     Returns:
-        (points, K), from cheap to full, in the dtype of ``confidence``.
+        (num_points, K), from cheap to full, in the dtype of ``confidence``.
     """
     num_exits, num_images = confidence.shape
     order = confidence.argsort(dim=1, descending=True)
-    thresholds = confidence.new_full((points, num_exits), NONE_LEAVE)
+    thresholds = confidence.new_full((num_points, num_exits), NONE_LEAVE)
     thresholds[:, -1] = ALL_LEAVE
-    for p, own in enumerate(thresholds, start=1):
-        shares = exit_shares(2 * p / points, num_exits)
+    for number, row in enumerate(thresholds, start=1):
+        shares = exit_shares(2 * number / num_points, num_exits)
         present = torch.ones(num_images, dtype=torch.bool, device=confidence.device)
         for k in range(num_exits - 1):
             wanted = int((num_images * shares[k]).floor())
             by_confidence = order[k][present[order[k]]]
             if 0 < wanted <= len(by_confidence):
-                own[k] = confidence[k, by_confidence[wanted - 1]]
-                present &= confidence[k] < own[k]
+                row[k] = confidence[k, by_confidence[wanted - 1]]
+                present &= confidence[k] < row[k]
     return thresholds
 
 
@@ -130,7 +130,7 @@ def evaluate_points(
         operations: Operations to each exit, K numbers.
     """
     points = []
-    for p, row in enumerate(thresholds, start=1):
-        own = replace(policy, thresholds=tuple(row.tolist()))
-        points.append(Point(own, *evaluate_thresholds(row, val, operations), rule, p))
+    for number, row in enumerate(thresholds, start=1):
+        result = evaluate_thresholds(row, val, operations)
+        points.append(Point(replace(policy, thresholds=tuple(row.tolist())), *result, rule, number))
     return tuple(points)

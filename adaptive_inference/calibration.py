@@ -12,7 +12,7 @@ images temperatures stay near 1 and weights near those of the exit alone, with m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ TEMPERATURE_SPREAD = 0.25  # standard deviation of the log of a temperature, bef
 LARGEST_TEMPERATURE = 10.0
 WEIGHT_SPREAD = 0.3  # standard deviation of a weight around that of the exit alone, before any image is seen
 LARGEST_WEIGHT = 4.0
-FOLDS = 5
+NUM_SPLITS = 5  # of the cross-validation
 NEEDED_GAIN = 2.0  # standard errors by which an ensemble must be right more often than the exit alone
 
 Ensemble = tuple[tuple[float, ...], ...]  # weights, one row per exit
@@ -37,21 +37,21 @@ def fit_temperatures(logits: Tensor, targets: Tensor) -> list[float]:
         logits: (K, N, C) of held-out images.
         targets: (N,).
     """
-    part = _part(targets)
-    temperatures = [_fit_temperature(exit_logits[part], targets[part]) for exit_logits in logits]
+    sample = _sample(targets)
+    temperatures = [_fit_temperature(exit_logits[sample], targets[sample]) for exit_logits in logits]
     lowest = 1.0 if len(targets) < MANY_IMAGES else 0.0
     return [round(max(temperature, lowest), 3) for temperature in temperatures]
 
 
 def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """Find the minimum by bisection, on the log of the inverse temperature."""
-    own = logits.gather(1, targets[:, None])[:, 0]
+    target_logits = logits.gather(1, targets[:, None])[:, 0]
     low, high = -math.log(LARGEST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
     for _ in range(14):
         middle = (low + high) / 2
         factor = math.exp(middle)
         expected = (torch.softmax(factor * logits, dim=1) * logits).sum(dim=1)
-        slope = factor * float((expected - own).double().sum()) + middle / TEMPERATURE_SPREAD**2
+        slope = factor * float((expected - target_logits).double().sum()) + middle / TEMPERATURE_SPREAD**2
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp(-(low + high) / 2)
 
@@ -59,7 +59,7 @@ def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
 def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ensemble | None:
     """Return weights (K, K) of the exits in the prediction at each exit.
 
-    An exit predicts with the others before it only if that is right more often on images that were left out
+    An exit predicts with the previous ones only if that is right more often on images that were left out
     of the fit, by at least ``NEEDED_GAIN`` standard errors; else alone, with its temperature.
 
     Args:
@@ -72,10 +72,10 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
     """
     num_exits = len(logits)
     rows = [_alone(k, temperatures, num_exits).tolist() for k in range(num_exits)]
-    part = _part(targets)
-    logits, targets = logits[:, part], targets[part]
+    sample = _sample(targets)
+    logits, targets = logits[:, sample], targets[sample]
     gained = False
-    for k in range(1, num_exits if len(targets) >= FOLDS else 0):
+    for k in range(1, num_exits if len(targets) >= NUM_SPLITS else 0):
         start = _alone(k, temperatures, k + 1)
         if _gains(logits[: k + 1], targets, start):
             rows[k][: k + 1] = _fit_weights(logits[: k + 1], targets, start).tolist()
@@ -91,11 +91,12 @@ def _alone(k: int, temperatures: Sequence[float], count: int) -> Tensor:
 
 def _gains(logits: Tensor, targets: Tensor, start: Tensor) -> bool:
     """Return whether an ensemble beats the last of these exits on images left out of its fit."""
-    fold = torch.arange(len(targets)) % FOLDS
+    split = torch.arange(len(targets)) % NUM_SPLITS
     together = torch.empty_like(targets)
-    for f in range(FOLDS):
-        weights = _fit_weights(logits[:, fold != f], targets[fold != f], start)
-        together[fold == f] = _weighted(weights, logits[:, fold == f]).argmax(dim=1)
+    for number in range(NUM_SPLITS):
+        is_left_out = split == number
+        weights = _fit_weights(logits[:, ~is_left_out], targets[~is_left_out], start)
+        together[is_left_out] = _weighted(weights, logits[:, is_left_out]).argmax(dim=1)
     gains = (together == targets).double() - (logits[-1].argmax(dim=1) == targets).double()
     # As in McNemar's test: if neither predicts better, each of the images on which they differ is a gain or a
     # loss with equal probability. The standard deviation of a few gains alone would be far too small.
@@ -109,34 +110,41 @@ def _fit_weights(logits: Tensor, targets: Tensor, start: Tensor) -> Tensor:
     Args:
         logits: (k, n, C).
         targets: (n,).
-        start: (k,), of the last exit alone, towards which the penalty pulls.
+        start: Weights (k,) of the last exit alone, towards which the penalty pulls.
 
     Returns:
         (k,), from 0 to ``LARGEST_WEIGHT``, rounded so that the rounding of logits hardly changes them.
     """
-    own = logits.gather(2, targets.expand(len(logits), -1)[..., None])[..., 0]
+    target_logits = logits.gather(2, targets.expand(len(logits), -1)[..., None])[..., 0]  # (k, n)
     weights, loss = start, _penalised(start, logits, targets, start)
     for _ in range(30):
-        step = _newton_step(weights, logits, own, start)
-        for shorter in range(12):
-            tried = (weights + step / 2**shorter).clamp(0, LARGEST_WEIGHT)
-            tried_loss = _penalised(tried, logits, targets, start)
-            if tried_loss < loss:
-                break
-        else:
+        step = _newton_step(weights, logits, target_logits, start)
+        better = _line_search(weights, step, loss, lambda tried: _penalised(tried, logits, targets, start))
+        if better is None:
             break
-        converged = float((tried - weights).abs().max()) < 1e-5
-        weights, loss = tried, tried_loss
-        if converged:
+        change = float((better[0] - weights).abs().max())
+        weights, loss = better
+        if change < 1e-5:
             break
     return (weights * 100).round() / 100
 
 
-def _newton_step(weights: Tensor, logits: Tensor, own: Tensor, start: Tensor) -> Tensor:
+def _line_search(
+    weights: Tensor, step: Tensor, loss: float, loss_of: Callable[[Tensor], float]
+) -> tuple[Tensor, float] | None:
+    """Return weights of a smaller loss, and that loss: the step is halved until there is one, or None."""
+    for halvings in range(12):
+        tried = (weights + step / 2**halvings).clamp(0, LARGEST_WEIGHT)
+        if (tried_loss := loss_of(tried)) < loss:
+            return tried, tried_loss
+    return None
+
+
+def _newton_step(weights: Tensor, logits: Tensor, target_logits: Tensor, start: Tensor) -> Tensor:
     """Return the step of the weights; those at a limit that would leave it stay."""
     probs = torch.softmax(_weighted(weights, logits), dim=1)  # (n, C)
     mean = (probs * logits).sum(dim=2)  # (k, n)
-    slope = (mean - own).double().sum(dim=1) + (weights - start) / WEIGHT_SPREAD**2
+    slope = (mean - target_logits).double().sum(dim=1) + (weights - start) / WEIGHT_SPREAD**2
     second = (probs * logits).flatten(1) @ logits.flatten(1).T - mean @ mean.T
     curvature = second.double() + torch.eye(len(weights)).double() / WEIGHT_SPREAD**2
     free = ((weights > 0) | (slope < 0)) & ((weights < LARGEST_WEIGHT) | (slope > 0))
@@ -172,7 +180,8 @@ def ensemble_operations(operations: Sequence[int], num_classes: int) -> list[int
     return [n + k * num_classes for k, n in enumerate(operations, start=1)]
 
 
-def _part(targets: Tensor) -> slice:
+def _sample(targets: Tensor) -> slice:
+    """Return a slice of at most ``MAX_IMAGES`` images, equally spaced."""
     return slice(None, None, -(-len(targets) // MAX_IMAGES))
 
 

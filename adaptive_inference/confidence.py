@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MEASURES = ("softmax", "entropy", "margin", "patience")
 # Thresholds of exits at which no image, or every image, leaves; the released program's numbers.
 NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
 
@@ -22,6 +21,37 @@ class ExitPrediction(NamedTuple):
     confidence: Tensor
 
 
+def _largest_probability(probs: Tensor, top: ExitPrediction, previous: ExitPrediction | None) -> Tensor:
+    return top.confidence
+
+
+def _negative_entropy(probs: Tensor, top: ExitPrediction, previous: ExitPrediction | None) -> Tensor:
+    return 1 + torch.special.xlogy(probs, probs).sum(dim=1) / math.log(max(probs.shape[1], 2))
+
+
+def _margin(probs: Tensor, top: ExitPrediction, previous: ExitPrediction | None) -> Tensor:
+    second = probs.topk(min(2, probs.shape[1]), dim=1).values[:, 1:].sum(dim=1)  # 0 with one class
+    return top.confidence - second
+
+
+def _exits_in_agreement(probs: Tensor, top: ExitPrediction, previous: ExitPrediction | None) -> Tensor:
+    ones = torch.ones_like(top.confidence)
+    if previous is None:
+        return ones
+    return torch.where(top.classes == previous.classes, previous.confidence + 1, ones)
+
+
+# By name, the confidence (n,) from the probabilities (n, C), the class of the largest one with it, and the
+# previous exit's prediction.
+_CONFIDENCE_OF = {
+    "softmax": _largest_probability,
+    "entropy": _negative_entropy,
+    "margin": _margin,
+    "patience": _exits_in_agreement,
+}
+MEASURES = tuple(_CONFIDENCE_OF)
+
+
 def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | None) -> ExitPrediction:
     """Return the class and the confidence of the next exit; higher is more confident.
 
@@ -31,30 +61,22 @@ def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | Non
             this one included, that predict the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020,
             arXiv 2006.04152).
         logits: (n, C).
-        previous: Prediction of the exit before for the same images, None at the first exit.
+        previous: Prediction of the previous exit for the same images, None at the first exit.
 
     Raises:
         ValueError: The measure is unknown.
     """
-    # Half precision would make many confidences equal.
-    half = logits.dtype in (torch.float16, torch.bfloat16)
-    probs = torch.softmax(logits.float() if half else logits, dim=1)
+    if measure not in _CONFIDENCE_OF:
+        raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
+    probs = torch.softmax(without_half_precision(logits), dim=1)
     largest, classes = probs.max(dim=1)
-    if measure == "softmax":
-        return ExitPrediction(classes, largest)
-    if measure == "entropy":
-        negative_entropy = torch.special.xlogy(probs, probs).sum(dim=1)
-        return ExitPrediction(classes, 1 + negative_entropy / math.log(max(probs.shape[1], 2)))
-    if measure == "margin":
-        second = probs.topk(min(2, probs.shape[1]), dim=1).values[:, 1:].sum(dim=1)  # 0 with one class
-        return ExitPrediction(classes, largest - second)
-    if measure == "patience":
-        one = torch.ones_like(largest)
-        if previous is None:
-            return ExitPrediction(classes, one)
-        agrees = classes == previous.classes
-        return ExitPrediction(classes, torch.where(agrees, previous.confidence + 1, one))
-    raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
+    confidence = _CONFIDENCE_OF[measure](probs, ExitPrediction(classes, largest), previous)
+    return ExitPrediction(classes, confidence)
+
+
+def without_half_precision(logits: Tensor) -> Tensor:
+    """Return logits in float32 if they are in half precision, which would make many confidences equal."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor, Tensor]:

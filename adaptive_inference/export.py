@@ -183,7 +183,7 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
         "points": [
             {
                 "rule": point.rule,
-                "p": point.p,
+                "p": point.number,
                 "val_acc1": point.val_acc1,
                 "operations": point.operations,
                 "thresholds": list(point.policy.thresholds),

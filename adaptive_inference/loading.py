@@ -6,35 +6,55 @@ Example:
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from adaptive_inference.choosing import choose
+from adaptive_inference.choosing import Promise, choose
 from adaptive_inference.fold import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import load
 from models.files import find
+from utils import UserError
 
 
 def load_predictor(
-    path_or_name: str | Path, dtype: torch.dtype = torch.float32, **limits: Any
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = None,
+    operations: float | None = None,
+    accuracy: float | None = None,
+    max_loss: Promise | None = None,
+    rule: str | None = None,
 ) -> AdaptivePredictor:
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
+    Without operations, accuracy or max_loss, the policy nearest to half of the network is taken, as in
+    predict.py. A budget in milliseconds needs times of the loaded network: see ``choose``.
+
     Args:
         path_or_name: File or name, as for ``models.load``; the policies lie beside the file.
-        dtype: Dtype of the policies, where there are several files; with one file, its dtype is taken.
-        limits: Arguments of ``choose``, such as ``operations``. Without any, the policy nearest to half of
-            the network is taken, as in predict.py.
+        dtype: Dtype of the policies, in which the network predicts; None: float32, or the dtype of the
+            policies there are.
+        operations: Largest mean of operations per image.
+        accuracy: Smallest accuracy on held-out images, in percent.
+        max_loss: A promise about accuracy, ``promises.risk.MaxLoss``.
+        rule: Only policies found by this rule; see ``allowed_points``.
 
     Raises:
         OSError, ValueError: As ``models.load``.
-        UserError: There are no policies of this network, or none grants the limits.
+        UserError: There are no policies of this network or in this dtype, or none grants what is asked for.
     """
     file = find(path_or_name)
-    source = policy_path(file, str(dtype).removeprefix("torch."))
+    source = policy_path(file, _name_of(dtype or torch.float32))
     curve = read_policy(source)
-    point = choose(curve, **limits) if limits else curve.nearest(curve.operations[-1] / 2)
+    if dtype is not None and curve.dtype != _name_of(dtype):
+        raise UserError(f"{source} is for {curve.dtype}, and there are no policies for {_name_of(dtype)}")
+    if operations is accuracy is max_loss is None:
+        point = curve.nearest(curve.operations[-1] / 2, rule)
+    else:
+        point = choose(curve, operations=operations, accuracy=accuracy, max_loss=max_loss, rule=rule)
     return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ gain over the images by falling confidence. A sweep over the exits, from the las
 the point of the geometric rule that is best at that lambda (more sweeps change nothing that lasts). Budgets
 between those of neighbouring lambdas are reached by interpolation. Two measures keep it from fitting chance
 properties of the held-out images: cuts lie on a grid of quantiles, and every threshold is the mean, in
-quantiles, of fits that each leave out one fold.
+quantiles, of fits that each leave out one part of the images.
 """
 
 from collections.abc import Sequence
@@ -22,32 +22,32 @@ from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE
 
 GRID = 100  # cuts per exit
-FOLDS = 5
-COSTS = 40
+NUM_SPLITS = 5  # of the cross-validation
+NUM_LAMBDAS = 40
 # Small weight for images that already left, so that an exit nobody reaches still gets a sensible threshold.
 ABSENT = 0.02
 
 
-def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], points: int = 40) -> Tensor:
+def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], num_points: int = 40) -> Tensor:
     """Return thresholds for the budgets that the geometric rule spends on the same images.
 
     Args:
         val: Predictions for the held-out images.
         operations: Operations to each exit, K numbers.
-        points: Number of budgets.
+        num_points: Number of budgets.
 
     Returns:
-        (points, K), dtype of the confidence.
+        (num_points, K), dtype of the confidence.
     """
     num_exits, num_images = val.confidence.shape
-    geometric = geometric_thresholds(val.confidence, points)
-    if num_exits == 1 or num_images < 4 * FOLDS:  # nothing to choose, or too little to choose by
+    geometric = geometric_thresholds(val.confidence, num_points)
+    if num_exits == 1 or num_images < 4 * NUM_SPLITS:  # nothing to choose, or too little to choose by
         return geometric
     problem = _Problem(val, operations)
     start = problem.to_quantiles(geometric)
-    # Fold by position of the image: deterministic, and the order of held-out images does not matter.
-    fold = torch.arange(num_images) % FOLDS
-    fits = [problem.optimise(fold != f, start) for f in range(FOLDS)]
+    # Split by position of the image: deterministic, and the order of held-out images does not matter.
+    split = torch.arange(num_images) % NUM_SPLITS
+    fits = [problem.optimise(split != left_out, start) for left_out in range(NUM_SPLITS)]
     return problem.thresholds(problem.curve(torch.stack(fits).mean(dim=0), problem.result(start)[1]))
 
 
@@ -55,7 +55,7 @@ class _Problem:
     """Thresholds as cuts (..., K - 1): the share of all held-out images that are at least as confident.
 
     Args:
-        predictions: For the held-out images.
+        predictions: Predictions for the held-out images.
         operations: Operations to each exit.
     """
 
@@ -93,30 +93,36 @@ class _Problem:
         right, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
         for k in range(len(confidence) - 2, -1, -1):
             leaves = confidence[k] >= thresholds[:, k : k + 1]
-            right, cost = (
-                torch.where(leaves, correct[k], right),
-                torch.where(leaves, self.cost[k], cost),
-            )
+            right = torch.where(leaves, correct[k], right)
+            cost = torch.where(leaves, self.cost[k], cost)
         return right.mean(dim=1), cost.mean(dim=1)
 
     def optimise(self, chosen: Tensor, start: Tensor) -> Tensor:
-        """Return the best cuts (COSTS, K - 1) for the chosen images, from expensive to cheap operations."""
+        """Return the best cuts (L, K - 1) for the chosen images, from expensive to cheap operations.
+
+        K is the number of exits, L = ``NUM_LAMBDAS`` that of the costs per operation (lambda), and n that of
+        the chosen images.
+
+        Args:
+            chosen: Which images count, (N,) bool.
+            start: Cuts (P, K - 1); the best of them at each lambda are improved.
+        """
         num_exits = len(self.confidence)
-        index, correct = self.grid_index[:, chosen], self.correct[:, chosen]
-        costs = torch.logspace(1, -3.5, COSTS)
+        index, correct = self.grid_index[:, chosen], self.correct[:, chosen]  # (K - 1, n), (K, n)
+        lambdas = torch.logspace(1, -3.5, NUM_LAMBDAS)
         accuracy, cost = self.result(start, chosen)
-        best_start = (accuracy - costs[:, None] * cost).argmax(dim=1)
+        best_start = (accuracy - lambdas[:, None] * cost).argmax(dim=1)
         cuts = (start[best_start] * GRID).round()  # (L, K - 1), in cells of the grid
-        reward = correct[:, None] - costs[:, None] * self.cost[:, None, None]  # (K, L, n)
+        reward = correct[:, None] - lambdas[:, None] * self.cost[:, None, None]  # (K, L, n)
         cells = [torch.nn.functional.one_hot(i, GRID + 1).float()[:, :GRID] for i in index]
-        # here[k]: whether an image reaches exit k. Later thresholds, which change first, do not matter.
-        here, reaches = [], torch.ones_like(reward[0], dtype=torch.bool)
-        for k in range(num_exits - 1):
-            here.append(reaches)
-            reaches = reaches & (index[k] >= cuts[:, k : k + 1])
+        # reaches[k]: whether an image reaches exit k, (L, n). Later thresholds, which change first, do not
+        # matter.
+        reaches = [torch.ones_like(reward[0], dtype=torch.bool)]
+        for k in range(num_exits - 2):
+            reaches.append(reaches[k] & (index[k] >= cuts[:, k : k + 1]))
         later = reward[-1]  # what an image earns if it goes on
         for k in range(num_exits - 2, -1, -1):
-            gain = ((reward[k] - later) * torch.where(here[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
+            gain = ((reward[k] - later) * torch.where(reaches[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
             cuts[:, k] = torch.nn.functional.pad(gain.cumsum(dim=1), (1, 0)).argmax(dim=1)
             later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], later)
         return cuts / GRID

@@ -101,7 +101,7 @@ class Point:
         operations: Mean per image.
         shares: Shares of the images that leave at each exit.
         rule: How its thresholds were found, one of ``RULES``.
-        p: Number of the policy on that rule's curve, from 1 for the cheapest.
+        number: Number of the policy on that rule's curve, from 1 for the cheapest; ``p`` in files and tables.
         losses: Counts on images that the thresholds do not depend on, for the rule "certified" only.
     """
 
@@ -110,11 +110,11 @@ class Point:
     operations: float
     shares: tuple[float, ...]
     rule: str = "geometric"
-    p: int = 1
+    number: int = 1
     losses: LossCounts | None = None
 
     def __post_init__(self):
-        if self.rule not in RULES or type(self.p) is not int:
+        if self.rule not in RULES or type(self.number) is not int:
             raise ValueError("a point's rule or p is out of range")
         if not 0 <= self.val_acc1 <= 100 or self.operations <= 0:
             raise ValueError("a point's val_acc1 or operations are out of range")
@@ -186,10 +186,12 @@ class PolicyCurve:
         Raises:
             UserError: There is none.
         """
-        for name in (rule,) if rule else ("ensemble", "optimised"):
-            if points := tuple(point for point in self.points if point.rule == name):
-                return points
-        if rule:
-            known = ", ".join(sorted({point.rule for point in self.points}))
+        by_rule: dict[str, list[Point]] = {}
+        for point in self.points:
+            by_rule.setdefault(point.rule, []).append(point)
+        if rule is None:
+            return tuple(by_rule.get("ensemble") or by_rule.get("optimised") or self.points)
+        if rule not in by_rule:
+            known = ", ".join(sorted(by_rule))
             raise UserError(f"no policy here is of the rule {rule}; there are {known}")
-        return self.points
+        return tuple(by_rule[rule])

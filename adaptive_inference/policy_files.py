@@ -89,7 +89,7 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
 
 
 def _as_row(point: Point) -> dict[str, Any]:
-    row = {"rule": point.rule, "p": point.p, "thresholds": point.policy.thresholds}
+    row = {"rule": point.rule, "p": point.number, "thresholds": point.policy.thresholds}
     row |= {"val_acc1": point.val_acc1, "operations": point.operations, "shares": point.shares}
     if point.policy.ensemble is not None:
         row["uses_ensemble"] = True
@@ -155,8 +155,8 @@ def _parsed(content: Any) -> PolicyCurve:
     ensemble = None if ensemble is None else tuple(map(_numbers, ensemble))
     points = []
     for row in content["points"]:
-        own = ensemble if row.get("uses_ensemble") else None
-        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, own)
+        weights = ensemble if row.get("uses_ensemble") else None
+        policy = Policy(_numbers(row["thresholds"]), content["measure"], temperatures, weights)
         results = _numbers([row["val_acc1"], row["operations"]])
         losses = LossCounts(**row["losses"]) if "losses" in row else None
         points.append(Point(policy, *results, _numbers(row["shares"]), row["rule"], row["p"], losses))

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.confidence import ExitPrediction, assign_exits, confidence_by_exit, next_prediction
+from adaptive_inference.confidence import (
+    ExitPrediction,
+    assign_exits,
+    confidence_by_exit,
+    next_prediction,
+    without_half_precision,
+)
 from adaptive_inference.policies import Policy
 from models import ExitNetwork, Stepwise
 from models.normalizer import Normalizer
@@ -83,6 +89,9 @@ class AdaptivePredictor:
     def __call__(self, images: Tensor) -> Prediction:
         """Classify images (N, 3, H, W), uint8 as they are in files, or floats normalised as in training.
 
+        Beside ``ExitNetwork.early_exit``, the shortest such loop, this one follows a policy, reports outputs
+        that are not finite, waits for the device as rarely as possible, and can be overridden in parts.
+
         The host waits for the device once per block, to learn how many images go on, and once at the end.
         When no image goes on, later blocks are not launched.
 
@@ -97,26 +106,26 @@ class AdaptivePredictor:
         steps = Stepwise(self.network, images)
         seen: list[Tensor] = []  # logits (N, C) of every exit so far, zero where an image has left before
         exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        here: Tensor | None = None  # indices of the remaining images, None for all
+        remaining: Tensor | None = None  # indices of the remaining images, None for all
         current: ExitPrediction | None = None
         for k, threshold in enumerate(self.policy.thresholds):
-            if not self.may_start(k, len(images) if here is None else len(here)):
+            if not self.may_start(k, len(images) if remaining is None else len(remaining)):
                 break
             logits = steps.next_logits()
             current = next_prediction(self.policy.measure, logits, current)
             # Overwrite the predictions of all remaining images at
             # every exit: that needs no list of those that leave.
-            if here is None:
+            if remaining is None:
                 seen.append(logits)
                 exits.fill_(k)
             else:
-                seen.append(logits.new_zeros(len(images), logits.shape[1]).index_copy_(0, here, logits))
-                # Not exits[here] = k: that would copy k to the device and wait for it.
-                exits.index_fill_(0, here, k)
+                seen.append(logits.new_zeros(len(images), logits.shape[1]).index_copy_(0, remaining, logits))
+                # Not exits[remaining] = k: that would copy k to the device and wait for it.
+                exits.index_fill_(0, remaining, k)
             if k == len(self.policy.thresholds) - 1:
                 break
             leaves = self.leaves(current.confidence, threshold)
-            if len(leaves) == 1:
+            if len(leaves) == 1:  # nothing to select from: waiting for one number is all that is left to do
                 if leaves.item():
                     break
                 continue
@@ -125,30 +134,30 @@ class AdaptivePredictor:
                 break
             if len(going_on) < len(leaves):
                 steps.keep(going_on)
-                here = going_on if here is None else here[going_on]
+                remaining = going_on if remaining is None else remaining[going_on]
                 current = ExitPrediction(current.classes[going_on], current.confidence[going_on])
         return self.finish(seen, exits)
 
     def predict_images(
         self,
         images: Sequence[Any],
-        read: Callable[[Any, Any], Tensor],
+        preprocess: Callable[[Any, Any], Tensor],
         batch_size: int = 64,
     ) -> Prediction:
         """Classify image files or PIL images of any size.
 
         Args:
             images: Paths or PIL images.
-            read: Returns bytes (3, S, S) for one of them and the network's ``DataInfo``, as in training:
+            preprocess: Function of one of them and the network's ``DataInfo`` that returns bytes (3, S, S):
                 ``image_data.preprocessing.preprocess``.
-            batch_size: Images that are read and predicted at a time.
+            batch_size: Images that are preprocessed and predicted at a time.
         """
         device, data = next(self.network.parameters()).device, self.network.description.data
         if len(images) == 0:
             return self(torch.empty(0, 3, data.image_size, data.image_size, dtype=torch.uint8, device=device))
         predictions = []
         for start in range(0, len(images), batch_size):
-            pixels = torch.stack([read(image, data) for image in images[start : start + batch_size]])
+            pixels = torch.stack([preprocess(image, data) for image in images[start : start + batch_size]])
             predictions.append(self(pixels.to(device)))
         return Prediction(*map(torch.cat, zip(*predictions, strict=True)))
 
@@ -212,16 +221,13 @@ def simulate(logits: Tensor, policy: Policy) -> Prediction:
 def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Prediction:
     """Return predictions, from the logits (N, C) of all exits that ran, or more, and each image's exit."""
     stacked = logits if isinstance(logits, Tensor) else torch.stack(logits)
-    if stacked.dtype in (torch.float16, torch.bfloat16):
-        stacked = stacked.float()
-    exit_logits = stacked[exits, torch.arange(len(exits), device=stacked.device)]
+    stacked = without_half_precision(stacked)  # (exits that ran, N, C)
+    exit_logits = stacked[exits, torch.arange(len(exits), device=stacked.device)]  # (N, C)
+    combined = exit_logits
     if policy.temperatures or policy.ensemble:
-        weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)[
-            exits, : len(stacked)
-        ]  # (N, exits run)
+        weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)  # (K, K)
+        weights = weights[exits, : len(stacked)]  # (N, exits that ran)
         combined = torch.einsum("nk,knc->nc", weights, stacked)
-    else:
-        combined = exit_logits
     probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs, torch.logsumexp(exit_logits, dim=1))

@@ -60,20 +60,21 @@ def measure_blocks(
 def _summary(batch_size: int, spans: np.ndarray, sizes: np.ndarray) -> BlockTimes:
     """Summarise P passes: milliseconds (K + 1, P) of blocks and prediction, images (K, P) per block."""
     sizes = np.vstack([sizes, np.full(sizes.shape[1], batch_size)])  # the prediction is for all images
-    columns, total = [], 0.0
+    sizes_timed, usual, high, total = [], [], [], 0.0  # one entry per block, and one for the prediction
     for span, number in zip(spans, sizes, strict=True):
         by_size: dict[float, list[float]] = {}
         for group in np.array_split(np.argsort(number, kind="stable"), NUM_GROUPS):
             if len(group):
                 by_size.setdefault(float(np.median(number[group])), []).extend(span[group])
         medians = np.array([np.median(values) for values in by_size.values()])
-        high = np.array([np.quantile(values, RESERVED) for values in by_size.values()])
         total += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
-        columns.append((np.array(list(by_size)), medians, high))
+        sizes_timed.append(np.array(list(by_size)))
+        usual.append(medians)
+        high.append(np.array([np.quantile(values, RESERVED) for values in by_size.values()]))
     # Budgets are about means, which interruptions raise above the medians.
-    columns = [(size, medians * spans.sum() / total, high) for size, medians, high in columns]
-    *blocks, (_, after, after_high) = columns
-    return BlockTimes(batch_size, *zip(*blocks, strict=True), (float(after[-1]), float(after_high[-1])))
+    usual = [medians * spans.sum() / total for medians in usual]
+    after = float(usual[-1][-1]), float(high[-1][-1])
+    return BlockTimes(batch_size, tuple(sizes_timed[:-1]), tuple(usual[:-1]), tuple(high[:-1]), after)
 
 
 class _Stopwatch(AdaptivePredictor):
@@ -158,7 +159,7 @@ def runtime_rows(
     return [
         {
             "batch_size": size,
-            "p": point.p if point else 0,
+            "p": point.number if point else 0,
             "milliseconds": round(1e3 * total / count, 5),
             "expected_milliseconds": round(times.milliseconds(share), 5),
             "images": count,

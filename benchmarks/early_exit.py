@@ -244,7 +244,7 @@ def _policy_spending(wanted: float, confidence: Tensor, operations: list[int]) -
     counts = torch.tensor(operations, dtype=torch.float64) / operations[-1]
     shares = {
         counts[assign_exits(confidence, thresholds)].mean().item(): thresholds.tolist()
-        for thresholds in geometric_thresholds(confidence, points=400)
+        for thresholds in geometric_thresholds(confidence, num_points=400)
     }
     nearest = min(shares, key=lambda share: abs(share - wanted))
     return Policy(tuple(shares[nearest])), nearest

@@ -144,7 +144,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     with damage_named(path):
         if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - checkpoint.keys():
             raise KeyError(*missing)
-        split = Split(checkpoint["held_out"], checkpoint["names"])
+        split = Split.from_tensors(checkpoint)
         description = Description.from_dict(checkpoint["description"])
         return {**checkpoint, "description": description, "split": split}
 

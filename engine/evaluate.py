@@ -311,7 +311,7 @@ def find_policies(
     if policy.ensemble is not None:
         thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
         points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
-    points += certified_points(ensemble_predictions, policy, ensemble_costs, points=40 if certify else 0)
+    points += certified_points(ensemble_predictions, policy, ensemble_costs, num_points=40 if certify else 0)
     return policy_curve(network, operations, points, len(val[1]), CERTIFICATE)
 
 

@@ -127,7 +127,7 @@ def _promise(arguments: argparse.Namespace) -> MaxLoss | None:
 def _choice_of_point(
     predictor: AdaptivePredictor, point: Point, curve: PolicyCurve, promise: MaxLoss | None, note: str
 ) -> Choice:
-    about = {"rule": point.rule, "p": point.p, "val_acc1": round(point.val_acc1, 3)}
+    about = {"rule": point.rule, "p": point.number, "val_acc1": round(point.val_acc1, 3)}
     if promise is not None:
         about["promise"], note = str(promise), f"{note}; the promise is to {promise}"
     # Certified policies have their results on the images that tested them.
@@ -135,7 +135,7 @@ def _choice_of_point(
     images = "held-out images" if count is None else f"{count:,} held-out images"
     right = percent(point.val_acc1, count)
     line = (
-        f"policy {point.p} of the {point.rule} rule: {right} % of {images} "
+        f"policy {point.number} of the {point.rule} rule: {right} % of {images} "
         f"right with {point.operations / 1e6:.2f} M operations per image "
         f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
     )

@@ -95,7 +95,7 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
         thresholds = point.policy.thresholds
         result = evaluate_thresholds(torch.tensor(thresholds, dtype=test.confidence.dtype), test, operations)
         row = {
-            "p": point.p,
+            "p": point.number,
             "val_operations": round(point.operations),
             "operations": round(result.operations),
         }

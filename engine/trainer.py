@@ -365,7 +365,7 @@ class Trainer:
             save_network(self.session.directory.best, self.evaluated, description, self.data.split)
         checkpoint = {
             "description": asdict(self.description),
-            **self.data.split._asdict(),
+            **self.data.split.to_tensors(),
             "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
             "state_dict": self.network.state_dict(),
             **vars(progress),

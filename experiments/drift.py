@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     fired = fired_after(reference, clean, arguments.clean_streams, seed=0)
     num_false = sum(after is not None for after in fired)
     sys.stdout.write(
-        f"{len(clean):,} test images, policy {point.p} of the {point.rule} rule, "
+        f"{len(clean):,} test images, policy {point.number} of the {point.rule} rule, "
         f"{len(reference):,} reference images\n"
         f"false alarms: {num_false} of {len(fired):,} streams of {min(STREAM_LENGTH, len(clean)):,} clean "
         f"images ({100 * num_false / len(fired):.1f} %; the bound is {100 * LEVEL:g} %)\n"

@@ -291,7 +291,7 @@ def saved(arguments: argparse.Namespace) -> None:
                     "promise": str(wanted),
                     "operations %": f"{100 * point.operations / evaluated.operations[-1]:.1f}",
                     "by betting: operations %": f"{100 * bet.operations / evaluated.operations[-1]:.1f}",
-                    "policy": f"{point.p} of {len(points)}",
+                    "policy": f"{point.number} of {len(points)}",
                     "lost on test images %": f"{_percent_lost(losses, wanted):.2f}",
                 }
             )
@@ -309,7 +309,7 @@ def _certified_by_bets(points: Sequence[Point], learning: ExitPredictions, wante
         learned = count_losses(_thresholds(point, learning), learning)
         return point.policy.runs_everything or betting_bound(learned, point.losses, wanted)
 
-    return list(takewhile(is_certain, sorted(points, key=lambda point: -point.p)))
+    return list(takewhile(is_certain, sorted(points, key=lambda point: -point.number)))
 
 
 def _thresholds(point: Point, predictions: ExitPredictions) -> Tensor:

@@ -112,7 +112,7 @@ def ship(saved: SavedNetwork, output: Path, bfloat16: bool = False, data_root: P
         UserError: The rounded network cannot be evaluated, or an exit loses too much.
     """
     # Names are many, and of use to the run alone.
-    split = saved.split._replace(names=saved.split.names[:0])
+    split = saved.split._replace(name_digests=saved.split.name_digests[:0])
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)

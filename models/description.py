@@ -6,6 +6,7 @@ Example:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,12 +93,21 @@ class Split(NamedTuple):
 
     Attributes:
         held_out: Sorted indices of the images that were held out, (N,) int64.
-        names: Digests of the names of all training images, (M,) int64, by which files that came or went are
-            told apart; empty for an archive.
+        name_digests: Digests of the names of all training images, (M,) int64, by which files that came or
+            went are told apart; empty for an archive.
     """
 
     held_out: Tensor
-    names: Tensor
+    name_digests: Tensor
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by their names in files."""
+        return {"held_out": self.held_out, "names": self.name_digests}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Split":
+        """Return the split that ``to_tensors`` turned into tensors."""
+        return cls(tensors["held_out"], tensors["names"])
 
     @classmethod
     def unknown(cls) -> "Split":

@@ -216,7 +216,8 @@ class ExitNetwork(nn.Module, ABC):
     def early_exit(self, images: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Classify each image at the first exit whose largest probability reaches that exit's threshold.
 
-        The images that leave are dropped from the batch, and later blocks run for the others only.
+        The images that leave are dropped from the batch, and later blocks run for the others only. The loop
+        needs nothing but this class, so that ``torch.hub`` can offer it; ``AdaptivePredictor`` does more.
 
         Args:
             images: (N, 3, H, W), normalised as in training.

@@ -137,8 +137,8 @@ def _names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
 
 def _module_names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
     if isinstance(network, IMTA):
-        for ours, theirs in _module_names(network.backbone):
-            yield f"backbone.{ours}", f"net.{theirs}"
+        for ours, released in _module_names(network.backbone):
+            yield f"backbone.{ours}", f"net.{released}"
         for k in range(network.num_exits):
             yield f"classifiers.{k}", f"classifier.{k}"
         for k in range(network.num_exits - 1):
@@ -156,15 +156,15 @@ def _module_names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
         yield f"exits.{k}.linear", f"classifier.{k}.linear"
 
 
-def _layer_names(layer: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _layer_names(layer: nn.Module, ours: str, released: str) -> Iterator[tuple[str, str]]:
     # In the released program scales are counted among the remaining ones.
     for r, s in enumerate(layer.scales):
         if isinstance(layer, Transition):
-            yield f"{ours}.reduce.{s}", f"{theirs}.m.{r}.net"
+            yield f"{ours}.reduce.{s}", f"{released}.m.{r}.net"
             continue
         if str(s) in layer.down:
-            yield f"{ours}.down.{s}", f"{theirs}.layers.{r}.conv_down.net"
-        yield f"{ours}.normal.{s}", f"{theirs}.layers.{r}.conv_normal.net"
+            yield f"{ours}.down.{s}", f"{released}.layers.{r}.conv_down.net"
+        yield f"{ours}.normal.{s}", f"{released}.layers.{r}.conv_normal.net"
 
 
 def _stem_name(scale: int, small_inputs: bool) -> str:
@@ -186,15 +186,15 @@ def _parse_flags(given: Flags) -> Flags:
 
 def _tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint or bare state dict, without what wrappers put before their names."""
-    state = next(
+    state_dict = next(
         (checkpoint[name] for name in STATE_DICTS if isinstance(checkpoint.get(name), Mapping)), checkpoint
     )
-    if not any(isinstance(x, Tensor) for x in state.values()):
+    if not any(isinstance(x, Tensor) for x in state_dict.values()):
         raise ValueError(
-            f"it holds no state dict of a network, but {', '.join(map(ascii, state)) or 'nothing':.100}"
+            f"it holds no state dict of a network, but {', '.join(map(ascii, state_dict)) or 'nothing':.100}"
         )
     tensors = {}
-    for full_name, x in state.items():
+    for full_name, x in state_dict.items():
         if not isinstance(full_name, str) or not isinstance(x, Tensor):
             raise ValueError(
                 f"its state dict holds a {type(x).__name__} named {full_name!r}, where a tensor is expected"

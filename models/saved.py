@@ -26,6 +26,7 @@ from .network import ExitNetwork, build_network
 from .third_party import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
+SPLIT_TENSORS = ("held_out", "names")  # all other tensors of a file are the network's
 MAX_IMAGE_SIZE = 10_000  # pixels
 
 
@@ -64,7 +65,7 @@ def network_bytes(network: ExitNetwork, description: Description, split: Split, 
     tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     if half:
         tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
-    tensors |= {name: x.cpu().contiguous() for name, x in split._asdict().items()}
+    tensors |= {name: x.cpu().contiguous() for name, x in split.to_tensors().items()}
     return tensor_bytes(tensors, description)
 
 
@@ -140,7 +141,7 @@ def from_tensors(
     Raises:
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
-    split = Split(*(tensors.pop(name) for name in Split._fields))
+    split = Split.from_tensors({name: tensors.pop(name) for name in SPLIT_TENSORS})
     network = with_weights(description.network, tensors, network)
     _check(description, network, split)
     network.description = description
@@ -182,9 +183,9 @@ def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:
     """
     expected = network.state_dict()
     for name in [*expected, *tensors]:
-        here, there = (list(side[name].shape) if name in side else "nothing" for side in (expected, tensors))
-        if here != there:
-            raise ValueError(f"it holds another network: {name} is {there} there, {here} here")
+        ours, theirs = (list(side[name].shape) if name in side else "nothing" for side in (expected, tensors))
+        if ours != theirs:
+            raise ValueError(f"it holds another network: {name} is {theirs} there, {ours} here")
     assign = next(network.parameters()).is_meta
     network.load_state_dict({name: x.to(expected[name].dtype) for name, x in tensors.items()}, assign=assign)
 

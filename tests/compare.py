@@ -105,7 +105,7 @@ def _best(path: Path) -> dict[str, Any]:
     saved = load_saved(path)
     return {
         "state_dict": saved.network.state_dict(),
-        **saved.split._asdict(),
+        **saved.split.to_tensors(),
         "description": _comparable(saved.description),
     }
 

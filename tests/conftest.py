@@ -64,7 +64,7 @@ def policy_point(
     p: int, thresholds: list[float], accuracy: float, operations: float, shares: list[float], **policy: Any
 ) -> Point:
     """A point of the geometric rule; ``policy`` are further arguments of its policy."""
-    return Point(Policy(tuple(thresholds), **policy), accuracy, operations, tuple(shares), p=p)
+    return Point(Policy(tuple(thresholds), **policy), accuracy, operations, tuple(shares), number=p)
 
 
 @pytest.fixture(autouse=True)

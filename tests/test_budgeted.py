@@ -55,7 +55,7 @@ def test_thresholds_against_a_loop(seed, ties):
     confidence = torch.rand(4, 57, generator=generator)
     if ties:
         confidence = (confidence * 6).round() / 6
-    for p, thresholds in enumerate(geometric_thresholds(confidence, points=10), start=1):
+    for p, thresholds in enumerate(geometric_thresholds(confidence, num_points=10), start=1):
         assert thresholds.tolist() == brute_force_thresholds(confidence, exit_shares(p / 5, 4))
         exits = [next(k for k in range(4) if confidence[k, i] >= thresholds[k] or k == 3) for i in range(57)]
         assert assign_exits(confidence, thresholds).tolist() == exits

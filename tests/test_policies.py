@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds
+from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds, load_predictor
 from adaptive_inference.budgeted import evaluate_points
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.fold import folded_for
@@ -75,7 +75,7 @@ def test_thresholds_become_points():
     val, _, operations, _ = golden_case()
     thresholds = geometric_thresholds(val.confidence)
     points = evaluate_points("geometric", thresholds, Policy((0.0,) * len(operations)), val, operations)
-    assert [point.p for point in points] == list(range(1, 41))
+    assert [point.number for point in points] == list(range(1, 41))
     assert [list(point.policy.thresholds) for point in points] == thresholds.tolist()
     assert points[7].val_acc1 == evaluate_thresholds(thresholds[7], val, operations).acc1
 
@@ -120,12 +120,13 @@ class Timing:
 
 def test_limits_choose(curve):
     rule = "geometric"
-    assert choose(curve, operations=29e6, rule=rule).p == 2  # more accurate than the more expensive point 3
-    assert choose(curve, operations=30e6, rule=rule).p == 4
-    assert choose(curve, milliseconds=1.7, timing=Timing(), rule=rule).p == 2
-    assert choose(curve, accuracy=60.5, rule=rule).p == 2
-    assert choose(curve, accuracy=61.5, rule=rule).p == 4
-    assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).p == 2
+    # Point 2 is more accurate than point 3, which is more expensive.
+    assert choose(curve, operations=29e6, rule=rule).number == 2
+    assert choose(curve, operations=30e6, rule=rule).number == 4
+    assert choose(curve, milliseconds=1.7, timing=Timing(), rule=rule).number == 2
+    assert choose(curve, accuracy=60.5, rule=rule).number == 2
+    assert choose(curve, accuracy=61.5, rule=rule).number == 4
+    assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).number == 2
     assert choose(curve, max_loss=MaxLoss(2.0)).rule == "certified"
     with pytest.raises(ValueError, match="geometric promises nothing"):
         choose(curve, max_loss=MaxLoss(2.0), rule=rule)
@@ -133,7 +134,7 @@ def test_limits_choose(curve):
         choose(curve, max_loss=MaxLoss(2.0, 0.95))
     with pytest.raises(TypeError, match="must be a promise"):
         choose(curve, max_loss=2.0)
-    assert curve.nearest(19e6, rule).p == 3
+    assert curve.nearest(19e6, rule).number == 3
     with pytest.raises(UserError, match="of the rule optimised; there are certified, ensemble, geometric"):
         curve.of_rule("optimised")
 
@@ -252,7 +253,9 @@ def test_optimised_curve_is_above_the_geometric_one():
 def test_optimised_thresholds_of_few_images_or_exits_or_equal_confidences(num_exits, num_images, ties):
     confidence = torch.ones(num_exits, num_images) if ties else torch.rand(num_exits, num_images)
     thresholds = optimised_thresholds(
-        predictions_of(confidence, torch.rand_like(confidence) > 0.5), list(range(1, num_exits + 1)), points=5
+        predictions_of(confidence, torch.rand_like(confidence) > 0.5),
+        list(range(1, num_exits + 1)),
+        num_points=5,
     )
     assert thresholds.shape == (5, num_exits)
     assert thresholds[:, -1].tolist() == [-1e8] * 5
@@ -266,3 +269,12 @@ def test_shipped_policies_save_operations_with_a_promise(path):
     assert shares[0] > shares[1] > shares[2]
     assert shares[1] < 0.65
     assert curve.num_images == 5000
+
+
+def test_a_predictor_is_loaded_in_the_dtype_of_its_policies():
+    assert load_predictor("imta_cifar100").network.dtype == torch.float32
+    assert load_predictor("imta_cifar100", torch.bfloat16).network.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="no policies for float16"):
+        load_predictor("imta_cifar100", torch.float16)
+    whole = load_predictor("imta_cifar100", max_loss=MaxLoss(0.0))
+    assert whole.policy.runs_everything

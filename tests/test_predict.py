@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
     full = replace(
         rows[0], policy=replace(rows[0].policy, thresholds=(1e8, 1e8, -1e8)), operations=operations[2] + 30
     )
-    full = replace(full, rule="certified", p=41, losses=LossCounts(900, 0, 0, 0))
+    full = replace(full, rule="certified", number=41, losses=LossCounts(900, 0, 0, 0))
     curve = policy_curve(network, operations, [*rows, tested, full], 1000, CERTIFICATE)
     write_policy(folder / "policy.json", curve)
     return folder

@@ -104,8 +104,8 @@ def test_the_sequence_stops_at_the_first_policy_that_may_lose_too_much():
     counts = {1: 5, 2: 500, 3: 5, 4: 5}
     points = [certified_point(p, LossCounts(5000, worse, 5, 5 + worse)) for p, worse in counts.items()]
     full = certified_point(5, LossCounts(5000, 0, 0, 0), FULL)
-    assert [point.p for point in certified([full, *points], MaxLoss(1.0))] == [5, 4, 3]
-    assert [point.p for point in certified([full, *points], MaxLoss(1.0, 99.9))] == [5, 4, 3]
+    assert [point.number for point in certified([full, *points], MaxLoss(1.0))] == [5, 4, 3]
+    assert [point.number for point in certified([full, *points], MaxLoss(1.0, 99.9))] == [5, 4, 3]
     with pytest.raises(UserError, match="no held-out images tested"):
         certified([], MaxLoss(1.0))
     with pytest.raises(ValueError, match="0 to 100 percent"):
@@ -136,7 +136,7 @@ def predictions(count=200):
 def test_losses_against_a_loop():
     confidence, classes, targets = predictions()
     learns = learning_images(200)
-    points = certified_points(predictions(), Policy((0.0,) * 3), [1, 2, 3], points=4)
+    points = certified_points(predictions(), Policy((0.0,) * 3), [1, 2, 3], num_points=4)
     assert len(points) == 5
     assert points[-1].policy.runs_everything
     for point in points:

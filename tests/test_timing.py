@@ -58,8 +58,8 @@ def test_rows():
         for p, share in shares
     ]
     points = distinct(tuple(rows), 10)
-    assert [point.p for point in points] == [2, 3, 4]
-    assert [point.p for point in distinct(tuple(points), 2)] == [2, 4]
+    assert [point.number for point in points] == [2, 3, 4]
+    assert [point.number for point in distinct(tuple(points), 2)] == [2, 4]
     times = measure_blocks(network, images[:1], 1, seconds=0.2)
     measured = runtime_rows(network, points, images, times, seconds=0.2)
     assert [(row["batch_size"], row["p"]) for row in measured] == [(1, 0), (1, 2), (1, 3), (1, 4)]

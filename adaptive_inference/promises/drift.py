@@ -108,8 +108,8 @@ def reference_path(policy_file: Path) -> Path:
     """
     name = policy_file.name.removesuffix(".json")
     before, found, after = name.rpartition("policy")
-    own = f"{before}reference{after}" if found else f"{name}.reference"
-    return policy_file.with_name(f"{own}.safetensors")
+    reference = f"{before}reference{after}" if found else f"{name}.reference"
+    return policy_file.with_name(f"{reference}.safetensors")
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -151,8 +151,8 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a reference file of this project: {str(error)[:200]}") from None
     policy = curve.points[0].policy
-    own = (curve.fingerprint, curve.dtype, policy.measure, len(policy.thresholds))
-    if (reference.fingerprint, reference.dtype, reference.measure, len(reference.confidence)) != own:
+    expected = (curve.fingerprint, curve.dtype, policy.measure, len(policy.thresholds))
+    if (reference.fingerprint, reference.dtype, reference.measure, len(reference.confidence)) != expected:
         raise UserError(
             f"{path} belongs to another network, dtype or measure; --evalmode dynamic writes one for this"
         )

@@ -94,7 +94,7 @@ def certified_points(
     val: ExitPredictions,
     policy: Policy,
     operations: Sequence[float],
-    points: int = 40,
+    num_points: int = 40,
     seed: int = SPLIT_SEED,
 ) -> tuple[Point, ...]:
     """Return policies with the counts of their losses, the full network last.
@@ -103,8 +103,8 @@ def certified_points(
         val: Predictions for the held-out images; the classes are those of the ensemble where there is one.
         policy: Measure, temperatures and ensemble of the policies.
         operations: Operations to each exit, K numbers.
-        points: Number of policies beside the full network; 0 where the held-out images may not be new to the
-            network.
+        num_points: Number of policies beside the full network; 0 where the held-out images may not be new to
+            the network.
         seed: Seed of the split into images that set the thresholds and images that test them.
 
     Returns:
@@ -116,9 +116,9 @@ def certified_points(
     full = torch.tensor([[NONE_LEAVE] * (num_exits - 1) + [ALL_LEAVE]], dtype=val.confidence.dtype)
     tested = val
     thresholds = full
-    if points and learns.any():
+    if num_points and learns.any():
         tested = val.subset(~learns)
-        thresholds = torch.cat([geometric_thresholds(val.confidence[:, learns], points), full])
+        thresholds = torch.cat([geometric_thresholds(val.confidence[:, learns], num_points), full])
     rated = evaluate_points("geometric", thresholds, policy, tested, operations)
     return tuple(
         replace(point, rule="certified", losses=count_losses(row, tested))
@@ -147,9 +147,10 @@ def certified(points: Sequence[Point], wanted: MaxLoss) -> list[Point]:
         raise ValueError(
             f"{wanted} cannot be promised: a loss is 0 to 100 percent, a level of confidence 50 to 100"
         )
-    sequence = sorted((point for point in points if point.rule == "certified"), key=lambda point: -point.p)
-    if not sequence:
+    tested = [point for point in points if point.rule == "certified"]
+    if not tested:
         raise UserError("nothing can be promised about accuracy: no held-out images tested these policies")
+    sequence = sorted(tested, key=lambda point: -point.number)
     return list(takewhile(lambda point: is_certain(point, wanted), sequence))
 
 
