@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before PyTorch loads: threads that spin while they wait slow each other down on a busy machine.
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from adaptive_inference.export import export_blocks, export_onnx

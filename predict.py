@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads spin while they wait for each other, so one busy core makes everything many times slower.
-# Some microseconds of it (1,000 rounds in GNU's library) do no harm, and are faster than sleeping on a quiet
-# machine. Both have to be set before PyTorch is loaded.
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Spinning for some microseconds (1,000 rounds in GNU's library) does no harm, and is faster than sleeping.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from adaptive_inference.policies import RULES

@@ -10,9 +10,9 @@ Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum o
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which
-# makes everything many times slower beside a busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from argparse import Namespace
 

@@ -9,9 +9,9 @@ Network, data and held-out split are those of the stage-1 checkpoint.
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which
-# makes everything many times slower beside a busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch loads OpenMP
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hashlib
 from argparse import Namespace

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold, policy_curve, read_policy, write_policy
+from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.budgeted import ExitPredictions, evaluate_points, geometric_thresholds
 from adaptive_inference.calibration import (
     MANY_IMAGES,
@@ -47,6 +48,7 @@ from engine.stepper import mixed_precision
 from models import count_operations
 from utils import UserError, percent, print_error
 
+CERTIFIED_POLICIES = 40  # beside the full network
 RUNTIME_IMAGES = 1024
 RUNTIME_BATCHES = (1, 64)
 RUNTIME_POLICIES = 10
@@ -129,17 +131,7 @@ class Evaluation:
             policy: Policy whose temperatures and ensemble are evaluated too.
         """
         directory, log = self.session.directory, self.session.log
-        rows = anytime_rows(logits, targets, self.operations)
-        columns = {"ece": calibration_errors(logits, targets)}
-        if policy is not None:
-            columns["ece_scaled"] = calibration_errors(logits, targets, policy.temperatures)
-            columns["temperature"] = policy.temperatures
-            # Without an ensemble not counted again: equal logits in 16 bits may be ordered differently.
-            ensemble_acc1 = [row["acc1"] for row in rows]
-            if policy.ensemble is not None:
-                ensemble_acc1 = percent_right(ensemble_classes(logits, policy.ensemble), targets)
-            columns["ensemble_acc1"] = ensemble_acc1
-        rows = [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
+        rows = calibrated_rows(anytime_rows(logits, targets, self.operations), logits, targets, policy)
         write_csv(directory.anytime, rows)
         log.line(f"\nevery exit on the {len(targets):,} test images ({directory.anytime})")
         lazy = count_operations(self.network, self.data.info.image_size, lazy=True)
@@ -238,7 +230,9 @@ class Evaluation:
             ]
         return torch.cat(parts, dim=1)
 
-    def _measured_rows(self, points: list[Point], images: Tensor, targets: Tensor) -> tuple[list[dict], Any]:
+    def _measured_rows(
+        self, points: list[Point], images: Tensor, targets: Tensor
+    ) -> tuple[list[dict[str, Any]], BlockTimes]:
         """Return rows of time, operations and accuracy by batch size, and the times of blocks at batch 1."""
         network, logits = self.network, self._logits(images)
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits, ensemble=None)
@@ -247,11 +241,11 @@ class Evaluation:
         ]
         lazy = count_operations(network, self.data.info.image_size, lazy=True)
         costs = torch.tensor([self.operations, lazy], dtype=torch.float64)
-        rows, block_times = [], None
+        rows, block_times = [], []
         for batch_size in RUNTIME_BATCHES:
             times = measure_blocks(network, images[:1], batch_size)
             self.session.log.line(str(times))
-            block_times = block_times or times
+            block_times.append(times)
             measured = runtime_rows(network, points, images, times)
             for row, prediction in zip(measured, predictions, strict=True):
                 mean_costs = costs[:, prediction.exits].mean(dim=1).round().long().tolist()
@@ -259,7 +253,30 @@ class Evaluation:
                 (row["acc1"],) = percent_right(prediction.classes[None], targets)
             rows += measured
             self.session.log.line(_runtime_table(measured))
-        return rows, block_times
+        return rows, block_times[0]
+
+
+def calibrated_rows(
+    rows: list[dict], logits: Tensor, targets: Tensor, policy: Policy | None
+) -> list[dict[str, Any]]:
+    """Add calibration errors, and what the temperatures and the ensemble of a policy make of every exit.
+
+    Args:
+        rows: A row for each exit, of ``anytime_rows``.
+        logits: (K, N, C).
+        targets: (N,).
+        policy: The policy, None to leave out its columns.
+    """
+    columns = {"ece": calibration_errors(logits, targets)}
+    if policy is not None:
+        columns["ece_scaled"] = calibration_errors(logits, targets, policy.temperatures)
+        columns["temperature"] = policy.temperatures
+        # Without an ensemble not counted again: equal logits in 16 bits may be ordered differently.
+        ensemble_acc1 = [row["acc1"] for row in rows]
+        if policy.ensemble is not None:
+            ensemble_acc1 = percent_right(ensemble_classes(logits, policy.ensemble), targets)
+        columns["ensemble_acc1"] = ensemble_acc1
+    return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
 
 
 def fit_policy(logits: Tensor, targets: Tensor, measure: str) -> Policy:
@@ -311,7 +328,9 @@ def find_policies(
     if policy.ensemble is not None:
         thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
         points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
-    points += certified_points(ensemble_predictions, policy, ensemble_costs, num_points=40 if certify else 0)
+    # The full network is always certified, as it loses nothing against itself.
+    count = CERTIFIED_POLICIES if certify else 0
+    points += certified_points(ensemble_predictions, policy, ensemble_costs, num_points=count)
     return policy_curve(network, operations, points, len(val[1]), CERTIFICATE)
 
 

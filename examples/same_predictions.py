@@ -10,6 +10,12 @@ is 0 if no other prediction differs, 1 if one does, 2 after a mistake. adaptive_
 figures for the 10,000 test images of CIFAR-100, of which no prediction differs.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import importlib.util
 import io

@@ -7,6 +7,12 @@ of the 10 milliseconds that are reserved for it, and several times as long durin
 deadline leaves just enough time for the last exit.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 
 import numpy as np

@@ -9,6 +9,12 @@ of all exits for every corruption, which takes half an hour on one core; later r
 folder.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 from pathlib import Path
 

@@ -13,6 +13,12 @@ population: held-out images are drawn from them with replacement, the procedure 
 cheapest certified policy on the population is its true one.
 """
 
+import os
+
+# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
+# program. This has to be set before PyTorch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import math
 import sys

@@ -61,7 +61,18 @@ importlib.import_module(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("program", ["train_GE", "train_IMTA", "predict", "export_onnx"])
+PROGRAMS = (
+    "train_GE",
+    "train_IMTA",
+    "predict",
+    "export_onnx",
+    "engine.convert",
+    "experiments.ship",
+    "experiments.drift",
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_threads_do_not_spin_unless_the_user_wants_it(program):
     """Beside a busy core they would make everything many times slower; later than this it has no effect."""
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
