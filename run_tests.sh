@@ -4,4 +4,5 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$project"
+[[ $# -gt 0 ]] || echo "running the tests; on two cores they take about four minutes"
 exec "$PYTHON" -m pytest "$@"

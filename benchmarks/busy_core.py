@@ -27,16 +27,8 @@ IMAGES_PER_SECOND = 100  # images are made for about so many
 
 def train(folder: Path, seconds: float) -> float:
     """Return images per second of the demo's first epoch."""
-    command = [
-        "train_GE.py",
-        "--epochs",
-        "1",
-        "--compile",
-        "off",
-        "--save",
-        str(folder / "run"),
-        "--overwrite",
-    ]
+    command = ["train_GE.py", "--epochs", "1", "--compile", "off"]
+    command += ["--save", str(folder / "run"), "--overwrite"]
     if seconds < 1:
         command += ["--nBlocks", "2", "--nChannels", "4", "--growthRate", "4"]
     _run(command)

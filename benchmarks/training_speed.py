@@ -308,16 +308,8 @@ def _memory_of_family(pid: int) -> int:
 def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Return the seconds until train_GE.py ends its first step, and the longest time without output."""
     command = [
-        sys.executable,
-        "-u",
-        "-c",
-        PROGRAM,
-        *_flags(options),
-        "--print-freq",
-        "1",
-        "--save",
-        str(folder / "run"),
-        "--overwrite",
+        *(sys.executable, "-u", "-c", PROGRAM, *_flags(options), "--print-freq", "1"),
+        *("--save", str(folder / "run"), "--overwrite"),
     ]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}

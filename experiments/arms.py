@@ -68,14 +68,7 @@ SCHEDULES = {
         f"{epochs_1}_epochs": Schedule(
             1,
             [
-                "--preset",
-                "cifar100",
-                "--epochs",
-                str(epochs_1),
-                "--warmup-epochs",
-                "1",
-                "--lr",
-                "0.2",
+                *("--preset", "cifar100", "--epochs", str(epochs_1), "--warmup-epochs", "1", "--lr", "0.2"),
                 *_ONE_RECIPE,
             ],
             ["--epochs", str(epochs_2), "--lr", "0.1", *_ONE_RECIPE],

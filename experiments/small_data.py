@@ -54,13 +54,7 @@ def run_all(
         for number, (way, flags) in enumerate(WAYS.items()):
             save = work / f"seed_{seed}" / str(number) / "GE"
             words = [
-                "train_GE.py",
-                "--data-root",
-                str(images),
-                "--save",
-                str(save),
-                "--seed",
-                str(seed),
+                *("train_GE.py", "--data-root", str(images), "--save", str(save), "--seed", str(seed)),
                 *flags,
             ]
             words += ["--pretrained", str(weights)] if "--arch" in flags else []

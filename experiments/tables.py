@@ -66,11 +66,7 @@ DIFFERENCES_ON_GE = (
     ("GE_ISC", "GE_ISC_OFA"),
     *(("GE_ISC_OFA", f"GE_ISC_OFA_{variant}") for variant in ("T4", "kl_mean", "flow", "moving")),
 )
-DIFFERENCES_2 = (
-    *DIFFERENCES_ON_GE,
-    ("released_GE", "released_IMTA"),
-    ("GE_ISC_OFA", "GE_ISC_OFA_bf16"),
-)
+DIFFERENCES_2 = (*DIFFERENCES_ON_GE, ("released_GE", "released_IMTA"), ("GE_ISC_OFA", "GE_ISC_OFA_bf16"))
 DIFFERENCES_ALL_CLASSES = (
     ("MSDNet", "GE"),
     *DIFFERENCES_ON_GE,

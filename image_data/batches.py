@@ -28,13 +28,7 @@ from tqdm import tqdm
 from image_data.parts import Part, Shard
 from image_data.reading import read_image
 from image_data.threads import map_batches
-from image_data.transforms import (
-    CROP_PADDING,
-    DrawsFrom,
-    Transform,
-    crop_and_flip,
-    make_augmentation,
-)
+from image_data.transforms import CROP_PADDING, DrawsFrom, Transform, crop_and_flip, make_augmentation
 from models.normalizer import Normalizer
 from utils import UserError, print_error
 

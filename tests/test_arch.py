@@ -10,18 +10,8 @@ from tests.conftest import make_images
 
 ARCH = ["--arch", "mobilenet_v3_small", "--exits", "3"]
 SMALL = [
-    "--image-size",
-    "72",
-    "--batch-size",
-    "8",
-    "--val-size",
-    "6",
-    "--amp",
-    "off",
-    "--workers",
-    "0",
-    "--epochs",
-    "1",
+    *("--image-size", "72", "--batch-size", "8", "--val-size", "6", "--amp", "off", "--workers", "0"),
+    *("--epochs", "1"),
 ]
 
 

@@ -46,19 +46,10 @@ def test_settings_hold_the_options_of_their_network_alone(arch):
 def test_published_presets():
     cifar100 = parse("GE", ["--preset", "cifar100"]).settings()
     assert (cifar100.epochs, cifar100.batch_size, cifar100.lr, cifar100.lr_type) == (300, 512, 0.8, "cosine")
-    assert block_depths(cifar100.num_blocks, cifar100.base, cifar100.step, cifar100.step_mode) == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
-    assert (cifar100.num_channels, cifar100.growth_rate, cifar100.growth_factors, cifar100.val_size) == (
-        16,
-        6,
-        (1, 2, 4),
-        5000,
-    )
+    depths = block_depths(cifar100.num_blocks, cifar100.base, cifar100.step, cifar100.step_mode)
+    assert depths == [1, 2, 3, 4, 5]
+    assert (cifar100.num_channels, cifar100.growth_rate) == (16, 6)
+    assert (cifar100.growth_factors, cifar100.val_size) == ((1, 2, 4), 5000)
     stage_2 = parse("IMTA", ["--preset", "cifar100"]).settings()
     assert (stage_2.epochs, stage_2.batch_size, stage_2.temperature, stage_2.gamma) == (180, 512, 1.0, 0.1)
     imagenet = parse("GE", ["--preset", "imagenet"]).settings()
@@ -66,15 +57,8 @@ def test_published_presets():
     assert (imagenet.lr_milestones, imagenet.val_size) == ((30.0, 60.0), 50000)
     assert imagenet.growth_factors == imagenet.bottleneck_factors == (1, 2, 4, 4)
     anytime = parse("GE", ["--preset", "cifar100-anytime"]).settings()
-    assert block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode) == [
-        4,
-        2,
-        2,
-        2,
-        2,
-        2,
-        2,
-    ]
+    depths = block_depths(anytime.num_blocks, anytime.base, anytime.step, anytime.step_mode)
+    assert depths == [4, 2, 2, 2, 2, 2, 2]
     assert (anytime.epochs, anytime.batch_size, anytime.lr, anytime.lr_type) == (300, 64, 0.1, "multistep")
 
 

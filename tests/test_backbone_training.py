@@ -42,16 +42,8 @@ def finished_run(tmp_path_factory):
 
 def test_taken_to_stage_2_and_used(finished_run, image_folder, tmp_path, capsys):
     stage_2 = [
-        "--pretrained",
-        str(finished_run),
-        "--save",
-        str(tmp_path / "run" / "IMTA"),
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--amp",
-        "off",
+        *("--pretrained", str(finished_run), "--save", str(tmp_path / "run" / "IMTA"), "--epochs", "1"),
+        *("--batch-size", "8", "--amp", "off"),
     ]
     assert train_IMTA.main(stage_2) == 0
     network = load(tmp_path / "run" / "IMTA")
@@ -143,27 +135,15 @@ def test_an_evaluation_refuses_flags_of_another_network(finished_run, capsys, fl
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["--arch", "resnet19"],
-            "torchvision has no classification network 'resnet19'; did you mean",
-        ),
-        (
-            ["--arch", "resnet18", "--nBlocks", "3"],
-            "--nBlocks is for --arch msdnet, not for --arch resnet18",
-        ),
+        (["--arch", "resnet19"], "torchvision has no classification network 'resnet19'; did you mean"),
+        (["--arch", "resnet18", "--nBlocks", "3"], "--nBlocks is for --arch msdnet, not for --arch resnet18"),
         (["--exits", "3"], "--exits is for networks of torchvision and timm"),
-        (
-            ["--freeze", "backbone"],
-            "another --arch: MSDNet has no pretrained parameters",
-        ),
+        (["--freeze", "backbone"], "another --arch: MSDNet has no pretrained parameters"),
         (
             ["--arch", "resnet18", "--optimizer", "adamw", "--nesterov"],
             "--nesterov belongs to --optimizer sgd",
         ),
-        (
-            ["--arch", "resnet18", "--pretrained", "nothing"],
-            "there is no file nothing",
-        ),
+        (["--arch", "resnet18", "--pretrained", "nothing"], "there is no file nothing"),
         (["--arch", "resnet18", "--exits", "layer9"], "no module 'layer9' in ResNet; exits can be at: layer"),
         (["--arch", "vit_b_16"], "takes images of 224 pixels only, not of 32"),
     ],

@@ -13,9 +13,7 @@ from dataloader import load_data
 from image_data import batches
 from image_data.batches import InMemoryBatches
 from image_data.parts import Part, Shard
-from image_data.transforms import (
-    CROP_PADDING,
-)
+from image_data.transforms import CROP_PADDING
 from models.normalizer import Normalizer
 from tests.conftest import CPU, FOLDER, folder_settings
 from utils import UserError

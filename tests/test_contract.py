@@ -5,15 +5,7 @@ import pytest
 from tests import contract
 
 # One or two networks of every kind; ``python -m tests.contract``, which CI calls, checks all.
-NAMES = (
-    "msdnet",
-    "msdnet_boosted",
-    "imta",
-    "imta_single_stage",
-    "imta_backbone",
-    "chain",
-    "vit",
-)
+NAMES = ("msdnet", "msdnet_boosted", "imta", "imta_single_stage", "imta_backbone", "chain", "vit")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -398,11 +398,7 @@ def test_too_few_blocks_are_one_line(exported, tmp_path):
 @pytest.mark.parametrize("metadata", [None, {"fingerprint": "0" * 32}, {"format": "imta-msdnet onnx 3"}])
 @pytest.mark.parametrize(
     "runtime",
-    [
-        "onnxruntime",
-        pytest.param("openvino", marks=needs_openvino),
-        pytest.param("node", marks=needs_node),
-    ],
+    ["onnxruntime", pytest.param("openvino", marks=needs_openvino), pytest.param("node", marks=needs_node)],
 )
 def test_a_block_of_another_network_or_version_is_refused(exported, tmp_path, metadata, runtime):
     shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)

@@ -15,16 +15,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 def test_a_few_faults_of_every_kind_are_survived():
     # A process of its own: it forks, which a process that has trained must not do.
     command = [
-        sys.executable,
-        "tests/faults.py",
-        "--kills",
-        "2",
-        "--terms",
-        "1",
-        "--full-disks",
-        "1",
-        "--inputs",
-        "9",
+        *(sys.executable, "tests/faults.py", "--kills", "2", "--terms", "1", "--full-disks", "1"),
+        *("--inputs", "9"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)

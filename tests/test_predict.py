@@ -271,19 +271,8 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 
     monkeypatch.setattr(engine.prediction, "read_image", read_image)
     for format in ("json", "csv", "table"):
-        assert (
-            run(
-                trained,
-                images,
-                "--batch-size",
-                "2",
-                "--format",
-                format,
-                "--output",
-                tmp_path / "new" / format,
-            )
-            == 130
-        )
+        flags = ("--batch-size", "2", "--format", format, "--output", tmp_path / "new" / format)
+        assert run(trained, images, *flags) == 130
         printed = capsys.readouterr()
         assert printed.out == ""
         assert "interrupted; the 2 predictions so far are kept" in printed.err.splitlines()[-1]

@@ -21,17 +21,8 @@ from tests.conftest import TINY_FLAGS
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save", "run", *TINY_FLAGS, "--print-freq", "1"]
 FOLDER = [
-    "--data",
-    "folder",
-    "--image-size",
-    "72",
-    "--no-small-inputs",
-    "--val-size",
-    "12",
-    "--batch-size",
-    "12",
-    "--epochs",
-    "2",
+    *("--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12"),
+    *("--batch-size", "12", "--epochs", "2"),
 ]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 LONGEST_STOP = 5  # seconds until a signal must have ended a process that only waits
@@ -93,24 +84,12 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
     One process is late at the second start, and the other must wait for its new address.
     """
     place = [
-        "--nnodes",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        f"localhost:{free_port()}",
-        "--rdzv_id",
-        "one",
+        *("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"),
+        *("--rdzv_id", "one"),
     ]
     launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *place,
-        "--nproc_per_node",
-        "1",
-        "--max-restarts",
-        "1",
+        *(sys.executable, "-m", "torch.distributed.run", *place, "--nproc_per_node", "1"),
+        *("--max-restarts", "1"),
     ]
     environment = {
         "PYTHONPATH": str(ROOT),

@@ -24,18 +24,7 @@ from utils import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
-PLAIN_SGD = [
-    "--momentum",
-    "0",
-    "--weight-decay",
-    "0",
-    "--batch-size",
-    "12",
-    "--amp",
-    "off",
-    "--compile",
-    "off",
-]
+PLAIN_SGD = "--momentum 0 --weight-decay 0 --batch-size 12 --amp off --compile off".split()
 
 
 def settings(*flags, stage="GE"):
