@@ -24,7 +24,10 @@ from utils import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
-PLAIN_SGD = "--momentum 0 --weight-decay 0 --batch-size 12 --amp off --compile off".split()
+PLAIN_SGD = [
+    *("--momentum", "0", "--weight-decay", "0"),
+    *("--batch-size", "12", "--amp", "off", "--compile", "off"),
+]
 
 
 def settings(*flags, stage="GE"):
