@@ -35,6 +35,7 @@ from models.description import DataInfo, Split
 from models.normalizer import Normalizer
 from utils import UserError, listed, one_line
 
+PARTS = ("train", "val", "test")
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
 SAMPLED_FILES = 32  # whose sizes stand for those of all files
@@ -55,9 +56,13 @@ class Data:
     """The three parts of a data set.
 
     Args:
+        info: Names, preprocessing and training images, for checkpoints.
         split: Which training images are ``val``.
         notes: Lines for the user.
-        sorted_by_name: Classes are in the order of their folders' names.
+        sorted_by_name: Whether classes are in the order of their folders' names.
+        train: The images to train on.
+        val: The held-out training images.
+        test: The test images.
     """
 
     info: DataInfo
@@ -86,11 +91,12 @@ def load_data(
         settings: With data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,
             check_images, channels_last, and what ``Batches`` take.
         device: Device of the batches.
-        shard: This process's share.
-        stored: What a checkpoint remembers of its data: the classes must be the same.
-        split: That of the checkpoint, which is taken over; training images that it does not know are left
-            out.
-        image_spec: What a pretrained network expects; without it, and without ``stored``, our own.
+        shard: This process's share of every batch; None: all of it.
+        stored: The data set of a checkpoint, which must have the same classes.
+        split: The split of the checkpoint, which is taken over; training images that it does not know are
+            left out. None chooses a new one.
+        image_spec: The images that pretrained weights expect. Without it, and without ``stored``, images are
+            those of the settings.
 
     Raises:
         UserError: Missing or empty folders, unreadable images, classes that differ between the parts, an
@@ -100,66 +106,92 @@ def load_data(
     image_size = settings.image_size or (expected.image_size if expected else IMAGE_SIZES[settings.data])
     crop_share = expected.crop_share if expected else default_crop_share(image_size)
     interpolation = expected.interpolation if expected else "bilinear"
-    found, parts, split = _find_and_split(settings, image_size, stored, split, has_mean=expected is not None)
-    notes = [*found.notes, *_notes(found, parts["train"], image_size)]
+    has_normalization = expected is not None or settings.data in NORMALIZATION
+    data_set, parts, split = _find_and_split(settings, image_size, stored, split, has_normalization)
+    notes = [*data_set.notes, *_notes(data_set, parts["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
     if image_size <= LARGEST_IN_MEMORY:
-        trains = settings.evalmode is None or not (expected or settings.data in NORMALIZATION)
-        for name in ("train", "val", "test") if trains else ("val", "test"):
+        # An evaluation reads training images only to normalise by them.
+        skips_training_images = settings.evalmode is not None and has_normalization
+        for name in PARTS[1:] if skips_training_images else PARTS:
             parts[name] = _in_memory(parts[name], image_size, evaluation, settings, notes)
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(parts["train"]))
-        notes += _lost_classes(parts["train"], found.class_names)
+        notes += _lost_classes(parts["train"], data_set.class_names)
     mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
     augmented = TrainingTransform(image_size, settings.augment, interpolation)
-    transforms = evaluation, evaluation if settings.augment == "none" else augmented
-
-    def batches(name: str) -> Batches:
-        augment, own_shard = name == "train", shard or Shard()
-        if parts[name].images is not None:
-            return InMemoryBatches(parts[name], settings, augment, normalize, own_shard)
-        return FileBatches(parts[name], transforms, settings, augment, normalize, own_shard)
-
-    train, val, test = map(batches, ("train", "val", "test"))
+    transforms = (evaluation, evaluation if settings.augment == "none" else augmented)
+    batches = {
+        name: _make_batches(part, transforms, settings, name == "train", normalize, shard or Shard())
+        for name, part in parts.items()
+    }
     if settings.check_images:
-        _check((train, val, test), settings.skip_unreadable, notes)
-    knows = stored is not None and stored.knows_training_images  # its split refers to its own images
+        _check(batches.values(), settings.skip_unreadable, notes)
+    # A stored split refers to the training images of its own data set.
+    is_stored = stored is not None and stored.knows_training_images
     info = DataInfo(
         name=settings.data,
-        class_names=found.class_names,
+        class_names=data_set.class_names,
         image_size=image_size,
         crop_share=crop_share,
         interpolation=interpolation,
         mean=list(mean),
         std=list(std),
-        num_training_images=stored.num_training_images if knows else len(found.train),
-        fingerprint=stored.fingerprint if knows else found.fingerprint,
+        num_training_images=stored.num_training_images if is_stored else len(data_set.train),
+        fingerprint=stored.fingerprint if is_stored else data_set.fingerprint,
     )
-    return Data(info, split, [one_line(note) for note in notes], found.sorted_by_name, train, val, test)
+    return Data(info, split, [one_line(note) for note in notes], data_set.sorted_by_name, **batches)
+
+
+def _make_batches(
+    part: Part,
+    transforms: tuple[Transform, Transform],
+    settings: Namespace,
+    augment: bool,
+    normalize: Normalizer,
+    shard: Shard,
+) -> Batches:
+    """Return the batches of a part, whose images are in memory or in files.
+
+    Args:
+        part: The images.
+        transforms: The transforms of images from files in evaluation and in training.
+        settings: What ``Batches`` take.
+        augment: Whether the images are augmented, as those for training.
+        normalize: Normalises batches of bytes.
+        shard: This process's share of every batch.
+    """
+    if part.images is not None:
+        return InMemoryBatches(part, settings, augment, normalize, shard)
+    return FileBatches(part, transforms, settings, augment, normalize, shard)
 
 
 def _find_and_split(
-    settings: Namespace, image_size: int, stored: DataInfo | None, split: Split | None, has_mean: bool
+    settings: Namespace,
+    image_size: int,
+    stored: DataInfo | None,
+    split: Split | None,
+    has_normalization: bool,
 ) -> tuple[DataSet, dict[str, Part], Split]:
-    """Find the data set, and return it, its parts ``train``, ``val`` and ``test``, and its split."""
+    """Find the data set; return it, its parts by the names in ``PARTS``, and its split."""
     test_alone = settings.evalmode in TEST_ALONE
-    needs_no_mean = has_mean or settings.data in NORMALIZATION or image_size > LARGEST_IN_MEMORY
+    needs_no_mean = has_normalization or image_size > LARGEST_IN_MEMORY
     only_test = test_alone and needs_no_mean and settings.test_size is None
     digests = None if split is None else split.name_digests
-    found = find_data_set(settings, image_size, stored, digests, only_test)
-    numbers = recognise(found, stored, digests)
+    data_set = find_data_set(settings, image_size, stored, digests, only_test)
+    numbers = recognise(data_set, stored, digests)
     if split is None:
-        held_out = _hold_out(found, settings, 0 if test_alone else settings.val_size)
-        split = Split(held_out, found.digests)
+        held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size)
+        split = Split(held_out, data_set.digests)
     is_held_out = torch.isin(numbers, split.held_out)
     parts = {
-        "train": found.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
-        "val": found.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
-        "test": found.test,
+        "train": data_set.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
+        "val": data_set.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
+        "test": data_set.test,
     }
-    return found, parts, split
+    return data_set, parts, split
 
 
 def _refuse_large_batch(batch_size: int, count: int) -> None:
@@ -169,11 +201,11 @@ def _refuse_large_batch(batch_size: int, count: int) -> None:
         )
 
 
-def _hold_out(found: DataSet, settings: Namespace, size: int | None) -> Tensor:
+def _hold_out(data_set: DataSet, settings: Namespace, size: int | None) -> Tensor:
     """Choose the held-out images, and add a note where nobody said how many."""
-    held_out = choose_held_out(found.train.targets, size, settings.split_seed)
+    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed)
     if size is None:
-        found.notes.append(
+        data_set.notes.append(
             f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "
             "epoch and the thresholds; --val-size N changes that"
         )
@@ -189,10 +221,10 @@ def _lost_classes(training_part: Part, class_names: list[str]) -> list[str]:
     return [f"no training image is left of {len(lost)} of {len(class_names)} classes: {listed(lost)}"]
 
 
-def _notes(found: DataSet, training_part: Part, image_size: int) -> list[str]:
+def _notes(data_set: DataSet, training_part: Part, image_size: int) -> list[str]:
     """Return a line with the classes, and one about files that would be enlarged a lot."""
-    notes = [f"classes: {listed(found.class_names)}"]
-    files = training_part.files or found.test.files or []
+    notes = [f"classes: {listed(data_set.class_names)}"]
+    files = training_part.files or data_set.test.files or []
     side = median_side(files)
     if side is not None and side * 2 <= image_size:
         notes.append(
