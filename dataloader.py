@@ -88,8 +88,8 @@ def load_data(
     evaluation needs no training images.
 
     Args:
-        settings: With data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,
-            check_images, channels_last, and what ``Batches`` take.
+        settings: Settings with data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,
+            check_images, channels_last, and those that ``Batches`` take.
         device: Device of the batches.
         shard: This process's share of every batch; None: all of it.
         stored: The data set of a checkpoint, which must have the same classes.
@@ -158,8 +158,8 @@ def _make_batches(
     Args:
         part: The images.
         transforms: The transforms of images from files in evaluation and in training.
-        settings: What ``Batches`` take.
-        augment: Whether the images are augmented, as those for training.
+        settings: Settings that ``Batches`` take.
+        augment: Whether to augment the images.
         normalize: Normalises batches of bytes.
         shard: This process's share of every batch.
     """

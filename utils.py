@@ -24,8 +24,8 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
-def in_words(error: UserError | OSError) -> str:
-    """Return one line that says what went wrong."""
+def error_message(error: UserError | OSError) -> str:
+    """Return the message of an error as one line."""
     if isinstance(error, UserError):
         return str(error)
     if error.filename:
@@ -245,7 +245,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
 
     Args:
         path: The file to write; missing folders are made.
-        mode: As for ``open``.
+        mode: Mode of ``open``.
 
     Raises:
         UserError: The folder cannot be written or the disk is full; an old file is then untouched.

@@ -43,11 +43,11 @@ def measure_batch_norm(
     """Measure the running statistics of ``average`` again, as the means over batches.
 
     Args:
-        average: Ends in evaluation mode.
+        average: The average of ``network``; it is left in evaluation mode.
         network: The network that is trained, in training mode. Where one of its layers is not, such as in a
             frozen backbone, the statistics stay as they are.
         batches: Images (N, 3, H, W), normalised, and their targets, which are not used.
-        dtype: Of the convolutions, as in training; None for float32.
+        dtype: Dtype of the convolutions in training; None for float32.
     """
     average.eval()
     pairs = zip(average.modules(), network.modules(), strict=True)

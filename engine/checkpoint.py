@@ -83,7 +83,7 @@ def load_saved(path: Path) -> SavedNetwork:
     """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
-        path: As ``models.load`` takes it.
+        path: Directory of a run, file, or name in ``weights/``.
 
     Raises:
         UserError: One line: the file is missing, damaged, foreign or of another version.

@@ -43,7 +43,7 @@ from utils import (
     UserError,
     at_least,
     atomic_write,
-    in_words,
+    error_message,
     one_line,
     user_path,
 )
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in convert(arguments):
             sys.stdout.write(f"{one_line(line)}\n")
     except (UserError, OSError, ValueError) as error:
-        text = one_line(str(error)) if isinstance(error, ValueError) else in_words(error)
+        text = one_line(str(error)) if isinstance(error, ValueError) else error_message(error)
         sys.stderr.write(f"engine.convert: {text}\n")
         return 2
     return 0

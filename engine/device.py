@@ -36,9 +36,9 @@ def limit_threads(threads: int | None = None, operations: float = math.inf) -> N
     """Set the number of PyTorch's threads.
 
     Args:
-        threads: Their number; None: no more than a container's quota allows and ``operations`` occupy, unless
-            OMP_NUM_THREADS is set.
-        operations: Of one forward pass of a batch.
+        threads: Number of threads; None: no more than a container's quota allows and ``operations`` occupy,
+            unless OMP_NUM_THREADS is set.
+        operations: Operations of one forward pass of a batch.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         useful = max(1, math.ceil(min(operations / OPERATIONS_PER_THREAD, 1024)))
@@ -58,7 +58,7 @@ def place(network: ExitNetwork, settings: Namespace, device: torch.device) -> No
 
     Args:
         network: The network.
-        settings: With tf32, channels_last, checkpoint_activations, amp and evalmode, with "auto" resolved.
+        settings: Settings with tf32, channels_last, checkpoint_activations, evalmode and a resolved amp.
         device: Where it is to run.
     """
     set_tf32(settings.tf32)
@@ -91,10 +91,10 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     """Seed dropout and other random layers for one training step, so that a resumed run draws the same masks.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: Completed epochs.
         step: Completed steps of this epoch.
-        rank: Of this process; processes draw different masks.
+        rank: Rank of this process; processes draw different masks.
     """
     digest = hashlib.sha256(f"{seed} {epoch} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

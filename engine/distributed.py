@@ -62,7 +62,7 @@ class Processes:
 
         Args:
             own: Rows of this process, on the CPU.
-            indices: Of these rows, int64 from 0, by which all rows are sorted; each index occurs in one
+            indices: Indices of these rows, int64 from 0, by which all rows are sorted; each occurs in one
                 process.
         """
         if self.world_size == 1:

@@ -31,9 +31,9 @@ def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tens
     last exit, which is right, while every other exit is wrong.
 
     Args:
-        logits: Of every exit, (K, N, C).
+        logits: Logits of every exit, (K, N, C).
         targets: (N,).
-        policy: Decides who leaves.
+        policy: Policy by which images leave.
     """
     confidence, classes = confidence_by_exit(logits, policy.measure)
     correct = classes == targets
@@ -59,8 +59,8 @@ def examples_figure(
     Args:
         picture: Image of an index, bytes (3, H, W).
         targets: (N,).
-        kinds: Indices of easy and of hard images, as from ``easy_and_hard``.
-        class_names: Of all classes.
+        kinds: Indices of easy and of hard images, from ``easy_and_hard``.
+        class_names: Names of all classes.
     """
     counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in kinds]
     order = (torch.minimum(*counts) * (COLUMNS + 1) + torch.maximum(*counts)).argsort(

@@ -1,4 +1,4 @@
-"""What ends a run early, as an exit status and one line."""
+"""Exit statuses and messages of runs that end early."""
 
 from args import CommandLine
 from engine.compiling import is_compiler_error, reason_of
@@ -6,7 +6,7 @@ from engine.device import is_out_of_memory
 from engine.distributed import is_lost_peer
 from engine.launch import WorkerFailed
 from engine.signals import Interrupted
-from utils import UserError, in_words
+from utils import UserError, error_message
 
 
 def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tuple[int, str]:
@@ -20,7 +20,7 @@ def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tup
     """
     resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume()}"
     if isinstance(error, (UserError, OSError)):
-        return 2, in_words(error)
+        return 2, error_message(error)
     if isinstance(error, WorkerFailed):
         return error.status, str(error)
     if isinstance(error, Interrupted):

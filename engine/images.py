@@ -16,8 +16,8 @@ def images_to_start(
 
     Args:
         session: The run.
-        origin: The network to start from, if there is one.
-        image_spec: What the weights to start from expect of images.
+        origin: The network to start from, None to start from scratch.
+        image_spec: The images that the weights to start from expect.
         may_change: Whether the data set may be another than that of ``origin``.
     """
     if origin is None:

@@ -64,7 +64,7 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
 
     Args:
         batch_size: Images per step of all processes.
-        cores: By default those that this process may use.
+        cores: Number of cores; None: those that this process may use.
 
     Raises:
         UserError: PROCESSES is not a number, or more than there are images in a batch.

@@ -185,7 +185,7 @@ class Totals:
 
     Args:
         operations: Operations to each exit.
-        deadline: For each batch in milliseconds, None without one.
+        deadline: Deadline of each batch in milliseconds, None without one.
     """
 
     def __init__(self, operations: list[int], deadline: float | None):

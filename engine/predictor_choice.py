@@ -56,7 +56,7 @@ def choose_predictor(
     Args:
         arguments: Parsed command line of predict.py.
         policies: File of the network's policies, which need not exist where nothing asks for one.
-        network: With its description, on its device.
+        network: Network with a description, on its device.
         batch_size: Images at a time.
 
     Raises:

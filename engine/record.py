@@ -90,7 +90,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as stream:
             try:
-                # Of this process alone: a worker outlives a killed run
+                # A lock of this process alone: a worker outlives a killed run
                 # by seconds, and would keep what flock locks.
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -126,7 +126,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Session:
-    """What every part of a program needs of the run that it trains or evaluates.
+    """The run that a program trains or evaluates, for all its parts.
 
     Attributes:
         directory: The directory of the run.

@@ -47,7 +47,7 @@ def table(rows: Sequence[dict], names: Sequence[str], num_images: int | None = N
     """Return rows as text: right-aligned columns, a rule below their titles, and a legend.
 
     Args:
-        rows: Of numbers or text.
+        rows: Rows of numbers or text.
         names: Columns to show; those that the rows lack are left out.
         num_images: Number of images that percentages are of; they get no more digits than these allow.
     """
@@ -82,9 +82,9 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
     """Return the rows of ``budgeted.csv``: points, and what their policies reach on test images.
 
     Args:
-        points: Of one rule.
+        points: Points of one rule.
         test: Predictions for the test images.
-        operations: To each exit.
+        operations: Operations to each exit.
 
     Returns:
         ``p``; ``val_operations`` and ``operations``, means on held-out and on test images; ``val_acc1``,
@@ -112,7 +112,7 @@ def best_within(rows: Sequence[dict], operations: float) -> dict | None:
     Test images choose nothing: the budget is compared with the mean operations on held-out images.
 
     Args:
-        rows: Of ``budget_rows``.
+        rows: Rows of ``budget_rows``.
         operations: The budget, a mean per image.
 
     Returns:
@@ -134,7 +134,7 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
     """Return rows of numbers that ``write_csv`` wrote.
 
     Args:
-        path: Of the file.
+        path: The CSV file.
         columns: Names that every row must have.
 
     Raises:

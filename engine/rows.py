@@ -37,7 +37,7 @@ def prediction_rows(
 
     Args:
         names: The files, n.
-        prediction: Of these images, on the CPU.
+        prediction: Their prediction, on the CPU.
         milliseconds: Time in the network of all images together.
         operations: Operations to each exit.
         class_names: Names of all classes.

@@ -28,7 +28,7 @@ class Requests:
         stop_signal: Number of the last signal that asked to stop, 0 for none. It is noted also where it
             raises, because Python drops exceptions that are raised in some places.
         save: Whether a signal asked to save.
-        is_immediate: Whether already the first signal that asks to stop raises ``Interrupted``.
+        is_immediate: Whether the first signal that asks to stop already raises ``Interrupted``.
     """
 
     def __init__(self) -> None:

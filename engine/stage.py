@@ -27,7 +27,7 @@ class Stage(ABC):
         may_change_data: Whether it may train on other data than the network it starts from.
         origin_title: Title of the curves of the network it starts from, None not to draw them.
         frozen_changed: Message of the error if something changed that must not.
-        next_command: What to do with the finished run; the run's directory is appended.
+        next_command: Command that uses the finished run; the run's directory is appended.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Stage(ABC):
 
         Args:
             network: The trained network.
-            description: It holds the digest from before.
+            description: Description with the digest from before the training.
 
         Raises:
             RuntimeError: Something changed, which is a bug.

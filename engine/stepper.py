@@ -34,8 +34,9 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
     times the others'.
 
     Args:
-        objective: Its ``network``, if it has one, knows its pretrained parameters.
-        settings: With optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer, pretrained_lr_factor.
+        objective: Objective whose ``network``, if it has one, knows its pretrained parameters.
+        settings: Settings with optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer and
+            pretrained_lr_factor.
     """
     network = getattr(objective, "network", None)
     pretrained = (
@@ -59,10 +60,9 @@ class Stepper:
     """Optimisation of ``objective``, step by step, with SGD or AdamW.
 
     Args:
-        objective: On its device.
-        settings: With optimizer, lr, pretrained_lr_factor, momentum, weight_decay, nesterov, clip_grad, amp,
-            accumulate, compile, fused_optimizer and sync_bn, in a combination that
-            ``refuse_combinations`` accepts.
+        objective: The objective, on its device.
+        settings: Settings with those of ``make_optimizer``, clip_grad, amp, accumulate, compile and sync_bn,
+            in a combination that ``refuse_combinations`` accepts.
         processes: This process and the others.
     """
 

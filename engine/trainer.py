@@ -112,11 +112,11 @@ def train(
     held-out loss; of equals again, the later one. Without held-out images, it is the last one.
 
     Args:
-        objective: Its ``network`` learns.
-        description: Goes into the files of the run.
-        data: The images.
+        objective: The objective, whose ``network`` learns.
+        description: Description of the network, for the files of the run.
+        data: The images to train on and to choose the best epoch with.
         session: The run.
-        checkpoint: What to resume from, None to start.
+        checkpoint: The checkpoint to resume from, None to start.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
@@ -138,7 +138,7 @@ def learning_rate(settings: Namespace, step: int, steps_per_epoch: int) -> float
     It is a function of the step alone, so that a resumed run needs no state for it.
 
     Args:
-        settings: With lr, lr_type, lr_milestones (epochs), decay_rate, warmup_epochs, epochs.
+        settings: Settings with lr, lr_type, lr_milestones (epochs), decay_rate, warmup_epochs, epochs.
         step: Counted over all epochs, from 0.
         steps_per_epoch: Steps of an epoch.
     """
@@ -314,7 +314,7 @@ class Trainer:
             return {}
         processes = self.session.processes
         processes.share_buffers(self.evaluated)
-        # As the network will predict: folded, in the precision of training.
+        # The network predicts folded, in the precision of training.
         folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
         acc1, acc5, loss = accuracy_per_exit(folded, self.data.val, processes)
         return {"val_acc1": acc1, "val_acc5": acc5, "val_loss": loss, "val_mean_acc1": sum(acc1) / len(acc1)}
