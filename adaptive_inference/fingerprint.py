@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.options import NETWORK_FIELDS
+from models import ExitNetwork
 
 
-def network_fingerprint(network: nn.Module) -> str:
+def network_fingerprint(network: ExitNetwork) -> str:
     """Return a digest of a network's configuration and weights: thresholds suit these weights only.
 
     A folded network, in PyTorch or in ONNX, keeps the fingerprint of the network it was made from.
     """
     if network.fingerprint is not None:
         return network.fingerprint
-    config = json.dumps(_without_defaults(network.config), sort_keys=True)
+    config = json.dumps(_identifying_options(network), sort_keys=True)
     digest = hashlib.sha256(f"{describe(network)} {config}".encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -25,17 +25,17 @@ def network_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Drop options at their default, so that an option added later changes no fingerprint.
-
-    The ``type`` of a backbone goes, too: early files of format 3 do not store it.
-    """
-    defaults = {name: described.default for name, described in NETWORK_FIELDS.items()}
-    nested = {
-        name: _without_defaults(value) if isinstance(value, dict) else value for name, value in config.items()
+def _identifying_options(network: ExitNetwork) -> dict[str, Any]:
+    """Return the options of a network, and those of its backbone, without those at their default."""
+    defaults = network.default_options
+    options = {
+        name: value
+        for name, value in network.config.items()
+        if name not in defaults or value != defaults[name]
     }
-    defaults["type"] = nested.get("type")
-    return {name: value for name, value in nested.items() if name not in defaults or value != defaults[name]}
+    if network.stage_1 is not network:
+        options["backbone"] = _identifying_options(network.stage_1)
+    return options
 
 
 def dtype_of(network: nn.Module) -> str:

@@ -27,7 +27,7 @@ from models.module_state import set_memory_format
 PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
 
 
-class FoldedNetwork(ExitNetwork, in_files=False):
+class FoldedNetwork(ExitNetwork, register=False):
     """A network for prediction alone, made by ``fold``. It casts images and stays in evaluation mode.
 
     Args:

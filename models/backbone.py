@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -104,6 +104,8 @@ class Backbone(ExitNetwork):
         ValueError: The network cannot be traced, has no last linear layer, or cannot be cut there; one line
             says which.
     """
+
+    default_options: ClassVar = {"boosted_exits": False, "gradient_equilibrium": True}
 
     def __init__(
         self,

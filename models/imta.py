@@ -77,15 +77,14 @@ class IMTA(ExitNetwork):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "IMTA":
-        """Build the network that ``config`` describes; ``network`` is part of its backbone.
-
-        Early files of format 3 lack the backbone's ``type``, and ``boosted`` where the classifiers are not.
-        """
-        config = dict(config)
-        inner = config.pop("backbone")
-        backbone = build_network({"type": "Backbone" if "library" in inner else "MSDNet", **inner}, network)
+        """Build the network that ``config`` describes; ``network`` is part of its backbone."""
+        config = {"boosted": False, **config}  # left out where the classifiers are not boosted
+        options = config.pop("backbone")
+        if "type" not in options:  # as in early files of format 3
+            options = {"type": "Backbone" if "library" in options else "MSDNet", **options}
+        backbone = build_network(options, network)
         with torch.device(next(backbone.parameters()).device):
-            return cls(backbone, **{"boosted": False, **config})
+            return cls(backbone, **config)
 
     def for_classes(self, num_classes: int) -> "IMTA":
         """Build a network like this one for another number of classes, with new weights."""

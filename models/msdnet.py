@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
 from .module_state import frozen_statistics
 from .network import ExitNetwork, State, checked_num_exits
-from .options import NetworkOptions
+from .options import NETWORK_FIELDS, NetworkOptions
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -51,6 +51,8 @@ class MSDNet(ExitNetwork):
         TypeError: An unknown option.
         ValueError: An impossible combination; the message names what was given and what is allowed.
     """
+
+    default_options: ClassVar = {name: field.default for name, field in NETWORK_FIELDS.items()}
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()

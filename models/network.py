@@ -1,7 +1,8 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
-Training, prediction, operation counts, files and export use nothing else of a network but what every
-``nn.Module`` has. Only the objective of stage 2 and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+Training, prediction, operation counts, files and export use only these methods and those of ``nn.Module``.
+Only the objective of stage 2 and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+
 A network runs in one of two ways:
 
 - ``features`` and ``classify`` (together: ``forward``) run whole blocks, for training and for evaluating
@@ -10,16 +11,21 @@ A network runs in one of two ways:
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 
 A new kind of network is a subclass in a file of its own, which ``models`` imports, and an entry in
-``tests.contract``. To be trained by a value of ``--arch``, it also needs a dataclass of its options, which
-``args`` names in ``OWN_NETWORKS`` with their defaults in ``DEFAULTS`` and their flags in ``_add_network``.
+``tests.contract``. It implements the abstract methods and sets ``config``, ``num_exits``, ``num_classes`` and
+``feature_dims``; the other attributes have defaults. To be trained by a value of ``--arch``, it also needs a
+dataclass of its options, which ``args`` names in ``OWN_NETWORKS`` with their defaults in ``DEFAULTS`` and
+their flags in ``_add_network``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .description import Description
 
 # What later exits need of earlier blocks. Every tensor has the
 # batch first; keys are identifiers ("d4_s1"), in a fixed order.
@@ -32,7 +38,10 @@ class ExitNetwork(nn.Module, ABC):
     """A network with classifiers (exits) along its depth.
 
     Attributes:
-        kinds: Classes of networks by the name that files give them. A subclass is entered when it is defined.
+        kinds: Classes of networks by the name that files give them. A subclass is registered when it is
+            defined.
+        default_options: Options that a fingerprint leaves out at these values, so that an option that is added
+            later changes no fingerprint.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
@@ -41,11 +50,12 @@ class ExitNetwork(nn.Module, ABC):
         gradient_equilibrium: Whether ``features`` rescales gradients at the exits (``rescale``).
         checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
-        description: Description stored in its file (``models.description.Description``), None without a file.
+        description: Description stored in its file, None without a file.
         fingerprint: Digest of the network that a folded copy was made from, None for all other networks.
     """
 
     kinds: ClassVar[dict[str, type["ExitNetwork"]]] = {}
+    default_options: ClassVar[dict[str, Any]] = {}
     config: dict[str, Any]
     num_exits: int
     num_classes: int
@@ -53,21 +63,21 @@ class ExitNetwork(nn.Module, ABC):
     boosted: bool = False
     gradient_equilibrium: bool = False
     checkpoint_activations: bool = False
-    description: Any = None
+    description: "Description | None" = None
     fingerprint: str | None = None
 
-    def __init_subclass__(cls, in_files: bool = True, **options: Any) -> None:
-        """Enter the new class in ``kinds``.
+    def __init_subclass__(cls, register: bool = True, **options: Any) -> None:
+        """Register the new class in ``kinds``.
 
         Args:
-            in_files: False leaves it out: such networks cannot be saved.
-            options: Those of other base classes.
+            register: False leaves it out: such networks cannot be saved.
+            options: Class arguments of other base classes.
 
         Raises:
             TypeError: Another class has this name. The same class may be defined again, as in a notebook.
         """
         super().__init_subclass__(**options)
-        if not in_files:
+        if not register:
             return
         other = ExitNetwork.kinds.get(cls.__name__, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):

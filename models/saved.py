@@ -6,6 +6,19 @@ Example:
     content = network_bytes(network, description, split)
 
 The ``safetensors`` library checks sizes and runs no code, and a checksum finds damage.
+
+Which function loads what:
+
+==========================================  ===============================================================
+``models.load``                             the network of a file, a run or a name: what most programs need
+``adaptive_inference.load_predictor``       the same, folded, with a policy: to predict
+``engine.checkpoint.load_saved``            the same for a command line, with description and split
+``engine.checkpoint.load_checkpoint``       the state of a run that is resumed, ``last.pt``
+``models.load_released``                    a checkpoint of the released programs
+``read_network``                            network, description and split of one file
+``from_tensors``                            the same from the tensors of a file that was read already
+``with_weights``                            a network from its options and its state dict
+==========================================  ===============================================================
 """
 
 import dataclasses

@@ -57,7 +57,7 @@ class ImportGraph:
         return reached
 
     def _imports_of(self, name: str) -> Iterator[str]:
-        for node in ast.walk(self.trees[name]):
+        for node in _executed_nodes(self.trees[name]):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names if alias.name in self.files)
             elif isinstance(node, ast.ImportFrom):
@@ -85,6 +85,14 @@ class ImportGraph:
                         yield from self._defining_module(self._absolute(source, node), attribute)
                         return
             yield source
+
+
+def _executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes but those below ``if TYPE_CHECKING``, which never run."""
+    yield node
+    if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(node):
+            yield from _executed_nodes(child)
 
 
 def _source_files(root: Path) -> Iterator[Path]:
