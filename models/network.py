@@ -40,8 +40,8 @@ class ExitNetwork(nn.Module, ABC):
     Attributes:
         kinds: Classes of networks by the name that files give them. A subclass is registered when it is
             defined.
-        default_options: Options that a fingerprint leaves out at these values, so that an option that is added
-            later changes no fingerprint.
+        default_options: Options that a fingerprint leaves out at these values, so that an option added later
+            changes no fingerprint.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
