@@ -7,30 +7,12 @@ Example:
         if alarm.update(predictor(images).log_sum_exp):
             break                                    # alarm.fired_after images
 
-The promises of a policy hold for images from the distribution of the held-out images. The alarm tests that
-without labels, and may be looked at after every image. An endless stream of images from that distribution
-fires it with a probability of at most ``level``.
-
-**Method.** The score of an image is the log-sum-exp of the logits of the exit that predicted it. Its
-conformal p-value is the share of earlier scores, held-out ones and those of the stream, that are larger; ties
-are broken at random, and the image then joins the earlier ones. If all images are exchangeable, these
-p-values are independent and uniform (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World",
-2005). A bet that multiplies its capital by 1 + e (p - 0.5) at every image is then fair, and so is a mixture
-of such bets whose weights depend on earlier images only. The capital is a nonnegative martingale that starts
-at 1, so it ever reaches 1 / level with a probability of at most ``level`` (Ville's inequality). When scores
-shift, small or large p-values become frequent, and one of the bets grows exponentially. A small part of the
-capital is redistributed equally at every image, so that no bet is lost for a shift that begins late.
-
-**What it cannot see.** A loss of accuracy that leaves the distribution of the scores as it was, for example
-labels with a new meaning. An unusual order of usual images, as long as their scores come in random order.
-Single odd images among many usual ones. A slow drift, or one that begins after many thousand images, may be
-missed too, because every image joins the reference. And it does not tell why it fired: images sorted by class
-or difficulty are not exchangeable, and can fire it although each of them is like a held-out one.
-
-**Limits.** It holds within one policy: a deadline or a budget in milliseconds changes the policy with the
-load of the machine, and thereby the scores. The probability is an average over the choice of the held-out
-images, and these also chose thresholds and epoch, which makes them slightly unlike new images.
-``experiments/drift.py`` measures false alarms and delays.
+The score of an image is the log-sum-exp of the logits of the exit that predicted it. Its conformal p-value is
+the share of earlier scores, held-out ones and those of the stream, that are larger. Bets against uniform
+p-values multiply a capital that starts at 1. For images like the held-out ones it is a nonnegative martingale,
+so it ever reaches 1 / level with a probability of at most ``level`` (Ville's inequality), however often one
+looks. ``docs/promises.md`` has the method, what it cannot see, and its limits; ``experiments/drift.py``
+measures false alarms and delays.
 """
 
 from dataclasses import dataclass
@@ -59,8 +41,8 @@ class Reference:
     """Scores of held-out images at every exit.
 
     Attributes:
-        log_sum_exp: (K, N) float16, of the logits of every exit.
-        confidence: (K, N) float32, which decides where an image leaves; 16 bits would move some images.
+        log_sum_exp: Log-sum-exp of the logits of every exit, (K, N) float16.
+        confidence: Confidence, which decides where an image leaves, (K, N) float32; 16 bits would move some.
         measure: Measure of confidence, as in ``Policy``.
         fingerprint: Fingerprint of the network, as in its policy curve.
         dtype: Dtype of the network, as in its policy curve.

@@ -4,20 +4,13 @@ Example:
     points = certified_points(val, policy, operations)                  # part of policy.json
     point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
 
-"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052; for early exit Jazbec et al., NeurIPS 2024,
-arXiv 2405.20915): some held-out images, drawn by a seed, set the thresholds of a curve of policies. The
-others test these one after another, from the full network to the cheapest, up to the first one that may lose
-too much. A sequence fixed beforehand needs no correction for many tests.
-
-A loss is measured against the full network, which runs every image to the last exit and predicts with the
-ensemble of exits where there is one. It is 1 for an image on which the policy is wrong and the full network
-right, -1 the other way round, 0 otherwise; or 1 for every image with another class ("disagreement"). Both
-tests are exact: see ``p_value``.
+"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052): some held-out images set the thresholds of a
+curve of policies. The others test these one after another, from the full network to the cheapest, up to the
+first one that may lose too much. A loss is 1 for an image on which the policy is wrong and the full network
+right, -1 the other way round, 0 otherwise; or 1 for every image with another class ("disagreement").
 
 The promise: P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if
-new images come from the same distribution. It takes the network and its ensemble as given, although the same
-held-out images chose the epoch and the weights of the ensemble. The full network loses nothing, so it is
-always among the points, and ``--max-loss 0%`` runs it.
+new images come from the same distribution. ``docs/promises.md`` has the method and its conditions.
 """
 
 import math
