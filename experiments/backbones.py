@@ -69,11 +69,8 @@ def results_table(folder: Path) -> str:
             by_exit = [row["acc1"] for row in exits]
             best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
             numbers = [*by_exit, sum(by_exit) / len(by_exit), *([best["test_acc1"]] if best else [])]
-            cells = [
-                arm.title,
-                run.parent.name.removeprefix("seed_"),
-                *(f"{number:.2f}" for number in numbers),
-            ]
+            seed = run.parent.name.removeprefix("seed_")
+            cells = [arm.title, seed, *(f"{number:.2f}" for number in numbers)]
             rows.append(cells if best else [*cells, "-"])
     names = [f"exit {k}" for k in range(1, NUM_EXITS + 1)]
     return markdown_table(["training", "seed", *names, "mean", "half of the operations"], rows)
