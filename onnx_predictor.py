@@ -50,14 +50,14 @@ class OnnxPredictor:
     Args:
         path: The file or the directory.
         threads: Threads per operator; None leaves the number to ONNX Runtime.
-        providers: Where the network runs, in ONNX Runtime's words, such as ``["CUDAExecutionProvider"]``.
+        providers: ONNX Runtime's execution providers, such as ``["CUDAExecutionProvider"]``.
 
     Attributes:
         class_names: Names of the C classes.
         image_size: Height and width of the images, S.
         preprocessing: ``crop_share`` and ``interpolation`` of the resize; ``mean`` and ``std``, which the
             network applies itself.
-        fingerprint: Of the network, for files that belong to it.
+        fingerprint: Fingerprint of the network, for files that belong to it.
         operations: Operations per image to each of the K exits.
         points: The policies, as dictionaries with thresholds, held-out accuracy and mean operations.
 

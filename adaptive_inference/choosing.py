@@ -108,7 +108,7 @@ def within(
 
     Args:
         points: The points to choose from.
-        costs: One per point.
+        costs: Cost of every point.
         limit: In the unit of the costs.
         unit: For the error.
         whole: Cost of the whole network, from which the error computes a percentage.

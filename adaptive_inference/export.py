@@ -66,8 +66,8 @@ def export_onnx(
     Args:
         network: A network with a description; it is not changed.
         path: The file to write.
-        curve: Its policies. Those of the best rule go into the file.
-        blocks: What ``convert_blocks`` returned for this network; None converts it here.
+        curve: Policies of the network, of which those of the best rule go into the file.
+        blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
         UserError: If a package or the description is missing, the policies do not compare softmax, or the
@@ -111,8 +111,8 @@ def export_blocks(
     Args:
         network: A network with a description; it is not changed.
         folder: The directory to write; it is made if it does not exist.
-        curve: Its policies. Those of the best rule go into ``network.json``.
-        blocks: What ``convert_blocks`` returned for this network; None converts it here.
+        curve: Policies of the network, of which those of the best rule go into ``network.json``.
+        blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
         UserError: If a package or the description is missing, the policies do not compare softmax, or a file
@@ -224,7 +224,7 @@ class _Block(nn.Module):
         """Return the logits (n, C) of the exit, and the next state.
 
         Args:
-            tensors: Images (n, 3, S, S) uint8 for the first block; the logits of the exit before and the
+            tensors: Images (n, 3, S, S) uint8 for the first block; the previous exit's logits and the
                 state for all others.
         """
         logits, state = self.run(*tensors)
@@ -327,7 +327,7 @@ class _Graph:
     """Nodes and constants of one graph while it is put together.
 
     Args:
-        prefix: What all its names begin with; the branches of ``If`` see the names of the graphs around them.
+        prefix: Beginning of all its names; the branches of ``If`` see the names of the graphs around them.
     """
 
     def __init__(self, prefix: str):
@@ -383,14 +383,14 @@ def _add_exits(
     rows: str = "",
     seen: dict[int, str] | None = None,
 ) -> tuple[_Graph, list[str]]:
-    """Put block ``k`` and all later ones together, each inside the ``If`` of the exit before.
+    """Put block ``k`` and all later ones together, each inside the ``If`` of the previous exit.
 
     Args:
         blocks: The graph of every block; all names of block k begin with ``exit{k + 1}_``.
         weights: (K, K), of the logits of all exits in the predictions at each exit.
         k: The block.
-        rows: Name of the indices (n, 1) of the images that stay, among those of the exit before.
-        seen: Names of the logits of earlier exits, of the images of the exit before.
+        rows: Name of the indices (n, 1) of the images that stay, among those of the previous exit.
+        seen: Names of the logits of earlier exits, of the images of the previous exit.
 
     Returns:
         The graph, and the names of its ``OUTPUTS``.

@@ -41,7 +41,7 @@ def load_predictor(
         rule: Only policies found by this rule; see ``allowed_points``.
 
     Raises:
-        OSError, ValueError: As ``models.load``.
+        OSError, ValueError: ``models.load`` refuses the file.
         UserError: There are no policies of this network or in this dtype, or none grants what is asked for.
     """
     file = find(path_or_name)

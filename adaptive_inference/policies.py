@@ -23,12 +23,12 @@ class Policy:
     """Rule by which images leave, and by which predictions are made.
 
     Args:
-        thresholds: One per exit, compared with the confidence of its logits.
+        thresholds: Threshold of every exit, compared with the confidence of its logits.
         measure: Measure of confidence, see ``confidence.next_prediction``.
-        temperatures: One per exit; its logits are divided by it before they become the probabilities of a
-            prediction. None: 1 everywhere. They do not decide who leaves.
+        temperatures: Temperature of every exit, by which its logits are divided before they become the
+            probabilities of a prediction. None: 1 everywhere. They do not decide which images leave.
         ensemble: One row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
-            these weights, of the logits of all exits so far. The exit's own logits decide who leaves;
+            these weights, of the logits of all exits so far. The exit's own logits decide which images leave;
             temperatures are not used. None: each exit predicts alone.
 
     Raises:
@@ -98,9 +98,9 @@ class Point:
     Args:
         policy: Thresholds and the rest.
         val_acc1: Top-1 accuracy in percent.
-        operations: Mean per image.
+        operations: Mean operations per image.
         shares: Shares of the images that leave at each exit.
-        rule: How its thresholds were found, one of ``RULES``.
+        rule: Rule by which its thresholds were found, one of ``RULES``.
         number: Number of the policy on that rule's curve, from 1 for the cheapest; ``p`` in files and tables.
         losses: Counts on images that the thresholds do not depend on, for the rule "certified" only.
     """

@@ -126,7 +126,7 @@ def runtime_rows(
     """Measure the mean time per image of policies, beside that of running every exit; they take turns.
 
     Args:
-        network: As for ``measure_blocks``.
+        network: The network that predicts, as for ``measure_blocks``.
         points: Points of a policy curve.
         images: On the device, (N, 3, H, W), as the predictor takes them; as many of them are used as there is
             time for.

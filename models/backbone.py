@@ -184,8 +184,8 @@ class Backbone(ExitNetwork):
         """Build the network that ``config`` describes, with new weights, on the CPU.
 
         Args:
-            config: Its ``library`` is torchvision, timm, or None for a custom network.
-            network: That network, needed where ``library`` is None.
+            config: Options, of which ``library`` is torchvision, timm, or None for a custom network.
+            network: The custom network, needed where ``library`` is None.
 
         Raises:
             NeedsNetworkError: The network or its library is missing.
@@ -229,17 +229,17 @@ class Backbone(ExitNetwork):
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
         """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
-        features, x = [], images
+        all_features, x = [], images
         for k in range(checked_num_exits(self, num_exits)):
             x = self._run_segment(k, x)
             remaining_exits = self.num_exits - k
             if remaining_exits == 1:
-                features.append(x)
+                all_features.append(x)
                 break
             x = self.rescale(x, 1 / remaining_exits)
-            features.append(self.exits[k].features(x))
+            all_features.append(self.exits[k].features(x))
             x = self.rescale(x, remaining_exits - 1)
-        return features
+        return all_features
 
     def _run_segment(self, k: int, x: Tensor) -> Tensor:
         run = self._segments[k].function(self.training and not self.frozen)
@@ -573,7 +573,7 @@ def build_backbone(
 
     Args:
         arch: Name of the network.
-        exits: As for ``Backbone``.
+        exits: Paths of modules, or the number of exits, as for ``Backbone``.
         num_classes: None keeps the network's own, mostly the 1,000 of ImageNet.
         pretrained: "DEFAULT" or another name of torchvision's weights, which are downloaded; a file of
             weights; None for none.

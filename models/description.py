@@ -53,7 +53,7 @@ class Description:
 
     Attributes:
         network: ``type``, and the options of its constructor.
-        data: Its data set: class names and preprocessing.
+        data: Data set of the network: class names and preprocessing.
         operations: Operations to each exit, per image.
         stage: ``GE`` or ``IMTA``.
         title: Title of its curves.

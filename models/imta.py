@@ -1,4 +1,4 @@
-"""Inline Subnetwork Collaboration (ISC): new classifiers that also read the logits of the exit before.
+"""Inline Subnetwork Collaboration (ISC): new classifiers that also read the previous exit's logits.
 
 Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294),
 section 3.2.
@@ -134,8 +134,8 @@ class IMTA(ExitNetwork):
 
         Args:
             k: Number of the exit, from 0.
-            features: Of exit ``k``, (N, feature_dims[k]).
-            previous_logits: Of exit k - 1, (N, num_classes); None for the first exit.
+            features: Features of exit ``k``, (N, feature_dims[k]).
+            previous_logits: Logits of exit k - 1, (N, num_classes); None for the first exit.
         """
         if self.links is not None and previous_logits is not None:
             linked = previous_logits.detach() if self.cut_isc_gradient else previous_logits
@@ -150,8 +150,8 @@ class IMTA(ExitNetwork):
         variant.
 
         Args:
-            features: Of all exits.
-            logits: Of all exits.
+            features: Features of all exits, (N, feature_dims[k]) each.
+            logits: Logits of all exits, (N, num_classes) each.
         """
         if not self.freeze_backbone:
             return logits[-1].detach()

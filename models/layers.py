@@ -103,7 +103,7 @@ class DenseLayer(GridLayer):
     Args:
         width: Input channels of every scale.
         growth: New channels of every scale.
-        bottleneck_factors: One per scale, applied by the scale an input comes from; None for no bottleneck.
+        bottleneck_factors: Factor of every scale, for the inputs that come from it; None for no bottleneck.
         input_scales: Scales of the previous layer.
         output_scales: Scales of this layer; finer ones are dropped here.
         share_convolutions: Run the two 1x1 convolutions that read one scale as one in ``forward``. An unused
@@ -228,7 +228,7 @@ def add_boost(logits: Tensor, previous_logits: Tensor | None) -> Tensor:
     """Add half of the previous exit's logits (N, C), if there is one; their gradient stops here.
 
     Boosted exits (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023, arXiv 2211.16726): a classifier
-    learns what is still wrong with the prediction of the exits before it.
+    learns what is still wrong with the prediction of the previous exits.
     """
     if previous_logits is None:
         return logits

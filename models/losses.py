@@ -1,4 +1,4 @@
-"""Training losses, one value per image: means over any split of a batch are exact (GPUs, accumulation).
+"""Training losses, unreduced, so that gradient accumulation and several processes average exactly.
 
 Stage 1 adds all exits' cross-entropies. Stage 2 is One-for-all distillation (OFA), Li et al., "Improved
 Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.3.

@@ -137,7 +137,7 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             k: Number of the exit, from 0.
-            state: Of n images, from ``start`` (k = 0) or from ``advance`` of exit k - 1.
+            state: State of n images, from ``start`` (k = 0) or from ``advance`` of exit k - 1.
 
         Returns:
             The features (n, feature_dims[k]) of exit ``k``, and the state that exit k + 1 needs.
@@ -149,8 +149,8 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             k: Number of the exit, from 0.
-            features: Of exit ``k``, (N, feature_dims[k]).
-            previous_logits: Of exit k - 1, (N, C); None for the first exit.
+            features: Features of exit ``k``, (N, feature_dims[k]).
+            previous_logits: Logits of exit k - 1, (N, C); None for the first exit.
         """
 
     # Training: whole blocks, with Gradient Equilibrium.
@@ -231,7 +231,8 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             images: (N, 3, H, W), normalised as in training.
-            thresholds: One per exit. All images that are left leave at the last exit, whatever its threshold.
+            thresholds: Threshold of every exit. All images that are left leave at the last exit, whatever its
+                threshold.
 
         Returns:
             Logits (N, C) of the exit at which each image left, and the number (N,) of that exit, from 0.
@@ -300,8 +301,8 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     """Build the network that ``network_options`` described, with new weights.
 
     Args:
-        options: Its ``type`` is one of ``ExitNetwork.kinds``. A file runs no code of its own.
-        network: As for ``ExitNetwork.from_config``.
+        options: Options, of which ``type`` is one of ``ExitNetwork.kinds``: a file runs no code of its own.
+        network: A network without exits that is part of it, as for ``ExitNetwork.from_config``.
 
     Raises:
         ValueError: There is no such network.

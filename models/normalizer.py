@@ -1,4 +1,4 @@
-"""Normalisation of images, written once for training, evaluation, prediction and export."""
+"""Normalisation of images, shared by training, evaluation, prediction and export."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ class Normalizer:
     """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation.
 
     Args:
-        mean: Of the three channels, for values from 0 to 1.
-        std: Of the three channels, for values from 0 to 1.
-        device: Of the images.
-        memory_format: Of the result.
+        mean: Mean of each of the three channels, for values from 0 to 1.
+        std: Standard deviation of each of the three channels, for values from 0 to 1.
+        device: Device of the images.
+        memory_format: Memory format of the result.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
 
     Raises:
         OSError: There is no such file, or no such name.
-        ValueError: As ``read_network``.
+        ValueError: ``read_network`` refuses the file; one line that names it.
     """
     return read_network(find(path_or_name), network)[0]
 
@@ -96,7 +96,7 @@ def read_network(
 
     Args:
         path: The file.
-        network: As in ``load``.
+        network: The network without exits, as for ``load``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -168,8 +168,8 @@ def with_weights(
 
     Args:
         options: The description.
-        tensors: Its state dict.
-        network: As in ``load``.
+        tensors: State dict of the network.
+        network: The network without exits, as for ``load``.
 
     Raises:
         ValueError: The options describe no network, none without ``network``, or another one.

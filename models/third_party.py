@@ -78,7 +78,7 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     """Return what the weights of a network expect of images; ImageNet's usual values where nothing is known.
 
     Args:
-        arch: As for ``build_backbone``.
+        arch: Name of the network, as for ``build_backbone``.
         pretrained: Name of torchvision's weights. For files and None, those of the default weights count.
 
     Raises:

@@ -54,7 +54,7 @@ class Trace:
     """A graph of a network in one mode.
 
     Attributes:
-        graph: Its only placeholder is the images.
+        graph: Graph whose only placeholder is the images.
         outputs: Node of the output of every module that was called once and returned one value, by path.
         repeated: Paths of modules that were called more than once.
         leaves: Paths of the modules that were not traced into.
@@ -332,7 +332,7 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
 
     Args:
         network: The traced network.
-        traces: Its graphs.
+        traces: Graphs of the network.
         image_size: A size to try first.
 
     Raises:

@@ -42,7 +42,7 @@ class AnytimePredictor(AdaptivePredictor):
     returns to 1 within ``RECENT_CALLS`` calls once the machine is fast again.
 
     Args:
-        network: As for ``AdaptivePredictor``.
+        network: The network that predicts, as for ``AdaptivePredictor``.
         milliseconds: Time from the call to the prediction, for the whole batch.
         timing: Times of this network on this machine, for the batch size in use or a larger one, from
             ``measure_blocks``.
@@ -105,7 +105,7 @@ class BudgetPredictor(AdaptivePredictor):
     ``HORIZON_CALLS`` calls, so a shorter run may exceed its budget.
 
     Args:
-        network: As for ``AdaptivePredictor``.
+        network: The network that predicts, as for ``AdaptivePredictor``.
         points: Points of a policy curve that may be used.
         milliseconds: Mean time per image over all calls. Less is spent where even the most expensive policy
             is cheaper.

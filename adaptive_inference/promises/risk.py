@@ -223,7 +223,7 @@ def _maximum(function: Callable[[float], float], positions: Sequence[float]) -> 
     """Return the maximum of a smooth function over an interval.
 
     Args:
-        function: With few local maxima, each wider than the distance of two positions.
+        function: Function with few local maxima, each wider than the distance of two positions.
         positions: Across the interval, increasing. Every local maximum among them that comes near the
             largest one is refined by a golden-section search between its neighbours.
     """
