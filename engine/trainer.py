@@ -291,7 +291,7 @@ class Trainer:
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.meters.totals.zero_()
-        self._write_checkpoint(is_best, progress, self.meters.totals)
+        self.write_checkpoint(is_best, progress, self.meters.totals)
         self._report_epoch(row)
 
     def _note_if_best(self, row: dict[str, Any]) -> bool:
@@ -342,13 +342,13 @@ class Trainer:
         """Save in the middle of an epoch; the meters of all processes go into one."""
         totals = self.session.processes.all_reduce_sum(self.meters.totals)
         self._refuse_divergence(Meters.means(totals)[0])
-        self._write_checkpoint(False, replace(self.progress, seconds=self._seconds()), totals)
+        self.write_checkpoint(False, replace(self.progress, seconds=self._seconds()), totals)
 
     def _seconds(self) -> float:
         """Return the time spent on the present epoch, that before an interruption included."""
         return self.progress.seconds + time.monotonic() - self.began
 
-    def _write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
+    def write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         """Write ``last.pt``, after the best epoch if this one is."""
         if not self.session.processes.is_main:
             return

@@ -51,20 +51,20 @@ def test_a_step_starts_few_kernels():
     assert 500 < kernels.number <= 1100
 
 
-def test_the_weights_are_found_finite_by_one_question(tmp_path, tiny_demo, monkeypatch):
+def test_the_weights_are_found_finite_by_one_synchronisation(tmp_path, tiny_demo, monkeypatch):
     """A GPU is waited for at each."""
-    real, questions = (
-        Trainer.write,
+    real, synchronisations = (
+        Trainer.write_checkpoint,
         Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default),
     )
 
     def write(*arguments):
-        with questions:
+        with synchronisations:
             real(*arguments)
 
-    monkeypatch.setattr(Trainer, "write", write)
+    monkeypatch.setattr(Trainer, "write_checkpoint", write)
     assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
-    assert questions.number == 1
+    assert synchronisations.number == 1
 
 
 def test_a_prediction_writes_no_number_of_the_host_by_index():
