@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -227,8 +228,8 @@ def _join(launch: Launch, device: torch.device) -> None:
             f"MASTER_PORT={port or ''!r}: torchrun sets all of them; unset WORLD_SIZE for one process"
         )
     try:
-        _interruptibly(lambda: socket.getaddrinfo(address, port))
-        _interruptibly(lambda: _init_process_group(launch, device))
+        in_thread(partial(socket.getaddrinfo, address, port)).result()
+        in_thread(partial(_init_process_group, launch, device)).result()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
@@ -252,10 +253,10 @@ def _init_process_group(launch: Launch, device: torch.device) -> None:
     )
 
 
-def _interruptibly(work: Callable[[], _T]) -> _T:
-    """Return the result of ``work``, done in a thread, so that signals are handled meanwhile.
+def in_thread(work: Callable[[], _T]) -> Future[_T]:
+    """Start ``work`` in a daemon thread and return the future of its result.
 
-    While the main thread runs C++ code, Python handles none.
+    While the main thread runs C++ code, Python handles no signals; while it waits for a future, it does.
     """
     future: Future[_T] = Future()
 
@@ -266,4 +267,4 @@ def _interruptibly(work: Callable[[], _T]) -> _T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result()
+    return future

@@ -23,18 +23,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from engine.distributed import TIMEOUT, Processes, is_lost_peer, launch_of_environment, process_group
+from engine.distributed import (
+    TIMEOUT,
+    Processes,
+    in_thread,
+    is_lost_peer,
+    launch_of_environment,
+    process_group,
+)
 from utils import UserError, at_least, available_cores
 
 MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
 SECONDS_TO_REPORT = 5  # that a worker with an error gets to report it
+SECONDS_TO_LOOK = 0.2  # between two looks at the workers while they start
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 _report: Path | None = None  # where a worker reports why it ended; None in rank 0
@@ -123,8 +132,7 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     seconds_to_end = 0
     try:
-        store = dist.FileStore(str(folder / "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        _join(folder / "store", rank, count, workers)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()
         seconds_to_end = MAX_SECONDS_TO_END
@@ -167,6 +175,29 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
             return rank, []
         workers.append(worker)
     return 0, workers
+
+
+def _join(store: Path, rank: int, count: int, workers: list[int]) -> None:
+    """Meet the other processes.
+
+    Raises:
+        RuntimeError: A worker ended before all had met. Gloo notices only the loss of one that it has met.
+    """
+
+    def join() -> None:
+        file_store = dist.FileStore(str(store), count)
+        dist.init_process_group("gloo", store=file_store, rank=rank, world_size=count, timeout=TIMEOUT)
+
+    future = in_thread(join)
+    while not wait([future], SECONDS_TO_LOOK).done:
+        if any(_has_ended(worker) for worker in workers):
+            raise RuntimeError("Gloo: a worker ended before all processes had met")
+    future.result()
+
+
+def _has_ended(worker: int) -> bool:
+    """Return True if a worker has ended; its exit status can still be read."""
+    return os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _wait_for(workers: list[int], seconds: float) -> None:

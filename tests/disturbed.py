@@ -2,13 +2,16 @@
 
 SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file
 that is then made, and keeps it from happening again. LATE: seconds that this process then waits first.
-COPY_FAILS: forked copies meet an image that cannot be read.
+COPY_FAILS: forked copies meet an image that cannot be read. COPY_DIES: they are killed before they meet.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 import train_GE
 from engine.stepper import Stepper
@@ -28,6 +31,8 @@ def main(argv: list[str]) -> int:
         _send_once(int(os.environ["SIGNAL"]), marker)
     if "COPY_FAILS" in os.environ:
         _fail_in_copies()
+    if "COPY_DIES" in os.environ:
+        _die_in_copies()
     return train_GE.main(argv)
 
 
@@ -54,6 +59,17 @@ def _fail_in_copies() -> None:
         real(*arguments)
 
     Stepper.step = step
+
+
+def _die_in_copies() -> None:
+    real, program = dist.init_process_group, os.getpid()
+
+    def init_process_group(*arguments, **options):
+        if os.getpid() != program:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments, **options)
+
+    dist.init_process_group = init_process_group
 
 
 if __name__ == "__main__":

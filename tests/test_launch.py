@@ -216,6 +216,15 @@ def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     assert (result.statuses, result.errors) == ([2], "train_GE.py: cannot read the image bad.jpg\n")
 
 
+def test_a_copy_that_is_killed_before_all_have_met_ends_the_run(tmp_path):
+    began = time.monotonic()
+    result = train(tmp_path, COPY_DIES=1)
+    assert result.statuses == [1], result.errors
+    assert result.errors.count("\n") == 1
+    assert "another process of this run was lost" in result.errors
+    assert time.monotonic() - began < 2 * LONGEST
+
+
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
