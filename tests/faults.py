@@ -186,7 +186,7 @@ class Harness:
         self, kind: str, rng: random.Random, folder: Path, number: int
     ) -> list[str]:
         """One training, interrupted at random instants and resumed until it comes to its end."""
-        # Trainings in two processes are killed less often until they end: seven of twelve are half of the kills.
+        # Trainings in two processes are shorter and meet fewer kills: seven of twelve cases are half of them.
         processes = 2 if number % 12 < 7 else 1
         name, program, flags, wanted = self._training(rng, number, processes)
         problems, path, resume = [], folder / "run", []
