@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SPLIT_TENSORS = ("held_out", "names")  # names in files of the tensors of a ``Split``; the others are weights
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -102,12 +104,12 @@ class Split(NamedTuple):
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their names in files."""
-        return {"held_out": self.held_out, "names": self.name_digests}
+        return dict(zip(SPLIT_TENSORS, self, strict=True))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Split":
         """Return the split that ``to_tensors`` turned into tensors."""
-        return cls(tensors["held_out"], tensors["names"])
+        return cls(*(tensors[name] for name in SPLIT_TENSORS))
 
     @classmethod
     def unknown(cls) -> "Split":

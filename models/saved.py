@@ -33,13 +33,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .description import Description, Split
+from .description import SPLIT_TENSORS, Description, Split
 from .files import find
 from .network import ExitNetwork, build_network
 from .third_party import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
-SPLIT_TENSORS = ("held_out", "names")  # all other tensors of a file are the network's
 MAX_IMAGE_SIZE = 10_000  # pixels
 
 

@@ -72,13 +72,13 @@ def test_deadline_follows_a_slower_machine_and_recovers(network, image, slow):
 
     def call():
         before = clock.now
-        exit = predictor(image).exits.item()
-        return exit, clock.now - before > 29.0
+        exit_number = predictor(image).exits.item()
+        return exit_number, clock.now - before > 29.0
 
     assert [call() for _ in range(10)] == [(2, False)] * 10
     clock.milliseconds = slow
     slow_calls = [call() for _ in range(50)]
-    late_with_later_blocks = sum(late for exit, late in slow_calls if exit > 0)
+    late_with_later_blocks = sum(late for exit_number, late in slow_calls if exit_number > 0)
     assert late_with_later_blocks <= ALLOWED_LATE + 1
     assert slow_calls[-1][0] == (1 if slow == 13 else 0)
     clock.milliseconds = 9.0

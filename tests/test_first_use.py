@@ -93,8 +93,8 @@ def use(place):
     answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
     assert (len(answers["predictions"]), answers["summary"]["images"]) == (24, 24)
     assert len(answers["predictions"][0]["top5"]) == 4
-    name, confidence, _, _, exit = run(library, place)[0].split()
-    assert (name, exit) == (answer[0], answer[2])
+    name, confidence, _, _, exit_number = run(library, place)[0].split()
+    assert (name, exit_number) == (answer[0], answer[2])
     assert float(confidence) == pytest.approx(float(answer[1]), abs=1e-3)
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
         assert run(onnx, place)[0].endswith(": photos.onnx\n")

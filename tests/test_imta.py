@@ -75,5 +75,5 @@ def test_single_stage_trains_everything_it_uses_and_teaches_itself(backbone, ima
     assert all(name.startswith("backbone.blocks.2") for name in unreached), (
         "only fine scales after the last exit may stay without"
     )
-    assert not any(exit.linear.weight.requires_grad for exit in backbone.exits)
+    assert not any(exit_module.linear.weight.requires_grad for exit_module in backbone.exits)
     assert backbone.stem.scales[0][0].weight.grad.any()

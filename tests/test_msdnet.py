@@ -95,9 +95,9 @@ def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
         return grid
 
     grid, logits = network.stem(images), []
-    for i, (block, exit) in enumerate(zip(network.blocks, network.exits, strict=True), start=1):
+    for i, (block, exit_module) in enumerate(zip(network.blocks, network.exits, strict=True), start=1):
         grid = rescaled(block(grid), 1 / (4 - i + 1))
-        logits.append(exit.linear(exit.features(grid[network.num_scales - 1])))
+        logits.append(exit_module.linear(exit_module.features(grid[network.num_scales - 1])))
         grid = rescaled(grid, 4 - i)
     expected, ours = (
         torch.autograd.grad(sum(z.square().sum() for z in exits), parameters, allow_unused=True)

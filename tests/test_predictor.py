@@ -110,16 +110,16 @@ class Counting:
 
 @pytest.mark.parametrize("num_images", [1, 20])
 @pytest.mark.parametrize(
-    ("thresholds", "exit", "exits_run"),
+    ("thresholds", "exit_number", "exits_run"),
     [((ALL, ALL, ALL), 0, 1), ((NONE, ALL, ALL), 1, 2), ((NONE, NONE, ALL), 2, 3), ((NONE,) * 3, 2, 3)],
 )
-def test_extreme_thresholds(num_images, thresholds, exit, exits_run):
+def test_extreme_thresholds(num_images, thresholds, exit_number, exits_run):
     network = make_network(1)
     images = torch.randn(num_images, 3, 32, 32, dtype=torch.float64)
     counting = Counting(network)
     policy = Policy(thresholds)
     prediction = AdaptivePredictor(counting, policy)(images)
-    assert prediction.exits.tolist() == [exit] * num_images
+    assert prediction.exits.tolist() == [exit_number] * num_images
     assert counting.seen == [num_images] * exits_run
     assert_same(prediction, simulate(logits_of(network, images), policy))
 
