@@ -125,7 +125,7 @@ class AdaptivePredictor:
             if k == len(self.policy.thresholds) - 1:
                 break
             leaves = self.leaves(current.confidence, threshold)
-            if len(leaves) == 1:  # nothing to select from: waiting for one number is all that is left to do
+            if len(leaves) == 1:  # one image leaves or stays: nothing has to be selected, which saves time
                 if leaves.item():
                     break
                 continue

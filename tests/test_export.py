@@ -258,7 +258,7 @@ def test_same_probabilities_by_temperatures_and_ensembles(converted, tmp_path, e
         assert len(set(found.exits)) == 3
         assert found.exits.tolist() == expected.exits.tolist()
         assert found.classes.tolist() == expected.classes.tolist()
-        probs = torch.from_numpy(found.logits).softmax(1)
+        probs = torch.from_numpy(found.probs)
         torch.testing.assert_close(probs, expected.probs, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
             torch.from_numpy(found.confidence), expected.confidence, atol=1e-5, rtol=1e-4
