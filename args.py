@@ -231,7 +231,7 @@ class CommandLine:
                 stage 1's, a held-out split that is not the record's, or images that are gone.
         """
         has_record = stored is not None or (inherited is not None and self.stage == "IMTA")
-        given = self.typed if has_record else {**self.implied, **self.typed}
+        given = self._beside_record() if has_record else {**self.implied, **self.typed}
         if inherited and self.stage == "GE" and ("preset" in given or "data" in given):
             kept = ("arch", *options_of(_arch(inherited)), "image_size")
             inherited = {name: inherited[name] for name in kept if name in inherited}
@@ -266,14 +266,20 @@ class CommandLine:
             may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
             if self.stage == "GE":
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
-        for name, value in self.typed.items():
-            if name in may_differ or name not in stored:
+        for name, value in self._beside_record().items():
+            if name in may_differ:
                 continue
-            before = stored[name]
+            if "evalmode" in self.typed and name not in stored:
+                raise UserError(f"the {what} has no record of its {flag_of(name)}; {way}")
+            before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
             if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
                 raise UserError(
                     f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
+
+    def _beside_record(self) -> dict[str, Any]:
+        """Return what was typed but "auto", which beside a record stands for what the record says."""
+        return {name: value for name, value in self.typed.items() if value != "auto"}
 
     def refuse_other_data(self, stored: dict[str, Any]) -> None:
         """Check that --data-root, if it was typed, can be where the images of a recorded run are.

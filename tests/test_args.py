@@ -234,6 +234,22 @@ def test_a_resumed_run_keeps_its_settings():
         parse("GE", ["--resume", "--lr", "0.5"]).refuse_changes(stored)
 
 
+def test_auto_stays_what_it_was_in_a_resumed_run():
+    stored = from_record(plain(parse("GE", []).settings())) | {"amp": "bf16", "compile": "default"}
+    command = parse("GE", ["--resume", "--amp", "auto", "--compile", "auto"])
+    command.refuse_changes(stored)
+    assert (command.settings(stored).amp, command.settings(stored).compile) == ("bf16", "default")
+
+
+def test_a_flag_newer_than_the_record_is_compared_with_its_default():
+    stored = from_record(plain(parse("GE", []).settings()))
+    del stored["clip_grad"]
+    with pytest.raises(UserError, match="has --clip-grad None, the command line says 1"):
+        parse("GE", ["--resume", "--clip-grad", "1"]).refuse_changes(stored)
+    with pytest.raises(UserError, match="has no record of its --clip-grad"):
+        parse("GE", ["--evalmode", "--clip-grad", "1"]).refuse_changes(stored)
+
+
 def test_a_run_never_continues_one_of_other_data():
     demo = from_record(plain(parse("GE", []).settings()))
     for flags in (
