@@ -1,7 +1,11 @@
 """Every kind of network keeps the contract of ``ExitNetwork``; ``tests.contract`` says what that is."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from torch import Tensor
+
+from models import MSDNet
 from tests import contract
 
 # One or two networks of every kind; ``python -m tests.contract``, which CI calls, checks all.
@@ -15,6 +19,26 @@ NAMES = ("msdnet", "msdnet_boosted", "imta", "imta_single_stage", "imta_backbone
 def test_network(check, name):
     if reason := contract.CHECKS[check](contract.CASES[name]):
         pytest.skip(reason)
+
+
+class Unscaled(MSDNet, register=False):
+    """An MSDNet that declares Gradient Equilibrium, and leaves gradients as they are."""
+
+    def rescale(self, x: Tensor, factor: float) -> Tensor:
+        return x
+
+
+def test_a_network_that_does_not_rescale_gets_a_line_that_says_what_to_do():
+    case = contract.CASES["msdnet"]
+    small = {"num_blocks": 3, "num_channels": 4, "growth_rate": 4, "step_mode": "lin_grow"}
+    unscaled = replace(case, build=lambda: Unscaled(contract.NUM_CLASSES, **small))
+    with pytest.raises(
+        AssertionError, match=r"stem\.\S+ in block 0 .* sum / 3: features\(\) must call rescale"
+    ):
+        contract.check_gradient_equilibrium(unscaled)
+    undeclared = replace(case, build=lambda: contract.msdnet(gradient_equilibrium=False))
+    with pytest.raises(AssertionError, match="declare gradient_equilibrium = True in MSDNet"):
+        contract.check_gradient_equilibrium(undeclared)
 
 
 def test_command_line(capsys, monkeypatch):
