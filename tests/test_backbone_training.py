@@ -80,6 +80,7 @@ def test_a_resumed_run_draws_the_same_dropout_masks(train, tmp_path, monkeypatch
         assert torch.equal(resumed["state_dict"][name], x), name
 
 
+@pytest.mark.slow
 def test_pretrained_weights_learn_slower(train, tmp_path):
     weights = torchvision.models.mobilenet_v3_small(num_classes=7).state_dict()
     file = tmp_path / "weights.safetensors"
@@ -90,6 +91,7 @@ def test_pretrained_weights_learn_slower(train, tmp_path):
     assert learned == {"classifier.3.weight", "classifier.3.bias"}
 
 
+@pytest.mark.slow
 def test_exits_alone(train, tmp_path):
     assert train("run", "--freeze", "backbone", "--optimizer", "adamw", "--lr", "0.001") == 0
     network = load(tmp_path / "run" / "GE")
@@ -98,6 +100,7 @@ def test_exits_alone(train, tmp_path):
     assert record["settings"]["optimizer"] == "adamw"
 
 
+@pytest.mark.slow
 def test_fine_tuned_on_other_classes(train, finished_run, tmp_path):
     run = str(finished_run)
     assert (

@@ -158,6 +158,7 @@ def test_damaged_file(network, logits, tmp_path, damage):
         read_reference(path, curve)
 
 
+@pytest.mark.slow
 def test_experiment(finished, tiny_demo, tmp_path, capsys):
     """The experiment prints its tables for a run, and reads the logits of the first time the second time."""
     network, table = finished / "GE" / "best.safetensors", tmp_path / "corruptions.csv"

@@ -46,6 +46,7 @@ def run_program(path):
     )
 
 
+@pytest.mark.slow
 def test_hub_neither_meets_nor_hides_another_package(tmp_path):
     for folder in (tmp_path / "models", tmp_path / "other" / "models"):
         folder.mkdir(parents=True)
@@ -61,6 +62,7 @@ def test_hub_neither_meets_nor_hides_another_package(tmp_path):
     assert ended.stdout == f"{[0] * len(PROGRAMS)}\n"
 
 
+@pytest.mark.slow
 def test_the_library_in_a_folder_that_holds_files_of_the_same_names(tmp_path):
     """With the clone first on the path, as documented."""
     (tmp_path / "models").mkdir()

@@ -118,6 +118,7 @@ def test_a_program_that_is_asked_to_stop_may_save_first():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_path, capsys):
     file = tmp_path / "weights" / "tiny.safetensors"
     assert ship.main([str(finished / "GE"), str(file), "--bfloat16"]) == 0

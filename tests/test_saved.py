@@ -215,6 +215,7 @@ def test_a_failed_write_leaves_the_old_file(network, path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_torch_hub_needs_torch_and_safetensors_alone(path, tmp_path):
     shutil.copytree(ROOT / "models", tmp_path / "clone" / "models")
     shutil.copyfile(ROOT / "hubconf.py", tmp_path / "clone" / "hubconf.py")

@@ -138,6 +138,7 @@ def test_checkpointed_activations_change_neither_gradients_nor_statistics():
     assert calls == 2  # and once more in the backward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])
 def test_compiled_step_agrees(stage, monkeypatch):
     """There is one graph, and a new learning rate does not compile again (or capture, on a GPU)."""
