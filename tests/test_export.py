@@ -522,6 +522,23 @@ def test_every_way_gives_the_same_predictions(finished, tmp_path, capsys):
     assert ("OpenVINO" in ways) is bool(importlib.util.find_spec("openvino"))
 
 
+def test_waiting_threads_hardly_spin(exported, monkeypatch):
+    """Beside a busy core, threads that spin as long as ONNX Runtime likes make every call much slower."""
+    import onnxruntime
+
+    real, given = onnxruntime.InferenceSession, []
+
+    def session(path, options, **others):
+        given.append(options)
+        return real(path, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    OnnxPredictor(exported[2] / "network.onnx")
+    entry = given[0].get_session_config_entry
+    if entry("session.intra_op.allow_spinning") == "1":  # since version 1.26, which can limit it
+        assert 0 < int(entry("session.intra_op.spin_duration_us")) <= 100
+
+
 @needs_openvino
 def test_openvino(exported, capsys):
     from examples import openvino_predictor
