@@ -13,7 +13,7 @@ leaves out of the namespace what was not typed.
 To add an option, add its default to ``DEFAULTS`` and its flag to a group below: ``_add_stage_1`` or
 ``_add_stage_2`` if one stage alone has it. Name it in ``INHERITED`` if stage 2 takes it from stage 1's
 record, in ``RESUMABLE`` if a resumed run may change it, and in ``EVALUABLE`` if an evaluation may. An option
-of an MSDNet is a line of ``models.options.NetworkOptions`` and a flag: default and inheritance follow.
+of an MSDNet is a line of ``models.options.MSDNetOptions`` and a flag: default and inheritance follow.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
 from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
-from models.options import CHOICES, NetworkOptions
+from models.options import CHOICES, MSDNetOptions
 from presets import PRESETS
 from utils import (
     CommandLineParser,
@@ -80,7 +80,7 @@ DEFAULTS: dict[str, Any] = {
     # network
     "arch": "msdnet",
     "exits": 4,
-    **asdict(NetworkOptions()),
+    **asdict(MSDNetOptions()),
     "small_inputs": None,
     # collaboration and distillation
     "temperature": 1.0,
@@ -132,7 +132,7 @@ class OwnNetwork(NamedTuple):
 
 
 # All other values of --arch are names of torchvision and timm.
-OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", NetworkOptions)}
+OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", MSDNetOptions)}
 LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
 ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, with --arch and its options, unless they are typed.
@@ -233,7 +233,7 @@ class CommandLine:
         has_record = stored is not None or (inherited is not None and self.stage == "IMTA")
         given = self._beside_record() if has_record else {**self.implied, **self.typed}
         if inherited and self.stage == "GE" and ("preset" in given or "data" in given):
-            kept = ("arch", *options_of(_arch(inherited)), "image_size")
+            kept = ("arch", *option_names(_arch(inherited)), "image_size")
             inherited = {name: inherited[name] for name in kept if name in inherited}
         record = stored or inherited or {}
         self._check_images_are_there(record)
@@ -260,7 +260,7 @@ class CommandLine:
         if conflict := _arch_conflict(self.typed, _arch(stored)):
             raise UserError(conflict)
         if "evalmode" in self.typed:  # the network's file says more of its options than the record
-            may_differ = {*EVALUABLE, *every_network_option()}
+            may_differ = {*EVALUABLE, *all_option_names()}
             what, way = "network to evaluate", "--evalmode trains nothing"
         else:
             may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
@@ -366,7 +366,7 @@ class CommandLine:
             values["lr"] = ADAMW_LR
         if given.get("data") == "folder":  # a preset does not know its number of images
             values["val_size"] = None
-        names = ("arch", *options_of(_arch(inherited)), *INHERITED)
+        names = ("arch", *option_names(_arch(inherited)), *INHERITED)
         return values | {name: inherited[name] for name in names if name in inherited}
 
 
@@ -388,15 +388,15 @@ def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
     return CommandLine(stage, typed, sys.argv[1:] if argv is None else argv)
 
 
-def options_of(arch: str) -> tuple[str, ...]:
+def option_names(arch: str) -> tuple[str, ...]:
     """Return the settings that are options of the networks of a value of --arch."""
     own = OWN_NETWORKS.get(arch)
     return LIBRARY_OPTIONS if own is None else tuple(field.name for field in fields(own.options))
 
 
-def every_network_option() -> set[str]:
+def all_option_names() -> set[str]:
     """Return the settings that are options of a network, whatever its kind."""
-    return {*LIBRARY_OPTIONS}.union(*map(options_of, OWN_NETWORKS))
+    return {*LIBRARY_OPTIONS}.union(*map(option_names, OWN_NETWORKS))
 
 
 def _arch(settings: dict[str, Any]) -> str:
@@ -436,7 +436,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
         values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
     if values["pretrained"] is None:
         values["pretrained_lr_factor"] = 1.0
-    others = every_network_option() - {*options_of(values["arch"])}
+    others = all_option_names() - {*option_names(values["arch"])}
     return {name: value for name, value in values.items() if name not in others}
 
 
@@ -467,10 +467,10 @@ def _unused_flag(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
 
 def _arch_conflict(typed: dict[str, Any], arch: str) -> str | None:
     """Return a line about the first option of other kinds of networks, None if there is none."""
-    wrong = sorted(every_network_option() & typed.keys() - {*options_of(arch)})
+    wrong = sorted(all_option_names() & typed.keys() - {*option_names(arch)})
     if not wrong:
         return None
-    owners = [f"--arch {own}" for own in OWN_NETWORKS if wrong[0] in options_of(own)]
+    owners = [f"--arch {own}" for own in OWN_NETWORKS if wrong[0] in option_names(own)]
     if wrong[0] in LIBRARY_OPTIONS:
         owners.append("networks of torchvision and timm (--arch NAME)")
     return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"

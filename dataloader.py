@@ -59,7 +59,6 @@ class Data:
         info: Names, preprocessing and training images, for checkpoints.
         split: Which training images are ``val``.
         notes: Lines for the user.
-        sorted_by_name: Whether classes are in the order of their folders' names.
         train: The images to train on.
         val: The held-out training images.
         test: The test images.
@@ -68,7 +67,6 @@ class Data:
     info: DataInfo
     split: Split
     notes: list[str]
-    sorted_by_name: bool
     train: Batches
     val: Batches
     test: Batches
@@ -142,7 +140,7 @@ def load_data(
         num_training_images=stored.num_training_images if is_stored else len(data_set.train),
         fingerprint=stored.fingerprint if is_stored else data_set.fingerprint,
     )
-    return Data(info, split, [one_line(note) for note in notes], data_set.sorted_by_name, **batches)
+    return Data(info, split, [one_line(note) for note in notes], **batches)
 
 
 def _make_batches(

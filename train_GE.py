@@ -5,7 +5,8 @@
     python train_GE.py --preset cifar100 --evalmode anytime
     python train_GE.py --pretrained imta_cifar100 --data-root photos    # fine-tuning
 
-Gradient Equilibrium itself is in ``models.msdnet``; here is the loss, the sum of the exits' cross-entropies.
+Gradient Equilibrium is ``ExitNetwork.rescale`` (``models.network``), called in ``MSDNet.features`` and
+``Backbone.features``; this file has the loss, the sum of the exits' cross-entropies.
 """
 
 import os
@@ -76,7 +77,8 @@ class Stage1(Stage):
 
     def title(self, network: ExitNetwork, settings: Namespace) -> str:
         """Return the title of a run's curves."""
-        return f"{network.title} + GE" if network.gradient_equilibrium else network.title
+        parts = [network.title] + ["GE"] * network.gradient_equilibrium
+        return " + ".join(parts + ["boosted exits"] * network.boosted)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from args import OWN_NETWORKS, every_network_option, flag_of, from_record, options_of
+from args import OWN_NETWORKS, all_option_names, flag_of, from_record, option_names
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
@@ -38,7 +38,7 @@ class SavedNetwork:
     @property
     def settings(self) -> dict[str, Any]:
         """Record of the run that wrote it; the network itself says which network and image size it is."""
-        recipe = {**self.description.recipe, **options_of_network(self.network)}
+        recipe = {**self.description.recipe, **settings_of_network(self.network)}
         return from_record({**recipe, "image_size": self.data.image_size})
 
     @property
@@ -57,8 +57,8 @@ class SavedNetwork:
         Raises:
             UserError: The first flag that asks for something else.
         """
-        own = options_of_network(self.network)
-        for name in sorted(typed.keys() & {"arch", *every_network_option()}):
+        own = settings_of_network(self.network)
+        for name in sorted(typed.keys() & {"arch", *all_option_names()}):
             value = typed[name]
             if name not in own:
                 raise UserError(f"{self.path} has no {flag_of(name)}: it is {self.network.stage_1.kind}")
@@ -69,13 +69,13 @@ class SavedNetwork:
             raise UserError(f"{self.path} has no pretrained parameters for --pretrained-lr-factor")
 
 
-def options_of_network(network: ExitNetwork) -> dict[str, Any]:
+def settings_of_network(network: ExitNetwork) -> dict[str, Any]:
     """Return --arch and the options of the network that stage 1 trained, as far as ``args`` knows them."""
     stage_1 = network.stage_1
     own = [arch for arch, kind in OWN_NETWORKS.items() if kind.kind == stage_1.kind]
     prefix = TIMM_PREFIX if stage_1.config.get("library") == "timm" else ""
     arch = own[0] if own else prefix + stage_1.config.get("name", stage_1.kind)
-    options = {name: stage_1.config[name] for name in options_of(arch) if name in stage_1.config}
+    options = {name: stage_1.config[name] for name in option_names(arch) if name in stage_1.config}
     return {"arch": arch, **options}
 
 

@@ -33,7 +33,7 @@ from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX, is_network_file
-from models.network import network_options
+from models.network import to_config
 from models.options import NETWORK_FIELDS
 from models.pytorch_files import STATE_DICTS, read_checkpoint
 from models.released import PUBLISHED_NAMES
@@ -185,7 +185,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
         fingerprint="",
     )
     description = Description(
-        network=network_options(network),
+        network=to_config(network),
         data=data,
         operations=count_operations(network, image_size),
         stage="GE" if network.stage_1 is network else "IMTA",

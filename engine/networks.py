@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from args import OWN_NETWORKS, options_of
+from args import OWN_NETWORKS, option_names
 from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, build_backbone
@@ -20,7 +20,7 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
     num_classes = len(data.class_names)
     try:
         if own := OWN_NETWORKS.get(settings.arch):
-            options = {name: getattr(settings, name) for name in options_of(settings.arch)}
+            options = {name: getattr(settings, name) for name in option_names(settings.arch)}
             return ExitNetwork.kinds[own.kind](num_classes=num_classes, **options)
         return build_backbone(
             settings.arch,

@@ -35,7 +35,7 @@ from engine.stepper import refuse_combinations
 from engine.trainer import train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
-from models.network import network_options
+from models.network import to_config
 from models.saved import load_weights
 from utils import UserError, one_line, print_error
 
@@ -259,7 +259,7 @@ def _describe(
 ) -> Description:
     settings = session.settings
     return Description(
-        network=network_options(network),
+        network=to_config(network),
         data=data,
         operations=operations,
         stage=stage.name,

@@ -349,7 +349,13 @@ class Trainer:
         return self.progress.seconds + time.monotonic() - self.began
 
     def write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
-        """Write ``last.pt``, after the best epoch if this one is."""
+        """Write ``last.pt``; before it ``best.safetensors``, if this epoch is the best so far.
+
+        Args:
+            is_best: Whether this epoch is the best so far.
+            progress: The position of the run to write.
+            totals: Sums of the present epoch, over all processes (``Meters.totals``).
+        """
         if not self.session.processes.is_main:
             return
         # One host-device synchronisation instead of one per tensor.

@@ -31,6 +31,7 @@ from utils import CommandLineParser, UserError, atomic_write, user_path
 
 MAX_LOSS = 0.05  # points of top-1
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
+BOOSTED = "boosted exits"  # in the titles of their networks
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
 RECIPE = (
     "epochs",
@@ -54,7 +55,7 @@ MODEL = """- name: {name}
 SECTION = """
 ## {name}
 
-{d.title}, trained on {d.data.name} ({d.data.num_training_images} training images,
+{title}, trained on {d.data.name} ({d.data.num_training_images} training images,
 {d.recipe[val_size]} of them held out), {d.data.image_size} x {d.data.image_size} pixels,
 {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
@@ -122,9 +123,9 @@ def ship(saved: SavedNetwork, output: Path, bfloat16: bool = False, data_root: P
         before, after = (read_csv(run.anytime) for run in (before, tables))
         lost = [old["acc1"] - new["acc1"] for old, new in zip(before, after, strict=True)]
         if max(lost) > MAX_LOSS:
-            exit = lost.index(max(lost)) + 1
             raise UserError(
-                f"in half precision exit {exit} loses {max(lost):.2f} points; at most {MAX_LOSS} may be lost"
+                f"in half precision exit {lost.index(max(lost)) + 1} loses {max(lost):.2f} points; "
+                f"at most {MAX_LOSS} may be lost"
             )
         budgets = {
             share: best_within(read_csv(tables.ensemble), share / 100 * after[-1]["operations"])
@@ -170,8 +171,8 @@ def training(run: RunDirectory) -> dict[str, str | int]:
         UserError: The records of the run do not have them.
     """
     try:
-        session = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
-        hardware = ", ".join(session["gpus"]) or f"{session['cores']} cores of {session['processor']}"
+        piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
+        hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
         return {
             "hardware": hardware,
             "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60),
@@ -202,9 +203,12 @@ def _section(name: str, description: Description) -> str:
     columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
     rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
-    corruptions = accuracy_table(name)
+    corruptions, title = accuracy_table(name), description.title
+    if description.network.get("boosted_exits") and BOOSTED not in title:  # files of before titles said so
+        title = f"{title} + {BOOSTED}"
     return SECTION.format(
         name=name,
+        title=title,
         d=description,
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.data.class_names),

@@ -97,9 +97,7 @@ def _from_folders(
         for path in found.train.get(name, [])
     ]
     parts = (_file_part(classes, class_names) for classes in (found.train, found.test))
-    # Whoever uses WordNet's names has them in the same order.
-    is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in class_names)
-    return DataSet(settings.data, *parts, class_names, names, found.notes, sorted_by_name=not is_wordnet)
+    return DataSet(settings.data, *parts, class_names, names, found.notes)
 
 
 def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool) -> Folders:

@@ -46,8 +46,6 @@ class DataSet:
     Args:
         names: Names of the training images, or one digest of all their pixels.
         notes: Lines for the user.
-        sorted_by_name: Whether classes are numbered by the order of their folders' names, which another
-            program may not share.
     """
 
     name: str
@@ -56,7 +54,6 @@ class DataSet:
     class_names: list[str]
     names: list[str]
     notes: list[str]
-    sorted_by_name: bool = False
 
     @property
     def fingerprint(self) -> str:

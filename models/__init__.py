@@ -19,7 +19,7 @@ from .losses import one_for_all_loss, sum_of_cross_entropies
 from .msdnet import MSDNet
 from .network import ExitNetwork, State
 from .operations import count_operations, measure_cost
-from .options import NetworkOptions
+from .options import MSDNetOptions
 from .released import load_released, to_released
 from .saved import load
 from .stepwise import Stepwise
@@ -30,7 +30,7 @@ __all__ = [
     "Description",
     "ExitNetwork",
     "MSDNet",
-    "NetworkOptions",
+    "MSDNetOptions",
     "State",
     "Stepwise",
     "build_backbone",

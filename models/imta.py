@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import add_boost
-from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, network_options
+from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, to_config
 
 
 class IMTA(ExitNetwork):
@@ -46,7 +46,7 @@ class IMTA(ExitNetwork):
     ):
         super().__init__()
         self.config = {
-            "backbone": network_options(backbone),
+            "backbone": to_config(backbone),
             "isc": isc,
             "cut_isc_gradient": cut_isc_gradient,
             "freeze_backbone": freeze_backbone,

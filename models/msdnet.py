@@ -32,7 +32,7 @@ from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
 from .module_state import frozen_statistics
 from .network import ExitNetwork, State, checked_num_exits
-from .options import NETWORK_FIELDS, NetworkOptions
+from .options import NETWORK_FIELDS, MSDNetOptions
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -42,7 +42,7 @@ class MSDNet(ExitNetwork):
 
     Args:
         num_classes: Outputs of every exit.
-        options: Fields of ``NetworkOptions``, which explains them: ``num_blocks``, ``base``, ``step``,
+        options: Fields of ``MSDNetOptions``, which explains them: ``num_blocks``, ``base``, ``step``,
             ``step_mode``, ``num_channels``, ``growth_rate``, ``growth_factors``, ``bottleneck_factors``,
             ``bottleneck``, ``prune``, ``reduction``, ``small_inputs``, ``gradient_equilibrium``,
             ``gradient_equilibrium_scales``, ``boosted_exits``, ``initialization``.
@@ -58,7 +58,7 @@ class MSDNet(ExitNetwork):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
-        chosen = NetworkOptions(**options)
+        chosen = MSDNetOptions(**options)
         chosen.check()
         # Plain types only: a checkpoint stores this and rebuilds the network from it.
         plain = {
@@ -162,7 +162,7 @@ class MSDNet(ExitNetwork):
         return {s: self.rescale(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
 
 
-def _make_block(options: NetworkOptions, layer_numbers: range, width: int) -> tuple[nn.Sequential, int]:
+def _make_block(options: MSDNetOptions, layer_numbers: range, width: int) -> tuple[nn.Sequential, int]:
     """Make the dense layers of a block, and the transitions after some of them.
 
     Args:
@@ -207,7 +207,7 @@ def _make_block(options: NetworkOptions, layer_numbers: range, width: int) -> tu
     return nn.Sequential(*layers), width
 
 
-def _per_scale(finest: int, options: NetworkOptions) -> list[int]:
+def _per_scale(finest: int, options: MSDNetOptions) -> list[int]:
     """Return the channels at every scale, from those at the finest."""
     return [finest * factor for factor in options.growth_factors]
 

@@ -292,13 +292,13 @@ def check_evaluation_mode(network: nn.Module) -> None:
         raise ValueError("early exit needs a network in evaluation mode: call network.eval() first")
 
 
-def network_options(network: ExitNetwork) -> dict[str, Any]:
-    """Return the plain description from which ``build_network`` makes the same network."""
+def to_config(network: ExitNetwork) -> dict[str, Any]:
+    """Return kind and ``config`` of a network, from which ``build_network`` makes the same network."""
     return {"type": network.kind, **network.config}
 
 
 def build_network(options: dict[str, Any], network: nn.Module | None = None) -> ExitNetwork:
-    """Build the network that ``network_options`` described, with new weights.
+    """Build the network that ``to_config`` describes, with new weights.
 
     Args:
         options: Options, of which ``type`` is one of ``ExitNetwork.kinds``: a file runs no code of its own.

@@ -1,6 +1,6 @@
 """The options of an MSDNet's architecture: the one list that the network and its checkpoints follow.
 
-A new option is a line of ``NetworkOptions``, its use in ``models.msdnet``, and a flag in ``args``.
+A new option is a line of ``MSDNetOptions``, its use in ``models.msdnet``, and a flag in ``args``.
 ``models.released`` must refuse what the released programs lack. A new kind of layer may need a line in
 ``models.operations``.
 """
@@ -18,7 +18,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class MSDNetOptions:
     """Architecture of an ``MSDNet``, and how Gradient Equilibrium treats it.
 
     Values are stored as given; ``check``, which the network calls, refuses impossible ones.
@@ -104,7 +104,7 @@ class NetworkOptions:
             )
 
 
-NETWORK_FIELDS = NetworkOptions.__dataclass_fields__
+NETWORK_FIELDS = MSDNetOptions.__dataclass_fields__
 
 
 def block_depths(num_blocks: int, base: int, step: int, step_mode: str) -> list[int]:

@@ -163,7 +163,7 @@ def from_tensors(
 def with_weights(
     options: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None = None
 ) -> ExitNetwork:
-    """Build the network that ``network_options`` described, with the weights ``tensors``.
+    """Build the network that ``to_config`` describes, with the weights ``tensors``.
 
     Args:
         options: The description.

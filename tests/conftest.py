@@ -20,7 +20,7 @@ from args import parse
 from image_data import synthetic
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
-from models.network import network_options
+from models.network import to_config
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ TINY_STAGE_2 = ["--epochs", "1", "--batch-size", "32", "--amp", "off"]
 def describe(network: ExitNetwork, image_size: int = 32) -> Description:
     """A description of a small network of ten classes."""
     return Description(
-        network_options(network),
+        to_config(network),
         data=DataInfo(
             name="demo",
             class_names=[f"class {i}" for i in range(10)],

@@ -7,11 +7,11 @@ import pytest
 from args import (
     DEFAULTS,
     RELEASED_CHOICES,
+    all_option_names,
     build_parser,
-    every_network_option,
     flag_of,
     from_record,
-    options_of,
+    option_names,
     parse,
 )
 from engine.record import plain
@@ -39,8 +39,8 @@ def test_every_setting_is_a_flag_of_one_stage_or_both():
 @pytest.mark.parametrize("arch", ["msdnet", "resnet18"])
 def test_settings_hold_the_options_of_their_network_alone(arch):
     settings = vars(parse("GE", ["--arch", arch]).settings())
-    assert settings.keys() & every_network_option() == {*options_of(arch)}
-    assert settings.keys() | every_network_option() == DEFAULTS.keys()
+    assert settings.keys() & all_option_names() == {*option_names(arch)}
+    assert settings.keys() | all_option_names() == DEFAULTS.keys()
 
 
 def test_published_presets():

@@ -18,7 +18,7 @@ from engine.checkpoint import save_network
 from models import IMTA, Description, Stepwise, count_operations, load
 from models.backbone import Backbone, build_backbone
 from models.description import DataInfo, Split
-from models.network import network_options
+from models.network import to_config
 from models.operations import measure_cost
 from models.third_party import preprocessing
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
@@ -387,7 +387,7 @@ def describe(network):
         "",
     )
     operations = count_operations(network, 32)
-    return Description(network_options(network), data, operations, "GE", "title", {}, 1, None)
+    return Description(to_config(network), data, operations, "GE", "title", {}, 1, None)
 
 
 @pytest.mark.slow

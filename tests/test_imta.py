@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import IMTA, MSDNet
-from models.network import build_network, network_options
+from models.network import build_network, to_config
 from tests.conftest import TINY_NETWORK
 
 
@@ -34,8 +34,8 @@ def test_boosted_exits_keep_their_boost(images):
     assert (kept.boosted, kept.config["boosted"]) == (True, True)
     assert (dropped.boosted, "boosted" in dropped.config) == (False, False)
     assert not IMTA(MSDNet(**TINY_NETWORK)).boosted
-    assert build_network(network_options(kept)).boosted
-    assert not build_network(network_options(dropped)).boosted  # as in files from before there was a choice
+    assert build_network(to_config(kept)).boosted
+    assert not build_network(to_config(dropped)).boosted  # as in files from before there was a choice
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import predict
 import train_GE
 import train_IMTA
-from args import DEFAULTS, OWN_NETWORKS, OwnNetwork, every_network_option
+from args import DEFAULTS, OWN_NETWORKS, OwnNetwork, all_option_names
 from models import IMTA, ExitNetwork, State, load
 from models.network import checked_num_exits
 
@@ -82,7 +82,7 @@ def test_trained_taken_to_stage_2_and_used(tower, image_folder, tmp_path, monkey
     assert network.backbone.config == {"num_classes": 3, "depth": 3, "tower_width": 6}
     for stage in ("GE", "IMTA"):
         settings = json.loads((tmp_path / stage / "run.json").read_text())["settings"]
-        options = {name: settings[name] for name in settings.keys() & every_network_option()}
+        options = {name: settings[name] for name in settings.keys() & all_option_names()}
         assert options == {"depth": 3, "tower_width": 6}, stage
     photo = next((image_folder / "test" / "ant").glob("*.png"))
     capsys.readouterr()

@@ -17,7 +17,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
-from models.network import ExitNetwork, build_network, network_options
+from models.network import ExitNetwork, build_network, to_config
 from models.saved import read_network
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
@@ -52,7 +52,7 @@ def test_what_was_saved_comes_back(network, path):
     again, description, split = read_network(path)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert same_tensors(again.state_dict(), network.state_dict())
-    assert network_options(again) == network_options(network)
+    assert to_config(again) == to_config(network)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in network.parameters()]
     assert description == again.description == describe(network)
     assert split.held_out.tolist() == [3, 5]
@@ -61,7 +61,7 @@ def test_what_was_saved_comes_back(network, path):
 
 
 def test_early_files_do_not_say_which_kind_a_backbone_is(network, path):
-    options = network_options(network)
+    options = to_config(network)
     early = {name: value for name, value in options["backbone"].items() if name != "type"}
     rewritten(path, description=changed(network, network={**options, "backbone": early}))
     again = load(path)
@@ -141,7 +141,7 @@ def test_damaged_and_foreign_files_are_named_in_one_line(network, path, damage):
 
 def test_contents_that_do_not_belong_together(network, path):
     content, tensors = path.read_bytes(), safetensors.torch.load(path.read_bytes())
-    options, data = network_options(network), dataclasses.asdict(describe(network).data)
+    options, data = to_config(network), dataclasses.asdict(describe(network).data)
     few_blocks = {**options, "backbone": {**options["backbone"], "num_blocks": 2}}
     absurd = {**options, "backbone": {**options["backbone"], "num_channels": 10**30}}
     for changes, words in [
