@@ -119,8 +119,7 @@ def load_data(
     mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
-    augmented = TrainingTransform(image_size, settings.augment, interpolation)
-    transforms = (evaluation, evaluation if settings.augment == "none" else augmented)
+    transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))
     batches = {
         name: _make_batches(part, transforms, settings, name == "train", normalize, shard or Shard())
         for name, part in parts.items()

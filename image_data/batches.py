@@ -169,7 +169,8 @@ class FileBatches(Batches):
         super().__init__(part, settings, augment, normalize, shard)
         self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
         self.files, self.targets = [os.fspath(file) for file in part.files], part.targets.tolist()
-        self.plain, self.augmented = transforms
+        self.plain, training = transforms
+        self.augmented = self.plain if self.augment == "none" else training
         self._named: set[int] = set()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
