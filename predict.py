@@ -5,9 +5,9 @@
     python predict.py folder/ --max-loss 1% --confidence-level 95%
     python predict.py folder/ --deadline 5ms
 
-Thresholds come from the file policy.json beside the network, which ``--evalmode dynamic`` writes. The exit
-status is 0, 1 if a file was skipped (its name is on standard error), 2 after a mistake, 3 if
-``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C.
+Thresholds come from the file ``policy.json`` beside the network (or ``NAME.policy.json``), which
+``--evalmode dynamic`` writes. The exit status is 0, 1 if a file was skipped (its name is on standard error),
+2 after a mistake, 3 if ``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C.
 """
 
 import argparse
@@ -70,8 +70,9 @@ def parser() -> CommandLineParser:
     parser.add_argument(
         "--model",
         "--checkpoint",
-        metavar="NAME|FILE",
-        help="file or name in weights/ (default: your newest run in save/, else imta_cifar100)",
+        metavar="NAME|FILE|DIR",
+        help="a file, the directory of a run, or a name in weights/ "
+        "(default: your newest run in save/, else imta_cifar100)",
     )
     _add_policy_flags(parser.add_argument_group("how much of the network"))
     _add_output_flags(parser.add_argument_group("output and speed"))
@@ -192,8 +193,10 @@ def find_model(wanted: str | None) -> Path:
 
 
 def _budget(text: str) -> Budget:
-    unit = next((unit for unit in ("ms", "%", "M") if text.endswith(unit)), "M")
+    unit = next((unit for unit in ("ms", "%", "M") if text.endswith(unit)), None)
     try:
+        if unit is None:
+            raise argparse.ArgumentTypeError(f"{text!r} has no unit")
         return Budget((in_range(0, 100) if unit == "%" else above(0))(text.removesuffix(unit)), unit)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(

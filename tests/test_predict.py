@@ -171,7 +171,7 @@ def test_wishes_of_all_kinds_are_granted(trained, images, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "0.000001"], "cheapest policy"),
+        (["--budget", "0.000001M"], "cheapest policy"),
         (["--budget", "0.000001ms"], "ms is too small here"),
         (["--budget", "50%", "--accuracy", "88", "--rule", "geometric"], "the cheapest policy allowed needs"),
         (["--budget", "50%", "--max-loss", "2%"], "the cheapest policy allowed needs"),
@@ -318,7 +318,7 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
     "arguments",
     [
         [],
-        *(["x", "--budget", budget] for budget in ("nan", "-3", "200%")),
+        *(["x", "--budget", budget] for budget in ("nanM", "-3M", "200%", "60")),
         *(
             ["x", *pair]
             for pair in (
