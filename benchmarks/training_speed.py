@@ -176,15 +176,19 @@ class Ours:
         seed_everything(settings.seed, settings.deterministic)
         network = stage.make_network(settings, data.info, None)
         operations = count_operations(network, data.info.image_size)[-1]
-        work = operations * data.train.num_images // processes.world_size
+        operations_per_process = operations * data.train.num_images // processes.world_size
         if stage_number == 2:
             stage = train_IMTA.Stage2()
             settings = parse("IMTA", _flags(options)).settings(inherited=vars(settings))
             origin = SimpleNamespace(path=Path("random weights"), network=network.eval())
             network = stage.make_network(settings, data.info, origin)
         # As in a training of the published length.
-        share = stage.share_that_compiling_speeds_up(settings)
-        settings = resolve_auto(settings, processes, work=work, work_on_cpu=work * share)
+        settings = resolve_auto(
+            settings,
+            processes,
+            operations_per_process=operations_per_process,
+            share_faster_on_cpu=stage.share_that_compiling_speeds_up(settings),
+        )
         self.settings = settings
         place(network, settings, processes.device)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)

@@ -12,7 +12,11 @@ COMPILING_PAYS = 5e12
 
 
 def resolve_auto(
-    settings: Namespace, processes: Processes, *, work: float = 0.0, work_on_cpu: float = 0.0
+    settings: Namespace,
+    processes: Processes,
+    *,
+    operations_per_process: float = 0.0,
+    share_faster_on_cpu: float = 1.0,
 ) -> Namespace:
     """Return the settings with --amp auto and --compile auto resolved.
 
@@ -21,8 +25,8 @@ def resolve_auto(
     Args:
         settings: The settings of ``args``.
         processes: The processes that share the run.
-        work: Forward operations per epoch and process.
-        work_on_cpu: The part of them that compiling makes faster on a CPU.
+        operations_per_process: Forward operations per epoch and process.
+        share_faster_on_cpu: The share of them that compiling makes faster on a CPU.
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":
@@ -33,7 +37,8 @@ def resolve_auto(
         on_gpu = torch.cuda.is_available()
         possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
         # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
-        is_long = settings.epochs * (work if on_gpu else work_on_cpu) > COMPILING_PAYS
+        share = 1.0 if on_gpu else share_faster_on_cpu
+        is_long = settings.epochs * operations_per_process * share > COMPILING_PAYS
         fitting = "reduce-overhead" if on_gpu and settings.accumulate == 1 else "default"
         compile_mode = fitting if possible and is_long else "off"
     return with_values(settings, amp=amp, compile=compile_mode)

@@ -70,7 +70,7 @@ def _predict_files(
     predictor = choice.predictor
     network = predictor.network
     data, device = network.description.data, next(network.parameters()).device
-    timed, operations = TimedPredictor(predictor), _operations(predictor)
+    timed, operations = TimedPredictor(predictor), _operations_with_ensemble(predictor)
     totals = Totals(operations, arguments.deadline)
     files, complaints = find_images(arguments.paths)
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
@@ -117,7 +117,7 @@ def _memory_error_named() -> Iterator[None]:
         ) from None
 
 
-def _operations(predictor: AdaptivePredictor) -> list[int]:
+def _operations_with_ensemble(predictor: AdaptivePredictor) -> list[int]:
     """Return the operations to each exit, with those of the predictor's ensemble."""
     network = predictor.network
     operations = count_operations(network, network.description.data.image_size)

@@ -70,8 +70,11 @@ def test_long_trainings_compile_their_steps(monkeypatch):
     def compiled(flags, images_by_operations, stage=None):
         stage = stage or Stage1()
         settings = parse(stage.name, flags).settings()
-        on_cpu = images_by_operations * stage.share_that_compiling_speeds_up(settings)
-        return resolve_auto(settings, CPU, work=images_by_operations, work_on_cpu=on_cpu).compile
+        share = stage.share_that_compiling_speeds_up(settings)
+        resolved = resolve_auto(
+            settings, CPU, operations_per_process=images_by_operations, share_faster_on_cpu=share
+        )
+        return resolved.compile
 
     cifar, whole = ["--preset", "cifar100"], 45_000 * 58e6
     assert compiled([], 5_500 * 16e6) == "off"
