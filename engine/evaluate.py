@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_inference import fold, policy_curve, read_policy, write_policy
 from adaptive_inference.block_times import BlockTimes
@@ -45,7 +45,7 @@ from engine.report import (
     write_csv,
 )
 from engine.stepper import mixed_precision
-from models import count_operations
+from models import ExitNetwork, count_operations
 from utils import UserError, percent, print_error
 
 CERTIFIED_POLICIES = 40  # beside the full network
@@ -68,23 +68,23 @@ class Evaluation:
         data: The test images, and for ``dynamic`` the held-out images.
         operations: Operations to each exit.
         curves: Runs whose curves are drawn, by title: this one, after others to compare it with.
-        has_split: Whether the held-out images are known to be new to the network, so that they can test
-            promises.
+        held_out_are_new: Whether the held-out images are known to be new to the network, so that they can
+            test promises.
     """
 
     def __init__(
         self,
         session: Session,
-        network: nn.Module,
+        network: ExitNetwork,
         data: Data,
         operations: list[int],
         curves: dict[str, RunDirectory],
-        has_split: bool = True,
+        held_out_are_new: bool = True,
     ):
         settings = session.settings
         self.session, self.data, self.operations, self.curves = session, data, operations, curves
         self.network = fold(network, settings.channels_last, mixed_precision(settings))
-        self.measure, self.has_split = settings.measure, has_split
+        self.measure, self.held_out_are_new = settings.measure, held_out_are_new
 
     def run(self, modes: list[str]) -> None:
         """Run the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
@@ -147,9 +147,9 @@ class Evaluation:
         """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
         directory, log = self.session.directory, self.session.log
         log.line(temperature_line(policy, len(val[1])))
-        curve = find_policies(self.network, self.operations, val, policy, self.has_split)
+        curve = find_policies(self.network, self.operations, val, policy, self.held_out_are_new)
         write_policy(directory.policy, curve)
-        if self.has_split:
+        if self.held_out_are_new:
             write_reference(directory.reference, reference_of(val[0], curve))
         else:  # one of an earlier evaluation must not pass for one of images that are new to the network
             directory.reference.unlink(missing_ok=True)
@@ -184,7 +184,7 @@ class Evaluation:
             return everything
         return (
             f"within half of the full operations: {percent(half['test_acc1'], count)} % "
-            f"(budget {half['p']}, the best on held-out images); {everything}"
+            f"(policy {half['p']} of {len(rows)}, the best on held-out images); {everything}"
         )
 
     def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
@@ -304,7 +304,11 @@ def with_ensemble(
 
 
 def find_policies(
-    network: nn.Module, operations: list[int], val: Labelled, policy: Policy, certify: bool = True
+    network: ExitNetwork,
+    operations: list[int],
+    val: Labelled,
+    policy: Policy,
+    held_out_are_new: bool = True,
 ) -> PolicyCurve:
     """Return the policies of all rules.
 
@@ -313,7 +317,8 @@ def find_policies(
         operations: Operations to each exit.
         val: Held-out images.
         policy: Measure, temperatures and ensemble.
-        certify: Whether the held-out images can test promises about accuracy.
+        held_out_are_new: Whether the held-out images are known to be new to the network, so that they can
+            test promises about accuracy.
     """
     exit_predictions = ExitPredictions.from_logits(*val, policy.measure)
     exit_policy = replace(policy, ensemble=None)
@@ -329,7 +334,7 @@ def find_policies(
         thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
         points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
     # The full network is always certified, as it loses nothing against itself.
-    count = CERTIFIED_POLICIES if certify else 0
+    count = CERTIFIED_POLICIES if held_out_are_new else 0
     points += certified_points(ensemble_predictions, policy, ensemble_costs, num_points=count)
     return policy_curve(network, operations, points, len(val[1]), CERTIFICATE)
 
@@ -344,7 +349,7 @@ def temperature_line(policy: Policy, num_images: int) -> str:
 def budget_table(
     geometric: list[dict], optimised: list[dict], ensemble: list[dict], full: int, num_images: int
 ) -> str:
-    """Return about ten budgets of the three rules as a table, each of them different.
+    """Return about ten policies of each of the three rules as a table, all different.
 
     Args:
         geometric: Rows of ``budgeted.csv``.
@@ -370,7 +375,8 @@ def budget_table(
     rows = list(different.values())
     names = ("p", "operations", "share_of_operations", "test_acc1", *exits, *others)
     legend = (
-        "(budget: of 40, from 1 for the cheapest; exit k %: share of the images that leave there; "
+        f"(policy: of {len(geometric)}, from 1 for the cheapest; "
+        "exit k %: share of the images that leave there; "
         + "".join(f"{title}: top-1 % at % of the full operations; " for title in others)
         + f"{num_images:,} test images)"
     )

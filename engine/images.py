@@ -23,6 +23,8 @@ def images_to_start(
     if origin is None:
         return read_images(session, image_spec=image_spec)
     if may_change:
+        # Only what was read says whether it is the data set of ``origin``; then it is read again, with the
+        # same images held out.
         data = read_images(session, image_spec=image_spec)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):

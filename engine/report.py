@@ -18,7 +18,7 @@ LARGEST_NUMBER = 1e15  # operations have fewer digits
 ERROR_BARS_BELOW = 1_000  # test images: with fewer, accuracies are drawn as points with error bars
 # Titles of the columns of a run's files, and of percentages made of them, on the terminal.
 TITLES = {
-    "p": "budget",
+    "p": "policy",
     "batch_size": "batch",
     "lazy_operations": "lazy",
     "share_of_operations": "% of full",
@@ -34,7 +34,8 @@ TITLES = {
 }
 PERCENTAGES = ("acc1", "test_acc1", "acc5", "ece", "ece_scaled", "ensemble_acc1")
 LEGENDS = {
-    "operations": "operations: multiply-adds per image, as the papers count them",
+    "operations": "operations: multiply-adds, ReLUs, pooling and biases per image, "
+    "as the published plots count them",
     "lazy_operations": "lazy: those that predict.py needs, which computes only what the next exit reads",
     "ece": "calibration error: mean distance between confidence and accuracy",
     "ece_scaled": "with temperature: the same after dividing each exit's logits by its temperature",

@@ -114,7 +114,7 @@ def _train_in_process(
         data, network = _start(stage, session, origin)
     else:
         data, network = _resume(session, checkpoint)
-    operations = _operations(network, data.info.image_size)
+    operations = _operations_to_exits(network, data.info.image_size)
     session = _resolve_auto(stage, session, network, data.train.num_images * operations[-1])
     settings = session.settings
     seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
@@ -156,22 +156,24 @@ def _resume(session: Session, checkpoint: dict[str, Any]) -> tuple[Data, ExitNet
     return data, network_to_resume(session.directory, checkpoint)
 
 
-def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operations: int) -> Session:
+def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operations_per_epoch: int) -> Session:
     """Return the session with its "auto" settings resolved, in a combination that works here.
 
     Args:
         stage: The stage to train.
         session: The run.
         network: The network to train.
-        operations: Forward operations per epoch, of all processes.
+        operations_per_epoch: Forward operations of all processes.
 
     Raises:
         UserError: The settings do not go together, or compiling was asked for and fails.
     """
     asked, processes = session.settings, session.processes
-    work = operations // processes.world_size
     settings = resolve_auto(
-        asked, processes, work=work, work_on_cpu=work * stage.share_that_compiling_speeds_up(asked)
+        asked,
+        processes,
+        operations_per_process=operations_per_epoch // processes.world_size,
+        share_faster_on_cpu=stage.share_that_compiling_speeds_up(asked),
     )
     refuse_combinations(network, settings, processes)
     is_required = asked.compile != "auto"
@@ -222,7 +224,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         seed_everything(settings.seed, settings.deterministic)
         session = Session(directory, settings, processes, log)
         data = read_images(session, saved.data, saved.known_split)
-        network, operations = saved.network, _operations(saved.network, data.info.image_size)
+        network, operations = saved.network, _operations_to_exits(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
                 f"{source} has {network.num_classes} classes, "
@@ -230,8 +232,8 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
             )
         place(network, settings, processes.device)
         say_class_order(saved, data, log)
-        knows_split = saved.data.knows_training_images
-        if settings.evalmode == "dynamic" and not knows_split:
+        held_out_are_new = saved.data.knows_training_images
+        if settings.evalmode == "dynamic" and not held_out_are_new:
             log.line(
                 f"{source} remembers no held-out split: "
                 "thresholds are set on images it may have seen, and promise nothing"
@@ -239,10 +241,11 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         _introduce(network, data, operations, session)
         with directory.lock() if processes.is_main else nullcontext():
             curves = _curves_of(stage, saved.description, directory)
-            Evaluation(session, network, data, operations, curves, knows_split).run([settings.evalmode])
+            evaluation = Evaluation(session, network, data, operations, curves, held_out_are_new)
+            evaluation.run([settings.evalmode])
 
 
-def _operations(network: ExitNetwork, image_size: int) -> list[int]:
+def _operations_to_exits(network: ExitNetwork, image_size: int) -> list[int]:
     try:
         return count_operations(network, image_size)
     except ValueError as error:

@@ -253,32 +253,36 @@ class Trainer:
 
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals))
-        self._refuse_divergence(loss)
+        self._refuse_infinite(loss)
         self.session.log.step(
             self.progress.step,
             self.session.settings.batch_size,
             f"{LOSS} {loss:.4f}, last exit {accuracies[-1]:.2f} %",
         )
 
-    def _refuse_divergence(self, loss: float, what: str = "loss") -> None:
+    def _refuse_infinite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            last = (
-                f"last good checkpoint: {self.session.directory.last}"
-                if self.session.directory.last.exists()
-                else "nothing was saved yet"
-            )
-            raise UserError(
-                f"the {what} is {loss} in epoch {self.progress.epoch + 1}, "
-                f"by step {self.progress.step}, at learning rate {self.stepper.rate:.4g}; "
-                f"{last}; try a smaller --lr, --warmup-epochs or --clip-grad"
-            )
+            raise self._divergence(f"the loss is {loss}")
+
+    def _divergence(self, what: str) -> UserError:
+        """Return the error of a training that diverged; ``what`` says how it shows."""
+        last = (
+            f"last good checkpoint: {self.session.directory.last}"
+            if self.session.directory.last.exists()
+            else "nothing was saved yet"
+        )
+        return UserError(
+            f"{what} in epoch {self.progress.epoch + 1}, "
+            f"by step {self.progress.step}, at learning rate {self.stepper.rate:.4g}; "
+            f"{last}; try a smaller --lr, --warmup-epochs or --clip-grad"
+        )
 
     def _finish_epoch(self) -> None:
         """Evaluate the epoch whose steps are done, write it and report it."""
         progress = self.progress
         totals = self.session.processes.all_reduce_sum(self.meters.totals)
         loss, train_acc1 = Meters.means(totals)
-        self._refuse_divergence(loss)
+        self._refuse_infinite(loss)
         training_seconds = self._seconds()
         row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
         row |= self._evaluate_held_out()
@@ -341,7 +345,7 @@ class Trainer:
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""
         totals = self.session.processes.all_reduce_sum(self.meters.totals)
-        self._refuse_divergence(Meters.means(totals)[0])
+        self._refuse_infinite(Meters.means(totals)[0])
         self.write_checkpoint(False, replace(self.progress, seconds=self._seconds()), totals)
 
     def _seconds(self) -> float:
@@ -360,7 +364,7 @@ class Trainer:
             return
         # One host-device synchronisation instead of one per tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
-            self._refuse_divergence(math.nan, "sum of the weights")
+            raise self._divergence("not all weights are finite numbers")
         if is_best:
             accuracy = {
                 name: values

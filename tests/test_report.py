@@ -72,7 +72,7 @@ def test_budgets_that_are_the_same_are_shown_once():
     text = budget_table(rows, rows, rows, OPERATIONS[-1], 8)
     numbers = [line for line in text.splitlines() if line.strip()[0].isdigit()]
     assert len(numbers) == len({line.split(maxsplit=1)[1] for line in numbers}) < 10
-    assert "budget: of 40" in text
+    assert "policy: of 40" in text
     assert "8 test images" in text
     assert "ensemble of exits" not in text  # the same as the optimised rule
 
@@ -113,20 +113,20 @@ def test_the_line_of_temperatures_says_how_many_images():
     assert line.count("/") == 2
 
 
-@pytest.mark.parametrize("certify", [True, False])
-def test_policies_of_all_rules(certify):
+@pytest.mark.parametrize("held_out_are_new", [True, False])
+def test_policies_of_all_rules(held_out_are_new):
     network = MSDNet(**TINY_NETWORK).eval()
     val = make_predictions(400)
     policy = fit_policy(*val, "softmax")
-    curve = find_policies(network, OPERATIONS, val, policy, certify)
+    curve = find_policies(network, OPERATIONS, val, policy, held_out_are_new)
     counts = {rule: len([p for p in curve.points if p.rule == rule]) for rule in ("geometric", "optimised")}
     assert counts == {"geometric": 40, "optimised": 40}
     certified = [point for point in curve.points if point.rule == "certified"]
-    assert len(certified) == (41 if certify else 1)
+    assert len(certified) == (41 if held_out_are_new else 1)
     assert certified[-1].policy.runs_everything
     assert all(point.policy.ensemble == policy.ensemble for point in certified)
     # Losses are counted against the last exit with its ensemble, whose accuracy the full network has.
-    tested = ~learning_images(400) if certify else torch.ones(400, dtype=torch.bool)
+    tested = ~learning_images(400) if held_out_are_new else torch.ones(400, dtype=torch.bool)
     classes, targets = ensemble_classes(val[0], policy.ensemble)[:, tested], val[1][tested]
     assert policy.ensemble is not None
     assert certified[-1].val_acc1 == pytest.approx(100 * (classes[-1] == targets).double().mean().item())
