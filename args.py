@@ -12,8 +12,9 @@ leaves out of the namespace what was not typed.
 
 To add an option, add its default to ``DEFAULTS`` and its flag to a group below: ``_add_stage_1`` or
 ``_add_stage_2`` if one stage alone has it. Name it in ``INHERITED`` if stage 2 takes it from stage 1's
-record, in ``RESUMABLE`` if a resumed run may change it, and in ``EVALUABLE`` if an evaluation may. An option
-of an MSDNet is a line of ``models.options.MSDNetOptions`` and a flag: default and inheritance follow.
+record, in ``RESUMABLE`` if a resumed run may change it, in ``EVALUABLE`` if an evaluation may, and in
+``_REQUIRED`` or ``_MUTUALLY_EXCLUSIVE`` if it needs another flag or excludes one. An option of an MSDNet is a
+line of ``models.options.MSDNetOptions`` and a flag: default and inheritance follow.
 """
 
 import argparse
@@ -157,6 +158,7 @@ EVALUABLE = {
 
 RELEASED_CHOICES = {
     "gradient_equilibrium_scales": "coarsest",
+    # Also the default; it is here so that --released stays what it is if the default changes.
     "initialization": "pytorch",
     "kl_reduction": "mean",
     "backbone_bn": "moving",
@@ -194,6 +196,19 @@ _REQUIRED: dict[str, tuple[str, Any]] = {
 
 class CommandLine:
     """A parsed command line.
+
+    The methods name values of settings by where they come from:
+
+    ============= ============================================================================
+    ``typed``     the flags that were typed
+    ``implied``   what follows from them where there is no record
+    ``given``     ``typed`` over ``implied``; beside a record ``typed`` alone, without "auto"
+    ``stored``    record of the run to resume or of the network to evaluate
+    ``inherited`` record of the network to start from
+    ``base``      ``stored``; for a new run its preset, under what ``inherited`` passes on
+    ============= ============================================================================
+
+    A run uses ``given`` over ``base`` over ``DEFAULTS``.
 
     Attributes:
         stage: ``GE`` or ``IMTA``.

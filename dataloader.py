@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from image_data.transforms import (
     default_crop_share,
     evaluation_transform,
 )
-from models.description import DataInfo, Split
+from models.description import DataInfo, ImageSpec, Split
 from models.normalizer import Normalizer
 from utils import UserError, listed, one_line
 
@@ -39,16 +38,6 @@ PARTS = ("train", "val", "test")
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
 SAMPLED_FILES = 32  # whose sizes stand for those of all files
-
-
-class ImageSpec(Protocol):
-    """The images that a pretrained network expects; the fields are those of ``DataInfo``."""
-
-    image_size: int
-    crop_share: float
-    interpolation: str
-    mean: Sequence[float]
-    std: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -100,11 +89,11 @@ def load_data(
         UserError: Missing or empty folders, unreadable images, classes that differ between the parts, an
             impossible split, other data than the checkpoint's.
     """
-    expected = stored or image_spec
-    image_size = settings.image_size or (expected.image_size if expected else IMAGE_SIZES[settings.data])
-    crop_share = expected.crop_share if expected else default_crop_share(image_size)
-    interpolation = expected.interpolation if expected else "bilinear"
-    has_normalization = expected is not None or settings.data in NORMALIZATION
+    spec = stored.image_spec if stored else image_spec
+    image_size = settings.image_size or (spec.image_size if spec else IMAGE_SIZES[settings.data])
+    crop_share = spec.crop_share if spec else default_crop_share(image_size)
+    interpolation = spec.interpolation if spec else "bilinear"
+    has_normalization = spec is not None or settings.data in NORMALIZATION
     data_set, parts, split = _find_and_split(settings, image_size, stored, split, has_normalization)
     notes = [*data_set.notes, *_notes(data_set, parts["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
@@ -116,7 +105,7 @@ def load_data(
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(parts["train"]))
         notes += _lost_classes(parts["train"], data_set.class_names)
-    mean, std = (expected.mean, expected.std) if expected else _normalization(settings.data, parts["train"])
+    mean, std = (spec.mean, spec.std) if spec else _normalization(settings.data, parts["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
     transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))

@@ -42,6 +42,7 @@ _BATCH_256_MULTISTEP = {"batch_size": 256, "lr": 0.1, "lr_milestones": (30.0, 60
 # the 7-exit network, yifanpu001/IMTA for CIFAR-100 with 5 exits and for every CIFAR stage 2, kalviny/IMTA for
 # ImageNet. Ours: demo, folder, finetune and cifar100-boosted, which is the recipe of results/30_epochs with
 # the additions to the paper that raised accuracy.
+# environment.sh reads the names: each is the only one on its line, indented by four spaces.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "both": {"data": "demo", "val_size": 1000, **_DEMO, "batch_size": 64, "lr_type": "cosine"},

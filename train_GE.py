@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from args import parse
-from dataloader import ImageSpec
 from engine.checkpoint import SavedNetwork
-from engine.networks import expected_images, network_from, new_network
+from engine.networks import image_spec_of_arch, new_network, stage_1_network_from
 from engine.run import end_program, run
 from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
-from models.description import DataInfo
+from models.description import DataInfo, ImageSpec
 from utils import UserError
 
 
@@ -59,7 +58,7 @@ class Stage1(Stage):
         Raises:
             UserError: The combination of options is impossible.
         """
-        network = network_from(origin, data) if origin else new_network(settings, data)
+        network = stage_1_network_from(origin, data) if origin else new_network(settings, data)
         if settings.freeze == "backbone":
             try:
                 network.freeze_pretrained()
@@ -69,7 +68,7 @@ class Stage1(Stage):
 
     def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
         """Return what the weights to start from expect of images, None to start an MSDNet from scratch."""
-        return origin.data if origin else expected_images(settings)
+        return origin.data.image_spec if origin else image_spec_of_arch(settings)
 
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> JointTraining:
         """Build the sum of the exits' losses."""

@@ -24,10 +24,10 @@ from adaptive_inference import fold
 from args import CommandLine, parse
 from engine.checkpoint import SavedNetwork, load_saved
 from engine.networks import new_network
+from engine.precision import amp_dtype
 from engine.record import RunDirectory
 from engine.run import end_program, run
 from engine.stage import Stage
-from engine.stepper import mixed_precision
 from models import IMTA, one_for_all_loss
 from models.description import DataInfo
 from utils import UserError
@@ -43,7 +43,7 @@ class Distillation(nn.Module):
         if network.freeze_batchnorm:
             # The frozen backbone runs with BatchNorm folded and without autograd, in the dtype of mixed
             # precision. The teacher's classifiers are read from the original, which folding does not touch.
-            self.folded_backbone = fold(network.backbone, settings.channels_last, mixed_precision(settings))
+            self.folded_backbone = fold(network.backbone, settings.channels_last, amp_dtype(settings))
         self.loss_options = {
             "temperature": settings.temperature,
             "gamma": settings.gamma if settings.ofa else 0.0,

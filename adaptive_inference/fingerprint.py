@@ -43,6 +43,6 @@ def dtype_of(network: nn.Module) -> str:
     return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
-def describe(network: nn.Module) -> str:
+def describe(network: ExitNetwork) -> str:
     """Return a network in a few words, for messages."""
     return f"{network.kind} with {network.num_exits} exits and {network.num_classes} classes"

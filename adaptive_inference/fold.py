@@ -93,7 +93,8 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
         network: Any network with exits; it is not changed.
         channels_last: Weights and activations in the memory layout in which convolutions are faster on most
             devices.
-        dtype: Type of weights and activations, such as ``half_precision(device)``; None keeps the network's.
+        dtype: Type of weights and activations, such as ``engine.precision.fastest_dtype(device)``; None keeps
+            the network's.
 
     Returns:
         A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of
@@ -102,7 +103,7 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network
     folded = copy.deepcopy(original).eval().requires_grad_(False)
-    folded.fold_batch_norm(fused)
+    folded.fold_batch_norm(fuse)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     folded.to(dtype=dtype)
     set_memory_format(folded, memory_format)
@@ -120,7 +121,7 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     return folded
 
 
-def fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+def fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Return one module that computes ``norm(layer(x))`` in evaluation mode, None if there is none.
 
     Types are compared exactly: a subclass may compute something else.

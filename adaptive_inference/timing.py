@@ -17,12 +17,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_inference.block_times import BlockTimes, wait_for
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from models import ExitNetwork
 
 MAX_SECONDS = 2.0
 RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
@@ -31,7 +32,7 @@ TURN = 8  # batches timed with one policy before the next policy has its turn
 
 
 def measure_blocks(
-    network: nn.Module, images: Tensor, batch_size: int = 1, seconds: float = MAX_SECONDS
+    network: ExitNetwork, images: Tensor, batch_size: int = 1, seconds: float = MAX_SECONDS
 ) -> BlockTimes:
     """Measure the time of every block, for the batch sizes that occur as images leave a batch.
 
@@ -45,15 +46,15 @@ def measure_blocks(
     ends = time.perf_counter() + seconds
     watch = _Stopwatch(network)
     size, batch = 1, images[:1].contiguous()
-    watch(batch)
-    spans, sizes = watch(batch)
+    watch.time_blocks(batch)
+    spans, sizes = watch.time_blocks(batch)
     while size < batch_size and 8e-3 * spans.sum() < ends - time.perf_counter():
         size = min(2 * size, batch_size)
         batch = images[:1].expand(size, -1, -1, -1).contiguous()
-        spans, sizes = watch(batch)
+        spans, sizes = watch.time_blocks(batch)
     passes = [(spans, sizes)]
     while time.perf_counter() < ends:
-        passes.append(watch(batch))
+        passes.append(watch.time_blocks(batch))
     return _summary(batch_size, *(np.array(values).T for values in zip(*passes, strict=True)))
 
 
@@ -80,22 +81,22 @@ def _summary(batch_size: int, spans: np.ndarray, sizes: np.ndarray) -> BlockTime
 class _Stopwatch(AdaptivePredictor):
     """A predictor that measures its blocks.
 
-    A call returns the milliseconds (K + 1) of all blocks and of the prediction, and the number of images (K)
-    in each block. Some images of a larger batch leave at every exit, at random: in some calls most of them,
-    in others hardly any. All batch sizes occur this way, and the libraries have seen them all when the
+    Some images of a larger batch leave at every exit, at random: in some calls most of them, in others hardly
+    any. All batch sizes occur this way, and the libraries have seen them all when the
     predictor is used afterwards.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: ExitNetwork):
         alone = tuple(map(tuple, np.eye(network.num_exits).tolist()))
         super().__init__(network, Policy((NONE_LEAVE,) * network.num_exits, ensemble=alone))
         self._random = random.Random(0)
 
-    def __call__(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
+    def time_blocks(self, images: Tensor) -> tuple[np.ndarray, list[int]]:
+        """Return milliseconds (K + 1) of the blocks and of the prediction, and images (K) in each block."""
         self._device, self._marks, self._sizes = images.device, [], []
         self._exponent = self._random.choice((0.3, 3.0, 60.0))  # the larger, the fewer images leave
         self._mark()
-        super().__call__(images)
+        self(images)
         self._mark()
         return 1e3 * np.diff(self._marks), self._sizes
 
@@ -121,7 +122,7 @@ class _Stopwatch(AdaptivePredictor):
 
 
 def runtime_rows(
-    network: nn.Module, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0
+    network: ExitNetwork, points: list[Point], images: Tensor, times: BlockTimes, seconds: float = 30.0
 ) -> list[dict]:
     """Measure the mean time per image of policies, beside that of running every exit; they take turns.
 

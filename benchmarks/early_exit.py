@@ -29,7 +29,7 @@ from adaptive_inference.fold import fold
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import load_saved
-from engine.precision import half_precision
+from engine.precision import fastest_dtype
 from engine.report import millions
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError, user_path
@@ -109,7 +109,7 @@ class Benchmark:
         _print(f"{self.network.kind}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
         _print(f"operations to each exit: {millions(*self.operations)}\n")
         forms = {"float32": fold(self.network)}
-        half = half_precision(self.device)
+        half = fastest_dtype(self.device)
         if half is not None:
             forms[str(half)] = fold(self.network, dtype=half)
         for title, form in forms.items():

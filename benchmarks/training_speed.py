@@ -42,7 +42,7 @@ from args import parse
 from benchmarks.plain_loop import PlainLoop, plain_dataset
 from dataloader import load_data
 from engine.auto import resolve_auto
-from engine.device import place, seed_everything, set_tf32
+from engine.device import prepare_network_and_device, seed_everything, set_tf32
 from engine.distributed import Processes
 from engine.launch import exit_worker, training_processes
 from engine.stepper import Stepper
@@ -190,7 +190,7 @@ class Ours:
             share_faster_on_cpu=stage.share_that_compiling_speeds_up(settings),
         )
         self.settings = settings
-        place(network, settings, processes.device)
+        prepare_network_and_device(network, settings, processes.device)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
         self.meters = Meters(
             network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled()

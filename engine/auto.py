@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from engine.distributed import Processes
-from engine.precision import half_precision
+from engine.precision import AMP_DTYPES, amp_of, fastest_dtype
 
 # Compile only above this many forward operations per process; below it, compiling costs more than it saves.
 COMPILING_PAYS = 5e12
@@ -30,8 +30,8 @@ def resolve_auto(
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":
-        choices = ("bf16", "fp16", "off")
-        own = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[half_precision(processes.device)]
+        choices = (*AMP_DTYPES, "off")
+        own = amp_of(fastest_dtype(processes.device))
         amp = choices[processes.all_reduce_max(choices.index(own))]
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()

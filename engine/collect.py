@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from engine.distributed import Processes
 from image_data.batches import Batches
+from models import ExitNetwork
 from utils import UserError
 
 
 @torch.no_grad()
 def collect_logits(
-    network: nn.Module, batches: Batches, processes: Processes
+    network: ExitNetwork, batches: Batches, processes: Processes
 ) -> tuple[Tensor, Tensor] | None:
     """Collect the logits of every exit for all images that can be read.
 
@@ -45,7 +46,7 @@ def collect_logits(
 
 @torch.no_grad()
 def accuracy_per_exit(
-    network: nn.Module, batches: Batches, processes: Processes
+    network: ExitNetwork, batches: Batches, processes: Processes
 ) -> tuple[list[float], list[float], float]:
     """Return top-1 and top-5 accuracy per exit in percent, and the mean cross-entropy summed over exits."""
     network.eval()

@@ -37,7 +37,7 @@ from models.network import to_config
 from models.options import NETWORK_FIELDS
 from models.pytorch_files import STATE_DICTS, read_checkpoint
 from models.released import PUBLISHED_NAMES
-from models.saved import FORMAT, from_tensors, read_safetensors, tensor_bytes
+from models.saved import FORMAT, network_from_tensors, read_safetensors, tensor_bytes
 from utils import (
     CommandLineParser,
     UserError,
@@ -116,7 +116,7 @@ def _convert_network(path: Path, output: Path) -> str:
         )
     try:
         description = _from_format_2(json.loads(header["description"]))
-        from_tensors(dict(tensors), description)
+        network_from_tensors(dict(tensors), description)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or made by another program: {error}") from None
     with atomic_write(output, "wb") as stream:

@@ -53,7 +53,7 @@ def set_tf32(enabled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = enabled
 
 
-def place(network: ExitNetwork, settings: Namespace, device: torch.device) -> None:
+def prepare_network_and_device(network: ExitNetwork, settings: Namespace, device: torch.device) -> None:
     """Move a network to its device, and make the device compute as the settings ask for.
 
     Args:

@@ -33,6 +33,7 @@ from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
 from engine.easy_and_hard import easy_and_hard, examples_figure
+from engine.precision import amp_dtype
 from engine.record import RunDirectory, Session
 from engine.report import (
     best_within,
@@ -44,7 +45,6 @@ from engine.report import (
     table,
     write_csv,
 )
-from engine.stepper import mixed_precision
 from models import ExitNetwork, count_operations
 from utils import UserError, percent, print_error
 
@@ -83,7 +83,7 @@ class Evaluation:
     ):
         settings = session.settings
         self.session, self.data, self.operations, self.curves = session, data, operations, curves
-        self.network = fold(network, settings.channels_last, mixed_precision(settings))
+        self.network = fold(network, settings.channels_last, amp_dtype(settings))
         self.measure, self.held_out_are_new = settings.measure, held_out_are_new
 
     def run(self, modes: list[str]) -> None:

@@ -2,11 +2,11 @@
 
 import torch
 
-from dataloader import Data, ImageSpec, load_data
+from dataloader import Data, load_data
 from engine.checkpoint import SavedNetwork
 from engine.log import Log
 from engine.record import Session
-from models.description import DataInfo, Split
+from models.description import DataInfo, ImageSpec, Split
 
 
 def images_to_start(

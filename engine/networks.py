@@ -6,8 +6,8 @@ from args import OWN_NETWORKS, option_names
 from engine.checkpoint import SavedNetwork
 from image_data.transforms import default_crop_share
 from models import ExitNetwork, build_backbone
-from models.description import DataInfo
-from models.third_party import Preprocessing, preprocessing
+from models.description import DataInfo, ImageSpec
+from models.third_party import image_spec_of_weights
 from utils import UserError
 
 
@@ -35,8 +35,8 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
         raise UserError(f"impossible network: {error}") from None
 
 
-def expected_images(settings: Namespace) -> Preprocessing | None:
-    """Return what a new network of --arch expects of images, None if it takes those of any preprocessing.
+def image_spec_of_arch(settings: Namespace) -> ImageSpec | None:
+    """Return the images that a new network of --arch expects, None if it takes those of any preprocessing.
 
     Raises:
         UserError: There is no network of that name.
@@ -44,16 +44,16 @@ def expected_images(settings: Namespace) -> Preprocessing | None:
     if settings.arch in OWN_NETWORKS:
         return None
     try:
-        expected = preprocessing(settings.arch, settings.pretrained and str(settings.pretrained))
+        spec = image_spec_of_weights(settings.arch, settings.pretrained and str(settings.pretrained))
     except ValueError as error:
         raise UserError(f"--arch {settings.arch}: {error}") from None
-    if settings.image_size in (None, expected.image_size):
-        return expected
+    if settings.image_size in (None, spec.image_size):
+        return spec
     # The central crop that weights are evaluated with is one for images of their size.
-    return expected._replace(crop_share=default_crop_share(settings.image_size))
+    return spec._replace(crop_share=default_crop_share(settings.image_size))
 
 
-def network_from(origin: SavedNetwork, data: DataInfo) -> ExitNetwork:
+def stage_1_network_from(origin: SavedNetwork, data: DataInfo) -> ExitNetwork:
     """Build the stage-1 network of ``origin`` with its weights, for the classes of a data set.
 
     Weights of classifiers are taken over only where the classes are the same.

@@ -1,14 +1,27 @@
-"""The 16-bit type with which a device is faster, for training and prediction."""
+"""The 16-bit types: those of --amp, and the one with which a device is faster."""
 
 import time
+from argparse import Namespace
 
 import torch
 from torch import nn
 
 ROUNDS = 3
+# By value of --amp; the value "off" stands for none of them.
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def half_precision(device: torch.device) -> torch.dtype | None:
+def amp_dtype(settings: Namespace) -> torch.dtype | None:
+    """Return the 16-bit type of ``--amp`` after "auto" is resolved, None for float32 alone."""
+    return AMP_DTYPES.get(settings.amp)
+
+
+def amp_of(dtype: torch.dtype | None) -> str:
+    """Return the value of ``--amp`` that stands for a data type."""
+    return next((amp for amp, amp_type in AMP_DTYPES.items() if amp_type is dtype), "off")
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype | None:
     """Return the 16-bit type in which ``device`` is faster, None if there is none.
 
     On GPUs: bfloat16, or float16 before Ampere. On CPUs: bfloat16 if the processor multiplies such numbers

@@ -171,10 +171,10 @@ def recorded(session: Session, command: str, resumed: bool, frozen_digest: str |
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "commit": commit(),
+        "commit": git_commit(),
     }
     run = {
-        "settings": plain(session.settings),
+        "settings": to_plain_types(session.settings),
         "frozen_digest": frozen_digest,
         "pieces": [*(_pieces(path) if resumed else []), piece],
     }
@@ -189,12 +189,12 @@ def recorded(session: Session, command: str, resumed: bool, frozen_digest: str |
             _write(path, run)
 
 
-def plain(settings: Namespace) -> dict[str, Any]:
+def to_plain_types(settings: Namespace) -> dict[str, Any]:
     """Return settings in plain types, as checkpoints and ``run.json`` keep them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the code, with ``-dirty`` if it was changed since; None outside a git clone."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:

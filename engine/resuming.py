@@ -14,7 +14,7 @@ from engine.distributed import launch_of_environment
 from engine.log import Log
 from engine.record import RunDirectory
 from models import ExitNetwork
-from models.saved import with_weights
+from models.saved import build_with_weights
 from utils import UserError
 
 
@@ -57,7 +57,7 @@ def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> Ex
         UserError: The checkpoint is damaged, or the best epoch is one of another run.
     """
     with damage_named(directory.last):
-        network = with_weights(checkpoint["description"].network, checkpoint["state_dict"])
+        network = build_with_weights(checkpoint["description"].network, checkpoint["state_dict"])
     # The best epoch is needed at the end; that its file is of another run should be known before.
     if checkpoint["best_epoch"] and load_saved(directory.best).network.config != network.config:
         raise UserError(f"{directory.best} holds another network than {directory.last}")

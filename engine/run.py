@@ -13,20 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from adaptive_inference import read_policy
 from args import CommandLine, from_record
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import SavedNetwork, load_saved
 from engine.compiling import usable_mode
-from engine.device import place, seed_everything
+from engine.device import prepare_network_and_device, seed_everything
 from engine.distributed import launch_of_environment, process_group
 from engine.evaluate import Evaluation, known_curves
 from engine.failures import status_and_line
 from engine.images import images_to_start, read_images, say_class_order
 from engine.launch import exit_worker, training_processes
 from engine.log import Log
-from engine.record import RunDirectory, Session, commit, plain, recorded
+from engine.precision import amp_of
+from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
 from engine.report import draw_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
 from engine.signals import Interrupted, Requests, listening
@@ -122,7 +125,7 @@ def _train_in_process(
         description = _describe(stage, session, data.info, network, operations, origin)
     else:
         description = checkpoint["description"]
-    place(network, settings, session.processes.device)
+    prepare_network_and_device(network, settings, session.processes.device)
     objective = stage.make_objective(network, settings)  # may raise, so before the old run is deleted
     _introduce(network, data, operations, session)
     if is_main and checkpoint is None:
@@ -218,7 +221,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     settings = command.settings(stored={**stored, "amp": "auto", "compile": "off"})
     if settings.evalmode == "runtime" and settings.amp == "auto":
         dtype = read_policy(directory.policy).dtype
-        settings = with_values(settings, amp={"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "off"))
+        settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))
     with process_group(settings.gpu) as processes, closing(Log(processes.is_main)) as log:
         settings = resolve_auto(settings, processes)
         seed_everything(settings.seed, settings.deterministic)
@@ -230,7 +233,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
                 f"{source} has {network.num_classes} classes, "
                 f"the data set {data.info.name} has {len(data.info.class_names)}"
             )
-        place(network, settings, processes.device)
+        prepare_network_and_device(network, settings, processes.device)
         say_class_order(saved, data, log)
         held_out_are_new = saved.data.knows_training_images
         if settings.evalmode == "dynamic" and not held_out_are_new:
@@ -267,9 +270,9 @@ def _describe(
         operations=operations,
         stage=stage.name,
         title=stage.title(network, settings),
-        recipe=plain(settings),
+        recipe=to_plain_types(settings),
         seed=settings.seed,
-        commit=commit(),
+        commit=git_commit(),
         origin=str(origin.path.resolve()) if origin else None,
         frozen_digest=stage.frozen_digest(network),
     )
@@ -318,7 +321,7 @@ def _to_tensorboard(session: Session, curves: dict[str, RunDirectory]) -> None:
             writer.add_scalar(name, row["test_acc1"], int(row["operations"]) // 1000)
     options = {
         name: value if isinstance(value, (int, float)) else one_line(str(value))
-        for name, value in plain(session.settings).items()
+        for name, value in to_plain_types(session.settings).items()
     }
     accuracies = {f"test_acc1/exit_{row['exit']:.0f}": row["acc1"] for row in read_csv(directory.anytime)}
     writer.add_hparams(options, accuracies, run_name=".")

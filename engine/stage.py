@@ -2,9 +2,9 @@
 
 Their flags, defaults and presets differ too: see ``args`` and ``presets``.
 
-To add a loss, write a function in ``models.losses`` that returns one value per image. Use it in the objective
-of the stage's program (``JointTraining`` in ``train_GE``, ``Distillation`` in ``train_IMTA``), and add a flag
-for it to ``args``.
+To add a loss, write a function in ``models.losses`` that returns one value per image, and export it in
+``models/__init__.py``. Use it in the objective of the stage's program (``JointTraining`` in ``train_GE``,
+``Distillation`` in ``train_IMTA``), and add a flag for it to ``args``.
 """
 
 from abc import ABC, abstractmethod
@@ -13,10 +13,9 @@ from argparse import Namespace
 from torch import nn
 
 from args import CommandLine
-from dataloader import ImageSpec
 from engine.checkpoint import SavedNetwork, load_saved
 from models import Description, ExitNetwork
-from models.description import DataInfo
+from models.description import DataInfo, ImageSpec
 
 
 class Stage(ABC):
@@ -49,8 +48,8 @@ class Stage(ABC):
         return origin
 
     def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
-        """Return what the weights to start from expect of images, None to start from scratch."""
-        return origin.data if origin else None
+        """Return the images that the weights to start from expect, None to start from scratch."""
+        return origin.data.image_spec if origin else None
 
     @abstractmethod
     def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from engine.device import keep_freed_memory
 from engine.distributed import Processes
+from engine.precision import amp_dtype
 from models import ExitNetwork
 from models.module_state import frozen_statistics
 from utils import UserError
@@ -70,7 +71,7 @@ class Stepper:
         self.settings, self.processes = settings, processes
         if processes.device.type == "cpu":
             keep_freed_memory()
-        self.dtype = mixed_precision(settings)
+        self.dtype = amp_dtype(settings)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
         if settings.sync_bn and processes.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
@@ -183,11 +184,6 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run did not need one before
             self.scaler.load_state_dict(state["scaler"])
-
-
-def mixed_precision(settings: Namespace) -> torch.dtype | None:
-    """Return the 16-bit type of ``--amp`` after "auto" is resolved, None for float32 alone."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp)
 
 
 class _InPrecision(nn.Module):

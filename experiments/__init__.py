@@ -1,0 +1,9 @@
+"""The programs that trained and measured what ``results/`` shows.
+
+Reading order:
+
+- the comparison: ``arms`` (trains and evaluates), ``tables`` (tables and plot of its results), ``markdown``;
+- other trainings: ``backbones`` (a pretrained network), ``small_data`` (few images);
+- promises: ``risk`` (accuracy), ``deadlines`` (time), ``drift`` (the alarm), on ``corruptions``;
+- the shipped network: ``ship``.
+"""

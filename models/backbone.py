@@ -346,20 +346,20 @@ class Backbone(ExitNetwork):
 
     # Folding
 
-    def fold_batch_norm(self, fused: Fuse) -> None:
+    def fold_batch_norm(self, fuse: Fuse) -> None:
         """Fold every BatchNorm of the network and the exits into the layer before it, in place."""
         graphs = [segment.evaluation_graph for segment in self._segments]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
-        self._segments = [Segment(self._folded(graph, calls, fused), None) for graph in graphs]
-        fold_sequences(self.exits, fused)
+        self._segments = [Segment(self._folded(graph, calls, fuse), None) for graph in graphs]
+        fold_sequences(self.exits, fuse)
 
-    def _folded(self, graph: fx.Graph, calls: Counter[str], fused: Fuse) -> fx.Graph:
+    def _folded(self, graph: fx.Graph, calls: Counter[str], fuse: Fuse) -> fx.Graph:
         new = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             source = node.args[0] if node.args else None
             if _is_pair(source, node, calls):
-                layer = fused(self.get_submodule(source.target), self.get_submodule(node.target))
+                layer = fuse(self.get_submodule(source.target), self.get_submodule(node.target))
                 if layer is not None:
                     self._set(source.target.removeprefix(PREFIX), layer)
                     self._set(node.target.removeprefix(PREFIX), nn.Identity())

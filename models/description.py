@@ -16,6 +16,24 @@ from torch import Tensor
 SPLIT_TENSORS = ("held_out", "names")  # names in files of the tensors of a ``Split``; the others are weights
 
 
+class ImageSpec(NamedTuple):
+    """The images that a network expects.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        crop_share: Share of the shorter side that the central crop of an evaluation image keeps.
+        mean: Mean of each of the three channels, for values from 0 to 1.
+        std: Standard deviation of each of the three channels, for values from 0 to 1.
+        interpolation: Name of the interpolation that resizes images.
+    """
+
+    image_size: int
+    crop_share: float
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """The data set of a network and how its images are prepared, in plain types.
@@ -42,6 +60,11 @@ class DataInfo:
     std: list[float]
     num_training_images: int
     fingerprint: str
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """The images that the network expects."""
+        return ImageSpec(self.image_size, self.crop_share, self.mean, self.std, self.interpolation)
 
     @property
     def knows_training_images(self) -> bool:

@@ -174,11 +174,11 @@ class IMTA(ExitNetwork):
         """Freeze the backbone's pretrained parameters."""
         self.backbone.freeze_pretrained()
 
-    def fold_batch_norm(self, fused: Fuse) -> None:
+    def fold_batch_norm(self, fuse: Fuse) -> None:
         """Fold every BatchNorm of the backbone and the links into the layer before it, in place."""
-        self.backbone.fold_batch_norm(fused)
+        self.backbone.fold_batch_norm(fuse)
         if self.links is not None:
-            fold_sequences(self.links, fused)
+            fold_sequences(self.links, fuse)
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

@@ -179,8 +179,10 @@ def _make_block(options: MSDNetOptions, layer_numbers: range, width: int) -> tup
     num_layers, num_scales = sum(options.depths), len(options.growth_factors)
     factors = list(options.bottleneck_factors) if options.bottleneck else [None] * num_scales
     scales_after = [remaining_scales(i, num_layers, num_scales, options.prune) for i in range(num_layers + 1)]
-    # With several scales left, the finer outputs of the last layers are unused.
-    last_used_layer = num_layers - len(scales_after[num_layers]) + 1
+    # If s scales are left at the end, only the coarsest is read, so each of the last s - 1 layers computes
+    # scales that no exit reads. There, convolutions are not shared, so that the unused weights get no
+    # gradient, which a shared convolution would make zero.
+    last_fully_used_layer = num_layers - len(scales_after[num_layers]) + 1
     layers: list[nn.Module] = []
     for number in layer_numbers:
         input_scales, scales = scales_after[number - 1], scales_after[number]
@@ -191,7 +193,7 @@ def _make_block(options: MSDNetOptions, layer_numbers: range, width: int) -> tup
                 factors,
                 input_scales,
                 scales,
-                share_convolutions=number <= last_used_layer,
+                share_convolutions=number <= last_fully_used_layer,
             )
         )
         width += options.growth_rate

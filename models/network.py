@@ -10,9 +10,10 @@ A network runs in one of two ways:
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 
-A new kind of network is a subclass in a file of its own, which ``models`` imports, and an entry in
-``tests.contract``. It implements the abstract methods and sets ``config``, ``num_exits``, ``num_classes`` and
-``feature_dims``; the other attributes have defaults. To be trained by a value of ``--arch``, it also needs a
+A new kind of network is a subclass in a file of its own, which ``models`` imports, an entry in
+``tests.contract.CASES``, and its name in ``NAMES`` of ``tests/test_contract.py``. It implements the abstract
+methods and sets ``config``, ``num_exits``, ``num_classes`` and ``feature_dims``; the other attributes have
+defaults. To be trained by a value of ``--arch``, it also needs a
 dataclass of its options, which ``args`` names in ``OWN_NETWORKS`` with their defaults in ``DEFAULTS`` and
 their flags in ``_add_network``.
 """
@@ -182,14 +183,14 @@ class ExitNetwork(nn.Module, ABC):
         """
         raise ValueError(f"{self.title} has no pretrained parameters: all its parameters are trained")
 
-    def fold_batch_norm(self, fused: Fuse) -> None:
+    def fold_batch_norm(self, fuse: Fuse) -> None:
         """Fold every BatchNorm into the layer before it, in place. Only evaluation mode is left.
 
         Args:
-            fused: Returns one module for a layer and the BatchNorm after it, None where these two cannot be
+            fuse: Returns one module for a layer and the BatchNorm after it, None where these two cannot be
                 fused.
         """
-        fold_sequences(self, fused)
+        fold_sequences(self, fuse)
 
     # Shared by all networks
 
@@ -314,12 +315,12 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     return ExitNetwork.kinds[kind].from_config(config, network)
 
 
-def fold_sequences(module: nn.Module, fused: Fuse) -> None:
+def fold_sequences(module: nn.Module, fuse: Fuse) -> None:
     """Fold every BatchNorm in an ``nn.Sequential`` into the layer before it, in place."""
     if type(module).forward is nn.Sequential.forward:
         layers: list[nn.Module] = []
         for layer in module:
-            both = fused(layers[-1], layer) if layers else None
+            both = fuse(layers[-1], layer) if layers else None
             if both is None:
                 layers.append(layer)
             else:
@@ -327,4 +328,4 @@ def fold_sequences(module: nn.Module, fused: Fuse) -> None:
         module._modules.clear()
         module.extend(layers)
     for child in module.children():
-        fold_sequences(child, fused)
+        fold_sequences(child, fuse)

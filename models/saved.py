@@ -16,8 +16,8 @@ Which function loads what:
 ``engine.checkpoint.load_checkpoint``       the state of a run that is resumed, ``last.pt``
 ``models.load_released``                    a checkpoint of the released programs
 ``read_network``                            network, description and split of one file
-``from_tensors``                            the same from the tensors of a file that was read already
-``with_weights``                            a network from its options and its state dict
+``network_from_tensors``                    the same from the tensors of a file that was read already
+``build_with_weights``                      a network from its options and its state dict
 ==========================================  ===============================================================
 """
 
@@ -112,7 +112,9 @@ def read_network(
             f"its format is {found}, not {FORMAT!r}{way}"
         )
     try:
-        return from_tensors(tensors, Description.from_dict(json.loads(header["description"])), network)
+        return network_from_tensors(
+            tensors, Description.from_dict(json.loads(header["description"])), network
+        )
     except NeedsNetworkError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -145,7 +147,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header
 
 
-def from_tensors(
+def network_from_tensors(
     tensors: dict[str, Tensor], description: Description, network: nn.Module | None = None
 ) -> tuple[ExitNetwork, Description, Split]:
     """Build the network that ``description`` describes from the tensors of its file.
@@ -154,13 +156,13 @@ def from_tensors(
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
     split = Split.from_tensors({name: tensors.pop(name) for name in SPLIT_TENSORS})
-    network = with_weights(description.network, tensors, network)
+    network = build_with_weights(description.network, tensors, network)
     _check(description, network, split)
     network.description = description
     return network.eval(), description, split
 
 
-def with_weights(
+def build_with_weights(
     options: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None = None
 ) -> ExitNetwork:
     """Build the network that ``to_config`` describes, with the weights ``tensors``.

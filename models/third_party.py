@@ -2,7 +2,7 @@
 
 Example:
     network = construct("timm", "tf_efficientnet_lite0", {})
-    preprocessing("mobilenet_v3_small", "DEFAULT")     # image size, crop share, mean, std, interpolation
+    image_spec_of_weights("mobilenet_v3_small", "DEFAULT")     # image size, crop share, mean, ...
 
 Only the constructors that the two libraries register are called. timm is optional.
 """
@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .description import ImageSpec
 from .files import is_network_file
 from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
 
@@ -42,16 +43,6 @@ class Constructor(NamedTuple):
     options: dict[str, Any]
 
 
-class Preprocessing(NamedTuple):
-    """The images that weights expect; ``crop_share`` is the share of the shorter side that is kept."""
-
-    image_size: int
-    crop_share: float
-    mean: list[float]
-    std: list[float]
-    interpolation: str
-
-
 def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> None:
     """Check the arguments of ``build_backbone`` that need no network to be built.
 
@@ -74,8 +65,8 @@ def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> No
         )
 
 
-def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Preprocessing:
-    """Return what the weights of a network expect of images; ImageNet's usual values where nothing is known.
+def image_spec_of_weights(arch: str, pretrained: str | os.PathLike | None = None) -> ImageSpec:
+    """Return the images that a network's weights expect; ImageNet's usual values where nothing is known.
 
     Args:
         arch: Name of the network, as for ``build_backbone``.
@@ -86,24 +77,24 @@ def preprocessing(arch: str, pretrained: str | os.PathLike | None = None) -> Pre
     """
     library, name = split_name(arch)
     if library == "timm":
-        return _timm_preprocessing(name)
+        return _timm_image_spec(name)
     all_weights = _torchvision().get_model_weights(name)
     known = isinstance(pretrained, str) and pretrained in all_weights.__members__
     weights = all_weights[pretrained] if known else getattr(all_weights, "DEFAULT", None)
     if weights is None:
-        return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear")
+        return ImageSpec(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear")
     transform = weights.transforms()
     size, resized = transform.crop_size[0], transform.resize_size[0]
-    return Preprocessing(
+    return ImageSpec(
         size, size / resized, list(transform.mean), list(transform.std), transform.interpolation.value
     )
 
 
-def _timm_preprocessing(name: str) -> Preprocessing:
+def _timm_image_spec(name: str) -> ImageSpec:
     defaults = _timm().get_pretrained_cfg(name)
     if defaults is None:
-        return Preprocessing(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bicubic")
-    return Preprocessing(
+        return ImageSpec(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bicubic")
+    return ImageSpec(
         defaults.input_size[-1],
         defaults.crop_pct,
         list(defaults.mean),

@@ -14,7 +14,7 @@ from args import (
     option_names,
     parse,
 )
-from engine.record import plain
+from engine.record import to_plain_types
 from models.options import block_depths
 from utils import UserError
 
@@ -159,7 +159,7 @@ def test_flags_that_would_change_nothing_are_refused(stage, flags, words):
 
 @pytest.mark.parametrize("flags", [["--lr", "0.5"], ["--no-isc"], ["--pretrained", "x"]])
 def test_an_evaluation_refuses_flags_of_another_training(flags):
-    stored = from_record(plain(parse("IMTA", ["--lr", "0.3"]).settings()))
+    stored = from_record(to_plain_types(parse("IMTA", ["--lr", "0.3"]).settings()))
     with pytest.raises(UserError, match=r"the network to evaluate has --.*; --evalmode trains nothing"):
         parse("IMTA", ["--evalmode", *flags]).refuse_changes(stored)
     parse("IMTA", ["--evalmode", "--lr", "0.3", "--batch-size", "7", "--amp", "off"]).refuse_changes(stored)
@@ -187,7 +187,7 @@ def test_save_directory(stage, flags, directory):
 
 
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
-    stage_1 = plain(
+    stage_1 = to_plain_types(
         parse(
             "GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]
         ).settings()
@@ -207,7 +207,9 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
 
 
 def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
-    stage_1 = plain(parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings())
+    stage_1 = to_plain_types(
+        parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings()
+    )
     with pytest.raises(UserError, match="pass --data-root DIR"):
         parse("IMTA", []).settings(inherited=stage_1)
     assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(stored=stage_1).data_root == Path("new")
@@ -215,7 +217,7 @@ def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--val-size", "8"], ["--split-seed", "1"]])
 def test_held_out_images_stay_those_of_stage_1(flags):
-    stage_1 = plain(parse("GE", ["--val-size", "7"]).settings())
+    stage_1 = to_plain_types(parse("GE", ["--val-size", "7"]).settings())
     with pytest.raises(UserError, match="the checkpoint's images were held out with"):
         parse("IMTA", flags).settings(inherited=stage_1)
     with pytest.raises(UserError, match="the split cannot change"):
@@ -224,7 +226,7 @@ def test_held_out_images_stay_those_of_stage_1(flags):
 
 
 def test_a_resumed_run_keeps_its_settings():
-    stored = from_record(plain(parse("GE", ["--lr", "0.3"]).settings()))
+    stored = from_record(to_plain_types(parse("GE", ["--lr", "0.3"]).settings()))
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
     elsewhere = parse("GE", ["--resume", "--workers", "9", "--lr", "0.3", "--gpu", "1"])
     elsewhere.refuse_changes(stored)
@@ -235,14 +237,14 @@ def test_a_resumed_run_keeps_its_settings():
 
 
 def test_auto_stays_what_it_was_in_a_resumed_run():
-    stored = from_record(plain(parse("GE", []).settings())) | {"amp": "bf16", "compile": "default"}
+    stored = from_record(to_plain_types(parse("GE", []).settings())) | {"amp": "bf16", "compile": "default"}
     command = parse("GE", ["--resume", "--amp", "auto", "--compile", "auto"])
     command.refuse_changes(stored)
     assert (command.settings(stored).amp, command.settings(stored).compile) == ("bf16", "default")
 
 
 def test_a_flag_newer_than_the_record_is_compared_with_its_default():
-    stored = from_record(plain(parse("GE", []).settings()))
+    stored = from_record(to_plain_types(parse("GE", []).settings()))
     del stored["clip_grad"]
     with pytest.raises(UserError, match="has --clip-grad None, the command line says 1"):
         parse("GE", ["--resume", "--clip-grad", "1"]).refuse_changes(stored)
@@ -251,7 +253,7 @@ def test_a_flag_newer_than_the_record_is_compared_with_its_default():
 
 
 def test_a_run_never_continues_one_of_other_data():
-    demo = from_record(plain(parse("GE", []).settings()))
+    demo = from_record(to_plain_types(parse("GE", []).settings()))
     for flags in (
         ["--resume", "--data-root", "photos"],
         ["--save", "x", "--resume", "--data-root", "photos"],

@@ -20,7 +20,7 @@ from models.backbone import Backbone, build_backbone
 from models.description import DataInfo, Split
 from models.network import to_config
 from models.operations import measure_cost
-from models.third_party import preprocessing
+from models.third_party import image_spec_of_weights
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
 
 NAMES = list(SMALL)
@@ -319,7 +319,7 @@ def test_names():
 
 
 def test_preprocessing_comes_with_the_weights():
-    found = preprocessing("mobilenet_v3_small", "DEFAULT")
+    found = image_spec_of_weights("mobilenet_v3_small", "DEFAULT")
     assert (found.image_size, found.crop_share, found.interpolation) == (224, 0.875, "bilinear")
     assert found.mean == [0.485, 0.456, 0.406]
     assert found.std == [0.229, 0.224, 0.225]
@@ -347,7 +347,7 @@ def test_timm_networks():
     assert network(torch.randn(2, 3, 64, 64))[-1].shape == (2, 5)
     with pytest.raises(ValueError, match="did you mean timm/"):
         build_backbone("timm/tf_efficientnet_lite9")
-    found = preprocessing("timm/tf_efficientnet_lite0")
+    found = image_spec_of_weights("timm/tf_efficientnet_lite0")
     assert found.mean == [0.5, 0.5, 0.5]
     assert found.interpolation == "bicubic"
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from adaptive_inference import fold
-from adaptive_inference.fold import fused
-from engine.precision import half_precision
+from adaptive_inference.fold import fuse
+from engine.precision import fastest_dtype
 from models import count_operations
 from models.network import fold_sequences
 from tests.contract import CASES
@@ -50,7 +50,7 @@ def test_half_precision_is_close():
         exact, rough = network(images)[-1], folded(images)[-1]
     assert rough.dtype == torch.bfloat16
     assert (exact - rough).abs().max() < 0.1 * exact.abs().max()
-    assert half_precision(torch.device("cpu")) in (None, torch.bfloat16)
+    assert fastest_dtype(torch.device("cpu")) in (None, torch.bfloat16)
 
 
 def test_a_folded_network_compiles_in_one_piece():
@@ -124,6 +124,6 @@ def test_a_sequence(layers, norms_left):
     images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = sequence(images)
-        fold_sequences(sequence, fused)
+        fold_sequences(sequence, fuse)
         torch.testing.assert_close(sequence(images), expected)
     assert sum(isinstance(module, NORMS) for module in sequence.modules()) == norms_left

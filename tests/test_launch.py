@@ -46,7 +46,7 @@ LONGEST = 10  # seconds that a name takes to resolve in a test
 def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instructions, seconds, expected):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
     monkeypatch.setattr(precision, "convolution_seconds", lambda dtype: seconds[dtype])
-    assert precision.half_precision(torch.device("cpu")) is expected
+    assert precision.fastest_dtype(torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instru
 )
 def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert precision.half_precision(torch.device("cuda")) is expected
+    assert precision.fastest_dtype(torch.device("cuda")) is expected
 
 
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
-    monkeypatch.setattr("engine.auto.half_precision", lambda device: dtype)
+    monkeypatch.setattr("engine.auto.fastest_dtype", lambda device: dtype)
     assert resolve_auto(parse("GE", []).settings(), CPU).amp == amp
     assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU).amp == "fp16"
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_inference.block_times import BlockTimes, wait_for
 from adaptive_inference.choosing import within
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
+from models import ExitNetwork
 from utils import UserError
 
 RECENT_CALLS = 200  # calls that decide how much time is reserved now
@@ -55,7 +56,7 @@ class AnytimePredictor(AdaptivePredictor):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: ExitNetwork,
         milliseconds: float,
         timing: BlockTimes,
         policy: Policy | None = None,
@@ -118,7 +119,7 @@ class BudgetPredictor(AdaptivePredictor):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: ExitNetwork,
         points: Sequence[Point],
         milliseconds: float,
         timing: BlockTimes,
@@ -158,7 +159,7 @@ class BudgetPredictor(AdaptivePredictor):
 
 
 def deadline_rows(
-    network: nn.Module,
+    network: ExitNetwork,
     images: Tensor,
     times: BlockTimes,
     acc1: list[float],
