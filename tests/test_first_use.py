@@ -9,12 +9,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from engine.report import read_csv
+from image_data.preprocessing import preprocess
+from models.description import DataInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "first_use.md").read_text(encoding="utf-8")
@@ -116,6 +120,35 @@ def stop_and_go_on(place):
     output, _ = run(more.replace("--epochs 20", "--epochs 3"), place)
     assert "epoch 3/3: " in output
     assert output.endswith("next: python train_IMTA.py --pretrained save/longer/GE\n")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA"])
+def test_the_onnx_program_prepares_images_as_evaluation_does(mode, tmp_path, monkeypatch, capsys):
+    """Also what lies behind transparent pixels, and images on their side."""
+    side = np.linspace(0, 255, 90, dtype=np.uint8)
+    channels = np.stack(np.broadcast_arrays(side, side[:70, None], side[::-1], side[70:0:-1, None]), axis=-1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.fromarray(channels, "RGBA").convert(mode).save(tmp_path / "photo.jpg", format="PNG", exif=exif)
+    seen = []
+
+    class Predictor:
+        image_size, class_names = 56, ("cat", "dog")
+
+        def __init__(self, path):
+            self.preprocessing = {"crop_share": 0.875, "interpolation": "bicubic"}
+
+        def predict(self, images):
+            seen.append(images)
+            return SimpleNamespace(classes=[1], confidence=[0.5], exits=[0])
+
+    monkeypatch.setitem(sys.modules, "onnx_predictor", SimpleNamespace(OnnxPredictor=Predictor))
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1], {})
+    assert capsys.readouterr().out == "dog 0.5 at exit 1\n"
+    data = DataInfo("folder", ["cat", "dog"], 56, 0.875, "bicubic", [0.0] * 3, [1.0] * 3, 0, "")
+    expected = preprocess("photo.jpg", data).numpy().astype(int)
+    assert abs(seen[0][0].astype(int) - expected).mean() < 1
 
 
 @pytest.mark.slow
