@@ -100,8 +100,11 @@ def load_data(
     if image_size <= LARGEST_IN_MEMORY:
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
+        unreadable: list[str] = []
         for name in PARTS[1:] if skips_training_images else PARTS:
-            parts[name] = _in_memory(parts[name], image_size, evaluation, settings, notes)
+            parts[name], errors = _in_memory(parts[name], image_size, evaluation, settings.workers)
+            unreadable += errors
+        _report(unreadable, settings.skip_unreadable, notes)
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(parts["train"]))
         notes += _lost_classes(parts["train"], data_set.class_names)
@@ -227,12 +230,10 @@ def median_side(files: Sequence[Path]) -> int | None:
     return int(statistics.median(sides)) if sides else None
 
 
-def _in_memory(
-    part: Part, image_size: int, evaluation: Transform, settings: Namespace, notes: list[str]
-) -> Part:
-    """Read small images as bytes; one that cannot be read is an error, or left out with a note."""
+def _in_memory(part: Part, image_size: int, evaluation: Transform, workers: int) -> tuple[Part, list[str]]:
+    """Read small images as bytes; return those that can be read, and a line about each of the others."""
     if part.files is None:
-        return part
+        return part, []
 
     def attempt(path: Path) -> np.ndarray | UserError:
         try:
@@ -241,15 +242,13 @@ def _in_memory(
             return error
 
     batches = (part.files[i : i + FILES_AT_ONCE] for i in range(0, len(part), FILES_AT_ONCE))
-    results = list(chain.from_iterable(map_batches(attempt, batches, settings.workers)))
-    _report(
-        [str(result) for result in results if isinstance(result, UserError)], settings.skip_unreadable, notes
-    )
+    results = list(chain.from_iterable(map_batches(attempt, batches, workers)))
     readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
     images = np.empty((len(readable), 3, image_size, image_size), np.uint8)
     for row, i in enumerate(readable):
         images[row] = results[i]
-    return Part(part.targets[readable], torch.from_numpy(images))
+    errors = [str(result) for result in results if isinstance(result, UserError)]
+    return Part(part.targets[readable], torch.from_numpy(images)), errors
 
 
 def _check(parts: Iterable[Batches], skip: bool, notes: list[str]) -> None:
@@ -259,10 +258,10 @@ def _check(parts: Iterable[Batches], skip: bool, notes: list[str]) -> None:
 
 
 def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
-    """Raise an error about unreadable images, or add a note about them if they are to be skipped."""
+    """Raise an error that names unreadable images, or add a note about them if they are to be skipped."""
     if not errors:
         return
-    summary = errors[0] + (f", and {len(errors) - 1:,} more" if len(errors) > 1 else "")
+    summary = listed(errors)
     if not skip:
         raise UserError(f"{summary}; {UNREADABLE_HINT}")
     notes.append(f"skipped: {summary}")

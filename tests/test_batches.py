@@ -113,6 +113,18 @@ def test_unreadable_small_image_is_named_or_skipped(image_folder, part):
     assert any("bee/3.png" in note for note in data.notes)
 
 
+@pytest.mark.parametrize("flags", [[], ["--image-size", "80", "--check-images"]], ids=["small", "large"])
+def test_all_unreadable_images_are_named_at_once(image_folder, flags):
+    names = ["train/ant/1.png", "train/bee/3.png", "test/bee/3.png"]
+    for name in names:
+        damage(image_folder / name)
+    with pytest.raises(UserError) as error:
+        load_data(folder_settings(image_folder, *flags), CPU)
+    assert [name for name in names if name in str(error.value)] == names
+    notes = load_data(folder_settings(image_folder, *flags, "--skip-unreadable"), CPU).notes
+    assert [name for name in names if name in notes[-1]] == names
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, capsys):
     """Or replaced in training by the next one of the order, alike on every process and after a resume, and
@@ -124,7 +136,7 @@ def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, c
     for batches_of_part in (data.train.epoch(0), data.test):
         with pytest.raises(UserError, match=r"bee/3\.png.*--skip-unreadable"):
             list(batches_of_part)
-    with pytest.raises(UserError, match=r"bee/3\.png.*--skip-unreadable"):
+    with pytest.raises(UserError, match=r"train/bee/3\.png.*test/bee/3\.png.*--skip-unreadable"):
         load_data(folder_settings(image_folder, *flags, "--check-images"), CPU)
 
     settings = folder_settings(image_folder, *flags, "--skip-unreadable")
@@ -143,8 +155,8 @@ def test_unreadable_large_image_is_named_when_it_is_met(image_folder, workers, c
         assert len(labels) == len(part.test.local_indices()) in (count, count - 1)
     assert len(data.test.local_indices()) == 14
     notes = load_data(folder_settings(image_folder, *flags, "--skip-unreadable", "--check-images"), CPU).notes
-    assert "bee/3.png" in notes[-1]
-    assert "and 1 more" in notes[-1]
+    assert "train/bee/3.png" in notes[-1]
+    assert "test/bee/3.png" in notes[-1]
 
 
 def test_a_class_of_damaged_images_costs_no_more_than_itself(image_folder):
