@@ -7,6 +7,7 @@ Both hold the classes, the preprocessing, and the policies of ``policy.json`` be
 ``onnx_predictor.py`` and ``examples/browser/predictor.mjs`` run both.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         curve = read_policy(policy) if arguments.policy or policy.exists() else None
         if curve is not None:
             folded_for(saved.network, curve, policy)  # checks that they belong together
+        print_line(f"converting {describe(saved.network)}, which takes some seconds per exit")
         export(saved.network, output, curve)
     except UserError as error:
         print_error(f"{parser.prog}: {error}")
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 def output_path(text: str) -> tuple[Path, bool]:
     """Return the path of ``--output``, and whether it is a directory, for a file per block."""
     path = user_path(text)
+    if path.is_file() and path.suffix != ".onnx":
+        raise argparse.ArgumentTypeError(f"{path} is a file already, and its name does not end in .onnx")
     return path, text.endswith(("/", os.sep)) or path.is_dir()
 
 

@@ -31,7 +31,9 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
             gradient_equilibrium=settings.gradient_equilibrium,
             boosted_exits=settings.boosted_exits,
         )
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:
         raise UserError(f"impossible network: {error}") from None
 
 

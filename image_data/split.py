@@ -128,8 +128,9 @@ def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None
             return numbers
     raise UserError(
         "the data are not those of the checkpoint: "
-        f"it knows {stored.num_training_images} training images of {stored.name}, these are {count}, "
-        "or others; its held-out split would mix with training images"
+        f"it knows {stored.num_training_images} training images of {stored.name}, these are {count}"
+        f"{' others' * (count == stored.num_training_images)}; "
+        "its held-out split would mix with training images"
     )
 
 

@@ -19,10 +19,14 @@ def find(path_or_name: str | os.PathLike) -> Path:
         OSError: There is none; the names are listed.
     """
     path = Path(os.path.expanduser(path_or_name))  # noqa: PTH111, as Path's raises where there is no such home
+    runs: list[str] = []
     if path.is_dir():
+        runs = sorted(file.parent.name for file in path.glob(f"*/{BEST}"))
         path /= BEST
     if path.is_file():
         return path
+    if runs:
+        raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds the runs {', '.join(runs)}")
     shipped = {file.stem: file for file in networks_in(WEIGHTS)}
     if str(path) not in shipped:
         names = (

@@ -139,6 +139,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(
                 f"{path} is a PyTorch checkpoint; convert it once: {convert_command(path)}"
             ) from None
+        if path.suffix == ".onnx":
+            raise ValueError(
+                f"{path} is an export, which onnx_predictor.py runs; here the trained network is needed: "
+                "a safetensors file or the directory of a run"
+            ) from None
         raise ValueError(
             f"{path} is truncated, damaged or no safetensors file ({type(error).__name__})"
         ) from None

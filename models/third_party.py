@@ -168,7 +168,8 @@ def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"the weights {pretrained} of {constructor.name} cannot be downloaded: {error!s:.150}"
+            f"the weights {pretrained} of {constructor.name} cannot be downloaded: "
+            f"{getattr(error, 'reason', error)!s:.150}; --pretrained also takes a file of them"
         ) from None
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import safetensors.torch
@@ -338,6 +339,19 @@ def test_weights_from_files(tmp_path):
             build_backbone("mobilenet_v3_small", pretrained=tmp_path / file)
     with pytest.raises(ValueError, match=r"a.pth: these weights are not those of resnet18"):
         build_backbone("resnet18", pretrained=tmp_path / "a.pth")
+
+
+def test_weights_that_cannot_be_downloaded_name_the_other_way(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise URLError("no route to the host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    reason = (
+        "the weights DEFAULT of resnet18 cannot be downloaded: no route to the host; --pretrained also takes"
+    )
+    with pytest.raises(OSError, match=reason):
+        build_backbone("resnet18", pretrained="DEFAULT")
 
 
 def test_timm_networks():

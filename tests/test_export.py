@@ -158,6 +158,14 @@ def test_an_empty_output_is_one_line(capsys):
     assert error.count("\n") == 1
 
 
+def test_a_photograph_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_bytes(b"pixels")
+    with pytest.raises(SystemExit):
+        program.main(["--model", "imta_cifar100", "--output", str(tmp_path / "photo.jpg")])
+    assert "photo.jpg is a file already" in capsys.readouterr().err
+    assert (tmp_path / "photo.jpg").read_bytes() == b"pixels"
+
+
 def test_command_line_without_a_checkpoint(tmp_path, capsys):
     assert program.main(["--model", str(tmp_path / "missing.pt"), "--output", str(tmp_path / "x.onnx")]) == 2
     assert "no checkpoint" in capsys.readouterr().err

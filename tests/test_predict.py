@@ -333,6 +333,7 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
         ["x", "--max-loss", "1%", "--confidence-level", "0.95"],
         ["x", "--batch-size", "0"],
         ["x", "--format", "xml"],
+        ["x", "--output", "x"],
     ],
 )
 def test_command_lines_that_are_refused(arguments, capsys):

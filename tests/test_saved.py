@@ -93,6 +93,10 @@ def test_names_are_those_of_the_weights_folder(path, monkeypatch):
         load("resnet")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load("elsewhere/best.safetensors")
+    (path.parent / "runs").mkdir()
+    (path.parent / "runs" / "GE").symlink_to(path.parent)
+    with pytest.raises(FileNotFoundError, match="its folder holds the runs GE"):
+        load(path.parent / "runs")
 
 
 def rewritten(path, **changes):
@@ -248,3 +252,9 @@ def test_a_cut_file_is_no_pytorch_checkpoint(tmp_path):
     path.write_bytes(bytes([0x80, 1, 0, 0, 0, 0, 0, 0]) + b'{"weight"')
     with pytest.raises(ValueError, match="truncated, damaged or no safetensors file"):
         read_network(path)
+
+
+def test_an_export_is_told_from_a_damaged_file(tmp_path):
+    (tmp_path / "photos.onnx").write_bytes(b"\x08\x08:")
+    with pytest.raises(ValueError, match=r"photos\.onnx is an export, which onnx_predictor\.py runs"):
+        read_network(tmp_path / "photos.onnx")
