@@ -5,10 +5,10 @@ Example:
     command.typed                # {"preset": "cifar100", "lr": 0.2}
     settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default
 
-*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* is the
-settings in the file of a run or network: a run is resumed from it (``stored``), or starts from it
-(``inherited``). Published flag spellings stay; the names behind them are snake_case. ``argparse.SUPPRESS``
-leaves out of the namespace what was not typed.
+*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* holds
+the settings of a run in the file of its network (``Description.recipe``; ``run.json`` repeats it for people):
+a run is resumed from it (``stored``), or starts from it (``inherited``). Published flag spellings stay; the
+names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed.
 
 To add an option, add its default to ``DEFAULTS`` and its flag to a group below: ``_add_stage_1`` or
 ``_add_stage_2`` if one stage alone has it. Name it in ``INHERITED`` if stage 2 takes it from stage 1's
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
 from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
-from models.options import CHOICES, MSDNetOptions
+from models.options import CHOICES, MSDNetOptions, todays_value
 from presets import PRESETS
 from utils import (
     CommandLineParser,
@@ -45,6 +45,24 @@ from utils import (
 )
 
 MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
+
+
+class OwnNetwork(NamedTuple):
+    """A kind of network of this project, by a value of --arch.
+
+    Attributes:
+        kind: Name of its class in ``models.ExitNetwork.kinds``. The constructor takes ``num_classes`` and the
+            options as keyword arguments, and ``config`` holds them by the same names.
+        options: Dataclass of its options and their defaults.
+    """
+
+    kind: str
+    options: type
+
+
+# All other values of --arch are names of torchvision and timm.
+# Kinds share option names; the same name needs the same default.
+OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", MSDNetOptions)}
 
 # General defaults; presets override them.
 DEFAULTS: dict[str, Any] = {
@@ -81,8 +99,8 @@ DEFAULTS: dict[str, Any] = {
     # network
     "arch": "msdnet",
     "exits": 4,
-    **asdict(MSDNetOptions()),
-    "small_inputs": None,
+    **{name: value for own in OWN_NETWORKS.values() for name, value in asdict(own.options()).items()},
+    "small_inputs": None,  # by the image size
     # collaboration and distillation
     "temperature": 1.0,
     "gamma": 0.1,
@@ -118,22 +136,6 @@ DEFAULTS: dict[str, Any] = {
     "sync_bn": False,
 }
 
-
-class OwnNetwork(NamedTuple):
-    """A kind of network of this project, by a value of --arch.
-
-    Attributes:
-        kind: Name of its class in ``models.ExitNetwork.kinds``. The constructor takes ``num_classes`` and the
-            options as keyword arguments, and ``config`` holds them by the same names.
-        options: Dataclass of its options; their defaults are in ``DEFAULTS`` too.
-    """
-
-    kind: str
-    options: type
-
-
-# All other values of --arch are names of torchvision and timm.
-OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", MSDNetOptions)}
 LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
 ADAMW_LR = 1e-3
 # Stage 2 takes these from stage 1's record, with --arch and its options, unless they are typed.
@@ -491,10 +493,13 @@ def _arch_conflict(typed: dict[str, Any], arch: str) -> str | None:
     return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"
 
 
-def from_record(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a record in the types of flags; a file holds lists for tuples."""
-    settings = {name: value for name, value in recipe.items() if name in DEFAULTS}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+def from_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a record in types and values of today's flags; files hold lists for tuples."""
+    settings = {name: value for name, value in record.items() if name in DEFAULTS}
+    return {
+        name: tuple(value) if isinstance(value, list) else todays_value(name, value)
+        for name, value in settings.items()
+    }
 
 
 def flag_of(name: str) -> str:
@@ -664,7 +669,7 @@ def _add_run(add: Callable) -> None:
     add(
         "--released",
         action="store_true",
-        help="the choices of the released program where it differs from the paper (its bugs left out); "
+        help="the choices of the released code where it differs from the paper (its bugs left out); "
         "such a flag beside it still counts",
     )
 
@@ -748,7 +753,8 @@ def _add_network(add: Callable) -> None:
     add(
         "--ge-scales",
         dest="gradient_equilibrium_scales",
-        **_one_of(CHOICES["gradient_equilibrium_scales"]),
+        choices=CHOICES["gradient_equilibrium_scales"],
+        type=lambda text: todays_value("gradient_equilibrium_scales", text.lower()),
         help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
     )
     add(
@@ -760,12 +766,13 @@ def _add_network(add: Callable) -> None:
         "--init",
         dest="initialization",
         **_one_of(CHOICES["initialization"]),
-        help="PyTorch's default initialisation, or He-normal by fan-out (the Lua program)",
+        help="PyTorch's default initialisation, or He-normal by fan-out "
+        "(MSDNet's original Torch code, in Lua)",
     )
 
 
 def add_msdnet_sizes(add: Callable) -> None:
-    """Add the flags of an MSDNet's layers and channels, which the released programs have too."""
+    """Add the flags of an MSDNet's layers and channels, which the released code has too."""
     add("--nBlocks", dest="num_blocks", type=at_least(1), metavar="N", help="blocks, and so exits, K")
     add("--base", type=at_least(1), metavar="N", help="layers of the first block")
     add(

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def parser() -> CommandLineParser:
+def build_parser() -> CommandLineParser:
     """Return the parser with every flag."""
     parser = CommandLineParser(
         prog="predict.py",
@@ -158,7 +158,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a mistake ends the program with one line and status 2."""
-    flags = parser()
+    flags = build_parser()
     arguments = flags.parse_args(argv)
     if arguments.output in arguments.paths:
         flags.error(f"--output {arguments.output} is one of the images, which it would replace")

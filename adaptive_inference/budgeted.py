@@ -66,7 +66,7 @@ class BudgetedResult(NamedTuple):
 def exit_shares(ratio: float, num_exits: int) -> Tensor:
     """Return the share of the images that should leave at each exit: q_k proportional to ratio^k, k = 1 .. K.
 
-    Single precision and the logarithm as in the released program: floor(N q_k) depends on the rounding.
+    Single precision and the logarithm as in the released code: floor(N q_k) depends on the rounding.
 
     Returns:
         (K,), float32, with sum 1.

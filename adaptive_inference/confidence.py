@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Thresholds of exits at which no image, or every image, leaves; the released program's numbers.
+# Thresholds of exits at which no image, or every image, leaves; the released code's numbers.
 NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
 
 

@@ -50,7 +50,7 @@ def load_predictor(
     if dtype is not None and curve.dtype != _name_of(dtype):
         raise UserError(f"{source} is for {curve.dtype}, and there are no policies for {_name_of(dtype)}")
     if operations is accuracy is max_loss is None:
-        point = curve.nearest(curve.operations[-1] / 2, rule)
+        point = curve.default_point(rule)
     else:
         point = choose(curve, operations=operations, accuracy=accuracy, max_loss=max_loss, rule=rule)
     return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)

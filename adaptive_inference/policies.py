@@ -16,6 +16,7 @@ from utils import UserError
 # optimised for predictions from all exits so far. "certified": for promises about accuracy: thresholds set on
 # one part of the held-out images, loss tested on the other.
 RULES = ("geometric", "optimised", "certified", "ensemble")
+DEFAULT_SHARE = 0.5  # of the operations to the last exit
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,10 @@ class PolicyCurve:
     def whole_operations(self) -> float:
         """Operations of the whole network: to the last exit, with the ensemble of exits if there is one."""
         return max(self.operations[-1], *(point.operations for point in self.points))
+
+    def default_point(self, rule: str | None = None) -> Point:
+        """Return the point of ``rule`` for those who ask for nothing: nearest to half of the operations."""
+        return self.nearest(DEFAULT_SHARE * self.operations[-1], rule)
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:
         """Return the point whose mean operations are nearest to ``operations``."""

@@ -72,9 +72,9 @@ class SavedNetwork:
 def settings_of_network(network: ExitNetwork) -> dict[str, Any]:
     """Return --arch and the options of the network that stage 1 trained, as far as ``args`` knows them."""
     stage_1 = network.stage_1
-    own = [arch for arch, kind in OWN_NETWORKS.items() if kind.kind == stage_1.kind]
+    archs = [arch for arch, own in OWN_NETWORKS.items() if own.kind == stage_1.kind]
     prefix = TIMM_PREFIX if stage_1.config.get("library") == "timm" else ""
-    arch = own[0] if own else prefix + stage_1.config.get("name", stage_1.kind)
+    arch = archs[0] if archs else prefix + stage_1.config.get("name", stage_1.kind)
     options = {name: stage_1.config[name] for name in option_names(arch) if name in stage_1.config}
     return {"arch": arch, **options}
 

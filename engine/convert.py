@@ -29,7 +29,7 @@ from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
 from engine.record import RunDirectory
 from image_data.parts import NORMALIZATION
-from image_data.transforms import LARGE_CROP_SHARE, LARGEST_IN_MEMORY
+from image_data.transforms import default_crop_share
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX, is_network_file
@@ -168,7 +168,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
     network = load_released(path, gradient_equilibrium=arguments.gradient_equilibrium, **flags)
     if arguments.classes is None:
         raise UserError(
-            f"{path} is of a released program, which stores no class names: "
+            f"{path} is a checkpoint of the released code, which stores no class names: "
             "give --classes FILE, one name a line, or the folder that holds a folder for each class"
         )
     options = network.stage_1.config
@@ -231,7 +231,7 @@ def _from_format_2(values: dict[str, Any]) -> Description:
 
 
 def _data_info(*, image_size: int, **values: Any) -> DataInfo:
-    crop_share = 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
+    crop_share = default_crop_share(image_size)
     return DataInfo(image_size=image_size, crop_share=crop_share, interpolation="bilinear", **values)
 
 

@@ -87,11 +87,17 @@ class Evaluation:
         self.measure, self.held_out_are_new = settings.measure, held_out_are_new
 
     def run(self, modes: list[str]) -> None:
-        """Run the evaluations in ``modes``: ``anytime``, ``dynamic``, ``runtime``.
+        """Run evaluations.
+
+        Args:
+            modes: ``runtime`` alone, or any of ``anytime`` and ``dynamic``.
 
         Raises:
             UserError: A mode lacks what it needs: held-out images, or a policy file.
+            ValueError: ``runtime`` is not alone.
         """
+        if "runtime" in modes and len(modes) > 1:
+            raise ValueError(f"the modes are {', '.join(modes)}; runtime must be alone")
         log, processes = self.session.log, self.session.processes
         if "dynamic" in modes and self.data.val.num_images == 0:
             raise UserError(
@@ -106,11 +112,11 @@ class Evaluation:
         val = collect_logits(self.network, self.data.val, processes) if "dynamic" in modes else None
         if not processes.is_main:
             return
-        policy = fit_policy(*val, self.measure) if val is not None else self.known_policy()
+        full_policy = fit_full_policy(*val, self.measure) if val is not None else self.known_policy()
         if "anytime" in modes:
-            self.anytime(*test, policy)
+            self.anytime(*test, full_policy)
         if "dynamic" in modes:
-            self.budgeted(val, test, policy)
+            self.budgeted(val, test, full_policy)
         save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.directory.curves)
         log.line(f"accuracy against operations: {self.session.directory.curves}")
 
@@ -279,8 +285,14 @@ def calibrated_rows(
     return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
 
 
-def fit_policy(logits: Tensor, targets: Tensor, measure: str) -> Policy:
-    """Return how predictions are made, fitted on logits (K, N, C) of held-out images; no image leaves."""
+def fit_full_policy(logits: Tensor, targets: Tensor, measure: str) -> Policy:
+    """Return the policy of the full network: its temperatures and ensemble are shared by all others.
+
+    Args:
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+        measure: Measure of confidence of the policies.
+    """
     temperatures = tuple(fit_temperatures(logits, targets))
     ensemble = fit_ensemble(logits, targets, temperatures)
     return Policy((NONE_LEAVE,) * len(logits), measure, temperatures, ensemble)
@@ -385,7 +397,7 @@ def budget_table(
 
 def percent_right(classes: Tensor, targets: Tensor) -> list[float]:
     """Return the top-1 accuracy of classes (K, N) at every exit, with four digits; targets (N,)."""
-    return [round(percent, 4) for percent in (100 * (classes == targets).double().mean(dim=1)).tolist()]
+    return [round(acc1, 4) for acc1 in (100 * (classes == targets).double().mean(dim=1)).tolist()]
 
 
 def _runtime_table(rows: list[dict]) -> str:

@@ -24,12 +24,10 @@ from adaptive_inference.promises.deadlines import (
     AnytimePredictor,
     BudgetPredictor,
 )
-from adaptive_inference.promises.risk import LEVEL, MaxLoss
+from adaptive_inference.promises.risk import CONFIDENCE_PERCENT, MaxLoss
 from adaptive_inference.timing import BlockTimes, measure_blocks
 from models import ExitNetwork
 from utils import percent
-
-DEFAULT_SHARE = 0.5  # of all operations
 
 
 class Choice(NamedTuple):
@@ -54,7 +52,8 @@ def choose_predictor(
     """Return the predictor for what the command line asks for.
 
     Args:
-        arguments: Parsed command line of predict.py.
+        arguments: Parsed command line of predict.py. Read are policy, rule, budget, accuracy, max_loss,
+            confidence_level, disagreement, deadline and drift_alarm.
         policies: File of the network's policies, which need not exist where nothing asks for one.
         network: Network with a description, on its device.
         batch_size: Images at a time.
@@ -112,7 +111,7 @@ def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse
             operations = arguments.budget.amount * unit
         point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=promise, rule=arguments.rule)
     else:
-        point = curve.nearest(DEFAULT_SHARE * curve.operations[-1], arguments.rule)
+        point = curve.default_point(arguments.rule)
         note = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
     return _choice_of_point(AdaptivePredictor(network, point.policy), point, curve, promise, note)
 
@@ -120,7 +119,7 @@ def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse
 def _promise(arguments: argparse.Namespace) -> MaxLoss | None:
     if arguments.max_loss is None:
         return None
-    level = LEVEL if arguments.confidence_level is None else arguments.confidence_level
+    level = CONFIDENCE_PERCENT if arguments.confidence_level is None else arguments.confidence_level
     return MaxLoss(arguments.max_loss, level, arguments.disagreement)
 
 

@@ -1,9 +1,10 @@
 r"""Rows of predictions as a table, CSV or JSON, written as they come to standard output or into a file.
 
-with open_output(None) as stream:
-    writer = WRITERS["csv"](stream, class_names, about={"model": "..."})
-    writer.rows([{"file": "a.png", ...}])
-    writer.end({"images": 1})
+Example:
+    with open_output(None) as stream:
+        writer = WRITERS["csv"](stream, class_names, about={"model": "..."})
+        writer.rows([{"file": "a.png", ...}])
+        writer.end({"images": 1})
 
 Where the output's encoding lacks a character, the table and CSV have an escape such as ``\xe9``, JSON one
 such as ``\u00e9``.

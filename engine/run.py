@@ -120,7 +120,8 @@ def _train_in_process(
     operations = _operations_to_exits(network, data.info.image_size)
     session = _resolve_auto(stage, session, network, data.train.num_images * operations[-1])
     settings = session.settings
-    seed_everything(settings.seed, settings.deterministic)  # whatever was drawn for the network
+    # Again: building a network draws a number of values that depends on its kind.
+    seed_everything(settings.seed, settings.deterministic)
     if checkpoint is None:
         description = _describe(stage, session, data.info, network, operations, origin)
     else:

@@ -4,8 +4,8 @@ Example:
     stepper = Stepper(objective, settings, processes)
     stepper.step(images, targets, rate, meters.update)
 
-An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))``. Its parameters that require
-a gradient learn.
+An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with an ``ExitNetwork`` as
+``network``. Its parameters that require a gradient learn.
 """
 
 import logging
@@ -23,7 +23,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from engine.device import keep_freed_memory
 from engine.distributed import Processes
 from engine.precision import amp_dtype
-from models import ExitNetwork
 from models.module_state import frozen_statistics
 from utils import UserError
 
@@ -35,22 +34,20 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
     times the others'.
 
     Args:
-        objective: Objective whose ``network``, if it has one, knows its pretrained parameters.
+        objective: Objective whose ``network`` knows its pretrained parameters.
         settings: Settings with optimizer, lr, momentum, nesterov, weight_decay, fused_optimizer and
             pretrained_lr_factor.
     """
-    network = getattr(objective, "network", None)
-    pretrained = (
-        {id(p) for p in network.pretrained_parameters()} if isinstance(network, ExitNetwork) else set()
-    )
+    pretrained = {id(p) for p in objective.network.pretrained_parameters()}
     trained = [p for p in objective.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in pretrained], "lr_factor": 1.0},
         {"params": [p for p in trained if id(p) in pretrained], "lr_factor": settings.pretrained_lr_factor},
     ]
     groups = [group for group in groups if group["params"]]
-    # One kernel, which takes the learning rate of the step: it is no part of what is captured, so a new rate
-    # captures nothing again. ``Stepper.step`` sets it at every step; --lr is what the constructors ask for.
+    # ``fused``: one kernel updates all weights. The optimiser runs outside the compiled step, so a new
+    # learning rate needs no new CUDA graph. ``Stepper.step`` sets the rate at every step; the constructors
+    # only require some value.
     common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": settings.fused_optimizer}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)

@@ -389,8 +389,7 @@ class Trainer:
         self.session.log.write_history(self.session.directory.log, progress.history)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
-        self.network.load_state_dict(checkpoint["state_dict"])
+        """Take over the state of a checkpoint, with whose weights the network was built."""
         self.stepper.load_state_dict(checkpoint)
         torch.set_rng_state(checkpoint["random_state"])
         if self.average is not None:

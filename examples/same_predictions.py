@@ -89,7 +89,7 @@ def compare(files: list[Path], model: str, openvino_images: int) -> int:
     """
     network = load_saved(find(model)).network
     curve = read_policy(policy_path(find(model)))
-    policy = curve.nearest(curve.operations[-1] / 2).policy
+    policy = curve.default_point().policy
     data = network.description.data
     transform = evaluation_transform(data.image_size, data.crop_share, data.interpolation)
     pixels = torch.stack([read_image(file, transform) for file in files])  # (N, 3, S, S) uint8

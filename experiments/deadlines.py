@@ -58,8 +58,8 @@ def recovery_row(name: str, slowness: float) -> dict:
 
     def call() -> tuple[int, bool]:
         began = clock.now
-        exit = predictor(image).exits.item() + 1
-        return exit, clock.now - began > deadline
+        number = predictor(image).exits.item() + 1
+        return number, clock.now - began > deadline
 
     first_exit, _ = call()
     clock.milliseconds = slowness * USUAL
@@ -70,7 +70,7 @@ def recovery_row(name: str, slowness: float) -> dict:
         "slower by": slowness,
         "exit before": first_exit,
         "exit in slow calls": slow[-1][0],
-        "late slow calls after later blocks": sum(late for exit, late in slow if exit > 1),
+        "late slow calls after later blocks": sum(late for number, late in slow if number > 1),
         "quick calls until the last exit": quick.index(num_exits) + 1,
     }
 

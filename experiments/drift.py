@@ -25,7 +25,12 @@ from torch import Tensor
 from adaptive_inference import fold, read_policy, simulate
 from adaptive_inference.policies import Point
 from adaptive_inference.policy_files import policy_path
-from adaptive_inference.promises.drift import LEVEL, DriftAlarm, read_reference, reference_path
+from adaptive_inference.promises.drift import (
+    FALSE_ALARM_PROBABILITY,
+    DriftAlarm,
+    read_reference,
+    reference_path,
+)
 from args import parse
 from dataloader import Data, load_data
 from engine.checkpoint import load_saved
@@ -110,8 +115,8 @@ def corruption_rows(images: TestImages, point: Point, reference: Tensor, streams
         row |= {"policy": round(right, 2), "lost": round((rows[0]["policy"] if rows else right) - right, 2)}
         if name is not None:
             fired = fired_after(reference, prediction.log_sum_exp, streams, seed=len(rows))
-            row["fired"] = sum(images is not None for images in fired)
-            row["median_images"] = float(np.median([images or np.inf for images in fired]))
+            row["fired"] = sum(after is not None for after in fired)
+            row["median_images"] = float(np.median([after or np.inf for after in fired]))
         rows.append(row)
     return rows
 
@@ -145,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse("GE", ["--evalmode", "anytime", *flags]).settings(stored=saved.settings)
         data = load_data(settings, torch.device("cpu"), None, saved.data, saved.split)
         curve = read_policy(policy_path(arguments.network), saved.network)
-        point = curve.nearest(curve.operations[-1] / 2)
+        point = curve.default_point()
         reference = read_reference(reference_path(policy_path(arguments.network)), curve).scores(point.policy)
     except UserError as error:
         sys.stderr.write(f"experiments.drift: {error}\n")
@@ -158,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(clean):,} test images, policy {point.number} of the {point.rule} rule, "
         f"{len(reference):,} reference images\n"
         f"false alarms: {num_false} of {len(fired):,} streams of {min(STREAM_LENGTH, len(clean)):,} clean "
-        f"images ({100 * num_false / len(fired):.1f} %; the bound is {100 * LEVEL:g} %)\n"
+        f"images ({100 * num_false / len(fired):.1f} %; the bound is {100 * FALSE_ALARM_PROBABILITY:g} %)\n"
     )
     rows = corruption_rows(images, point, reference, arguments.streams)
     for lost in (8, 12):

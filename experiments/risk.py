@@ -36,7 +36,7 @@ from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import LossCounts, Point, Policy
 from adaptive_inference.promises.risk import (
-    LEVEL,
+    CONFIDENCE_PERCENT,
     MaxLoss,
     certified,
     certified_points,
@@ -49,7 +49,7 @@ from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
 from engine.distributed import Processes
-from engine.evaluate import fit_policy, with_ensemble
+from engine.evaluate import fit_full_policy, with_ensemble
 from engine.report import table
 from models import count_operations
 from models.files import find
@@ -271,7 +271,7 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     (val_logits, val_targets), (logits, targets) = (
         collect_logits(folded, part, ALONE) for part in (data.val, data.test)
     )
-    policy = fit_policy(val_logits, val_targets, "softmax")
+    policy = fit_full_policy(val_logits, val_targets, "softmax")
     operations = count_operations(saved.network, data.info.image_size)
     val, _ = with_ensemble(
         ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy, operations
@@ -288,7 +288,7 @@ def saved(arguments: argparse.Namespace) -> None:
     rows = []
     for disagreement in (False, True):
         for limit in LIMITS:
-            wanted = MaxLoss(limit, LEVEL, disagreement)
+            wanted = MaxLoss(limit, CONFIDENCE_PERCENT, disagreement)
             point = certified(points, wanted)[-1]
             bet = _certified_by_bets(points, learning, wanted)[-1]
             losses = count_losses(_thresholds(point, evaluated.test), evaluated.test)
@@ -352,7 +352,7 @@ def resample(arguments: argparse.Namespace) -> None:
             violations[wanted] += _percent_lost(losses, wanted) > wanted.percent
             spent[wanted] += point.operations / evaluated.operations[-1] / arguments.trials
         for disagreement in usual:
-            wanted = MaxLoss(1.0, LEVEL, disagreement)
+            wanted = MaxLoss(1.0, CONFIDENCE_PERCENT, disagreement)
             losses = count_losses(usual_choice(held, wanted), population)
             usual[disagreement] += _percent_lost(losses, wanted) > wanted.percent
     rows = [

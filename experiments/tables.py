@@ -313,7 +313,7 @@ def epochs_table() -> str:
     rows = [
         ["the best epoch is the last one", f"in {is_last} of {len(logs)} runs"],
         [
-            "the lowest epoch, as the official stage 1 chooses, against the best one",
+            "the lowest epoch, as stage 1 of the released code chooses, against the best one",
             with_count([min(log) - max(log) for log in accuracies], "+"),
         ],
     ]

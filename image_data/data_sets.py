@@ -27,7 +27,7 @@ from utils import UserError, is_folder, listed
 
 Classes = dict[str, list[Path]]
 # In lower case, what other programs and people call the folders of training and test images.
-PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")
+PART_FOLDER_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
 
 
 class Folders(NamedTuple):
@@ -180,7 +180,7 @@ def _has_images(classes: Classes, known: set[str]) -> bool:
 
 def _are_parts(classes: Classes) -> bool:
     """Return True if what looks like classes are folders of training and test images."""
-    return bool(classes) and all(name.lower() in PARTS for name in classes)
+    return bool(classes) and all(name.lower() in PART_FOLDER_NAMES for name in classes)
 
 
 def _inner_data_set(root: Path) -> Path | None:

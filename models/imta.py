@@ -9,7 +9,7 @@ Example:
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class IMTA(ExitNetwork):
         boosted: Whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
     """
 
+    default_options: ClassVar = {"boosted": False}
+
     def __init__(
         self,
         backbone: ExitNetwork,
@@ -45,16 +47,15 @@ class IMTA(ExitNetwork):
         boosted: bool | None = None,
     ):
         super().__init__()
+        self.boosted = backbone.boosted if boosted is None else boosted
         self.config = {
             "backbone": to_config(backbone),
             "isc": isc,
             "cut_isc_gradient": cut_isc_gradient,
             "freeze_backbone": freeze_backbone,
             "freeze_batchnorm": freeze_batchnorm,
+            "boosted": self.boosted,
         }
-        self.boosted = backbone.boosted if boosted is None else boosted
-        if self.boosted:
-            self.config["boosted"] = True
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
         self.feature_dims = backbone.feature_dims
@@ -78,7 +79,7 @@ class IMTA(ExitNetwork):
     @classmethod
     def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "IMTA":
         """Build the network that ``config`` describes; ``network`` is part of its backbone."""
-        config = {"boosted": False, **config}  # left out where the classifiers are not boosted
+        config = {**cls.default_options, **config}  # early files of format 3 lack it where it is False
         options = config.pop("backbone")
         if "type" not in options:  # as in early files of format 3
             options = {"type": "Backbone" if "library" in options else "MSDNet", **options}

@@ -200,7 +200,7 @@ class Transition(GridLayer):
 class Exit(nn.Module):
     """A classifier on the coarsest scale: two strided convolutions, average pooling, a linear layer.
 
-    The released programs pool 2x2 windows, which at their image sizes is the whole 2x2 map. Pooling the whole
+    The released code pools 2x2 windows, which at its image sizes is the whole 2x2 map. Pooling the whole
     map is the same there, and keeps the number of features independent of the image size.
 
     Args:

@@ -39,7 +39,7 @@ def one_for_all_loss(
         teacher_logits: (N, C); no gradient flows into them.
         temperature: T.
         gamma: Weight of the distillation term; 0 is no distillation.
-        kl_mean_over_classes: Use the released program's KL, which is also averaged over classes and so weighs
+        kl_mean_over_classes: Use the released code's KL, which is also averaged over classes and so weighs
             1 / C of the paper's.
         label_smoothing: Share of the targets that is spread over all classes.
     """

@@ -158,7 +158,7 @@ class MSDNet(ExitNetwork):
     def _rescale_grid(self, grid: FeatureGrid, factor: float) -> FeatureGrid:
         """Rescale the gradients of all scales (the paper), or of the exit's scale only (released code)."""
         coarsest = self.num_scales - 1
-        every_scale = self.gradient_equilibrium_scales == "trunk"
+        every_scale = self.gradient_equilibrium_scales == "all"
         return {s: self.rescale(x, factor) if every_scale or s == coarsest else x for s, x in grid.items()}
 
 

@@ -13,9 +13,8 @@ A network runs in one of two ways:
 A new kind of network is a subclass in a file of its own, which ``models`` imports, an entry in
 ``tests.contract.CASES``, and its name in ``NAMES`` of ``tests/test_contract.py``. It implements the abstract
 methods and sets ``config``, ``num_exits``, ``num_classes`` and ``feature_dims``; the other attributes have
-defaults. To be trained by a value of ``--arch``, it also needs a
-dataclass of its options, which ``args`` names in ``OWN_NETWORKS`` with their defaults in ``DEFAULTS`` and
-their flags in ``_add_network``.
+defaults. To be trained by a value of ``--arch``, it also needs a dataclass of its options with their
+defaults, which ``args`` names in ``OWN_NETWORKS``, and their flags in ``_add_network``.
 """
 
 from abc import ABC, abstractmethod

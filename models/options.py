@@ -1,20 +1,23 @@
 """The options of an MSDNet's architecture: the one list that the network and its checkpoints follow.
 
 A new option is a line of ``MSDNetOptions``, its use in ``models.msdnet``, and a flag in ``args``.
-``models.released`` must refuse what the released programs lack. A new kind of layer may need a line in
+``models.released`` must refuse what the released code lacks. A new kind of layer may need a line in
 ``models.operations``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MOST_LAYERS = 1000
 CHOICES = {
     "step_mode": ("even", "lin_grow"),
     "prune": ("max", "min"),
-    "gradient_equilibrium_scales": ("trunk", "coarsest"),
+    "gradient_equilibrium_scales": ("all", "coarsest"),
     "initialization": ("pytorch", "he"),
 }
+# Values that older files and command lines have for those of today.
+FORMER_VALUES = {("gradient_equilibrium_scales", "trunk"): "all"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class MSDNetOptions:
         reduction: Share of channels that a transition keeps; 0: no transitions.
         small_inputs: Stem and exits of the CIFAR networks, not of the ImageNet ones.
         gradient_equilibrium: Rescale gradients at the exits.
-        gradient_equilibrium_scales: Scales whose gradients are rescaled: all (trunk, the paper), or the
-            exit's (coarsest, released code).
+        gradient_equilibrium_scales: Scales whose gradients are rescaled: all (the paper), or the exit's
+            (coarsest, released code).
         boosted_exits: An exit adds half of the previous exit's logits to its own (Boosted Dynamic Networks).
-        initialization: PyTorch's default, or He-normal by fan-out (the Lua program).
+        initialization: PyTorch's default, or He-normal by fan-out
+            (MSDNet's original Torch code, in Lua).
     """
 
     num_blocks: int = 5
@@ -56,9 +60,13 @@ class MSDNetOptions:
     reduction: float = 0.5
     small_inputs: bool = True
     gradient_equilibrium: bool = True
-    gradient_equilibrium_scales: str = "trunk"
+    gradient_equilibrium_scales: str = "all"
     boosted_exits: bool = False
     initialization: str = "pytorch"
+
+    def __post_init__(self):
+        scales = todays_value("gradient_equilibrium_scales", self.gradient_equilibrium_scales)
+        object.__setattr__(self, "gradient_equilibrium_scales", scales)
 
     @property
     def depths(self) -> list[int]:
@@ -105,6 +113,11 @@ class MSDNetOptions:
 
 
 NETWORK_FIELDS = MSDNetOptions.__dataclass_fields__
+
+
+def todays_value(name: str, value: Any) -> Any:
+    """Return the value of an option, in today's spelling."""
+    return FORMER_VALUES.get((name, value), value)
 
 
 def block_depths(num_blocks: int, base: int, step: int, step_mode: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checkpoints of the released programs kalviny/MSDNet-PyTorch, kalviny/IMTA and their forks.
+"""Checkpoints of the released code, kalviny/MSDNet-PyTorch and kalviny/IMTA, and its forks.
 
 Reads stage-1 (``msdnet``, ``msdnet_ge``) and stage-2 (``IMTA_MSDNet``) files and writes our weights under the
 released names. The published networks are recognised by the shapes of the tensors; any other needs its
@@ -62,7 +62,7 @@ def load_released(
 ) -> MSDNet | IMTA:
     """Load the network of a released checkpoint: float32, on the CPU, in evaluation mode.
 
-    What training it further needs is set as in the released programs: Gradient Equilibrium on the coarsest
+    What training it further needs is set as in the released code: Gradient Equilibrium on the coarsest
     scale only, an ISC gradient that flows, BatchNorm of the frozen backbone that follows the batches.
 
     Args:
@@ -114,7 +114,7 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
     name. The tensors are those of ``network.state_dict()``, not copies.
 
     Raises:
-        ValueError: The released programs have no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
+        ValueError: The released code has no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
             ``boosted_exits=True``).
     """
     if network.boosted:
@@ -157,7 +157,7 @@ def _module_names(network: MSDNet | IMTA) -> Iterator[tuple[str, str]]:
 
 
 def _layer_names(layer: nn.Module, ours: str, released: str) -> Iterator[tuple[str, str]]:
-    # In the released program scales are counted among the remaining ones.
+    # In the released code, scales are counted among the remaining ones.
     for r, s in enumerate(layer.scales):
         if isinstance(layer, Transition):
             yield f"{ours}.reduce.{s}", f"{released}.m.{r}.net"

@@ -14,7 +14,7 @@ Which function loads what:
 ``adaptive_inference.load_predictor``       the same, folded, with a policy: to predict
 ``engine.checkpoint.load_saved``            the same for a command line, with description and split
 ``engine.checkpoint.load_checkpoint``       the state of a run that is resumed, ``last.pt``
-``models.load_released``                    a checkpoint of the released programs
+``models.load_released``                    a checkpoint of the released code
 ``read_network``                            network, description and split of one file
 ``network_from_tensors``                    the same from the tensors of a file that was read already
 ``build_with_weights``                      a network from its options and its state dict

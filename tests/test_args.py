@@ -15,7 +15,7 @@ from args import (
     parse,
 )
 from engine.record import to_plain_types
-from models.options import block_depths
+from models.options import MSDNetOptions, block_depths
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,12 @@ def test_help_explains_every_flag_with_its_default(capsys, stage):
 
 def test_every_setting_is_a_flag_of_one_stage_or_both():
     assert build_parser("GE").flags().keys() | build_parser("IMTA").flags().keys() == {*DEFAULTS, "help"}
+
+
+def test_former_values_stand_for_those_of_today():
+    assert parse("GE", ["--ge-scales", "Trunk"]).typed == {"gradient_equilibrium_scales": "all"}
+    assert from_record({"gradient_equilibrium_scales": "trunk"}) == {"gradient_equilibrium_scales": "all"}
+    assert MSDNetOptions(gradient_equilibrium_scales="trunk") == MSDNetOptions()
 
 
 @pytest.mark.parametrize("arch", ["msdnet", "resnet18"])
@@ -65,7 +71,7 @@ def test_published_presets():
 def test_the_papers_choices_are_the_defaults():
     settings = parse("IMTA", []).settings()
     assert (settings.kl_reduction, settings.backbone_bn, settings.isc_gradient) == ("sum", "frozen", "cut")
-    assert settings.gradient_equilibrium_scales == "trunk"
+    assert settings.gradient_equilibrium_scales == "all"
 
 
 def test_released_sets_every_choice_and_explicit_flags_win():
@@ -146,7 +152,7 @@ def test_a_flag_of_stage_1_alone_is_named_as_such(capsys, flag):
         ("GE", ["--exits", "3"], "--exits is for networks of torchvision and timm"),
         ("GE", ["--lr-milestones", "1,2"], "--lr-milestones belongs to --lr-type multistep"),  # demo: cosine
         ("GE", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum belongs to --optimizer sgd"),
-        ("GE", ["--no-GE", "--ge-scales", "trunk"], "--ge-scales belongs to --gradient-equilibrium"),
+        ("GE", ["--no-GE", "--ge-scales", "all"], "--ge-scales belongs to --gradient-equilibrium"),
         ("GE", ["--arch", "resnet18", "--pretrained-lr-factor", "0"], "needs --pretrained"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
         ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),

@@ -16,7 +16,7 @@ def predictions_of(confidence, correct):
 
 
 def golden_case():
-    """Predictions for held-out and to test images, operations, and the released rows."""
+    """Predictions for held-out and test images, operations, and the released rows."""
     golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
     val, test = (
         predictions_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test")

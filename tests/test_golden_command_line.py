@@ -1,4 +1,4 @@
-"""Golden checkpoints of the released programs, as files, through the command line."""
+"""Golden checkpoints of the released code, as files, through the command line."""
 
 import pytest
 import torch

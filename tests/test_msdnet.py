@@ -58,20 +58,20 @@ def test_a_shared_convolution_trains_like_separate_ones():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
-def test_boosted_exits_add_half_of_the_answer_so_far():
+def test_boosted_exits_add_half_of_the_logits_before():
     plain, boosted = (MSDNet(**TINY_NETWORK, boosted_exits=is_boosted).eval() for is_boosted in (False, True))
     plain.load_state_dict(boosted.state_dict())
     images = images_for(plain)
-    own, answers = plain(images), boosted(images)
-    torch.testing.assert_close(answers[2], own[2] + 0.5 * own[1] + 0.25 * own[0])
-    answers[2].sum().backward()
+    own, logits = plain(images), boosted(images)
+    torch.testing.assert_close(logits[2], own[2] + 0.5 * own[1] + 0.25 * own[0])
+    logits[2].sum().backward()
     assert boosted.exits[2].linear.weight.grad.any()
     assert boosted.exits[1].linear.weight.grad is None
     extra = [
         a - b for a, b in zip(*(count_operations(network, 32) for network in (boosted, plain)), strict=True)
     ]
     assert extra == [0, boosted.num_classes, 2 * boosted.num_classes]
-    assert torch.equal(IMTA(boosted).teacher_logits(boosted.features(images), []), answers[2])
+    assert torch.equal(IMTA(boosted).teacher_logits(boosted.features(images), []), logits[2])
 
 
 def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():
@@ -80,7 +80,7 @@ def test_every_parameter_of_the_published_cifar_network_gets_a_gradient():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("scales", ["trunk", "coarsest"])
+@pytest.mark.parametrize("scales", ["all", "coarsest"])
 def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
     """The same pass with hooks: they multiply by 1 / (K - i + 1) before exit i of K, by K - i after it."""
     network = MSDNet(**{**TINY_NETWORK, "num_blocks": 4}, gradient_equilibrium_scales=scales).double().eval()
@@ -90,7 +90,7 @@ def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
     def rescaled(grid, factor):
         grid = {s: x.view_as(x) for s, x in grid.items()}
         for s, x in grid.items():
-            if scales == "trunk" or s == network.num_scales - 1:
+            if scales == "all" or s == network.num_scales - 1:
                 x.register_hook(lambda gradient: gradient * factor)
         return grid
 
@@ -110,7 +110,7 @@ def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
 
 
 def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():
-    """Gradients over finer scales are divided by GE on the trunk, and left alone by GE on the coarsest."""
+    """Gradients over finer scales are divided by GE on all scales, and left alone by GE on the coarsest."""
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     gradients = []
     for options in ({}, {"gradient_equilibrium_scales": "coarsest"}, {"gradient_equilibrium": False}):
@@ -118,9 +118,9 @@ def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():
         network = MSDNet(**TINY_NETWORK, **options).double().eval()
         network(images)[-1].square().sum().backward()
         gradients.append(network.stem.scales[0][0].weight.grad)
-    trunk, coarsest, plain = gradients
-    torch.testing.assert_close(trunk, plain / 3, rtol=1e-10, atol=1e-14)
-    assert not torch.allclose(coarsest, trunk, rtol=1e-3)
+    on_all, on_coarsest, plain = gradients
+    torch.testing.assert_close(on_all, plain / 3, rtol=1e-10, atol=1e-14)
+    assert not torch.allclose(on_coarsest, on_all, rtol=1e-3)
 
 
 def test_block_depths():

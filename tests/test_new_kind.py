@@ -66,7 +66,7 @@ class Tower(ExitNetwork):
 def tower(monkeypatch, image_folder):
     """Let --arch tower name the new kind; return flags of a short training of it on ``image_folder``."""
     monkeypatch.setitem(OWN_NETWORKS, "tower", OwnNetwork("Tower", TowerOptions))
-    for name, value in asdict(TowerOptions()).items():
+    for name, value in asdict(TowerOptions()).items():  # in ``args``, OWN_NETWORKS brings them along
         monkeypatch.setitem(DEFAULTS, name, value)
     data = ["--data-root", str(image_folder), "--image-size", "32", "--val-size", "12"]
     return [*data, *SHORT, "--arch", "tower"]

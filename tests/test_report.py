@@ -14,7 +14,7 @@ from adaptive_inference.calibration import ensemble_classes
 from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.policies import Policy
 from adaptive_inference.promises.risk import learning_images
-from engine.evaluate import budget_table, find_policies, fit_policy, temperature_line
+from engine.evaluate import budget_table, find_policies, fit_full_policy, temperature_line
 from engine.report import best_within, budget_rows, draw_curves, draw_runtime, save_figure, table
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
@@ -108,7 +108,7 @@ def test_the_legend_of_runtime_covers_no_point():
 
 def test_the_line_of_temperatures_says_how_many_images():
     logits, targets = make_predictions(12)
-    line = temperature_line(fit_policy(logits, targets, "softmax"), 12)
+    line = temperature_line(fit_full_policy(logits, targets, "softmax"), 12)
     assert "fitted on 12 held-out images, few" in line
     assert line.count("/") == 2
 
@@ -117,7 +117,7 @@ def test_the_line_of_temperatures_says_how_many_images():
 def test_policies_of_all_rules(held_out_are_new):
     network = MSDNet(**TINY_NETWORK).eval()
     val = make_predictions(400)
-    policy = fit_policy(*val, "softmax")
+    policy = fit_full_policy(*val, "softmax")
     curve = find_policies(network, OPERATIONS, val, policy, held_out_are_new)
     counts = {rule: len([p for p in curve.points if p.rule == rule]) for rule in ("geometric", "optimised")}
     assert counts == {"geometric": 40, "optimised": 40}

@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,8 @@ from engine.report import millions
 from experiments import arms, ship, tables
 from experiments.markdown import spread
 from image_data.reading import read_image
-from models import load
-from tests.conftest import TINY_FLAGS, TINY_STAGE_2
+from models import MSDNet, load
+from tests.conftest import TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2
 from utils import UserError
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -143,6 +144,18 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     assert not bfloat16.exists()
     # It is taken as stage 1 by its path, and goes on from there.
     assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *TINY_STAGE_2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "MSDNet + GE"),
+        ({"boosted_exits": True}, "MSDNet + GE + boosted exits"),
+        ({"gradient_equilibrium": False}, "MSDNet"),
+    ],
+)
+def test_titles_of_stage_1(options, title):
+    assert train_GE.Stage1().title(MSDNet(**TINY_NETWORK, **options), Namespace()) == title
 
 
 def test_the_card_of_the_weights_is_that_of_their_files():

@@ -30,7 +30,7 @@ from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet reference 1"
 NUM_IMAGES = 2_000
-LEVEL = 0.01
+FALSE_ALARM_PROBABILITY = 0.01
 BETS = np.array([-1.9, -0.95, -0.38, 0.38, 0.95, 1.9])  # e; capital stays positive for |e| < 2
 SHARED = 1e-3  # part of the capital that is redistributed equally at every image
 SIDE = 256  # scores have 16 bits: their counts are a table of 256 x 256
@@ -157,7 +157,7 @@ class DriftAlarm:
         log_capital: Logarithm of the capital now; it fires at -log(level), and then stops.
     """
 
-    def __init__(self, reference: Tensor, level: float = LEVEL, seed: int = 0):
+    def __init__(self, reference: Tensor, level: float = FALSE_ALARM_PROBABILITY, seed: int = 0):
         self.level, self.num_images, self.log_capital = level, 0, 0.0
         self.fired_after: int | None = None
         self._num_scores = len(reference)

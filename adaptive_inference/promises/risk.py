@@ -28,7 +28,7 @@ from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
 
-LEVEL = 95.0
+CONFIDENCE_PERCENT = 95.0
 LEARNING_SHARE = 0.1  # quantiles need few images, and the test is sharper with many
 SPLIT_SEED = 0
 CERTIFICATE = {
@@ -55,7 +55,7 @@ class MaxLoss(NamedTuple):
     """
 
     percent: float
-    level: float = LEVEL
+    level: float = CONFIDENCE_PERCENT
     disagreement: bool = False
 
     def __str__(self) -> str:
