@@ -218,13 +218,14 @@ class Evaluation:
         write_csv(directory.runtime, rows)
         everything = replace(points[0].policy, thresholds=(NONE_LEAVE,) * network.num_exits)
         acc1 = percent_right(ensemble_classes(self._logits(images), everything.ensemble), targets.cpu())
+        log.line("\npredicting by deadlines, which takes minutes beside other programs")
         deadlines = deadline_rows(network, images, block_times, acc1, everything)
         write_csv(directory.deadlines, deadlines)
         exits = [{"operations": n, "acc1": a} for n, a in zip(self.operations, acc1, strict=True)]
         budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
         save_figure(draw_runtime(budgets, exits, deadlines), directory.runtime_picture)
-        log.line("\nthe best prediction by a deadline, one image at a time")
-        log.line(_deadline_table(deadlines))
+        log.line("the best prediction by a deadline, one image at a time")
+        log.line(_deadline_table(deadlines, len(targets)))
         files = f"{directory.runtime}, {directory.deadlines}, {directory.runtime_picture}"
         log.line(f"{len(targets):,} test images; {files}")
 
@@ -258,7 +259,7 @@ class Evaluation:
                 row["operations"], row["lazy_operations"] = mean_costs
                 (row["acc1"],) = percent_right(prediction.classes[None], targets)
             rows += measured
-            self.session.log.line(_runtime_table(measured))
+            self.session.log.line(_runtime_table(measured, len(targets)))
         return rows, block_times[0]
 
 
@@ -400,7 +401,7 @@ def percent_right(classes: Tensor, targets: Tensor) -> list[float]:
     return [round(acc1, 4) for acc1 in (100 * (classes == targets).double().mean(dim=1)).tolist()]
 
 
-def _runtime_table(rows: list[dict]) -> str:
+def _runtime_table(rows: list[dict], num_images: int) -> str:
     """Return the table of rows that begin with that of running every exit."""
     full, shown = rows[0], []
     for row in rows:
@@ -410,14 +411,14 @@ def _runtime_table(rows: list[dict]) -> str:
         }
         shown.append({**row, "p": row["p"] or "every exit", **shares})
     names = ("batch_size", "p", "operations", "lazy_operations", "share_of_operations", "milliseconds")
-    return table(shown, (*names, "expected_milliseconds", "share_of_time", "acc1"))
+    return table(shown, (*names, "expected_milliseconds", "share_of_time", "acc1"), num_images)
 
 
-def _deadline_table(rows: list[dict]) -> str:
+def _deadline_table(rows: list[dict], num_images: int) -> str:
     shown = [
         {"deadline ms": row["milliseconds"], "acc1": row["acc1"], "late %": 100 * row["late"]} for row in rows
     ]
-    return table(shown, list(shown[0]))
+    return table(shown, list(shown[0]), num_images)
 
 
 def known_curves(runs: dict[str, RunDirectory]) -> dict[str, tuple[list[dict], list[dict], list[dict]]]:

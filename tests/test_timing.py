@@ -1,5 +1,7 @@
 """Measured time: blocks add up to policies."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,5 @@ def test_rows():
     for row in deadlines:
         assert sum(row[f"share_{k}"] for k in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
         assert 10 <= row["acc1"] <= 30
+    disturbed = replace(times, high=(times.high[0] + 1e3, *times.high[1:]))
+    assert len(deadline_rows(network, images, disturbed, [10.0, 20.0, 30.0], calls=2)) == 1
