@@ -166,7 +166,7 @@ class Evaluation:
         log.line(budget_table(*tables.values(), self.operations[-1], len(test[1])))
         log.line(self._half_line(tables[directory.budgeted], *test))
         log.line(f"thresholds for predict.py: {directory.policy}")
-        self._draw_examples(*test, curve.nearest(self.operations[-1] / 2, "optimised").policy)
+        self._draw_examples(*test, curve.default_point("optimised").policy)
 
     def _tables(self, curve: PolicyCurve, test: Labelled, policy: Policy) -> dict[Path, list[dict]]:
         """Return the rows of the CSV files."""

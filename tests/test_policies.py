@@ -135,6 +135,7 @@ def test_limits_choose(curve):
     with pytest.raises(TypeError, match="must be a promise"):
         choose(curve, max_loss=2.0)
     assert curve.nearest(19e6, rule).number == 3
+    assert curve.default_point(rule).number == 3
     with pytest.raises(UserError, match="of the rule optimised; there are certified, ensemble, geometric"):
         curve.of_rule("optimised")
 
