@@ -71,6 +71,7 @@ CONSUMERS = [  # program, command line in a folder beside those of the runs, the
     ("predict", ["--model", "../GE/best.safetensors", "../good.png"], "GE/policy.json"),
 ]
 LONGEST_LINE = 1000  # characters
+SECONDS_TO_PARSE = 0.05  # a signal that comes while PyTorch loads or arguments are parsed is Python's own
 MOST_LEFTOVERS = 1  # temporary files of one killed run; the next one clears them away
 
 
@@ -198,6 +199,8 @@ class Harness:
             )
             # Later and later, for the day that the machine is slower than when it was left undisturbed.
             instant = rng.random() * self.seconds[f"{name} {processes}"] * (1 + attempt / 10)
+            if kind == "term":
+                instant += SECONDS_TO_PARSE
             hits_worker = kind == "kill" and processes > 1 and rng.random() < 0.5
             strike = _kill_worker if hits_worker else partial(_send, number)
             if self.tried[kind] >= self.wanted.get(kind, math.inf):
