@@ -530,6 +530,7 @@ def test_every_way_gives_the_same_predictions(finished, tmp_path, capsys):
     assert ("OpenVINO" in ways) is bool(importlib.util.find_spec("openvino"))
 
 
+@needs_onnx
 def test_waiting_threads_hardly_spin(exported, monkeypatch):
     """Beside a busy core, threads that spin as long as ONNX Runtime likes make every call much slower."""
     import onnxruntime
