@@ -760,7 +760,7 @@ def _add_network(add: Callable) -> None:
     add(
         "--boosted-exits",
         action=BooleanOptionalAction,
-        help="an exit adds its logits to half of those of the exit before (Boosted Dynamic Networks)",
+        help="an exit adds its logits to half of those of the previous exit (Boosted Dynamic Networks)",
     )
     add(
         "--init",
@@ -846,7 +846,7 @@ def _add_stage_2(add: Callable) -> None:
     add(
         "--isc",
         action=BooleanOptionalAction,
-        help="Inline Subnetwork Collaboration: exits read the logits of the exit before them",
+        help="Inline Subnetwork Collaboration: exits read the logits of the previous exit",
     )
     add(
         "--ofa",

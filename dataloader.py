@@ -112,10 +112,13 @@ def load_data(
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
     transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))
-    batches = {
-        name: _make_batches(part, transforms, settings, name == "train", normalize, shard or Shard())
-        for name, part in parts.items()
-    }
+    batches: dict[str, Batches] = {}
+    for name, part in parts.items():
+        common = (settings, name == "train", normalize, shard or Shard())
+        if part.images is not None:
+            batches[name] = InMemoryBatches(part, *common)
+        else:
+            batches[name] = FileBatches(part, transforms, *common)
     if settings.check_images:
         _check(batches.values(), settings.skip_unreadable, notes)
     # A stored split refers to the training images of its own data set.
@@ -132,29 +135,6 @@ def load_data(
         fingerprint=stored.fingerprint if is_stored else data_set.fingerprint,
     )
     return Data(info, split, [one_line(note) for note in notes], **batches)
-
-
-def _make_batches(
-    part: Part,
-    transforms: tuple[Transform, Transform],
-    settings: Namespace,
-    augment: bool,
-    normalize: Normalizer,
-    shard: Shard,
-) -> Batches:
-    """Return the batches of a part, whose images are in memory or in files.
-
-    Args:
-        part: The images.
-        transforms: The transforms of images from files in evaluation and in training.
-        settings: Settings that ``Batches`` take.
-        augment: Whether to augment the images.
-        normalize: Normalises batches of bytes.
-        shard: This process's share of every batch.
-    """
-    if part.images is not None:
-        return InMemoryBatches(part, settings, augment, normalize, shard)
-    return FileBatches(part, transforms, settings, augment, normalize, shard)
 
 
 def _find_and_split(

@@ -49,7 +49,7 @@ class Interruptions:
         Raises:
             Interrupted: A signal came during the wait.
         """
-        self.saved_at = time.monotonic()  # at the end of the epoch before
+        self.saved_at = time.monotonic()  # at the end of the previous epoch
         is_alone = self.processes.world_size == 1
         while True:
             try:

@@ -25,7 +25,7 @@ def test_without_isc_exits_are_independent(backbone, images):
 
 
 def test_boosted_exits_keep_their_boost(images):
-    """Each new classifier adds half of the logits of the exit before, as the backbone's did."""
+    """Each new classifier adds half of the logits of the previous exit, as the backbone's did."""
     backbone = MSDNet(**TINY_NETWORK, boosted_exits=True)
     kept, dropped = (IMTA(backbone, isc=False, boosted=boosted).eval() for boosted in (None, False))
     dropped.load_state_dict(kept.state_dict())
