@@ -284,10 +284,10 @@ class CommandLine:
             if self.stage == "GE":
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
         for name, value in self._beside_record().items():
-            if name in may_differ:
+            # A released network has no record. Its training command, with --evalmode added, evaluates it.
+            is_unknown = "evalmode" in self.typed and name not in stored
+            if name in may_differ or is_unknown:
                 continue
-            if "evalmode" in self.typed and name not in stored:
-                raise UserError(f"the {what} has no record of its {flag_of(name)}; {way}")
             before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
             if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
                 raise UserError(

@@ -254,8 +254,14 @@ def test_a_flag_newer_than_the_record_is_compared_with_its_default():
     del stored["clip_grad"]
     with pytest.raises(UserError, match="has --clip-grad None, the command line says 1"):
         parse("GE", ["--resume", "--clip-grad", "1"]).refuse_changes(stored)
-    with pytest.raises(UserError, match="has no record of its --clip-grad"):
-        parse("GE", ["--evalmode", "--clip-grad", "1"]).refuse_changes(stored)
+
+
+def test_a_training_command_with_evalmode_evaluates_a_network_without_record():
+    """The published way to evaluate a released network."""
+    flags = ["--epochs", "300", "--batch-size", "64", "--lr-type", "multistep", "--weight-decay", "1e-4"]
+    parse("GE", ["--preset", "cifar100", *flags, "--evalmode", "dynamic"]).refuse_changes(
+        {"data": "cifar100"}
+    )
 
 
 def test_a_run_never_continues_one_of_other_data():
