@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layers import add_boost, conv_bn_relu
@@ -43,17 +44,21 @@ from .tracing import (
 )
 
 LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
-EXIT_WIDTHS = (128, 512)  # fewest and most channels of an exit's convolution
+EXIT_WIDTH = 128  # channels of an exit's convolution, as in MSDNet
+EXIT_SIZE = 14  # pixels of the map that it reads; maps of twice the size and more are averaged first
 _UNCHANGING = (nn.Identity, nn.Flatten)  # may follow the last linear layer
 
 
 class MapExit(nn.Module):
-    """An exit on maps: convolution, BatchNorm, ReLU, average pooling, linear."""
+    """An exit on maps: convolution, BatchNorm, ReLU, average pooling, linear.
+
+    Large maps are averaged to about ``EXIT_SIZE`` first, so that the first exits cost no more than others.
+    """
 
     def __init__(self, channels: int, num_classes: int, channels_last: bool):
         super().__init__()
         self.channels, self.channels_last = channels, channels_last
-        self.feature_channels = min(max(channels, EXIT_WIDTHS[0]), EXIT_WIDTHS[1])
+        self.feature_channels = EXIT_WIDTH
         self.convolution = conv_bn_relu(channels, self.feature_channels, 3, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(self.feature_channels, num_classes)
@@ -62,6 +67,9 @@ class MapExit(nn.Module):
         """Return pooled features (N, feature_channels) of maps (N, C, H, W), or (N, H, W, C)."""
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
+        factor = min(x.shape[-2:]) // EXIT_SIZE
+        if factor > 1:
+            x = F.avg_pool2d(x, factor)
         return self.pool(self.convolution(x)).flatten(1)
 
 

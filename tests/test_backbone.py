@@ -246,9 +246,20 @@ def test_operations_are_those_of_the_uncut_network_and_the_exits():
     last = measure_cost(network, 32, multiply_adds_only=True, lazy=True).operations[-1]
     heads = 0
     for width, side in ((64, 8), (128, 4), (256, 2)):
-        exit_width = max(width, 128)
-        heads += (side // 2) ** 2 * 9 * width * exit_width + exit_width * 10
+        heads += (side // 2) ** 2 * 9 * width * 128 + 128 * 10
     assert last == counter.get_total_flops() // 2 + heads
+
+
+def test_exits_average_large_maps_before_their_convolution():
+    network = make_small("resnet").eval()
+    exit_1 = network.exits[0]
+    large = torch.randn(2, exit_1.channels, 56, 42)
+    averaged = nn.functional.avg_pool2d(large, 3)
+    assert averaged.shape[-2:] == (18, 14)
+    torch.testing.assert_close(exit_1.features(large), exit_1.features(averaged))
+    not_large = torch.randn(2, exit_1.channels, 27, 27)
+    convolved = exit_1.convolution(not_large)
+    torch.testing.assert_close(exit_1.features(not_large), convolved.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
