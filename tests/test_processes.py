@@ -16,10 +16,10 @@ from engine.checkpoint import load_checkpoint
 from engine.report import read_csv
 from tests import disturbed, forkserver
 from tests.compare import differences
-from tests.conftest import TINY_FLAGS
+from tests.conftest import TINY_NETWORK, TINY_TRAINING
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--save", "run", *TINY_FLAGS, "--print-freq", "1"]
+TRAINING = ["--save", "run", *TINY_TRAINING, "--print-freq", "1"]
 FOLDER = [
     *("--data", "folder", "--image-size", "72", "--no-small-inputs", "--val-size", "12"),
     *("--batch-size", "12", "--epochs", "2"),
@@ -34,7 +34,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(folder, *flags, processes=2, **environment):
+def run(folder, *flags, processes=2, network=TINY_NETWORK, **environment):
     """Run ``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
     port = free_port()
     ranks = [
@@ -48,7 +48,8 @@ def run(folder, *flags, processes=2, **environment):
         for rank in range(processes)
     ]
     environments = [{**(variables if processes > 1 else {}), **environment} for variables in ranks]
-    return forkserver.run(disturbed.main, [*SMALL, *flags], folder, *environments)
+    words = [*TRAINING, *network, *flags]
+    return forkserver.run(disturbed.main, words, folder, *environments)
 
 
 def processes_in(folder):
@@ -98,7 +99,7 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL)), "LATE": "1"}
-    command = [*launcher, disturbed.__file__, *SMALL, "--save-every-steps", "1"]
+    command = [*launcher, disturbed.__file__, *TRAINING, *TINY_NETWORK, "--save-every-steps", "1"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [
         subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment, **disturbance}, **streams)
@@ -134,6 +135,21 @@ def test_two_processes_stop_together_and_go_on_exactly(undisturbed, tmp_path):
     assert (state["epoch"], state["step"]) == (0, 2)
     assert run(tmp_path, "--resume").statuses == [0, 0]
     assert differences(tmp_path / "run", undisturbed / "run") == []
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_network_with_dropout_go_on_exactly(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    network = ["--arch", "mobilenet_v3_small", "--exits", "3"]  # drops a fifth of its last features
+    ended = run(whole, network=network)
+    assert ended.statuses == [0, 0], ended.errors
+    ended = run(parts, network=network, SIGNAL=int(signal.SIGTERM), MARKER="marker")
+    assert ended.statuses == [143, 143]
+    ended = run(parts, "--resume", network=network)
+    assert ended.statuses == [0, 0], ended.errors
+    assert differences(parts / "run", whole / "run") == []
 
 
 def test_threads_go_on_exactly(image_folder, tmp_path):
