@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from adaptive_inference.policies import RULES
 from adaptive_inference.policy_files import policy_path
-from engine.prediction import predict_all
+from engine.prediction.predict_all import predict_all
 from models.files import BEST, find
 from utils import CommandLineParser, UserError, above, at_least, in_range, print_error, user_path
 

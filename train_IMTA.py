@@ -24,9 +24,9 @@ from adaptive_inference import fold
 from args import CommandLine, parse
 from engine.checkpoint import SavedNetwork, load_saved
 from engine.networks import new_network
-from engine.precision import amp_dtype
 from engine.record import RunDirectory
 from engine.run import end_program, run
+from engine.runtime.precision import amp_dtype
 from engine.stage import Stage
 from models import IMTA, one_for_all_loss
 from models.description import DataInfo

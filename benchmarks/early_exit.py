@@ -29,8 +29,8 @@ from adaptive_inference.fold import fold
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import load_saved
-from engine.precision import fastest_dtype
 from engine.report import millions
+from engine.runtime.precision import fastest_dtype
 from models import IMTA, MSDNet, count_operations
 from utils import CommandLineParser, UserError, user_path
 

@@ -42,9 +42,9 @@ from args import parse
 from benchmarks.plain_loop import PlainLoop, plain_dataset
 from dataloader import load_data
 from engine.auto import resolve_auto
-from engine.device import prepare_network_and_device, seed_everything, set_tf32
-from engine.distributed import Processes
-from engine.launch import exit_worker, training_processes
+from engine.runtime.device import prepare_network_and_device, seed_everything, set_tf32
+from engine.runtime.distributed import Processes
+from engine.runtime.launch import exit_worker, training_processes
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations

@@ -3,10 +3,10 @@
 Reading order:
 
 - a run: ``run`` (from the command line to the tables), ``stage`` (what the two programs define), ``record``
-  (its directory and session), ``images``, ``networks``, ``resuming``, ``checkpoint``;
-- its training: ``trainer`` (the loop), ``stepper`` (one step), ``averaging``, ``interruption``, ``signals``;
+  (its directory and session), ``images``, ``networks``, ``resuming``, ``checkpoint``, ``auto``;
+- its training: ``trainer`` (the loop), ``stepper`` (one step), ``averaging``, ``interruption``;
 - its evaluation: ``evaluate``, ``collect``, ``report``, ``easy_and_hard``;
-- the machine: ``launch`` and ``distributed`` (processes), ``device``, ``precision``, ``compiling``,
-  ``auto``, ``failures`` (how a run ends), ``log``;
-- ``predict.py``: ``prediction``, ``predictor_choice``, ``rows``; older files: ``convert``.
+- ``convert``: older files.
+
+``runtime`` holds processes, devices and the log of a run, ``prediction`` the work of ``predict.py``.
 """

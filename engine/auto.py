@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import torch
 
-from engine.distributed import Processes
-from engine.precision import AMP_DTYPES, amp_of, fastest_dtype
+from engine.runtime.distributed import Processes
+from engine.runtime.precision import AMP_DTYPES, amp_of, fastest_dtype
 
 # Compile only above this many forward operations per process; below it, compiling costs more than it saves.
 COMPILING_PAYS = 5e12

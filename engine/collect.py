@@ -8,7 +8,7 @@ Example:
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import Processes
+from engine.runtime.distributed import Processes
 from image_data.batches import Batches
 from models import ExitNetwork
 from utils import UserError

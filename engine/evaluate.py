@@ -33,7 +33,6 @@ from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
 from engine.easy_and_hard import easy_and_hard, examples_figure
-from engine.precision import amp_dtype
 from engine.record import RunDirectory, Session
 from engine.report import (
     best_within,
@@ -45,6 +44,7 @@ from engine.report import (
     table,
     write_csv,
 )
+from engine.runtime.precision import amp_dtype
 from models import ExitNetwork, count_operations
 from utils import UserError, percent, print_error
 

@@ -4,8 +4,8 @@ import torch
 
 from dataloader import Data, load_data
 from engine.checkpoint import SavedNetwork
-from engine.log import Log
 from engine.record import Session
+from engine.runtime.log import Log
 from models.description import DataInfo, ImageSpec, Split
 
 

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from engine.record import Session
-from engine.signals import Interrupted
+from engine.runtime.signals import Interrupted
 
 # Check for signals at least every N steps; a process that is asked to stop has perhaps half a minute.
 MAX_STEPS_BETWEEN_CHECKS = 10

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torchvision
 
-from engine.distributed import Processes
-from engine.log import Log
-from engine.signals import Requests
+from engine.runtime.distributed import Processes
+from engine.runtime.log import Log
+from engine.runtime.signals import Requests
 from models.files import BEST
 from utils import UserError, atomic_write, print_error
 

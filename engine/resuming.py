@@ -10,9 +10,9 @@ from typing import Any
 
 from args import CommandLine, from_record
 from engine.checkpoint import damage_named, load_checkpoint, load_saved
-from engine.distributed import launch_of_environment
-from engine.log import Log
 from engine.record import RunDirectory
+from engine.runtime.distributed import launch_of_environment
+from engine.runtime.log import Log
 from models import ExitNetwork
 from models.saved import build_with_weights
 from utils import UserError

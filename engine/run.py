@@ -20,19 +20,19 @@ from args import CommandLine, from_record
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import SavedNetwork, load_saved
-from engine.compiling import usable_mode
-from engine.device import prepare_network_and_device, seed_everything
-from engine.distributed import launch_of_environment, process_group
 from engine.evaluate import Evaluation, known_curves
-from engine.failures import status_and_line
 from engine.images import images_to_start, read_images, say_class_order
-from engine.launch import exit_worker, training_processes
-from engine.log import Log
-from engine.precision import amp_of
 from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
 from engine.report import draw_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
-from engine.signals import Interrupted, Requests, listening
+from engine.runtime.compiling import usable_mode
+from engine.runtime.device import prepare_network_and_device, seed_everything
+from engine.runtime.distributed import launch_of_environment, process_group
+from engine.runtime.failures import status_and_line
+from engine.runtime.launch import exit_worker, training_processes
+from engine.runtime.log import Log
+from engine.runtime.precision import amp_of
+from engine.runtime.signals import Interrupted, Requests, listening
 from engine.stage import Stage
 from engine.stepper import refuse_combinations
 from engine.trainer import train
@@ -49,7 +49,7 @@ def run(command: CommandLine, stage: Stage) -> int:
     """Train or evaluate as the command line says.
 
     Returns:
-        The exit status: 0, or that of ``engine.failures.status_and_line``.
+        The exit status: 0, or that of ``engine.runtime.failures.status_and_line``.
     """
     status, message = 0, ""
     try:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from engine.device import keep_freed_memory
-from engine.distributed import Processes
-from engine.precision import amp_dtype
+from engine.runtime.device import keep_freed_memory
+from engine.runtime.distributed import Processes
+from engine.runtime.precision import amp_dtype
 from models.module_state import frozen_statistics
 from utils import UserError
 

@@ -26,11 +26,11 @@ from dataloader import Data
 from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
 from engine.checkpoint import damage_named, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
-from engine.compiling import is_compiler_error, reason_of
-from engine.device import seed_step
 from engine.interruption import Interruptions
 from engine.record import Session
-from engine.signals import Interrupted
+from engine.runtime.compiling import is_compiler_error, reason_of
+from engine.runtime.device import seed_step
+from engine.runtime.signals import Interrupted
 from engine.stepper import Stepper
 from models.description import Description
 from utils import UserError, duration, percent

@@ -48,9 +48,9 @@ from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
-from engine.distributed import Processes
 from engine.evaluate import fit_full_policy, with_ensemble
 from engine.report import table
+from engine.runtime.distributed import Processes
 from models import count_operations
 from models.files import find
 from utils import CommandLineParser, UserError, user_path

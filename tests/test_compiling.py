@@ -9,8 +9,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 import train_GE
-from engine.compiling import reason_of, usable_mode
-from engine.distributed import Processes
+from engine.runtime.compiling import reason_of, usable_mode
+from engine.runtime.distributed import Processes
 from tests.conftest import TINY_FLAGS
 from utils import UserError
 

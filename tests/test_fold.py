@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from engine.precision import fastest_dtype
+from engine.runtime.precision import fastest_dtype
 from models import count_operations
 from models.network import fold_sequences
 from tests.contract import CASES

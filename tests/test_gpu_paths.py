@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_GE
 from adaptive_inference import AdaptivePredictor
 from args import parse
-from engine import distributed
-from engine.distributed import Processes, process_group
+from engine.runtime import distributed
+from engine.runtime.distributed import Processes, process_group
 from engine.stepper import Stepper
 from engine.trainer import Trainer
 from models import MSDNet

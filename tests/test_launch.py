@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 import train_GE
 from args import parse
-from engine import precision
 from engine.auto import resolve_auto
-from engine.distributed import Processes, launch_of_environment, process_group
-from engine.launch import may_fork, process_count
 from engine.record import RunDirectory
-from engine.signals import Interrupted, listening
+from engine.runtime import precision
+from engine.runtime.distributed import Processes, launch_of_environment, process_group
+from engine.runtime.launch import may_fork, process_count
+from engine.runtime.signals import Interrupted, listening
 from image_data.data_sets import find_data_set
 from tests import disturbed, forkserver
 from tests.conftest import TINY_FLAGS

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.prediction
+import engine.prediction.predict_all
 import predict
 from adaptive_inference.confidence import confidence_by_exit
 from adaptive_inference.policies import LossCounts
 from adaptive_inference.policy_files import policy_curve, write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from engine.checkpoint import save_network
-from engine.device import limit_threads
+from engine.runtime.device import limit_threads
 from models import IMTA, MSDNet, count_operations, to_released
 from models.description import Split
 from models.saved import read_network
@@ -131,7 +131,7 @@ def test_small_batches_use_one_thread(operations, variable, expected, monkeypatc
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:  # chosen by the user
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr("engine.device.available_cores", lambda: 2)
+    monkeypatch.setattr("engine.runtime.device.available_cores", lambda: 2)
     try:
         torch.set_num_threads(2)
         limit_threads(None, operations)
@@ -269,7 +269,7 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return image
 
-    monkeypatch.setattr(engine.prediction, "read_image", read_image)
+    monkeypatch.setattr(engine.prediction.predict_all, "read_image", read_image)
     for format in ("json", "csv", "table"):
         flags = ("--batch-size", "2", "--format", format, "--output", tmp_path / "new" / format)
         assert run(trained, images, *flags) == 130

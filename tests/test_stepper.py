@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from args import parse
-from engine.distributed import Processes
+from engine.runtime.distributed import Processes
 from engine.stepper import Stepper, refuse_combinations
 from engine.trainer import Meters
 from models import IMTA, MSDNet

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.distributed import (
+from engine.runtime.distributed import (
     TIMEOUT,
     Processes,
     in_thread,

@@ -1,11 +1,11 @@
 """Exit statuses and messages of runs that end early."""
 
 from args import CommandLine
-from engine.compiling import is_compiler_error, reason_of
-from engine.device import is_out_of_memory
-from engine.distributed import is_lost_peer
-from engine.launch import WorkerFailed
-from engine.signals import Interrupted
+from engine.runtime.compiling import is_compiler_error, reason_of
+from engine.runtime.device import is_out_of_memory
+from engine.runtime.distributed import is_lost_peer
+from engine.runtime.launch import WorkerFailed
+from engine.runtime.signals import Interrupted
 from utils import UserError, error_message
 
 

@@ -23,9 +23,9 @@ from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Pred
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from dataloader import median_side
 from engine.checkpoint import load_saved
-from engine.device import is_out_of_memory, limit_threads
-from engine.predictor_choice import Choice, choose_predictor
-from engine.rows import WRITERS, open_output, prediction_rows
+from engine.prediction.predictor_choice import Choice, choose_predictor
+from engine.prediction.rows import WRITERS, open_output, prediction_rows
+from engine.runtime.device import is_out_of_memory, limit_threads
 from image_data.folders import LEFT_OUT, find_images
 from image_data.parts import SMALL_IMAGE_SIZE
 from image_data.reading import read_image

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.distributed import Processes
+from engine.runtime.distributed import Processes
 from utils import UserError, one_line
 
 LONGEST_REASON = 200  # characters
