@@ -27,11 +27,11 @@ torch.set_num_threads(1)
 
 TINY_NETWORK = {"num_blocks": 3, "base": 1, "step": 1, "num_channels": 4, "growth_rate": 4, "num_classes": 10}
 TINY_DEMO = {"train": 192, "test": 96}
-TINY_NETWORK = ["--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"]
+TINY_MSDNET_FLAGS = ["--nBlocks", "3", "--nChannels", "4", "--growthRate", "4"]
 TINY_TRAINING = [
     *("--batch-size", "32", "--val-size", "64", "--epochs", "1", "--lr", "0.05", "--amp", "off"),
 ]
-TINY_FLAGS = [*TINY_NETWORK, *TINY_TRAINING]
+TINY_FLAGS = [*TINY_MSDNET_FLAGS, *TINY_TRAINING]
 TINY_STAGE_2 = ["--epochs", "1", "--batch-size", "32", "--amp", "off"]
 
 

@@ -16,7 +16,7 @@ from engine.checkpoint import load_checkpoint
 from engine.report import read_csv
 from tests import disturbed, forkserver
 from tests.compare import differences
-from tests.conftest import TINY_NETWORK, TINY_TRAINING
+from tests.conftest import TINY_MSDNET_FLAGS, TINY_TRAINING
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ["--save", "run", *TINY_TRAINING, "--print-freq", "1"]
@@ -34,7 +34,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(folder, *flags, processes=2, network=TINY_NETWORK, **environment):
+def run(folder, *flags, processes=2, network=TINY_MSDNET_FLAGS, **environment):
     """Run ``tests/disturbed.py`` in ``folder``, as torchrun would start it."""
     port = free_port()
     ranks = [
@@ -99,7 +99,7 @@ def test_torchrun_starts_a_killed_process_again_and_goes_on(undisturbed, tmp_pat
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     disturbance = {"MARKER": str(tmp_path / "marker"), "SIGNAL": str(int(signal.SIGKILL)), "LATE": "1"}
-    command = [*launcher, disturbed.__file__, *TRAINING, *TINY_NETWORK, "--save-every-steps", "1"]
+    command = [*launcher, disturbed.__file__, *TRAINING, *TINY_MSDNET_FLAGS, "--save-every-steps", "1"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [
         subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment, **disturbance}, **streams)
