@@ -261,7 +261,7 @@ def test_a_released_checkpoint_names_the_command(images, tmp_path, capsys):
 
 
 def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch, capsys):
-    real, third = engine.prediction.read_image, "d.webp"
+    real, third = engine.prediction.predict_all.read_image, "d.webp"
 
     def read_image(path, transform):
         image = real(path, transform)
