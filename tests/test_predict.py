@@ -309,7 +309,7 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
     def fail(*_):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
 
-    monkeypatch.setattr(engine.prediction.AdaptivePredictor, "__call__", fail)
+    monkeypatch.setattr(engine.prediction.predict_all.AdaptivePredictor, "__call__", fail)
     assert run(trained, images) == 2
     assert "a smaller --batch-size" in capsys.readouterr().err
 
