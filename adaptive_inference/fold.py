@@ -22,9 +22,9 @@ from adaptive_inference.policy_files import DTYPES, check_curve
 from models import ExitNetwork, State
 from models.module_state import set_memory_format
 
-# By name, as timm is optional: a convolution that only pads by
-# itself, and a BatchNorm with an activation inside.
-PADDING_CONVOLUTION, NORM_WITH_ACTIVATION = "Conv2dSame", "BatchNormAct2d"
+# Types of timm, by name as timm is optional: a convolution that only pads by itself, and BatchNorms with an
+# activation inside.
+PADDING_CONVOLUTION, NORMS_WITH_ACTIVATION = "Conv2dSame", ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 class FoldedNetwork(ExitNetwork, register=False):
@@ -124,16 +124,16 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
 def fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Return one module that computes ``norm(layer(x))`` in evaluation mode, None if there is none.
 
-    Types are compared exactly: a subclass may compute something else.
+    Types are compared exactly: a subclass may compute something else. In evaluation mode, the synchronised
+    BatchNorm of ``--sync-bn`` computes what the BatchNorm does that it replaced.
     """
     if getattr(norm, "running_mean", None) is None:
         return None
-    has_activation = type(norm).__name__ == NORM_WITH_ACTIVATION
-    if type(norm) is nn.BatchNorm2d or has_activation:
-        if type(layer) is not nn.Conv2d and type(layer).__name__ != PADDING_CONVOLUTION:
-            return None
-        convolution = fuse_conv_bn_eval(layer, norm)
-        return nn.Sequential(convolution, norm.drop, norm.act) if has_activation else convolution
-    if type(norm) is nn.BatchNorm1d and type(layer) is nn.Linear:
+    if type(layer) is nn.Conv2d or type(layer).__name__ == PADDING_CONVOLUTION:
+        if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return fuse_conv_bn_eval(layer, norm)
+        if type(norm).__name__ in NORMS_WITH_ACTIVATION:
+            return nn.Sequential(fuse_conv_bn_eval(layer, norm), norm.drop, norm.act)
+    if type(layer) is nn.Linear and type(norm) in (nn.BatchNorm1d, nn.SyncBatchNorm):
         return fuse_linear_bn_eval(layer, norm)
     return None

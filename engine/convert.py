@@ -116,7 +116,7 @@ def _convert_network(path: Path, output: Path) -> str:
         )
     try:
         description = _from_format_2(json.loads(header["description"]))
-        network_from_tensors(dict(tensors), description)
+        network_from_tensors(tensors, description)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or made by another program: {error}") from None
     with atomic_write(output, "wb") as stream:

@@ -121,12 +121,16 @@ class Evaluation:
         log.line(f"accuracy against operations: {self.session.directory.curves}")
 
     def known_policy(self) -> Policy | None:
-        """Return a policy of the run's file, with its ensemble; None if it is not of this network."""
-        try:
-            policy = read_policy(self.session.directory.policy, self.network).of_rule(None)[0].policy
-            return policy if policy.temperatures else None
-        except UserError:
+        """Return a policy of the run's file, with its ensemble; None if there is none for this network."""
+        directory = self.session.directory
+        if not directory.policy.exists():
             return None
+        try:
+            policy = read_policy(directory.policy, self.network).of_rule(None)[0].policy
+        except UserError as error:
+            self.session.log.line(f"{directory.anytime} gets no temperatures and no ensemble: {error}")
+            return None
+        return policy if policy.temperatures else None
 
     def anytime(self, logits: Tensor, targets: Tensor, policy: Policy | None) -> None:
         """Evaluate every exit for all images.

@@ -29,7 +29,7 @@ from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
 from engine.runtime.distributed import launch_of_environment, process_group
 from engine.runtime.failures import status_and_line
-from engine.runtime.launch import exit_worker, training_processes
+from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, Requests, listening
@@ -52,15 +52,16 @@ def run(command: CommandLine, stage: Stage) -> int:
         The exit status: 0, or that of ``engine.runtime.failures.status_and_line``.
     """
     status, message = 0, ""
-    try:
-        with listening() as requests:
-            if "evalmode" in command.typed:
-                _evaluate_only(command, stage)
-            else:
-                _train_and_evaluate(command, stage, requests)
-    except (Exception, Interrupted) as error:
-        status, message = status_and_line(error, command)
-    exit_worker(status, message)
+    with workers_end_inside():
+        try:
+            with listening() as requests:
+                if "evalmode" in command.typed:
+                    _evaluate_only(command, stage)
+                else:
+                    _train_and_evaluate(command, stage, requests)
+        except (Exception, Interrupted) as error:
+            status, message = status_and_line(error, command)
+        exit_worker(status, message)
     if message:
         print_error(f"train_{stage.name}.py: {message}")
     return status

@@ -54,6 +54,15 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
     return torch.optim.SGD(groups, **common, momentum=settings.momentum, nesterov=settings.nesterov)
 
 
+def synchronise_batch_norm(objective: nn.Module) -> None:
+    """Make every BatchNorm inside, in place, normalise by the batch of all processes."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    if any(type(module).__name__ == "BatchNormAct2d" for module in objective.modules()):
+        # PyTorch's conversion would drop the activations inside timm's layers. timm is optional.
+        from timm.layers import convert_sync_batchnorm as convert
+    convert(objective)
+
+
 class Stepper:
     """Optimisation of ``objective``, step by step, with SGD or AdamW.
 
@@ -71,7 +80,7 @@ class Stepper:
         self.dtype = amp_dtype(settings)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
         if settings.sync_bn and processes.world_size > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+            synchronise_batch_norm(objective)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(objective, settings)
         self.was_skipped = False

@@ -160,8 +160,9 @@ def network_from_tensors(
     Raises:
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
-    split = Split.from_tensors({name: tensors.pop(name) for name in SPLIT_TENSORS})
-    network = build_with_weights(description.network, tensors, network)
+    weights = {name: x for name, x in tensors.items() if name not in SPLIT_TENSORS}
+    split = Split.from_tensors({name: tensors[name] for name in SPLIT_TENSORS})
+    network = build_with_weights(description.network, weights, network)
     _check(description, network, split)
     network.description = description
     return network.eval(), description, split

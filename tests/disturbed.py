@@ -3,6 +3,7 @@
 SIGNAL: number of a signal that the process with rank 1, or the only one, gets after two steps; MARKER: a file
 that is then made, and keeps it from happening again. LATE: seconds that this process then waits first.
 COPY_FAILS: forked copies meet an image that cannot be read. COPY_DIES: they are killed before they meet.
+COPY_BREAKS: they meet a bug. RETURNS: a file that gets a line whenever ``train_GE.main`` ends.
 """
 
 import os
@@ -30,10 +31,17 @@ def main(argv: list[str]) -> int:
         time.sleep(float(os.environ.get("LATE", "0")) if marker.exists() else 0)
         _send_once(int(os.environ["SIGNAL"]), marker)
     if "COPY_FAILS" in os.environ:
-        _fail_in_copies()
+        _raise_in_copies(UserError("cannot read the image bad.jpg"))
+    if "COPY_BREAKS" in os.environ:
+        _raise_in_copies(ZeroDivisionError("a bug"))
     if "COPY_DIES" in os.environ:
         _die_in_copies()
-    return train_GE.main(argv)
+    try:
+        return train_GE.main(argv)
+    finally:
+        if "RETURNS" in os.environ:
+            with Path(os.environ["RETURNS"]).open("a") as stream:
+                stream.write("returned\n")
 
 
 def _send_once(number: int, marker: Path) -> None:
@@ -50,12 +58,12 @@ def _send_once(number: int, marker: Path) -> None:
     Stepper.step = step
 
 
-def _fail_in_copies() -> None:
+def _raise_in_copies(error: Exception) -> None:
     real, program = Stepper.step, os.getpid()
 
     def step(*arguments):
         if os.getpid() != program:
-            raise UserError("cannot read the image bad.jpg")
+            raise error
         real(*arguments)
 
     Stepper.step = step

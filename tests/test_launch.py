@@ -219,6 +219,14 @@ def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     assert (result.statuses, result.errors) == ([2], "train_GE.py: cannot read the image bad.jpg\n")
 
 
+def test_the_run_ends_with_the_bug_of_a_copy_which_never_returns_to_the_caller(tmp_path):
+    result = train(tmp_path, COPY_BREAKS=1, RETURNS="returns.txt")
+    assert result.statuses == [1], result.errors
+    assert "Traceback" in result.errors
+    assert result.errors.endswith("\ntrain_GE.py: a worker ended with ZeroDivisionError: a bug\n")
+    assert (tmp_path / "returns.txt").read_text() == "returned\n"
+
+
 def test_a_copy_that_is_killed_before_all_have_met_ends_the_run(tmp_path):
     began = time.monotonic()
     result = train(tmp_path, COPY_DIES=1)

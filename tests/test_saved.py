@@ -18,7 +18,7 @@ from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
 from models.network import ExitNetwork, build_network, to_config
-from models.saved import read_network
+from models.saved import network_from_tensors, read_network, read_safetensors
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 
@@ -58,6 +58,13 @@ def test_what_was_saved_comes_back(network, path):
     assert split.held_out.tolist() == [3, 5]
     assert not any(module.training for module in again.modules())
     assert network.description is MSDNet.description is None
+
+
+def test_building_a_network_leaves_the_tensors_of_its_file_alone(network, path):
+    tensors, _ = read_safetensors(path)
+    names = set(tensors)
+    network_from_tensors(tensors, describe(network))
+    assert set(tensors) == names
 
 
 def test_early_files_do_not_say_which_kind_a_backbone_is(network, path):

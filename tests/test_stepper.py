@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adaptive_inference import fold
+from adaptive_inference.fold import fuse
 from args import parse
 from engine.runtime.distributed import Processes
-from engine.stepper import Stepper, refuse_combinations
+from engine.stepper import Stepper, refuse_combinations, synchronise_batch_norm
 from engine.trainer import Meters
 from models import IMTA, MSDNet
 from models.module_state import frozen_statistics
+from models.network import fold_sequences
 from tests import forkserver
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
@@ -126,6 +129,33 @@ def test_statistics_are_frozen_and_come_back():
         assert all(layer.momentum == 0 and layer.num_batches_tracked is not None for layer in layers)
     assert all(layer.momentum == 0.1 for layer in layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layers.state_dict().items())
+
+
+def test_a_network_after_synchronised_training_is_folded_like_the_file_of_it():
+    """With ``--sync-bn``, thresholds are set on the network that was trained, and used on its file's."""
+    network = IMTA(MSDNet(**TINY_NETWORK)).float().eval()
+    expected = fold(network)
+    synchronise_batch_norm(network)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert all(map(torch.equal, fold(network)(images), expected(images)))
+
+
+def test_synchronising_keeps_the_activations_inside_timms_layers():
+    layers = pytest.importorskip("timm.layers")
+    norm = layers.BatchNormAct2d(3)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), norm).eval()
+    for values in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(values)
+    images = torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        expected = network(images)
+        synchronise_batch_norm(network)
+        assert torch.equal(network(images), expected)
+        fold_sequences(network, fuse)
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+        torch.testing.assert_close(network(images), expected)
 
 
 def test_checkpointed_activations_change_neither_gradients_nor_statistics():

@@ -470,7 +470,11 @@ def test_anytime_evaluation_needs_test_images_only(image_folder, tmp_path, size,
     (run / "anytime.csv").unlink()
     assert train_GE.main(["--save", str(run), "--evalmode", "anytime"]) == 0
     assert (run / "anytime.csv").read_bytes() == before
-    capsys.readouterr()
+    assert "gets no temperatures" not in capsys.readouterr().out
+    assert train_GE.main(["--save", str(run), "--evalmode", "anytime", "--amp", "bf16"]) == 0
+    output = capsys.readouterr().out
+    assert "anytime.csv gets no temperatures and no ensemble" in output
+    assert "policy.json was made for this network in float32, not in bfloat16" in output
     assert train_GE.main(["--save", str(run), "--evalmode", "dynamic"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from engine.runtime.distributed import (
     launch_of_environment,
     process_group,
 )
-from utils import UserError, at_least, available_cores
+from utils import UserError, at_least, available_cores, one_line
 
 MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
@@ -59,10 +60,32 @@ class WorkerFailed(Exception):
 
 def exit_worker(status: int, message: str = "") -> None:
     """In a worker, report the message to rank 0 and exit; in rank 0 do nothing."""
-    if _report is not None:
+    if _report is None:
+        return
+    try:
         if message:
             _report.write_text(f"{status} {message}", encoding="utf-8")
+        # Standard output may still hold text of rank 0 from before the fork, which would appear twice.
+        sys.stderr.flush()
+    finally:
         os._exit(status)
+
+
+@contextmanager
+def workers_end_inside() -> Iterator[None]:
+    """End every worker at the latest where the block ends: outside, it would be a second copy of the caller.
+
+    A worker that leaves the block by an exception prints its traceback and reports the exception to rank 0.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _report is not None:
+            traceback.print_exc()
+            exit_worker(1, one_line(f"a worker ended with {type(error).__name__}: {error}"))
+        raise
+    finally:
+        exit_worker(1)
 
 
 def process_count(batch_size: int, cores: int | None = None) -> int:
