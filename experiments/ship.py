@@ -24,7 +24,7 @@ from engine.checkpoint import SavedNetwork, load_saved, save_network
 from engine.record import RunDirectory
 from engine.report import best_within, millions, read_csv
 from experiments.corruptions import accuracy_table
-from experiments.tables import epochs
+from experiments.tables import read_log
 from models import Description, load
 from models.files import SUFFIX, networks_in
 from utils import CommandLineParser, UserError, atomic_write, user_path
@@ -175,7 +175,7 @@ def training(run: RunDirectory) -> dict[str, str | int]:
         hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
         return {
             "hardware": hardware,
-            "minutes": round(sum(epoch["seconds"] for epoch in epochs(run.path)) / 60),
+            "minutes": round(sum(epoch["seconds"] for epoch in read_log(run.path)) / 60),
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(

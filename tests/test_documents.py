@@ -75,7 +75,7 @@ def test_the_method_in_the_readme():
     previous, teacher, targets = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 3, 4])
     names = {
         **{"torch": torch, "rescale": network.backbone.rescale, "block": nn.Identity(), "x": start},
-        **{"exit": SimpleNamespace(features=nn.Identity()), "K": 5, "k": 1, "T": 4.0, "gamma": 0.5},
+        **{"exits": [None, SimpleNamespace(features=nn.Identity())], "K": 5, "k": 1, "T": 4.0, "gamma": 0.5},
         **{"classifier": network.classifiers[1], "link": network.links[0], "previous_logits": previous},
         "ce": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
         "teacher": teacher,
