@@ -53,16 +53,19 @@ class Distillation(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute losses and logits of images (N, 3, H, W) with targets (N,)."""
-        is_frozen = self.folded_backbone is not None
-        features = self._frozen_features(images) if is_frozen else self.network.features(images)
+        features = self.backbone_features(images)
         logits = self.network.classify(features)
-        teacher_logits = self.network.teacher_logits(features, logits)
+        is_distilled = self.loss_options["gamma"] > 0
+        teacher_logits = self.network.teacher_logits(features, logits) if is_distilled else None
         losses = one_for_all_loss(logits, targets, teacher_logits, **self.loss_options)
         return losses, torch.stack(logits, dim=1)
 
-    @torch.no_grad()
-    def _frozen_features(self, images: Tensor) -> list[Tensor]:
-        return self.folded_backbone.features(images)
+    def backbone_features(self, images: Tensor) -> list[Tensor]:
+        """Compute the features of all exits, with the folded copy of the backbone if there is one."""
+        if self.folded_backbone is None:
+            return self.network.features(images)
+        with torch.no_grad():
+            return self.folded_backbone.features(images)
 
 
 class Stage2(Stage):

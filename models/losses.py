@@ -22,7 +22,7 @@ def sum_of_cross_entropies(logits: list[Tensor], targets: Tensor, label_smoothin
 def one_for_all_loss(
     logits: list[Tensor],
     targets: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     temperature: float = 1.0,
     gamma: float = 0.1,
     kl_mean_over_classes: bool = False,
@@ -36,18 +36,20 @@ def one_for_all_loss(
     Args:
         logits: One tensor (N, C) per exit.
         targets: Class indices (N,).
-        teacher_logits: (N, C); no gradient flows into them.
+        teacher_logits: (N, C); no gradient flows into them. None where ``gamma`` is 0.
         temperature: T.
-        gamma: Weight of the distillation term; 0 is no distillation.
+        gamma: Weight of the distillation term; 0 leaves it out.
         kl_mean_over_classes: Use the released code's KL, which is also averaged over classes and so weighs
             1 / C of the paper's.
         label_smoothing: Share of the targets that is spread over all classes.
     """
     loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
-    soft_targets = F.softmax(teacher_logits.detach() / temperature, dim=1)
+    soft_targets = None if gamma == 0 else F.softmax(teacher_logits.detach() / temperature, dim=1)
     for z in logits[:-1]:
-        kl = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
-        kl = kl.mean(dim=1) if kl_mean_over_classes else kl.sum(dim=1)
         cross_entropy = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
-        loss = loss + (1 - gamma) * cross_entropy + gamma * temperature**2 * kl
+        loss = loss + (1 - gamma) * cross_entropy
+        if soft_targets is not None:  # 0 times an infinite divergence would be NaN
+            kl = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
+            kl = kl.mean(dim=1) if kl_mean_over_classes else kl.sum(dim=1)
+            loss = loss + gamma * temperature**2 * kl
     return loss

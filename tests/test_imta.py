@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from args import parse
 from models import IMTA, MSDNet
 from models.network import build_network, to_config
 from tests.conftest import TINY_NETWORK
+from train_IMTA import Distillation
 
 
 @pytest.fixture
@@ -65,6 +67,19 @@ def test_batchnorm_of_the_backbone(backbone, images, frozen):
     network(images)
     moved = [name for name, b in backbone.named_buffers() if not torch.equal(b, before[name])]
     assert (moved == []) is frozen
+
+
+@pytest.mark.parametrize("flags", [["--no-ofa"], ["--gamma", "0"]])
+def test_without_distillation_there_is_no_teacher(backbone, images, flags, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the teacher was asked")
+
+    monkeypatch.setattr(IMTA, "teacher_logits", refuse)
+    targets = torch.arange(len(images))
+    losses, _ = Distillation(IMTA(backbone).train(), parse("IMTA", flags).settings())(images, targets)
+    assert losses.isfinite().all()
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        Distillation(IMTA(backbone).train(), parse("IMTA", []).settings())(images, targets)
 
 
 def test_single_stage_trains_everything_it_uses_and_teaches_itself(backbone, images):

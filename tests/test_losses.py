@@ -51,6 +51,17 @@ def test_no_gradient_into_the_teacher(case):
     assert logits[0].grad.any()
 
 
+def test_without_distillation_no_teacher_counts(case):
+    """Not even one whose divergence is infinite, as 0 times infinity is not a number."""
+    logits, targets, teacher = case
+    targets = targets.clamp(min=1)
+    for z in logits:
+        z[:, 0] = -torch.inf
+    loss = one_for_all_loss(logits, targets, None, gamma=0.0)
+    assert torch.equal(one_for_all_loss(logits, targets, teacher, gamma=0.0), loss)
+    torch.testing.assert_close(loss, sum_of_cross_entropies(logits, targets))
+
+
 def test_label_smoothing_reaches_every_cross_entropy(case):
     logits, targets, teacher = case
     for smoothing in (0.0, 0.1):
