@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
 from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
-from models.options import CHOICES, MSDNetOptions, todays_value
+from models.options import CHOICES, MSDNetOptions, current_value
 from presets import PRESETS
 from utils import (
     CommandLineParser,
@@ -497,7 +497,7 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
     """Return the settings in a record in types and values of today's flags; files hold lists for tuples."""
     settings = {name: value for name, value in record.items() if name in DEFAULTS}
     return {
-        name: tuple(value) if isinstance(value, list) else todays_value(name, value)
+        name: tuple(value) if isinstance(value, list) else current_value(name, value)
         for name, value in settings.items()
     }
 
@@ -754,7 +754,7 @@ def _add_network(add: Callable) -> None:
         "--ge-scales",
         dest="gradient_equilibrium_scales",
         choices=CHOICES["gradient_equilibrium_scales"],
-        type=lambda text: todays_value("gradient_equilibrium_scales", text.lower()),
+        type=lambda text: current_value("gradient_equilibrium_scales", text.lower()),
         help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
     )
     add(

@@ -34,7 +34,7 @@ from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX, is_network_file
 from models.network import to_config
-from models.options import NETWORK_FIELDS
+from models.options import MSDNET_FIELDS
 from models.pytorch_files import STATE_DICTS, read_checkpoint
 from models.released import PUBLISHED_NAMES
 from models.saved import FORMAT, network_from_tensors, read_safetensors, tensor_bytes
@@ -190,7 +190,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
         operations=count_operations(network, image_size),
         stage="GE" if network.stage_1 is network else "IMTA",
         title=_stem(path),
-        recipe={"preset": name, "data": name, **{o: options[o] for o in NETWORK_FIELDS if o in options}},
+        recipe={"preset": name, "data": name, **{o: options[o] for o in MSDNET_FIELDS if o in options}},
         seed=None,
         commit=None,
     )

@@ -32,7 +32,7 @@ from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
 from .module_state import frozen_statistics
 from .network import ExitNetwork, State, checked_num_exits
-from .options import NETWORK_FIELDS, MSDNetOptions
+from .options import MSDNET_FIELDS, MSDNetOptions
 
 SMALL_INPUT_EXIT_CHANNELS = 128
 
@@ -52,7 +52,7 @@ class MSDNet(ExitNetwork):
         ValueError: An impossible combination; the message names what was given and what is allowed.
     """
 
-    default_options: ClassVar = {name: field.default for name, field in NETWORK_FIELDS.items()}
+    default_options: ClassVar = {name: field.default for name, field in MSDNET_FIELDS.items()}
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 CHOICES = {
     "step_mode": ("even", "lin_grow"),
     "prune": ("max", "min"),
@@ -65,7 +65,7 @@ class MSDNetOptions:
     initialization: str = "pytorch"
 
     def __post_init__(self):
-        scales = todays_value("gradient_equilibrium_scales", self.gradient_equilibrium_scales)
+        scales = current_value("gradient_equilibrium_scales", self.gradient_equilibrium_scales)
         object.__setattr__(self, "gradient_equilibrium_scales", scales)
 
     @property
@@ -79,17 +79,17 @@ class MSDNetOptions:
         Raises:
             ValueError: The combination is impossible; the message names what was given and what is allowed.
         """
-        for name, described in NETWORK_FIELDS.items():
+        for name, described in MSDNET_FIELDS.items():
             value, allowed = getattr(self, name), CHOICES.get(name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
             if type(described.default) is int and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         # Refuse absurd sizes early: building millions of layers would take hours.
-        if max(self.num_blocks, self.base, self.step) > MOST_LAYERS or sum(self.depths) > MOST_LAYERS:
+        if max(self.num_blocks, self.base, self.step) > MAX_LAYERS or sum(self.depths) > MAX_LAYERS:
             raise ValueError(
                 f"num_blocks {self.num_blocks}, base {self.base}, step {self.step} make more than "
-                f"{MOST_LAYERS} layers"
+                f"{MAX_LAYERS} layers"
             )
         growth, bottleneck = self.growth_factors, self.bottleneck_factors
         if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
@@ -112,11 +112,11 @@ class MSDNetOptions:
             )
 
 
-NETWORK_FIELDS = MSDNetOptions.__dataclass_fields__
+MSDNET_FIELDS = MSDNetOptions.__dataclass_fields__
 
 
-def todays_value(name: str, value: Any) -> Any:
-    """Return the value of an option, in today's spelling."""
+def current_value(name: str, value: Any) -> Any:
+    """Return the value of an option in the current spelling."""
     return FORMER_VALUES.get((name, value), value)
 
 

@@ -17,7 +17,7 @@ from engine.runtime.distributed import Processes, process_group
 from engine.stepper import Stepper
 from engine.trainer import Trainer
 from models import MSDNet
-from models.options import NETWORK_FIELDS
+from models.options import MSDNET_FIELDS
 from tests.conftest import TINY_FLAGS
 from tests.test_predictor import logits_of, make_network, quantile_policy
 
@@ -39,7 +39,7 @@ def test_a_step_starts_few_kernels():
     chosen = parse(
         "GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]
     ).settings()
-    options = {name: getattr(chosen, name) for name in NETWORK_FIELDS if name != "small_inputs"}
+    options = {name: getattr(chosen, name) for name in MSDNET_FIELDS if name != "small_inputs"}
     objective = train_GE.JointTraining(MSDNet(100, **options, small_inputs=True), chosen).train()
     stepper = Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), ()))
     batch = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
