@@ -2,7 +2,7 @@
 
 Example:
     stepper = Stepper(objective, settings, processes)
-    stepper.step(images, targets, rate, meters.update)
+    stepper.step(images, targets, learning_rate, meters.update)
 
 An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with an ``ExitNetwork`` as
 ``network``. Its parameters that require a gradient learn.
@@ -46,8 +46,8 @@ def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Opt
     ]
     groups = [group for group in groups if group["params"]]
     # ``fused``: one kernel updates all weights. The optimiser runs outside the compiled step, so a new
-    # learning rate needs no new CUDA graph. ``Stepper.step`` sets the rate at every step; the constructors
-    # only require some value.
+    # learning rate needs no new CUDA graph. ``Stepper.step`` sets it at every step; the constructors only
+    # require some value.
     common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": settings.fused_optimizer}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)
@@ -89,7 +89,7 @@ class Stepper:
         self._model: nn.Module | None = None
 
     @property
-    def rate(self) -> float:
+    def learning_rate(self) -> float:
         """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
@@ -144,7 +144,11 @@ class Stepper:
                 buffer.copy_(before)
 
     def step(
-        self, images: Tensor, targets: Tensor, rate: float, observe: Callable[[Tensor, Tensor, Tensor], None]
+        self,
+        images: Tensor,
+        targets: Tensor,
+        learning_rate: float,
+        observe: Callable[[Tensor, Tensor, Tensor], None],
     ) -> None:
         """Take a step on this process's share of a batch, without waiting for the device (except in fp16).
 
@@ -154,14 +158,14 @@ class Stepper:
         Args:
             images: (N, 3, H, W).
             targets: (N,).
-            rate: Learning rate.
+            learning_rate: Learning rate of this step; ``lr_factor`` of a parameter group multiplies it.
             observe: Called with losses (n,), logits (n, K, C) and targets (n,) of every part.
         """
         if not self.is_prepared:
             self.prepare(images, targets)
         model = self._model
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_factor", 1.0)
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         count = self.settings.accumulate
         parts = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
         for i, (part_images, part_targets) in enumerate(parts, start=1):

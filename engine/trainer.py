@@ -212,9 +212,9 @@ class Trainer:
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         settings, progress, steps = self.session.settings, self.progress, len(self.data.train)
-        rate = learning_rate(settings, progress.epoch * steps + progress.step, steps)
         seed_step(settings.seed, progress.epoch, progress.step, self.session.processes.rank)
-        self.stepper.step(images, targets, rate, self.meters.update)
+        step_of_run = progress.epoch * steps + progress.step
+        self.stepper.step(images, targets, learning_rate(settings, step_of_run, steps), self.meters.update)
         if self.average is not None:
             self.average.update_parameters(self.network)
         progress.step += 1
@@ -273,7 +273,7 @@ class Trainer:
         )
         return UserError(
             f"{what} in epoch {self.progress.epoch + 1}, "
-            f"by step {self.progress.step}, at learning rate {self.stepper.rate:.4g}; "
+            f"by step {self.progress.step}, at learning rate {self.stepper.learning_rate:.4g}; "
             f"{last}; try a smaller --lr, --warmup-epochs or --clip-grad"
         )
 
@@ -284,7 +284,12 @@ class Trainer:
         loss, train_acc1 = Meters.means(totals)
         self._refuse_infinite(loss)
         training_seconds = self._seconds()
-        row = {"epoch": progress.epoch + 1, "lr": self.stepper.rate, "loss": loss, "train_acc1": train_acc1}
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": self.stepper.learning_rate,
+            "loss": loss,
+            "train_acc1": train_acc1,
+        }
         row |= self._evaluate_held_out()
         is_best = row["best"] = self._note_if_best(row)
         row["images_per_second"] = totals[0].item() / training_seconds
