@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from args import parse
 from engine.checkpoint import SavedNetwork
-from engine.networks import image_spec_of_arch, new_network, stage_1_network_from
+from engine.networks import new_network, stage_1_network_from
 from engine.run import end_program, run
 from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
-from models.description import DataInfo, ImageSpec
+from models.description import DataInfo
 from utils import UserError
 
 
@@ -65,10 +65,6 @@ class Stage1(Stage):
             except ValueError as error:
                 raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
         return network
-
-    def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
-        """Return what the weights to start from expect of images, None to start an MSDNet from scratch."""
-        return origin.data.image_spec if origin else image_spec_of_arch(settings)
 
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> JointTraining:
         """Build the sum of the exits' losses."""

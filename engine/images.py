@@ -17,7 +17,7 @@ def images_to_start(
     Args:
         session: The run.
         origin: The network to start from, None to start from scratch.
-        image_spec: The images that the weights to start from expect.
+        image_spec: The images that the network to train expects, None if it takes any.
         may_change: Whether the data set may be another than that of ``origin``.
     """
     if origin is None:

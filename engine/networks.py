@@ -37,12 +37,17 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
         raise UserError(f"impossible network: {error}") from None
 
 
-def image_spec_of_arch(settings: Namespace) -> ImageSpec | None:
-    """Return the images that a new network of --arch expects, None if it takes those of any preprocessing.
+def expected_images(settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
+    """Return the images that the network to train expects: ``origin``, or a new one of --arch.
+
+    Returns:
+        None if it takes images of any preprocessing, as a new network of ``OWN_NETWORKS`` does.
 
     Raises:
         UserError: There is no network of that name.
     """
+    if origin is not None:
+        return origin.data.image_spec
     if settings.arch in OWN_NETWORKS:
         return None
     try:

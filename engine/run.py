@@ -22,6 +22,7 @@ from engine.auto import resolve_auto, with_values
 from engine.checkpoint import SavedNetwork, load_saved
 from engine.evaluate import Evaluation, known_curves
 from engine.images import images_to_start, read_images, say_class_order
+from engine.networks import expected_images
 from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
 from engine.report import draw_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
@@ -147,8 +148,7 @@ def _train_in_process(
 def _start(stage: Stage, session: Session, origin: SavedNetwork | None) -> tuple[Data, ExitNetwork]:
     """Read the images of a new run, and build its network."""
     settings = session.settings
-    image_spec = stage.image_spec(settings, origin)
-    data = images_to_start(session, origin, image_spec, stage.may_change_data)
+    data = images_to_start(session, origin, expected_images(settings, origin), stage.may_change_data)
     seed_everything(settings.seed, settings.deterministic)
     return data, stage.make_network(settings, data.info, origin)
 

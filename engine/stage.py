@@ -15,7 +15,7 @@ from torch import nn
 from args import CommandLine
 from engine.checkpoint import SavedNetwork, load_saved
 from models import Description, ExitNetwork
-from models.description import DataInfo, ImageSpec
+from models.description import DataInfo
 
 
 class Stage(ABC):
@@ -46,10 +46,6 @@ class Stage(ABC):
         origin = load_saved(command.pretrained_run)
         origin.refuse_other_network(command.typed)
         return origin
-
-    def image_spec(self, settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
-        """Return the images that the weights to start from expect, None to start from scratch."""
-        return origin.data.image_spec if origin else None
 
     @abstractmethod
     def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:

@@ -16,6 +16,7 @@ from engine.checkpoint import load_checkpoint
 from experiments import backbones, small_data
 from models import IMTA, load
 from tests.conftest import make_images
+from utils import UserError
 
 ARCH = ["--arch", "mobilenet_v3_small", "--exits", "3", "--image-size", "32", "--data", "folder"]
 SHORT = ["--val-size", "12", "--batch-size", "8", "--epochs", "2", "--amp", "off", "--lr", "0.02"]
@@ -55,6 +56,21 @@ def test_taken_to_stage_2_and_used(finished_run, image_folder, tmp_path, capsys)
     capsys.readouterr()
     assert predict.main([str(photo), "--model", str(tmp_path / "run" / "IMTA")]) == 0
     assert str(photo) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("program", "flags"), [(train_GE, []), (train_IMTA, ["--single-stage"])])
+def test_a_new_network_takes_images_as_its_library_does(image_folder, tmp_path, monkeypatch, program, flags):
+    """Small images of a folder, which an MSDNet normalises by their own mean."""
+    prepared = []
+
+    def stop(objective, description, data, *_):
+        prepared.append(data.info)
+        raise UserError("stopped before the training")
+
+    monkeypatch.setattr("engine.run.train", stop)
+    save = ["--save", str(tmp_path / "run"), "--data-root", str(image_folder)]
+    assert program.main([*save, *ARCH, *SHORT, *flags]) == 2
+    assert (prepared[0].image_size, prepared[0].mean) == (32, [0.485, 0.456, 0.406])
 
 
 @pytest.mark.slow
