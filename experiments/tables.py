@@ -30,6 +30,7 @@ TRAINING = {
     MEDIUM: "100 classes, 30 + 10 epochs",
     SHORT: "20 classes, 5 + 3 epochs",
 }
+FULL_SCHEDULES = ("published", "100_epochs", "30_epochs")  # all classes, the longest first
 BUDGET = 30e6  # mean operations per image, of the summary
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations per image
 
@@ -144,18 +145,36 @@ def comparison(
     return markdown_table(["training", "network", *names, "n"], rows)
 
 
-def exits_table() -> str:
+def longest(*arms: str) -> str:
+    """Return the longest schedule of all classes with which ``arms`` were trained, all with one seed.
+
+    Raises:
+        UserError: There is none.
+    """
+    for name in FULL_SCHEDULES:
+        seeds = [{run.parent.name for run in seeds_of(arm, SCHEDULES[name].results)} for arm in arms]
+        if set.intersection(*seeds):
+            return name
+    raise UserError(f"no schedule has results of {' and '.join(arms)} with one seed")
+
+
+def epochs_of(schedule: str) -> str:
+    """Return the epochs of a schedule of all classes in words."""
+    return TRAINING[SCHEDULES[schedule].results].removeprefix("100 classes, ")
+
+
+def exits_table(schedules: Iterable[str] = FULL_SCHEDULES, only_longest: bool = False) -> str:
     """Return the accuracy of every exit, and at a budget, of the network with 5 exits and all classes."""
     operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
     rows = [["as published", f"paper: {name}", *accuracies, "", ""] for name, accuracies in PAPER.items()]
-    for results in (PUBLISHED, LONG, MEDIUM):
+    for name in schedules:
         for arm in (*MAIN_ARMS, COMBINED):
-            if folders := seeds_of(arm, results):
+            folders = seeds_of(arm, SCHEDULES[name].results)
+            if folders and not (only_longest and longest(arm) != name):
                 values = [
                     [*exit_accuracies(run), *budget_accuracies(run, budgets=[BUDGET])] for run in folders
                 ]
-                training = TRAINING[results].removeprefix("100 classes, ")
-                rows.append([training, f"ours: {ARMS[arm].title}", *spread_columns(values)])
+                rows.append([epochs_of(name), f"ours: {ARMS[arm].title}", *spread_columns(values)])
     names = [f"exit {k} ({millions:.2f} M)" for k, millions in enumerate(operations, start=1)]
     return markdown_table(["training", "network", *names, f"budget ({BUDGET / 1e6:.0f} M)", "n"], rows)
 
@@ -166,17 +185,19 @@ def static_line() -> str:
     return f"Small static networks as published: {networks}."
 
 
-def exits_that_gain(before: str, after: str, results: Path) -> str:
+def exits_that_gain(before: str, after: str) -> str:
     """Return at which exits the mean over seeds of what ``after`` gains on ``before`` is positive."""
-    *by_exit, _ = (statistics.mean(column) for column in zip(*gains(before, after, results), strict=True))
+    by_seed = gains(before, after, SCHEDULES[longest(before, after)].results)
+    *by_exit, _ = (statistics.mean(column) for column in zip(*by_seed, strict=True))
     numbers = [str(k) for k, gain in enumerate(by_exit, start=1) if gain > 0]
     if len(numbers) == len(by_exit):
         return "at every exit"
     return f"at exits {', '.join(numbers)}" if numbers else "at no exit"
 
 
-def best_columns(arm: str, others: Iterable[str], results: Path) -> str:
-    """Return at which exits, and whether at the budget, the mean over seeds of ``arm`` is the best."""
+def best_columns(arm: str, others: Iterable[str]) -> str:
+    """Return at which exits, and whether at the budget, ``arm`` is better than each of ``others``."""
+    results = SCHEDULES[longest(arm, *others)].results
 
     def means(name: str) -> list[float]:
         values = [
@@ -193,31 +214,41 @@ def best_columns(arm: str, others: Iterable[str], results: Path) -> str:
 
 
 def summary() -> str:
-    """Return the table and the findings of the project's README."""
+    """Return the table and the findings of the project's README.
+
+    A finding is of the longest schedule that has both arms, and names it where it is not the longest of all.
+    """
+    named = longest(*MAIN_ARMS)
+
+    def at(schedule: str) -> str:
+        return "" if schedule == named else f" after {epochs_of(schedule)}"
 
     def gain(before: str, after: str) -> str:
-        return effect(before, after, "30_epochs")
+        schedule = longest(before, after)
+        return effect(before, after, schedule) + at(schedule)
 
-    isc, ofa, ofa_on_isc = (
-        gain(*pair)
-        for pair in (("GE_classifiers", "GE_ISC"), ("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
-    )
-    ofa_gains = [gains(*pair, MEDIUM) for pair in (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))]
-    is_measurable = max(statistics.mean(row[-1] for row in by_seed) for by_seed in ofa_gains) > TEST_SET_ERROR
-    ensembles, ensembles_on_stage_2 = (mean_gain(ensemble_gains(arm, MEDIUM)) for arm in ("GE", "GE_ISC_OFA"))
+    def ensembles(arm: str) -> str:
+        schedule = longest(arm)
+        return mean_gain(ensemble_gains(arm, SCHEDULES[schedule].results)) + at(schedule)
+
+    distilled = (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
+    ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
+    by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
+    is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
+    boosted = best_columns(COMBINED, MAIN_ARMS)
     lines = (
-        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, {exits_that_gain('MSDNet', 'GE', MEDIUM)}.",
+        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, {exits_that_gain('MSDNet', 'GE')}.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
-        f"New classifiers with **ISC** gain {isc} on new classifiers alone.",
+        f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
         f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. Beyond the paper, they gain {gain('GE', COMBINED)} on GE; of these "
-        f"rows they are the best at {best_columns(COMBINED, MAIN_ARMS, MEDIUM)}.",
-        f"5. **Ensembles** of all exits so far gain {ensembles} on GE "
-        f"and {ensembles_on_stage_2} on GE + ISC + OFA.",
+        f"previous exit to their own. Beyond the paper, they gain {gain('GE', COMBINED)} on GE; of the rows "
+        f"with {epochs_of(longest(COMBINED, *MAIN_ARMS))} they are the best at {boosted}.",
+        f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
+        f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA.",
     )
-    title = "In points of top-1, mean over exits, after 30 + 10 epochs:"
-    return "\n".join([exits_table(), "", static_line(), "", title, "", *lines])
+    title = f"In points of top-1, mean over exits, after {epochs_of(named)}:"
+    return "\n".join([exits_table(only_longest=True), "", static_line(), "", title, "", *lines])
 
 
 def budgets_table() -> str:
@@ -425,6 +456,7 @@ def check_backbones() -> None:
 
 TABLES = {
     "summary": summary,
+    "exits": exits_table,
     "budgets": budgets_table,
     "static": static_table,
     "exits-7": exits_7_table,

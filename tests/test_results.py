@@ -167,3 +167,18 @@ def test_a_file_that_loses_accuracy_is_not_shipped(finished, tiny_demo, tmp_path
     assert ship.main([str(finished / "GE"), str(tmp_path / "tiny.safetensors")]) == 2
     assert "points; at most -1.0 may be lost" in capsys.readouterr().err
     assert not (tmp_path / "tiny.safetensors").exists()
+
+
+def test_findings_are_of_the_longest_schedule_that_has_both_arms(tmp_path, monkeypatch):
+    schedules = {name: SimpleNamespace(results=tmp_path / name) for name in tables.FULL_SCHEDULES}
+    monkeypatch.setattr(tables, "SCHEDULES", schedules)
+    for place in ("30_epochs/seed_1/MSDNet", "30_epochs/seed_1/GE", "100_epochs/seed_1/GE"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "anytime.csv").touch()
+    assert tables.longest("GE") == "100_epochs"
+    assert tables.longest("MSDNet", "GE") == "30_epochs"
+    (tmp_path / "100_epochs" / "seed_2" / "MSDNet").mkdir(parents=True)
+    (tmp_path / "100_epochs" / "seed_2" / "MSDNet" / "anytime.csv").touch()
+    assert tables.longest("MSDNet", "GE") == "30_epochs"  # the seeds of 100 epochs differ
+    with pytest.raises(UserError, match="GE and GE_boosted"):
+        tables.longest("GE", "GE_boosted")
