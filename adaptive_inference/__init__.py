@@ -5,7 +5,8 @@ Reading order, from the logits of held-out images to a prediction:
 1. ``confidence``: logits (K, N, C) -> confidence and class (K, N);
 2. ``budgeted``: confidence -> thresholds (K,) by the paper's rule, and what they reach; ``optimised``:
    thresholds of the highest accuracy; ``calibration``: temperatures, and ensembles of exits;
-3. ``policies``: thresholds and their results as a ``Point``, all points of a network as a ``PolicyCurve``;
+3. ``points``: thresholds -> a ``Point``, with what they reach; ``policies``: all points of a network as a
+   ``PolicyCurve``; ``finding``: steps 1 to 3, logits -> curve;
 4. ``policy_files``: curve -> ``policy.json`` and back; ``fingerprint``: which network a file belongs to;
 5. ``choosing``: curve and budget -> the point to use;
 6. ``predictor``: network and policy -> predictions that stop early; ``fold``: networks fast for prediction;
@@ -18,6 +19,7 @@ Beside this path: ``timing`` and ``block_times`` measure milliseconds, ``export`
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from .choosing import allowed_points, choose
 from .confidence import confidence_by_exit
+from .finding import find_policies, fit_full_policy
 from .fold import fold
 from .loading import load_predictor
 from .policy_files import policy_curve, read_policy, write_policy
@@ -30,6 +32,8 @@ __all__ = [
     "choose",
     "confidence_by_exit",
     "evaluate_thresholds",
+    "find_policies",
+    "fit_full_policy",
     "fold",
     "geometric_thresholds",
     "load_predictor",

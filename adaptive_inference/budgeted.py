@@ -11,14 +11,12 @@ threshold. The thresholds are set on held-out images so that a wanted share leav
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, confidence_by_exit
-from adaptive_inference.policies import Point, Policy
 
 
 class ExitPredictions(NamedTuple):
@@ -115,22 +113,3 @@ def evaluate_thresholds(
     cost = sum(count * to_exit for count, to_exit in zip(counts.tolist(), operations, strict=True))
     count = len(exits)
     return BudgetedResult(100 * num_correct / count, cost / count, tuple((counts / count).tolist()))
-
-
-def evaluate_points(
-    rule: str, thresholds: Tensor, policy: Policy, val: ExitPredictions, operations: Sequence[float]
-) -> tuple[Point, ...]:
-    """Return one point for each row of thresholds.
-
-    Args:
-        rule: Name of the rule that found them.
-        thresholds: (P, K).
-        policy: Measure, temperatures and ensemble of all of them.
-        val: Predictions for held-out images.
-        operations: Operations to each exit, K numbers.
-    """
-    points = []
-    for number, row in enumerate(thresholds, start=1):
-        result = evaluate_thresholds(row, val, operations)
-        points.append(Point(replace(policy, thresholds=tuple(row.tolist())), *result, rule, number))
-    return tuple(points)

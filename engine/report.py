@@ -5,17 +5,23 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adaptive_inference.budgeted import ExitPredictions, evaluate_thresholds
-from adaptive_inference.policies import Point
-from utils import UserError, atomic_write, percent
+from adaptive_inference.calibration import MANY_IMAGES
+from adaptive_inference.policies import Point, Policy
+from utils import UserError, atomic_write, percent, print_error
+
+if TYPE_CHECKING:
+    from engine.record import RunDirectory
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
 ERROR_BARS_BELOW = 1_000  # test images: with fewer, accuracies are drawn as points with error bars
+SHOWN_STEP = 4  # the table of budgets shows the policies 4, 8, ... 40
 # Titles of the columns of a run's files, and of percentages made of them, on the terminal.
 TITLES = {
     "p": "policy",
@@ -107,6 +113,72 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
     return rows
 
 
+def budget_table(
+    geometric: list[dict], optimised: list[dict], ensemble: list[dict], full: int, num_images: int
+) -> str:
+    """Return every fourth policy of each of the three rules as a table, without those that are equal.
+
+    Args:
+        geometric: Rows of ``budgeted.csv``.
+        optimised: Rows of ``optimised.csv``.
+        ensemble: Rows of ``ensemble.csv``.
+        full: Operations of the whole network.
+        num_images: Number of test images.
+    """
+    others = {"optimised rule": optimised, "ensemble of exits": ensemble}
+    if ensemble == optimised:
+        del others["ensemble of exits"]
+    num_exits = sum(name.startswith("share_") for name in geometric[0])
+    exits = [f"exit {k} %" for k in range(1, num_exits + 1)]
+    different: dict[tuple, dict] = {}
+    for i in range(SHOWN_STEP - 1, len(geometric), SHOWN_STEP):
+        row = geometric[i]
+        line = {**row, "share_of_operations": 100 * row["operations"] / full}
+        for k, title in enumerate(exits, start=1):
+            line[title] = f"{100 * row[f'share_{k}']:.0f}"
+        for title, rows in others.items():
+            accuracy, share = percent(rows[i]["test_acc1"], num_images), 100 * rows[i]["operations"] / full
+            line[title] = f"{accuracy} at {share:.0f} %"
+        different.setdefault(tuple(line[name] for name in ("operations", "test_acc1", *exits, *others)), line)
+    rows = list(different.values())
+    names = ("p", "operations", "share_of_operations", "test_acc1", *exits, *others)
+    legend = (
+        f"(policy: of {len(geometric)}, from 1 for the cheapest; "
+        "exit k %: share of the images that leave there; "
+        + "".join(f"{title}: top-1 % at % of the full operations; " for title in others)
+        + f"{num_images:,} test images)"
+    )
+    return f"{table(rows, names, num_images)}\n{legend}"
+
+
+def runtime_table(rows: list[dict], num_images: int) -> str:
+    """Return rows of ``timing.runtime_rows`` as a table; the first is that of running every exit."""
+    full, shown = rows[0], []
+    for row in rows:
+        shares = {
+            "share_of_operations": 100 * row["operations"] / full["operations"],
+            "share_of_time": 100 * row["milliseconds"] / full["milliseconds"],
+        }
+        shown.append({**row, "p": row["p"] or "every exit", **shares})
+    names = ("batch_size", "p", "operations", "lazy_operations", "share_of_operations", "milliseconds")
+    return table(shown, (*names, "expected_milliseconds", "share_of_time", "acc1"), num_images)
+
+
+def deadline_table(rows: list[dict], num_images: int) -> str:
+    """Return rows of ``promises.deadlines.deadline_rows`` as a table."""
+    shown = [
+        {"deadline ms": row["milliseconds"], "acc1": row["acc1"], "late %": 100 * row["late"]} for row in rows
+    ]
+    return table(shown, list(shown[0]), num_images)
+
+
+def temperature_line(policy: Policy, num_images: int) -> str:
+    """Return a line about the temperatures and the number of held-out images they rest on."""
+    temperatures = " / ".join(f"{temperature:.2f}" for temperature in policy.temperatures)
+    few = "" if num_images >= MANY_IMAGES else ", few: none is set below 1, and confidences are uncertain"
+    return f"temperatures of the exits {temperatures}, fitted on {num_images:,} held-out images{few}"
+
+
 def best_within(rows: Sequence[dict], operations: float) -> dict | None:
     """Return the row of ``budgeted.csv`` that is best on held-out images within a budget.
 
@@ -153,6 +225,28 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict]:
     except (OSError, ValueError, TypeError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged ({reason}); write it again with --evalmode") from None
+
+
+def known_curves(runs: "dict[str, RunDirectory]") -> dict[str, tuple[list[dict], list[dict], list[dict]]]:
+    """Return rows of the anytime, budgeted and optimised files of runs, by title."""
+    curves = {}
+    for title, directory in runs.items():
+        columns = {
+            directory.anytime: "acc1",
+            directory.budgeted: "test_acc1",
+            directory.optimised: "test_acc1",
+        }
+        try:
+            rows = tuple(
+                read_csv(path, ("operations", name)) if path.exists() else []
+                for path, name in columns.items()
+            )
+        except UserError as error:  # an old table is no reason to stop, after new ones were written
+            print_error(f"{error}; the curves of {title} are left out")
+            continue
+        if any(rows):
+            curves[title] = rows
+    return curves
 
 
 def draw_curves(

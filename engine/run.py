@@ -20,11 +20,11 @@ from args import CommandLine, from_record
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import SavedNetwork, load_saved
-from engine.evaluate import Evaluation, known_curves
+from engine.evaluate import Evaluation
 from engine.images import images_to_start, read_images, say_class_order
 from engine.networks import expected_images
 from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
-from engine.report import draw_curves, millions, read_csv
+from engine.report import draw_curves, known_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything

@@ -33,7 +33,9 @@ from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
 from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.finding import fit_full_policy
 from adaptive_inference.fold import fold
+from adaptive_inference.points import with_ensemble
 from adaptive_inference.policies import LossCounts, Point, Policy
 from adaptive_inference.promises.risk import (
     CONFIDENCE_PERCENT,
@@ -48,7 +50,6 @@ from args import parse
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
-from engine.evaluate import fit_full_policy, with_ensemble
 from engine.report import table
 from engine.runtime.distributed import Processes
 from models import count_operations
@@ -271,7 +272,7 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     (val_logits, val_targets), (logits, targets) = (
         collect_logits(folded, part, ALONE) for part in (data.val, data.test)
     )
-    policy = fit_full_policy(val_logits, val_targets, "softmax")
+    policy = fit_full_policy(val_logits, val_targets)
     operations = count_operations(saved.network, data.info.image_size)
     val, _ = with_ensemble(
         ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy, operations

@@ -6,18 +6,22 @@ from matplotlib.figure import Figure
 
 from adaptive_inference.budgeted import (
     ExitPredictions,
-    evaluate_points,
     evaluate_thresholds,
     geometric_thresholds,
 )
-from adaptive_inference.calibration import ensemble_classes
-from adaptive_inference.confidence import assign_exits, confidence_by_exit
+from adaptive_inference.finding import fit_full_policy
+from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import Policy
-from adaptive_inference.promises.risk import learning_images
-from engine.evaluate import budget_table, find_policies, fit_full_policy, temperature_line
-from engine.report import best_within, budget_rows, draw_curves, draw_runtime, save_figure, table
-from models import MSDNet
-from tests.conftest import TINY_NETWORK
+from engine.report import (
+    best_within,
+    budget_rows,
+    budget_table,
+    draw_curves,
+    draw_runtime,
+    save_figure,
+    table,
+    temperature_line,
+)
 from utils import percent
 
 OPERATIONS = [10, 20, 40]
@@ -108,30 +112,6 @@ def test_the_legend_of_runtime_covers_no_point():
 
 def test_the_line_of_temperatures_says_how_many_images():
     logits, targets = make_predictions(12)
-    line = temperature_line(fit_full_policy(logits, targets, "softmax"), 12)
+    line = temperature_line(fit_full_policy(logits, targets), 12)
     assert "fitted on 12 held-out images, few" in line
     assert line.count("/") == 2
-
-
-@pytest.mark.parametrize("held_out_are_new", [True, False])
-def test_policies_of_all_rules(held_out_are_new):
-    network = MSDNet(**TINY_NETWORK).eval()
-    val = make_predictions(400)
-    policy = fit_full_policy(*val, "softmax")
-    curve = find_policies(network, OPERATIONS, val, policy, held_out_are_new)
-    counts = {rule: len([p for p in curve.points if p.rule == rule]) for rule in ("geometric", "optimised")}
-    assert counts == {"geometric": 40, "optimised": 40}
-    certified = [point for point in curve.points if point.rule == "certified"]
-    assert len(certified) == (41 if held_out_are_new else 1)
-    assert certified[-1].policy.runs_everything
-    assert all(point.policy.ensemble == policy.ensemble for point in certified)
-    # Losses are counted against the last exit with its ensemble, whose accuracy the full network has.
-    tested = ~learning_images(400) if held_out_are_new else torch.ones(400, dtype=torch.bool)
-    classes, targets = ensemble_classes(val[0], policy.ensemble)[:, tested], val[1][tested]
-    assert policy.ensemble is not None
-    assert certified[-1].val_acc1 == pytest.approx(100 * (classes[-1] == targets).double().mean().item())
-    thresholds = torch.tensor(certified[0].policy.thresholds)
-    exits = assign_exits(confidence_by_exit(val[0])[0][:, tested], thresholds)
-    other = classes.gather(0, exits[None])[0] != classes[-1]
-    assert certified[0].losses.other == other.sum().item()
-    assert curve.num_images == 400

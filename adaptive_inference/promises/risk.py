@@ -1,7 +1,7 @@
 """Promises about accuracy: policies that lose at most so much against the full network.
 
 Example:
-    points = certified_points(val, policy, operations)                  # part of policy.json
+    curve = with_certified_points(curve, logits, targets, full_policy)  # of held-out images
     point = choose(curve, max_loss=MaxLoss(1.0, level=95.0))
 
 "Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052): some held-out images set the thresholds of a
@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_inference.budgeted import ExitPredictions, evaluate_points, geometric_thresholds
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
+from adaptive_inference.points import evaluate_points, with_ensemble
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
 
@@ -81,6 +82,24 @@ def learning_images(num_images: int, seed: int = SPLIT_SEED) -> Tensor:
     """Return which held-out images set the thresholds, (num_images,) bool; the others test them."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
     return order < round(LEARNING_SHARE * num_images)
+
+
+def with_certified_points(
+    curve: PolicyCurve, logits: Tensor, targets: Tensor, full_policy: Policy, num_points: int = 40
+) -> PolicyCurve:
+    """Return ``curve`` with certified points added, of which the full network is always one.
+
+    Args:
+        curve: Policies of the network that gave the logits.
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+        full_policy: Measure, temperatures and ensemble of all policies, as for ``finding.find_policies``.
+        num_points: See ``certified_points``.
+    """
+    predictions = ExitPredictions.from_logits(logits, targets, full_policy.measure)
+    predictions, operations = with_ensemble(predictions, logits, full_policy, curve.operations)
+    points = certified_points(predictions, full_policy, operations, num_points)
+    return replace(curve, points=curve.points + points, certificate=CERTIFICATE)
 
 
 def certified_points(

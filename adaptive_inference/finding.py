@@ -1,0 +1,72 @@
+"""Find the policies of a network, from the logits of every exit for held-out images.
+
+Example:
+    network = models.load("imta_cifar100")
+    operations = count_operations(network, 32)
+    curve = find_policies(network, operations, logits, targets)    # logits (K, N, C), targets (N,)
+    write_policy(Path("policy.json"), curve)
+
+The images must be new to the network. ``promises.risk.with_certified_points`` adds policies that promise
+something about accuracy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.calibration import fit_ensemble, fit_temperatures
+from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.optimised import optimised_thresholds
+from adaptive_inference.points import evaluate_points, with_ensemble
+from adaptive_inference.policies import Point, Policy, PolicyCurve
+from adaptive_inference.policy_files import policy_curve
+from models import ExitNetwork
+
+
+def find_policies(
+    network: ExitNetwork,
+    operations: Sequence[float],
+    logits: Tensor,
+    targets: Tensor,
+    full_policy: Policy | None = None,
+) -> PolicyCurve:
+    """Find policies by the geometric and the optimised rule, and by that of ensembles if exits gain by them.
+
+    Args:
+        network: The network that gave the logits.
+        operations: Operations to each exit, K numbers.
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+        full_policy: Measure of confidence, temperatures and ensemble of all policies; None: those of
+            ``fit_full_policy``.
+    """
+    policy = full_policy or fit_full_policy(logits, targets)
+    predictions = ExitPredictions.from_logits(logits, targets, policy.measure)
+    exit_policy = replace(policy, ensemble=None)
+    rules = {
+        "geometric": geometric_thresholds(predictions.confidence),
+        "optimised": optimised_thresholds(predictions, operations),
+    }
+    points: list[Point] = []
+    for rule, thresholds in rules.items():
+        points += evaluate_points(rule, thresholds, exit_policy, predictions, operations)
+    if policy.ensemble is not None:
+        ensemble_predictions, ensemble_costs = with_ensemble(predictions, logits, policy, operations)
+        thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
+        points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
+    return policy_curve(network, operations, points, len(targets))
+
+
+def fit_full_policy(logits: Tensor, targets: Tensor, measure: str = "softmax") -> Policy:
+    """Return the policy of the full network: its temperatures and ensemble are shared by all others.
+
+    Args:
+        logits: (K, N, C) of held-out images.
+        targets: (N,).
+        measure: Measure of confidence of the policies, one of ``confidence.MEASURES``.
+    """
+    temperatures = tuple(fit_temperatures(logits, targets))
+    ensemble = fit_ensemble(logits, targets, temperatures)
+    return Policy((NONE_LEAVE,) * len(logits), measure, temperatures, ensemble)
