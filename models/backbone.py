@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layers import add_boost, conv_bn_relu
+from .backbone_exits import LAYOUTS, check_exit_options, make_exit
+from .layers import add_boost
 from .module_state import frozen_statistics
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import Constructor, NeedsNetworkError, check_backbone, construct, split_name, weights_of
@@ -43,52 +43,7 @@ from .tracing import (
     with_cloned_input,
 )
 
-LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
-EXIT_WIDTH = 128  # channels of an exit's convolution, as in MSDNet
-EXIT_SIZE = 14  # pixels of the map that it reads; maps of twice the size and more are averaged first
 _UNCHANGING = (nn.Identity, nn.Flatten)  # may follow the last linear layer
-
-
-class MapExit(nn.Module):
-    """An exit on maps: convolution, BatchNorm, ReLU, average pooling, linear.
-
-    Large maps are averaged to about ``EXIT_SIZE`` first, so that the first exits cost no more than others.
-    """
-
-    def __init__(self, channels: int, num_classes: int, channels_last: bool):
-        super().__init__()
-        self.channels, self.channels_last = channels, channels_last
-        self.feature_channels = EXIT_WIDTH
-        self.convolution = conv_bn_relu(channels, self.feature_channels, 3, stride=2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(self.feature_channels, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return pooled features (N, feature_channels) of maps (N, C, H, W), or (N, H, W, C)."""
-        if self.channels_last:
-            x = x.permute(0, 3, 1, 2)
-        factor = min(x.shape[-2:]) // EXIT_SIZE
-        if factor > 1:
-            x = F.avg_pool2d(x, factor)
-        return self.pool(self.convolution(x)).flatten(1)
-
-
-class TokenExit(nn.Module):
-    """An exit on tokens: LayerNorm, mean, linear."""
-
-    def __init__(self, channels: int, num_classes: int, channels_first: bool, has_tokens: bool = True):
-        super().__init__()
-        self.channels_first, self.has_tokens = channels_first, has_tokens
-        self.feature_channels = channels
-        self.norm = nn.LayerNorm(channels)
-        self.linear = nn.Linear(channels, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the mean (N, C) of normalised tokens (N, L, C), or (N, C, L)."""
-        if self.channels_first:
-            x = x.transpose(1, 2)
-        x = self.norm(x)
-        return x.mean(dim=1) if self.has_tokens else x
 
 
 class Backbone(ExitNetwork):
@@ -104,7 +59,11 @@ class Backbone(ExitNetwork):
         gradient_equilibrium: Rescale gradients at the exits.
         layout: One of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: A size that the network takes, where it takes none of the usual ones.
-        frozen: Let only the exits learn, and the last linear layer if it is new.
+        exit_width: Channels of the convolution in exits on maps, as many as in MSDNet; None: as many as the
+            map has, but at least 128 and at most 512.
+        exit_size: Pixels a side to about which exits average maps of at least twice that; None: they average
+            none.
+        frozen: Train only the exits, and the last linear layer if it is new.
         constructor: The constructor that built the network, by which a file can describe it; None: a custom
             network.
 
@@ -113,7 +72,12 @@ class Backbone(ExitNetwork):
             says which.
     """
 
-    default_options: ClassVar = {"boosted_exits": False, "gradient_equilibrium": True}
+    default_options: ClassVar = {
+        "boosted_exits": False,
+        "gradient_equilibrium": True,
+        "exit_width": None,
+        "exit_size": None,
+    }
 
     def __init__(
         self,
@@ -125,10 +89,13 @@ class Backbone(ExitNetwork):
         gradient_equilibrium: bool = True,
         layout: str | Sequence[str] | None = None,
         image_size: int | None = None,
+        exit_width: int | None = 128,
+        exit_size: int | None = 14,
         frozen: bool = False,
         constructor: Constructor | None = None,
     ):
         super().__init__()
+        check_exit_options(exit_width=exit_width, exit_size=exit_size)
         traces = trace_both_modes(network)
         self._classifier, ends = _last_linear(network, traces)
         profiles = profile_graph(network, traces, image_size)
@@ -145,7 +112,8 @@ class Backbone(ExitNetwork):
         # In this order: it decides which random numbers initialise which layer.
         self._replace_classifier(num_classes)
         first_profile = next(iter(profiles.values()))
-        self._add_exits([first_profile.shapes[traces.evaluation.outputs[path]] for path in paths], layouts)
+        shapes = [first_profile.shapes[traces.evaluation.outputs[path]] for path in paths]
+        self._add_exits(shapes, layouts, exit_width, exit_size)
         self.boosted, self.gradient_equilibrium, self.frozen = boosted_exits, gradient_equilibrium, False
         self._accepted_sizes, self._takes_one_size = set(profiles), len(profiles) == 1
         self._clone_where_needed(next(iter(profiles)))
@@ -158,6 +126,8 @@ class Backbone(ExitNetwork):
             "gradient_equilibrium": gradient_equilibrium,
             "layout": layouts,
             "image_size": image_size,
+            "exit_width": exit_width,
+            "exit_size": exit_size,
             "frozen": False,
         }
         if frozen:
@@ -171,11 +141,18 @@ class Backbone(ExitNetwork):
         if self.has_new_classifier:
             self._set(self._classifier, nn.Linear(linear.in_features, self.num_classes).to(linear.weight))
 
-    def _add_exits(self, shapes: Sequence[tuple[int, ...]], layouts: Sequence[str]) -> None:
+    def _add_exits(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        layouts: Sequence[str],
+        exit_width: int | None,
+        exit_size: int | None,
+    ) -> None:
         """Make the early exits, which read tensors of these shapes and layouts."""
         linear = self.network.get_submodule(self._classifier)
         self.exits = nn.ModuleList(
-            _make_exit(shape, layout, self.num_classes) for shape, layout in zip(shapes, layouts, strict=True)
+            make_exit(shape, layout, self.num_classes, exit_width, exit_size)
+            for shape, layout in zip(shapes, layouts, strict=True)
         ).to(linear.weight)
         early = (exit_module.feature_channels for exit_module in self.exits)
         self.feature_dims = (*early, linear.in_features)
@@ -192,14 +169,15 @@ class Backbone(ExitNetwork):
         """Build the network that ``config`` describes, with new weights, on the CPU.
 
         Args:
-            config: Options, of which ``library`` is torchvision, timm, or None for a custom network.
+            config: Options, of which ``library`` is torchvision, timm, or None for a custom network. Those
+                that an older file lacks are ``default_options``.
             network: The custom network, needed where ``library`` is None.
 
         Raises:
             NeedsNetworkError: The network or its library is missing.
             ValueError: The network is unknown, or cannot be cut as it was.
         """
-        config = dict(config)
+        config = {**cls.default_options, **config}
         constructor = Constructor(*(config.pop(field) for field in Constructor._fields))
         if network is None and constructor.library is None:
             raise NeedsNetworkError(
@@ -263,7 +241,7 @@ class Backbone(ExitNetwork):
         )
 
     def freeze_pretrained(self) -> None:
-        """Let only the exits learn, and a new last linear layer. The rest stays in evaluation mode."""
+        """Train only the exits, and a new last linear layer. The rest stays in evaluation mode."""
         self.frozen = self.config["frozen"] = True
         self.network.requires_grad_(False)
         if self.has_new_classifier:
@@ -548,13 +526,6 @@ def _segments(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> lis
             end = {mode: trace.outputs[paths[k]] for mode, trace in traces.by_mode.items()}
         segments.append(make_segment(start, end, traces))
     return segments
-
-
-def _make_exit(shape: tuple[int, ...], layout: str, num_classes: int) -> nn.Module:
-    channels = shape[layout.index("C")]
-    if len(layout) == 4:
-        return MapExit(channels, num_classes, channels_last=layout == "NHWC")
-    return TokenExit(channels, num_classes, channels_first=layout == "NCL", has_tokens=layout != "NC")
 
 
 def _is_pair(source: Any, node: fx.Node, calls: Counter[str]) -> bool:

@@ -28,7 +28,7 @@ class IMTA(ExitNetwork):
         isc: False leaves the links out: every new classifier reads its own features only (One-for-all alone).
         cut_isc_gradient: The loss of exit k does not reach exit k-1 through the link (the paper). False lets
             it flow (released code).
-        freeze_backbone: Parameters of the backbone do not learn. False is the single-stage variant, which
+        freeze_backbone: Parameters of the backbone are frozen. False is the single-stage variant, which
             trains everything at once and whose teacher is its own last exit.
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper).
             False lets it use and collect those of the batches (released code).
@@ -79,11 +79,8 @@ class IMTA(ExitNetwork):
     @classmethod
     def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "IMTA":
         """Build the network that ``config`` describes; ``network`` is part of its backbone."""
-        config = {**cls.default_options, **config}  # early files of format 3 lack it where it is False
-        options = config.pop("backbone")
-        if "type" not in options:  # as in early files of format 3
-            options = {"type": "Backbone" if "library" in options else "MSDNet", **options}
-        backbone = build_network(options, network)
+        config = {**cls.default_options, **config}
+        backbone = build_network(config.pop("backbone"), network)
         with torch.device(next(backbone.parameters()).device):
             return cls(backbone, **config)
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .description import Description
 
-# What later exits need of earlier blocks. Every tensor has the
-# batch first; keys are identifiers ("d4_s1"), in a fixed order.
+# What later exits need of earlier blocks. Every tensor has the batch first. Keys are identifiers, such as
+# "d4_s1", in a fixed order.
 State = dict[str, Tensor]
 # Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
 Fuse = Callable[[nn.Module, nn.Module], nn.Module | None]
@@ -40,8 +40,8 @@ class ExitNetwork(nn.Module, ABC):
     Attributes:
         kinds: Classes of networks by the name that files give them. A subclass is registered when it is
             defined.
-        default_options: Options that a fingerprint leaves out at these values, so that an option added later
-            changes no fingerprint.
+        default_options: Values of the options that the ``config`` of an older file may lack. A fingerprint
+            leaves options out at these values, so that an option added later changes no fingerprint.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
@@ -110,7 +110,7 @@ class ExitNetwork(nn.Module, ABC):
         Raises:
             ValueError: There is no such network.
         """
-        return cls(**config)
+        return cls(**{**cls.default_options, **config})
 
     def for_classes(self, num_classes: int) -> "ExitNetwork":
         """Build a network like this one for another number of classes, with new weights, all trained."""
@@ -308,7 +308,8 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
         ValueError: There is no such network.
     """
     config = dict(options)
-    kind = config.pop("type", None)
+    # Older files do not name the kind of the backbone of a stage-2 network.
+    kind = config.pop("type", "Backbone" if "library" in config else "MSDNet")
     if kind not in ExitNetwork.kinds:
         raise ValueError(f"its type is {kind!a:.60}, not one of {', '.join(ExitNetwork.kinds)}")
     return ExitNetwork.kinds[kind].from_config(config, network)

@@ -18,6 +18,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, Description, Stepwise, count_operations, load
 from models.backbone import Backbone, build_backbone
+from models.backbone_exits import MapExit
 from models.description import DataInfo, Split
 from models.network import to_config
 from models.operations import measure_cost
@@ -260,6 +261,60 @@ def test_exits_average_large_maps_before_their_convolution():
     not_large = torch.randn(2, exit_1.channels, 27, 27)
     convolved = exit_1.convolution(not_large)
     torch.testing.assert_close(exit_1.features(not_large), convolved.mean((2, 3)))
+
+
+def old_exit_logits(network, images):
+    """Return the logits of exits at layer1 and layer3 of a ResNet, by the rule of files without options."""
+    resnet = network.network
+    first = resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images)))))
+    maps = first, resnet.layer3(resnet.layer2(first))
+    return [
+        exit_module.linear(exit_module.convolution(x).mean((2, 3)))
+        for x, exit_module in zip(maps, network.exits, strict=True)
+    ]
+
+
+def test_a_config_without_the_options_of_exits_means_the_older_exits():
+    new = Backbone(small_resnet(), ["layer1", "layer3"])
+    older = {name: value for name, value in new.config.items() if name not in ("exit_width", "exit_size")}
+    network, images = Backbone.from_config(older, small_resnet()).eval(), torch.randn(2, 3, 128, 128)
+    assert network.feature_dims == (128, 256, 512)  # layer1 has 64 channels, layer3 256
+    assert MapExit(600, 10, False, width=None, size=None).feature_channels == 512
+    logits = network(images)
+    for ours, expected in zip(logits, old_exit_logits(network, images), strict=False):
+        torch.testing.assert_close(ours, expected)
+    averaging = Backbone.from_config({**network.config, "exit_size": 14}, small_resnet()).eval()
+    averaging.load_state_dict(network.state_dict())
+    assert not torch.allclose(averaging(images)[0], logits[0])
+    assert network_fingerprint(averaging) != network_fingerprint(network)
+
+
+def test_the_options_of_exits_are_kept(tmp_path):
+    options = {"exit_width": 24, "exit_size": 4}
+    network = make_small("chain", **options)
+    assert network.feature_dims[0] == 24
+    assert options.items() <= network.config.items()
+    assert options.items() <= Backbone.from_config(network.config, Chain()).config.items()
+    networks = [network, IMTA(network)]
+    images = images_for("chain")
+    for saved in networks:
+        save_network(tmp_path / "own.safetensors", saved, describe(saved), Split.unknown())
+        again = load(tmp_path / "own.safetensors", network=Chain())
+        assert options.items() <= again.stage_1.config.items()
+        assert torch.equal(again(images)[0], saved.eval()(images)[0])
+        assert network_fingerprint(again) == network_fingerprint(saved)
+        torch.testing.assert_close(fold(again)(images)[0], again(images)[0])
+    named = build_backbone("mobilenet_v3_small", 3, image_size=64, **options)
+    assert options.items() <= named.for_classes(5).config.items()
+    assert options.items() <= IMTA(named).for_classes(5).stage_1.config.items()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("exit_width", 0), ("exit_width", "128"), ("exit_size", -14), ("exit_size", 14.0)]
+)
+def test_bad_options_of_exits_are_refused_in_one_line(option, value):
+    with pytest.raises(ValueError, match=f"^{option} is {value!r}; it must be a positive integer or None$"):
+        Backbone(Chain(), 3, **{option: value})
 
 
 @pytest.mark.parametrize(
