@@ -1,8 +1,14 @@
 """Operations and parameters up to every exit, counted as the published plots count them.
 
-A convolution or linear layer costs its multiply-adds (and a linear layer one addition per bias), a ReLU one
-operation per element, a pooling layer its kernel size times its outputs, and the sum of boosted exits one
-addition per logit. Batch normalisation is free, as it can be folded into the convolution before it.
+- A convolution, linear layer or matrix product costs its multiply-adds. A linear layer costs one addition per
+  bias too, a convolution none.
+- An activation costs one operation per element, whichever it is: ReLU, ReLU6, Hardswish, GELU, SiLU, sigmoid.
+- A pooling layer, or a mean, costs one operation per value that it reads, as often as it reads it.
+- An addition costs one operation per element of the sum: residual connections, and the logits that boosted
+  exits add.
+
+Everything else is free: batch normalisation, as it can be folded into the convolution before it; and, for
+want of a published rule, other normalisation, softmax and multiplication element by element.
 """
 
 import copy
@@ -52,15 +58,15 @@ def measure_cost(
         network: Any network with exits.
         image_size: Height and width in pixels.
         lazy: Count what ``Stepwise`` computes, instead of whole blocks.
-        multiply_adds_only: Leave out biases, ReLU, pooling and boosted exits' sums.
+        multiply_adds_only: Leave out biases, activations, pooling and additions.
 
     Raises:
         ValueError: The network does not take images of this size.
     """
     network.check_image_size(image_size)
     cost = Cost([], [])
-    # In inference mode, PyTorch hands a convolution to the counter
-    # before it has become one of the calls that are counted.
+    # In inference mode, PyTorch hands a convolution to the counter before it has become one of the calls that
+    # are counted.
     with torch.inference_mode(False), torch.no_grad():
         # Shapes alone are needed: on the meta device nothing is computed.
         network = copy.deepcopy(network).to("meta").eval()
@@ -94,17 +100,22 @@ def _pooling_window(_x: Tensor, kernel_size: list[int], *_: Any, out: Tensor) ->
     return out.numel() * kernel_size[0] * kernel_size[-1]
 
 
+ACTIVATIONS = (
+    *("relu", "leaky_relu", "elu", "hardtanh", "hardswish", "hardsigmoid"),  # nn.ReLU6 is a hardtanh
+    *("gelu", "silu", "mish", "sigmoid", "tanh"),
+)
 # Operations besides multiply-adds, by arguments and output of a call. All calls that are neither here nor in
 # PyTorch's list of multiply-adds are free.
 SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
     aten.addmm: lambda _bias, *_, out: out.numel(),
     aten.add: lambda *_, out: out.numel(),
-    aten.relu: lambda x, out: x.numel(),
-    aten.relu_: lambda x, out: x.numel(),
+    aten.add_: lambda *_, out: out.numel(),
     aten.max_pool2d_with_indices: lambda *args, out: _pooling_window(*args, out=out[0]),
     aten.avg_pool2d: _pooling_window,
     aten.mean: lambda x, *_, out: x.numel(),
     aten._adaptive_avg_pool2d: lambda x, *_, out: x.numel(),
+    **{getattr(aten, name): lambda *_, out: out.numel() for name in ACTIVATIONS},
+    **{getattr(aten, f"{name}_"): lambda *_, out: out.numel() for name in ACTIVATIONS},  # in place
 }
 
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from models import IMTA, MSDNet, count_operations, measure_cost
+from models import IMTA, Backbone, MSDNet, count_operations, measure_cost
 
 
 def test_one_scale_by_hand():
@@ -84,3 +85,40 @@ def test_too_small_an_image(small_inputs):
     assert len(count_operations(network, smallest)) == 5
     with pytest.raises(ValueError, match=f"at least {smallest}"):
         count_operations(network, smallest - 1)
+
+
+class ResidualBlock(nn.Module):
+    """A convolution of 3 channels, BatchNorm and an activation, added to their input; then a linear layer."""
+
+    def __init__(self, activation, in_place):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm, self.activation, self.in_place = nn.BatchNorm2d(3), activation, in_place
+        self.block = nn.Identity()
+        self.convolution_2 = nn.Conv2d(3, 3, 1)
+        self.linear = nn.Linear(3, 10)
+
+    def forward(self, images):
+        x = self.activation(self.norm(self.convolution(images)))
+        if self.in_place:
+            x += images
+        else:
+            x = x + images
+        return self.linear(self.convolution_2(self.block(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardswish(), nn.GELU(), nn.SiLU(inplace=True)],
+)
+def test_residual_block_by_hand(activation, in_place):
+    network = Backbone(ResidualBlock(activation, in_place), ["block"], exit_width=4, exit_size=16)
+    pixels = 32 * 32
+    block = pixels * 3 * 3 * 9 + pixels * 3 + pixels * 3  # convolution, activation, addition
+    # The exit averages 2 x 2 pixels; its convolution has stride 2, and each of its ReLUs is read once more.
+    exit = pixels * 3 + 8 * 8 * (3 * 4 * 9 + 4) + 8 * 8 * 4 + 4 * 10 + 10
+    end = pixels * 3 * 3 + pixels * 3 + 3 * 10 + 10  # convolution, mean, linear layer with its bias
+    assert count_operations(network, 32) == [block + exit, block + exit + end]
+    multiply_adds = measure_cost(network, 32, multiply_adds_only=True).operations
+    assert multiply_adds[0] == pixels * 3 * 3 * 9 + 8 * 8 * 3 * 4 * 9 + 4 * 10
