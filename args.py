@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
-from image_data.parts import IMAGE_SIZES, SMALL_IMAGE_SIZE
+from image_data.defaults import IMAGE_SIZES, SMALL_IMAGE_SIZE
 from models.options import CHOICES, MSDNetOptions, current_value
 from presets import PRESETS
 from utils import (

@@ -19,17 +19,12 @@ from torch import Tensor
 
 from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
-from image_data.parts import IMAGE_SIZES, NORMALIZATION, DataSet, Part, Shard
+from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
+from image_data.parts import DataSet, Part, Shard
 from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
 from image_data.threads import map_batches
-from image_data.transforms import (
-    LARGEST_IN_MEMORY,
-    TrainingTransform,
-    Transform,
-    default_crop_share,
-    evaluation_transform,
-)
+from image_data.transforms import TrainingTransform, Transform, evaluation_transform
 from models.description import DataInfo, ImageSpec, Split
 from models.normalizer import Normalizer
 from utils import UserError, listed, one_line
@@ -71,7 +66,7 @@ def load_data(
 ) -> Data:
     """Find, check and split the data set that ``settings`` name.
 
-    Images of at most ``LARGEST_IN_MEMORY`` pixels are read now, larger ones when they are needed. Anytime
+    Images of at most ``SMALL_IMAGE_SIZE`` pixels are read now, larger ones when they are needed. Anytime
     evaluation needs no training images.
 
     Args:
@@ -97,7 +92,7 @@ def load_data(
     data_set, parts, split = _find_and_split(settings, image_size, stored, split, has_normalization)
     notes = [*data_set.notes, *_notes(data_set, parts["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
-    if image_size <= LARGEST_IN_MEMORY:
+    if image_size <= SMALL_IMAGE_SIZE:
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
         unreadable: list[str] = []
@@ -146,7 +141,7 @@ def _find_and_split(
 ) -> tuple[DataSet, dict[str, Part], Split]:
     """Find the data set; return it, its parts by the names in ``PARTS``, and its split."""
     test_alone = settings.evalmode in TEST_ALONE
-    needs_no_mean = has_normalization or image_size > LARGEST_IN_MEMORY
+    needs_no_mean = has_normalization or image_size > SMALL_IMAGE_SIZE
     only_test = test_alone and needs_no_mean and settings.test_size is None
     digests = None if split is None else split.name_digests
     data_set = find_data_set(settings, image_size, stored, digests, only_test)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-from image_data.parts import NORMALIZATION
-from image_data.transforms import LARGE_CROP_SHARE
+from image_data.defaults import LARGE_CROP_SHARE, NORMALIZATION
 from models import IMTA, MSDNet, one_for_all_loss, sum_of_cross_entropies
 from models.description import DataInfo
 

@@ -28,8 +28,7 @@ from args import add_msdnet_sizes
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
 from engine.record import RunDirectory
-from image_data.parts import NORMALIZATION
-from image_data.transforms import default_crop_share
+from image_data.defaults import NORMALIZATION, default_crop_share
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX, is_network_file

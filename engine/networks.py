@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from args import OWN_NETWORKS, option_names
 from engine.checkpoint import SavedNetwork
-from image_data.transforms import default_crop_share
+from image_data.defaults import default_crop_share
 from models import ExitNetwork, build_backbone
 from models.description import DataInfo, ImageSpec
 from models.third_party import image_spec_of_weights

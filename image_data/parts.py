@@ -7,15 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NORMALIZATION = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-# Default height and width of the images of each --data.
-IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
-SMALL_IMAGE_SIZE = 64  # up to this size, networks get the stem and exits of the CIFAR networks
-
 
 @dataclass(frozen=True)
 class Part:

@@ -22,8 +22,6 @@ from torchvision.transforms import v2
 MAX_PIXELS = 89_478_485  # of an image that is decoded in full; PIL's own limit
 REDUCED_SIDE = 1024  # pixels that a reduced JPEG keeps at least
 BACKGROUND = (255, 255, 255)  # behind transparent pixels
-LARGEST_IN_MEMORY = 64  # pixels a side; larger images stay files
-LARGE_CROP_SHARE = 0.875  # of the shorter side of larger images, that evaluation sees
 CROP_PADDING = 4  # pixels around small images, from which training crops
 # Random resized crops: share of the image, and width by height.
 CROP_AREAS, CROP_RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -48,11 +46,6 @@ class DrawsFrom(TorchFunctionMode):
 
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-def default_crop_share(image_size: int) -> float:
-    """Return the share of the shorter side that evaluation sees, if no pretrained network says otherwise."""
-    return 1.0 if image_size <= LARGEST_IN_MEMORY else LARGE_CROP_SHARE
 
 
 def evaluation_transform(image_size: int, crop_share: float, interpolation: str = "bilinear") -> Transform:
@@ -90,8 +83,7 @@ class TrainingTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a random crop."""
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_AREAS, CROP_RATIOS)
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then
-        # still has enough pixels; other formats in full.
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop then still has enough pixels, others in full.
         full_width = image.width
         enough = tuple(math.ceil(side * self.image_size / min(height, width)) for side in image.size)
         image.draft(None, enough)

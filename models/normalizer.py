@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Of values from 0 to 1; most pretrained networks expect these.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 class Normalizer:
     """Bytes (N, 3, H, W) -> floats, each channel by its mean and standard deviation.

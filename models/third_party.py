@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .description import ImageSpec
 from .files import is_network_file
+from .normalizer import IMAGENET_MEAN, IMAGENET_STD
 from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
 
 TIMM_PREFIX = "timm/"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class NeedsNetworkError(ValueError):

@@ -15,8 +15,9 @@ from PIL import Image
 
 import export_onnx
 from image_data import synthetic
+from image_data.defaults import default_crop_share
 from image_data.reading import read_image
-from image_data.transforms import default_crop_share, evaluation_transform
+from image_data.transforms import evaluation_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = ROOT / "examples" / "browser"

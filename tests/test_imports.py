@@ -15,7 +15,7 @@ ALLOWED = {
     "adaptive_inference": ("models", "utils"),
     PROMISES: ("adaptive_inference", "models", "utils"),
     "presets": (),
-    "args": ("adaptive_inference.confidence", "image_data.parts", "models", "presets", "utils"),
+    "args": ("adaptive_inference.confidence", "image_data.defaults", "models", "presets", "utils"),
     "engine": (PROMISES, "adaptive_inference", "args", "dataloader", "image_data", "models", "utils"),
     "onnx_predictor": (),
     "hubconf": ("models",),

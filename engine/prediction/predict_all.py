@@ -26,8 +26,8 @@ from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import Choice, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows
 from engine.runtime.device import is_out_of_memory, limit_threads
+from image_data.defaults import SMALL_IMAGE_SIZE
 from image_data.folders import LEFT_OUT, find_images
-from image_data.parts import SMALL_IMAGE_SIZE
 from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork, count_operations
