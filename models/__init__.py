@@ -7,7 +7,7 @@ Reading order:
 - the interface of all networks: ``network``;
 - the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``;
 - computing only what is read: ``lazy``, ``stepwise``; counting it: ``operations``;
-- other networks: ``backbone``, ``tracing``, ``third_party``;
+- other networks: ``backbone``, ``backbone_exits``, ``cutting``, ``tracing``, ``third_party``;
 - files: ``description``, ``saved``, ``released``, ``pytorch_files``, ``files``;
 - for all: ``module_state``, ``normalizer``.
 """

@@ -4,13 +4,13 @@ Example:
     network = Backbone(torchvision.models.resnet18(), exits=["layer1", "layer2", "layer3"], num_classes=100)
     logits = network(torch.randn(8, 3, 224, 224))  # a list of 4 tensors (8, 100)
 
-The network is cut at the outputs of the named modules (``models.tracing``). At every cut an exit reads the
-one tensor that crosses it: maps go through convolution, BatchNorm, ReLU, average pooling and a linear
-layer; tokens through LayerNorm, their mean and a linear layer. The last exit is the network's own last
-linear layer. ``build_backbone`` does so for networks of torchvision and timm by their names.
+The network is cut at the outputs of the named modules (``models.cutting``). At every cut an exit reads the
+one tensor that crosses it (``models.backbone_exits``): maps go through convolution, BatchNorm, ReLU, average
+pooling and a linear layer; tokens through LayerNorm, their mean and a linear layer. The last exit is the
+network's own last linear layer. ``build_backbone`` does so for networks of torchvision and timm by their
+names.
 """
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbone_exits import LAYOUTS, check_exit_options, make_exit
+from .backbone_exits import check_exit_options, make_exit
+from .cutting import Cuts, find_cuts
 from .layers import add_boost
 from .module_state import frozen_statistics
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
@@ -29,21 +30,12 @@ from .third_party import Constructor, NeedsNetworkError, check_backbone, constru
 from .tracing import (
     PREFIX,
     PROBE_BATCH,
-    GraphProfile,
     Segment,
-    Traces,
-    block_paths,
-    evenly_spread,
-    find_layout,
-    layer_outputs,
-    make_segment,
     meta_copy,
     profile_graph,
     trace_both_modes,
     with_cloned_input,
 )
-
-_UNCHANGING = (nn.Identity, nn.Flatten)  # may follow the last linear layer
 
 
 class Backbone(ExitNetwork):
@@ -57,7 +49,7 @@ class Backbone(ExitNetwork):
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
         boosted_exits: An exit adds half of the previous exit's logits to its own.
         gradient_equilibrium: Rescale gradients at the exits.
-        layout: One of ``LAYOUTS``, or one per early exit, where the shapes do not tell it.
+        layout: One of ``models.cutting.LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: A size that the network takes, where it takes none of the usual ones.
         exit_width: Channels of the convolution in exits on maps, as many as in MSDNet; None: as many as the
             map has, but at least 128 and at most 512.
@@ -97,34 +89,27 @@ class Backbone(ExitNetwork):
         super().__init__()
         check_exit_options(exit_width=exit_width, exit_size=exit_size)
         traces = trace_both_modes(network)
-        self._classifier, ends = _last_linear(network, traces)
         profiles = profile_graph(network, traces, image_size)
-        if isinstance(exits, int):
-            paths = _even_exits(network, traces, profiles, exits)
-        else:
-            paths = _checked_exits(network, traces, list(exits), ends)
-        layouts = _layouts(traces, profiles, paths, layout)
+        cuts = find_cuts(network, traces, profiles, exits, layout)
         self.network = network
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._segments = _segments(traces, paths, ends)
-        self.num_exits = len(paths) + 1
+        self._classifier, self._segments = cuts.classifier, cuts.segments
+        self.num_exits = len(cuts.segments)
         # In this order: it decides which random numbers initialise which layer.
         self._replace_classifier(num_classes)
-        first_profile = next(iter(profiles.values()))
-        shapes = [first_profile.shapes[traces.evaluation.outputs[path]] for path in paths]
-        self._add_exits(shapes, layouts, exit_width, exit_size)
+        self._add_exits(cuts, exit_width, exit_size)
         self.boosted, self.gradient_equilibrium, self.frozen = boosted_exits, gradient_equilibrium, False
         self._accepted_sizes, self._takes_one_size = set(profiles), len(profiles) == 1
         self._clone_where_needed(next(iter(profiles)))
         constructor = constructor or Constructor(None, type(network).__name__, {})
         self.config = {
             **constructor._asdict(),
-            "exits": list(paths),
+            "exits": cuts.paths,
             "num_classes": self.num_classes,
             "boosted_exits": boosted_exits,
             "gradient_equilibrium": gradient_equilibrium,
-            "layout": layouts,
+            "layout": cuts.layouts,
             "image_size": image_size,
             "exit_width": exit_width,
             "exit_size": exit_size,
@@ -139,20 +124,15 @@ class Backbone(ExitNetwork):
         self.num_classes = linear.out_features if num_classes is None else num_classes
         self.has_new_classifier = self.num_classes != linear.out_features
         if self.has_new_classifier:
-            self._set(self._classifier, nn.Linear(linear.in_features, self.num_classes).to(linear.weight))
+            new = nn.Linear(linear.in_features, self.num_classes).to(linear.weight)
+            self._replace_module(self._classifier, new)
 
-    def _add_exits(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        layouts: Sequence[str],
-        exit_width: int | None,
-        exit_size: int | None,
-    ) -> None:
-        """Make the early exits, which read tensors of these shapes and layouts."""
+    def _add_exits(self, cuts: Cuts, exit_width: int | None, exit_size: int | None) -> None:
+        """Make the early exits, which read the tensors at the cuts."""
         linear = self.network.get_submodule(self._classifier)
         self.exits = nn.ModuleList(
             make_exit(shape, layout, self.num_classes, exit_width, exit_size)
-            for shape, layout in zip(shapes, layouts, strict=True)
+            for shape, layout in zip(cuts.shapes, cuts.layouts, strict=True)
         ).to(linear.weight)
         early = (exit_module.feature_channels for exit_module in self.exits)
         self.feature_dims = (*early, linear.in_features)
@@ -273,7 +253,7 @@ class Backbone(ExitNetwork):
                 yield parameter
 
     def load_pretrained(self, weights: dict[str, Tensor], source: str = "the given weights") -> None:
-        """Load a state dict of the network without exits; its last linear layer only if that fits.
+        """Load a state dict of the network without exits, the last linear layer only if it fits.
 
         Raises:
             ValueError: The weights are those of another network.
@@ -321,14 +301,8 @@ class Backbone(ExitNetwork):
             raise ValueError(f"this network takes images of {smallest} pixels only, not of {size}")
         if size > smallest:
             raise ValueError(f"this network does not take images of {size} pixels ({reason:.150})")
-        too_small, works = size, smallest
-        while works - too_small > 1:
-            middle = (too_small + works) // 2
-            if _failure(runner, middle) is None:
-                works = middle
-            else:
-                too_small = middle
-        raise ValueError(f"images of {size} pixels are too small: this network needs at least {works}")
+        needed = _smallest_size(runner, size, smallest)
+        raise ValueError(f"images of {size} pixels are too small: this network needs at least {needed}")
 
     # Folding
 
@@ -340,6 +314,7 @@ class Backbone(ExitNetwork):
         fold_sequences(self.exits, fuse)
 
     def _folded(self, graph: fx.Graph, calls: Counter[str], fuse: Fuse) -> fx.Graph:
+        """Return the graph without the BatchNorms that ``fuse`` takes; ``calls`` counts those of modules."""
         new = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
@@ -347,14 +322,14 @@ class Backbone(ExitNetwork):
             if _is_pair(source, node, calls):
                 layer = fuse(self.get_submodule(source.target), self.get_submodule(node.target))
                 if layer is not None:
-                    self._set(source.target.removeprefix(PREFIX), layer)
-                    self._set(node.target.removeprefix(PREFIX), nn.Identity())
+                    self._replace_module(source.target.removeprefix(PREFIX), layer)
+                    self._replace_module(node.target.removeprefix(PREFIX), nn.Identity())
                     values[node] = values[source]
                     continue
             values[node] = new.node_copy(node, values.__getitem__)
         return new
 
-    def _set(self, path: str, module: nn.Module) -> None:
+    def _replace_module(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.network.get_submodule(parent), name, module)
 
@@ -387,145 +362,15 @@ def _failure(runner: Backbone, size: int) -> str | None:
     return "the first exit reads a map of one pixel" if is_single else None
 
 
-def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.Node]]:
-    """Return the path of the network's last linear layer, and the node of its input in both modes."""
-    last_nodes = {}
-    for mode, trace in traces.by_mode.items():
-        node = next(node for node in reversed(trace.graph.nodes) if node.op == "output").args[0]
-        while _is_unchanging(network, node):
-            node = node.args[0]
-        last_nodes[mode] = node
-    for mode, node in last_nodes.items():
-        if not _is_linear(network, node):
-            output = traces.by_mode[mode].name(node) if isinstance(node, fx.Node) else "several values"
-            raise ValueError(
-                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: "
-                f"its output in {mode} mode is {output}"
-            )
-    path = last_nodes["evaluation"].target.removeprefix(PREFIX)
-    return path, {mode: node.args[0] for mode, node in last_nodes.items()}
-
-
-def _module_of(network: nn.Module, node: Any) -> nn.Module | None:
-    is_call = isinstance(node, fx.Node) and node.op == "call_module"
-    return network.get_submodule(node.target.removeprefix(PREFIX)) if is_call else None
-
-
-def _is_unchanging(network: nn.Module, node: Any) -> bool:
-    return isinstance(_module_of(network, node), _UNCHANGING)
-
-
-def _is_linear(network: nn.Module, node: Any) -> bool:
-    return isinstance(_module_of(network, node), nn.Linear)
-
-
-def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) -> str | None:
-    """Return why no exit can be at the output of a module, None if one can."""
-    for mode, trace in traces.by_mode.items():
-        if path in trace.repeated:
-            return "the network runs it more than once"
-        if path not in trace.outputs:
-            return "its output is not one tensor"
-        node = trace.outputs[path]
-        crossing = [other for other in trace.crossing(node) if other is not node]
-        if crossing:
-            names = ", ".join(map(trace.name, [node, *crossing]))
-            return f"{len(crossing) + 1} values cross a cut there ({names}), and only one may"
-        if ends and trace.position(node) >= trace.position(ends[mode]):
-            return "nothing but the last linear layer comes after it"
-    return None
-
-
-def _checked_exits(
-    network: nn.Module, traces: Traces, paths: list[str], ends: dict[str, fx.Node]
-) -> list[str]:
-    if not paths:
-        raise ValueError("exits is empty: name at least one module, or say a number of exits")
-    for path in paths:
-        if path not in traces.evaluation.outputs and path not in traces.evaluation.repeated:
-            raise ValueError(_unknown_exit(network, traces, path))
-        reason = _refusal(traces, path, ends)
-        if reason:
-            raise ValueError(f"no exit can be at {path!r}: {reason}")
-    by_position: dict[int, str] = {}
-    for path in paths:
-        position = traces.evaluation.position(traces.evaluation.outputs[path])
-        if position in by_position:
-            raise ValueError(f"the exits {by_position[position]!r} and {path!r} are the same place")
-        by_position[position] = path
-    in_order = [by_position[position] for position in sorted(by_position)]
-    if in_order != paths:
-        raise ValueError(f"exits must be in the network's order: {', '.join(in_order)}")
-    return paths
-
-
-def _unknown_exit(network: nn.Module, traces: Traces, path: str) -> str:
-    trace = traces.evaluation
-    allowed = [block for block in block_paths(network, trace, {}, 0) if _refusal(traces, block) is None]
-    near = difflib.get_close_matches(path, list(trace.outputs), 3) or allowed
-    listed = ", ".join(near[:20]) + (", ..." if len(near) > 20 else "")
-    return f"there is no module {path!r} in {type(network).__name__}; exits can be at: {listed}"
-
-
-def _even_exits(
-    network: nn.Module, traces: Traces, profiles: dict[int, GraphProfile], count: int
-) -> list[str]:
-    """Return the paths of ``count`` - 1 early exits that spread the operations evenly."""
-    trace, profile = traces.evaluation, next(iter(profiles.values()))
-    total = max(profile.operations_up_to.values())
-    if count < 2:
-        raise ValueError(
-            f"exits is {count}; at least 2 are needed, of which the last is the network's own end"
-        )
-    candidates: dict[fx.Node, str] = {}
-    blocks = block_paths(network, trace, profile.operations_of, total // count)
-    # A plain chain of layers has no blocks: there, exits can be after activations and pooling.
-    for path in [*blocks, *(layer_outputs(network, trace) if len(blocks) < count else [])]:
-        node = trace.outputs[path]
-        if _refusal(traces, path) is None and len(profile.shapes.get(node, ())) in (3, 4):
-            candidates.setdefault(node, path)
-    # An exit that comes with the last operations saves nothing.
-    nodes = [node for node in trace.graph.nodes if node in candidates]
-    nodes = [node for node in nodes if 0 < profile.operations_up_to[node] < (1 - 0.5 / count) * total]
-    if len(nodes) < count - 1:
-        raise ValueError(
-            f"exits is {count}; {type(network).__name__} has places for {len(nodes) + 1} at most: "
-            f"{', '.join(candidates[node] for node in nodes) or 'its end'}"
-        )
-    shares = [profile.operations_up_to[node] / total for node in nodes]
-    return [candidates[nodes[i]] for i in evenly_spread(shares, count - 1)]
-
-
-def _layouts(
-    traces: Traces, profiles: dict[int, GraphProfile], paths: list[str], given: str | Sequence[str] | None
-) -> list[str]:
-    if given is not None:
-        layouts = [given] * len(paths) if isinstance(given, str) else list(given)
-        if len(layouts) != len(paths) or any(layout not in LAYOUTS for layout in layouts):
-            raise ValueError(
-                f"layout is {given!r}; allowed: {', '.join(LAYOUTS)}, one for all {len(paths)} early exits "
-                "or one for each"
-            )
-        return layouts
-    layouts = []
-    for path in paths:
-        node = traces.evaluation.outputs[path]
-        try:
-            layouts.append(find_layout([p.shapes.get(node, ()) or (0,) for p in profiles.values()]))
-        except ValueError as error:
-            raise ValueError(f"no exit can be at {path!r}: {error}") from None
-    return layouts
-
-
-def _segments(traces: Traces, paths: list[str], ends: dict[str, fx.Node]) -> list[Segment]:
-    segments = []
-    for k in range(len(paths) + 1):
-        start = paths[k - 1] if k else None
-        end = ends
-        if k < len(paths):
-            end = {mode: trace.outputs[paths[k]] for mode, trace in traces.by_mode.items()}
-        segments.append(make_segment(start, end, traces))
-    return segments
+def _smallest_size(runner: Backbone, too_small: int, works: int) -> int:
+    """Return the smallest image size between these two on which a network on the meta device can run."""
+    while works - too_small > 1:
+        middle = (too_small + works) // 2
+        if _failure(runner, middle) is None:
+            works = middle
+        else:
+            too_small = middle
+    return works
 
 
 def _is_pair(source: Any, node: fx.Node, calls: Counter[str]) -> bool:

@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 from .layers import conv_bn_relu
 
-LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
 WIDTH_LIMITS = (128, 512)  # fewest and most channels of an exit's convolution, where the map's decide
 
 
@@ -70,7 +69,15 @@ class TokenExit(nn.Module):
 def make_exit(
     shape: tuple[int, ...], layout: str, num_classes: int, width: int | None, size: int | None
 ) -> MapExit | TokenExit:
-    """Make the exit for tensors of this shape and layout; ``width`` and ``size`` are those of ``MapExit``."""
+    """Make the exit for tensors of this shape and layout (``cutting.LAYOUTS``).
+
+    Args:
+        shape: Shape of the tensors.
+        layout: Their layout.
+        num_classes: Outputs of the linear layer.
+        width: Width of exits on maps, as for ``MapExit``.
+        size: Size of the maps, as for ``MapExit``.
+    """
     channels = shape[layout.index("C")]
     if len(layout) == 4:
         return MapExit(channels, num_classes, layout == "NHWC", width, size)

@@ -42,10 +42,7 @@ class MSDNet(ExitNetwork):
 
     Args:
         num_classes: Outputs of every exit.
-        options: Fields of ``MSDNetOptions``, which explains them: ``num_blocks``, ``base``, ``step``,
-            ``step_mode``, ``num_channels``, ``growth_rate``, ``growth_factors``, ``bottleneck_factors``,
-            ``bottleneck``, ``prune``, ``reduction``, ``small_inputs``, ``gradient_equilibrium``,
-            ``gradient_equilibrium_scales``, ``boosted_exits``, ``initialization``.
+        options: Fields of ``MSDNetOptions``, which explains them.
 
     Raises:
         TypeError: An unknown option.

@@ -1,4 +1,4 @@
-"""Cutting a network into segments with ``torch.fx``.
+"""The graphs of a network, and the code of its segments, with ``torch.fx``.
 
 A network is traced twice, in training and in evaluation mode, as a trace fixes the value of
 ``self.training``. Every module call is recorded with the node of its output, so that a cut can be named by
@@ -29,12 +29,10 @@ PREFIX = "network."  # the traced network is the attribute ``network`` of the ro
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
-# Layouts by the number of dimensions and the dimension of the channels.
-LAYOUT_BY_CHANNELS = {(3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_LAYERS = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+LAYERS = (*WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 class TracedRoot(nn.Module):
@@ -166,9 +164,9 @@ class _Tracer(fx.Tracer):
         return Trace(graph, self._outputs, self._repeated, self._leaves, self._owners)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _CONTAINERS):
+        if isinstance(m, CONTAINERS):
             return False
-        if isinstance(m, _LAYERS):
+        if isinstance(m, LAYERS):
             return True
         is_operation = type(m).__module__.startswith("torchvision.ops.") and not list(m.children())
         return is_operation or type(m) in self._leaf_types or super().is_leaf_module(m, module_qualified_name)
@@ -215,6 +213,10 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 class Segment:
     """The code between two cuts: ``evaluation(root, x)``, and ``training(root, x)`` for training mode.
+
+    These are plain functions of the root: an ``fx.GraphModule`` would register the network's modules again,
+    under second names in the state dict. torchvision's ``create_feature_extractor`` makes one, from the
+    images on only.
 
     The graphs are not changed after this, so copies of a network share their segments.
     """
@@ -373,86 +375,3 @@ def meta_copy(module: nn.Module) -> Any:
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(module, memo)
-
-
-def find_layout(shapes: list[tuple[int, ...]]) -> str:
-    """Return where the channels are in a tensor: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC".
-
-    Args:
-        shapes: Shapes of one tensor for images of one or two sizes. The channels are the dimension that does
-            not change.
-
-    Raises:
-        ValueError: The shapes do not tell.
-    """
-    shape = shapes[0]
-    if shape[0] != PROBE_BATCH or not 2 <= len(shape) <= 4:
-        raise ValueError(
-            f"it has the shape {shape} for {PROBE_BATCH} images, and no exit can read that: exits read maps "
-            "(N, C, H, W) or (N, H, W, C) and tokens (N, L, C)"
-        )
-    if len(shape) == 2:
-        return "NC"
-    fixed = [d for d in range(1, len(shape)) if all(other[d] == shape[d] for other in shapes)]
-    if len(fixed) != 1 or len(shapes) == 1:
-        fixed = _guessed_channels(shape)
-    if len(fixed) != 1:
-        raise ValueError(
-            f"its channels cannot be told from the shapes {' and '.join(map(str, shapes))}: say layout="
-        )
-    layout = LAYOUT_BY_CHANNELS.get((len(shape), fixed[0]))
-    if layout is None:
-        raise ValueError(
-            f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: say layout="
-        )
-    return layout
-
-
-def _guessed_channels(shape: tuple[int, ...]) -> list[int]:
-    """Return the dimension of the channels for one image size: after tokens, or beside a square."""
-    if len(shape) == 3:
-        return [2]
-    return [d for d, (a, b) in {1: (2, 3), 3: (1, 2)}.items() if shape[a] == shape[b] != shape[d]]
-
-
-def block_paths(network: nn.Module, trace: Trace, operations_of: dict[fx.Node, int], limit: int) -> list[str]:
-    """Return the paths of the network's own blocks, outermost first.
-
-    Containers are always opened, other modules only if they hold more than ``limit`` operations.
-    """
-    paths: list[str] = []
-
-    def operations_in(path: str) -> int:
-        return sum(
-            count
-            for node, count in operations_of.items()
-            if f"{trace.owners.get(node, '')}.".startswith(f"{path}.")
-        )
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            path = f"{prefix}{name}"
-            if path in trace.leaves:
-                continue
-            if path in trace.outputs and any(isinstance(part, _WEIGHTED) for part in child.modules()):
-                paths.append(path)
-            if isinstance(child, _CONTAINERS) or operations_in(path) > limit:
-                visit(child, f"{path}.")
-
-    visit(network, "")
-    return paths
-
-
-def layer_outputs(network: nn.Module, trace: Trace) -> list[str]:
-    """Return the paths of the layers without weights, such as activations, in the order of the network."""
-    layers = [path for path in trace.outputs if path in trace.leaves and path not in trace.repeated]
-    return [path for path in layers if not isinstance(network.get_submodule(path), _LAYERS)]
-
-
-def evenly_spread(shares: list[float], count: int) -> list[int]:
-    """Return the indices of ``count`` increasing ``shares``, each near its multiple of 1 / (count + 1)."""
-    chosen: list[int] = []
-    for j in range(1, count + 1):
-        allowed = range(chosen[-1] + 1 if chosen else 0, len(shares) - (count - j))
-        chosen.append(min(allowed, key=lambda i, goal=j / (count + 1): abs(shares[i] - goal)))
-    return chosen
