@@ -40,7 +40,7 @@ def place(tmp_path):
             (tmp_path / path.name).symlink_to(path)
     for number, script in enumerate(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)):
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
-        (tmp_path / ("answer.py", "onnx_answer.py")[number]).symlink_to(
+        (tmp_path / ("predict_one.py", "onnx_predict_one.py")[number]).symlink_to(
             tmp_path / "elsewhere" / f"{number}.py"
         )
         (tmp_path / "elsewhere" / f"{number}.py").write_text(script, encoding="utf-8")
@@ -86,23 +86,23 @@ def run(command, place, extra=""):
 
 
 def use(place):
-    table, json_file, library, onnx, onnx_answer, runtime = USE
+    table, json_file, library, export, exported, runtime = USE
     output, errors = run(table, place)
-    answer = output.splitlines()[-1].split()
-    assert answer[0] in CLASSES
-    assert answer[-1] == "photo.jpg"
+    shown = output.splitlines()[-1].split()
+    assert shown[0] in CLASSES
+    assert shown[-1] == "photo.jpg"
     assert "1 image: " in errors.splitlines()[-1]
     _, errors = run(json_file + " --model save/folder/IMTA", place)
     assert "predict.py: policy " in errors
-    answers = json.loads((place / "answers.json").read_text(encoding="utf-8"))
-    assert (len(answers["predictions"]), answers["summary"]["images"]) == (24, 24)
-    assert len(answers["predictions"][0]["top5"]) == 4
+    content = json.loads((place / "predictions.json").read_text(encoding="utf-8"))
+    assert (len(content["predictions"]), content["summary"]["images"]) == (24, 24)
+    assert len(content["predictions"][0]["top5"]) == 4
     name, confidence, _, _, exit_number = run(library, place)[0].split()
-    assert (name, exit_number) == (answer[0], answer[2])
-    assert float(confidence) == pytest.approx(float(answer[1]), abs=1e-3)
+    assert (name, exit_number) == (shown[0], shown[2])
+    assert float(confidence) == pytest.approx(float(shown[1]), abs=1e-3)
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
-        assert run(onnx, place)[0].endswith(": photos.onnx\n")
-        assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(onnx_answer, place)[0])
+        assert run(export, place)[0].endswith(": photos.onnx\n")
+        assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(exported, place)[0])
     measured, _ = run(runtime, place)
     assert re.search(r" every exit .* \d+$", measured, re.MULTILINE)  # no decimals of 24 test images
     assert "late %" in measured
