@@ -22,7 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,21 +233,39 @@ def run_command(words: list[str]) -> int:
 def train_all(schedule: Schedule, data_root: Path, work: Path, seeds: list[int], arms: list[str]) -> int:
     """Run what is not complete yet, and return the exit status of the last run."""
     classes = choose_classes(data_root, work / "classes", schedule.every_nth_class)
+
+    def command_of(arm: str, seed: int) -> list[str]:
+        return command(arm, schedule, seed, classes, work)
+
+    return train_arms(with_origins(arms), seeds, command_of, work, schedule.results)
+
+
+def train_arms(
+    arms: list[str],
+    seeds: list[int],
+    command_of: Callable[[str, int], list[str]],
+    work: Path,
+    results: Path | None,
+) -> int:
+    """Run every arm for every seed unless it is complete, and return the exit status of the last run.
+
+    Args:
+        arms: Names of arms, each after the one it starts from.
+        seeds: Seeds, one after the other.
+        command_of: Function of an arm and a seed that returns the command line.
+        work: Folder of the runs ``seed_N/ARM``.
+        results: Folder for the small files of the runs; None: they are kept nowhere else.
+    """
     for seed in seeds:
-        for arm in with_origins(arms):
+        for arm in arms:
             run = work / f"seed_{seed}" / arm
-            if status := train_once(run, command(arm, schedule, seed, classes, work)):
+            if is_complete(run):
+                sys.stdout.write(f"complete: {run}\n")
+            elif status := run_command(command_of(arm, seed)):
                 return status
-            keep_files(run, schedule.results / f"seed_{seed}" / arm)
+            if results is not None:
+                keep_files(run, results / f"seed_{seed}" / arm)
     return 0
-
-
-def train_once(run: Path, words: list[str]) -> int:
-    """Run a command if its run is not complete yet, and return its exit status."""
-    if is_complete(run):
-        sys.stdout.write(f"complete: {run}\n")
-        return 0
-    return run_command(words)
 
 
 def keep_files(run: Path, kept: Path) -> None:

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from engine.report import best_within, read_csv
-from experiments.arms import RESULTS, Arm, command_line, keep_files, seeds_of, train_once, with_origins
+from experiments.arms import RESULTS, Arm, command_line, seeds_of, train_arms, with_origins
 from experiments.markdown import markdown_table
-from utils import CommandLineParser, user_path
+from utils import CommandLineParser, UserError, user_path
 
 FOLDER = RESULTS / "backbones"
 ARCH, NUM_EXITS = "timm/tf_efficientnet_lite0", 4
@@ -50,14 +50,12 @@ def train_all(
     arms: list[str], seeds: list[int], data_root: Path, weights: Path, work: Path, more: list[str]
 ) -> int:
     """Run what is not complete, with ``more`` flags for all, and return the exit status of the last run."""
-    for seed in seeds:
-        for arm in with_origins(arms, ARMS):
-            run = work / f"seed_{seed}" / arm
-            if status := train_once(run, [*command(arm, seed, data_root, weights, work), *more]):
-                return status
-            if not more:  # with more flags the run is a trial
-                keep_files(run, FOLDER / f"seed_{seed}" / arm)
-    return 0
+
+    def command_of(arm: str, seed: int) -> list[str]:
+        return [*command(arm, seed, data_root, weights, work), *more]
+
+    results = None if more else FOLDER  # with more flags the runs are trials
+    return train_arms(with_origins(arms, ARMS), seeds, command_of, work, results)
 
 
 def results_table(folder: Path) -> str:
@@ -92,14 +90,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--table", action="store_true", help="print the table of the kept results")
     arguments, more = parser.parse_known_args(argv)
-    if arguments.table:
-        sys.stdout.write(f"{results_table(FOLDER)}\n")
-        return 0
-    if arguments.data_root is None or arguments.weights is None:
+    if not arguments.table and (arguments.data_root is None or arguments.weights is None):
         parser.error("--data-root and --weights are needed")
-    return train_all(
-        arguments.arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more
-    )
+    try:
+        if arguments.table:
+            sys.stdout.write(f"{results_table(FOLDER)}\n")
+            return 0
+        return train_all(
+            arguments.arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more
+        )
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
