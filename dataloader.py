@@ -1,4 +1,4 @@
-"""The three parts of a data set, as batches of normalised float tensors on the training device.
+"""The three subsets of a data set, as batches of normalised float tensors on the training device.
 
 Example:
     data = load_data(settings, device)
@@ -20,16 +20,16 @@ from torch import Tensor
 from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
 from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
-from image_data.parts import DataSet, Part, Shard
 from image_data.reading import file_size, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
+from image_data.subsets import DataSet, Shard, Subset
 from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform, Transform, evaluation_transform
 from models.description import DataInfo, ImageSpec, Split
 from models.normalizer import Normalizer
 from utils import UserError, listed, one_line
 
-PARTS = ("train", "val", "test")
+SUBSETS = ("train", "val", "test")
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
 SAMPLED_FILES = 32  # whose sizes stand for those of all files
@@ -37,7 +37,7 @@ SAMPLED_FILES = 32  # whose sizes stand for those of all files
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts of a data set.
+    """The three subsets of a data set.
 
     Args:
         info: Names, preprocessing and training images, for checkpoints.
@@ -81,7 +81,7 @@ def load_data(
             those of the settings.
 
     Raises:
-        UserError: Missing or empty folders, unreadable images, classes that differ between the parts, an
+        UserError: Missing or empty folders, unreadable images, classes that differ between the subsets, an
             impossible split, other data than the checkpoint's.
     """
     spec = stored.image_spec if stored else image_spec
@@ -89,31 +89,31 @@ def load_data(
     crop_share = spec.crop_share if spec else default_crop_share(image_size)
     interpolation = spec.interpolation if spec else "bilinear"
     has_normalization = spec is not None or settings.data in NORMALIZATION
-    data_set, parts, split = _find_and_split(settings, image_size, stored, split, has_normalization)
-    notes = [*data_set.notes, *_notes(data_set, parts["train"], image_size)]
+    data_set, subsets, split = _find_and_split(settings, image_size, stored, split, has_normalization)
+    notes = [*data_set.notes, *_notes(data_set, subsets["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
     if image_size <= SMALL_IMAGE_SIZE:
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
         unreadable: list[str] = []
-        for name in PARTS[1:] if skips_training_images else PARTS:
-            parts[name], errors = _in_memory(parts[name], image_size, evaluation, settings.workers)
+        for name in SUBSETS[1:] if skips_training_images else SUBSETS:
+            subsets[name], errors = _in_memory(subsets[name], image_size, evaluation, settings.workers)
             unreadable += errors
         _report(unreadable, settings.skip_unreadable, notes)
     if settings.evalmode is None:
-        _refuse_large_batch(settings.batch_size, len(parts["train"]))
-        notes += _lost_classes(parts["train"], data_set.class_names)
-    mean, std = (spec.mean, spec.std) if spec else _normalization(settings.data, parts["train"])
+        _refuse_large_batch(settings.batch_size, len(subsets["train"]))
+        notes += _lost_classes(subsets["train"], data_set.class_names)
+    mean, std = (spec.mean, spec.std) if spec else _normalization(settings.data, subsets["train"])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
     transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))
     batches: dict[str, Batches] = {}
-    for name, part in parts.items():
+    for name, subset in subsets.items():
         common = (settings, name == "train", normalize, shard or Shard())
-        if part.images is not None:
-            batches[name] = InMemoryBatches(part, *common)
+        if subset.images is not None:
+            batches[name] = InMemoryBatches(subset, *common)
         else:
-            batches[name] = FileBatches(part, transforms, *common)
+            batches[name] = FileBatches(subset, transforms, *common)
     if settings.check_images:
         _check(batches.values(), settings.skip_unreadable, notes)
     # A stored split refers to the training images of its own data set.
@@ -138,8 +138,8 @@ def _find_and_split(
     stored: DataInfo | None,
     split: Split | None,
     has_normalization: bool,
-) -> tuple[DataSet, dict[str, Part], Split]:
-    """Find the data set; return it, its parts by the names in ``PARTS``, and its split."""
+) -> tuple[DataSet, dict[str, Subset], Split]:
+    """Find the data set; return it, its subsets by the names in ``SUBSETS``, and its split."""
     test_alone = settings.evalmode in TEST_ALONE
     needs_no_mean = has_normalization or image_size > SMALL_IMAGE_SIZE
     only_test = test_alone and needs_no_mean and settings.test_size is None
@@ -150,12 +150,12 @@ def _find_and_split(
         held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size)
         split = Split(held_out, data_set.digests)
     is_held_out = torch.isin(numbers, split.held_out)
-    parts = {
+    subsets = {
         "train": data_set.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
         "val": data_set.train.take((is_held_out & (not test_alone)).nonzero().flatten()),
         "test": data_set.test,
     }
-    return data_set, parts, split
+    return data_set, subsets, split
 
 
 def _refuse_large_batch(batch_size: int, count: int) -> None:
@@ -176,19 +176,19 @@ def _hold_out(data_set: DataSet, settings: Namespace, size: int | None) -> Tenso
     return held_out
 
 
-def _lost_classes(training_part: Part, class_names: list[str]) -> list[str]:
+def _lost_classes(training_subset: Subset, class_names: list[str]) -> list[str]:
     """Return a line about classes whose images are all held out, gone or unreadable."""
-    counts = torch.bincount(training_part.targets, minlength=len(class_names))
+    counts = torch.bincount(training_subset.targets, minlength=len(class_names))
     lost = [name for name, count in zip(class_names, counts.tolist(), strict=True) if count == 0]
     if not lost:
         return []
     return [f"no training image is left of {len(lost)} of {len(class_names)} classes: {listed(lost)}"]
 
 
-def _notes(data_set: DataSet, training_part: Part, image_size: int) -> list[str]:
+def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[str]:
     """Return a line with the classes, and one about files that would be enlarged a lot."""
     notes = [f"classes: {listed(data_set.class_names)}"]
-    files = training_part.files or data_set.test.files or []
+    files = training_subset.files or data_set.test.files or []
     side = median_side(files)
     if side is not None and side * 2 <= image_size:
         notes.append(
@@ -205,10 +205,12 @@ def median_side(files: Sequence[Path]) -> int | None:
     return int(statistics.median(sides)) if sides else None
 
 
-def _in_memory(part: Part, image_size: int, evaluation: Transform, workers: int) -> tuple[Part, list[str]]:
+def _in_memory(
+    subset: Subset, image_size: int, evaluation: Transform, workers: int
+) -> tuple[Subset, list[str]]:
     """Read small images as bytes; return those that can be read, and a line about each of the others."""
-    if part.files is None:
-        return part, []
+    if subset.files is None:
+        return subset, []
 
     def attempt(path: Path) -> np.ndarray | UserError:
         try:
@@ -216,20 +218,20 @@ def _in_memory(part: Part, image_size: int, evaluation: Transform, workers: int)
         except UserError as error:
             return error
 
-    batches = (part.files[i : i + FILES_AT_ONCE] for i in range(0, len(part), FILES_AT_ONCE))
+    batches = (subset.files[i : i + FILES_AT_ONCE] for i in range(0, len(subset), FILES_AT_ONCE))
     results = list(chain.from_iterable(map_batches(attempt, batches, workers)))
     readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
     images = np.empty((len(readable), 3, image_size, image_size), np.uint8)
     for row, i in enumerate(readable):
         images[row] = results[i]
     errors = [str(result) for result in results if isinstance(result, UserError)]
-    return Part(part.targets[readable], torch.from_numpy(images)), errors
+    return Subset(subset.targets[readable], torch.from_numpy(images)), errors
 
 
-def _check(parts: Iterable[Batches], skip: bool, notes: list[str]) -> None:
+def _check(all_batches: Iterable[Batches], skip: bool, notes: list[str]) -> None:
     """Read all images that are decoded when they are needed."""
-    files = [part for part in parts if isinstance(part, FileBatches)]
-    _report([line for part in files for line in part.check()], skip, notes)
+    of_files = [batches for batches in all_batches if isinstance(batches, FileBatches)]
+    _report([line for batches in of_files for line in batches.check()], skip, notes)
 
 
 def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
@@ -242,15 +244,15 @@ def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
     notes.append(f"skipped: {summary}")
 
 
-def _normalization(name: str, training_part: Part) -> tuple[Sequence[float], Sequence[float]]:
+def _normalization(name: str, training_subset: Subset) -> tuple[Sequence[float], Sequence[float]]:
     """Return mean and standard deviation of the channels: published, or of the small training images."""
-    if name in NORMALIZATION or training_part.images is None:
+    if name in NORMALIZATION or training_subset.images is None:
         return NORMALIZATION.get(name, NORMALIZATION["imagenet"])
-    if len(training_part) == 0:
+    if len(training_subset) == 0:
         raise UserError(
             f"--data {name} of small images is normalised by its training images; "
             "--data-root must hold train/CLASS/ too"
         )
-    pixels = training_part.images.transpose(0, 1).flatten(1).float() / 255
+    pixels = training_subset.images.transpose(0, 1).flatten(1).float() / 255
     mean = [round(x, 4) for x in pixels.mean(1).tolist()]
     return mean, [round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()]

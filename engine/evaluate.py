@@ -202,7 +202,9 @@ class Evaluation:
     def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
         directory = self.session.directory
         easy, hard = easy_and_hard(logits, targets, policy)
-        figure = examples_figure(self.data.test.picture, targets, (easy, hard), self.data.info.class_names)
+        figure = examples_figure(
+            self.data.test.image_of_result, targets, (easy, hard), self.data.info.class_names
+        )
         save_figure(figure, directory.examples)
         self.session.log.line(
             f"images that left first and right, and that only the last exit got right: {directory.examples}"

@@ -43,8 +43,8 @@ class OpenVinoPredictor(OnnxPredictor):
         """Load the file of a block; see ``OnnxPredictor.load_block``."""
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        # In 16 bits, which OpenVINO uses where the processor has
-        # them, images near a threshold would leave elsewhere.
+        # In 16 bits, which OpenVINO uses where the processor has them, images near a threshold would leave
+        # elsewhere.
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self.threads:
             options["INFERENCE_NUM_THREADS"] = self.threads

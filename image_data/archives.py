@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from image_data.parts import Part
+from image_data.subsets import Subset
 from utils import UserError, is_folder
 
 READERS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
-def read_cifar(name: str, root: Path) -> tuple[Part, Part, list[str]]:
+def read_cifar(name: str, root: Path) -> tuple[Subset, Subset, list[str]]:
     """Return training images, test images and class names of the archive in ``root``.
 
     An archive that is not there is downloaded.
@@ -34,7 +34,7 @@ def read_cifar(name: str, root: Path) -> tuple[Part, Part, list[str]]:
             f"no {name} in --data-root {root}, and no download ({str(error).splitlines()[0]}); "
             "put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"
         ) from None
-    return _part(train), _part(test), list(train.classes)
+    return _subset(train), _subset(test), list(train.classes)
 
 
 def _archive(reader: type[CIFAR10], root: Path) -> tuple[CIFAR10, CIFAR10]:
@@ -45,8 +45,10 @@ def _archive(reader: type[CIFAR10], root: Path) -> tuple[CIFAR10, CIFAR10]:
             return reader(root, train=True, download=True), reader(root, train=False, download=True)
 
 
-def _part(images: CIFAR10) -> Part:
-    return Part(torch.tensor(images.targets), torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous())
+def _subset(images: CIFAR10) -> Subset:
+    return Subset(
+        torch.tensor(images.targets), torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
+    )
 
 
 @contextmanager

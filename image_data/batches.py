@@ -1,7 +1,7 @@
 """Batches of normalised float tensors on the training device.
 
 Example:
-    batches = FileBatches(part, (evaluation, training), settings, True, normalize, Shard())
+    batches = FileBatches(subset, (evaluation, training), settings, True, normalize, Shard())
     for images, targets in batches.epoch(0): ...   # training: (N, 3, H, W), (N,)
     for images, targets in batches: ...            # evaluation
 
@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from image_data.parts import Part, Shard
 from image_data.reading import read_image
+from image_data.subsets import Shard, Subset
 from image_data.threads import map_batches
 from image_data.transforms import CROP_PADDING, DrawsFrom, Transform, crop_and_flip, make_augmentation
 from models.normalizer import Normalizer
@@ -37,14 +37,14 @@ UNREADABLE_HINT = "repair or remove it, or leave it out with --skip-unreadable"
 
 
 class Batches(ABC):
-    """Batches of one part of a data set.
+    """Batches of one subset of a data set.
 
     ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's
-    images once, in order. ``picture(row)`` is an image as the network sees it in evaluation, before
+    images once, in order. ``image_of_result(row)`` is an image as the network sees it in evaluation, before
     normalisation: bytes (3, H, W).
 
     Args:
-        part: The part of the data set.
+        subset: The images.
         settings: The settings batch_size (of all processes together), seed and augment; for files also
             workers and skip_unreadable.
         augment: Whether ``epoch`` augments.
@@ -52,14 +52,16 @@ class Batches(ABC):
         shard: The share of every batch that this process gets.
     """
 
-    def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
+    def __init__(
+        self, subset: Subset, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard
+    ):
         self.batch_size, self.shard = settings.batch_size, shard
         if self.batch_size % self.shard.world_size:
             raise UserError(
                 f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; "
                 "use a multiple"
             )
-        self.num_images, self.seed = len(part), settings.seed
+        self.num_images, self.seed = len(subset), settings.seed
         self.augment = settings.augment if augment else "none"
         self.normalize, self.device = normalize, normalize.device
         # Indices of images that this process found unreadable in an evaluation.
@@ -87,12 +89,12 @@ class Batches(ABC):
         batches.evaluated_indices = indices[rows]
         return batches
 
-    def picture(self, row: int) -> Tensor:
+    def image_of_result(self, row: int) -> Tensor:
         """Return the image behind a row of the collected results, bytes (3, H, W)."""
-        return self._picture(row if self.collected is None else int(self.collected[row]))
+        return self._image(row if self.collected is None else int(self.collected[row]))
 
     @abstractmethod
-    def _picture(self, index: int) -> Tensor: ...
+    def _image(self, index: int) -> Tensor: ...
 
     def _generator(self, epoch: int) -> torch.Generator:
         # One 64-bit seed from two numbers, far apart for neighbouring ones.
@@ -110,9 +112,11 @@ class Batches(ABC):
 class InMemoryBatches(Batches):
     """Batches of small images, (N, 3, H, W) bytes that live on the device; arguments as for ``Batches``."""
 
-    def __init__(self, part: Part, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard):
-        super().__init__(part, settings, augment, normalize, shard)
-        self.images, self.targets = part.images.to(self.device), part.targets.to(self.device)
+    def __init__(
+        self, subset: Subset, settings: Namespace, augment: bool, normalize: Normalizer, shard: Shard
+    ):
+        super().__init__(subset, settings, augment, normalize, shard)
+        self.images, self.targets = subset.images.to(self.device), subset.targets.to(self.device)
         self.augmentation = make_augmentation(self.augment)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -136,7 +140,7 @@ class InMemoryBatches(Batches):
                 images = torch.stack([_seeded(self.augmentation, image, seed) for image, seed in pairs])
             yield self.normalize(images), self.targets[indices]
 
-    def _picture(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Tensor:
         return self.images[index]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,7 +153,7 @@ class FileBatches(Batches):
     """Batches of image files that threads decode, augment and resize.
 
     Args:
-        part: The part of the data set, with files.
+        subset: The images, as files.
         transforms: The transforms of evaluation and of training.
         settings: The settings that ``Batches`` needs.
         augment: Whether ``epoch`` augments.
@@ -159,19 +163,19 @@ class FileBatches(Batches):
 
     def __init__(
         self,
-        part: Part,
+        subset: Subset,
         transforms: tuple[Transform, Transform],
         settings: Namespace,
         augment: bool,
         normalize: Normalizer,
         shard: Shard,
     ):
-        super().__init__(part, settings, augment, normalize, shard)
+        super().__init__(subset, settings, augment, normalize, shard)
         self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
-        self.files, self.targets = [os.fspath(file) for file in part.files], part.targets.tolist()
+        self.files, self.targets = [os.fspath(file) for file in subset.files], subset.targets.tolist()
         self.plain, training = transforms
         self.augmented = self.plain if self.augment == "none" else training
-        self._named: set[int] = set()
+        self._reported_unreadable: set[int] = set()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``first_step`` on.
@@ -195,7 +199,7 @@ class FileBatches(Batches):
         places = self._steps(torch.arange(self.num_images), first_step)
         return self._load(read, places)
 
-    def _picture(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Tensor:
         return read_image(self.files[index], self.plain)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -231,8 +235,8 @@ class FileBatches(Batches):
         except UserError as error:
             if not self.skip_unreadable:
                 raise UserError(f"{error}; {UNREADABLE_HINT}; a run is continued with --resume") from None
-            if index not in self._named:
-                self._named.add(index)
+            if index not in self._reported_unreadable:
+                self._reported_unreadable.add(index)
                 with tqdm.external_write_mode():
                     print_error(f"skipped: {error}")
             return None

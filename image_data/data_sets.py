@@ -20,14 +20,14 @@ from torch import Tensor
 from image_data import synthetic
 from image_data.archives import read_cifar
 from image_data.folders import FolderScan, suffixes_in_words, text_of
-from image_data.parts import DataSet, Part, name_digests
 from image_data.split import choose_test
+from image_data.subsets import DataSet, Subset, name_digests
 from models.description import DataInfo
 from utils import UserError, is_folder, listed
 
 Classes = dict[str, list[Path]]
 # In lower case, what other programs and people call the folders of training and test images.
-PART_FOLDER_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
+SUBSET_FOLDER_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
 
 
 class Folders(NamedTuple):
@@ -62,8 +62,8 @@ def find_data_set(
     """
     if settings.data == "demo":
         train, test = (
-            Part(targets, images)
-            for images, targets in (synthetic.demo(part, image_size) for part in ("train", "test"))
+            Subset(targets, images)
+            for images, targets in (synthetic.demo(subset, image_size) for subset in ("train", "test"))
         )
         return DataSet("demo", train, test, list(synthetic.CLASS_NAMES), [_pixel_digest(train)], [])
     has_folders = any(
@@ -77,27 +77,27 @@ def find_data_set(
     return _from_folders(settings, stored, digests, only_test)
 
 
-def _pixel_digest(part: Part) -> str:
-    return hashlib.sha256(part.images.numpy()).hexdigest()
+def _pixel_digest(subset: Subset) -> str:
+    return hashlib.sha256(subset.images.numpy()).hexdigest()
 
 
 def _from_folders(
     settings: Namespace, stored: DataInfo | None, digests: Tensor | None, only_test: bool
 ) -> DataSet:
     if settings.test_size is None:
-        found = _find_folders(settings, stored, only_test)
+        folders = _find_folders(settings, stored, only_test)
     else:
-        found = _split_folders(settings, digests)
-    class_names = _in_order(found.test, stored)
+        folders = _split_folders(settings, digests)
+    class_names = _in_order(folders.test, stored)
     if stored is None:
-        _refuse_single_class(found, class_names)
+        _refuse_single_class(folders, class_names)
     names = [
-        text_of(path.relative_to(found.train_folder))
+        text_of(path.relative_to(folders.train_folder))
         for name in class_names
-        for path in found.train.get(name, [])
+        for path in folders.train.get(name, [])
     ]
-    parts = (_file_part(classes, class_names) for classes in (found.train, found.test))
-    return DataSet(settings.data, *parts, class_names, names, found.notes)
+    subsets = (_file_subset(classes, class_names) for classes in (folders.train, folders.test))
+    return DataSet(settings.data, *subsets, class_names, names, folders.notes)
 
 
 def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool) -> Folders:
@@ -107,12 +107,12 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
         raise UserError(f"--data-root {root} may not be entered")
     train = {} if only_test else scan.classes(root / "train")
     folders = [root / name for name in (("val", "test") if settings.data == "imagenet" else ("test", "val"))]
-    found = {folder: scan.classes(folder) for folder in folders}
+    classes_in = {folder: scan.classes(folder) for folder in folders}
     _refuse_closed(scan)
     known = set(train) or set(stored.class_names if stored else ())
     # A test folder may be empty or without labels; the other one then serves.
-    labelled = [folder for folder in folders if _has_images(found[folder], known)]
-    fitting = labelled or [folder for folder in folders if found[folder]]
+    labelled = [folder for folder in folders if _has_images(classes_in[folder], known)]
+    fitting = labelled or [folder for folder in folders if classes_in[folder]]
     if not fitting or not (train or only_test):
         raise UserError(_what_is_missing(root, bool(train), [folder.name for folder in fitting]))
     test_folder = fitting[0]
@@ -121,7 +121,7 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
         notes.append(
             f"the test images are those of {test_folder}, as {folders[0]} has none in folders of the classes"
         )
-    result = Folders(train, root / "train", found[test_folder], test_folder, notes)
+    result = Folders(train, root / "train", classes_in[test_folder], test_folder, notes)
     if not only_test:
         _refuse_different_classes(result)
     for folder, classes in ((result.train_folder, train), (test_folder, result.test)):
@@ -140,29 +140,29 @@ def _split_folders(settings: Namespace, digests: Tensor | None) -> Folders:
     scan = FolderScan()
     classes = dict(sorted(scan.classes(folder).items()))
     _refuse_closed(scan)
-    if not classes or _are_parts(classes) or (folder == root and _inner_data_set(root)):
+    if not classes or _are_subset_folders(classes) or (folder == root and _inner_data_set(root)):
         raise UserError(_what_is_missing(root, False, []))
     _refuse_empty_classes(folder, classes)
-    files = _file_part(classes, list(classes))
+    files = _file_subset(classes, list(classes))
     if digests is not None and len(digests):
         names = [text_of(path.relative_to(folder)) for path in files.files]
         is_test = ~torch.isin(name_digests(names), digests)
     else:
         is_test = choose_test(files.targets, settings.test_size, settings.split_seed)
-    parts: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
+    subsets: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
     labels = [name for name, of_class in classes.items() for _ in of_class]
     for name, path, is_of_test in zip(labels, files.files, is_test.tolist(), strict=True):
-        parts[is_of_test][name].append(path)
+        subsets[is_of_test][name].append(path)
     note = (
         f"{int(is_test.sum()):,} of the {len(files):,} images of {folder} are the test images (--test-size)"
     )
-    return Folders(parts[0], folder, parts[1], folder, [*scan.complaints(), note])
+    return Folders(subsets[0], folder, subsets[1], folder, [*scan.complaints(), note])
 
 
-def _file_part(classes: Classes, class_names: list[str]) -> Part:
+def _file_subset(classes: Classes, class_names: list[str]) -> Subset:
     files = [path for name in class_names for path in classes.get(name, [])]
     labels = [label for label, name in enumerate(class_names) for _ in classes.get(name, [])]
-    return Part(torch.tensor(labels, dtype=torch.int64), files=files)
+    return Subset(torch.tensor(labels, dtype=torch.int64), files=files)
 
 
 def _in_order(classes: Classes, stored: DataInfo | None) -> list[str]:
@@ -178,9 +178,9 @@ def _has_images(classes: Classes, known: set[str]) -> bool:
     return any(files for name, files in classes.items() if not known or name in known)
 
 
-def _are_parts(classes: Classes) -> bool:
+def _are_subset_folders(classes: Classes) -> bool:
     """Return True if what looks like classes are folders of training and test images."""
-    return bool(classes) and all(name.lower() in PART_FOLDER_NAMES for name in classes)
+    return bool(classes) and all(name.lower() in SUBSET_FOLDER_NAMES for name in classes)
 
 
 def _inner_data_set(root: Path) -> Path | None:
@@ -200,23 +200,23 @@ def _refuse_empty_classes(folder: Path, classes: Classes) -> None:
         raise UserError(f"{folder / empty[0]} holds no image ({suffixes_in_words()})")
 
 
-def _refuse_different_classes(found: Folders) -> None:
+def _refuse_different_classes(folders: Folders) -> None:
     missing = {
-        found.train_folder: [name for name in found.test if name not in found.train],
-        found.test_folder: [name for name in found.train if name not in found.test],
+        folders.train_folder: [name for name in folders.test if name not in folders.train],
+        folders.test_folder: [name for name in folders.train if name not in folders.test],
     }
     if any(missing.values()):
         lacks = (f"{folder} lacks {listed(sorted(names))}" for folder, names in missing.items() if names)
         raise UserError(
-            f"{found.train_folder} and {found.test_folder} must have the same classes: {'; '.join(lacks)}"
+            f"{folders.train_folder} and {folders.test_folder} must have the same classes: {'; '.join(lacks)}"
         )
 
 
-def _refuse_single_class(found: Folders, class_names: list[str]) -> None:
+def _refuse_single_class(folders: Folders, class_names: list[str]) -> None:
     if len(class_names) > 1:
         return
-    folder, name = found.train_folder if found.train else found.test_folder, class_names[0]
-    count = len(found.train.get(name, [])) or len(found.test[name])
+    folder, name = folders.train_folder if folders.train else folders.test_folder, class_names[0]
+    count = len(folders.train.get(name, [])) or len(folders.test[name])
     inner = sorted(map(text_of, FolderScan().inner_folders(folder / name)))
     hint = (
         f" in the folders {listed(inner)}; if these are the classes, move them up into {folder}"
@@ -244,7 +244,7 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     if inner := _inner_data_set(root):
         return f"{root} has no train/CLASS/, but {inner} has: use --data-root {inner}"
     classes = {name: files for name, files in scan.classes(root).items() if files}
-    if _are_parts(classes):
+    if _are_subset_folders(classes):
         if is_folder(root / "train"):
             return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
         return (

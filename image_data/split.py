@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from image_data.parts import DataSet, name_digests
+from image_data.subsets import DataSet, name_digests
 from models.description import DataInfo
 from utils import UserError, listed
 
@@ -95,7 +95,7 @@ def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None
     """Find the training images that a checkpoint knows.
 
     Images may have been removed or added since. Known images keep their place in the split; unknown ones are
-    in no part of it.
+    in no subset of it.
 
     Args:
         data_set: The data set that was found.

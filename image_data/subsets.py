@@ -1,4 +1,4 @@
-"""The parts of a data set, before they become batches."""
+"""The subsets of a data set, before they become batches."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a data set: small images as bytes (N, 3, H, W), or files; and their targets (N,)."""
+class Subset:
+    """One subset of a data set: small images as bytes (N, 3, H, W), or files; and their targets (N,)."""
 
     targets: Tensor
     images: Tensor | None = None
@@ -19,11 +19,11 @@ class Part:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, indices: Tensor) -> "Part":
+    def take(self, indices: Tensor) -> "Subset":
         """Return the images with these indices, which are sorted."""
         if len(indices) == len(self):  # all of them: no copy
             return self
-        return Part(
+        return Subset(
             self.targets[indices],
             None if self.images is None else self.images[indices],
             None if self.files is None else [self.files[i] for i in indices.tolist()],
@@ -40,8 +40,8 @@ class DataSet:
     """
 
     name: str
-    train: Part
-    test: Part
+    train: Subset
+    test: Subset
     class_names: list[str]
     names: list[str]
     notes: list[str]

@@ -35,14 +35,14 @@ EDGE = 0.28  # thickness of a hollow shape, in radii
 DEMO_IMAGES = {"train": 13000, "test": 2000}
 DEMO_SEEDS = {"train": 1, "test": 2}
 
-# Images drawn at a time: their intermediate results stay in the
-# processor's cache. Another number draws other images.
+# Images drawn at a time: their intermediate results stay in the processor's cache. Another number draws other
+# images.
 CHUNK = 64
 
 
-def demo(part: str, image_size: int) -> tuple[Tensor, Tensor]:
-    """Draw the images and labels of the demo's part ``train`` or ``test``."""
-    return generate(DEMO_IMAGES[part], DEMO_SEEDS[part], image_size)
+def demo(subset: str, image_size: int) -> tuple[Tensor, Tensor]:
+    """Draw the images and labels of the demo's subset ``train`` or ``test``."""
+    return generate(DEMO_IMAGES[subset], DEMO_SEEDS[subset], image_size)
 
 
 def generate(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from args import parse
 from dataloader import load_data
 from image_data import batches
 from image_data.batches import InMemoryBatches
-from image_data.parts import Part, Shard
+from image_data.subsets import Shard, Subset
 from image_data.transforms import CROP_PADDING
 from models.normalizer import Normalizer
 from tests.conftest import CPU, FOLDER, folder_settings
@@ -29,7 +29,7 @@ def test_every_offset_and_flip_equally_likely(monkeypatch):
         parse("GE", ["--batch-size", "1000", "--seed", "0"]).settings(),
         Normalizer([0.5] * 3, [0.5] * 3, CPU),
     )
-    list(InMemoryBatches(Part(targets, images), settings, True, normalize, Shard()).epoch(0))
+    list(InMemoryBatches(Subset(targets, images), settings, True, normalize, Shard()).epoch(0))
     offsets, flips = (torch.cat(parts) for parts in zip(*seen, strict=True))
     side = 2 * CROP_PADDING + 1
     cells = torch.bincount((offsets[:, 0] * side + offsets[:, 1]) * 2 + flips, minlength=2 * side**2).double()

@@ -10,7 +10,7 @@ from args import parse
 from dataloader import load_data
 from image_data import archives
 from image_data.folders import find_images
-from image_data.parts import Shard
+from image_data.subsets import Shard
 from tests.conftest import CPU, folder_settings
 from utils import UserError
 

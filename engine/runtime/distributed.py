@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from image_data.parts import Shard
+from image_data.subsets import Shard
 from utils import UserError
 
 # After this time a process gives up waiting for the others, which may evaluate or compile meanwhile.
