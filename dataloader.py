@@ -21,7 +21,7 @@ from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBa
 from image_data.data_sets import find_data_set
 from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
 from image_data.reading import file_size, read_image
-from image_data.split import HELD_OUT_SHARE, choose_held_out, recognise
+from image_data.split import HELD_OUT_SHARE, choose_held_out, match_training_images
 from image_data.subsets import DataSet, Shard, Subset
 from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform, Transform, evaluation_transform
@@ -145,7 +145,7 @@ def _find_and_split(
     only_test = test_alone and needs_no_mean and settings.test_size is None
     digests = None if split is None else split.name_digests
     data_set = find_data_set(settings, image_size, stored, digests, only_test)
-    numbers = recognise(data_set, stored, digests)
+    numbers = match_training_images(data_set, stored, digests)
     if split is None:
         held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size)
         split = Split(held_out, data_set.digests)

@@ -191,6 +191,7 @@ class OnnxPredictor:
             logits = state.pop("logits")
             seen[remaining, k] = logits
             exits[remaining] = k
+            # Not "<", so that NaN stays: ``adaptive_inference.confidence.reaches_threshold``, copied.
             stay = ~(_softmax(logits).max(axis=1) >= thresholds[k])
             remaining = remaining[stay]
             state = {key.removeprefix("next_"): x[stay] for key, x in state.items()}

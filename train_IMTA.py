@@ -132,7 +132,7 @@ class Stage2(Stage):
             parts.append("OFA")
         return " + ".join(parts)
 
-    def share_that_compiling_speeds_up(self, settings: Namespace) -> float:
+    def compile_speedup_share(self, settings: Namespace) -> float:
         """Return 0 where the network is frozen: folded and without autograd it is as fast as compiled."""
         return 1.0 if settings.single_stage or settings.backbone_bn == "moving" else 0.0
 

@@ -17,7 +17,7 @@ Beside this path: ``timing`` and ``block_times`` measure milliseconds, ``export`
 """
 
 from .budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
-from .choosing import allowed_points, choose
+from .choosing import choose, eligible_points
 from .confidence import confidence_by_exit
 from .finding import find_policies, fit_full_policy
 from .fold import fold
@@ -28,9 +28,9 @@ from .predictor import AdaptivePredictor, simulate
 __all__ = [
     "AdaptivePredictor",
     "ExitPredictions",
-    "allowed_points",
     "choose",
     "confidence_by_exit",
+    "eligible_points",
     "evaluate_thresholds",
     "find_policies",
     "fit_full_policy",

@@ -44,10 +44,10 @@ def choose(
         operations: Largest mean of operations per image.
         milliseconds: Largest mean time per image, as ``timing`` expects it;
             ``promises.deadlines.BudgetPredictor`` keeps to it as measured.
-        accuracy: See ``allowed_points``.
-        max_loss: See ``allowed_points``.
+        accuracy: See ``eligible_points``.
+        max_loss: See ``eligible_points``.
         timing: Times of this network on this machine, from ``timing.measure_blocks``.
-        rule: See ``allowed_points``.
+        rule: See ``eligible_points``.
 
     Raises:
         UserError: No point fits; the line says what is possible.
@@ -55,18 +55,19 @@ def choose(
     """
     if milliseconds is not None and timing is None:
         raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
-    points = allowed_points(curve, accuracy, max_loss, rule)
+    points = eligible_points(curve, accuracy, max_loss, rule)
     if operations is not None:
         costs = [point.operations / 1e6 for point in points]
-        points = within(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
+        points = points_within_budget(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
     if milliseconds is not None:
-        points = within(points, [timing.milliseconds(point.shares) for point in points], milliseconds, "ms")
+        costs = [timing.milliseconds(point.shares) for point in points]
+        points = points_within_budget(points, costs, milliseconds, "ms")
     if operations is None and milliseconds is None:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))
     return max(points, key=lambda point: (point.val_acc1, -point.operations))
 
 
-def allowed_points(
+def eligible_points(
     curve: PolicyCurve,
     accuracy: float | None = None,
     max_loss: Promise | None = None,
@@ -101,7 +102,7 @@ def allowed_points(
     return reached
 
 
-def within(
+def points_within_budget(
     points: Sequence[Point], costs: Sequence[float], limit: float, unit: str, whole: float | None = None
 ) -> list[Point]:
     """Return the points whose cost is at most ``limit``.

@@ -41,8 +41,8 @@ def _exits_in_agreement(probs: Tensor, top: ExitPrediction, previous: ExitPredic
     return torch.where(top.classes == previous.classes, previous.confidence + 1, ones)
 
 
-# By name, the confidence (n,) from the probabilities (n, C), the class of the largest one with it, and the
-# previous exit's prediction.
+# Confidence functions by name. Each takes the probabilities (n, C), the largest one with its class, and the
+# prediction of the previous exit, and returns the confidence (n,).
 _CONFIDENCE_OF = {
     "softmax": _largest_probability,
     "entropy": _negative_entropy,
@@ -88,6 +88,14 @@ def confidence_by_exit(logits: Tensor, measure: str = "softmax") -> tuple[Tensor
     return torch.stack([p.confidence for p in predictions]), torch.stack([p.classes for p in predictions])
 
 
+def reaches_threshold(confidence: Tensor, threshold: float | Tensor) -> Tensor:
+    """Return which images leave at an exit, bool. An image whose confidence is NaN stays.
+
+    ``ExitNetwork.early_exit`` and ``onnx_predictor`` have copies, as they import nothing of this package.
+    """
+    return confidence >= threshold
+
+
 def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """Return the exit (0-based) at which each image leaves.
 
@@ -101,5 +109,5 @@ def assign_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     last = len(confidence) - 1
     exits = torch.full(confidence.shape[1:], last, device=confidence.device)
     for k in reversed(range(last)):
-        exits.masked_fill_(confidence[k] >= thresholds[k], k)
+        exits.masked_fill_(reaches_threshold(confidence[k], thresholds[k]), k)
     return exits

@@ -3,17 +3,21 @@
 Example:
     predictor = load_predictor("imta_cifar100", operations=20e6)
     predictor(images).classes
+    predictor.predict_images(["photo.jpg"]).classes
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptive_inference.choosing import Promise, choose
 from adaptive_inference.fold import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
 from models import load
+from models.description import DataInfo
 from models.files import find
 from utils import UserError
 
@@ -38,7 +42,7 @@ def load_predictor(
         operations: Largest mean of operations per image.
         accuracy: Smallest accuracy on held-out images, in percent.
         max_loss: A promise about accuracy, ``promises.risk.MaxLoss``.
-        rule: Only policies found by this rule; see ``allowed_points``.
+        rule: Only policies found by this rule; see ``eligible_points``.
 
     Raises:
         OSError, ValueError: ``models.load`` refuses the file.
@@ -53,7 +57,13 @@ def load_predictor(
         point = curve.default_point(rule)
     else:
         point = choose(curve, operations=operations, accuracy=accuracy, max_loss=max_loss, rule=rule)
-    return AdaptivePredictor(folded_for(load(file), curve, source), point.policy)
+    return AdaptivePredictor(folded_for(load(file), curve, source), point.policy, _preprocess)
+
+
+def _preprocess(image: Any, data: DataInfo) -> Tensor:
+    from image_data.preprocessing import preprocess  # only image files need PIL and torchvision
+
+    return preprocess(image, data)
 
 
 def _name_of(dtype: torch.dtype) -> str:

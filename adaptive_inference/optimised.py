@@ -3,14 +3,18 @@
 Example:
     thresholds = optimised_thresholds(val, operations)                 # (40, K), as from geometric_thresholds
 
-At a cost of lambda per operation, an image that leaves at exit k earns [exit k is right] - lambda *
-operations_k. With all other thresholds fixed, the best threshold of exit k is found at once: leaving instead
-of going on gains a known amount for every image that reaches k, and the best cut is the largest cumulative
-gain over the images by falling confidence. A sweep over the exits, from the last to the first, starts from
-the point of the geometric rule that is best at that lambda (more sweeps change nothing that lasts). Budgets
-between those of neighbouring lambdas are reached by interpolation. Two measures keep it from fitting chance
-properties of the held-out images: cuts lie on a grid of quantiles, and every threshold is the mean, in
-quantiles, of fits that each leave out one part of the images.
+For each cost per operation, lambda, the thresholds maximise
+
+    sum over images of ([the exit k at which the image leaves is right] - lambda * operations_k)
+
+With all other thresholds fixed, one sort finds the best threshold of exit k. For every image that reaches k,
+leaving there instead of continuing changes the sum by a known amount: sort the images by falling confidence,
+and cut where the cumulative change is largest. One sweep over the exits, from the last to the first, starts
+from the thresholds of the geometric rule that are best at that lambda; more sweeps gain nothing that lasts.
+Budgets between those of neighbouring lambdas are reached by interpolation.
+
+Two measures limit overfitting to the held-out images: cuts lie on a grid of quantiles, and every threshold is
+the mean, in quantiles, of fits that each leave out one part of the images.
 """
 
 from collections.abc import Sequence
@@ -19,13 +23,14 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
-from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, reaches_threshold
 
 GRID = 100  # cuts per exit
 NUM_SPLITS = 5  # of the cross-validation
 NUM_LAMBDAS = 40
-# Small weight for images that already left, so that an exit nobody reaches still gets a sensible threshold.
-ABSENT = 0.02
+# Weight of images that left before an exit, so that an exit that no image reaches still gets a sensible
+# threshold. 0.02: 50 of them count as one that is there, so they decide only where next to none are.
+WEIGHT_OF_LEFT = 0.02
 
 
 def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], num_points: int = 40) -> Tensor:
@@ -90,9 +95,11 @@ class _Problem:
         images = slice(None) if chosen is None else chosen
         thresholds = self.thresholds(cuts)
         confidence, correct = self.confidence[:, images], self.correct[:, images]
-        right, cost = correct[-1].expand(len(cuts), -1), self.cost[-1].expand(len(cuts), correct.shape[1])
+        # Start as if all images ran to the last exit, and let them leave at earlier ones.
+        right = correct[-1].expand(len(cuts), -1)  # (P, n)
+        cost = self.cost[-1].expand(len(cuts), correct.shape[1])  # (P, n)
         for k in range(len(confidence) - 2, -1, -1):
-            leaves = confidence[k] >= thresholds[:, k : k + 1]
+            leaves = reaches_threshold(confidence[k], thresholds[:, k : k + 1])
             right = torch.where(leaves, correct[k], right)
             cost = torch.where(leaves, self.cost[k], cost)
         return right.mean(dim=1), cost.mean(dim=1)
@@ -107,25 +114,27 @@ class _Problem:
             chosen: Which images count, (N,) bool.
             start: Cuts (P, K - 1); the best of them at each lambda are improved.
         """
-        num_exits = len(self.confidence)
-        index, correct = self.grid_index[:, chosen], self.correct[:, chosen]  # (K - 1, n), (K, n)
+        index = self.grid_index[:, chosen]  # (K - 1, n)
+        correct = self.correct[:, chosen]  # (K, n)
         lambdas = torch.logspace(1, -3.5, NUM_LAMBDAS)
-        accuracy, cost = self.result(start, chosen)
-        best_start = (accuracy - lambdas[:, None] * cost).argmax(dim=1)
-        cuts = (start[best_start] * GRID).round()  # (L, K - 1), in cells of the grid
         reward = correct[:, None] - lambdas[:, None] * self.cost[:, None, None]  # (K, L, n)
-        cells = [torch.nn.functional.one_hot(i, GRID + 1).float()[:, :GRID] for i in index]
-        # reaches[k]: whether an image reaches exit k, (L, n). Later thresholds, which change first, do not
-        # matter.
-        reaches = [torch.ones_like(reward[0], dtype=torch.bool)]
-        for k in range(num_exits - 2):
-            reaches.append(reaches[k] & (index[k] >= cuts[:, k : k + 1]))
-        later = reward[-1]  # what an image earns if it goes on
-        for k in range(num_exits - 2, -1, -1):
-            gain = ((reward[k] - later) * torch.where(reaches[k], 1.0, ABSENT)) @ cells[k]  # (L, GRID)
-            cuts[:, k] = torch.nn.functional.pad(gain.cumsum(dim=1), (1, 0)).argmax(dim=1)
-            later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], later)
+        cuts = (self._best_of(start, lambdas, chosen) * GRID).round()  # (L, K - 1), in cells of the grid
+        reaches = _reached_exits(index, cuts)  # (K - 1, L, n)
+        reward_later = reward[-1]  # (L, n), of an image that continues after exit k
+        for k in reversed(range(len(index))):
+            weight = torch.where(reaches[k], 1.0, WEIGHT_OF_LEFT)
+            change = weight * (reward[k] - reward_later)  # (L, n), if an image leaves here
+            cell = torch.nn.functional.one_hot(index[k], GRID + 1)[:, :GRID].float()  # (n, GRID)
+            total = (change @ cell).cumsum(dim=1)  # (L, GRID), over the cells up to each cut
+            # The cut 0, at which no image leaves, changes nothing.
+            cuts[:, k] = torch.nn.functional.pad(total, (1, 0)).argmax(dim=1)
+            reward_later = torch.where(index[k] < cuts[:, k : k + 1], reward[k], reward_later)
         return cuts / GRID
+
+    def _best_of(self, start: Tensor, lambdas: Tensor, chosen: Tensor) -> Tensor:
+        """Return for each lambda (L,) the best of the cuts (P, K - 1), for the chosen images: (L, K - 1)."""
+        accuracy, cost = self.result(start, chosen)  # (P,)
+        return start[(accuracy - lambdas[:, None] * cost).argmax(dim=1)]
 
     def curve(self, fit: Tensor, wanted: Tensor) -> Tensor:
         """Return cuts (P, K - 1) that cost ``wanted`` (P,).
@@ -141,6 +150,19 @@ class _Problem:
             affordable = self.result(_between(fit, middle))[1] <= wanted
             low, high = torch.where(affordable, middle, low), torch.where(affordable, high, middle)
         return _between(fit, low)
+
+
+def _reached_exits(index: Tensor, cuts: Tensor) -> list[Tensor]:
+    """Return for each exit but the last which images reach it, bool (L, n).
+
+    Args:
+        index: Cell of the grid of each image at each exit, (K - 1, n).
+        cuts: (L, K - 1), in cells.
+    """
+    reaches = [torch.ones(len(cuts), index.shape[1], dtype=torch.bool)]
+    for k in range(len(index) - 1):
+        reaches.append(reaches[k] & (index[k] >= cuts[:, k : k + 1]))
+    return reaches
 
 
 def _between(fit: Tensor, position: Tensor) -> Tensor:

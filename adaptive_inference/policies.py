@@ -72,7 +72,7 @@ class Policy:
 
     @property
     def runs_everything(self) -> bool:
-        """Whether every image goes on to the last exit."""
+        """Whether every image runs to the last exit."""
         return all(threshold >= NONE_LEAVE for threshold in self.thresholds[:-1])
 
 
@@ -173,7 +173,7 @@ class PolicyCurve:
         return max(self.operations[-1], *(point.operations for point in self.points))
 
     def default_point(self, rule: str | None = None) -> Point:
-        """Return the point of ``rule`` for those who ask for nothing: nearest to half of the operations."""
+        """Return the default point of ``rule``: the one nearest to half of the operations."""
         return self.nearest(DEFAULT_SHARE * self.operations[-1], rule)
 
     def nearest(self, operations: float, rule: str | None = None) -> Point:

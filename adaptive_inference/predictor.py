@@ -20,14 +20,19 @@ from adaptive_inference.confidence import (
     assign_exits,
     confidence_by_exit,
     next_prediction,
+    reaches_threshold,
     without_half_precision,
 )
 from adaptive_inference.policies import Policy
 from models import ExitNetwork, Stepwise
+from models.description import DataInfo
 from models.normalizer import Normalizer
 from utils import UserError
 
 SHOWN_IMAGES = 10  # in an error message
+
+# Makes bytes (3, S, S) of an image file or a PIL image, for a network with this ``DataInfo``.
+Preprocess = Callable[[Any, DataInfo], Tensor]
 
 
 class NotFiniteError(UserError):
@@ -72,17 +77,18 @@ class AdaptivePredictor:
         network: In evaluation mode, best folded (``fold``). With a ``description``, as ``models.load`` gives
             it, it knows its image size, and how to normalise bytes.
         policy: Decides which images leave at which exit, and how the exits so far predict.
+        preprocess: Default of ``predict_images``; ``load_predictor`` sets it.
 
     Raises:
         ValueError: The policy does not have one threshold per exit.
     """
 
-    def __init__(self, network: ExitNetwork, policy: Policy):
+    def __init__(self, network: ExitNetwork, policy: Policy, preprocess: Preprocess | None = None):
         if len(policy.thresholds) != network.num_exits:
             raise ValueError(
                 f"the policy has {len(policy.thresholds)} thresholds, the network {network.num_exits} exits"
             )
-        self.network, self.policy = network, policy
+        self.network, self.policy, self.preprocess = network, policy, preprocess
         self._normalize: Normalizer | None = None
 
     @torch.inference_mode()
@@ -92,8 +98,8 @@ class AdaptivePredictor:
         Beside ``ExitNetwork.early_exit``, the shortest such loop, this one follows a policy, reports outputs
         that are not finite, waits for the device as rarely as possible, and can be overridden in parts.
 
-        The host waits for the device once per block, to learn how many images go on, and once at the end.
-        When no image goes on, later blocks are not launched.
+        The host waits for the device once per block, to learn how many images remain, and once at the end.
+        When no image remains, later blocks are not launched.
 
         Raises:
             UserError: The images are of another shape or type.
@@ -113,8 +119,8 @@ class AdaptivePredictor:
                 break
             logits = steps.next_logits()
             current = next_prediction(self.policy.measure, logits, current)
-            # Overwrite the predictions of all remaining images at
-            # every exit: that needs no list of those that leave.
+            # Overwrite the results of all remaining images at every exit, which needs no list of those that
+            # leave.
             if remaining is None:
                 seen.append(logits)
                 exits.fill_(k)
@@ -129,29 +135,36 @@ class AdaptivePredictor:
                 if leaves.item():
                     break
                 continue
-            going_on = leaves.logical_not().nonzero().flatten()  # the one wait of this block
-            if len(going_on) == 0:
+            stays = leaves.logical_not().nonzero().flatten()  # the one wait of this block
+            if len(stays) == 0:
                 break
-            if len(going_on) < len(leaves):
-                steps.keep(going_on)
-                remaining = going_on if remaining is None else remaining[going_on]
-                current = ExitPrediction(current.classes[going_on], current.confidence[going_on])
+            if len(stays) < len(leaves):
+                steps.keep(stays)
+                remaining = stays if remaining is None else remaining[stays]
+                current = ExitPrediction(current.classes[stays], current.confidence[stays])
         return self.finish(seen, exits)
 
     def predict_images(
         self,
         images: Sequence[Any],
-        preprocess: Callable[[Any, Any], Tensor],
+        preprocess: Preprocess | None = None,
         batch_size: int = 64,
     ) -> Prediction:
         """Classify image files or PIL images of any size.
 
         Args:
             images: Paths or PIL images.
-            preprocess: Function of one of them and the network's ``DataInfo`` that returns bytes (3, S, S):
-                ``image_data.preprocessing.preprocess``.
+            preprocess: Makes bytes (3, S, S) of one of them, such as ``image_data.preprocessing.preprocess``;
+                None: that of the predictor, which ``load_predictor`` sets.
             batch_size: Images that are preprocessed and predicted at a time.
+
+        Raises:
+            ValueError: ``preprocess`` is missing here and in the predictor.
+            UserError: An image cannot be read.
         """
+        preprocess = preprocess or self.preprocess
+        if preprocess is None:
+            raise ValueError("preprocess is missing: pass image_data.preprocessing.preprocess")
         device, data = next(self.network.parameters()).device, self.network.description.data
         if len(images) == 0:
             return self(torch.empty(0, 3, data.image_size, data.image_size, dtype=torch.uint8, device=device))
@@ -169,7 +182,7 @@ class AdaptivePredictor:
 
     def leaves(self, confidence: Tensor, threshold: float) -> Tensor:
         """Return which of the n remaining images leave at an exit, (n,) bool, from their confidence (n,)."""
-        return confidence >= threshold
+        return reaches_threshold(confidence, threshold)
 
     def finish(self, logits: Sequence[Tensor], exits: Tensor) -> Prediction:
         """Return the predictions.

@@ -26,7 +26,7 @@ from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from models import ExitNetwork
 
 MAX_SECONDS = 2.0
-RESERVED = 0.998  # share of the measured passes through a block that took no longer than is reserved for it
+RESERVED = 0.998  # quantile of the measured times of a block that deadlines reserve for it
 NUM_GROUPS = 5  # passes are grouped by similar batch size; each group gets a median
 TURN = 8  # batches timed with one policy before the next policy has its turn
 
@@ -60,30 +60,37 @@ def measure_blocks(
 
 def _summary(batch_size: int, spans: np.ndarray, sizes: np.ndarray) -> BlockTimes:
     """Summarise P passes: milliseconds (K + 1, P) of blocks and prediction, images (K, P) per block."""
-    sizes = np.vstack([sizes, np.full(sizes.shape[1], batch_size)])  # the prediction is for all images
-    sizes_timed, usual, high, total = [], [], [], 0.0  # one entry per block, and one for the prediction
-    for span, number in zip(spans, sizes, strict=True):
-        by_size: dict[float, list[float]] = {}
-        for group in np.array_split(np.argsort(number, kind="stable"), NUM_GROUPS):
-            if len(group):
-                by_size.setdefault(float(np.median(number[group])), []).extend(span[group])
-        medians = np.array([np.median(values) for values in by_size.values()])
-        total += sum(median * len(values) for median, values in zip(medians, by_size.values(), strict=True))
-        sizes_timed.append(np.array(list(by_size)))
-        usual.append(medians)
-        high.append(np.array([np.quantile(values, RESERVED) for values in by_size.values()]))
-    # Budgets are about means, which interruptions raise above the medians.
-    usual = [medians * spans.sum() / total for medians in usual]
+    num_passes = sizes.shape[1]
+    # One group of spans by size for each block, and at the end for the prediction, which is for all images.
+    rows = [*sizes, np.full(num_passes, batch_size)]
+    groups = [_by_size(span, row) for span, row in zip(spans, rows, strict=True)]
+    timed_sizes = [np.array(list(group)) for group in groups]
+    medians = [np.array([np.median(values) for values in group.values()]) for group in groups]
+    high = [np.array([np.quantile(values, RESERVED) for values in group.values()]) for group in groups]
+    # Budgets are about means, which interruptions raise above the medians: scale these to the measured sum.
+    total = 0.0
+    for group, group_medians in zip(groups, medians, strict=True):
+        counts = [len(values) for values in group.values()]
+        total += sum(median * count for median, count in zip(group_medians, counts, strict=True))
+    usual = [group_medians * spans.sum() / total for group_medians in medians]
     after = float(usual[-1][-1]), float(high[-1][-1])
-    return BlockTimes(batch_size, tuple(sizes_timed[:-1]), tuple(usual[:-1]), tuple(high[:-1]), after)
+    return BlockTimes(batch_size, tuple(timed_sizes[:-1]), tuple(usual[:-1]), tuple(high[:-1]), after)
+
+
+def _by_size(spans: np.ndarray, sizes: np.ndarray) -> dict[float, list[float]]:
+    """Group the spans (P,) of one block by similar numbers of images (P,): median number -> spans."""
+    by_size: dict[float, list[float]] = {}
+    for group in np.array_split(np.argsort(sizes, kind="stable"), NUM_GROUPS):
+        if len(group):
+            by_size.setdefault(float(np.median(sizes[group])), []).extend(spans[group])
+    return by_size
 
 
 class _Stopwatch(AdaptivePredictor):
     """A predictor that measures its blocks.
 
     Some images of a larger batch leave at every exit, at random: in some calls most of them, in others hardly
-    any. All batch sizes occur this way, and the libraries have seen them all when the
-    predictor is used afterwards.
+    any. So all batch sizes occur, and are warmed up for the predictor that is used afterwards.
     """
 
     def __init__(self, network: ExitNetwork):

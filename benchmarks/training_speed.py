@@ -187,7 +187,7 @@ class Ours:
             settings,
             processes,
             operations_per_process=operations_per_process,
-            share_faster_on_cpu=stage.share_that_compiling_speeds_up(settings),
+            share_faster_on_cpu=stage.compile_speedup_share(settings),
         )
         self.settings = settings
         prepare_network_and_device(network, settings, processes.device)

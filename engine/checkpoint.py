@@ -141,7 +141,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a run of this version of the project")
-    with damage_named(path):
+    with report_damage(path):
         if missing := {"state_dict", "launch", "epoch", "step", "best_epoch"} - checkpoint.keys():
             raise KeyError(*missing)
         split = Split.from_tensors(checkpoint)
@@ -150,7 +150,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def report_damage(path: Path) -> Iterator[None]:
     """Turn errors in the block, which the content of the file at ``path`` causes, into a ``UserError``."""
     try:
         yield

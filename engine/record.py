@@ -24,7 +24,7 @@ import torchvision
 
 from engine.runtime.distributed import Processes
 from engine.runtime.log import Log
-from engine.runtime.signals import Requests
+from engine.runtime.signals import SignalRequests
 from models.files import BEST
 from utils import UserError, atomic_write, print_error
 
@@ -141,7 +141,7 @@ class Session:
     settings: Namespace
     processes: Processes
     log: Log
-    requests: Requests = field(default_factory=Requests)
+    requests: SignalRequests = field(default_factory=SignalRequests)
     may_train_eagerly: bool = False
 
 

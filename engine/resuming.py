@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from args import CommandLine, from_record
-from engine.checkpoint import damage_named, load_checkpoint, load_saved
+from engine.checkpoint import load_checkpoint, load_saved, report_damage
 from engine.record import RunDirectory
 from engine.runtime.distributed import launch_of_environment
 from engine.runtime.log import Log
@@ -56,7 +56,7 @@ def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> Ex
     Raises:
         UserError: The checkpoint is damaged, or the best epoch is one of another run.
     """
-    with damage_named(directory.last):
+    with report_damage(directory.last):
         network = build_with_weights(checkpoint["description"].network, checkpoint["state_dict"])
     # The best epoch is needed at the end; that its file is of another run should be known before.
     if checkpoint["best_epoch"] and load_saved(directory.best).network.config != network.config:

@@ -33,7 +33,7 @@ from engine.runtime.failures import status_and_line
 from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
-from engine.runtime.signals import Interrupted, Requests, listening
+from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.stage import Stage
 from engine.stepper import refuse_combinations
 from engine.trainer import train
@@ -55,7 +55,7 @@ def run(command: CommandLine, stage: Stage) -> int:
     status, message = 0, ""
     with workers_end_inside():
         try:
-            with listening() as requests:
+            with handle_signals() as requests:
                 if "evalmode" in command.typed:
                     _evaluate_only(command, stage)
                 else:
@@ -79,7 +79,7 @@ def end_program(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _train_and_evaluate(command: CommandLine, stage: Stage, requests: Requests) -> None:
+def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequests) -> None:
     directory = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
     with directory.lock() if launch_of_environment().rank == 0 else nullcontext():
@@ -130,7 +130,7 @@ def _train_in_process(
         description = checkpoint["description"]
     prepare_network_and_device(network, settings, session.processes.device)
     objective = stage.make_objective(network, settings)  # may raise, so before the old run is deleted
-    _introduce(network, data, operations, session)
+    _log_setup(network, data, operations, session)
     if is_main and checkpoint is None:
         _delete_old_run(directory)
     record = recorded(session, str(command), checkpoint is not None, description.frozen_digest)
@@ -178,7 +178,7 @@ def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operatio
         asked,
         processes,
         operations_per_process=operations_per_epoch // processes.world_size,
-        share_faster_on_cpu=stage.share_that_compiling_speeds_up(asked),
+        share_faster_on_cpu=stage.compile_speedup_share(asked),
     )
     refuse_combinations(network, settings, processes)
     is_required = asked.compile != "auto"
@@ -243,7 +243,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
                 f"{source} remembers no held-out split: "
                 "thresholds are set on images it may have seen, and promise nothing"
             )
-        _introduce(network, data, operations, session)
+        _log_setup(network, data, operations, session)
         with directory.lock() if processes.is_main else nullcontext():
             curves = _curves_of(stage, saved.description, directory)
             evaluation = Evaluation(session, network, data, operations, curves, held_out_are_new)
@@ -287,7 +287,7 @@ def _curves_of(stage: Stage, description: Description, run: RunDirectory) -> dic
     return {stage.origin_title: RunDirectory(Path(description.origin).parent), description.title: run}
 
 
-def _introduce(network: ExitNetwork, data: Data, operations: list[int], session: Session) -> None:
+def _log_setup(network: ExitNetwork, data: Data, operations: list[int], session: Session) -> None:
     """Print the data set, the network and how it runs."""
     processes, settings, log = session.processes, session.settings, session.log
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -303,7 +303,7 @@ def _introduce(network: ExitNetwork, data: Data, operations: list[int], session:
     log.line(f"{data.info.name}: {counts} images; {classes} classes, {size} x {size} pixels")
     log.line(f"{network.title}: {network.num_exits} exits at {millions(*operations)} operations")
     log.line(
-        f"{total:,} parameters, {trained:,} of them learn; "
+        f"{total:,} parameters, {trained:,} of them trainable; "
         f"{device}, {number}, {precision}; into {session.directory.path}"
     )
 

@@ -83,6 +83,6 @@ class Stage(ABC):
         if self.frozen_digest(network) != description.frozen_digest:
             raise RuntimeError(self.frozen_changed)
 
-    def share_that_compiling_speeds_up(self, settings: Namespace) -> float:
+    def compile_speedup_share(self, settings: Namespace) -> float:
         """Return the share of a whole training's operations that compiling makes faster on a CPU."""
         return 1.0

@@ -85,7 +85,7 @@ class Stepper:
         self.optimizer = make_optimizer(objective, settings)
         self.was_skipped = False
         self.objective = objective
-        self._inner: _InPrecision | None = None  # in ``_model``, which exchanges gradients
+        self._autocast: _Autocast | None = None  # the module that ``_model`` wraps to exchange gradients
         self._model: nn.Module | None = None
 
     @property
@@ -111,21 +111,21 @@ class Stepper:
         """
         if self.processes.world_size > 1:
             self._exclude_unused_parameters(images[:2], targets[:2])
-        self._inner = _InPrecision(
+        self._autocast = _Autocast(
             _compiled(self.objective, self.settings), self.processes.device, self.dtype
         )
-        self._model = _parallel(self._inner, self.processes)
+        self._model = _parallel(self._autocast, self.processes)
         if self.settings.compile != "off":
             size = len(images) // self.settings.accumulate
             self._run_without_step(images[:size], targets[:size])
 
     def train_eagerly(self) -> None:
         """Take all further steps without the compiled code."""
-        self._inner.objective = self.objective
+        self._autocast.objective = self.objective
 
     def _exclude_unused_parameters(self, images: Tensor, targets: Tensor) -> None:
         """Exclude parameters that no exit depends on, such as finer scales of the last layer."""
-        eager = _InPrecision(self.objective, self.processes.device, self.dtype)
+        eager = _Autocast(self.objective, self.processes.device, self.dtype)
         for parameter in _parameters_without_gradient(eager, self.parameters, images, targets):
             parameter.requires_grad_(False)
 
@@ -196,8 +196,8 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"])
 
 
-class _InPrecision(nn.Module):
-    """Mixed precision inside the module, as DataParallel's threads do not inherit it from outside."""
+class _Autocast(nn.Module):
+    """The objective under autocast; inside the module, as DataParallel's threads do not inherit it."""
 
     def __init__(self, objective: nn.Module, device: torch.device, dtype: torch.dtype | None):
         super().__init__()

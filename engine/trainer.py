@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from adaptive_inference import fold
 from dataloader import Data
 from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
-from engine.checkpoint import damage_named, save_checkpoint, save_network
+from engine.checkpoint import report_damage, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
 from engine.interruption import Interruptions
 from engine.record import Session
@@ -124,7 +124,7 @@ def train(
     """
     trainer = Trainer(objective, description, data, session)
     if checkpoint is not None:
-        with damage_named(session.directory.last):
+        with report_damage(session.directory.last):
             trainer.restore(checkpoint)
     with session.requests.deferred():
         while trainer.progress.epoch < session.settings.epochs:
@@ -204,7 +204,7 @@ class Trainer:
             interruptions.after_step(progress.step, steps)
         log.end_epoch()
         if interruptions.stop_signal():
-            self._save()  # the evaluation may take longer than whoever asks is willing to wait
+            self._save()  # before the evaluation, which may take longer than the sender of the signal waits
         self._finish_epoch()
         # In the last epoch too: what is left to do is the evaluation, which --resume does.
         if signal_number := interruptions.stop_signal():
@@ -226,9 +226,10 @@ class Trainer:
         return f" in epoch {epoch} of {epochs}, after step {progress.step} of {steps}"
 
     def _prepare(self, images: Tensor, targets: Tensor) -> None:
-        """Compile the step before the first one, or go on without where that was not asked for.
+        """Compile the training step before the first batch.
 
-        All processes go on alike. A signal stops the compiling at once.
+        If compiling fails and ``--compile`` was ``auto``, all processes train eagerly. A signal stops the
+        compiling at once.
         """
         session, problem = self.session, None
         compiles = session.settings.compile != "off"
@@ -248,7 +249,7 @@ class Trainer:
         problem = problem or "it fails in another process"
         if not session.may_train_eagerly:
             raise UserError(f"the training step cannot be compiled: {problem}; --compile off trains without")
-        session.log.line(f"training goes on without compiled code: {problem}")
+        session.log.line(f"training continues without compiled code: {problem}")
         self.stepper.train_eagerly()
 
     def _report(self) -> None:

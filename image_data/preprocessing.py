@@ -1,7 +1,7 @@
 """A photograph as a network expects it, for ``AdaptivePredictor.predict_images``.
 
 Example:
-    prediction = predictor.predict_images(["photo.jpg", pil_image], preprocess)
+    prediction = AdaptivePredictor(network, policy, preprocess).predict_images(["photo.jpg", pil_image])
 """
 
 from pathlib import Path

@@ -91,7 +91,7 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
     return is_test
 
 
-def recognise(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
+def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
     """Find the training images that a checkpoint knows.
 
     Images may have been removed or added since. Known images keep their place in the split; unknown ones are

@@ -253,7 +253,8 @@ class ExitNetwork(nn.Module, ABC):
             else:
                 result[remaining], exits[remaining] = logits, k
             confidence = logits.float().softmax(dim=1).amax(dim=1)
-            # Not "<": an image whose confidence is NaN stays, as in ``AdaptivePredictor``.
+            # Not "<": an image whose confidence is NaN stays. A copy of ``reaches_threshold`` in
+            # ``adaptive_inference.confidence``: ``models`` imports nothing else of the project.
             stays = (confidence >= threshold).logical_not().nonzero().flatten()
             if len(stays) == 0:
                 break

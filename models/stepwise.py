@@ -3,7 +3,7 @@
 Example:
     steps = Stepwise(network, images)
     first = steps.next_logits()    # (N, C), exit 1
-    steps.keep(uncertain)          # a boolean mask or indices: the images that go on
+    steps.keep(uncertain)          # a boolean mask or indices: the images that remain
     second = steps.next_logits()   # (n, C), exit 2, of those images only
 
 Each exit costs only what it reads (MSDNet paper, section 5, "lazy evaluation").

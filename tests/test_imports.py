@@ -12,7 +12,7 @@ ALLOWED = {
     "models": (),
     "image_data": ("models.description", "models.normalizer", "utils"),
     "dataloader": ("image_data", "models.description", "models.normalizer", "utils"),
-    "adaptive_inference": ("models", "utils"),
+    "adaptive_inference": ("image_data.preprocessing", "models", "utils"),
     PROMISES: ("adaptive_inference", "models", "utils"),
     "presets": (),
     "args": ("adaptive_inference.confidence", "image_data.defaults", "models", "presets", "utils"),

@@ -23,7 +23,7 @@ from engine.record import RunDirectory
 from engine.runtime import precision
 from engine.runtime.distributed import Processes, launch_of_environment, process_group
 from engine.runtime.launch import may_fork, process_count
-from engine.runtime.signals import Interrupted, listening
+from engine.runtime.signals import Interrupted, handle_signals
 from image_data.data_sets import find_data_set
 from tests import disturbed, forkserver
 from tests.conftest import TINY_FLAGS
@@ -70,7 +70,7 @@ def test_long_trainings_compile_their_steps(monkeypatch):
     def compiled(flags, images_by_operations, stage=None):
         stage = stage or Stage1()
         settings = parse(stage.name, flags).settings()
-        share = stage.share_that_compiling_speeds_up(settings)
+        share = stage.compile_speedup_share(settings)
         resolved = resolve_auto(
             settings, CPU, operations_per_process=images_by_operations, share_faster_on_cpu=share
         )
@@ -126,7 +126,7 @@ def test_signals_are_left_alone_in_a_thread():
         before = signal.getsignal(signal.SIGTERM)
 
         def listen():
-            with listening() as requests:
+            with handle_signals() as requests:
                 return requests.stop_signal, signal.getsignal(signal.SIGTERM)
 
         assert pool.submit(listen).result() == (0, before)

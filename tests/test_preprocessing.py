@@ -1,9 +1,10 @@
 """From photographs to predictions in Python."""
 
+import pytest
 import torch
 from PIL import Image
 
-from adaptive_inference import AdaptivePredictor
+from adaptive_inference import AdaptivePredictor, load_predictor
 from adaptive_inference.policies import Policy
 from image_data.preprocessing import preprocess
 from models import MSDNet
@@ -26,3 +27,13 @@ def test_paths_and_pil_images_are_predicted_alike(tmp_path):
     none = predictor.predict_images([], preprocess)
     assert [tuple(values.shape) for values in none] == [(0,), (0,), (0,), (0, 10), (0,)]
     assert [values.dtype for values in none] == [values.dtype for values in prediction]
+
+
+def test_a_loaded_predictor_knows_its_preprocessing():
+    image = Image.new("RGB", (60, 40), "navy")
+    predictor = load_predictor("imta_cifar100")
+    expected = predictor.predict_images([image], preprocess)
+    assert torch.equal(predictor.predict_images([image]).probs, expected.probs)
+    alone = AdaptivePredictor(predictor.network, predictor.policy)
+    with pytest.raises(ValueError, match="preprocess is missing"):
+        alone.predict_images([image])

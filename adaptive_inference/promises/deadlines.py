@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.block_times import BlockTimes, wait_for
-from adaptive_inference.choosing import within
+from adaptive_inference.choosing import points_within_budget
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
@@ -129,7 +129,7 @@ class BudgetPredictor(AdaptivePredictor):
         self.expected = [timing.milliseconds(point.shares) for point in points]
         self.point = self._best_within(milliseconds)
         super().__init__(network, self.point.policy)
-        self._images, self._spent, self._predicted = 0, 0.0, 0.0
+        self._images, self._spent_ms, self._expected_ms = 0, 0.0, 0.0
 
     def __call__(self, images: Tensor) -> Prediction:
         """Predict the class of each image, as ``AdaptivePredictor`` does, and wait for the device."""
@@ -137,23 +137,23 @@ class BudgetPredictor(AdaptivePredictor):
         prediction = super().__call__(images)
         wait_for(images.device)
         self._images += len(images)
-        self._spent += 1e3 * (self.clock() - began)
-        self._predicted += len(images) * self.expected[self.points.index(self.point)]
+        self._spent_ms += 1e3 * (self.clock() - began)
+        self._expected_ms += len(images) * self.expected[self.points.index(self.point)]
         self._choose_next(len(images))
         return prediction
 
     def _best_within(self, milliseconds: float) -> Point:
-        allowed = within(self.points, self.expected, milliseconds, "ms")
+        allowed = points_within_budget(self.points, self.expected, milliseconds, "ms")
         return max(allowed, key=lambda point: point.val_acc1)
 
     def _choose_next(self, batch_size: int) -> None:
         """Choose the next policy from the time spent so far."""
         horizon = HORIZON_IMAGES + HORIZON_CALLS * batch_size
-        saved = self._images * self.milliseconds - self._spent
+        saved_ms = self._images * self.milliseconds - self._spent_ms
         # The measured times count as much as ``horizon`` images, so that the first calls alone decide little.
-        prior = horizon * self.milliseconds
-        slowness = (self._spent + prior) / (self._predicted + prior)
-        target = (self.milliseconds + saved / horizon) / slowness
+        prior_ms = horizon * self.milliseconds
+        slowness = (self._spent_ms + prior_ms) / (self._expected_ms + prior_ms)
+        target = (self.milliseconds + saved_ms / horizon) / slowness
         self.point = self._best_within(max(target, min(self.expected)))
         self.policy = self.point.policy
 

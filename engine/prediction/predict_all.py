@@ -76,10 +76,10 @@ def _predict_files(
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
     is_interrupted = False
     with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
-        about = {"model": str(path), "policy": choice.about}
-        for line in (*_about_network(arguments, path, network, files), choice.line, *complaints):
+        metadata = {"model": str(path), "policy": choice.metadata}
+        for line in (*_about_network(arguments, path, network, files), choice.summary, *complaints):
             _say(line)
-        writer = WRITERS[arguments.format](stream, data.class_names, about)
+        writer = WRITERS[arguments.format](stream, data.class_names, metadata)
         try:
             for names, images in _batches(files, data, batch_size):
                 result = None if images is None else timed.predict(names, images.to(device))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adaptive_inference.choosing import allowed_points, choose
+from adaptive_inference.choosing import choose, eligible_points
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.fold import fold, folded_for
 from adaptive_inference.policies import Point, Policy, PolicyCurve
@@ -35,14 +35,14 @@ class Choice(NamedTuple):
 
     Attributes:
         predictor: The predictor.
-        about: Entries that describe its policy, for JSON.
-        line: The same in a line, for people.
+        metadata: Entries that describe its policy, for JSON.
+        summary: The same in a line, for people.
         curve: The policies of the file, None if there is none and none is needed.
     """
 
     predictor: AdaptivePredictor
-    about: dict[str, Any]
-    line: str
+    metadata: dict[str, Any]
+    summary: str
     curve: PolicyCurve | None
 
 
@@ -68,8 +68,10 @@ def choose_predictor(
         return _by_deadline(folded, curve, arguments.deadline, batch_size)
     if curve is None:
         policy = _whole_network(folded)
-        line = f"there is no {policies}, which --evalmode dynamic writes: every image runs the whole network"
-        return Choice(AdaptivePredictor(folded, policy), _about(policy), line, curve)
+        summary = (
+            f"there is no {policies}, which --evalmode dynamic writes: every image runs the whole network"
+        )
+        return Choice(AdaptivePredictor(folded, policy), _metadata(policy), summary, curve)
     if arguments.budget is not None and arguments.budget.unit == "ms":
         return _by_milliseconds(folded, curve, arguments, batch_size)
     return _by_operations(folded, curve, arguments)
@@ -83,16 +85,16 @@ def _by_deadline(network: ExitNetwork, curve: PolicyCurve | None, deadline: floa
     policy, timing = _whole_network(network), _measure(network, batch_size)
     if curve is not None:  # for its temperatures or ensemble
         policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
-    line = f"each batch of {batch_size} gets the last exit that ends within {deadline:g} ms; {timing}"
+    summary = f"each batch of {batch_size} gets the last exit that ends within {deadline:g} ms; {timing}"
     predictor = AnytimePredictor(network, deadline, timing, policy)
-    return Choice(predictor, _about(policy, deadline_milliseconds=deadline), line, curve)
+    return Choice(predictor, _metadata(policy, deadline_milliseconds=deadline), summary, curve)
 
 
 def _by_milliseconds(
     network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace, batch_size: int
 ) -> Choice:
     timing, promise = _measure(network, batch_size), _promise(arguments)
-    points = allowed_points(curve, arguments.accuracy, promise, arguments.rule)
+    points = eligible_points(curve, arguments.accuracy, promise, arguments.rule)
     predictor = BudgetPredictor(network, points, arguments.budget.amount, timing)
     expected = timing.milliseconds(predictor.point.shares)
     note = (
@@ -126,22 +128,22 @@ def _promise(arguments: argparse.Namespace) -> MaxLoss | None:
 def _choice_of_point(
     predictor: AdaptivePredictor, point: Point, curve: PolicyCurve, promise: MaxLoss | None, note: str
 ) -> Choice:
-    about = {"rule": point.rule, "p": point.number, "val_acc1": round(point.val_acc1, 3)}
+    metadata = {"rule": point.rule, "p": point.number, "val_acc1": round(point.val_acc1, 3)}
     if promise is not None:
-        about["promise"], note = str(promise), f"{note}; the promise is to {promise}"
+        metadata["promise"], note = str(promise), f"{note}; the promise is to {promise}"
     # Certified policies have their results on the images that tested them.
     count = curve.num_images if point.losses is None else point.losses.images
     images = "held-out images" if count is None else f"{count:,} held-out images"
     right = percent(point.val_acc1, count)
-    line = (
+    summary = (
         f"policy {point.number} of the {point.rule} rule: {right} % of {images} "
         f"right with {point.operations / 1e6:.2f} M operations per image "
         f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
     )
-    return Choice(predictor, about | _about(point.policy), line, curve)
+    return Choice(predictor, metadata | _metadata(point.policy), summary, curve)
 
 
-def _about(policy: Policy, deadline_milliseconds: float | None = None) -> dict[str, Any]:
+def _metadata(policy: Policy, deadline_milliseconds: float | None = None) -> dict[str, Any]:
     return {
         "measure": policy.measure,
         "thresholds": policy.thresholds,

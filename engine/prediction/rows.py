@@ -2,7 +2,7 @@ r"""Rows of predictions as a table, CSV or JSON, written as they come to standar
 
 Example:
     with open_output(None) as stream:
-        writer = WRITERS["csv"](stream, class_names, about={"model": "..."})
+        writer = WRITERS["csv"](stream, class_names, metadata={"model": "..."})
         writer.rows([{"file": "a.png", ...}])
         writer.end({"images": 1})
 
@@ -67,7 +67,7 @@ def prediction_rows(
 
 
 class _Writer:
-    """Base class: a format without a place for ``about`` and for the summary drops them."""
+    """Base class: a format without a place for ``metadata`` and for the summary drops them."""
 
     stream: IO[str]
     row: Callable[[dict], object]
@@ -85,7 +85,7 @@ class _Writer:
 class _Table(_Writer):
     """Columns of fixed width; the file, of any length, comes last."""
 
-    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+    def __init__(self, stream: IO[str], class_names: list[str], metadata: dict[str, Any]):
         self.stream, self.width = stream, min(max(map(len, class_names)), 30)
         stream.write(f"{'class':>{self.width}}  confidence  exit  operations  network ms  file\n")
 
@@ -101,19 +101,19 @@ class _Table(_Writer):
 class _Csv(_Writer):
     """Comma-separated values, of ``COLUMNS`` alone."""
 
-    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+    def __init__(self, stream: IO[str], class_names: list[str], metadata: dict[str, Any]):
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         self.stream, self.row = stream, writer.writerow
 
 
 class _Json(_Writer):
-    """One object: ``about``'s entries, ``predictions``, one per line, and ``summary``."""
+    """One object: ``metadata``'s entries, ``predictions``, one per line, and ``summary``."""
 
-    def __init__(self, stream: IO[str], class_names: list[str], about: dict[str, Any]):
+    def __init__(self, stream: IO[str], class_names: list[str], metadata: dict[str, Any]):
         self.stream, self.separator = stream, "\n"
         self.is_ascii = not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
-        stream.write(f'{self._text(about)[:-1]}, "predictions": [')
+        stream.write(f'{self._text(metadata)[:-1]}, "predictions": [')
 
     def row(self, row: dict) -> None:
         """Write a row."""

@@ -12,8 +12,7 @@ from models import ExitNetwork
 from models.module_state import set_memory_format
 from utils import available_cores
 
-# With less work per thread a forward pass ends sooner on fewer threads, which wait for each other in every
-# layer.
+# With fewer operations per thread, fewer threads are faster: every layer ends with a barrier.
 OPERATIONS_PER_THREAD = 5e8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -63,7 +62,7 @@ def prepare_network_and_device(network: ExitNetwork, settings: Namespace, device
     """
     set_tf32(settings.tf32)
     if settings.amp == "bf16" and device.type == "cpu" and settings.evalmode != "runtime":
-        # Several threads would wait for each other in every convolution, very long beside another program.
+        # Several threads meet at a barrier after every convolution; one busy core stalls all of them.
         torch.set_num_threads(1)
     elif device.type == "cpu":
         limit_threads()

@@ -68,23 +68,26 @@ class Processes:
         """
         if self.world_size == 1:
             return own
-        most = self.all_reduce_max(len(own))
-        # All parts must have one size.
-        padded, numbers = (_padded(x, most) for x in (own, indices + 1))
-        parts, part_numbers = (
-            [torch.empty_like(x) for _ in range(self.world_size)] for x in (padded, numbers)
-        )
-        dist.gather(padded, parts if self.is_main else None)
-        dist.gather(numbers, part_numbers if self.is_main else None)
+        # Gathered tensors must have one size. Indices are padded with -1.
+        count = self.all_reduce_max(len(own))
+        parts = self._gather_equal(_padded(own, count, 0))
+        part_indices = self._gather_equal(_padded(indices, count, -1))
         if not self.is_main:
             return None
-        in_order = torch.cat(part_numbers).sort().values
-        in_order = in_order[in_order > 0]
-        whole = own.new_empty(len(in_order), *own.shape[1:])
-        for part, part_number in zip(parts, part_numbers, strict=True):
-            count = int((part_number > 0).sum())
-            whole[torch.searchsorted(in_order, part_number[:count])] = part[:count]
+        all_indices = torch.cat(part_indices)
+        sorted_indices = all_indices[all_indices >= 0].sort().values
+        whole = own.new_empty(len(sorted_indices), *own.shape[1:])
+        # One process at a time: a concatenation of all rows would double the memory.
+        for rows, numbers in zip(parts, part_indices, strict=True):
+            is_row = numbers >= 0
+            whole[torch.searchsorted(sorted_indices, numbers[is_row])] = rows[is_row]
         return whole
+
+    def _gather_equal(self, own: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, which have one shape, in the main process; else no tensor."""
+        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.is_main else []
+        dist.gather(own, parts or None)
+        return parts
 
     def all_reduce_max(self, value: int) -> int:
         """Return the maximum of a number over all processes, which wait for each other, not for GPUs."""
@@ -101,9 +104,9 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """Append zeros up to so many rows."""
-    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
+def _padded(rows: Tensor, count: int, value: int) -> Tensor:
+    """Return ``count`` rows: these, and then rows of ``value``."""
+    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), value)])
 
 
 class Launch(NamedTuple):
@@ -120,7 +123,7 @@ def launch_of_environment() -> Launch:
     """Read RANK, WORLD_SIZE and the other variables of torchrun; empty ones count as not set.
 
     Raises:
-        UserError: A value is no number, or RANK is beyond WORLD_SIZE, such as one that a scheduler left.
+        UserError: A value is not a number, or RANK is not below WORLD_SIZE, as some schedulers leave it.
     """
     world_size = _variable("WORLD_SIZE", 1, smallest=1)
     rank = _variable("RANK", 0)
@@ -162,7 +165,8 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         gpu: --gpu; under torchrun every process takes the GPU of its local rank.
 
     Raises:
-        UserError: The environment names no launch that can work, or a GPU does not exist.
+        UserError: The variables of torchrun are inconsistent, a GPU does not exist, or the other processes
+            cannot be reached.
     """
     launch, available = launch_of_environment(), torch.cuda.device_count()
     _refuse_gpus(launch, gpu, available)
@@ -219,7 +223,7 @@ def _join(launch: Launch, device: torch.device) -> None:
     """Meet the other processes at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: They are missing, cannot be reached or, for rank 0, cannot be used.
+        UserError: An address is missing or cannot be used, or the other processes cannot be reached.
     """
     address, port = os.environ.get("MASTER_ADDR", "").strip(), _variable("MASTER_PORT", 0)
     if not address or not 0 < port < 2**16:
@@ -241,8 +245,7 @@ def _join(launch: Launch, device: torch.device) -> None:
 def _init_process_group(launch: Launch, device: torch.device) -> None:
     store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size))
     if launch.local_world_size == launch.world_size:
-        # torchrun keeps its store when it starts the processes
-        # again, with the addresses of those that are gone.
+        # torchrun keeps its store when it restarts the processes, with the addresses of the old ones.
         store = dist.PrefixStore(f"attempt_{launch.restart_count}", store)
     # Data in main memory, such as signals and results, are exchanged without the GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -3,14 +3,13 @@
 Example:
     with training_processes(settings.batch_size, settings.gpu) as processes: ...  # once in every process
 
-Two threads of one process would wait for each other in every convolution, and very long where another program
-uses a core.
+With several threads per process, every convolution ends with a barrier; one busy core stalls all of them.
 
-This is ``os.fork`` and not ``torch.multiprocessing.start_processes``, because there the parent is one more
-process: it would have to pass signals on, read exit statuses out of pickled traces, and keep the run's lock
-for the others; and the signal that its workers get when the parent is killed is SIGINT, at which a training
-ends its step, evaluates nothing and saves. Here rank 0 is the process that the user started: signals reach
-it, its exit status is the run's, and a worker is killed with it.
+Workers are forked, not started by ``torch.multiprocessing.start_processes``. There, the parent is an extra
+process: it would have to forward signals, recover exit statuses from pickled traces, and hold the run's
+lock. If it is killed, its workers get SIGINT, and would save and end as if the user had asked for it. Here,
+rank 0 is the process that the user started. It gets the signals, its exit status is that of the run, and
+its workers are killed with it.
 """
 
 import argparse
@@ -43,15 +42,15 @@ from utils import UserError, at_least, available_cores, one_line
 
 MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
-SECONDS_TO_REPORT = 5  # that a worker with an error gets to report it
-SECONDS_TO_LOOK = 0.2  # between two looks at the workers while they start
+SECONDS_TO_REPORT = 5  # time for a worker to report its error
+SECONDS_TO_LOOK = 0.2  # between two checks of the workers while they start
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
-_report: Path | None = None  # where a worker reports why it ended; None in rank 0
+_report: Path | None = None  # file for the error of this worker; None in rank 0
 
 
 class WorkerFailed(Exception):
-    """A worker ended for a reason of its own: the exit status and the line that the run ends with."""
+    """A worker ended with an error. The run ends with its exit status and message."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -91,7 +90,7 @@ def workers_end_inside() -> Iterator[None]:
 def process_count(batch_size: int, cores: int | None = None) -> int:
     """Return the number of processes to train with on the CPU.
 
-    It is the environment's PROCESSES, or the largest number of at most ``cores`` that divides the batch and
+    It is the environment's PROCESSES, or else the largest number up to ``cores`` that divides the batch and
     leaves each process ``MIN_SHARE`` images.
 
     Args:
@@ -141,8 +140,9 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
         gpu: --gpu.
 
     Raises:
-        WorkerFailed: A worker met an error that this process did not.
-        UserError: As ``process_group`` and ``process_count``; or no process can be started.
+        WorkerFailed: A worker ended with an error.
+        UserError: PROCESSES or the variables of torchrun are wrong, a GPU does not exist, the other processes
+            cannot be reached, or the system allows no further process.
     """
     count = process_count(batch_size) if may_fork(gpu) else 1
     if count == 1:
@@ -178,7 +178,7 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
     """Fork this process; return the rank of each process and, in rank 0, the process ids of the workers.
 
     Raises:
-        UserError: The system does not allow so many.
+        UserError: The system does not allow so many processes.
     """
     global _report
     parent, workers = os.getpid(), []
@@ -201,10 +201,10 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
 
 
 def _join(store: Path, rank: int, count: int, workers: list[int]) -> None:
-    """Meet the other processes.
+    """Connect with the other processes.
 
     Raises:
-        RuntimeError: A worker ended before all had met. Gloo notices only the loss of one that it has met.
+        RuntimeError: A worker ended before all were connected. Gloo notices only the loss of connected ones.
     """
 
     def join() -> None:
@@ -214,7 +214,7 @@ def _join(store: Path, rank: int, count: int, workers: list[int]) -> None:
     future = in_thread(join)
     while not wait([future], SECONDS_TO_LOOK).done:
         if any(_has_ended(worker) for worker in workers):
-            raise RuntimeError("Gloo: a worker ended before all processes had met")
+            raise RuntimeError("Gloo: a worker ended before all processes were connected")
     future.result()
 
 

@@ -21,7 +21,7 @@ class Interrupted(BaseException):
         self.exit_status, self.is_saved, self.where = 128 + signal_number, is_saved, where
 
 
-class Requests:
+class SignalRequests:
     """Requests that signals made.
 
     Attributes:
@@ -56,14 +56,14 @@ class Requests:
 
 
 @contextmanager
-def listening() -> Iterator[Requests]:
+def handle_signals() -> Iterator[SignalRequests]:
     """Handle signals within the block.
 
     SIGINT and SIGTERM raise ``Interrupted``, except that the first one is only noted in a ``deferred`` block;
     SIGUSR1 is only noted. In a thread other than the main one, where Python handles no signals, nothing is
     changed.
     """
-    requests = Requests()
+    requests = SignalRequests()
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
