@@ -12,8 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
-# program. This has to be set before PyTorch loads.
+# Before PyTorch loads; train_GE.py says why.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from adaptive_inference.export import export_blocks, export_onnx

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
-# program. This has to be set before PyTorch loads.
+# Before PyTorch loads; train_GE.py says why.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Spinning for some microseconds (1,000 rounds in GNU's library) does no harm, and is faster than sleeping.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

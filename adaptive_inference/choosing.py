@@ -50,8 +50,8 @@ def choose(
         rule: See ``eligible_points``.
 
     Raises:
-        UserError: No point fits; the line says what is possible.
-        ValueError: ``milliseconds`` without ``timing``.
+        UserError: No point satisfies the request; the line says what is possible.
+        ValueError: ``milliseconds`` is given without ``timing``.
     """
     if milliseconds is not None and timing is None:
         raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
@@ -83,9 +83,9 @@ def eligible_points(
             its own.
 
     Raises:
-        UserError: No point does; the line says what is possible.
-        ValueError: ``max_loss`` with a ``rule``.
-        TypeError: ``max_loss`` is no promise, such as a number.
+        UserError: No point satisfies the request; the line says what is possible.
+        ValueError: ``max_loss`` and ``rule`` are both given.
+        TypeError: ``max_loss`` is not a ``Promise``.
     """
     if max_loss is not None and not isinstance(max_loss, Promise):
         raise TypeError(f"max_loss is {max_loss!r}; it must be a promise, such as promises.risk.MaxLoss(1.0)")
@@ -115,7 +115,7 @@ def points_within_budget(
         whole: Cost of the whole network, from which the error computes a percentage.
 
     Raises:
-        UserError: All cost more; the line says what to ask for.
+        UserError: Every point costs more; the line says what to ask for.
     """
     cheapest = min(costs)
     if cheapest > limit:

@@ -10,7 +10,7 @@ The single file has these inputs and outputs:
     outputs   classes (N,) int64, confidence (N,) float32, exits (N,) int64 (0-based), logits (N, C) float32
 
 Each image leaves at the first exit whose largest softmax probability reaches that exit's threshold; nested
-``If`` nodes run later blocks for the other images only. The logits are those of the exit divided by its
+``If`` nodes run later blocks for the other images only. The logits are the exit's, divided by its
 temperature, or the policy's weighted sum over all exits so far. The first block normalises the images.
 
 The files of ``export_blocks`` have no control flow, for runtimes that support none. Block k reads the state
@@ -66,11 +66,11 @@ def export_onnx(
     Args:
         network: A network with a description; it is not changed.
         path: The file to write.
-        curve: Policies of the network, of which those of the best rule go into the file.
+        curve: Policies of the network, the points of its best rule go into the file.
         blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
-        UserError: If a package or the description is missing, the policies do not compare softmax, or the
+        UserError: A package or the description is missing, the policies do not compare softmax, or the
             file cannot be written.
     """
     path, metadata = Path(path), _metadata(network, curve)
@@ -111,11 +111,11 @@ def export_blocks(
     Args:
         network: A network with a description; it is not changed.
         folder: The directory to write; it is made if it does not exist.
-        curve: Policies of the network, of which those of the best rule go into ``network.json``.
+        curve: Policies of the network, the points of its best rule go into ``network.json``.
         blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
-        UserError: If a package or the description is missing, the policies do not compare softmax, or a file
+        UserError: A package or the description is missing, the policies do not compare softmax, or a file
             cannot be written.
     """
     folder, metadata = Path(folder), _metadata(network, curve)
@@ -251,7 +251,7 @@ def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
         reads; its outputs are ``logits`` and the next state, whose names begin with ``next_``.
 
     Raises:
-        UserError: If a package or the description is missing.
+        UserError: A package or the description is missing.
     """
     size = _description(network).data.image_size
     if onnx is None:
@@ -319,7 +319,7 @@ def _declare(value: "onnx.ValueInfoProto") -> "onnx.ValueInfoProto":
 
 
 def _shape(value: "onnx.ValueInfoProto") -> list[int | str]:
-    """Return the sizes of an input or output, the first of which is the batch, N."""
+    """Return the sizes of an input or output, the batch N first."""
     return ["N", *(size.dim_value for size in value.type.tensor_type.shape.dim[1:])]
 
 
@@ -345,7 +345,7 @@ class _Graph:
         return name
 
     def add_weighted_sum(self, names: dict[int, str], weights: np.ndarray) -> str:
-        """Add the sum of these tensors, each times its weight; those of weight 0 are left out."""
+        """Add the sum of these tensors, each times its weight; tensors of weight 0 are left out."""
         total = None
         for j, name in names.items():
             if weights[j] == 0:

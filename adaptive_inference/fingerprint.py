@@ -26,7 +26,7 @@ def network_fingerprint(network: ExitNetwork) -> str:
 
 
 def _identifying_options(network: ExitNetwork) -> dict[str, Any]:
-    """Return the options of a network, and those of its backbone, without those at their default."""
+    """Return the options of a network and of its backbone that differ from the default."""
     defaults = network.default_options
     options = {
         name: value

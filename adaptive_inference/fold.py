@@ -114,7 +114,7 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     """Return ``network`` folded, in the dtype that a policy curve was made for.
 
     Raises:
-        UserError: The curve is of another network; ``source`` is named.
+        UserError: The curve was made for another network; the line names ``source``.
     """
     folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
     check_curve(curve, folded, source)

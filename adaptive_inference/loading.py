@@ -46,7 +46,7 @@ def load_predictor(
 
     Raises:
         OSError, ValueError: ``models.load`` refuses the file.
-        UserError: There are no policies of this network or in this dtype, or none grants what is asked for.
+        UserError: There are no policies of this network or in this dtype, or none satisfies the request.
     """
     file = find(path_or_name)
     source = policy_path(file, _name_of(dtype or torch.float32))

@@ -33,8 +33,8 @@ class Policy:
             temperatures are not used. None: each exit predicts alone.
 
     Raises:
-        ValueError: No threshold, one that is not finite, an unknown measure, or temperatures or weights that
-            do not fit.
+        ValueError: Thresholds, temperatures or weights are not one finite number per exit, or the measure is
+            unknown.
     """
 
     thresholds: tuple[float, ...]
@@ -189,7 +189,7 @@ class PolicyCurve:
             rule: None: the best rule the curve has: ensemble, else optimised, else any.
 
         Raises:
-            UserError: There is none.
+            UserError: No point was found by ``rule``.
         """
         by_rule: dict[str, list[Point]] = {}
         for point in self.points:

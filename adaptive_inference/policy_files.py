@@ -131,7 +131,7 @@ def check_curve(curve: PolicyCurve, network: ExitNetwork, source: Path) -> None:
     """Check that the curve was made for this network and dtype.
 
     Raises:
-        UserError: It was made for another; ``source`` is named.
+        UserError: The curve was made for another network or dtype; the line names ``source``.
     """
     if (len(curve.operations), curve.fingerprint) != (network.num_exits, network_fingerprint(network)):
         raise UserError(
@@ -185,7 +185,7 @@ def from_format_2(content: dict[str, Any]) -> dict[str, Any]:
     what ``promises.risk`` certifies today.
 
     Raises:
-        KeyError: ``content`` lacks something.
+        KeyError: An entry of ``content`` is missing.
     """
     network = dict(content["network"])
     network["dtype"] = network.pop("form")

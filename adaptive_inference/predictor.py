@@ -119,8 +119,7 @@ class AdaptivePredictor:
                 break
             logits = steps.next_logits()
             current = next_prediction(self.policy.measure, logits, current)
-            # Overwrite the results of all remaining images at every exit, which needs no list of those that
-            # leave.
+            # Overwrite the results of all remaining images at every exit: no list of leaving images needed.
             if remaining is None:
                 seen.append(logits)
                 exits.fill_(k)

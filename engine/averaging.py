@@ -23,7 +23,7 @@ MEASURED_IMAGES = 10_000  # training images, of all processes, that BatchNorm st
 
 
 def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Return the average of a network's weights; its buffers are those of the network at the last update.
+    """Return the average of a network's weights, with the network's buffers as of the last update.
 
     Update 0 copies the weights; the decay of update t after it is min(decay, (1 + t) / (10 + t)).
     """

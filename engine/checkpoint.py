@@ -55,7 +55,7 @@ class SavedNetwork:
         """Check that flags of the network, as far as any were typed, describe this one.
 
         Raises:
-            UserError: The first flag that asks for something else.
+            UserError: A flag asks for another network; the line names the first one.
         """
         own = settings_of_network(self.network)
         for name in sorted(typed.keys() & {"arch", *all_option_names()}):
@@ -99,10 +99,10 @@ def load_saved(path: Path) -> SavedNetwork:
 def save_network(
     path: Path, network: ExitNetwork, description: Description, split: Split, half: bool = False
 ) -> None:
-    """Write a network's file atomically; the arguments are those of ``models.saved.network_bytes``.
+    """Write a network's file atomically; for the arguments see ``models.saved.network_bytes``.
 
     Raises:
-        UserError: The file cannot be written; an old one is then untouched.
+        UserError: The file cannot be written; an old one is kept.
     """
     with atomic_write(path, "wb") as stream:
         stream.write(network_bytes(network, description, split, half))
@@ -112,7 +112,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write ``checkpoint`` (tensors and plain types only) atomically.
 
     Raises:
-        UserError: The file cannot be written; an old one is then untouched.
+        UserError: The file cannot be written; an old one is kept.
     """
     try:
         with atomic_write(path, "wb") as stream:

@@ -1,4 +1,4 @@
-"""The images of a run: those of the settings, or those that the network to start from knows."""
+"""The images of a run: of its settings, or of the network to start from."""
 
 import torch
 
@@ -40,7 +40,7 @@ def read_images(
     split: Split | None = None,
     image_spec: ImageSpec | None = None,
 ) -> Data:
-    """Read the images that the settings name; the other arguments are those of ``load_data``."""
+    """Read the images that the settings name; for the other arguments see ``load_data``."""
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
@@ -49,7 +49,7 @@ def read_images(
 
 
 def say_class_order(saved: SavedNetwork, data: Data, log: Log) -> None:
-    """Say in which order classes are if their names are not those of the network's file."""
+    """Say in which order the classes are if their names differ from the network's file."""
     if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])
         log.line(

@@ -55,8 +55,8 @@ def table(rows: Sequence[dict], names: Sequence[str], num_images: int | None = N
 
     Args:
         rows: Rows of numbers or text.
-        names: Columns to show; those that the rows lack are left out.
-        num_images: Number of images that percentages are of; they get no more digits than these allow.
+        names: Columns to show; columns that the rows lack are left out.
+        num_images: Number of images behind the percentages, which decides how many digits are shown.
     """
     names = [name for name in names if name in rows[0]]
     cells = [
@@ -116,7 +116,7 @@ def budget_rows(points: Sequence[Point], test: ExitPredictions, operations: Sequ
 def budget_table(
     geometric: list[dict], optimised: list[dict], ensemble: list[dict], full: int, num_images: int
 ) -> str:
-    """Return every fourth policy of each of the three rules as a table, without those that are equal.
+    """Return every fourth policy of each of the three rules as a table, without duplicates.
 
     Args:
         geometric: Rows of ``budgeted.csv``.

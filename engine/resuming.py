@@ -54,7 +54,7 @@ def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> Ex
     """Build the network of a checkpoint, with its weights.
 
     Raises:
-        UserError: The checkpoint is damaged, or the best epoch is one of another run.
+        UserError: The checkpoint is damaged, or the file of the best epoch belongs to another run.
     """
     with report_damage(directory.last):
         network = build_with_weights(checkpoint["description"].network, checkpoint["state_dict"])

@@ -137,9 +137,9 @@ def _train_in_process(
     with record if is_main else nullcontext():
         log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
         progress = train(objective, description, data, session, checkpoint)
-        stage.check_result(network, description)  # of the last epoch, then of the best
+        stage.check_result(network, description)  # the last epoch
         load_weights(network, load_saved(directory.best).network.state_dict())
-        stage.check_result(network, description)
+        stage.check_result(network, description)  # the best epoch
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {directory.best}")
         _evaluate(session, network, data, description, _curves_of(stage, description, directory))
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
@@ -171,7 +171,7 @@ def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operatio
         operations_per_epoch: Forward operations of all processes.
 
     Raises:
-        UserError: The settings do not go together, or compiling was asked for and fails.
+        UserError: The settings cannot be combined, or compiling was requested and fails.
     """
     asked, processes = session.settings, session.processes
     settings = resolve_auto(

@@ -39,7 +39,7 @@ class Stage(ABC):
         """Load the network to start from, None to start from scratch.
 
         Raises:
-            UserError, OSError: It is not there, cannot be read, or is another network than the flags say.
+            UserError, OSError: The file is missing, unreadable, or holds another network than the flags name.
         """
         if command.pretrained_run is None:
             return None
@@ -59,7 +59,7 @@ class Stage(ABC):
         as nothing else is saved; ``engine.trainer`` refuses others.
 
         Raises:
-            UserError: The settings are impossible; with --overwrite the old run is still there.
+            UserError: The settings are impossible; ``--overwrite`` has not deleted the old run yet.
         """
 
     @abstractmethod

@@ -30,8 +30,7 @@ from utils import UserError
 def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Optimizer:
     """Build the optimiser of the parameters that require a gradient.
 
-    Those that came with pretrained weights are a group of their own, whose learning rate is ``lr_factor``
-    times the others'.
+    Pretrained parameters form a second group, whose learning rate is multiplied by ``lr_factor``.
 
     Args:
         objective: Objective whose ``network`` knows its pretrained parameters.
@@ -68,7 +67,7 @@ class Stepper:
 
     Args:
         objective: The objective, on its device.
-        settings: Settings with those of ``make_optimizer``, clip_grad, amp, accumulate, compile and sync_bn,
+        settings: Settings of ``make_optimizer``, and clip_grad, amp, accumulate, compile and sync_bn,
             in a combination that ``refuse_combinations`` accepts.
         processes: This process and the others.
     """
@@ -209,7 +208,7 @@ class _Autocast(nn.Module):
 
 
 def refuse_combinations(network: nn.Module, settings: Namespace, processes: Processes) -> None:
-    """Raise the ``UserError`` of settings that do not go together."""
+    """Raise a ``UserError`` if settings cannot be combined."""
     if settings.sync_bn and processes.world_size > 1 and processes.device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
     several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
@@ -228,7 +227,7 @@ def refuse_combinations(network: nn.Module, settings: Namespace, processes: Proc
         )
     if settings.accumulate > share:
         raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images per step")
-    # As ``Stepper.step`` cuts a batch, and DataParallel its parts.
+    # ``Stepper.step`` splits a batch this way, and DataParallel splits its parts.
     parts = torch.empty(share).tensor_split(settings.accumulate)
     chunks = [chunk for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))]
     smallest = min(map(len, chunks))

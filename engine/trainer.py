@@ -6,7 +6,7 @@ Example:
     progress = train(objective, description, data, session, checkpoint)
 
 A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
-``network`` that learns.
+``network`` that is trained.
 """
 
 import math
@@ -108,11 +108,11 @@ def train(
 
     ``last.pt``, the best epoch and ``log.jsonl`` are left in the run's directory.
 
-    The best epoch has the highest held-out top-1 accuracy, mean over exits; of equals, that with the lower
-    held-out loss; of equals again, the later one. Without held-out images, it is the last one.
+    The best epoch has the highest held-out top-1 accuracy, mean over exits. Ties go to the lower held-out
+    loss, then to the later epoch. Without held-out images, the last epoch is the best.
 
     Args:
-        objective: The objective, whose ``network`` learns.
+        objective: The objective, whose ``network`` is trained.
         description: Description of the network, for the files of the run.
         data: The images to train on and to choose the best epoch with.
         session: The run.
@@ -154,7 +154,7 @@ def learning_rate(settings: Namespace, step: int, steps_per_epoch: int) -> float
 
 
 def _refuse_own_parameters(objective: nn.Module) -> None:
-    """Raise ``RuntimeError`` if an objective trains parameters that are not of its network."""
+    """Raise ``RuntimeError`` if an objective trains parameters outside of its network."""
     saved = set(objective.network.parameters())
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and parameter not in saved:
@@ -183,7 +183,7 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and kept: the one that learns, or its average."""
+        """The network that is evaluated and kept: the trained one, or its moving average."""
         return self.network if self.average is None else self.average.module
 
     def run_epoch(self) -> None:
@@ -395,7 +395,7 @@ class Trainer:
         self.session.log.write_history(self.session.directory.log, progress.history)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint, with whose weights the network was built."""
+        """Restore the state of a checkpoint, except the weights, which the network has already."""
         self.stepper.load_state_dict(checkpoint)
         torch.set_rng_state(checkpoint["random_state"])
         if self.average is not None:

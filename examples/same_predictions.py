@@ -12,8 +12,7 @@ figures for the 10,000 test images of CIFAR-100, of which no prediction differs.
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
-# program. This has to be set before PyTorch loads.
+# Before PyTorch loads; train_GE.py says why.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

@@ -9,8 +9,7 @@ deadline leaves just enough time for the last exit.
 
 import os
 
-# OpenMP's threads spin while they wait for each other, which makes everything many times slower beside a busy
-# program. This has to be set before PyTorch loads.
+# Before PyTorch loads; train_GE.py says why.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys

@@ -87,7 +87,7 @@ def learning_images(num_images: int, seed: int = SPLIT_SEED) -> Tensor:
 def with_certified_points(
     curve: PolicyCurve, logits: Tensor, targets: Tensor, full_policy: Policy, num_points: int = 40
 ) -> PolicyCurve:
-    """Return ``curve`` with certified points added, of which the full network is always one.
+    """Return ``curve`` with certified points added; the full network is always one of them.
 
     Args:
         curve: Policies of the network that gave the logits.
@@ -112,7 +112,7 @@ def certified_points(
     """Return policies with the counts of their losses, the full network last.
 
     Args:
-        val: Predictions for the held-out images; the classes are those of the ensemble where there is one.
+        val: Predictions for the held-out images, with the classes of the ensemble if there is one.
         policy: Measure, temperatures and ensemble of the policies.
         operations: Operations to each exit, K numbers.
         num_points: Number of policies beside the full network; 0 where the held-out images may not be new to
@@ -152,7 +152,7 @@ def certified(points: Sequence[Point], wanted: MaxLoss) -> list[Point]:
     """Return the points of the rule "certified" that keep the promise, from the full network to the cheapest.
 
     Raises:
-        UserError: No point was tested.
+        UserError: No point was tested on held-out images.
         ValueError: Percent or level are out of range.
     """
     if not 0 <= wanted.percent <= 100 or not 50 <= wanted.level <= 100:

@@ -52,7 +52,8 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
         The exit status.
 
     Raises:
-        UserError: One line: the network, its policy, a flag or the output is impossible, or memory is short.
+        UserError: The network, its policies or the output cannot be used, flags are in conflict, or memory is
+            too small.
     """
     with _memory_error_named():
         device, network = _device(arguments.device), load_saved(path).network
@@ -118,7 +119,7 @@ def _memory_error_named() -> Iterator[None]:
 
 
 def _operations_with_ensemble(predictor: AdaptivePredictor) -> list[int]:
-    """Return the operations to each exit, with those of the predictor's ensemble."""
+    """Return the operations to each exit, including the predictor's ensemble."""
     network = predictor.network
     operations = count_operations(network, network.description.data.image_size)
     return ensemble_operations(operations, network.num_classes) if predictor.policy.ensemble else operations

@@ -59,7 +59,7 @@ def choose_predictor(
         batch_size: Images at a time.
 
     Raises:
-        UserError: What is asked for is impossible; the line says what is possible.
+        UserError: No policy satisfies the request; the line says what is possible.
     """
     is_needed = arguments.policy or arguments.rule or arguments.drift_alarm or _has_limit(arguments)
     curve = read_policy(policies) if is_needed or policies.exists() else None

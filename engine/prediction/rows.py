@@ -136,7 +136,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
     """Open a file, or standard output for None.
 
     Raises:
-        UserError: It cannot be written, one line.
+        UserError: The output cannot be written.
         BrokenPipeError: The reader of standard output has closed it.
     """
     if path is not None:

@@ -26,7 +26,7 @@ def usable_mode(mode: str, is_required: bool, processes: Processes, say: Callabl
         say: Prints a line of the run, once.
 
     Raises:
-        UserError: Compiling fails and ``is_required``.
+        UserError: Compiling fails, and ``is_required`` is true.
     """
     if mode == "off":
         return mode

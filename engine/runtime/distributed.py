@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """This process, one of those that train together.
 
     ``gpu_ids`` are the GPUs it uses (several: DataParallel), none on a CPU.
     """
@@ -98,7 +98,7 @@ class Processes:
         return int(shared)
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Give all processes the BatchNorm statistics of the main one, which are those that are saved."""
+        """Give all processes the BatchNorm statistics of the main process, which saves its own."""
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)

@@ -16,7 +16,7 @@ def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tup
         1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
 
     Raises:
-        Exception: ``error`` itself, if it is a bug.
+        Exception: ``error`` itself, if none of these explains it: it is a bug.
     """
     resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume()}"
     if isinstance(error, (UserError, OSError)):

@@ -95,10 +95,10 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
 
     Args:
         batch_size: Images per step of all processes.
-        cores: Number of cores; None: those that this process may use.
+        cores: Number of cores; None: all that this process may use.
 
     Raises:
-        UserError: PROCESSES is not a number, or more than there are images in a batch.
+        UserError: PROCESSES is not a number from 1 to ``batch_size``.
     """
     if wanted := os.environ.get("PROCESSES"):
         try:
@@ -224,7 +224,7 @@ def _has_ended(worker: int) -> bool:
 
 
 def _wait_for(workers: list[int], seconds: float) -> None:
-    """Wait until the workers have ended; kill those that still run after so many ``seconds``."""
+    """Wait until the workers have ended; after so many ``seconds`` kill the others."""
     deadline = time.monotonic() + seconds
     while workers:
         if os.waitpid(workers[0], os.WNOHANG)[0]:

@@ -1,6 +1,6 @@
 """The output of a run: lines and a progress bar on the terminal, one JSON line per epoch, TensorBoard.
 
-Lines go through ``logging``, as those of the logger ``imta_msdnet``; a program that calls ``train_GE.main``
+Lines go through ``logging``, to the logger ``imta_msdnet``; a program that calls ``train_GE.main``
 may add its own handlers.
 """
 
@@ -49,7 +49,7 @@ class Log:
             LOGGER.info("%s", text)
 
     def open(self, folder: Path, first_step: int) -> None:
-        """Begin or continue TensorBoard's events; drop those of an earlier attempt from ``first_step`` on."""
+        """Begin or continue TensorBoard's events; drop an earlier attempt's events from ``first_step`` on."""
         if self.enabled:
             threading.excepthook = _ignore_failed_writes
             self.writer = SummaryWriter(str(folder), purge_step=first_step or None)

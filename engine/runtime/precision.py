@@ -1,4 +1,4 @@
-"""The 16-bit types: those of --amp, and the one with which a device is faster."""
+"""The 16-bit types of ``--amp``, and which of them is faster on a device."""
 
 import time
 from argparse import Namespace
