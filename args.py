@@ -1,28 +1,18 @@
-"""The command line of both training programs: flags in groups, and their defaults.
+"""The flags of both training programs, in groups, and the default of every setting.
 
 Example:
-    command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
-    command.typed                # {"preset": "cifar100", "lr": 0.2}
-    settings = command.settings()  # every setting of the run: as typed, else of the preset, else the default
+    vars(build_parser("GE").parse_args(["--lr", "0.2"]))   # {"lr": 0.2}: what was typed, and nothing else
 
-*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* holds
-the settings of a run in the file of its network (``Description.recipe``; ``run.json`` repeats it for people):
-a run is resumed from it (``stored``), or starts from it (``inherited``). Published flag spellings stay; the
-names behind them are snake_case. ``argparse.SUPPRESS`` leaves out of the namespace what was not typed.
-
-To add an option, add its default to ``DEFAULTS`` and its flag to a group below: ``_add_stage_1`` or
-``_add_stage_2`` if one stage alone has it. Name it in ``INHERITED`` if stage 2 takes it from stage 1's
-record, in ``RESUMABLE`` if a resumed run may change it, in ``EVALUABLE`` if an evaluation may, and in
-``_REQUIRED`` or ``_MUTUALLY_EXCLUSIVE`` if it needs another flag or excludes one. An option of an MSDNet is a
-line of ``models.options.MSDNetOptions`` and a flag: default and inheritance follow.
+``SETTINGS`` says what each flag means to the commands after a training. ``presets`` overrides its defaults,
+``combinations`` refuses flags that do not go together, and ``command_line`` makes the settings of a run.
+Published flag spellings stay; the names behind them are snake_case. docs/extending.md says how to add one.
 """
 
 import argparse
-import shlex
-import sys
-from argparse import BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,27 +22,26 @@ from models.options import CHOICES, MSDNetOptions, current_value
 from presets import PRESETS
 from utils import (
     CommandLineParser,
-    UserError,
     above,
     at_least,
     available_cores,
     float_list,
     in_range,
     int_list,
-    is_folder,
     share_or_count,
     user_path,
 )
 
 MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
+ADAMW_LR = 1e-3
 
 
 class OwnNetwork(NamedTuple):
     """A kind of network of this project, by a value of --arch.
 
     Attributes:
-        kind: Name of its class in ``models.ExitNetwork.kinds``. The constructor takes ``num_classes`` and the
-            options as keyword arguments, and ``config`` holds them by the same names.
+        kind: Name of its class in ``models.ExitNetwork.kinds``, which files use too. The constructor takes
+            ``num_classes`` and the options as keyword arguments, and ``config`` holds them by the same names.
         options: Dataclass of its options and their defaults.
     """
 
@@ -63,114 +52,138 @@ class OwnNetwork(NamedTuple):
 # All other values of --arch are names of torchvision and timm.
 # Kinds share option names; the same name needs the same default.
 OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", MSDNetOptions)}
-
-# General defaults; presets override them.
-DEFAULTS: dict[str, Any] = {
-    # often used
-    "preset": "demo",
-    "data": "demo",
-    "data_root": Path("data"),
-    "save": None,
-    "resume": False,
-    "overwrite": False,
-    "evalmode": None,
-    "epochs": 300,
-    "batch_size": 64,
-    "lr": 0.1,
-    # run
-    "evaluate_from": None,
-    "measure": "softmax",
-    "pretrained": None,
-    "seed": 1,
-    "deterministic": False,
-    "gpu": None,
-    "print_freq": 100,
-    "save_every_steps": None,
-    "save_every_minutes": None,
-    # data
-    "image_size": None,
-    "val_size": None,
-    "test_size": None,
-    "split_seed": 0,
-    "workers": min(available_cores(), MAX_DEFAULT_WORKERS),
-    "skip_unreadable": False,
-    "check_images": False,
-    "augment": "standard",
-    # network
-    "arch": "msdnet",
-    "exits": 4,
-    **{name: value for own in OWN_NETWORKS.values() for name, value in asdict(own.options()).items()},
-    "small_inputs": None,  # by the image size
-    # collaboration and distillation
-    "temperature": 1.0,
-    "gamma": 0.1,
-    "isc": True,
-    "ofa": True,
-    "isc_gradient": "cut",
-    "kl_reduction": "sum",
-    "backbone_bn": "frozen",
-    "single_stage": False,
-    "released": False,
-    # optimisation
-    "optimizer": "sgd",
-    "pretrained_lr_factor": 0.1,
-    "freeze": "none",
-    "lr_type": "multistep",
-    "lr_milestones": None,
-    "decay_rate": 0.1,
-    "warmup_epochs": 0.0,
-    "momentum": 0.9,
-    "nesterov": False,
-    "weight_decay": 1e-4,
-    "label_smoothing": 0.0,
-    "ema_decay": None,
-    "clip_grad": None,
-    "accumulate": 1,
-    # speed and memory
-    "amp": "auto",
-    "tf32": True,
-    "channels_last": True,
-    "fused_optimizer": True,
-    "compile": "auto",
-    "checkpoint_activations": False,
-    "sync_bn": False,
-}
-
 LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
-ADAMW_LR = 1e-3
-# Stage 2 takes these from stage 1's record, with --arch and its options, unless they are typed.
-INHERITED = (
-    *("data", "data_root", "image_size", "val_size", "test_size", "split_seed", "workers"),
-    *("skip_unreadable", "check_images", "augment"),
-)
-# Options of a single launch: never taken from a checkpoint's record.
-LAUNCH_ONLY = ("resume", "overwrite", "evalmode", "evaluate_from", "gpu")
-# A resumed run may change these: where and how it runs, and by which measure it is evaluated.
-RESUMABLE = {
-    *LAUNCH_ONLY,
-    *("data_root", "save", "measure", "print_freq", "save_every_steps", "save_every_minutes"),
-    *("workers", "skip_unreadable", "check_images"),
-}
-# An evaluation follows these; the split is checked on its own. All others describe the training.
-EVALUABLE = {
-    *RESUMABLE,
-    *("preset", "data", "image_size", "val_size", "test_size", "split_seed", "batch_size"),
-    *("seed", "deterministic", "amp", "tf32", "channels_last"),
+
+
+class Change(IntEnum):
+    """When a setting may get another value than it has in the record of a run.
+
+    NEVER: It describes the training.
+    EVALUATION: When the network is evaluated.
+    RESUMING: When the run is resumed too: it says where and how a run goes on, or how it is evaluated.
+    LAUNCH: At every launch, which has its own value and takes none from a record.
+    """
+
+    NEVER = 0
+    EVALUATION = 1
+    RESUMING = 2
+    LAUNCH = 3
+
+
+NEVER, EVALUATION, RESUMING, LAUNCH = Change
+
+
+class Setting(NamedTuple):
+    """What a flag stands for.
+
+    Attributes:
+        default: Its value where neither a flag nor a preset sets it.
+        change: When it may change after the training began. Where it may not, a flag with another value than
+            the record's is refused.
+        inherited: Whether a run takes it from the record of the network that it starts from, as it always
+            does with --arch and the network's options. Others come from flags, preset and defaults.
+        otherwise: Its value where it is None, from the settings before it in ``SETTINGS``.
+    """
+
+    default: Any
+    change: Change = NEVER
+    inherited: bool = False
+    otherwise: Callable[[dict[str, Any]], Any] | None = None
+
+
+def _image_size(values: dict[str, Any]) -> int | None:
+    """Return the size of the data set's images; None leaves that of large ones to a library's weights."""
+    size = IMAGE_SIZES[values["data"]]
+    return size if values["arch"] in OWN_NETWORKS or size <= SMALL_IMAGE_SIZE else None
+
+
+def _is_small(values: dict[str, Any]) -> bool | None:
+    return None if values["image_size"] is None else values["image_size"] <= SMALL_IMAGE_SIZE
+
+
+def _milestones(values: dict[str, Any]) -> tuple[float, ...]:
+    return values["epochs"] * 0.5, values["epochs"] * 0.75
+
+
+SETTINGS: dict[str, Setting] = {
+    # often used
+    "preset": Setting("demo", EVALUATION, inherited=True),
+    "data": Setting("demo", EVALUATION, inherited=True),
+    "data_root": Setting(Path("data"), RESUMING, inherited=True),
+    "save": Setting(None, RESUMING),
+    "resume": Setting(False, LAUNCH),
+    "overwrite": Setting(False, LAUNCH),
+    "evalmode": Setting(None, LAUNCH),
+    "epochs": Setting(300),
+    "batch_size": Setting(64, EVALUATION),
+    "lr": Setting(0.1),
+    # run
+    "evaluate_from": Setting(None, LAUNCH),
+    "measure": Setting("softmax", RESUMING),
+    "pretrained": Setting(None),
+    "seed": Setting(1, EVALUATION),
+    "deterministic": Setting(False, EVALUATION),
+    "gpu": Setting(None, LAUNCH),
+    "print_freq": Setting(100, RESUMING),
+    "save_every_steps": Setting(None, RESUMING),
+    "save_every_minutes": Setting(None, RESUMING),
+    # data
+    "image_size": Setting(None, EVALUATION, inherited=True, otherwise=_image_size),
+    "val_size": Setting(None, EVALUATION, inherited=True),
+    "test_size": Setting(None, EVALUATION, inherited=True),
+    "split_seed": Setting(0, EVALUATION, inherited=True),
+    "workers": Setting(min(available_cores(), MAX_DEFAULT_WORKERS), RESUMING, inherited=True),
+    "skip_unreadable": Setting(False, RESUMING, inherited=True),
+    "check_images": Setting(False, RESUMING, inherited=True),
+    "augment": Setting("standard", inherited=True),
+    # network
+    "arch": Setting("msdnet"),
+    "exits": Setting(4),
+    **{
+        name: Setting(value) for own in OWN_NETWORKS.values() for name, value in asdict(own.options()).items()
+    },
+    "small_inputs": Setting(None, otherwise=_is_small),  # in place of the network's own default
+    # collaboration and distillation
+    "temperature": Setting(1.0),
+    "gamma": Setting(0.1),
+    "isc": Setting(True),
+    "ofa": Setting(True),
+    "isc_gradient": Setting("cut"),
+    "kl_reduction": Setting("sum"),
+    "backbone_bn": Setting("frozen"),
+    "single_stage": Setting(False),
+    "released": Setting(False),
+    # optimisation
+    "optimizer": Setting("sgd"),
+    "pretrained_lr_factor": Setting(0.1),
+    "freeze": Setting("none"),
+    "lr_type": Setting("multistep"),
+    "lr_milestones": Setting(None, otherwise=_milestones),
+    "decay_rate": Setting(0.1),
+    "warmup_epochs": Setting(0.0),
+    "momentum": Setting(0.9),
+    "nesterov": Setting(False),
+    "weight_decay": Setting(1e-4),
+    "label_smoothing": Setting(0.0),
+    "ema_decay": Setting(None),
+    "clip_grad": Setting(None),
+    "accumulate": Setting(1),
+    # speed and memory
+    "amp": Setting("auto", EVALUATION),
+    "tf32": Setting(True, EVALUATION),
+    "channels_last": Setting(True, EVALUATION),
+    "fused_optimizer": Setting(True),
+    "compile": Setting("auto"),
+    "checkpoint_activations": Setting(False),
+    "sync_bn": Setting(False),
 }
 
-RELEASED_CHOICES = {
-    "gradient_equilibrium_scales": "coarsest",
-    # Also the default; it is here so that --released stays what it is if the default changes.
-    "initialization": "pytorch",
-    "kl_reduction": "mean",
-    "backbone_bn": "moving",
-    "isc_gradient": "flow",
-}
+DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
+LAUNCH_ONLY = {name for name, setting in SETTINGS.items() if setting.change >= LAUNCH}
+RESUMABLE = {name for name, setting in SETTINGS.items() if setting.change >= RESUMING}
+EVALUABLE = {name for name, setting in SETTINGS.items() if setting.change >= EVALUATION}
+INHERITED = {name for name, setting in SETTINGS.items() if setting.inherited}
 
-_PURPOSE = {
-    "GE": "Stage 1: train an MSDNet, or the network of --arch, by default with Gradient Equilibrium.",
-    "IMTA": "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
-}
 _EXAMPLES = """\
 examples:
   python train_{stage}.py                                     the embedded demo, minutes on a CPU
@@ -179,230 +192,6 @@ examples:
 
 A preset takes the place of the defaults shown, and flags take the place of the preset.
 """
-_MUTUALLY_EXCLUSIVE = (
-    ("resume", "overwrite"),
-    ("single_stage", "pretrained"),
-    ("single_stage", "backbone_bn"),
-    ("evalmode", "resume"),
-    ("evalmode", "overwrite"),
-)
-# Flags that count only beside this value of another setting.
-_REQUIRED: dict[str, tuple[str, Any]] = {
-    **dict.fromkeys(("momentum", "nesterov"), ("optimizer", "sgd")),
-    **dict.fromkeys(("lr_milestones", "decay_rate"), ("lr_type", "multistep")),
-    **dict.fromkeys(("temperature", "gamma", "kl_reduction"), ("ofa", True)),
-    "isc_gradient": ("isc", True),
-    "gradient_equilibrium_scales": ("gradient_equilibrium", True),
-}
-
-
-class CommandLine:
-    """A parsed command line.
-
-    The methods name values of settings by where they come from:
-
-    ============= ============================================================================
-    ``typed``     the flags that were typed
-    ``implied``   what follows from them where there is no record
-    ``given``     ``typed`` over ``implied``; beside a record ``typed`` alone, without "auto"
-    ``stored``    record of the run to resume or of the network to evaluate
-    ``inherited`` record of the network to start from
-    ``base``      ``stored``; for a new run its preset, under what ``inherited`` passes on
-    ============= ============================================================================
-
-    A run uses ``given`` over ``base`` over ``DEFAULTS``.
-
-    Attributes:
-        stage: ``GE`` or ``IMTA``.
-        typed: Values of the flags that were typed.
-        implied: The data set of --data-root and the preset of a data set, where they follow from what was
-            typed. The record of a run or of stage 1 takes their place.
-        argv: The words of the command line.
-    """
-
-    def __init__(self, stage: str, typed: dict[str, Any], argv: list[str]):
-        self.stage, self.typed, self.argv = stage, typed, argv
-        self.implied = _implied(typed)
-
-    def __str__(self) -> str:
-        return shlex.join(["python", f"train_{self.stage}.py", *self.argv])
-
-    def to_resume(self) -> str:
-        """Return the whole command that resumes this run."""
-        words = [word for word in self.argv if word not in ("--overwrite", "--resume")]
-        return shlex.join(["python", f"train_{self.stage}.py", *words, "--resume"])
-
-    def settings(
-        self, stored: dict[str, Any] | None = None, inherited: dict[str, Any] | None = None
-    ) -> Namespace:
-        """Resolve every setting of a run: what was typed, over a record, over the preset, over the defaults.
-
-        Args:
-            stored: Record of the run to resume or of the network to evaluate; it takes the place of the
-                preset.
-            inherited: Record of the network to start from; its preset, data and network options hold here
-                too. Where stage 1 takes other data, only the network's options and the image size do.
-
-        Raises:
-            UserError: A flag that the network or the other settings have no use for, a preset that is not
-                stage 1's, a held-out split that is not the record's, or images that are gone.
-        """
-        has_record = stored is not None or (inherited is not None and self.stage == "IMTA")
-        given = self._beside_record() if has_record else {**self.implied, **self.typed}
-        if inherited and self.stage == "GE" and ("preset" in given or "data" in given):
-            kept = ("arch", *option_names(_arch(inherited)), "image_size")
-            inherited = {name: inherited[name] for name in kept if name in inherited}
-        record = stored or inherited or {}
-        self._check_images_are_there(record)
-        self._check_split(record)
-        if stored is not None:
-            base = {name: value for name, value in stored.items() if name not in LAUNCH_ONLY}
-        else:
-            base = self._base_settings(given, inherited or {})
-        values = DEFAULTS | {name: value for name, value in base.items() if name in DEFAULTS} | given
-        if problem := _unused_flag(self.typed, values):
-            raise UserError(problem)
-        return Namespace(**_complete(values))
-
-    def refuse_changes(self, stored: dict[str, Any]) -> None:
-        """Check that nothing was typed that the run to resume, or the network to evaluate, cannot follow.
-
-        Args:
-            stored: Record of the run or network.
-
-        Raises:
-            UserError: The first flag that asks for something else.
-        """
-        self.refuse_other_data(stored)
-        if conflict := _arch_conflict(self.typed, _arch(stored)):
-            raise UserError(conflict)
-        if "evalmode" in self.typed:  # the network's file says more of its options than the record
-            may_differ = {*EVALUABLE, *all_option_names()}
-            what, way = "network to evaluate", "--evalmode trains nothing"
-        else:
-            may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
-            if self.stage == "GE":
-                way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
-        for name, value in self._beside_record().items():
-            # A released network has no record. Its training command, with --evalmode added, evaluates it.
-            is_unknown = "evalmode" in self.typed and name not in stored
-            if name in may_differ or is_unknown:
-                continue
-            before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
-            if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
-                raise UserError(
-                    f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
-                )
-
-    def _beside_record(self) -> dict[str, Any]:
-        """Return what was typed but "auto", which beside a record stands for what the record says."""
-        return {name: value for name, value in self.typed.items() if value != "auto"}
-
-    def refuse_other_data(self, stored: dict[str, Any]) -> None:
-        """Check that --data-root, if it was typed, can be where the images of a recorded run are.
-
-        Raises:
-            UserError: The run was trained on the demo's images, which lie in no folder.
-        """
-        if stored.get("data") == "demo" and "data_root" in self.typed:
-            raise UserError(
-                f"the run in {self.save_directory} was trained on the demo's images, "
-                f"not on those in --data-root {self.typed['data_root']}; "
-                "--save names the run's directory"
-            )
-
-    @property
-    def pretrained_run(self) -> Path | None:
-        """The run or file of this project that --pretrained names; None for weights of a library."""
-        is_own = self.stage == "IMTA" or _arch(self.typed) in OWN_NETWORKS
-        return self.typed.get("pretrained") if is_own else None
-
-    @property
-    def save_directory(self) -> Path:
-        """Directory of the run.
-
-        ====================================== =================================================
-        typed                                  directory
-        ====================================== =================================================
-        ``--save DIR``                         DIR
-        a preset, or no ``--pretrained``       save/PRESET/STAGE
-        weights of a library                   save/ARCH/STAGE
-        ``--pretrained`` run, stage 1          RUN_2
-        ``--pretrained`` run, stage 2          IMTA beside the run
-        ``--pretrained`` file or name, stage 1 save/NAME/GE
-        ``--pretrained`` file or name, stage 2 save/demo/IMTA
-        ====================================== =================================================
-
-        The preset of a data set counts as typed, but for stage 2 on a network that --pretrained names.
-        """
-        pretrained = self.typed.get("pretrained")
-        if "save" in self.typed:
-            return self.typed["save"]
-        implied = {} if self.stage == "IMTA" and pretrained is not None else self.implied
-        preset = self.typed.get("preset", implied.get("preset"))
-        if preset is not None or pretrained is None:
-            return Path("save") / (preset or DEFAULTS["preset"]) / self.stage
-        if self.pretrained_run is None:
-            return Path("save") / _arch(self.typed).split("/")[-1] / self.stage
-        if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
-            run = pretrained if pretrained.is_dir() else pretrained.parent
-            return run.with_name(f"{run.name}_2" if self.stage == "GE" else self.stage)
-        name = DEFAULTS["preset"] if self.stage == "IMTA" else pretrained.name.split(".")[0]
-        return Path("save") / name / self.stage
-
-    def _check_images_are_there(self, record: dict[str, Any]) -> None:
-        if record.get("data", "demo") == "demo" or "data_root" in self.typed:
-            return
-        root = record.get("data_root")
-        if root is None or not is_folder(root):
-            were = f"are those of {record['data']}" if root is None else f"were in {root}"
-            raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
-
-    def _check_split(self, record: dict[str, Any]) -> None:
-        for name in ("val_size", "test_size", "split_seed"):
-            before = record.get(name)
-            if name in record and self.typed.get(name, before) != before:
-                given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
-                raise UserError(
-                    f"the checkpoint's images were held out {given}, "
-                    f"not with {self.typed[name]}; the split cannot change"
-                )
-
-    def _base_settings(self, given: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings below the flags of a new run: those of the preset, and of stage 1's record."""
-        trained_with = inherited.get("preset")
-        preset = given.get("preset", trained_with or DEFAULTS["preset"])
-        if trained_with not in (None, preset):
-            raise UserError(
-                f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
-            )
-        values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage]}
-        if given.get("released"):
-            values |= RELEASED_CHOICES
-        if given.get("optimizer") == "adamw":
-            values["lr"] = ADAMW_LR
-        if given.get("data") == "folder":  # a preset does not know its number of images
-            values["val_size"] = None
-        names = ("arch", *option_names(_arch(inherited)), *INHERITED)
-        return values | {name: inherited[name] for name in names if name in inherited}
-
-
-def parse(stage: str, argv: list[str] | None = None) -> CommandLine:
-    """Parse the command line of a stage.
-
-    Args:
-        stage: ``GE`` or ``IMTA``.
-        argv: The words after the program's name; None reads ``sys.argv``.
-
-    Raises:
-        SystemExit: With status 2 and one line, for a flag or value that is not allowed; with status 0 after
-            --help.
-    """
-    parser = build_parser(stage)
-    typed = vars(parser.parse_args(argv))
-    if conflict := _find_conflict(typed):
-        parser.error(conflict)
-    return CommandLine(stage, typed, sys.argv[1:] if argv is None else argv)
 
 
 def option_names(arch: str) -> tuple[str, ...]:
@@ -416,95 +205,10 @@ def all_option_names() -> set[str]:
     return {*LIBRARY_OPTIONS}.union(*map(option_names, OWN_NETWORKS))
 
 
-def _arch(settings: dict[str, Any]) -> str:
-    return settings.get("arch", DEFAULTS["arch"])
-
-
-def _implied(typed: dict[str, Any]) -> dict[str, Any]:
-    """Return the data set and the preset that follow from --data-root and --data."""
-    implied = {}
-    if "data_root" in typed and not {"data", "preset"} & typed.keys():
-        implied["data"] = "folder"
-    data = typed.get("data", implied.get("data"))
-    if "preset" not in typed and data in PRESETS:
-        implied["preset"] = "finetune" if "pretrained" in typed and data == "folder" else data
-    return implied
-
-
-def _is_same_origin(recorded: str | Path | None, typed: Path) -> bool:
-    """Return True if --pretrained names the recorded file, its run, or its name in ``weights/``."""
-    if recorded is None:
-        return False
-    path = Path(recorded).resolve()
-    return str(typed) == Path(recorded).stem or typed.resolve() in (path, *path.parents)
-
-
-def _complete(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with those that depend on others, without options of other kinds of networks."""
-    values = dict(values)
-    values["data_root"] = Path(values["data_root"])
-    # The weights of other networks say which size they expect of images that can have any.
-    size = IMAGE_SIZES[values["data"]]
-    if values["image_size"] is None and (values["arch"] in OWN_NETWORKS or size <= SMALL_IMAGE_SIZE):
-        values["image_size"] = size
-    if values["small_inputs"] is None and values["image_size"] is not None:
-        values["small_inputs"] = values["image_size"] <= SMALL_IMAGE_SIZE
-    if values["lr_milestones"] is None:
-        values["lr_milestones"] = (values["epochs"] * 0.5, values["epochs"] * 0.75)
-    if values["pretrained"] is None:
-        values["pretrained_lr_factor"] = 1.0
-    others = all_option_names() - {*option_names(values["arch"])}
-    return {name: value for name, value in values.items() if name not in others}
-
-
-def _find_conflict(typed: dict[str, Any]) -> str | None:
-    for first, second in _MUTUALLY_EXCLUSIVE:
-        if first in typed and second in typed:
-            return f"{flag_of(first)} and {flag_of(second)} do not go together"
-    if typed.get("nesterov") and typed.get("momentum") == 0:
-        return "--nesterov needs a --momentum above 0"
-    if typed.get("compile", "auto") not in ("auto", "off") and typed.get("checkpoint_activations"):
-        return "--compile and --checkpoint-activations do not go together"
-    if "evaluate_from" in typed and "evalmode" not in typed:
-        return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
-    return None
-
-
-def _unused_flag(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """Return a line about the first flag that would change nothing, None if there is none."""
-    if conflict := _arch_conflict(typed, settings["arch"]):
-        return conflict
-    for name, (other, value) in _REQUIRED.items():
-        if name in typed and settings[other] != value:
-            return f"{flag_of(name)} belongs to {flag_of(other)}{'' if value is True else f' {value}'}"
-    if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
-        return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
-    return None
-
-
-def _arch_conflict(typed: dict[str, Any], arch: str) -> str | None:
-    """Return a line about the first option of other kinds of networks, None if there is none."""
-    wrong = sorted(all_option_names() & typed.keys() - {*option_names(arch)})
-    if not wrong:
-        return None
-    owners = [f"--arch {own}" for own in OWN_NETWORKS if wrong[0] in option_names(own)]
-    if wrong[0] in LIBRARY_OPTIONS:
-        owners.append("networks of torchvision and timm (--arch NAME)")
-    return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"
-
-
-def from_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a record in types and values of today's flags; files hold lists for tuples."""
-    settings = {name: value for name, value in record.items() if name in DEFAULTS}
-    return {
-        name: tuple(value) if isinstance(value, list) else current_value(name, value)
-        for name, value in settings.items()
-    }
-
-
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
-    return {**build_parser("GE").flags(), **build_parser("IMTA").flags()}[name]
+    parsers = [build_parser(stage) for stage in STAGES]
+    return next(parser.flags()[name] for parser in parsers if name in parser.flags())
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -528,11 +232,12 @@ _BY_PRESET = {name for preset in PRESETS.values() for part in preset.values() fo
 
 
 def build_parser(stage: str) -> CommandLineParser:
-    """Return the parser of ``stage`` ("GE" or "IMTA"); it leaves out what was not typed."""
+    """Return the parser of a stage, a key of ``STAGES``; it leaves out what was not typed."""
+    own = STAGES[stage]
     parser = CommandLineParser(
-        prog=f"train_{stage}.py",
+        prog=own.program,
         usage="%(prog)s [flags]",
-        description=f"{_PURPOSE[stage]}\n\n{_EXAMPLES.format(stage=stage)}",
+        description=f"{own.purpose}\n\n{_EXAMPLES.format(stage=stage)}",
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -544,12 +249,14 @@ def build_parser(stage: str) -> CommandLineParser:
         "network": _add_network,
         "optimisation": _add_optimisation,
         "speed and memory": _add_speed,
+        own.title: own.add_flags,
     }
-    own, elsewhere = _STAGE_FLAGS[stage], _STAGE_FLAGS["IMTA" if stage == "GE" else "GE"]
-    groups[own.title] = own.add_flags
     for title, add_flags in groups.items():
         add_flags(parser.add_argument_group(title).add_argument)
-    parser.flags_elsewhere = dict.fromkeys(elsewhere.spellings(), elsewhere.program)
+    parser.flags_elsewhere = {}
+    for other in STAGES.values():
+        if other is not own:
+            parser.flags_elsewhere |= dict.fromkeys(other.spellings(), other.program)
     return parser
 
 
@@ -701,8 +408,8 @@ def _add_data(add: Callable) -> None:
         "-j",
         type=at_least(0, MAX_WORKERS),
         metavar="N",
-        help="threads that decode images of more than 64 pixels; 0: none beside the training "
-        f"(default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
+        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: none beside the "
+        f"training (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
     )
     add(
         "--skip-unreadable",
@@ -944,20 +651,52 @@ def _add_speed(add: Callable) -> None:
     )
 
 
-class _StageFlags(NamedTuple):
-    """Flags that one stage has and the other has not."""
+class StageFlags(NamedTuple):
+    """The command line of a stage, where it differs from that of the other.
 
-    program: str
+    Attributes:
+        name: ``GE`` or ``IMTA``: the word for the stage in its program, its directories and its files.
+        purpose: What the program does.
+        title: Title of the flags of its own.
+        add_flags: Adds these.
+        previous: Name of the stage whose network --pretrained names; None: it names weights for a network of
+            this stage.
+        inherits_data: Whether preset and data are those of the network it starts from; else they are only
+            where neither was typed.
+    """
+
+    name: str
+    purpose: str
     title: str
     add_flags: Callable[[Callable], None]
+    previous: str | None = None
+    inherits_data: bool = False
+
+    @property
+    def program(self) -> str:
+        """File of the program."""
+        return f"train_{self.name}.py"
 
     def spellings(self) -> list[str]:
+        """Return all spellings of the flags of its own."""
         parser = CommandLineParser(add_help=False)
         self.add_flags(parser.add_argument)
         return parser.spellings()
 
 
-_STAGE_FLAGS = {
-    "GE": _StageFlags("train_GE.py", "pretrained weights", _add_stage_1),
-    "IMTA": _StageFlags("train_IMTA.py", "collaboration and distillation", _add_stage_2),
+STAGES = {
+    "GE": StageFlags(
+        "GE",
+        "Stage 1: train an MSDNet, or the network of --arch, by default with Gradient Equilibrium.",
+        "pretrained weights",
+        _add_stage_1,
+    ),
+    "IMTA": StageFlags(
+        "IMTA",
+        "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
+        "collaboration and distillation",
+        _add_stage_2,
+        previous="GE",
+        inherits_data=True,
+    ),
 }

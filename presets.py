@@ -6,6 +6,15 @@ Example:
 
 from typing import Any
 
+# --released: the choices of the released code where it differs from the paper, its bugs left out.
+RELEASED_CHOICES = {
+    "gradient_equilibrium_scales": "coarsest",
+    "initialization": "pytorch",  # also the default; here so that it stays if the default changes
+    "kl_reduction": "mean",
+    "backbone_bn": "moving",
+    "isc_gradient": "flow",
+}
+
 _DEMO = {"num_blocks": 4, "step_mode": "lin_grow", "num_channels": 4, "growth_rate": 4}
 _FOLDER = {"num_blocks": 4, "base": 2, "step": 2, "num_channels": 16, "growth_rate": 8}
 _CIFAR_5_EXITS = {

@@ -20,8 +20,8 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
-from args import parse
-from engine.checkpoint import SavedNetwork
+from command_line import parse
+from engine.checkpoint import LoadedNetwork
 from engine.networks import new_network, stage_1_network_from
 from engine.run import end_program, run
 from engine.stage import Stage
@@ -47,10 +47,9 @@ class Stage1(Stage):
     """The training of a whole network, from scratch or from the weights of another."""
 
     name = "GE"
-    may_change_data = True
     next_command = "train_IMTA.py --pretrained"
 
-    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: LoadedNetwork | None) -> ExitNetwork:
         """Build the network that the flags describe, or that of ``origin`` with its weights.
 
         Weights of classifiers are taken over only where the classes are the same.

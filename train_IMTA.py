@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold
-from args import CommandLine, parse
-from engine.checkpoint import SavedNetwork, load_saved
+from command_line import CommandLine, parse
+from engine.checkpoint import LoadedNetwork, load_saved
 from engine.networks import new_network
 from engine.record import RunDirectory
 from engine.run import end_program, run
@@ -77,8 +77,8 @@ class Stage2(Stage):
     )
     next_command = "predict.py photo.jpg --model"
 
-    def find_origin(self, command: CommandLine) -> SavedNetwork | None:
-        """Load the network that --pretrained names, or that of the run in the directory GE beside this one's.
+    def find_origin(self, command: CommandLine) -> LoadedNetwork | None:
+        """Load the network that --pretrained names, or that of the run of stage 1 beside this one.
 
         Raises:
             UserError, OSError: It is not there, cannot be read, or is a stage-2 network.
@@ -88,10 +88,10 @@ class Stage2(Stage):
         origin = load_saved(command.pretrained_run or _stage_1_beside(command))
         if isinstance(origin.network, IMTA):
             raise UserError(f"{origin.path} is a stage-2 checkpoint; --pretrained needs one of stage 1")
-        origin.refuse_other_network(command.typed)
+        command.refuse_other_network(origin.path, origin.network)
         return origin
 
-    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> IMTA:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: LoadedNetwork | None) -> IMTA:
         """Build new classifiers on the stage-1 network, or, in the single-stage variant, on a new one."""
         if origin and origin.network.num_classes != len(data.class_names):
             raise UserError(
@@ -142,7 +142,7 @@ def _stage_1_beside(command: CommandLine) -> Path:
     Raises:
         UserError: There is none.
     """
-    path = RunDirectory(command.save_directory.parent / "GE").best
+    path = RunDirectory(command.save_directory.parent / command.stage.previous).best
     if not path.exists():
         raise UserError(
             f"there is no stage-1 checkpoint {path}: "

@@ -38,8 +38,8 @@ from torchvision.datasets import CIFAR100, cifar
 
 import train_GE
 import train_IMTA
-from args import parse
 from benchmarks.plain_loop import PlainLoop, plain_dataset
+from command_line import parse
 from dataloader import load_data
 from engine.auto import resolve_auto
 from engine.runtime.device import prepare_network_and_device, seed_everything, set_tf32

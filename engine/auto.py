@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import torch
 
+from combinations import conflict_of_compiling
 from engine.runtime.distributed import Processes
 from engine.runtime.precision import AMP_DTYPES, amp_of, fastest_dtype
 
@@ -23,7 +24,7 @@ def resolve_auto(
     All processes decide together about --amp: they may run on unlike machines, or measure differently.
 
     Args:
-        settings: The settings of ``args``.
+        settings: The settings of the run.
         processes: The processes that share the run.
         operations_per_process: Forward operations per epoch and process.
         share_faster_on_cpu: The share of them that compiling makes faster on a CPU.
@@ -35,13 +36,24 @@ def resolve_auto(
         amp = choices[processes.all_reduce_max(choices.index(own))]
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()
-        possible = not settings.checkpoint_activations and (settings.gpu is None or len(settings.gpu) < 2)
         # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
         share = 1.0 if on_gpu else share_faster_on_cpu
         is_long = settings.epochs * operations_per_process * share > COMPILING_PAYS
-        fitting = "reduce-overhead" if on_gpu and settings.accumulate == 1 else "default"
-        compile_mode = fitting if possible and is_long else "off"
+        modes = ["reduce-overhead"] * on_gpu + ["default"] if is_long else []
+        compile_mode = next((mode for mode in modes if _is_possible(mode, settings, processes)), "off")
     return with_values(settings, amp=amp, compile=compile_mode)
+
+
+def _is_possible(mode: str, settings: Namespace, processes: Processes) -> bool:
+    """Return True if a mode of --compile goes together with the other settings."""
+    conflict = conflict_of_compiling(
+        mode,
+        settings.checkpoint_activations,
+        settings.accumulate,
+        num_gpus=len(processes.gpu_ids),
+        share=settings.batch_size // processes.world_size,
+    )
+    return conflict is None
 
 
 def with_values(settings: Namespace, **values: object) -> Namespace:

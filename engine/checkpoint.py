@@ -14,32 +14,24 @@ from typing import Any
 
 import torch
 
-from args import OWN_NETWORKS, all_option_names, flag_of, from_record, option_names
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
 from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
-from models.third_party import TIMM_PREFIX
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
 
 
 @dataclass(frozen=True)
-class SavedNetwork:
+class LoadedNetwork:
     """A network from a file, in evaluation mode, with its description and held-out split."""
 
     path: Path
     network: ExitNetwork
     description: Description
     split: Split
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Record of the run that wrote it; the network itself says which network and image size it is."""
-        recipe = {**self.description.recipe, **settings_of_network(self.network)}
-        return from_record({**recipe, "image_size": self.data.image_size})
 
     @property
     def data(self) -> DataInfo:
@@ -51,35 +43,8 @@ class SavedNetwork:
         """The split, None where the training images are unknown."""
         return self.split if self.data.knows_training_images else None
 
-    def refuse_other_network(self, typed: dict[str, Any]) -> None:
-        """Check that flags of the network, as far as any were typed, describe this one.
 
-        Raises:
-            UserError: A flag asks for another network; the line names the first one.
-        """
-        own = settings_of_network(self.network)
-        for name in sorted(typed.keys() & {"arch", *all_option_names()}):
-            value = typed[name]
-            if name not in own:
-                raise UserError(f"{self.path} has no {flag_of(name)}: it is {self.network.stage_1.kind}")
-            is_number_of_exits = name == "exits" and value == self.network.num_exits
-            if not is_number_of_exits and own[name] != (list(value) if isinstance(value, tuple) else value):
-                raise UserError(f"{self.path} has {flag_of(name)} {own[name]}, the command line says {value}")
-        if "pretrained_lr_factor" in typed and not any(True for _ in self.network.pretrained_parameters()):
-            raise UserError(f"{self.path} has no pretrained parameters for --pretrained-lr-factor")
-
-
-def settings_of_network(network: ExitNetwork) -> dict[str, Any]:
-    """Return --arch and the options of the network that stage 1 trained, as far as ``args`` knows them."""
-    stage_1 = network.stage_1
-    archs = [arch for arch, own in OWN_NETWORKS.items() if own.kind == stage_1.kind]
-    prefix = TIMM_PREFIX if stage_1.config.get("library") == "timm" else ""
-    arch = archs[0] if archs else prefix + stage_1.config.get("name", stage_1.kind)
-    options = {name: stage_1.config[name] for name in option_names(arch) if name in stage_1.config}
-    return {"arch": arch, **options}
-
-
-def load_saved(path: Path) -> SavedNetwork:
+def load_saved(path: Path) -> LoadedNetwork:
     """Load the network of a run's directory, of a file or of a name in ``weights/``.
 
     Args:
@@ -93,7 +58,7 @@ def load_saved(path: Path) -> SavedNetwork:
         network, description, split = read_network(path)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    return SavedNetwork(path, network, description, split)
+    return LoadedNetwork(path, network, description, split)
 
 
 def save_network(

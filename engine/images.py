@@ -3,14 +3,14 @@
 import torch
 
 from dataloader import Data, load_data
-from engine.checkpoint import SavedNetwork
+from engine.checkpoint import LoadedNetwork
 from engine.record import Session
 from engine.runtime.log import Log
 from models.description import DataInfo, ImageSpec, Split
 
 
 def images_to_start(
-    session: Session, origin: SavedNetwork | None, image_spec: ImageSpec | None, may_change: bool
+    session: Session, origin: LoadedNetwork | None, image_spec: ImageSpec | None, may_change: bool
 ) -> Data:
     """Read the images of a new run. Images held out from the network to start from stay held out.
 
@@ -48,7 +48,7 @@ def read_images(
     return load_data(settings, processes.device, processes.shard, stored, split, image_spec)
 
 
-def say_class_order(saved: SavedNetwork, data: Data, log: Log) -> None:
+def say_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:
     """Say in which order the classes are if their names differ from the network's file."""
     if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])

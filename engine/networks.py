@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from args import OWN_NETWORKS, option_names
-from engine.checkpoint import SavedNetwork
+from engine.checkpoint import LoadedNetwork
 from image_data.defaults import default_crop_share
 from models import ExitNetwork, build_backbone
 from models.description import DataInfo, ImageSpec
@@ -37,7 +37,7 @@ def new_network(settings: Namespace, data: DataInfo) -> ExitNetwork:
         raise UserError(f"impossible network: {error}") from None
 
 
-def expected_images(settings: Namespace, origin: SavedNetwork | None) -> ImageSpec | None:
+def expected_images(settings: Namespace, origin: LoadedNetwork | None) -> ImageSpec | None:
     """Return the images that the network to train expects: ``origin``, or a new one of --arch.
 
     Returns:
@@ -60,7 +60,7 @@ def expected_images(settings: Namespace, origin: SavedNetwork | None) -> ImageSp
     return spec._replace(crop_share=default_crop_share(settings.image_size))
 
 
-def stage_1_network_from(origin: SavedNetwork, data: DataInfo) -> ExitNetwork:
+def stage_1_network_from(origin: LoadedNetwork, data: DataInfo) -> ExitNetwork:
     """Build the stage-1 network of ``origin`` with its weights, for the classes of a data set.
 
     Weights of classifiers are taken over only where the classes are the same.

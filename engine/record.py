@@ -130,7 +130,7 @@ class Session:
 
     Attributes:
         directory: The directory of the run.
-        settings: The settings of ``args``, all resolved.
+        settings: The settings of the run, all resolved.
         processes: The processes that share it.
         log: Log of the run.
         requests: Requests that signals made.

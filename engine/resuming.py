@@ -6,9 +6,8 @@ Example:
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from args import CommandLine, from_record
 from engine.checkpoint import load_checkpoint, load_saved, report_damage
 from engine.record import RunDirectory
 from engine.runtime.distributed import launch_of_environment
@@ -17,8 +16,13 @@ from models import ExitNetwork
 from models.saved import build_with_weights
 from utils import UserError
 
+if TYPE_CHECKING:
+    from command_line import CommandLine
 
-def checkpoint_to_resume(command: CommandLine, stage: str, directory: RunDirectory) -> dict[str, Any] | None:
+
+def checkpoint_to_resume(
+    command: "CommandLine", stage: str, directory: RunDirectory
+) -> dict[str, Any] | None:
     """Load the checkpoint to resume from, None to start.
 
     Raises:
@@ -45,8 +49,8 @@ def checkpoint_to_resume(command: CommandLine, stage: str, directory: RunDirecto
         raise UserError(
             f"{directory.last} was written by train_{description.stage}.py; resume with that program"
         )
-    stored = from_record(description.recipe)
-    command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or description.origin})
+    record = description.recipe
+    command.refuse_changes({**record, "pretrained": record.get("pretrained") or description.origin})
     return checkpoint
 
 

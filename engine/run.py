@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from adaptive_inference import read_policy
-from args import CommandLine, from_record
+from args import STAGES
+from combinations import conflict_on_machine
+from command_line import CommandLine, from_record, record_of
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
-from engine.checkpoint import SavedNetwork, load_saved
+from engine.checkpoint import LoadedNetwork, load_saved
 from engine.evaluate import Evaluation
 from engine.images import images_to_start, read_images, say_class_order
 from engine.networks import expected_images
@@ -35,7 +38,6 @@ from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.stage import Stage
-from engine.stepper import refuse_combinations
 from engine.trainer import train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
@@ -87,7 +89,7 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
         origin = None if checkpoint else stage.find_origin(command)
         settings = command.settings(
             stored=from_record(checkpoint["description"].recipe) if checkpoint else None,
-            inherited=origin.settings if origin else None,
+            inherited=record_of(origin.network) if origin else None,
         )
         with (
             training_processes(settings.batch_size, settings.gpu) as processes,
@@ -102,7 +104,7 @@ def _train_in_process(
     stage: Stage,
     session: Session,
     checkpoint: dict[str, Any] | None,
-    origin: SavedNetwork | None,
+    origin: LoadedNetwork | None,
 ) -> None:
     """Load, train and evaluate in one of the processes that share the run.
 
@@ -145,10 +147,11 @@ def _train_in_process(
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
 
 
-def _start(stage: Stage, session: Session, origin: SavedNetwork | None) -> tuple[Data, ExitNetwork]:
+def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:
     """Read the images of a new run, and build its network."""
     settings = session.settings
-    data = images_to_start(session, origin, expected_images(settings, origin), stage.may_change_data)
+    may_change_data = not STAGES[stage.name].inherits_data
+    data = images_to_start(session, origin, expected_images(settings, origin), may_change_data)
     seed_everything(settings.seed, settings.deterministic)
     return data, stage.make_network(settings, data.info, origin)
 
@@ -180,7 +183,11 @@ def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operatio
         operations_per_process=operations_per_epoch // processes.world_size,
         share_faster_on_cpu=stage.compile_speedup_share(asked),
     )
-    refuse_combinations(network, settings, processes)
+    has_batch_norm_1d = any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules())
+    if conflict := conflict_on_machine(
+        settings, processes.world_size, len(processes.gpu_ids), has_batch_norm_1d
+    ):
+        raise UserError(conflict)
     is_required = asked.compile != "auto"
     mode = usable_mode(settings.compile, is_required, processes, session.log.line)
     settings = with_values(settings, compile=mode)
@@ -215,8 +222,8 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         raise UserError(f"{source} does not belong to a run of this project; pass --save DIR for its tables")
     if directory.holds_run() and saved.path.resolve() != directory.best.resolve():
         raise UserError(f"{directory.path} holds another run than {source}; pass --save DIR for its tables")
-    saved.refuse_other_network(command.typed)
-    stored = saved.settings
+    command.refuse_other_network(saved.path, saved.network)
+    stored = record_of(saved.network)
     command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or saved.description.origin})
     # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
     # dtype of the policy file.
@@ -263,7 +270,7 @@ def _describe(
     data: DataInfo,
     network: ExitNetwork,
     operations: list[int],
-    origin: SavedNetwork | None,
+    origin: LoadedNetwork | None,
 ) -> Description:
     settings = session.settings
     return Description(

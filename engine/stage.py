@@ -9,33 +9,34 @@ To add a loss, write a function in ``models.losses`` that returns one value per 
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from args import CommandLine
-from engine.checkpoint import SavedNetwork, load_saved
+from engine.checkpoint import LoadedNetwork, load_saved
 from models import Description, ExitNetwork
 from models.description import DataInfo
+
+if TYPE_CHECKING:
+    from command_line import CommandLine
 
 
 class Stage(ABC):
     """A kind of training: initial network, trained parameters and loss.
 
     Attributes:
-        name: Name of the stage in ``args`` and in directories.
-        may_change_data: Whether it may train on other data than the network it starts from.
+        name: Name of the stage in ``args.STAGES``, which has its flags.
         origin_title: Title of the curves of the network it starts from, None not to draw them.
         frozen_changed: Message of the error if something changed that must not.
         next_command: Command that uses the finished run; the run's directory is appended.
     """
 
     name: str
-    may_change_data = False
     origin_title: str | None = None
     frozen_changed = "weights that were frozen changed during the training"
     next_command: str
 
-    def find_origin(self, command: CommandLine) -> SavedNetwork | None:
+    def find_origin(self, command: "CommandLine") -> LoadedNetwork | None:
         """Load the network to start from, None to start from scratch.
 
         Raises:
@@ -44,11 +45,11 @@ class Stage(ABC):
         if command.pretrained_run is None:
             return None
         origin = load_saved(command.pretrained_run)
-        origin.refuse_other_network(command.typed)
+        command.refuse_other_network(origin.path, origin.network)
         return origin
 
     @abstractmethod
-    def make_network(self, settings: Namespace, data: DataInfo, origin: SavedNetwork | None) -> ExitNetwork:
+    def make_network(self, settings: Namespace, data: DataInfo, origin: LoadedNetwork | None) -> ExitNetwork:
         """Build the network to train."""
 
     @abstractmethod

@@ -24,7 +24,6 @@ from engine.runtime.device import keep_freed_memory
 from engine.runtime.distributed import Processes
 from engine.runtime.precision import amp_dtype
 from models.module_state import frozen_statistics
-from utils import UserError
 
 
 def make_optimizer(objective: nn.Module, settings: Namespace) -> torch.optim.Optimizer:
@@ -67,8 +66,8 @@ class Stepper:
 
     Args:
         objective: The objective, on its device.
-        settings: Settings of ``make_optimizer``, and clip_grad, amp, accumulate, compile and sync_bn,
-            in a combination that ``refuse_combinations`` accepts.
+        settings: Settings of ``make_optimizer``, and clip_grad, amp, accumulate, compile and sync_bn, that
+            ``combinations.conflict_on_machine`` accepts.
         processes: This process and the others.
     """
 
@@ -205,37 +204,6 @@ class _Autocast(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return self.objective(images, targets)
-
-
-def refuse_combinations(network: nn.Module, settings: Namespace, processes: Processes) -> None:
-    """Raise a ``UserError`` if settings cannot be combined."""
-    if settings.sync_bn and processes.world_size > 1 and processes.device.type == "cpu":
-        raise UserError("--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch")
-    several_gpus, share = len(processes.gpu_ids) > 1, settings.batch_size // processes.world_size
-    if several_gpus and (settings.sync_bn or settings.compile != "off"):
-        flag = "--sync-bn" if settings.sync_bn else "--compile"
-        raise UserError(f"{flag} needs one process per GPU: start with torchrun instead of --gpu")
-    if settings.compile not in ("off", "default") and settings.accumulate > 1:
-        raise UserError(
-            f"--compile {settings.compile} keeps gradients in the memory of its graphs, which --accumulate "
-            "needs; use --compile default"
-        )
-    if settings.compile != "off" and share % settings.accumulate:
-        raise UserError(
-            f"--compile makes code for parts of one size; --accumulate {settings.accumulate} does not divide "
-            f"{share} images"
-        )
-    if settings.accumulate > share:
-        raise UserError(f"--accumulate {settings.accumulate}: a process has only {share} images per step")
-    # ``Stepper.step`` splits a batch this way, and DataParallel splits its parts.
-    parts = torch.empty(share).tensor_split(settings.accumulate)
-    chunks = [chunk for part in parts for chunk in part.chunk(max(len(processes.gpu_ids), 1))]
-    smallest = min(map(len, chunks))
-    if smallest < 2 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
-        raise UserError(
-            "BatchNorm1d needs at least 2 images per process, and per GPU and part of --accumulate; "
-            f"--batch-size {settings.batch_size} gives {smallest}"
-        )
 
 
 def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:

@@ -45,7 +45,7 @@ from adaptive_inference.promises.risk import (
     learning_images,
     p_value,
 )
-from args import parse
+from command_line import parse, record_of
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
@@ -265,7 +265,7 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     flags = ["--data-root", str(data_root)] if data_root else []
     # --save says that the data are those of the record.
     words = ["--evalmode", "dynamic", "--save", str(saved.path.parent), *flags]
-    settings = parse("GE", words).settings(stored=saved.settings)
+    settings = parse("GE", words).settings(stored=record_of(saved.network))
     data = load_data(settings, ALONE.device, None, saved.data, saved.split)
     folded = fold(saved.network)
     (val_logits, val_targets), (logits, targets) = (

@@ -20,7 +20,7 @@ from string import Template
 import train_GE
 import train_IMTA
 from args import RESUMABLE
-from engine.checkpoint import SavedNetwork, load_saved, save_network
+from engine.checkpoint import LoadedNetwork, load_saved, save_network
 from engine.record import RunDirectory
 from engine.report import best_within, millions, read_csv
 from experiments.corruptions import accuracy_table
@@ -100,7 +100,7 @@ class Evaluator:
         return RunDirectory(folder)
 
 
-def ship(saved: SavedNetwork, output: Path, bfloat16: bool = False, data_root: Path | None = None) -> None:
+def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: Path | None = None) -> None:
     """Write the file, its policies and the folder's card.
 
     Args:

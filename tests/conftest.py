@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from adaptive_inference.policies import Point, Policy
-from args import parse
+from command_line import parse
 from image_data import synthetic
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo

@@ -11,7 +11,7 @@ import torchvision
 import predict
 import train_GE
 import train_IMTA
-from args import parse
+from command_line import parse
 from engine.checkpoint import load_checkpoint
 from experiments import backbones, small_data
 from models import IMTA, load

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from args import parse
+from command_line import parse
 from dataloader import load_data
 from image_data import archives
 from image_data.folders import find_images

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import train_IMTA
-from args import parse
-from engine.checkpoint import SavedNetwork
+from command_line import parse
+from engine.checkpoint import LoadedNetwork
 from models import (
     IMTA,
     MSDNet,
@@ -120,7 +120,7 @@ def test_stage_2_training_with_the_flag_released(run):
         "cifar100", [str(i) for i in range(100)], 32, 1.0, "bilinear", [0.5] * 3, [0.5] * 3, 1, ""
     )
     network = train_IMTA.Stage2().make_network(
-        settings, data, SavedNetwork(FIXTURES, released.backbone, None, None)
+        settings, data, LoadedNetwork(FIXTURES, released.backbone, None, None)
     )
     network.load_state_dict(released.state_dict())
     objective = train_IMTA.Distillation(network.double(), settings).train()

@@ -6,7 +6,7 @@ import torch
 import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
-from args import parse
+from command_line import parse
 from dataloader import load_data
 from engine import convert
 from engine.report import read_csv

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
 from adaptive_inference import AdaptivePredictor
-from args import parse
+from command_line import parse
 from engine.runtime import distributed
 from engine.runtime.distributed import Processes, process_group
 from engine.stepper import Stepper

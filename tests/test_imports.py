@@ -16,7 +16,12 @@ ALLOWED = {
     PROMISES: ("adaptive_inference", "models", "utils"),
     "presets": (),
     "args": ("adaptive_inference.confidence", "image_data.defaults", "models", "presets", "utils"),
-    "engine": (PROMISES, "adaptive_inference", "args", "dataloader", "image_data", "models", "utils"),
+    "combinations": ("args",),
+    "command_line": ("args", "combinations", "models", "presets", "utils"),
+    "engine": (
+        *(PROMISES, "adaptive_inference", "args", "combinations", "command_line", "dataloader"),
+        *("image_data", "models", "utils"),
+    ),
     "onnx_predictor": (),
     "hubconf": ("models",),
 }

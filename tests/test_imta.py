@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from args import parse
+from command_line import parse
 from models import IMTA, MSDNet
 from models.network import build_network, to_config
 from tests.conftest import TINY_NETWORK

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import train_GE
-from args import parse
+from command_line import parse
 from engine.auto import resolve_auto
 from engine.record import RunDirectory
 from engine.runtime import precision
@@ -80,6 +80,7 @@ def test_long_trainings_compile_their_steps(monkeypatch):
     assert compiled([], 5_500 * 16e6) == "off"
     assert compiled(cifar, whole / 2) == "default"
     assert compiled([*cifar, "--checkpoint-activations"], whole) == "off"
+    assert compiled([*cifar, "--accumulate", "3"], whole) == "off"  # which does not divide 512
     assert compiled(["--compile", "default"], 1) == "default"
     assert compiled(cifar, whole / 2, Stage2()) == "off"  # frozen, it is no faster on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,7 +15,7 @@ import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
 from adaptive_inference.promises.drift import read_reference
-from args import parse
+from command_line import parse
 from engine.report import millions
 from experiments import arms, ship, tables
 from experiments.markdown import spread

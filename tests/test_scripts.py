@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from args import PRESETS
 from engine.report import read_csv
+from presets import PRESETS
 from tests.conftest import TINY_FLAGS
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from args import parse
+from command_line import parse
 from dataloader import load_data
 from image_data.split import choose_held_out, choose_test
 from tests.conftest import CPU, folder_settings

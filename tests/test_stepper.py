@@ -12,9 +12,9 @@ from torch import nn
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from args import parse
+from command_line import parse
 from engine.runtime.distributed import Processes
-from engine.stepper import Stepper, refuse_combinations, synchronise_batch_norm
+from engine.stepper import Stepper, synchronise_batch_norm
 from engine.trainer import Meters
 from models import IMTA, MSDNet
 from models.module_state import frozen_statistics
@@ -23,7 +23,6 @@ from tests import forkserver
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining
 from train_IMTA import Distillation
-from utils import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
@@ -99,25 +98,6 @@ def test_parts_of_a_batch_add_up(parts):
     chosen = settings("--accumulate", parts)
     assert_close(one_step(WithoutNormalisation(), chosen, observe=meters.update), whole, 1e-12)
     assert meters.totals[0] == 12
-
-
-@pytest.mark.parametrize(
-    ("stage", "flags", "gpus", "message"),
-    [
-        ("GE", ["--compile", "default"], (0, 1), "--compile needs one process per GPU"),
-        ("GE", ["--sync-bn"], (0, 1), "--sync-bn needs one process per GPU"),
-        ("GE", ["--compile", "reduce-overhead", "--accumulate", "2"], (), "--accumulate"),
-        ("GE", ["--compile", "default", "--accumulate", "5"], (), "does not divide 12 images"),
-        ("GE", ["--accumulate", "13"], (), "only 12 images"),
-        ("IMTA", ["--accumulate", "12"], (), "at least 2 images"),
-        ("IMTA", ["--batch-size", "13"], (0, 1, 2, 3), "at least 2 images"),  # 4, 4, 4 and 1
-        ("IMTA", ["--accumulate", "4"], (0, 1), "at least 2 images"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(stage, flags, gpus, message):
-    chosen = settings(*flags, stage=stage)
-    with pytest.raises(UserError, match=message):
-        refuse_combinations(make_objective(stage, chosen), chosen, Processes(0, 1, torch.device("cpu"), gpus))
 
 
 def test_statistics_are_frozen_and_come_back():

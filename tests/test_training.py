@@ -13,7 +13,7 @@ import dataloader
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
-from args import parse
+from command_line import parse, record_of
 from engine import trainer
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
@@ -401,7 +401,8 @@ def test_stage_1_starts_from_weights(runs, image_folder):
     )
     assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
     assert tuned.network.num_classes == 3
-    assert (tuned.description.data.image_size, tuned.settings["num_blocks"], tuned.settings["epochs"]) == (
+    record = record_of(tuned.network)
+    assert (tuned.description.data.image_size, record["num_blocks"], record["epochs"]) == (
         32,
         3,
         1,
@@ -429,7 +430,7 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     saved = load_saved(run / "best.safetensors")
     curve = read_policy(run / "policy.json", saved.network)
     data = dataloader.load_data(
-        parse("GE", TINY_FLAGS).settings(stored=saved.settings),
+        parse("GE", TINY_FLAGS).settings(stored=record_of(saved.network)),
         torch.device("cpu"),
         None,
         saved.data,

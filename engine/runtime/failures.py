@@ -1,6 +1,7 @@
 """Exit statuses and messages of runs that end early."""
 
-from args import CommandLine
+from typing import TYPE_CHECKING
+
 from engine.runtime.compiling import is_compiler_error, reason_of
 from engine.runtime.device import is_out_of_memory
 from engine.runtime.distributed import is_lost_peer
@@ -8,8 +9,11 @@ from engine.runtime.launch import WorkerFailed
 from engine.runtime.signals import Interrupted
 from utils import UserError, error_message
 
+if TYPE_CHECKING:
+    from command_line import CommandLine
 
-def status_and_line(error: Exception | Interrupted, command: CommandLine) -> tuple[int, str]:
+
+def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> tuple[int, str]:
     """Return the exit status of a run that ``error`` ended, and the line that says why.
 
     Returns:

@@ -1,0 +1,151 @@
+"""Flags and settings that do not go together. The functions return a line about it, None without conflict.
+
+A new rule goes into the first of these that knows what the rule needs:
+
+========================= ===================================================================
+``conflict_of_flags``     what was typed; the parser refuses it before anything else
+``conflict_of_settings``  all settings of a run
+``conflict_of_schedule``  the same, in new trainings alone, as older runs may break the rule
+``conflict_on_machine``   the processes and GPUs that share a training
+========================= ===================================================================
+
+``conflict_of_compiling`` is a part of the first and the last, and says which modes --compile auto may choose.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from args import LIBRARY_OPTIONS, OWN_NETWORKS, all_option_names, flag_of, option_names
+
+MUTUALLY_EXCLUSIVE = (
+    ("resume", "overwrite"),
+    ("single_stage", "pretrained"),
+    ("single_stage", "backbone_bn"),
+    ("evalmode", "resume"),
+    ("evalmode", "overwrite"),
+)
+# Flags that count only beside this value of another setting.
+REQUIRED: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("momentum", "nesterov"), ("optimizer", "sgd")),
+    **dict.fromkeys(("lr_milestones", "decay_rate"), ("lr_type", "multistep")),
+    **dict.fromkeys(("temperature", "gamma", "kl_reduction"), ("ofa", True)),
+    "isc_gradient": ("isc", True),
+    "gradient_equilibrium_scales": ("gradient_equilibrium", True),
+}
+
+
+def conflict_of_flags(typed: dict[str, Any]) -> str | None:
+    """Check the flags that were typed."""
+    for first, second in MUTUALLY_EXCLUSIVE:
+        if first in typed and second in typed:
+            return f"{flag_of(first)} and {flag_of(second)} do not go together"
+    if typed.get("nesterov") and typed.get("momentum") == 0:
+        return "--nesterov needs a --momentum above 0"
+    if "evaluate_from" in typed and "evalmode" not in typed:
+        return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
+    return conflict_of_compiling(
+        typed.get("compile", "auto"), typed.get("checkpoint_activations", False), typed.get("accumulate", 1)
+    )
+
+
+def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Check that no flag that was typed would change nothing beside the other settings."""
+    if conflict := conflict_with_arch(typed, settings["arch"]):
+        return conflict
+    for name, (other, value) in REQUIRED.items():
+        if name in typed and settings[other] != value:
+            return f"{flag_of(name)} belongs to {flag_of(other)}{'' if value is True else f' {value}'}"
+    if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
+        return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
+    return None
+
+
+def conflict_with_arch(typed: dict[str, Any], arch: str) -> str | None:
+    """Check that no option of other kinds of networks was typed."""
+    wrong = sorted(all_option_names() & typed.keys() - {*option_names(arch)})
+    if not wrong:
+        return None
+    owners = [f"--arch {own}" for own in OWN_NETWORKS if wrong[0] in option_names(own)]
+    if wrong[0] in LIBRARY_OPTIONS:
+        owners.append("networks of torchvision and timm (--arch NAME)")
+    return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"
+
+
+def conflict_of_schedule(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Check that the learning rate of a new training decays at every milestone."""
+    milestones, epochs = settings["lr_milestones"] or (), settings["epochs"]
+    if settings["lr_type"] != "multistep" or max(milestones, default=0) < epochs:
+        return None
+    numbers = ",".join(f"{milestone:g}" for milestone in milestones)
+    if "lr_milestones" in typed:
+        return f"--lr-milestones {numbers} must lie below --epochs {epochs}"
+    return (
+        f"--preset {settings['preset']} decays the learning rate at epochs {numbers}, which must lie below "
+        f"--epochs {epochs}; pass --lr-milestones too"
+    )
+
+
+def conflict_of_compiling(
+    mode: str, checkpoint_activations: bool, accumulate: int, num_gpus: int = 1, share: int = 0
+) -> str | None:
+    """Check what a mode of --compile goes together with.
+
+    Args:
+        mode: Value of --compile.
+        checkpoint_activations: Whether activations are computed again in the backward pass.
+        accumulate: Parts of a step.
+        num_gpus: GPUs of one process.
+        share: Images per step of one process; 0 if it is not known.
+    """
+    if mode in ("auto", "off"):
+        return None
+    if checkpoint_activations:
+        return "--compile and --checkpoint-activations do not go together"
+    if num_gpus > 1:
+        return "--compile needs one process per GPU: start with torchrun instead of --gpu"
+    if mode != "default" and accumulate > 1:
+        return (
+            f"--compile {mode} keeps gradients in the memory of its graphs, which --accumulate needs; "
+            "use --compile default"
+        )
+    if share % accumulate:
+        return (
+            f"--compile makes code for parts of one size; --accumulate {accumulate} does not divide "
+            f"{share} images"
+        )
+    return None
+
+
+def conflict_on_machine(
+    settings: Namespace, world_size: int, num_gpus: int, has_batch_norm_1d: bool
+) -> str | None:
+    """Check the settings of a training, without "auto", in the processes that share it.
+
+    Args:
+        settings: The settings.
+        world_size: Number of processes.
+        num_gpus: GPUs of each of them; 0 on CPUs.
+        has_batch_norm_1d: Whether the network normalises features over the images of a batch alone.
+    """
+    if settings.sync_bn and world_size > 1 and num_gpus == 0:
+        return "--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch"
+    if settings.sync_bn and num_gpus > 1:
+        return "--sync-bn needs one process per GPU: start with torchrun instead of --gpu"
+    share, count = settings.batch_size // world_size, settings.accumulate
+    compiling = (settings.compile, settings.checkpoint_activations, count, num_gpus, share)
+    if conflict := conflict_of_compiling(*compiling):
+        return conflict
+    if count > share:
+        return f"--accumulate {count}: a process has only {share} images per step"
+    # As ``Stepper.step`` cuts a batch, and DataParallel its parts.
+    parts = torch.empty(share).tensor_split(count)
+    chunks = [chunk for part in parts for chunk in part.chunk(max(num_gpus, 1))]
+    smallest = min(map(len, chunks))
+    if has_batch_norm_1d and smallest < 2:
+        return (
+            "BatchNorm1d needs at least 2 images per process, and per GPU and part of --accumulate; "
+            f"--batch-size {settings.batch_size} gives {smallest}"
+        )
+    return None

@@ -1,0 +1,336 @@
+"""From a command line to the settings of a run.
+
+Example:
+    command = parse("GE", ["--preset", "cifar100", "--lr", "0.2"])
+    command.typed                  # {"preset": "cifar100", "lr": 0.2}
+    settings = command.settings()  # every setting of the run
+
+*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* holds
+the settings of a run in the file of its network (``Description.recipe``; ``run.json`` repeats it for people).
+"""
+
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from args import (
+    ADAMW_LR,
+    DEFAULTS,
+    EVALUABLE,
+    INHERITED,
+    LAUNCH_ONLY,
+    OWN_NETWORKS,
+    RESUMABLE,
+    SETTINGS,
+    STAGES,
+    StageFlags,
+    all_option_names,
+    build_parser,
+    flag_of,
+    option_names,
+)
+from combinations import conflict_of_flags, conflict_of_schedule, conflict_of_settings, conflict_with_arch
+from models import ExitNetwork
+from models.options import current_value
+from models.third_party import TIMM_PREFIX
+from presets import PRESETS, RELEASED_CHOICES
+from utils import UserError, is_folder
+
+
+def parse(stage: str, argv: list[str] | None = None) -> "CommandLine":
+    """Parse the command line of a stage.
+
+    Args:
+        stage: ``GE`` or ``IMTA``, a key of ``args.STAGES``.
+        argv: The words after the program's name; None reads ``sys.argv``.
+
+    Raises:
+        SystemExit: With status 2 and one line, for a flag or value that is not allowed; with status 0 after
+            --help.
+    """
+    parser = build_parser(stage)
+    typed = vars(parser.parse_args(argv))
+    if conflict := conflict_of_flags(typed):
+        parser.error(conflict)
+    return CommandLine(STAGES[stage], typed, sys.argv[1:] if argv is None else argv)
+
+
+class CommandLine:
+    """A parsed command line.
+
+    Four sources have values of settings. The first one that has a value counts:
+
+    1. what was typed, and ``implied`` where no record says it;
+    2. the record of the run to resume or of the network to evaluate, or what a network to start from passes
+       on: its architecture and ``args.INHERITED``;
+    3. for a new run, its preset;
+    4. ``args.DEFAULTS``.
+
+    Attributes:
+        stage: The stage whose program it is of.
+        typed: Values of the flags that were typed.
+        implied: The data set of --data-root and the preset of a data set, where they follow from what was
+            typed.
+        argv: The words of the command line.
+    """
+
+    def __init__(self, stage: StageFlags, typed: dict[str, Any], argv: list[str]):
+        self.stage, self.typed, self.argv = stage, typed, argv
+        self.implied = _implied(typed)
+
+    def __str__(self) -> str:
+        return shlex.join(["python", self.stage.program, *self.argv])
+
+    def to_resume(self) -> str:
+        """Return the whole command that resumes this run."""
+        words = [word for word in self.argv if word not in ("--overwrite", "--resume")]
+        return shlex.join(["python", self.stage.program, *words, "--resume"])
+
+    def settings(
+        self, stored: dict[str, Any] | None = None, inherited: dict[str, Any] | None = None
+    ) -> Namespace:
+        """Return every setting of a run, from the sources that the class names.
+
+        Args:
+            stored: Record of the run to resume or of the network to evaluate.
+            inherited: Record of the network to start from. Where stage 1 takes other data, only the network's
+                options and the image size count.
+
+        Raises:
+            UserError: A flag that the network or the other settings have no use for, a preset that is not
+                stage 1's, a held-out split that is not the record's, or images that are gone.
+        """
+        is_new = stored is None
+        if is_new:
+            typed = self._typed_to_start(inherited)
+            record = self._passed_on(typed, inherited or {})
+        else:
+            typed = self._typed_beside_record()
+            record = {name: stored[name] for name in stored.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
+        self._check_images_are_there(record)
+        self._check_split(record)
+        preset = self._preset(typed, record) if is_new else {}
+        values = DEFAULTS | preset | record | typed
+        conflict = conflict_of_settings(self.typed, values)
+        if is_new:
+            conflict = conflict or conflict_of_schedule(self.typed, values)
+        if conflict:
+            raise UserError(conflict)
+        return Namespace(**_complete(values))
+
+    def _typed_beside_record(self) -> dict[str, Any]:
+        """Return what was typed but "auto", which beside a record stands for what the record says."""
+        return {name: value for name, value in self.typed.items() if value != "auto"}
+
+    def _typed_to_start(self, inherited: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what was typed for a new run, and what follows from it unless ``inherited`` says it."""
+        is_inherited = inherited is not None and self.stage.inherits_data
+        return self.typed if is_inherited else {**self.implied, **self.typed}
+
+    def _passed_on(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
+        """Return what a new run takes from the record of the network that it starts from."""
+        names = {"arch", *option_names(_arch(inherited))}
+        takes_other_data = not self.stage.inherits_data and ("preset" in typed or "data" in typed)
+        names |= {"image_size"} if takes_other_data else INHERITED
+        return {name: value for name, value in inherited.items() if name in names}
+
+    def _preset(self, typed: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a new run's preset, as --released, --optimizer and --data change it."""
+        trained_with = record.get("preset")
+        preset = typed.get("preset", trained_with or DEFAULTS["preset"])
+        if trained_with not in (None, preset):
+            raise UserError(
+                f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
+            )
+        values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage.name]}
+        if typed.get("released"):
+            values |= RELEASED_CHOICES
+        if typed.get("optimizer") == "adamw":
+            values["lr"] = ADAMW_LR
+        if typed.get("data") == "folder":  # a preset does not know its number of images
+            values["val_size"] = None
+        return values
+
+    def _check_images_are_there(self, record: dict[str, Any]) -> None:
+        if record.get("data", "demo") == "demo" or "data_root" in self.typed:
+            return
+        root = record.get("data_root")
+        if root is None or not is_folder(root):
+            were = f"are those of {record['data']}" if root is None else f"were in {root}"
+            raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
+
+    def _check_split(self, record: dict[str, Any]) -> None:
+        for name in ("val_size", "test_size", "split_seed"):
+            before = record.get(name)
+            if name in record and self.typed.get(name, before) != before:
+                given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
+                raise UserError(
+                    f"the checkpoint's images were held out {given}, "
+                    f"not with {self.typed[name]}; the split cannot change"
+                )
+
+    def refuse_changes(self, stored: dict[str, Any]) -> None:
+        """Check that nothing was typed that the run to resume, or the network to evaluate, cannot follow.
+
+        Args:
+            stored: Record of the run or network.
+
+        Raises:
+            UserError: The first flag that asks for something else.
+        """
+        stored = from_record(stored)
+        self._refuse_other_data(stored)
+        if conflict := conflict_with_arch(self.typed, _arch(stored)):
+            raise UserError(conflict)
+        if "evalmode" in self.typed:  # ``refuse_other_network`` compares the network's options
+            may_differ = {*EVALUABLE, *all_option_names()}
+            what, way = "network to evaluate", "--evalmode trains nothing"
+        else:
+            may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
+            if self.stage.previous is None:
+                way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
+        for name, value in self._typed_beside_record().items():
+            # A released network has no record. Its training command, with --evalmode added, evaluates it.
+            is_unknown = "evalmode" in self.typed and name not in stored
+            if name in may_differ or is_unknown:
+                continue
+            before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
+            if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
+                raise UserError(
+                    f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
+                )
+
+    def _refuse_other_data(self, stored: dict[str, Any]) -> None:
+        """Raise ``UserError`` if --data-root was typed for a run whose images lie in no folder."""
+        if stored.get("data") == "demo" and "data_root" in self.typed:
+            raise UserError(
+                f"the run in {self.save_directory} was trained on the demo's images, "
+                f"not on those in --data-root {self.typed['data_root']}; "
+                "--save names the run's directory"
+            )
+
+    def refuse_other_network(self, path: Path, network: ExitNetwork) -> None:
+        """Check that flags of the network, as far as any were typed, describe the one in a file.
+
+        Args:
+            path: The file, for the message.
+            network: The network in it.
+
+        Raises:
+            UserError: The first flag that asks for something else.
+        """
+        own = settings_of_network(network)
+        for name in sorted(self.typed.keys() & {"arch", *all_option_names()}):
+            value = self.typed[name]
+            if name not in own:
+                raise UserError(f"{path} has no {flag_of(name)}: it is {network.stage_1.kind}")
+            is_number_of_exits = name == "exits" and value == network.num_exits
+            if not is_number_of_exits and own[name] != (list(value) if isinstance(value, tuple) else value):
+                raise UserError(f"{path} has {flag_of(name)} {own[name]}, the command line says {value}")
+        if "pretrained_lr_factor" in self.typed and not any(True for _ in network.pretrained_parameters()):
+            raise UserError(f"{path} has no pretrained parameters for --pretrained-lr-factor")
+
+    @property
+    def pretrained_run(self) -> Path | None:
+        """The run or file of this project that --pretrained names; None for weights of a library."""
+        is_own = self.stage.previous is not None or _arch(self.typed) in OWN_NETWORKS
+        return self.typed.get("pretrained") if is_own else None
+
+    @property
+    def save_directory(self) -> Path:
+        """Directory of the run.
+
+        ====================================== =================================================
+        typed                                  directory
+        ====================================== =================================================
+        ``--save DIR``                         DIR
+        a preset, or no ``--pretrained``       save/PRESET/STAGE
+        weights of a library                   save/ARCH/STAGE
+        ``--pretrained`` run, stage 1          RUN_2
+        ``--pretrained`` run, stage 2          IMTA beside the run
+        ``--pretrained`` file or name, stage 1 save/NAME/GE
+        ``--pretrained`` file or name, stage 2 save/demo/IMTA
+        ====================================== =================================================
+
+        The preset of a data set counts as typed, but for stage 2 on a network that --pretrained names.
+        """
+        pretrained, stage = self.typed.get("pretrained"), self.stage
+        if "save" in self.typed:
+            return self.typed["save"]
+        implied = {} if stage.inherits_data and pretrained is not None else self.implied
+        preset = self.typed.get("preset", implied.get("preset"))
+        if preset is not None or pretrained is None:
+            return Path("save") / (preset or DEFAULTS["preset"]) / stage.name
+        if self.pretrained_run is None:
+            return Path("save") / _arch(self.typed).split("/")[-1] / stage.name
+        if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
+            run = pretrained if pretrained.is_dir() else pretrained.parent
+            return run.with_name(f"{run.name}_2" if stage.previous is None else stage.name)
+        name = pretrained.name.split(".")[0] if stage.previous is None else DEFAULTS["preset"]
+        return Path("save") / name / stage.name
+
+
+def from_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a record in types and values of today's flags; files hold lists for tuples."""
+    settings = {name: value for name, value in record.items() if name in DEFAULTS}
+    return {
+        name: tuple(value) if isinstance(value, list) else current_value(name, value)
+        for name, value in settings.items()
+    }
+
+
+def record_of(network: ExitNetwork) -> dict[str, Any]:
+    """Return the record of the run that wrote a network's file.
+
+    The network itself says which network and image size it is.
+    """
+    description = network.description
+    own = {**settings_of_network(network), "image_size": description.data.image_size}
+    return from_record({**description.recipe, **own})
+
+
+def settings_of_network(network: ExitNetwork) -> dict[str, Any]:
+    """Return --arch and the options of the network that stage 1 trained, as far as ``args`` knows them."""
+    stage_1 = network.stage_1
+    archs = [arch for arch, own in OWN_NETWORKS.items() if own.kind == stage_1.kind]
+    prefix = TIMM_PREFIX if stage_1.config.get("library") == "timm" else ""
+    arch = archs[0] if archs else prefix + stage_1.config.get("name", stage_1.kind)
+    options = {name: stage_1.config[name] for name in option_names(arch) if name in stage_1.config}
+    return {"arch": arch, **options}
+
+
+def _arch(settings: dict[str, Any]) -> str:
+    return settings.get("arch", DEFAULTS["arch"])
+
+
+def _implied(typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the data set and the preset that follow from --data-root and --data."""
+    implied = {}
+    if "data_root" in typed and not {"data", "preset"} & typed.keys():
+        implied["data"] = "folder"
+    data = typed.get("data", implied.get("data"))
+    if "preset" not in typed and data in PRESETS:
+        implied["preset"] = "finetune" if "pretrained" in typed and data == "folder" else data
+    return implied
+
+
+def _is_same_origin(recorded: str | Path | None, typed: Path) -> bool:
+    """Return True if --pretrained names the recorded file, its run, or its name in ``weights/``."""
+    if recorded is None:
+        return False
+    path = Path(recorded).resolve()
+    return str(typed) == Path(recorded).stem or typed.resolve() in (path, *path.parents)
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those that depend on others, without options of other kinds of networks."""
+    values = {**values, "data_root": Path(values["data_root"])}
+    for name, setting in SETTINGS.items():
+        if values[name] is None and setting.otherwise is not None:
+            values[name] = setting.otherwise(values)
+    if values["pretrained"] is None:
+        values["pretrained_lr_factor"] = 1.0
+    others = all_option_names() - {*option_names(values["arch"])}
+    return {name: value for name, value in values.items() if name not in others}

@@ -1,0 +1,80 @@
+"""Flags and settings that do not go together."""
+
+import pytest
+
+from combinations import conflict_of_compiling, conflict_on_machine
+from command_line import from_record, parse
+from utils import UserError
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("GE", ["--arch", "resnet18", "--no-bottleneck"], "--bottleneck is for --arch msdnet, not for"),
+        ("GE", ["--exits", "3"], "--exits is for networks of torchvision and timm"),
+        ("GE", ["--lr-milestones", "1,2"], "--lr-milestones belongs to --lr-type multistep"),  # demo: cosine
+        ("GE", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum belongs to --optimizer sgd"),
+        ("GE", ["--no-GE", "--ge-scales", "all"], "--ge-scales belongs to --gradient-equilibrium"),
+        ("GE", ["--arch", "resnet18", "--pretrained-lr-factor", "0"], "needs --pretrained"),
+        ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
+        ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(stage, flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(stage, flags).settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr-milestones", "5,10", "--epochs", "10"], "--lr-milestones 5,10 must lie below --epochs 10"),
+        (
+            ["--epochs", "30"],
+            "imagenet decays the learning rate at epochs 30,60, .* pass --lr-milestones too",
+        ),
+    ],
+)
+def test_every_milestone_lies_in_the_training(tmp_path, flags, words):
+    imagenet = ["--preset", "imagenet", "--data-root", str(tmp_path)]
+    with pytest.raises(UserError, match=words):
+        parse("GE", [*imagenet, *flags]).settings()
+    settings = parse("GE", [*imagenet, "--epochs", "30", "--lr-milestones", "10,20"]).settings()
+    assert settings.lr_milestones == (10.0, 20.0)
+    assert parse("GE", [*imagenet, "--epochs", "30", "--lr-type", "cosine"]).settings().epochs == 30
+    # Runs of earlier versions can be resumed and evaluated.
+    stored = from_record({**vars(settings), "lr_milestones": [30.0, 60.0]})
+    assert parse("GE", ["--resume"]).settings(stored).lr_milestones == (30.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "message"),
+    [
+        (["--compile", "default"], 2, "--compile needs one process per GPU"),
+        (["--sync-bn"], 2, "--sync-bn needs one process per GPU"),
+        (["--compile", "default", "--accumulate", "5"], 0, "does not divide 12 images"),
+        (["--accumulate", "13"], 0, "only 12 images"),
+        (["--accumulate", "12"], 0, "at least 2 images"),
+        (["--batch-size", "13"], 4, "at least 2 images"),  # 4, 4, 4 and 1
+        (["--accumulate", "4"], 2, "at least 2 images"),
+    ],
+)
+def test_what_the_processes_of_a_run_cannot_do_is_refused(flags, gpus, message):
+    settings = parse("GE", ["--batch-size", "12", "--compile", "off", *flags]).settings()
+    assert message in conflict_on_machine(settings, world_size=1, num_gpus=gpus, has_batch_norm_1d=True)
+
+
+def test_networks_without_batch_norm_of_features_take_single_images():
+    settings = parse("GE", ["--batch-size", "12", "--compile", "off", "--accumulate", "12"]).settings()
+    assert conflict_on_machine(settings, world_size=1, num_gpus=0, has_batch_norm_1d=False) is None
+
+
+def test_synchronised_batch_norm_needs_gpus():
+    settings = parse("GE", ["--sync-bn", "--compile", "off"]).settings()
+    assert "needs GPUs" in conflict_on_machine(settings, world_size=2, num_gpus=0, has_batch_norm_1d=False)
+    assert conflict_on_machine(settings, world_size=2, num_gpus=1, has_batch_norm_1d=False) is None
+
+
+def test_compiling_without_conflict():
+    assert conflict_of_compiling("default", False, accumulate=4, num_gpus=1, share=12) is None
+    assert conflict_of_compiling("off", True, accumulate=5, num_gpus=4, share=12) is None
