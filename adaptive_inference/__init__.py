@@ -3,9 +3,9 @@
 Reading order, from the logits of held-out images to a prediction:
 
 1. ``confidence``: logits (K, N, C) -> confidence and class (K, N);
-2. ``budgeted``: confidence -> thresholds (K,) by the paper's rule, and what they reach; ``optimised``:
+2. ``budgeted``: confidence -> thresholds (K,) by the paper's rule, and their results; ``optimised``:
    thresholds of the highest accuracy; ``calibration``: temperatures, and ensembles of exits;
-3. ``points``: thresholds -> a ``Point``, with what they reach; ``policies``: all points of a network as a
+3. ``points``: thresholds -> ``Point``, a policy with its results; ``policies``: all points of a network as a
    ``PolicyCurve``; ``finding``: steps 1 to 3, logits -> curve;
 4. ``policy_files``: curve -> ``policy.json`` and back; ``fingerprint``: which network a file belongs to;
 5. ``choosing``: curve and budget -> the point to use;

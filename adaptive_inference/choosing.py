@@ -1,4 +1,4 @@
-"""Choice of a policy by what is asked for: operations, time, accuracy, or a promise about accuracy.
+"""Choice of a policy by operations, time, accuracy, or a promise about accuracy.
 
 Example:
     point = choose(curve, operations=12.5e6)
@@ -73,7 +73,7 @@ def eligible_points(
     max_loss: Promise | None = None,
     rule: str | None = None,
 ) -> list[Point]:
-    """Return the points that satisfy what is asked for.
+    """Return the points that reach an accuracy, keep a promise, and are of a rule.
 
     Args:
         curve: The points to choose from.

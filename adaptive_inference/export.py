@@ -66,7 +66,7 @@ def export_onnx(
     Args:
         network: A network with a description; it is not changed.
         path: The file to write.
-        curve: Policies of the network, the points of its best rule go into the file.
+        curve: Policies of the network; the points of its best rule go into the file.
         blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
@@ -111,7 +111,7 @@ def export_blocks(
     Args:
         network: A network with a description; it is not changed.
         folder: The directory to write; it is made if it does not exist.
-        curve: Policies of the network, the points of its best rule go into ``network.json``.
+        curve: Policies of the network; the points of its best rule go into ``network.json``.
         blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
@@ -194,7 +194,7 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
 
 
 def _description(network: ExitNetwork) -> Description:
-    """Return what the network's file says about it, or raise UserError if it comes from no file."""
+    """Return the network's description, or raise UserError if it has none."""
     if network.description is None:
         raise UserError(
             "the network has no description, which holds its classes and preprocessing: "
@@ -272,7 +272,7 @@ def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
 def _convert(
     block: _Block, tensors: tuple[Tensor, ...], inputs: list[str], outputs: list[str]
 ) -> "onnx.GraphProto":
-    """Return the graph of one block, without what the exporter notes on the source code."""
+    """Return the graph of one block, without the exporter's notes on the source code."""
     dynamic_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
     with warnings.catch_warnings(), _quiet("torch", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")

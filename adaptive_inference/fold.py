@@ -124,8 +124,8 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
 def fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Return one module that computes ``norm(layer(x))`` in evaluation mode, None if there is none.
 
-    Types are compared exactly: a subclass may compute something else. In evaluation mode, the synchronised
-    BatchNorm of ``--sync-bn`` computes what the BatchNorm does that it replaced.
+    Types are compared exactly: a subclass may compute something else. The synchronised BatchNorm of
+    ``--sync-bn`` is a plain BatchNorm in evaluation mode.
     """
     if getattr(norm, "running_mean", None) is None:
         return None

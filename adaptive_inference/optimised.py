@@ -29,7 +29,8 @@ GRID = 100  # cuts per exit
 NUM_SPLITS = 5  # of the cross-validation
 NUM_LAMBDAS = 40
 # Weight of images that left before an exit, so that an exit that no image reaches still gets a sensible
-# threshold. 0.02: 50 of them count as one that is there, so they decide only where next to none are.
+# threshold. At 0.02, 50 of them weigh as much as one image that reaches the exit: they decide only where
+# hardly any image does.
 WEIGHT_OF_LEFT = 0.02
 
 

@@ -1,4 +1,4 @@
-"""Thresholds -> points: what policies reach on held-out images, with the ensemble of exits or without.
+"""From thresholds to points: results of policies on held-out images, with or without the ensemble of exits.
 
 Example:
     predictions, costs = with_ensemble(predictions, logits, policy, operations)
@@ -42,7 +42,7 @@ def with_ensemble(
     Args:
         predictions: Predictions of each exit alone.
         logits: (K, N, C).
-        policy: Without an ensemble, both come back unchanged.
+        policy: The policy; if it has no ensemble, predictions and operations are returned unchanged.
         operations: Operations to each exit.
     """
     if policy.ensemble is None:

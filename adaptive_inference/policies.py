@@ -1,4 +1,4 @@
-"""Policies: thresholds at which images leave, how predictions are made, and what both reached.
+"""Policies: thresholds at which images leave, how predictions are made, and the results of both.
 
 Example:
     curve = read_policy(Path("save/demo/IMTA/policy.json"), network)
@@ -94,7 +94,7 @@ class LossCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """A policy and what it reached on held-out images.
+    """A policy and its results on held-out images.
 
     Args:
         policy: Thresholds and the rest.

@@ -6,7 +6,7 @@ Example:
 
 A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
 operations to each exit, the temperature of each exit, the weights of an ensemble of exits, and a list of
-points from cheap to full: thresholds, what they reached on the held-out images, and the counts from which
+points from cheap to full: thresholds, their results on the held-out images, and the counts from which
 ``promises`` bounds their loss.
 """
 

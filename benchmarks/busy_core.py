@@ -1,7 +1,7 @@
 """Training, prediction and ONNX on a quiet machine and beside one busy core.
 
     python benchmarks/busy_core.py                 # this code
-    python benchmarks/busy_core.py --active        # with OMP_WAIT_POLICY=ACTIVE, as it was before
+    python benchmarks/busy_core.py --active        # with OMP_WAIT_POLICY=ACTIVE, for comparison
 
 Prints images per second and the share of the quiet speed that is left; at least 0.4 is wanted.
 """

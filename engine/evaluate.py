@@ -90,8 +90,8 @@ class Evaluation:
             modes: ``runtime`` alone, or any of ``anytime`` and ``dynamic``.
 
         Raises:
-            UserError: A mode lacks what it needs: held-out images, or a policy file.
-            ValueError: ``runtime`` is not alone.
+            UserError: Held-out images are missing for ``dynamic``, or a policy file for ``runtime``.
+            ValueError: ``runtime`` is combined with another mode.
         """
         if "runtime" in modes and len(modes) > 1:
             raise ValueError(f"the modes are {', '.join(modes)}; runtime must be alone")
@@ -276,7 +276,7 @@ class Evaluation:
 def calibrated_rows(
     rows: list[dict], logits: Tensor, targets: Tensor, policy: Policy | None
 ) -> list[dict[str, Any]]:
-    """Add calibration errors, and what the temperatures and the ensemble of a policy make of every exit.
+    """Add calibration errors, and the results of every exit with a policy's temperatures and ensemble.
 
     Args:
         rows: A row for each exit, of ``anytime_rows``.

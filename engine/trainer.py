@@ -206,7 +206,7 @@ class Trainer:
         if interruptions.stop_signal():
             self._save()  # before the evaluation, which may take longer than the sender of the signal waits
         self._finish_epoch()
-        # In the last epoch too: what is left to do is the evaluation, which --resume does.
+        # After the last epoch too: --resume then runs the evaluation that is left.
         if signal_number := interruptions.stop_signal():
             raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
 

@@ -120,8 +120,8 @@ def certified_points(
         seed: Seed of the split into images that set the thresholds and images that test them.
 
     Returns:
-        Points whose results are those on the images that test them. Only the full network if there are too
-        few images.
+        Points with their results on the images that test them. Only the full network if there are too few
+        images.
     """
     num_exits = len(val.confidence)
     learns = learning_images(len(val.targets), seed)

@@ -150,7 +150,7 @@ class TimedPrediction(NamedTuple):
 
 
 class TimedPredictor:
-    """A predictor whose time is measured, and which leaves out images it has no finite output for."""
+    """A predictor that measures its time, and leaves out images without finite output."""
 
     def __init__(self, predictor: AdaptivePredictor):
         self.predictor, self.is_warm = predictor, False

@@ -1,4 +1,4 @@
-"""The predictor that does what the command line of predict.py asks for.
+"""The predictor for the flags of predict.py.
 
 Example:
     choice = choose_predictor(arguments, policy_path(path), network, batch_size)
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 def choose_predictor(
     arguments: argparse.Namespace, policies: Path, network: ExitNetwork, batch_size: int
 ) -> Choice:
-    """Return the predictor for what the command line asks for.
+    """Return the predictor for the flags of predict.py.
 
     Args:
         arguments: Parsed command line of predict.py. Read are policy, rule, budget, accuracy, max_loss,

@@ -54,7 +54,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Return True if ``error`` comes from ``torch.compile`` and not from what it compiled."""
+    """Return True if ``error`` comes from ``torch.compile`` and not from the compiled code."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 

@@ -105,6 +105,6 @@ class Log:
 
 
 def _ignore_failed_writes(failure: threading.ExceptHookArgs) -> None:
-    """Print no trace of TensorBoard's thread: it keeps what it cannot write for the next call."""
+    """Print no trace of TensorBoard's thread: it keeps unwritten events for the next call."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
