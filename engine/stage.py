@@ -1,10 +1,6 @@
 """The interface of a stage: what the two training programs build, train and check.
 
-Their flags, defaults and presets differ too: see ``args`` and ``presets``.
-
-To add a loss, write a function in ``models.losses`` that returns one value per image, and export it in
-``models/__init__.py``. Use it in the objective of the stage's program (``JointTraining`` in ``train_GE``,
-``Distillation`` in ``train_IMTA``), and add a flag for it to ``args``.
+Their flags, defaults and presets differ too: see ``args`` and ``presets``. docs/extending.md: add a loss.
 """
 
 from abc import ABC, abstractmethod

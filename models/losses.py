@@ -2,6 +2,7 @@
 
 Stage 1 adds all exits' cross-entropies. Stage 2 is One-for-all distillation (OFA), Li et al., "Improved
 Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), section 3.3.
+docs/extending.md says how to add a loss.
 """
 
 from torch import Tensor

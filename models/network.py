@@ -10,11 +10,8 @@ A network runs in one of two ways:
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
   so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
 
-A new kind of network is a subclass in a file of its own, which ``models`` imports, an entry in
-``tests.contract.CASES``, and its name in ``NAMES`` of ``tests/test_contract.py``. It implements the abstract
-methods and sets ``config``, ``num_exits``, ``num_classes`` and ``feature_dims``; the other attributes have
-defaults. To be trained by a value of ``--arch``, it also needs a dataclass of its options with their
-defaults, which ``args`` names in ``OWN_NETWORKS``, and their flags in ``_add_network``.
+docs/extending.md says how to add a kind of network: it implements the abstract methods and sets ``config``,
+``num_exits``, ``num_classes`` and ``feature_dims``; the other attributes have defaults.
 """
 
 from abc import ABC, abstractmethod

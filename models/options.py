@@ -1,8 +1,6 @@
 """The options of an MSDNet's architecture: the one list that the network and its checkpoints follow.
 
-A new option is a line of ``MSDNetOptions``, its use in ``models.msdnet``, and a flag in ``args``.
-``models.released`` must refuse what the released code lacks. A new kind of layer may need a line in
-``models.operations``.
+docs/extending.md says how to add one.
 """
 
 from collections.abc import Sequence
