@@ -26,6 +26,7 @@ from utils import (
     at_least,
     available_cores,
     float_list,
+    in_half_open_range,
     in_range,
     int_list,
     share_or_count,
@@ -173,7 +174,7 @@ SETTINGS: dict[str, Setting] = {
     "tf32": Setting(True, EVALUATION),
     "channels_last": Setting(True, EVALUATION),
     "fused_optimizer": Setting(True),
-    "compile": Setting("auto"),
+    "compile": Setting("auto", RESUMING),
     "checkpoint_activations": Setting(False),
     "sync_bn": Setting(False),
 }
@@ -598,13 +599,13 @@ def _add_optimisation(add: Callable) -> None:
     )
     add("--decay-rate", type=above(0), metavar="R", help="factor of every multistep decay")
     add("--warmup-epochs", type=in_range(0), metavar="E", help="epochs of linear warm-up")
-    add("--momentum", type=in_range(0, 1), metavar="M", help="momentum of SGD")
+    add("--momentum", type=in_half_open_range(0, 1), metavar="M", help="momentum of SGD")
     add("--nesterov", action=BooleanOptionalAction, help="Nesterov momentum")
     add("--weight-decay", "--wd", type=in_range(0), metavar="W", help="weight decay")
     add("--label-smoothing", type=in_range(0, 1), metavar="S", help="label smoothing of the cross-entropies")
     add(
         "--ema-decay",
-        type=in_range(0, 1),
+        type=in_half_open_range(0, 1),
         metavar="D",
         help="evaluate and keep an exponential moving average of the weights, "
         "with this decay per step (default: the weights themselves)",

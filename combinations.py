@@ -41,8 +41,6 @@ def conflict_of_flags(typed: dict[str, Any]) -> str | None:
     for first, second in MUTUALLY_EXCLUSIVE:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
-    if typed.get("nesterov") and typed.get("momentum") == 0:
-        return "--nesterov needs a --momentum above 0"
     if "evaluate_from" in typed and "evalmode" not in typed:
         return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
     return conflict_of_compiling(
@@ -57,6 +55,8 @@ def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str
     for name, (other, value) in REQUIRED.items():
         if name in typed and settings[other] != value:
             return f"{flag_of(name)} belongs to {flag_of(other)}{'' if value is True else f' {value}'}"
+    if settings["optimizer"] == "sgd" and settings["nesterov"] and settings["momentum"] == 0:
+        return "--nesterov needs a --momentum above 0; some presets set --nesterov"
     if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
         return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
     return None
@@ -74,7 +74,9 @@ def conflict_with_arch(typed: dict[str, Any], arch: str) -> str | None:
 
 
 def conflict_of_schedule(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """Check that the learning rate of a new training decays at every milestone."""
+    """Check that a new training reaches its learning rate, and decays it at every milestone."""
+    if "warmup_epochs" in typed and typed["warmup_epochs"] >= settings["epochs"]:
+        return f"--warmup-epochs {typed['warmup_epochs']:g} must lie below --epochs {settings['epochs']}"
     milestones, epochs = settings["lr_milestones"] or (), settings["epochs"]
     if settings["lr_type"] != "multistep" or max(milestones, default=0) < epochs:
         return None

@@ -197,7 +197,8 @@ class CommandLine:
             if name in may_differ or is_unknown:
                 continue
             before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
-            if before != value and not (name == "pretrained" and _is_same_origin(before, value)):
+            is_same = before == (str(value) if isinstance(value, Path) else value)  # records hold text
+            if not (is_same or (name == "pretrained" and _is_same_origin(before, value))):
                 raise UserError(
                     f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )

@@ -2,6 +2,7 @@
 # Set up the environment as the launchers do, and run the tests; arguments are passed to pytest.
 set -euo pipefail
 
+for_tests=1
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$project"
 [[ $# -gt 0 ]] || echo "running the tests; on two cores they take about four minutes"

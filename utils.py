@@ -180,16 +180,23 @@ def in_range(low: float, high: float = math.inf) -> Callable[[str], float]:
     return _within(float, low, high)
 
 
+def in_half_open_range(low: float, high: float) -> Callable[[str], float]:
+    """Return a converter of numbers from ``low`` to less than ``high``."""
+    return _within(float, low, math.nextafter(high, low), too_high=f"less than {high}")
+
+
 def above(low: float) -> Callable[[str], float]:
     """Return a converter of numbers above ``low``."""
-    return _within(float, math.nextafter(low, math.inf), math.inf, f"more than {low}")
+    return _within(float, math.nextafter(low, math.inf), math.inf, too_low=f"more than {low}")
 
 
-def _within(kind: type, low: float, high: float, too_low: str | None = None) -> Callable[[str], Any]:
+def _within(
+    kind: type, low: float, high: float, *, too_low: str | None = None, too_high: str | None = None
+) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         value = _number(text, kind)
         if not low <= value <= high:
-            allowed = f"at most {high}" if value > high else too_low or f"at least {low}"
+            allowed = too_high or f"at most {high}" if value > high else too_low or f"at least {low}"
             raise argparse.ArgumentTypeError(f"{value} is not allowed; {allowed}")
         return value
 

@@ -1,8 +1,10 @@
 """Flags: help, published presets, defaults, and mistakes in one line and with status 2."""
 
+from dataclasses import asdict
+
 import pytest
 
-from args import DEFAULTS, build_parser, flag_of
+from args import DEFAULTS, LIBRARY_OPTIONS, OWN_NETWORKS, build_parser, flag_of
 from command_line import from_record, parse
 from models.options import MSDNetOptions, block_depths
 
@@ -88,7 +90,8 @@ def test_typed_values(flags, name, value):
         (["--compile", "reduce-overhead", "--accumulate", "2"], "use --compile default"),
         (["--single-stage", "--pretrained", "x"], "do not go together"),
         (["--evaluate-from", "x.pt"], "needs --evalmode"),
-        (["--nesterov", "--momentum", "0"], "above 0"),
+        (["--momentum", "1"], "less than 1"),
+        (["--ema-decay", "1"], "less than 1"),
         (["--seed", "4294967296"], "at most"),
     ],
 )
@@ -125,3 +128,10 @@ def test_every_flag_that_takes_a_path_expands_the_home(monkeypatch, tmp_path, st
     names = ("data_root", "save", "pretrained", "evaluate_from")
     command = parse(stage, ["--evalmode", *(f"{flag_of(name)}=~/x" for name in names)])
     assert [command.typed[name] for name in names] == [tmp_path / "x"] * 4
+
+
+def test_option_names_that_kinds_of_networks_share_have_one_default():
+    options = [asdict(own.options()) for own in OWN_NETWORKS.values()]
+    for values in options:
+        assert all(DEFAULTS[name] == value for name, value in values.items() if name != "small_inputs")
+    assert not {*LIBRARY_OPTIONS}.intersection(*options) - {"boosted_exits", "gradient_equilibrium"}

@@ -16,11 +16,13 @@ from utils import UserError
         ("GE", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum belongs to --optimizer sgd"),
         ("GE", ["--no-GE", "--ge-scales", "all"], "--ge-scales belongs to --gradient-equilibrium"),
         ("GE", ["--arch", "resnet18", "--pretrained-lr-factor", "0"], "needs --pretrained"),
+        ("GE", ["--preset", "cifar100-boosted", "--momentum", "0"], "--nesterov needs a --momentum above 0"),
+        ("GE", ["--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5 must lie below --epochs 5"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
         ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),
     ],
 )
-def test_flags_that_would_change_nothing_are_refused(stage, flags, words):
+def test_flags_that_do_not_go_with_other_settings_are_refused(stage, flags, words):
     with pytest.raises(UserError, match=words):
         parse(stage, flags).settings()
 

@@ -9,6 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 import train_GE
+from command_line import parse
 from engine.runtime.compiling import reason_of, usable_mode
 from engine.runtime.distributed import Processes
 from tests.conftest import TINY_FLAGS
@@ -71,6 +72,14 @@ def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(
     assert train_GE.main(command) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_run_can_be_resumed_without_a_compiler():
+    stored = vars(parse("GE", ["--compile", "default"]).settings())
+    command = parse("GE", ["--resume", "--compile", "off"])
+    command.refuse_changes(stored)
+    assert command.settings(stored).compile == "off"
+    assert parse("GE", ["--resume"]).settings(stored).compile == "default"
 
 
 @pytest.mark.slow

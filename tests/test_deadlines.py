@@ -103,7 +103,9 @@ def test_empty_batch_by_a_deadline(network):
     assert len(prediction.classes) == 0
 
 
-@pytest.mark.parametrize("slowness", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize(
+    "slowness", [pytest.param(0.7, marks=pytest.mark.slow), 1.0, pytest.param(1.5, marks=pytest.mark.slow)]
+)
 def test_a_budget_is_kept_on_a_machine_that_got_slower(network, slowness):
     policy = Policy((-1e8,) * 3)
     points = [

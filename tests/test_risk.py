@@ -37,7 +37,7 @@ def accepted(images, limit, level):
     return [pair for pair in pairs if p_value(LossCounts(images, *pair, sum(pair)), limit) <= 1 - level / 100]
 
 
-@pytest.mark.parametrize("level", [90.0, 95.0, 99.0])
+@pytest.mark.parametrize("level", [pytest.param(90.0, marks=pytest.mark.slow), 95.0, 99.0])
 @pytest.mark.parametrize("limit", [0.02, 0.1])
 def test_the_trinomial_test_is_exact(limit, level):
     """At the limit, whatever the share of changed images, an error is at most as likely as 1 - level."""

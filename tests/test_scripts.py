@@ -100,6 +100,7 @@ def test_a_home_in_quotes_is_expanded_for_the_environment_too(tmp_path):
     assert refused.stderr.startswith(f"cannot write {tmp_path / 'env'};")
 
 
+@pytest.mark.slow
 def test_launchers_end_to_end(tmp_path, image_folder):
     """From another directory, as a user would."""
     small = [*TINY_FLAGS, "--image-size", "32", "--val-size", "12", "--batch-size", "16"]

@@ -217,7 +217,9 @@ def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch, s
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
-@pytest.mark.parametrize("flags", [[], ["--backbone-bn", "moving", "--ema-decay", "0.9"]])
+@pytest.mark.parametrize(
+    "flags", [[], pytest.param(["--backbone-bn", "moving", "--ema-decay", "0.9"], marks=pytest.mark.slow)]
+)
 def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     flags = [*flags, "--epochs", "2"]
     assert train_imta(runs, "whole", *flags) == 0
@@ -231,6 +233,7 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
     assert all(piece["ended"] >= piece["began"] for piece in pieces)
 
 
+@pytest.mark.slow
 def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
     flags = (*TWO_EPOCHS, "--ema-decay", "0.9")
