@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import PolicyCurve
@@ -121,19 +122,33 @@ def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> Folded
     return folded
 
 
-def fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | None:
     """Return one module that computes ``norm(layer(x))`` in evaluation mode, None if there is none.
 
-    Types are compared exactly: a subclass may compute something else. The synchronised BatchNorm of
-    ``--sync-bn`` is a plain BatchNorm in evaluation mode.
+    Types are compared exactly: a subclass may compute something else. So may a module with hooks or
+    parametrisations. The synchronised BatchNorm of ``--sync-bn`` is a plain BatchNorm in evaluation mode.
+
+    Args:
+        layer: The layer before the BatchNorm.
+        norm: The BatchNorm.
+        is_2d: Whether the output of ``layer`` is known to be (N, C). Only then is a linear layer fused: of
+            tokens (N, L, C), BatchNorm normalises dimension 1, and a linear layer computes dimension 2.
     """
-    if getattr(norm, "running_mean", None) is None:
+    if getattr(norm, "running_mean", None) is None or _is_changed(layer) or _is_changed(norm):
         return None
     if type(layer) is nn.Conv2d or type(layer).__name__ == PADDING_CONVOLUTION:
         if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return fuse_conv_bn_eval(layer, norm)
         if type(norm).__name__ in NORMS_WITH_ACTIVATION:
             return nn.Sequential(fuse_conv_bn_eval(layer, norm), norm.drop, norm.act)
-    if type(layer) is nn.Linear and type(norm) in (nn.BatchNorm1d, nn.SyncBatchNorm):
+    if is_2d and type(layer) is nn.Linear and type(norm) in (nn.BatchNorm1d, nn.SyncBatchNorm):
         return fuse_linear_bn_eval(layer, norm)
     return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return True if hooks or parametrisations may make a module compute something else than its type does.
+
+    ``nn.utils.weight_norm`` and ``nn.utils.spectral_norm`` are hooks.
+    """
+    return bool(module._forward_pre_hooks or module._forward_hooks) or is_parametrized(module)

@@ -13,7 +13,7 @@ names.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from .third_party import Constructor, NeedsNetworkError, check_backbone, constru
 from .tracing import (
     PREFIX,
     PROBE_BATCH,
+    GraphProfile,
     Segment,
     meta_copy,
     profile_graph,
@@ -95,6 +96,7 @@ class Backbone(ExitNetwork):
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)
         self._classifier, self._segments = cuts.classifier, cuts.segments
+        self._with_2d_output = _targets_with_2d_output(profiles.values())
         self.num_exits = len(cuts.segments)
         # In this order: it decides which random numbers initialise which layer.
         self._replace_classifier(num_classes)
@@ -320,7 +322,8 @@ class Backbone(ExitNetwork):
         for node in graph.nodes:
             source = node.args[0] if node.args else None
             if _is_pair(source, node, calls):
-                layer = fuse(self.get_submodule(source.target), self.get_submodule(node.target))
+                is_2d = source.target in self._with_2d_output
+                layer = fuse(self.get_submodule(source.target), self.get_submodule(node.target), is_2d)
                 if layer is not None:
                     self._replace_module(source.target.removeprefix(PREFIX), layer)
                     self._replace_module(node.target.removeprefix(PREFIX), nn.Identity())
@@ -371,6 +374,16 @@ def _smallest_size(runner: Backbone, too_small: int, works: int) -> int:
         else:
             too_small = middle
     return works
+
+
+def _targets_with_2d_output(profiles: Iterable[GraphProfile]) -> set[str]:
+    """Return the modules, as targets of nodes, whose output is (N, C) for every image size."""
+    dimensions: dict[str, set[int]] = {}
+    for profile in profiles:
+        for node, shape in profile.shapes.items():
+            if node.op == "call_module":
+                dimensions.setdefault(node.target, set()).add(len(shape))
+    return {target for target, numbers in dimensions.items() if numbers == {2}}
 
 
 def _is_pair(source: Any, node: fx.Node, calls: Counter[str]) -> bool:

@@ -176,7 +176,7 @@ class IMTA(ExitNetwork):
         """Fold every BatchNorm of the backbone and the links into the layer before it, in place."""
         self.backbone.fold_batch_norm(fuse)
         if self.links is not None:
-            fold_sequences(self.links, fuse)
+            fold_sequences(self.links, fuse, is_2d=True)  # they read logits (N, num_classes)
 
 
 def _link(num_classes: int, width: int) -> nn.Sequential:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 # What later exits need of earlier blocks. Every tensor has the batch first. Keys are identifiers, such as
 # "d4_s1", in a fixed order.
 State = dict[str, Tensor]
-# Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused.
-Fuse = Callable[[nn.Module, nn.Module], nn.Module | None]
+# Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused. The third
+# argument says whether the layer's output is known to be (N, C).
+Fuse = Callable[[nn.Module, nn.Module, bool], nn.Module | None]
 
 
 class ExitNetwork(nn.Module, ABC):
@@ -184,7 +185,7 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             fuse: Returns one module for a layer and the BatchNorm after it, None where these two cannot be
-                fused.
+                fused. Its third argument says whether the layer's output is known to be (N, C).
         """
         fold_sequences(self, fuse)
 
@@ -313,12 +314,19 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     return ExitNetwork.kinds[kind].from_config(config, network)
 
 
-def fold_sequences(module: nn.Module, fuse: Fuse) -> None:
-    """Fold every BatchNorm in an ``nn.Sequential`` into the layer before it, in place."""
+def fold_sequences(module: nn.Module, fuse: Fuse, is_2d: bool = False) -> None:
+    """Fold every BatchNorm in an ``nn.Sequential`` into the layer before it, in place.
+
+    Args:
+        module: It and all modules inside are searched for sequences.
+        fuse: As for ``ExitNetwork.fold_batch_norm``.
+        is_2d: Whether all that these sequences compute is known to be (N, C): the modules alone do not tell
+            a linear layer on features (N, C) from one on tokens (N, L, C).
+    """
     if type(module).forward is nn.Sequential.forward:
         layers: list[nn.Module] = []
         for layer in module:
-            both = fuse(layers[-1], layer) if layers else None
+            both = fuse(layers[-1], layer, is_2d) if layers else None
             if both is None:
                 layers.append(layer)
             else:
@@ -326,4 +334,4 @@ def fold_sequences(module: nn.Module, fuse: Fuse) -> None:
         module._modules.clear()
         module.extend(layers)
     for child in module.children():
-        fold_sequences(child, fuse)
+        fold_sequences(child, fuse, is_2d)

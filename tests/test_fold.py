@@ -8,11 +8,13 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
 from engine.runtime.precision import fastest_dtype
 from models import count_operations
+from models.backbone import Backbone
 from models.network import fold_sequences
 from tests.contract import CASES
 from tests.test_predictor import make_network
@@ -87,6 +89,22 @@ class Standardised(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
 
+class Tokens(nn.Module):
+    """Sixteen tokens of 16 channels, normalised token by token; then their mean, normalised by channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, stride=8)
+        self.linear, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.mean_linear, self.mean_norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (N, 16, 16)
+        tokens = self.norm(self.linear(tokens))
+        return self.classifier(self.mean_norm(self.mean_linear(tokens.mean(dim=1))))
+
+
 def with_statistics(network):
     for module in network.modules():
         if isinstance(module, NORMS):
@@ -127,3 +145,65 @@ def test_a_sequence(layers, norms_left):
         fold_sequences(sequence, fuse)
         torch.testing.assert_close(sequence(images), expected)
     assert sum(isinstance(module, NORMS) for module in sequence.modules()) == norms_left
+
+
+def test_a_linear_layer_is_folded_only_where_it_computes_no_tokens():
+    """Of tokens (N, L, C), BatchNorm1d normalises L, which may be as large as C."""
+    sequence = with_statistics(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)))
+    tokens, features = torch.randn(4, 16, 16).double(), torch.randn(4, 16).double()
+    with torch.no_grad():
+        expected, expected_2d = sequence(tokens), sequence(features)
+        fold_sequences(sequence, fuse)
+        torch.testing.assert_close(sequence(tokens), expected)
+        fold_sequences(sequence, fuse, is_2d=True)
+        torch.testing.assert_close(sequence(features), expected_2d)
+    assert len(sequence) == 1
+
+
+def test_the_graph_of_a_network_tells_tokens_from_features():
+    network = with_statistics(Backbone(Tokens(), ["patches"], image_size=32, layout="NCHW"))
+    images, folded = torch.randn(4, 3, 32, 32).double(), fold(network)
+    with torch.no_grad():
+        for ours, expected in zip(folded(images), network(images), strict=True):
+            torch.testing.assert_close(ours, expected)
+    left = [name for name, module in folded.network.network.named_modules() if isinstance(module, NORMS)]
+    assert left == ["norm"]
+
+
+def halved(module, inputs, output):
+    return output / 2
+
+
+def doubled(module, inputs):
+    return (2 * inputs[0],)
+
+
+class Negative(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+CHANGES = {
+    "hook on the layer": lambda layer, norm: layer.register_forward_hook(halved),
+    "hook on the norm": lambda layer, norm: norm.register_forward_hook(halved),
+    "pre-hook on the layer": lambda layer, norm: layer.register_forward_pre_hook(doubled),
+    "pre-hook on the norm": lambda layer, norm: norm.register_forward_pre_hook(doubled),
+    "weight_norm by a hook": lambda layer, norm: nn.utils.weight_norm(layer),
+    "spectral_norm by a hook": lambda layer, norm: nn.utils.spectral_norm(layer),
+    "weight_norm": lambda layer, norm: nn.utils.parametrizations.weight_norm(layer),
+    "parametrised norm": lambda layer, norm: parametrize.register_parametrization(norm, "weight", Negative()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_layers_with_hooks_or_parametrisations_are_left_alone(change):
+    sequence = with_statistics(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    CHANGES[change](*sequence)
+    sequence.eval()
+    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = sequence(images)
+        fold_sequences(sequence, fuse)
+        torch.testing.assert_close(sequence(images), expected)
+    assert len(sequence) == 2
