@@ -13,6 +13,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,13 +84,13 @@ class Setting(NamedTuple):
             the record's is refused.
         inherited: Whether a run takes it from the record of the network that it starts from, as it always
             does with --arch and the network's options. Others come from flags, preset and defaults.
-        otherwise: Its value where it is None, from the settings before it in ``SETTINGS``.
+        default_from: Its value where it is None, from the settings before it in ``SETTINGS``.
     """
 
     default: Any
     change: Change = NEVER
     inherited: bool = False
-    otherwise: Callable[[dict[str, Any]], Any] | None = None
+    default_from: Callable[[dict[str, Any]], Any] | None = None
 
 
 def _image_size(values: dict[str, Any]) -> int | None:
@@ -129,7 +130,7 @@ SETTINGS: dict[str, Setting] = {
     "save_every_steps": Setting(None, RESUMING),
     "save_every_minutes": Setting(None, RESUMING),
     # data
-    "image_size": Setting(None, EVALUATION, inherited=True, otherwise=_image_size),
+    "image_size": Setting(None, EVALUATION, inherited=True, default_from=_image_size),
     "val_size": Setting(None, EVALUATION, inherited=True),
     "test_size": Setting(None, EVALUATION, inherited=True),
     "split_seed": Setting(0, EVALUATION, inherited=True),
@@ -143,7 +144,7 @@ SETTINGS: dict[str, Setting] = {
     **{
         name: Setting(value) for own in OWN_NETWORKS.values() for name, value in asdict(own.options()).items()
     },
-    "small_inputs": Setting(None, otherwise=_is_small),  # in place of the network's own default
+    "small_inputs": Setting(None, default_from=_is_small),  # in place of the network's own default
     # collaboration and distillation
     "temperature": Setting(1.0),
     "gamma": Setting(0.1),
@@ -159,7 +160,7 @@ SETTINGS: dict[str, Setting] = {
     "pretrained_lr_factor": Setting(0.1),
     "freeze": Setting("none"),
     "lr_type": Setting("multistep"),
-    "lr_milestones": Setting(None, otherwise=_milestones),
+    "lr_milestones": Setting(None, default_from=_milestones),
     "decay_rate": Setting(0.1),
     "warmup_epochs": Setting(0.0),
     "momentum": Setting(0.9),
@@ -206,6 +207,7 @@ def all_option_names() -> set[str]:
     return {*LIBRARY_OPTIONS}.union(*map(option_names, OWN_NETWORKS))
 
 
+@cache
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
     parsers = [build_parser(stage) for stage in STAGES]

@@ -329,8 +329,8 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
     """Return settings with those that depend on others, without options of other kinds of networks."""
     values = {**values, "data_root": Path(values["data_root"])}
     for name, setting in SETTINGS.items():
-        if values[name] is None and setting.otherwise is not None:
-            values[name] = setting.otherwise(values)
+        if values[name] is None and setting.default_from is not None:
+            values[name] = setting.default_from(values)
     if values["pretrained"] is None:
         values["pretrained_lr_factor"] = 1.0
     others = all_option_names() - {*option_names(values["arch"])}

@@ -5,7 +5,7 @@ Reading order:
 - a run: ``run`` (from the command line to the tables), ``stage`` (what the two programs define), ``record``
   (its directory and session), ``images``, ``networks``, ``resuming``, ``checkpoint``, ``auto``;
 - its training: ``trainer`` (the loop), ``stepper`` (one step), ``averaging``, ``interruption``;
-- its evaluation: ``evaluate``, ``collect``, ``report``, ``easy_and_hard``;
+- its evaluation: ``evaluate``, ``collect``, ``report``, ``example_images``;
 - ``convert``: older files.
 
 ``runtime`` holds processes, devices and the log of a run, ``prediction`` the work of ``predict.py``.

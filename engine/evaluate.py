@@ -25,7 +25,7 @@ from adaptive_inference.promises.risk import with_certified_points
 from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
-from engine.easy_and_hard import easy_and_hard, examples_figure
+from engine.example_images import example_images, examples_figure
 from engine.record import RunDirectory, Session
 from engine.report import (
     best_within,
@@ -201,7 +201,7 @@ class Evaluation:
 
     def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
         directory = self.session.directory
-        easy, hard = easy_and_hard(logits, targets, policy)
+        easy, hard = example_images(logits, targets, policy)
         figure = examples_figure(
             self.data.test.image_of_result, targets, (easy, hard), self.data.info.class_names
         )

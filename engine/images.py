@@ -30,7 +30,7 @@ def images_to_start(
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
     data = read_images(session, origin.data, origin.known_split)
-    say_class_order(origin, data, session.log)
+    log_class_order(origin, data, session.log)
     return data
 
 
@@ -48,7 +48,7 @@ def read_images(
     return load_data(settings, processes.device, processes.shard, stored, split, image_spec)
 
 
-def say_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:
+def log_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:
     """Say in which order the classes are if their names differ from the network's file."""
     if data.info.class_names != saved.data.class_names:
         names = ", ".join(data.info.class_names[:3])

@@ -24,7 +24,7 @@ from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.evaluate import Evaluation
-from engine.images import images_to_start, read_images, say_class_order
+from engine.images import images_to_start, log_class_order, read_images
 from engine.networks import expected_images
 from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
 from engine.report import draw_curves, known_curves, millions, read_csv
@@ -243,7 +243,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
                 f"the data set {data.info.name} has {len(data.info.class_names)}"
             )
         prepare_network_and_device(network, settings, processes.device)
-        say_class_order(saved, data, log)
+        log_class_order(saved, data, log)
         held_out_are_new = saved.data.knows_training_images
         if settings.evalmode == "dynamic" and not held_out_are_new:
             log.line(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptive_inference.policies import Policy
-from engine.easy_and_hard import TITLES, easy_and_hard, examples_figure
+from engine.example_images import TITLES, example_images, examples_figure
 
 # (class, logit) at every exit, for every image.
 PREDICTIONS = [
@@ -19,22 +19,22 @@ PREDICTIONS = [
 
 
 @pytest.fixture
-def easy_and_hard_ones():
+def example_images_ones():
     logits = torch.zeros(3, len(PREDICTIONS), 3)
     for i, exits in enumerate(PREDICTIONS):
         for k, (label, size) in enumerate(exits):
             logits[k, i, label] = size
-    return easy_and_hard(logits, torch.zeros(7, dtype=torch.int64), Policy((0.8, 0.8, -1e8)))
+    return example_images(logits, torch.zeros(7, dtype=torch.int64), Policy((0.8, 0.8, -1e8)))
 
 
-def test_easy_and_hard(easy_and_hard_ones):
-    assert [images.tolist() for images in easy_and_hard_ones] == [[1, 0], [4, 3]]
+def test_example_images(example_images_ones):
+    assert [images.tolist() for images in example_images_ones] == [[1, 0], [4, 3]]
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["cost in $ or " + 5 * "very long ", "b$", "c$"]])
-def test_figure(easy_and_hard_ones, names):
+def test_figure(example_images_ones, names):
     images, targets = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
-    figure = examples_figure(lambda i: images[i], targets, easy_and_hard_ones, names)
+    figure = examples_figure(lambda i: images[i], targets, example_images_ones, names)
     figure.canvas.draw()
     (axes,) = figure.axes
     lefts = sorted(image.get_extent()[0] for image in axes.images)
@@ -49,10 +49,10 @@ def test_figure(easy_and_hard_ones, names):
     assert name.height < 1.2 * 150  # of a row of pictures, about
 
 
-def test_figure_of_one_kind_and_of_none(easy_and_hard_ones):
+def test_figure_of_one_kind_and_of_none(example_images_ones):
     images, targets = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
-    for kinds, titles in (((none, easy_and_hard_ones[1]), [TITLES[1]]), ((none, none), [])):
+    for kinds, titles in (((none, example_images_ones[1]), [TITLES[1]]), ((none, none), [])):
         figure = examples_figure(lambda i: images[i], targets, kinds, ["a", "b", "c"])
         figure.canvas.draw()
         texts = [text.get_text() for text in figure.axes[0].texts]

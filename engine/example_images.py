@@ -1,7 +1,7 @@
 """Easy and hard images, as in the MSDNet paper's figure 5.
 
 Example:
-    easy, hard = easy_and_hard(logits, targets, policy)
+    easy, hard = example_images(logits, targets, policy)
     figure = examples_figure(lambda i: images[i], targets, (easy, hard), class_names)
 
 Easy images leave at the first exit with the right class; hard ones only the last exit gets right.
@@ -24,7 +24,7 @@ LABEL_LENGTH = 18  # characters of a line of a class name
 TITLES = ("left at the first exit, right", "only the last exit is right")
 
 
-def easy_and_hard(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+def example_images(logits: Tensor, targets: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Return the indices of the easy images, most confident first, and of the hard ones, hardest first.
 
     Easy: left at the first exit at which any image of the set leaves, with the right class. Hard: reached the
@@ -59,7 +59,7 @@ def examples_figure(
     Args:
         picture: Image of an index, bytes (3, H, W).
         targets: (N,).
-        kinds: Indices of easy and of hard images, from ``easy_and_hard``.
+        kinds: Indices of easy and of hard images, from ``example_images``.
         class_names: Names of all classes.
     """
     counts = [torch.bincount(targets[kind], minlength=len(class_names)).clamp(max=COLUMNS) for kind in kinds]
