@@ -151,6 +151,8 @@ class AdaptivePredictor:
     ) -> Prediction:
         """Classify image files or PIL images of any size.
 
+        The network needs a ``description``, which says how its images are prepared.
+
         Args:
             images: Paths or PIL images.
             preprocess: Makes bytes (3, S, S) of one of them, such as ``image_data.preprocessing.preprocess``;
@@ -158,12 +160,18 @@ class AdaptivePredictor:
             batch_size: Images that are preprocessed and predicted at a time.
 
         Raises:
-            ValueError: ``preprocess`` is missing here and in the predictor.
+            ValueError: ``preprocess`` is missing here and in the predictor, or the network has no
+                description.
             UserError: An image cannot be read.
         """
         preprocess = preprocess or self.preprocess
         if preprocess is None:
             raise ValueError("preprocess is missing: pass image_data.preprocessing.preprocess")
+        if self.network.description is None:
+            raise ValueError(
+                "the network has no description, which says how images are prepared: load it with "
+                "models.load, or call the predictor with prepared images (N, 3, H, W)"
+            )
         device, data = next(self.network.parameters()).device, self.network.description.data
         if len(images) == 0:
             return self(torch.empty(0, 3, data.image_size, data.image_size, dtype=torch.uint8, device=device))

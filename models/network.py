@@ -40,6 +40,7 @@ class ExitNetwork(nn.Module, ABC):
             defined.
         default_options: Values of the options that the ``config`` of an older file may lack. A fingerprint
             leaves options out at these values, so that an option added later changes no fingerprint.
+        training_options: Names of options that decide only what is trained. A fingerprint leaves them out.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
@@ -54,6 +55,7 @@ class ExitNetwork(nn.Module, ABC):
 
     kinds: ClassVar[dict[str, type["ExitNetwork"]]] = {}
     default_options: ClassVar[dict[str, Any]] = {}
+    training_options: ClassVar[frozenset[str]] = frozenset()
     config: dict[str, Any]
     num_exits: int
     num_classes: int
@@ -203,6 +205,9 @@ class ExitNetwork(nn.Module, ABC):
         The factors telescope: the gradient of every exit from k on reaches block k times 1 / (K - k). So the
         block gets the mean of their gradients and not the sum, however many exits follow. The layers of the
         exits themselves are left alone.
+
+        The mode does not matter: a network may also be trained in evaluation mode, which keeps the statistics
+        of BatchNorm. ``forward`` says how to get gradients that are not rescaled.
         """
         # Without autograd there is nothing to rescale, and no operation is added to inference and export.
         if not self.gradient_equilibrium or not torch.is_grad_enabled():
@@ -217,7 +222,12 @@ class ExitNetwork(nn.Module, ABC):
         return logits
 
     def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the logits (N, C) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W)."""
+        """Compute the logits (N, C) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W).
+
+        Gradients through this pass are for training: with Gradient Equilibrium they are rescaled, in
+        evaluation mode too, so that those of the images are 1 / K of the true ones. For saliency maps or
+        adversarial images go from exit to exit (``Stepwise``), which rescales nothing.
+        """
         return self.classify(self.features(images, num_exits))
 
     @torch.no_grad()

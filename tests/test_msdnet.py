@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import IMTA, ExitNetwork, MSDNet, count_operations
+from models import IMTA, ExitNetwork, MSDNet, Stepwise, count_operations
 from models.options import block_depths
 from tests.conftest import TINY_NETWORK
 
@@ -107,6 +107,17 @@ def test_gradient_equilibrium_equals_hooks_that_rescale(scales):
         assert (gradient is None) == (by_hand is None)
         if gradient is not None:
             torch.testing.assert_close(gradient, by_hand, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_images_are_rescaled_in_evaluation_mode_but_not_from_exit_to_exit():
+    network = MSDNet(**TINY_NETWORK).double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    steps = Stepwise(network, images)
+    for rescaled in network(images):
+        (true,) = torch.autograd.grad(steps.next_logits().square().sum(), images, retain_graph=True)
+        (ours,) = torch.autograd.grad(rescaled.square().sum(), images, retain_graph=True)
+        assert true.any()
+        torch.testing.assert_close(ours, true / network.num_exits, rtol=1e-10, atol=1e-14)
 
 
 def test_equilibrium_on_the_coarsest_scale_leaves_finer_scales_alone():

@@ -217,3 +217,10 @@ def test_bytes_are_normalised():
 def test_images_of_another_kind(images, message):
     with pytest.raises(UserError, match=message):
         AdaptivePredictor(described_network(), Policy((NONE,) * 3))(images)
+
+
+@pytest.mark.parametrize("images", [[], ["photo.jpg"]])
+def test_image_files_need_a_description(images):
+    predictor = AdaptivePredictor(make_network(1), Policy((NONE,) * 3), lambda image, data: image)
+    with pytest.raises(ValueError, match=r"no description, .* models\.load"):
+        predictor.predict_images(images)
