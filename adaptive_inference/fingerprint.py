@@ -26,12 +26,15 @@ def network_fingerprint(network: ExitNetwork) -> str:
 
 
 def _identifying_options(network: ExitNetwork) -> dict[str, Any]:
-    """Return the options of a network and of its backbone that differ from the default."""
+    """Return the options of a network and of its backbone that differ from the default.
+
+    Options that decide only what is trained are left out.
+    """
     defaults = network.default_options
     options = {
         name: value
         for name, value in network.config.items()
-        if name not in defaults or value != defaults[name]
+        if name not in network.training_options and (name not in defaults or value != defaults[name])
     }
     if network.stage_1 is not network:
         options["backbone"] = _identifying_options(network.stage_1)

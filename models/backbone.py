@@ -57,6 +57,8 @@ class Backbone(ExitNetwork):
         exit_size: Pixels a side to about which exits average maps of at least twice that; None: they average
             none.
         frozen: Train only the exits, and the last linear layer if it is new.
+        has_new_classifier: Whether the last linear layer is new, and not pretrained as the rest of the
+            network is. None: exactly if it is replaced for ``num_classes``.
         constructor: The constructor that built the network, by which a file can describe it; None: a custom
             network.
 
@@ -70,7 +72,9 @@ class Backbone(ExitNetwork):
         "gradient_equilibrium": True,
         "exit_width": None,
         "exit_size": None,
+        "has_new_classifier": None,
     }
+    training_options: ClassVar = frozenset({"has_new_classifier"})
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class Backbone(ExitNetwork):
         exit_width: int | None = 128,
         exit_size: int | None = 14,
         frozen: bool = False,
+        has_new_classifier: bool | None = None,
         constructor: Constructor | None = None,
     ):
         super().__init__()
@@ -99,7 +104,8 @@ class Backbone(ExitNetwork):
         self._with_2d_output = _targets_with_2d_output(profiles.values())
         self.num_exits = len(cuts.segments)
         # In this order: it decides which random numbers initialise which layer.
-        self._replace_classifier(num_classes)
+        is_replaced = self._replace_classifier(num_classes)
+        self.has_new_classifier = is_replaced if has_new_classifier is None else has_new_classifier
         self._add_exits(cuts, exit_width, exit_size)
         self.boosted, self.gradient_equilibrium, self.frozen = boosted_exits, gradient_equilibrium, False
         self._accepted_sizes, self._takes_one_size = set(profiles), len(profiles) == 1
@@ -116,18 +122,24 @@ class Backbone(ExitNetwork):
             "exit_width": exit_width,
             "exit_size": exit_size,
             "frozen": False,
+            "has_new_classifier": self.has_new_classifier,
         }
         if frozen:
             self.freeze_pretrained()
 
-    def _replace_classifier(self, num_classes: int | None) -> None:
-        """Replace the last linear layer by a new one, unless it has ``num_classes`` outputs (None: any)."""
+    def _replace_classifier(self, num_classes: int | None) -> bool:
+        """Replace the last linear layer, unless it has ``num_classes`` outputs (None: any).
+
+        Returns:
+            Whether it was replaced.
+        """
         linear = self.network.get_submodule(self._classifier)
         self.num_classes = linear.out_features if num_classes is None else num_classes
-        self.has_new_classifier = self.num_classes != linear.out_features
-        if self.has_new_classifier:
-            new = nn.Linear(linear.in_features, self.num_classes).to(linear.weight)
-            self._replace_module(self._classifier, new)
+        if self.num_classes == linear.out_features:
+            return False
+        new = nn.Linear(linear.in_features, self.num_classes).to(linear.weight)
+        self._replace_module(self._classifier, new)
+        return True
 
     def _add_exits(self, cuts: Cuts, exit_width: int | None, exit_size: int | None) -> None:
         """Make the early exits, which read the tensors at the cuts."""
@@ -171,7 +183,8 @@ class Backbone(ExitNetwork):
 
     def for_classes(self, num_classes: int) -> "Backbone":
         """Build a network like this one for another number of classes, with new weights, all trained."""
-        return self.from_config({**self.config, "num_classes": num_classes, "frozen": False})
+        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": None}
+        return self.from_config({**self.config, **new})
 
     # Inference
 
@@ -257,6 +270,8 @@ class Backbone(ExitNetwork):
     def load_pretrained(self, weights: dict[str, Tensor], source: str = "the given weights") -> None:
         """Load a state dict of the network without exits, the last linear layer only if it fits.
 
+        If it does not fit or is missing, it counts as new, and is trained even where the rest is frozen.
+
         Raises:
             ValueError: The weights are those of another network.
         """
@@ -285,7 +300,9 @@ class Backbone(ExitNetwork):
                 + (f", and {more} more" if more else "")
             )
         self.network.load_state_dict(weights, strict=False)
-        self.has_new_classifier = f"{classifier}weight" not in weights
+        self.has_new_classifier = self.config["has_new_classifier"] = f"{classifier}weight" not in weights
+        if self.frozen:  # which parameters that means has changed with the classifier
+            self.freeze_pretrained()
 
     # Image sizes
 

@@ -70,10 +70,7 @@ class IMTA(ExitNetwork):
             nn.Linear(2 * width if isc and k > 0 else width, self.num_classes)
             for k, width in enumerate(widths)
         )
-        if freeze_backbone:
-            backbone.requires_grad_(False)
-        for _, parameter in backbone.classifier_parameters():  # replaced by the new classifiers
-            parameter.requires_grad_(False)
+        self._freeze_untrained()
         self.train(self.training)  # a frozen backbone goes into evaluation mode
 
     @classmethod
@@ -86,8 +83,10 @@ class IMTA(ExitNetwork):
 
     def for_classes(self, num_classes: int) -> "IMTA":
         """Build a network like this one for another number of classes, with new weights."""
-        backbone = {**self.config["backbone"], "num_classes": num_classes}
-        return self.from_config({**self.config, "backbone": backbone})
+        backbone = self.backbone.for_classes(num_classes)
+        options = {name: value for name, value in self.config.items() if name != "backbone"}
+        with torch.device(next(backbone.parameters()).device):
+            return type(self)(backbone, **options)
 
     @property
     def stage_1(self) -> ExitNetwork:
@@ -171,6 +170,15 @@ class IMTA(ExitNetwork):
     def freeze_pretrained(self) -> None:
         """Freeze the backbone's pretrained parameters."""
         self.backbone.freeze_pretrained()
+        self._freeze_untrained()
+        self.config["backbone"] = to_config(self.backbone)
+
+    def _freeze_untrained(self) -> None:
+        """Freeze the backbone if it is to be frozen, and its classifiers always: new ones replace them."""
+        if self.freeze_backbone:
+            self.backbone.requires_grad_(False)
+        for _, parameter in self.backbone.classifier_parameters():
+            parameter.requires_grad_(False)
 
     def fold_batch_norm(self, fuse: Fuse) -> None:
         """Fold every BatchNorm of the backbone and the links into the layer before it, in place."""

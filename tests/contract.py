@@ -32,7 +32,7 @@ from engine.checkpoint import save_network
 from models import IMTA, Backbone, ExitNetwork, MSDNet, State, Stepwise
 from models.description import Split
 from models.saved import read_network
-from tests.backbones import LIBRARIES, SMALL, is_available, make_named, make_small
+from tests.backbones import LIBRARIES, SMALL, Chain, is_available, make_named, make_small
 from tests.conftest import describe
 
 NUM_CLASSES = 10
@@ -100,8 +100,8 @@ def msdnet(num_blocks: int = 3, **options: object) -> MSDNet:
 
 
 def backbone_block(name: str) -> int | None:
-    """Return -1 for a parameter of the network itself, None for one of an early exit."""
-    return None if name.startswith("exits.") else -1
+    """Return -1 for a parameter of the uncut network, None for one of an exit, also inside an IMTA."""
+    return -1 if name.removeprefix("backbone.").startswith("network.") else None
 
 
 def backbone_case(name: str, **options: object) -> Case:
@@ -146,7 +146,13 @@ CASES: dict[str, Case] = {
     ),
     "imta_large": Case(lambda: IMTA(msdnet(small_inputs=False)), 65),
     **{name: backbone_case(name) for name in ("chain", "vit", "swin")},
+    "chain_new_classes": Case(
+        lambda: Backbone(Chain(num_classes=4), ["layers.1", "layers.5"], NUM_CLASSES, image_size=32),
+        32,
+        backbone_block,
+    ),
     "imta_backbone": Case(lambda: IMTA(make_small("chain"))),
+    "imta_backbone_single_stage": Case(lambda: IMTA(make_small("chain"), **SINGLE_STAGE), 32, backbone_block),
 }
 
 
@@ -333,8 +339,40 @@ def check_parameter_lists(case: Case) -> None:
     by_name = dict(network.named_parameters())
     classifiers = dict(network.classifier_parameters())
     assert all(by_name[name] is parameter for name, parameter in classifiers.items())
-    assert len(classifiers) >= 2 * network.num_exits
+    assert len(classifiers) >= network.num_exits
     assert set(network.pretrained_parameters()) <= set(by_name.values())
+
+
+def check_rebuilt(case: Case) -> None:
+    """Check that a network rebuilt from its config trains the same parameters, also if it is frozen.
+
+    A resumed run rebuilds its network, and the groups of its optimiser have to be the same.
+    """
+    network = case.network().float()
+    _assert_rebuilt(network)
+    try:
+        network.freeze_pretrained()
+    except ValueError:  # nothing is pretrained
+        return
+    _assert_rebuilt(network)
+
+
+def _assert_rebuilt(network: ExitNetwork) -> None:
+    rebuilt = network.from_config(network.config, _own_network(network))
+    assert rebuilt.config == network.config
+    ours, expected = _names_of_parameters(rebuilt), _names_of_parameters(network)
+    for which, names in expected.items():
+        assert ours[which] == names, f"{which} parameters differ after rebuilding from the config"
+
+
+def _names_of_parameters(network: ExitNetwork) -> dict[str, list[str]]:
+    """Return the names of the parameters that are trained, pretrained, and those of classifiers."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {
+        "trained": [name for parameter, name in names.items() if parameter.requires_grad],
+        "pretrained": [names[parameter] for parameter in network.pretrained_parameters()],
+        "classifier": [name for name, _ in network.classifier_parameters()],
+    }
 
 
 def check_other_classes(case: Case) -> str | None:
@@ -459,6 +497,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
         check_every_parameter_gets_a_gradient,
         check_checkpointed_activations,
         check_parameter_lists,
+        check_rebuilt,
         check_other_classes,
         check_file,
         check_uncut,

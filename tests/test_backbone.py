@@ -191,6 +191,60 @@ def test_new_classes_replace_the_last_layer_alone():
         make_small("chain").load_pretrained(weights)
 
 
+def names_of_pretrained(network):
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return [names[parameter] for parameter in network.pretrained_parameters()]
+
+
+def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tmp_path):
+    weights = torchvision.models.mobilenet_v3_small(num_classes=5).state_dict()
+    torch.save(weights, tmp_path / "five_classes.pt")
+    network = build_backbone(
+        "mobilenet_v3_small", 3, 5, pretrained=tmp_path / "five_classes.pt", image_size=32
+    )
+    pretrained = names_of_pretrained(network)
+    assert len(pretrained) == len([*network.network.parameters()])
+    assert names_of_pretrained(Backbone.from_config(network.config)) == pretrained
+    older = {name: value for name, value in network.config.items() if name != "has_new_classifier"}
+    assert len(pretrained) - len(names_of_pretrained(Backbone.from_config(older))) == 2
+    network.freeze_pretrained()
+    for same in (network, Backbone.from_config(network.config)):
+        assert {name.split(".")[0] for name, p in same.named_parameters() if p.requires_grad} == {"exits"}
+    other = network.for_classes(7)
+    assert other.has_new_classifier
+    single_stage = IMTA(network, freeze_backbone=False).for_classes(7)
+    assert single_stage.stage_1.config == other.config
+
+
+def test_where_the_classifier_came_from_is_no_part_of_a_fingerprint():
+    network = Backbone(small_resnet(), ["layer2"], num_classes=5)
+    before = network_fingerprint(network)
+    network.load_pretrained(network.network.state_dict())
+    assert not network.has_new_classifier
+    assert network_fingerprint(network) == before
+
+
+@pytest.mark.parametrize("has_classifier", [False, True])
+def test_a_frozen_network_trains_its_classifier_exactly_if_the_weights_have_none(tmp_path, has_classifier):
+    weights = torchvision.models.mobilenet_v3_small(num_classes=10).state_dict()
+    last = ("classifier.3.weight", "classifier.3.bias")
+    kept = {name: x for name, x in weights.items() if has_classifier or name not in last}
+    torch.save(kept, tmp_path / "weights.pt")
+    network = build_backbone(
+        "mobilenet_v3_small",
+        3,
+        10,
+        pretrained=tmp_path / "weights.pt",
+        image_size=32,
+        options={"num_classes": 10},
+        frozen=True,
+    )
+    trained = [name for name, p in network.network.named_parameters() if p.requires_grad]
+    assert trained == ([] if has_classifier else list(last))
+    assert all(p.requires_grad for p in network.exits.parameters())
+    assert not network.network.training
+
+
 def test_a_frozen_network_keeps_weights_and_statistics():
     network = Backbone(small_resnet(), ["layer1", "layer2"], num_classes=5)
     network.freeze_pretrained()

@@ -1,9 +1,10 @@
 """Every kind of network keeps the contract of ``ExitNetwork``; ``tests.contract`` says what that is."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import MSDNet
 from tests import contract
@@ -19,6 +20,38 @@ NAMES = ("msdnet", "msdnet_boosted", "imta", "imta_single_stage", "imta_backbone
 def test_network(check, name):
     if reason := contract.CHECKS[check](contract.CASES[name]):
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", ["chain_new_classes", "imta_backbone_single_stage"])
+def test_rebuilt_backbones_train_the_same_parameters(name):
+    contract.check_rebuilt(contract.CASES[name])
+
+
+class Unbiased(MSDNet, register=False):
+    """An MSDNet whose classifiers have no bias."""
+
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        for exit_module in self.exits:
+            exit_module.linear.register_parameter("bias", None)
+
+
+def test_classifiers_of_networks_may_lack_a_bias():
+    contract.check_parameter_lists(contract.Case(lambda: Unbiased(contract.NUM_CLASSES, num_blocks=2)))
+
+
+class Unnamed(MSDNet, register=False):
+    """An MSDNet that does not name the classifier of its last exit."""
+
+    def classifier_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        last = f"exits.{self.num_exits - 1}."
+        return (pair for pair in super().classifier_parameters() if not pair[0].startswith(last))
+
+
+def test_every_exit_has_a_classifier():
+    case = contract.Case(lambda: Unnamed(contract.NUM_CLASSES, num_blocks=1))
+    with pytest.raises(AssertionError):
+        contract.check_parameter_lists(case)
 
 
 class Unscaled(MSDNet, register=False):
