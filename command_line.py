@@ -83,10 +83,10 @@ class CommandLine:
     def __str__(self) -> str:
         return shlex.join(["python", self.stage.program, *self.argv])
 
-    def to_resume(self) -> str:
-        """Return the whole command that resumes this run."""
+    def to_resume(self, launcher: str = "python") -> str:
+        """Return the whole command that resumes this run, with ``launcher`` in front of the program."""
         words = [word for word in self.argv if word not in ("--overwrite", "--resume")]
-        return shlex.join(["python", self.stage.program, *words, "--resume"])
+        return f"{launcher} {shlex.join([self.stage.program, *words, '--resume'])}"
 
     def settings(
         self, stored: dict[str, Any] | None = None, inherited: dict[str, Any] | None = None

@@ -38,7 +38,7 @@ from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.stage import Stage
-from engine.trainer import train
+from engine.trainer import Trainer, train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import to_config
@@ -131,14 +131,17 @@ def _train_in_process(
     else:
         description = checkpoint["description"]
     prepare_network_and_device(network, settings, session.processes.device)
-    objective = stage.make_objective(network, settings)  # may raise, so before the old run is deleted
+    # Both may raise, so before the old run is deleted.
+    objective = stage.make_objective(network, settings)
+    trainer = Trainer(objective, description, data, session)
     _log_setup(network, data, operations, session)
     if is_main and checkpoint is None:
         _delete_old_run(directory)
     record = recorded(session, str(command), checkpoint is not None, description.frozen_digest)
     with record if is_main else nullcontext():
         log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
-        progress = train(objective, description, data, session, checkpoint)
+        progress = train(trainer, checkpoint)
+        del trainer  # the evaluation needs no optimizer and no moving average
         stage.check_result(network, description)  # the last epoch
         load_weights(network, load_saved(directory.best).network.state_dict())
         stage.check_result(network, description)  # the best epoch

@@ -3,7 +3,7 @@
 ``engine.stepper`` makes the steps.
 
 Example:
-    progress = train(objective, description, data, session, checkpoint)
+    progress = train(Trainer(objective, description, data, session), checkpoint)
 
 A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
 ``network`` that is trained.
@@ -97,13 +97,7 @@ class Meters:
         return loss / images if images else math.nan, [100 * c / max(images, 1) for c in correct]
 
 
-def train(
-    objective: nn.Module,
-    description: Description,
-    data: Data,
-    session: Session,
-    checkpoint: dict[str, Any] | None = None,
-) -> Progress:
+def train(trainer: "Trainer", checkpoint: dict[str, Any] | None = None) -> Progress:
     """Train until ``epochs`` of the settings are done.
 
     ``last.pt``, the best epoch and ``log.jsonl`` are left in the run's directory.
@@ -112,17 +106,14 @@ def train(
     loss, then to the later epoch. Without held-out images, the last epoch is the best.
 
     Args:
-        objective: The objective, whose ``network`` is trained.
-        description: Description of the network, for the files of the run.
-        data: The images to train on and to choose the best epoch with.
-        session: The run.
+        trainer: The training, before its first step.
         checkpoint: The checkpoint to resume from, None to start.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved.
         UserError: The loss is not finite, a file cannot be written, or ``checkpoint`` is damaged.
     """
-    trainer = Trainer(objective, description, data, session)
+    session = trainer.session
     if checkpoint is not None:
         with report_damage(session.directory.last):
             trainer.restore(checkpoint)
@@ -165,7 +156,14 @@ def _refuse_own_parameters(objective: nn.Module) -> None:
 
 
 class Trainer:
-    """The state of a training, and its epochs."""
+    """The state of a training, and its epochs. Making one writes no file.
+
+    Args:
+        objective: The objective, whose ``network`` is trained.
+        description: Description of the network, for the files of the run.
+        data: The images to train on and to choose the best epoch with.
+        session: The run.
+    """
 
     def __init__(self, objective: nn.Module, description: Description, data: Data, session: Session):
         self.objective, self.description, self.data, self.session = objective, description, data, session

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ from engine.auto import resolve_auto
 from engine.record import RunDirectory
 from engine.runtime import precision
 from engine.runtime.distributed import Processes, launch_of_environment, process_group
-from engine.runtime.launch import may_fork, process_count
+from engine.runtime.failures import status_and_line
+from engine.runtime.launch import may_fork, process_count, training_processes
 from engine.runtime.signals import Interrupted, handle_signals
 from image_data.data_sets import find_data_set
 from tests import disturbed, forkserver
@@ -235,6 +237,48 @@ def test_a_copy_that_is_killed_before_all_have_met_ends_the_run(tmp_path):
     assert result.errors.count("\n") == 1
     assert "another process of this run was lost" in result.errors
     assert time.monotonic() - began < 2 * LONGEST
+
+
+def refuse_the_second_fork(_):
+    """Print the error of a start in three processes, whether a worker is left, and the files that are."""
+    real, forks = os.fork, []
+
+    def fork():
+        if forks:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        forks.append(real())
+        return forks[0]
+
+    os.fork, tempfile.tempdir = fork, str(Path.cwd() / "temporary")
+    try:
+        with training_processes(96, None):
+            pass
+    except UserError as error:
+        print(error)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+        print("a worker is left")
+    print(list(Path("temporary").iterdir()))
+    return 0
+
+
+def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    ended = forkserver.run(refuse_the_second_fork, [], tmp_path, {"PROCESSES": 3})
+    assert ended.output.splitlines() == [
+        "cannot start 3 processes: Resource temporarily unavailable; PROCESSES=1 starts no others",
+        "[]",
+    ]
+
+
+def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):
+    command = parse("GE", ["--save", "my run", "--overwrite"])
+    stopped = Interrupted(signal.SIGTERM, is_saved=True)
+    words = "train_GE.py --save 'my run' --resume"
+    assert status_and_line(stopped, command)[1].endswith(f"; to resume: python {words}")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    line = status_and_line(stopped, command)[1]
+    assert line.endswith(f"; to resume: torchrun [its flags as before] {words}")
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):

@@ -369,6 +369,17 @@ def test_an_objective_that_is_refused_leaves_the_old_run(runs, monkeypatch, caps
     assert same_tensors(weights(runs / "GE"), before)
 
 
+def test_an_optimizer_that_cannot_be_built_leaves_the_old_run(runs, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("no such momentum")
+
+    monkeypatch.setattr(torch.optim, "SGD", refuse)
+    before = contents(runs)
+    with pytest.raises(ValueError, match="no such momentum"):
+        train_ge(runs / "GE", "--overwrite")
+    assert contents(runs) == before
+
+
 def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
     best, last = runs / "GE" / "best.safetensors", runs / "GE" / "last.pt"
     last.unlink()

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from engine.runtime.compiling import is_compiler_error, reason_of
 from engine.runtime.device import is_out_of_memory
 from engine.runtime.distributed import is_lost_peer
@@ -22,7 +24,9 @@ def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> t
     Raises:
         Exception: ``error`` itself, if none of these explains it: it is a bug.
     """
-    resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume()}"
+    # A script cannot see the flags of torchrun, such as the address of the first machine.
+    launcher = "torchrun [its flags as before]" if dist.is_torchelastic_launched() else "python"
+    resume = "" if "evalmode" in command.typed else f"; to resume: {command.to_resume(launcher)}"
     if isinstance(error, (UserError, OSError)):
         return 2, error_message(error)
     if isinstance(error, WorkerFailed):

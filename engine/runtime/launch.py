@@ -150,11 +150,11 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
             yield processes
         return
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp())
-    rank, workers = _fork(count, folder)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    seconds_to_end = 0
+    folder = Path(tempfile.mkdtemp())
+    main_process, workers, seconds_to_end = os.getpid(), [], 0
     try:
+        rank = _fork(count, folder, workers)
         _join(folder / "store", rank, count, workers)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()
@@ -169,19 +169,25 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
                 raise WorkerFailed(int(status), message) from None
         raise
     finally:
-        if rank == 0:
+        if os.getpid() == main_process:
             _wait_for(workers, seconds_to_end)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
-    """Fork this process; return the rank of each process and, in rank 0, the process ids of the workers.
+def _fork(count: int, folder: Path, workers: list[int]) -> int:
+    """Fork this process; return the rank of each process.
+
+    Args:
+        count: Number of processes, with this one.
+        folder: Folder for the reports of the workers.
+        workers: Gets the process ids of the workers in rank 0, also of those before one that is refused; it
+            is left empty in a worker.
 
     Raises:
         UserError: The system does not allow so many processes.
     """
     global _report
-    parent, workers = os.getpid(), []
+    parent = os.getpid()
     for rank in range(1, count):
         try:
             worker = os.fork()
@@ -195,9 +201,10 @@ def _fork(count: int, folder: Path) -> tuple[int, list[int]]:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
-            return rank, []
+            workers.clear()
+            return rank
         workers.append(worker)
-    return 0, workers
+    return 0
 
 
 def _join(store: Path, rank: int, count: int, workers: list[int]) -> None:
