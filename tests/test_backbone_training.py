@@ -63,8 +63,8 @@ def test_a_new_network_takes_images_as_its_library_does(image_folder, tmp_path, 
     """Small images of a folder, which an MSDNet normalises by their own mean."""
     prepared = []
 
-    def stop(objective, description, data, *_):
-        prepared.append(data.info)
+    def stop(trainer, checkpoint=None):
+        prepared.append(trainer.data.info)
         raise UserError("stopped before the training")
 
     monkeypatch.setattr("engine.run.train", stop)
