@@ -5,5 +5,5 @@ set -euo pipefail
 for_tests=1
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$project"
-[[ $# -gt 0 ]] || echo "running the tests; on two cores they take about four minutes"
+[[ $# -gt 0 ]] || echo "running the tests; on two cores they take about three minutes"
 exec "$PYTHON" -m pytest "$@"
