@@ -94,9 +94,9 @@ def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen
 
 
 def test_a_moved_backbone_is_noticed(runs, monkeypatch):
-    def disturb(objective, *args):
-        objective.network.backbone.stem.scales[0][1].running_mean += 1
-        return real(objective, *args)
+    def disturb(built, *args):
+        built.objective.network.backbone.stem.scales[0][1].running_mean += 1
+        return real(built, *args)
 
     real = trainer.train
     monkeypatch.setattr("engine.run.train", disturb)
