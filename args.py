@@ -58,12 +58,12 @@ LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
 
 
 class Change(IntEnum):
-    """When a setting may get another value than it has in the record of a run.
+    """When a setting may get another value than it has in a run's recipe (``command_line``).
 
     NEVER: It describes the training.
     EVALUATION: When the network is evaluated.
     RESUMING: When the run is resumed too: it says where and how a run goes on, or how it is evaluated.
-    LAUNCH: At every launch, which has its own value and takes none from a record.
+    LAUNCH: At every launch, which has its own value and takes none from a recipe.
     """
 
     NEVER = 0
@@ -81,8 +81,8 @@ class Setting(NamedTuple):
     Attributes:
         default: Its value where neither a flag nor a preset sets it.
         change: When it may change after the training began. Where it may not, a flag with another value than
-            the record's is refused.
-        inherited: Whether a run takes it from the record of the network that it starts from, as it always
+            the recipe's is refused.
+        inherited: Whether a run takes it from the recipe of the network that it starts from, as it always
             does with --arch and the network's options. Others come from flags, preset and defaults.
         default_from: Its value where it is None, from the settings before it in ``SETTINGS``.
     """

@@ -5,8 +5,8 @@ Example:
     command.typed                  # {"preset": "cifar100", "lr": 0.2}
     settings = command.settings()  # every setting of the run
 
-*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *record* holds
-the settings of a run in the file of its network (``Description.recipe``; ``run.json`` repeats it for people).
+*Settings* are what a run uses, an ``argparse.Namespace`` that nothing changes afterwards. A *recipe* is the
+settings that a network was trained with, from its file (``Description.recipe``).
 """
 
 import shlex
@@ -62,9 +62,9 @@ class CommandLine:
 
     Four sources have values of settings. The first one that has a value counts:
 
-    1. what was typed, and ``implied`` where no record says it;
-    2. the record of the run to resume or of the network to evaluate, or what a network to start from passes
-       on: its architecture and ``args.INHERITED``;
+    1. what was typed, and ``implied`` where no recipe says it;
+    2. the recipe of the run to resume or of the network to evaluate; of a network to start from only its
+       architecture and ``args.INHERITED``;
     3. for a new run, its preset;
     4. ``args.DEFAULTS``.
 
@@ -89,30 +89,30 @@ class CommandLine:
         return f"{launcher} {shlex.join([self.stage.program, *words, '--resume'])}"
 
     def settings(
-        self, stored: dict[str, Any] | None = None, inherited: dict[str, Any] | None = None
+        self, recipe: dict[str, Any] | None = None, origin_recipe: dict[str, Any] | None = None
     ) -> Namespace:
         """Return every setting of a run, from the sources that the class names.
 
         Args:
-            stored: Record of the run to resume or of the network to evaluate.
-            inherited: Record of the network to start from. Where stage 1 takes other data, only the network's
-                options and the image size count.
+            recipe: Of the run to resume or the network to evaluate.
+            origin_recipe: Of the network that a new run starts from. Where stage 1 takes other data, only the
+                network's options and the image size count.
 
         Raises:
             UserError: A flag that the network or the other settings have no use for, a preset that is not
-                stage 1's, a held-out split that is not the record's, or images that are gone.
+                stage 1's, a held-out split that is not the recipe's, or images that are gone.
         """
-        is_new = stored is None
+        is_new = recipe is None
         if is_new:
-            typed = self._typed_to_start(inherited)
-            record = self._passed_on(typed, inherited or {})
+            typed = self._typed_to_start(origin_recipe)
+            kept = self._inherited(typed, origin_recipe or {})
         else:
-            typed = self._typed_beside_record()
-            record = {name: stored[name] for name in stored.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
-        self._check_images_are_there(record)
-        self._check_split(record)
-        preset = self._preset(typed, record) if is_new else {}
-        values = DEFAULTS | preset | record | typed
+            typed = self._typed_beside_recipe()
+            kept = {name: recipe[name] for name in recipe.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
+        self._check_images_are_there(kept)
+        self._check_split(kept)
+        preset = self._preset(typed, kept) if is_new else {}
+        values = DEFAULTS | preset | kept | typed
         conflict = conflict_of_settings(self.typed, values)
         if is_new:
             conflict = conflict or conflict_of_schedule(self.typed, values)
@@ -120,25 +120,25 @@ class CommandLine:
             raise UserError(conflict)
         return Namespace(**_complete(values))
 
-    def _typed_beside_record(self) -> dict[str, Any]:
-        """Return what was typed but "auto", which beside a record stands for what the record says."""
+    def _typed_beside_recipe(self) -> dict[str, Any]:
+        """Return what was typed but "auto", which beside a recipe stands for what the recipe says."""
         return {name: value for name, value in self.typed.items() if value != "auto"}
 
-    def _typed_to_start(self, inherited: dict[str, Any] | None) -> dict[str, Any]:
-        """Return what was typed for a new run, and what follows from it unless ``inherited`` says it."""
-        is_inherited = inherited is not None and self.stage.inherits_data
-        return self.typed if is_inherited else {**self.implied, **self.typed}
+    def _typed_to_start(self, origin_recipe: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what was typed for a new run, and what follows from it unless data are inherited."""
+        are_inherited = origin_recipe is not None and self.stage.inherits_data
+        return self.typed if are_inherited else {**self.implied, **self.typed}
 
-    def _passed_on(self, typed: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
-        """Return what a new run takes from the record of the network that it starts from."""
-        names = {"arch", *option_names(_arch(inherited))}
+    def _inherited(self, typed: dict[str, Any], origin_recipe: dict[str, Any]) -> dict[str, Any]:
+        """Return what a new run takes from the recipe of the network that it starts from."""
+        names = {"arch", *option_names(_arch(origin_recipe))}
         takes_other_data = not self.stage.inherits_data and ("preset" in typed or "data" in typed)
         names |= {"image_size"} if takes_other_data else INHERITED
-        return {name: value for name, value in inherited.items() if name in names}
+        return {name: value for name, value in origin_recipe.items() if name in names}
 
-    def _preset(self, typed: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    def _preset(self, typed: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of a new run's preset, as --released, --optimizer and --data change it."""
-        trained_with = record.get("preset")
+        trained_with = kept.get("preset")
         preset = typed.get("preset", trained_with or DEFAULTS["preset"])
         if trained_with not in (None, preset):
             raise UserError(
@@ -153,36 +153,36 @@ class CommandLine:
             values["val_size"] = None
         return values
 
-    def _check_images_are_there(self, record: dict[str, Any]) -> None:
-        if record.get("data", "demo") == "demo" or "data_root" in self.typed:
+    def _check_images_are_there(self, kept: dict[str, Any]) -> None:
+        if kept.get("data", "demo") == "demo" or "data_root" in self.typed:
             return
-        root = record.get("data_root")
+        root = kept.get("data_root")
         if root is None or not is_folder(root):
-            were = f"are those of {record['data']}" if root is None else f"were in {root}"
+            were = f"are those of {kept['data']}" if root is None else f"were in {root}"
             raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
 
-    def _check_split(self, record: dict[str, Any]) -> None:
+    def _check_split(self, kept: dict[str, Any]) -> None:
         for name in ("val_size", "test_size", "split_seed"):
-            before = record.get(name)
-            if name in record and self.typed.get(name, before) != before:
+            before = kept.get(name)
+            if name in kept and self.typed.get(name, before) != before:
                 given = f"without {flag_of(name)}" if before is None else f"with {flag_of(name)} {before}"
                 raise UserError(
                     f"the checkpoint's images were held out {given}, "
                     f"not with {self.typed[name]}; the split cannot change"
                 )
 
-    def refuse_changes(self, stored: dict[str, Any]) -> None:
+    def refuse_changes(self, recipe: dict[str, Any]) -> None:
         """Check that nothing was typed that the run to resume, or the network to evaluate, cannot follow.
 
         Args:
-            stored: Record of the run or network.
+            recipe: Of the run or network.
 
         Raises:
             UserError: The first flag that asks for something else.
         """
-        stored = from_record(stored)
-        self._refuse_other_data(stored)
-        if conflict := conflict_with_arch(self.typed, _arch(stored)):
+        recipe = settings_from_recipe(recipe)
+        self._refuse_other_data(recipe)
+        if conflict := conflict_with_arch(self.typed, _arch(recipe)):
             raise UserError(conflict)
         if "evalmode" in self.typed:  # ``refuse_other_network`` compares the network's options
             may_differ = {*EVALUABLE, *all_option_names()}
@@ -191,21 +191,21 @@ class CommandLine:
             may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
             if self.stage.previous is None:
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
-        for name, value in self._typed_beside_record().items():
-            # A released network has no record. Its training command, with --evalmode added, evaluates it.
-            is_unknown = "evalmode" in self.typed and name not in stored
+        for name, value in self._typed_beside_recipe().items():
+            # A released network has no recipe. Its training command, with --evalmode added, evaluates it.
+            is_unknown = "evalmode" in self.typed and name not in recipe
             if name in may_differ or is_unknown:
                 continue
-            before = stored.get(name, DEFAULTS[name])  # older records lack newer settings
-            is_same = before == (str(value) if isinstance(value, Path) else value)  # records hold text
+            before = recipe.get(name, DEFAULTS[name])  # older recipes lack newer settings
+            is_same = before == (str(value) if isinstance(value, Path) else value)  # recipes hold text
             if not (is_same or (name == "pretrained" and _is_same_origin(before, value))):
                 raise UserError(
                     f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
 
-    def _refuse_other_data(self, stored: dict[str, Any]) -> None:
+    def _refuse_other_data(self, recipe: dict[str, Any]) -> None:
         """Raise ``UserError`` if --data-root was typed for a run whose images lie in no folder."""
-        if stored.get("data") == "demo" and "data_root" in self.typed:
+        if recipe.get("data") == "demo" and "data_root" in self.typed:
             raise UserError(
                 f"the run in {self.save_directory} was trained on the demo's images, "
                 f"not on those in --data-root {self.typed['data_root']}; "
@@ -273,23 +273,23 @@ class CommandLine:
         return Path("save") / name / stage.name
 
 
-def from_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a record in types and values of today's flags; files hold lists for tuples."""
-    settings = {name: value for name, value in record.items() if name in DEFAULTS}
+def settings_from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings in types and values of today's flags; files hold lists for tuples."""
+    settings = {name: value for name, value in recipe.items() if name in DEFAULTS}
     return {
         name: tuple(value) if isinstance(value, list) else current_value(name, value)
         for name, value in settings.items()
     }
 
 
-def record_of(network: ExitNetwork) -> dict[str, Any]:
-    """Return the record of the run that wrote a network's file.
+def recipe_of(network: ExitNetwork) -> dict[str, Any]:
+    """Return the settings that a network was trained with.
 
     The network itself says which network and image size it is.
     """
     description = network.description
     own = {**settings_of_network(network), "image_size": description.data.image_size}
-    return from_record({**description.recipe, **own})
+    return settings_from_recipe({**description.recipe, **own})
 
 
 def settings_of_network(network: ExitNetwork) -> dict[str, Any]:

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from adaptive_inference.export import export_blocks, export_onnx
 from adaptive_inference.fingerprint import describe
-from adaptive_inference.fold import folded_for
+from adaptive_inference.loading import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from engine.checkpoint import load_saved
 from utils import CommandLineParser, UserError, print_error, print_line, user_path

@@ -23,8 +23,8 @@ from adaptive_inference import fold
 from command_line import CommandLine, parse
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.networks import new_network
-from engine.record import RunDirectory
 from engine.run import end_program, run
+from engine.run_directory import RunDirectory
 from engine.runtime.precision import amp_dtype
 from engine.stage import Stage
 from models import IMTA, one_for_all_loss

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from adaptive_inference.budgeted import ExitPredictions
+
 MAX_IMAGES = 10_000  # more hardly change a few numbers
 MANY_IMAGES = 1_000  # with fewer, no temperature is below 1: that would make confidences larger
 TEMPERATURE_SPREAD = 0.25  # standard deviation of the log of a temperature, before any image is seen
@@ -178,6 +180,23 @@ def ensemble_classes(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
 def ensemble_operations(operations: Sequence[int], num_classes: int) -> list[int]:
     """Return the operations to each exit with an ensemble: the k-th adds k times the number of classes."""
     return [n + k * num_classes for k, n in enumerate(operations, start=1)]
+
+
+def with_ensemble(
+    predictions: ExitPredictions, logits: Tensor, ensemble: Ensemble | None, operations: Sequence[float]
+) -> tuple[ExitPredictions, Sequence[float]]:
+    """Return the predictions of an ensemble at every exit, and the operations to them.
+
+    Args:
+        predictions: Predictions of each exit alone.
+        logits: (K, N, C).
+        ensemble: Weights, K rows of K; None returns predictions and operations unchanged.
+        operations: Operations to each exit.
+    """
+    if ensemble is None:
+        return predictions, operations
+    ensemble_predictions = predictions._replace(classes=ensemble_classes(logits, ensemble))
+    return ensemble_predictions, ensemble_operations(operations, logits.shape[2])
 
 
 def _sample(targets: Tensor) -> slice:

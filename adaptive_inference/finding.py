@@ -12,16 +12,17 @@ something about accuracy.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
-from adaptive_inference.calibration import fit_ensemble, fit_temperatures
+from adaptive_inference.calibration import fit_ensemble, fit_temperatures, with_ensemble
 from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.fingerprint import describe, dtype_of, network_fingerprint
 from adaptive_inference.optimised import optimised_thresholds
-from adaptive_inference.points import evaluate_points, with_ensemble
+from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import Point, Policy, PolicyCurve
-from adaptive_inference.policy_files import policy_curve
 from models import ExitNetwork
 
 
@@ -53,7 +54,7 @@ def find_policies(
     for rule, thresholds in rules.items():
         points += evaluate_points(rule, thresholds, exit_policy, predictions, operations)
     if policy.ensemble is not None:
-        ensemble_predictions, ensemble_costs = with_ensemble(predictions, logits, policy, operations)
+        ensemble_predictions, ensemble_costs = with_ensemble(predictions, logits, policy.ensemble, operations)
         thresholds = optimised_thresholds(ensemble_predictions, ensemble_costs)
         points += evaluate_points("ensemble", thresholds, policy, ensemble_predictions, ensemble_costs)
     return policy_curve(network, operations, points, len(targets))
@@ -70,3 +71,22 @@ def fit_full_policy(logits: Tensor, targets: Tensor, measure: str = "softmax") -
     temperatures = tuple(fit_temperatures(logits, targets))
     ensemble = fit_ensemble(logits, targets, temperatures)
     return Policy((NONE_LEAVE,) * len(logits), measure, temperatures, ensemble)
+
+
+def policy_curve(
+    network: ExitNetwork,
+    operations: Sequence[float],
+    points: Sequence[Point],
+    num_images: int | None = None,
+    certificate: dict[str, Any] | None = None,
+) -> PolicyCurve:
+    """Return the curve of ``network``, in the dtype of its logits; for the rest see ``PolicyCurve``."""
+    return PolicyCurve(
+        network_fingerprint(network),
+        dtype_of(network),
+        describe(network),
+        tuple(operations),
+        tuple(points),
+        num_images,
+        certificate,
+    )

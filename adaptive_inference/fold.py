@@ -10,7 +10,6 @@ convolution with a bias.
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
 from adaptive_inference.fingerprint import network_fingerprint
-from adaptive_inference.policies import PolicyCurve
-from adaptive_inference.policy_files import DTYPES, check_curve
 from models import ExitNetwork, State
 from models.module_state import set_memory_format
 
@@ -109,17 +106,6 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     folded.to(dtype=dtype)
     set_memory_format(folded, memory_format)
     return FoldedNetwork(folded, fingerprint, next(folded.parameters()).dtype, memory_format)
-
-
-def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> FoldedNetwork:
-    """Return ``network`` folded, in the dtype that a policy curve was made for.
-
-    Raises:
-        UserError: The curve was made for another network; the line names ``source``.
-    """
-    folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
-    check_curve(curve, folded, source)
-    return folded
 
 
 def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_inference.choosing import Promise, choose
-from adaptive_inference.fold import folded_for
-from adaptive_inference.policy_files import policy_path, read_policy
+from adaptive_inference.fold import FoldedNetwork, fold
+from adaptive_inference.points import Promise, choose
+from adaptive_inference.policies import PolicyCurve
+from adaptive_inference.policy_files import DTYPES, check_curve, policy_path, read_policy
 from adaptive_inference.predictor import AdaptivePredictor
-from models import load
+from models import ExitNetwork, load
 from models.description import DataInfo
 from models.files import find
 from utils import UserError
@@ -58,6 +59,17 @@ def load_predictor(
     else:
         point = choose(curve, operations=operations, accuracy=accuracy, max_loss=max_loss, rule=rule)
     return AdaptivePredictor(folded_for(load(file), curve, source), point.policy, _preprocess)
+
+
+def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> FoldedNetwork:
+    """Return ``network`` folded, in the dtype that a policy curve was made for.
+
+    Raises:
+        UserError: The curve was made for another network; the line names ``source``.
+    """
+    folded = fold(network, dtype=getattr(torch, curve.dtype) if curve.dtype in DTYPES else None)
+    check_curve(curve, folded, source)
+    return folded
 
 
 def _preprocess(image: Any, data: DataInfo) -> Tensor:

@@ -1,7 +1,7 @@
 """Policy files: written after a budgeted evaluation, read to predict.
 
 Example:
-    write_policy(Path("policy.json"), policy_curve(network, operations, points))
+    write_policy(Path("policy.json"), find_policies(network, operations, logits, targets))
     curve = read_policy(policy_path(Path("save/demo/IMTA/best.safetensors")), network)
 
 A policy file is JSON: fingerprint and dtype of the network it belongs to, the measure of confidence, the
@@ -11,11 +11,10 @@ points from cheap to full: thresholds, their results on the held-out images, and
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_inference.fingerprint import describe, dtype_of, network_fingerprint
+from adaptive_inference.fingerprint import dtype_of, network_fingerprint
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from models import ExitNetwork
 from utils import UserError, atomic_write
@@ -23,25 +22,6 @@ from utils import UserError, atomic_write
 FORMAT, FORMAT_2 = "imta-msdnet policy 3", "imta-msdnet policy 2"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_FILE_SIZE = 4 * 2**20  # bytes
-
-
-def policy_curve(
-    network: ExitNetwork,
-    operations: Sequence[float],
-    points: Sequence[Point],
-    num_images: int | None = None,
-    certificate: dict[str, Any] | None = None,
-) -> PolicyCurve:
-    """Return the curve of ``network``, in the dtype of its logits; for the rest see ``PolicyCurve``."""
-    return PolicyCurve(
-        network_fingerprint(network),
-        dtype_of(network),
-        describe(network),
-        tuple(operations),
-        tuple(points),
-        num_images,
-        certificate,
-    )
 
 
 def policy_path(network_file: Path, dtype: str | None = None) -> Path:

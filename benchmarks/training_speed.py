@@ -179,7 +179,7 @@ class Ours:
         operations_per_process = operations * data.train.num_images // processes.world_size
         if stage_number == 2:
             stage = train_IMTA.Stage2()
-            settings = parse("IMTA", _flags(options)).settings(inherited=vars(settings))
+            settings = parse("IMTA", _flags(options)).settings(origin_recipe=vars(settings))
             origin = SimpleNamespace(path=Path("random weights"), network=network.eval())
             network = stage.make_network(settings, data.info, origin)
         # As in a training of the published length.

@@ -26,7 +26,7 @@ from adaptive_inference.policy_files import from_format_2
 from args import add_msdnet_sizes
 from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
-from engine.record import RunDirectory
+from engine.run_directory import RunDirectory
 from image_data.defaults import NORMALIZATION, default_crop_share
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split

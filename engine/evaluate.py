@@ -14,9 +14,8 @@ from torch import Tensor
 from adaptive_inference import find_policies, fit_full_policy, fold, read_policy, write_policy
 from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.budgeted import ExitPredictions
-from adaptive_inference.calibration import calibration_errors, ensemble_classes
+from adaptive_inference.calibration import calibration_errors, ensemble_classes, with_ensemble
 from adaptive_inference.confidence import NONE_LEAVE
-from adaptive_inference.points import with_ensemble
 from adaptive_inference.policies import Point, Policy, PolicyCurve
 from adaptive_inference.predictor import simulate
 from adaptive_inference.promises.deadlines import deadline_rows
@@ -26,7 +25,6 @@ from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
 from engine.collect import anytime_rows, collect_logits
 from engine.example_images import example_images, examples_figure
-from engine.record import RunDirectory, Session
 from engine.report import (
     best_within,
     budget_rows,
@@ -41,7 +39,9 @@ from engine.report import (
     temperature_line,
     write_csv,
 )
+from engine.run_directory import RunDirectory
 from engine.runtime.precision import amp_dtype
+from engine.session import Session
 from models import ExitNetwork, count_operations
 from utils import UserError, percent
 
@@ -176,7 +176,7 @@ class Evaluation:
         """Return the rows of the CSV files."""
         directory, exit_predictions = self.session.directory, ExitPredictions.from_logits(*test, self.measure)
         ensemble_predictions, ensemble_costs = with_ensemble(
-            exit_predictions, test[0], policy, self.operations
+            exit_predictions, test[0], policy.ensemble, self.operations
         )
         best = "ensemble" if policy.ensemble else "optimised"
         return {

@@ -4,8 +4,8 @@ import torch
 
 from dataloader import Data, load_data
 from engine.checkpoint import LoadedNetwork
-from engine.record import Session
 from engine.runtime.log import Log
+from engine.session import Session
 from models.description import DataInfo, ImageSpec, Split
 
 

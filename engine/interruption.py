@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TypeVar
 
-from engine.record import Session
 from engine.runtime.signals import Interrupted
+from engine.session import Session
 
 # Check for signals at least every N steps; a process that is asked to stop has perhaps half a minute.
 MAX_STEPS_BETWEEN_CHECKS = 10

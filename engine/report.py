@@ -17,7 +17,7 @@ from adaptive_inference.policies import Point, Policy
 from utils import UserError, atomic_write, percent, print_error
 
 if TYPE_CHECKING:
-    from engine.record import RunDirectory
+    from engine.run_directory import RunDirectory
 
 LARGEST_NUMBER = 1e15  # operations have fewer digits
 ERROR_BARS_BELOW = 1_000  # test images: with fewer, accuracies are drawn as points with error bars

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import load_checkpoint, load_saved, report_damage
-from engine.record import RunDirectory
+from engine.run_directory import RunDirectory
 from engine.runtime.distributed import launch_of_environment
 from engine.runtime.log import Log
 from models import ExitNetwork
@@ -49,8 +49,8 @@ def checkpoint_to_resume(
         raise UserError(
             f"{directory.last} was written by train_{description.stage}.py; resume with that program"
         )
-    record = description.recipe
-    command.refuse_changes({**record, "pretrained": record.get("pretrained") or description.origin})
+    recipe = description.recipe
+    command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or description.origin})
     return checkpoint
 
 

@@ -19,16 +19,16 @@ from torch import nn
 from adaptive_inference import read_policy
 from args import STAGES
 from combinations import conflict_on_machine
-from command_line import CommandLine, from_record, record_of
+from command_line import CommandLine, recipe_of, settings_from_recipe
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.evaluate import Evaluation
 from engine.images import images_to_start, log_class_order, read_images
 from engine.networks import expected_images
-from engine.record import RunDirectory, Session, git_commit, recorded, to_plain_types
 from engine.report import draw_curves, known_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
+from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
 from engine.runtime.distributed import launch_of_environment, process_group
@@ -37,6 +37,7 @@ from engine.runtime.launch import exit_worker, training_processes, workers_end_i
 from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
+from engine.session import Session, git_commit, launch_in_run_json, to_plain_types
 from engine.stage import Stage
 from engine.trainer import Trainer, train
 from models import Description, ExitNetwork, count_operations
@@ -88,8 +89,8 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
         checkpoint = checkpoint_to_resume(command, stage.name, directory)
         origin = None if checkpoint else stage.find_origin(command)
         settings = command.settings(
-            stored=from_record(checkpoint["description"].recipe) if checkpoint else None,
-            inherited=record_of(origin.network) if origin else None,
+            recipe=settings_from_recipe(checkpoint["description"].recipe) if checkpoint else None,
+            origin_recipe=recipe_of(origin.network) if origin else None,
         )
         with (
             training_processes(settings.batch_size, settings.gpu) as processes,
@@ -137,8 +138,8 @@ def _train_in_process(
     _log_setup(network, data, operations, session)
     if is_main and checkpoint is None:
         _delete_old_run(directory)
-    record = recorded(session, str(command), checkpoint is not None, description.frozen_digest)
-    with record if is_main else nullcontext():
+    launch = launch_in_run_json(session, str(command), checkpoint is not None, description.frozen_digest)
+    with launch if is_main else nullcontext():
         log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
         progress = train(trainer, checkpoint)
         del trainer  # the evaluation needs no optimizer and no moving average
@@ -226,11 +227,11 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     if directory.holds_run() and saved.path.resolve() != directory.best.resolve():
         raise UserError(f"{directory.path} holds another run than {source}; pass --save DIR for its tables")
     command.refuse_other_network(saved.path, saved.network)
-    stored = record_of(saved.network)
-    command.refuse_changes({**stored, "pretrained": stored.get("pretrained") or saved.description.origin})
+    recipe = recipe_of(saved.network)
+    command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or saved.description.origin})
     # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
     # dtype of the policy file.
-    settings = command.settings(stored={**stored, "amp": "auto", "compile": "off"})
+    settings = command.settings(recipe={**recipe, "amp": "auto", "compile": "off"})
     if settings.evalmode == "runtime" and settings.amp == "auto":
         dtype = read_policy(directory.policy).dtype
         settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))

@@ -27,10 +27,10 @@ from engine.averaging import MEASURED_IMAGES, measure_batch_norm, moving_average
 from engine.checkpoint import report_damage, save_checkpoint, save_network
 from engine.collect import accuracy_per_exit
 from engine.interruption import Interruptions
-from engine.record import Session
 from engine.runtime.compiling import is_compiler_error, reason_of
 from engine.runtime.device import seed_step
 from engine.runtime.signals import Interrupted
+from engine.session import Session
 from engine.stepper import Stepper
 from models.description import Description
 from utils import UserError, duration, percent

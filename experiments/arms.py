@@ -17,7 +17,6 @@ is complete, its small files are copied into ``seed_N/ARM/`` of the folder with 
 which ``experiments/tables.py`` makes the tables and plots.
 """
 
-import json
 import shutil
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from engine.run_directory import RunDirectory
 from image_data.archives import read_cifar
 from utils import CommandLineParser, UserError, user_path
 
@@ -207,12 +207,10 @@ def with_origins(arms: Iterable[str], described: Mapping[str, Arm] = ARMS) -> li
 def is_complete(run: Path) -> bool:
     """Return True if a run has been trained and evaluated.
 
-    A run without a readable record counts as incomplete and resumes from its last checkpoint.
+    A run without a readable ``run.json`` counts as incomplete and resumes from its last checkpoint.
     """
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))["pieces"][-1]["complete"] is True
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+    launches = RunDirectory(run).launches()
+    return bool(launches) and launches[-1].get("complete") is True
 
 
 def run_command(words: list[str]) -> int:

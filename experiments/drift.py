@@ -30,7 +30,7 @@ from adaptive_inference.promises.drift import (
     read_reference,
     reference_path,
 )
-from command_line import parse, record_of
+from command_line import parse, recipe_of
 from dataloader import Data, load_data
 from engine.checkpoint import load_saved
 from engine.report import write_csv
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load_saved(arguments.network)
         flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
-        settings = parse("GE", ["--evalmode", "anytime", *flags]).settings(stored=record_of(saved.network))
+        settings = parse("GE", ["--evalmode", "anytime", *flags]).settings(recipe=recipe_of(saved.network))
         data = load_data(settings, torch.device("cpu"), None, saved.data, saved.split)
         curve = read_policy(policy_path(arguments.network), saved.network)
         point = curve.default_point()

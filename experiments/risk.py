@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.calibration import with_ensemble
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.finding import fit_full_policy
 from adaptive_inference.fold import fold
-from adaptive_inference.points import with_ensemble
 from adaptive_inference.policies import LossCounts, Point, Policy
 from adaptive_inference.promises.risk import (
     CONFIDENCE_PERCENT,
@@ -45,7 +45,7 @@ from adaptive_inference.promises.risk import (
     learning_images,
     p_value,
 )
-from command_line import parse, record_of
+from command_line import parse, recipe_of
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
@@ -263,9 +263,9 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     """
     saved = load_saved(find(network))
     flags = ["--data-root", str(data_root)] if data_root else []
-    # --save says that the data are those of the record.
+    # --save says that the data are those of the recipe.
     words = ["--evalmode", "dynamic", "--save", str(saved.path.parent), *flags]
-    settings = parse("GE", words).settings(stored=record_of(saved.network))
+    settings = parse("GE", words).settings(recipe=recipe_of(saved.network))
     data = load_data(settings, ALONE.device, None, saved.data, saved.split)
     folded = fold(saved.network)
     (val_logits, val_targets), (logits, targets) = (
@@ -274,9 +274,11 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     policy = fit_full_policy(val_logits, val_targets)
     operations = count_operations(saved.network, data.info.image_size)
     val, _ = with_ensemble(
-        ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy, operations
+        ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy.ensemble, operations
     )
-    test, spent = with_ensemble(ExitPredictions.from_logits(logits, targets), logits, policy, operations)
+    test, spent = with_ensemble(
+        ExitPredictions.from_logits(logits, targets), logits, policy.ensemble, operations
+    )
     return Evaluated(val, test, policy, spent)
 
 

@@ -9,7 +9,6 @@ Weights are stored in half precision and evaluated so; no exit may lose more tha
 networks in the folder, with the fields that Hugging Face reads.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -21,8 +20,8 @@ import train_GE
 import train_IMTA
 from args import RESUMABLE
 from engine.checkpoint import LoadedNetwork, load_saved, save_network
-from engine.record import RunDirectory
 from engine.report import best_within, millions, read_csv
+from engine.run_directory import RunDirectory
 from experiments.corruptions import accuracy_table
 from experiments.tables import read_log
 from models import Description, load
@@ -168,18 +167,18 @@ def training(run: RunDirectory) -> dict[str, str | int]:
     """Return the hardware and the minutes of a run.
 
     Raises:
-        UserError: The records of the run do not have them.
+        UserError: The files of the run do not have them.
     """
     try:
-        piece = json.loads(run.record.read_text(encoding="utf-8"))["pieces"][-1]
-        hardware = ", ".join(piece["gpus"]) or f"{piece['cores']} cores of {piece['processor']}"
+        launch = run.launches()[-1]
+        hardware = ", ".join(launch["gpus"]) or f"{launch['cores']} cores of {launch['processor']}"
         return {
             "hardware": hardware,
             "minutes": round(sum(epoch["seconds"] for epoch in read_log(run.path)) / 60),
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run.record} and log.jsonl do not tell how {run.path} was trained: {error}"
+            f"{run.run_json} and log.jsonl do not tell how {run.path} was trained: {error}"
         ) from None
 
 

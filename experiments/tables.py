@@ -442,15 +442,15 @@ def check_backbones() -> None:
         UserError: Arms of one seed froze different networks of the same arm of stage 1.
     """
     frozen: dict[tuple[Path, str], str] = {}
-    for record in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
-        arm = ARMS[record.parent.name]
-        digest = json.loads(record.read_text(encoding="utf-8")).get("frozen_digest")
+    for run_json in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
+        arm = ARMS[run_json.parent.name]
+        digest = json.loads(run_json.read_text(encoding="utf-8")).get("frozen_digest")
         # With --backbone-bn moving the digest leaves out BatchNorm's statistics: it differs from the others.
         if digest is None or "moving" in arm.flags:
             continue
-        if frozen.setdefault((record.parent.parent, arm.origin), digest) != digest:
+        if frozen.setdefault((run_json.parent.parent, arm.origin), digest) != digest:
             raise UserError(
-                f"{record.parent} started from another {arm.origin} than the other arms of its seed"
+                f"{run_json.parent} started from another {arm.origin} than the other arms of its seed"
             )
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from adaptive_inference import read_policy
 from args import RESUMABLE
 from engine.checkpoint import load_checkpoint, load_saved
-from engine.record import RunDirectory
 from engine.report import read_csv
+from engine.run_directory import RunDirectory
 from models import Description
 from utils import UserError
 
@@ -39,7 +39,7 @@ def unreadable(path: Path) -> tuple[list[str], int]:
         directory.last: load_checkpoint,
         directory.best: load_saved,
         directory.log: _read_log,
-        directory.record: lambda p: json.loads(p.read_text()),
+        directory.run_json: lambda p: json.loads(p.read_text()),
         directory.policy: read_policy,
         directory.reference: safetensors.torch.load_file,
         **dict.fromkeys((path / name for name in TABLES), _read_table),

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from args import DEFAULTS, LIBRARY_OPTIONS, OWN_NETWORKS, build_parser, flag_of
-from command_line import from_record, parse
+from command_line import parse, settings_from_recipe
 from models.options import MSDNetOptions, block_depths
 
 
@@ -26,7 +26,9 @@ def test_every_setting_is_a_flag_of_one_stage_or_both():
 
 def test_former_values_stand_for_those_of_today():
     assert parse("GE", ["--ge-scales", "Trunk"]).typed == {"gradient_equilibrium_scales": "all"}
-    assert from_record({"gradient_equilibrium_scales": "trunk"}) == {"gradient_equilibrium_scales": "all"}
+    assert settings_from_recipe({"gradient_equilibrium_scales": "trunk"}) == {
+        "gradient_equilibrium_scales": "all"
+    }
     assert MSDNetOptions(gradient_equilibrium_scales="trunk") == MSDNetOptions()
 
 

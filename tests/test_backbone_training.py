@@ -112,8 +112,8 @@ def test_exits_alone(train, tmp_path):
     assert train("run", "--freeze", "backbone", "--optimizer", "adamw", "--lr", "0.001") == 0
     network = load(tmp_path / "run" / "GE")
     assert network.config["frozen"]
-    record = json.loads((tmp_path / "run" / "GE" / "run.json").read_text())
-    assert record["settings"]["optimizer"] == "adamw"
+    run_json = json.loads((tmp_path / "run" / "GE" / "run.json").read_text())
+    assert run_json["settings"]["optimizer"] == "adamw"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 
 from combinations import conflict_of_compiling, conflict_on_machine
-from command_line import from_record, parse
+from command_line import parse, settings_from_recipe
 from utils import UserError
 
 
@@ -45,7 +45,7 @@ def test_every_milestone_lies_in_the_training(tmp_path, flags, words):
     assert settings.lr_milestones == (10.0, 20.0)
     assert parse("GE", [*imagenet, "--epochs", "30", "--lr-type", "cosine"]).settings().epochs == 30
     # Runs of earlier versions can be resumed and evaluated.
-    stored = from_record({**vars(settings), "lr_milestones": [30.0, 60.0]})
+    stored = settings_from_recipe({**vars(settings), "lr_milestones": [30.0, 60.0]})
     assert parse("GE", ["--resume"]).settings(stored).lr_milestones == (30.0, 60.0)
 
 

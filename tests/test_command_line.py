@@ -1,12 +1,12 @@
-"""The settings of a run: from flags, presets and records; its directory, and the command that resumes it."""
+"""The settings of a run: from flags, presets and recipes; its directory, and the command that resumes it."""
 
 from pathlib import Path
 
 import pytest
 
 from args import DEFAULTS, all_option_names, option_names
-from command_line import from_record, parse
-from engine.record import to_plain_types
+from command_line import parse, settings_from_recipe
+from engine.session import to_plain_types
 from presets import RELEASED_CHOICES
 from utils import UserError
 
@@ -26,7 +26,7 @@ def test_released_sets_every_choice_and_explicit_flags_win():
 
 @pytest.mark.parametrize("flags", [["--lr", "0.5"], ["--no-isc"], ["--pretrained", "x"]])
 def test_an_evaluation_refuses_flags_of_another_training(flags):
-    stored = from_record(to_plain_types(parse("IMTA", ["--lr", "0.3"]).settings()))
+    stored = settings_from_recipe(to_plain_types(parse("IMTA", ["--lr", "0.3"]).settings()))
     with pytest.raises(UserError, match=r"the network to evaluate has --.*; --evalmode trains nothing"):
         parse("IMTA", ["--evalmode", *flags]).refuse_changes(stored)
     parse("IMTA", ["--evalmode", "--lr", "0.3", "--batch-size", "7", "--amp", "off"]).refuse_changes(stored)
@@ -59,7 +59,7 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
             "GE", ["--preset", "cifar100", "--data-root", str(tmp_path), "--val-size", "7", "--nBlocks", "4"]
         ).settings()
     )
-    settings = parse("IMTA", ["--epochs", "3"]).settings(inherited=stage_1)
+    settings = parse("IMTA", ["--epochs", "3"]).settings(origin_recipe=stage_1)
     assert (settings.data, settings.data_root, settings.val_size, settings.num_blocks) == (
         "cifar100",
         tmp_path,
@@ -68,7 +68,7 @@ def test_stage_2_inherits_data_network_and_preset(tmp_path):
     )
     assert (settings.batch_size, settings.epochs) == (512, 3)
     assert (
-        parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(inherited={"preset": "demo"}).preset
+        parse("IMTA", ["--data", "cifar100", "--save", "x"]).settings(origin_recipe={"preset": "demo"}).preset
         == "demo"
     )
 
@@ -78,22 +78,22 @@ def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
         parse("GE", ["--preset", "cifar100", "--data-root", str(tmp_path / "gone")]).settings()
     )
     with pytest.raises(UserError, match="pass --data-root DIR"):
-        parse("IMTA", []).settings(inherited=stage_1)
-    assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(stored=stage_1).data_root == Path("new")
+        parse("IMTA", []).settings(origin_recipe=stage_1)
+    assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(recipe=stage_1).data_root == Path("new")
 
 
 @pytest.mark.parametrize("flags", [["--val-size", "8"], ["--split-seed", "1"]])
 def test_held_out_images_stay_those_of_stage_1(flags):
     stage_1 = to_plain_types(parse("GE", ["--val-size", "7"]).settings())
     with pytest.raises(UserError, match="the checkpoint's images were held out with"):
-        parse("IMTA", flags).settings(inherited=stage_1)
+        parse("IMTA", flags).settings(origin_recipe=stage_1)
     with pytest.raises(UserError, match="the split cannot change"):
-        parse("GE", ["--evalmode", *flags]).settings(stored=stage_1)
-    assert parse("IMTA", ["--val-size", "7"]).settings(inherited=stage_1).val_size == 7
+        parse("GE", ["--evalmode", *flags]).settings(recipe=stage_1)
+    assert parse("IMTA", ["--val-size", "7"]).settings(origin_recipe=stage_1).val_size == 7
 
 
 def test_a_resumed_run_keeps_its_settings():
-    stored = from_record(to_plain_types(parse("GE", ["--lr", "0.3"]).settings()))
+    stored = settings_from_recipe(to_plain_types(parse("GE", ["--lr", "0.3"]).settings()))
     assert parse("GE", ["--resume"]).settings(stored).lr == 0.3
     elsewhere = parse("GE", ["--resume", "--workers", "9", "--lr", "0.3", "--gpu", "1"])
     elsewhere.refuse_changes(stored)
@@ -104,20 +104,23 @@ def test_a_resumed_run_keeps_its_settings():
 
 
 def test_auto_stays_what_it_was_in_a_resumed_run():
-    stored = from_record(to_plain_types(parse("GE", []).settings())) | {"amp": "bf16", "compile": "default"}
+    stored = settings_from_recipe(to_plain_types(parse("GE", []).settings())) | {
+        "amp": "bf16",
+        "compile": "default",
+    }
     command = parse("GE", ["--resume", "--amp", "auto", "--compile", "auto"])
     command.refuse_changes(stored)
     assert (command.settings(stored).amp, command.settings(stored).compile) == ("bf16", "default")
 
 
-def test_a_flag_newer_than_the_record_is_compared_with_its_default():
-    stored = from_record(to_plain_types(parse("GE", []).settings()))
+def test_a_flag_newer_than_the_recipe_is_compared_with_its_default():
+    stored = settings_from_recipe(to_plain_types(parse("GE", []).settings()))
     del stored["clip_grad"]
     with pytest.raises(UserError, match="has --clip-grad None, the command line says 1"):
         parse("GE", ["--resume", "--clip-grad", "1"]).refuse_changes(stored)
 
 
-def test_a_training_command_with_evalmode_evaluates_a_network_without_record():
+def test_a_training_command_with_evalmode_evaluates_a_network_without_recipe():
     """The published way to evaluate a released network."""
     flags = ["--epochs", "300", "--batch-size", "64", "--lr-type", "multistep", "--weight-decay", "1e-4"]
     parse("GE", ["--preset", "cifar100", *flags, "--evalmode", "dynamic"]).refuse_changes(
@@ -126,7 +129,7 @@ def test_a_training_command_with_evalmode_evaluates_a_network_without_record():
 
 
 def test_a_run_never_continues_one_of_other_data():
-    demo = from_record(to_plain_types(parse("GE", []).settings()))
+    demo = settings_from_recipe(to_plain_types(parse("GE", []).settings()))
     for flags in (
         ["--resume", "--data-root", "photos"],
         ["--save", "x", "--resume", "--data-root", "photos"],

@@ -19,8 +19,8 @@ from PIL import Image
 
 import export_onnx as program
 from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, export_onnx
+from adaptive_inference.finding import policy_curve
 from adaptive_inference.policies import Policy
-from adaptive_inference.policy_files import policy_curve
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import save_network
 from image_data import synthetic

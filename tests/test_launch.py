@@ -20,7 +20,7 @@ import torch.distributed as dist
 import train_GE
 from command_line import parse
 from engine.auto import resolve_auto
-from engine.record import RunDirectory
+from engine.run_directory import RunDirectory
 from engine.runtime import precision
 from engine.runtime.distributed import Processes, launch_of_environment, process_group
 from engine.runtime.failures import status_and_line

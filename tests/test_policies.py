@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds, load_predictor
+from adaptive_inference.finding import policy_curve
 from adaptive_inference.fingerprint import network_fingerprint
-from adaptive_inference.fold import folded_for
+from adaptive_inference.loading import folded_for
 from adaptive_inference.optimised import optimised_thresholds
 from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import LossCounts, Policy
 from adaptive_inference.policy_files import (
     from_format_2,
-    policy_curve,
     policy_path,
     read_policy,
     write_policy,

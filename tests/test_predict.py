@@ -16,8 +16,9 @@ from PIL import Image
 import engine.prediction.predict_all
 import predict
 from adaptive_inference.confidence import confidence_by_exit
+from adaptive_inference.finding import policy_curve
 from adaptive_inference.policies import LossCounts
-from adaptive_inference.policy_files import policy_curve, write_policy
+from adaptive_inference.policy_files import write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from engine.checkpoint import save_network
 from engine.runtime.device import limit_threads

@@ -13,7 +13,7 @@ import dataloader
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
-from command_line import parse, record_of
+from command_line import parse, recipe_of
 from engine import trainer
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
@@ -58,7 +58,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def record(run):
+def run_json(run):
     return json.loads((run / "run.json").read_text())
 
 
@@ -77,11 +77,11 @@ def test_a_run_leaves_tables_curves_logs_and_how_it_was_made(runs, stage):
     assert any((run / "tensorboard").iterdir())
     (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert (row["epoch"], len(row["val_acc1"])) == (1, 3)
-    (piece,) = record(run)["pieces"]
-    assert piece["command"].startswith(f"python train_{stage}.py --")
-    assert piece["torch"] == torch.__version__
-    assert piece["complete"]
-    assert record(run)["settings"]["num_blocks"] == 3
+    (launch,) = run_json(run)["launches"]
+    assert launch["command"].startswith(f"python train_{stage}.py --")
+    assert launch["torch"] == torch.__version__
+    assert launch["complete"]
+    assert run_json(run)["settings"]["num_blocks"] == 3
 
 
 def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen(runs):
@@ -90,7 +90,7 @@ def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen
     assert after.data == before.data
     assert after.network.backbone.config == before.network.config
     assert same_tensors(after.network.backbone.state_dict(), before.network.state_dict())
-    assert record(runs / "IMTA")["frozen_digest"] == after.description.frozen_digest
+    assert run_json(runs / "IMTA")["frozen_digest"] == after.description.frozen_digest
 
 
 def test_a_moved_backbone_is_noticed(runs, monkeypatch):
@@ -191,7 +191,7 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
             assert train_GE.main(["--save", str(tmp_path / "GE"), *flags]) == status
         flags = ["--resume"]
     assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
-    assert len(record(tmp_path / "GE")["pieces"]) == 4
+    assert len(run_json(tmp_path / "GE")["launches"]) == 4
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
@@ -228,9 +228,9 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
         assert train_imta(runs, "parts", *flags) == 143
     assert train_imta(runs, "parts", *flags, "--resume") == 0
     assert differences(runs / "parts", runs / "whole") == []
-    pieces = record(runs / "parts")["pieces"]
-    assert [piece["complete"] for piece in pieces] == [False, True]
-    assert all(piece["ended"] >= piece["began"] for piece in pieces)
+    launches = run_json(runs / "parts")["launches"]
+    assert [launch["complete"] for launch in launches] == [False, True]
+    assert all(launch["ended"] >= launch["began"] for launch in launches)
 
 
 @pytest.mark.slow
@@ -415,8 +415,8 @@ def test_stage_1_starts_from_weights(runs, image_folder):
     )
     assert [p.shape for p in more.network.parameters()] == [p.shape for p in before.parameters()]
     assert tuned.network.num_classes == 3
-    record = record_of(tuned.network)
-    assert (tuned.description.data.image_size, record["num_blocks"], record["epochs"]) == (
+    recipe = recipe_of(tuned.network)
+    assert (tuned.description.data.image_size, recipe["num_blocks"], recipe["epochs"]) == (
         32,
         3,
         1,
@@ -444,7 +444,7 @@ def test_policies_of_every_measure_answer_as_the_evaluation_says(runs, measure):
     saved = load_saved(run / "best.safetensors")
     curve = read_policy(run / "policy.json", saved.network)
     data = dataloader.load_data(
-        parse("GE", TINY_FLAGS).settings(stored=record_of(saved.network)),
+        parse("GE", TINY_FLAGS).settings(recipe=recipe_of(saved.network)),
         torch.device("cpu"),
         None,
         saved.data,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.block_times import BlockTimes, wait_for
-from adaptive_inference.choosing import points_within_budget
 from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.points import points_within_budget
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.predictor import AdaptivePredictor, Prediction
 from models import ExitNetwork

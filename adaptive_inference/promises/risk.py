@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
+from adaptive_inference.calibration import with_ensemble
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
-from adaptive_inference.points import evaluate_points, with_ensemble
+from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
 
@@ -97,7 +98,7 @@ def with_certified_points(
         num_points: See ``certified_points``.
     """
     predictions = ExitPredictions.from_logits(logits, targets, full_policy.measure)
-    predictions, operations = with_ensemble(predictions, logits, full_policy, curve.operations)
+    predictions, operations = with_ensemble(predictions, logits, full_policy.ensemble, curve.operations)
     points = certified_points(predictions, full_policy, operations, num_points)
     return replace(curve, points=curve.points + points, certificate=CERTIFICATE)
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adaptive_inference.choosing import choose, eligible_points
 from adaptive_inference.confidence import NONE_LEAVE
-from adaptive_inference.fold import fold, folded_for
+from adaptive_inference.fold import fold
+from adaptive_inference.loading import folded_for
+from adaptive_inference.points import choose, eligible_points
 from adaptive_inference.policies import Point, Policy, PolicyCurve
 from adaptive_inference.policy_files import read_policy
 from adaptive_inference.predictor import AdaptivePredictor
