@@ -182,8 +182,11 @@ class Backbone(ExitNetwork):
             return cls(network, constructor=constructor, **config)
 
     def for_classes(self, num_classes: int) -> "Backbone":
-        """Build a network like this one for another number of classes, with new weights, all trained."""
-        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": None}
+        """Build a network like this one for other classes, with new weights, all trained.
+
+        Its last linear layer counts as new even where the number of classes stays the same.
+        """
+        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": True}
         return self.from_config({**self.config, **new})
 
     # Inference

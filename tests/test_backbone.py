@@ -212,6 +212,7 @@ def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tm
         assert {name.split(".")[0] for name, p in same.named_parameters() if p.requires_grad} == {"exits"}
     other = network.for_classes(7)
     assert other.has_new_classifier
+    assert network.for_classes(5).has_new_classifier
     single_stage = IMTA(network, freeze_backbone=False).for_classes(7)
     assert single_stage.stage_1.config == other.config
 
