@@ -4,7 +4,8 @@ Example:
     vars(build_parser("GE").parse_args(["--lr", "0.2"]))   # {"lr": 0.2}: what was typed, and nothing else
 
 ``SETTINGS`` says what each flag means to the commands after a training. ``presets`` overrides its defaults,
-``combinations`` refuses flags that do not go together, and ``command_line`` makes the settings of a run.
+``settings.conflicts`` refuses flags that do not go together, and ``settings.command_line`` makes the settings
+of a run.
 Published flag spellings stay; the names behind them are snake_case. docs/extending.md says how to add one.
 """
 
@@ -57,8 +58,8 @@ OWN_NETWORKS = {"msdnet": OwnNetwork("MSDNet", MSDNetOptions)}
 LIBRARY_OPTIONS = ("exits", "gradient_equilibrium", "boosted_exits")
 
 
-class Change(IntEnum):
-    """When a setting may get another value than it has in a run's recipe (``command_line``).
+class MayChange(IntEnum):
+    """When a setting may get another value than it has in a run's recipe (``settings.command_line``).
 
     NEVER: It describes the training.
     EVALUATION: When the network is evaluated.
@@ -72,7 +73,7 @@ class Change(IntEnum):
     LAUNCH = 3
 
 
-NEVER, EVALUATION, RESUMING, LAUNCH = Change
+NEVER, EVALUATION, RESUMING, LAUNCH = MayChange
 
 
 class Setting(NamedTuple):
@@ -80,15 +81,15 @@ class Setting(NamedTuple):
 
     Attributes:
         default: Its value where neither a flag nor a preset sets it.
-        change: When it may change after the training began. Where it may not, a flag with another value than
-            the recipe's is refused.
+        may_change: When it may change after the training began. Where it may not, a flag with another value
+            than the recipe's is refused.
         inherited: Whether a run takes it from the recipe of the network that it starts from, as it always
             does with --arch and the network's options. Others come from flags, preset and defaults.
         default_from: Its value where it is None, from the settings before it in ``SETTINGS``.
     """
 
     default: Any
-    change: Change = NEVER
+    may_change: MayChange = NEVER
     inherited: bool = False
     default_from: Callable[[dict[str, Any]], Any] | None = None
 
@@ -181,9 +182,9 @@ SETTINGS: dict[str, Setting] = {
 }
 
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
-LAUNCH_ONLY = {name for name, setting in SETTINGS.items() if setting.change >= LAUNCH}
-RESUMABLE = {name for name, setting in SETTINGS.items() if setting.change >= RESUMING}
-EVALUABLE = {name for name, setting in SETTINGS.items() if setting.change >= EVALUATION}
+LAUNCH_ONLY = {name for name, setting in SETTINGS.items() if setting.may_change >= LAUNCH}
+RESUMABLE = {name for name, setting in SETTINGS.items() if setting.may_change >= RESUMING}
+EVALUABLE = {name for name, setting in SETTINGS.items() if setting.may_change >= EVALUATION}
 INHERITED = {name for name, setting in SETTINGS.items() if setting.inherited}
 
 _EXAMPLES = """\
@@ -192,7 +193,7 @@ examples:
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
   python train_{stage}.py --data-root photos                  your images: photos/{{train,test}}/CLASS/*.jpg
 
-A preset takes the place of the defaults shown, and flags take the place of the preset.
+A preset overrides the defaults shown, and flags override the preset.
 """
 
 
@@ -380,7 +381,7 @@ def _add_run(add: Callable) -> None:
         "--released",
         action="store_true",
         help="the choices of the released code where it differs from the paper (its bugs left out); "
-        "such a flag beside it still counts",
+        "a flag for one of these choices overrides it",
     )
 
 
@@ -411,14 +412,14 @@ def _add_data(add: Callable) -> None:
         "-j",
         type=at_least(0, MAX_WORKERS),
         metavar="N",
-        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: none beside the "
-        f"training (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
+        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: the training's "
+        f"own (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
     )
     add(
         "--skip-unreadable",
         action="store_true",
         help="continue without images that cannot be read: "
-        "in training the next one of the epoch takes the place, in evaluation they are left out",
+        "training uses the next image of the epoch instead, evaluation leaves them out",
     )
     add(
         "--check-images",

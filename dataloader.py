@@ -6,7 +6,6 @@ Example:
     for images, targets in data.test: ...
 """
 
-import statistics
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
 from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
-from image_data.reading import file_size, read_image
+from image_data.reading import median_side, read_image
 from image_data.split import HELD_OUT_SHARE, choose_held_out, match_training_images
 from image_data.subsets import DataSet, Shard, Subset
 from image_data.threads import map_batches
@@ -32,7 +31,6 @@ from utils import UserError, listed, one_line
 SUBSETS = ("train", "val", "test")
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
 FILES_AT_ONCE = 256  # that threads read ahead
-SAMPLED_FILES = 32  # whose sizes stand for those of all files
 
 
 @dataclass(frozen=True)
@@ -196,13 +194,6 @@ def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[
             f"enlarged to {image_size}; a smaller --image-size costs less"
         )
     return notes
-
-
-def median_side(files: Sequence[Path]) -> int | None:
-    """Return the median of the shorter sides of some of the images, in pixels, None if none can be read."""
-    some = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
-    sides = [min(size) for size in map(file_size, some) if size]
-    return int(statistics.median(sides)) if sides else None
 
 
 def _in_memory(

@@ -20,13 +20,13 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
-from command_line import parse
 from engine.checkpoint import LoadedNetwork
 from engine.networks import new_network, stage_1_network_from
 from engine.run import end_program, run
 from engine.stage import Stage
 from models import ExitNetwork, sum_of_cross_entropies
 from models.description import DataInfo
+from settings.command_line import parse
 from utils import UserError
 
 
@@ -77,8 +77,8 @@ class Stage1(Stage):
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 1 with these arguments (None: those of the process) and return the exit status."""
-    command = parse("GE", argv)
-    return run(command, Stage1())
+    stage = Stage1()
+    return run(parse(stage.name, argv), stage)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold
-from command_line import CommandLine, parse
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.networks import new_network
 from engine.run import end_program, run
@@ -29,6 +28,7 @@ from engine.runtime.precision import amp_dtype
 from engine.stage import Stage
 from models import IMTA, one_for_all_loss
 from models.description import DataInfo
+from settings.command_line import CommandLine, parse
 from utils import UserError
 
 
@@ -153,8 +153,8 @@ def _stage_1_beside(command: CommandLine) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 2 with these arguments (None: those of the process) and return the exit status."""
-    command = parse("IMTA", argv)
-    return run(command, Stage2())
+    stage = Stage2()
+    return run(parse(stage.name, argv), stage)
 
 
 if __name__ == "__main__":

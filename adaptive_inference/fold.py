@@ -51,6 +51,16 @@ class FoldedNetwork(ExitNetwork, register=False):
         """Name of the class of the network before folding."""
         return self.network.kind
 
+    @property
+    def title(self) -> str:
+        """Title of the network before folding."""
+        return self.network.title
+
+    @property
+    def stage_1(self) -> ExitNetwork:
+        """The network that stage 1 trained, folded."""
+        return self if self.network.stage_1 is self.network else self.network.stage_1
+
     def train(self, mode: bool = True) -> "FoldedNetwork":
         """Stay in evaluation mode whatever ``mode`` is."""
         return super().train(False)
@@ -96,7 +106,8 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
 
     Returns:
         A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of
-        the original (``fingerprint.network_fingerprint``), and can be neither trained nor saved.
+        the original (``fingerprint.network_fingerprint``), and can be neither trained, differentiated nor
+        saved.
     """
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network

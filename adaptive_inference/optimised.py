@@ -31,7 +31,7 @@ NUM_LAMBDAS = 40
 # Weight of images that left before an exit, so that an exit that no image reaches still gets a sensible
 # threshold. At 0.02, 50 of them weigh as much as one image that reaches the exit: they decide only where
 # hardly any image does.
-WEIGHT_OF_LEFT = 0.02
+DEPARTED_WEIGHT = 0.02
 
 
 def optimised_thresholds(val: ExitPredictions, operations: Sequence[float], num_points: int = 40) -> Tensor:
@@ -123,7 +123,7 @@ class _Problem:
         reaches = _reached_exits(index, cuts)  # (K - 1, L, n)
         reward_later = reward[-1]  # (L, n), of an image that continues after exit k
         for k in reversed(range(len(index))):
-            weight = torch.where(reaches[k], 1.0, WEIGHT_OF_LEFT)
+            weight = torch.where(reaches[k], 1.0, DEPARTED_WEIGHT)
             change = weight * (reward[k] - reward_later)  # (L, n), if an image leaves here
             cell = torch.nn.functional.one_hot(index[k], GRID + 1)[:, :GRID].float()  # (n, GRID)
             total = (change @ cell).cumsum(dim=1)  # (L, GRID), over the cells up to each cut

@@ -142,7 +142,7 @@ class PolicyCurve:
     Args:
         fingerprint: Digest of the network's configuration and weights.
         dtype: Dtype of the network that gave the logits, such as ``float32``.
-        network: The network in words.
+        network_description: The network in words.
         operations: Operations to each exit, counted as in the paper.
         points: Points of all rules.
         num_images: Held-out images that the points, temperatures and weights rest on; None: not known.
@@ -151,14 +151,16 @@ class PolicyCurve:
 
     fingerprint: str
     dtype: str
-    network: str
+    network_description: str
     operations: tuple[float, ...]
     points: tuple[Point, ...]
     num_images: int | None = None
     certificate: dict[str, Any] | None = None
 
     def __post_init__(self):
-        if not all(isinstance(text, str) for text in (self.fingerprint, self.dtype, self.network)):
+        if not all(
+            isinstance(text, str) for text in (self.fingerprint, self.dtype, self.network_description)
+        ):
             raise ValueError("its network is not described in words")
         if list(self.operations) != sorted(self.operations) or min(self.operations, default=0) <= 0:
             raise ValueError("its operations do not grow from exit to exit")

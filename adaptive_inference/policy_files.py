@@ -54,7 +54,11 @@ def write_policy(path: Path, curve: PolicyCurve) -> None:
     policies = [point.policy for point in curve.points]
     content = {
         "format": FORMAT,
-        "network": {"description": curve.network, "fingerprint": curve.fingerprint, "dtype": curve.dtype},
+        "network": {
+            "description": curve.network_description,
+            "fingerprint": curve.fingerprint,
+            "dtype": curve.dtype,
+        },
         "measure": policies[0].measure,
         "temperatures": policies[0].temperatures,
         "ensemble": next((policy.ensemble for policy in policies if policy.ensemble), None),
@@ -115,7 +119,7 @@ def check_curve(curve: PolicyCurve, network: ExitNetwork, source: Path) -> None:
     """
     if (len(curve.operations), curve.fingerprint) != (network.num_exits, network_fingerprint(network)):
         raise UserError(
-            f"{source} is the policy of another network ({curve.network}); "
+            f"{source} is the policy of another network ({curve.network_description}); "
             "--evalmode dynamic makes one for this network"
         )
     if curve.dtype != dtype_of(network):

@@ -184,7 +184,7 @@ class AdaptivePredictor:
     # Subclasses may override these three methods.
 
     def may_start(self, k: int, num_images: int) -> bool:
-        """Return whether block ``k`` may start for so many images; if not, the exits so far predict."""
+        """Return whether block ``k`` may start for ``num_images``; if not, the exits so far predict."""
         return True
 
     def leaves(self, confidence: Tensor, threshold: float) -> Tensor:

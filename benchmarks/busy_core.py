@@ -22,7 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = "imta_cifar100"
-IMAGES_PER_SECOND = 100  # images are made for about so many
+IMAGES_PER_SECOND = 100  # of which images are made
 
 
 def train(folder: Path, seconds: float) -> float:

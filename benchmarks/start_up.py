@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_folder(root: Path, count: int) -> Path:
-    """Write so many JPEGs into folders of classes, a fifth of them as test images, and return ``root``."""
+    """Write ``count`` JPEGs into folders of classes, a fifth of them as test images, and return ``root``."""
     rng, contents = np.random.default_rng(0), []
     for _ in range(DIFFERENT):
         stream = io.BytesIO()

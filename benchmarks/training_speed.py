@@ -39,7 +39,6 @@ from torchvision.datasets import CIFAR100, cifar
 import train_GE
 import train_IMTA
 from benchmarks.plain_loop import PlainLoop, plain_dataset
-from command_line import parse
 from dataloader import load_data
 from engine.auto import resolve_auto
 from engine.runtime.device import prepare_network_and_device, seed_everything, set_tf32
@@ -48,6 +47,7 @@ from engine.runtime.launch import exit_worker, training_processes
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
+from settings.command_line import parse
 from utils import CommandLineParser, UserError, available_cores
 
 PARTS = ("speed", "busy", "memory", "startup")
@@ -187,7 +187,7 @@ class Ours:
             settings,
             processes,
             operations_per_process=operations_per_process,
-            share_faster_on_cpu=stage.compile_speedup_share(settings),
+            compile_speedup_share=stage.compile_speedup_share(settings),
         )
         self.settings = settings
         prepare_network_and_device(network, settings, processes.device)

@@ -4,9 +4,9 @@ from argparse import Namespace
 
 import torch
 
-from combinations import conflict_of_compiling
 from engine.runtime.distributed import Processes
 from engine.runtime.precision import AMP_DTYPES, amp_of, fastest_dtype
+from settings.conflicts import conflict_of_compiling
 
 # Compile only above this many forward operations per process; below it, compiling costs more than it saves.
 COMPILING_PAYS = 5e12
@@ -17,7 +17,7 @@ def resolve_auto(
     processes: Processes,
     *,
     operations_per_process: float = 0.0,
-    share_faster_on_cpu: float = 1.0,
+    compile_speedup_share: float = 1.0,
 ) -> Namespace:
     """Return the settings with --amp auto and --compile auto resolved.
 
@@ -27,7 +27,7 @@ def resolve_auto(
         settings: The settings of the run.
         processes: The processes that share the run.
         operations_per_process: Forward operations per epoch and process.
-        share_faster_on_cpu: The share of them that compiling makes faster on a CPU.
+        compile_speedup_share: The share of them that compiling makes faster on a CPU.
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":
@@ -37,7 +37,7 @@ def resolve_auto(
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()
         # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
-        share = 1.0 if on_gpu else share_faster_on_cpu
+        share = 1.0 if on_gpu else compile_speedup_share
         is_long = settings.epochs * operations_per_process * share > COMPILING_PAYS
         modes = ["reduce-overhead"] * on_gpu + ["default"] if is_long else []
         compile_mode = next((mode for mode in modes if _is_possible(mode, settings, processes)), "off")

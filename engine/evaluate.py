@@ -231,10 +231,10 @@ class Evaluation:
         write_csv(directory.deadlines, deadlines)
         exits = [{"operations": n, "acc1": a} for n, a in zip(self.operations, acc1, strict=True)]
         budgets = [row for row in rows if row["batch_size"] == 1 and row["p"] > 0]
-        save_figure(draw_runtime(budgets, exits, deadlines), directory.runtime_picture)
+        save_figure(draw_runtime(budgets, exits, deadlines), directory.runtime_figure)
         log.line("the best prediction by a deadline, one image at a time")
         log.line(deadline_table(deadlines, len(targets)))
-        files = f"{directory.runtime}, {directory.deadlines}, {directory.runtime_picture}"
+        files = f"{directory.runtime}, {directory.deadlines}, {directory.runtime_figure}"
         log.line(f"{len(targets):,} test images; {files}")
 
     def _logits(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Saving and stopping within an epoch: at signals, and every so many steps or minutes.
+"""Saving and stopping within an epoch: at signals, and every N steps or minutes.
 
 Example:
     interruptions = Interruptions(session, save, where)

@@ -63,14 +63,15 @@ def expected_images(settings: Namespace, origin: LoadedNetwork | None) -> ImageS
 def stage_1_network_from(origin: LoadedNetwork, data: DataInfo) -> ExitNetwork:
     """Build the stage-1 network of ``origin`` with its weights, for the classes of a data set.
 
-    Weights of classifiers are taken over only where the classes are the same.
+    Classifiers are taken over only where the classes are the same. A converted checkpoint has the class names
+    that its user gave, so there an equal number of classes counts as the same.
     """
     stage_1 = origin.network.stage_1
     num_classes = len(data.class_names)
     same_classes = stage_1.num_classes == num_classes and (
         origin.data.class_names == data.class_names or not origin.data.knows_training_images
     )
-    network = stage_1.for_classes(num_classes)
+    network = stage_1.for_classes(num_classes, same_classes)
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
     weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
     network.load_state_dict({**network.state_dict(), **weights})

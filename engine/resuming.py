@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import load_checkpoint, load_saved, report_damage
 from engine.run_directory import RunDirectory
-from engine.runtime.distributed import launch_of_environment
+from engine.runtime.distributed import torchrun_environment
 from engine.runtime.log import Log
 from models import ExitNetwork
 from models.saved import build_with_weights
 from utils import UserError
 
 if TYPE_CHECKING:
-    from command_line import CommandLine
+    from settings.command_line import CommandLine
 
 
 def checkpoint_to_resume(
@@ -35,12 +35,12 @@ def checkpoint_to_resume(
     if not directory.last.exists():
         # The log comes after last.pt, best.safetensors before it: without both the run was killed while it
         # saved for the first time.
-        if directory.log.exists():
+        if directory.log_file.exists():
             raise UserError(
                 f"{directory.path} holds a run without last.pt, which --resume needs; "
                 "--overwrite starts again"
             )
-        if launch_of_environment().rank == 0:
+        if torchrun_environment().rank == 0:
             Log(True).line(f"nothing to resume in {directory.path}: starting from scratch")
         return None
     checkpoint = load_checkpoint(directory.last)
@@ -70,8 +70,8 @@ def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> Ex
 
 def _is_restart(directory: RunDirectory) -> bool:
     """Return True if torchrun starts the processes of this run again after one was lost (--max-restarts)."""
-    launch_name = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv_id every launch has the same name; with it, each machine counts its own restarts alone,
-    # and the name tells.
-    may_be = launch_of_environment().restart_count > 0 or launch_name not in (None, "none")
-    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == launch_name
+    torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv_id every start of torchrun has the same id; with it, each machine counts its own restarts
+    # alone, and the id tells.
+    may_be = torchrun_environment().restart_count > 0 or torchrun_id not in (None, "none")
+    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == torchrun_id

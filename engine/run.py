@@ -18,8 +18,6 @@ from torch import nn
 
 from adaptive_inference import read_policy
 from args import STAGES
-from combinations import conflict_on_machine
-from command_line import CommandLine, recipe_of, settings_from_recipe
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import LoadedNetwork, load_saved
@@ -31,19 +29,21 @@ from engine.resuming import checkpoint_to_resume, network_to_resume
 from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
-from engine.runtime.distributed import launch_of_environment, process_group
+from engine.runtime.distributed import process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
 from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
-from engine.session import Session, git_commit, launch_in_run_json, to_plain_types
+from engine.session import Session, git_commit, recorded_in_run_json, to_plain_types
 from engine.stage import Stage
 from engine.trainer import Trainer, train
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import to_config
 from models.saved import load_weights
+from settings.command_line import CommandLine, recipe_of, settings_from_recipe
+from settings.conflicts import conflict_on_machine
 from utils import UserError, one_line, print_error
 
 FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
@@ -85,7 +85,7 @@ def end_program(status: int) -> NoReturn:
 def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequests) -> None:
     directory = RunDirectory(command.save_directory)
     # One process holds the lock for all that belong to the run.
-    with directory.lock() if launch_of_environment().rank == 0 else nullcontext():
+    with directory.lock() if torchrun_environment().rank == 0 else nullcontext():
         checkpoint = checkpoint_to_resume(command, stage.name, directory)
         origin = None if checkpoint else stage.find_origin(command)
         settings = command.settings(
@@ -132,14 +132,14 @@ def _train_in_process(
     else:
         description = checkpoint["description"]
     prepare_network_and_device(network, settings, session.processes.device)
-    # Both may raise, so before the old run is deleted.
+    # Both may raise: make them before the old run is deleted.
     objective = stage.make_objective(network, settings)
     trainer = Trainer(objective, description, data, session)
     _log_setup(network, data, operations, session)
     if is_main and checkpoint is None:
         _delete_old_run(directory)
-    launch = launch_in_run_json(session, str(command), checkpoint is not None, description.frozen_digest)
-    with launch if is_main else nullcontext():
+    record = recorded_in_run_json(session, str(command), checkpoint is not None, description.frozen_digest)
+    with record if is_main else nullcontext():
         log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
         progress = train(trainer, checkpoint)
         del trainer  # the evaluation needs no optimizer and no moving average
@@ -185,7 +185,7 @@ def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operatio
         asked,
         processes,
         operations_per_process=operations_per_epoch // processes.world_size,
-        share_faster_on_cpu=stage.compile_speedup_share(asked),
+        compile_speedup_share=stage.compile_speedup_share(asked),
     )
     has_batch_norm_1d = any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules())
     if conflict := conflict_on_machine(

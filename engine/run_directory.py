@@ -23,7 +23,7 @@ class RunDirectory:
         self.path = path
         self.last = path / "last.pt"
         self.best = path / BEST
-        self.log = path / "log.jsonl"
+        self.log_file = path / "log.jsonl"
         self.run_json = path / "run.json"
         self.anytime = path / "anytime.csv"
         self.budgeted = path / "budgeted.csv"
@@ -32,7 +32,7 @@ class RunDirectory:
         self.policy = path / "policy.json"
         self.reference = path / "reference.safetensors"
         self.runtime = path / "runtime.csv"
-        self.runtime_picture = path / "runtime.png"
+        self.runtime_figure = path / "runtime.png"
         self.deadlines = path / "deadline.csv"
         self.examples = path / "examples.png"
         self.curves = path / "curves.png"
@@ -46,19 +46,19 @@ class RunDirectory:
         """
         return [value for name, value in vars(self).items() if name not in ("path", "tensorboard")]
 
-    def launches(self) -> list[dict[str, Any]]:
-        """Return the launches of the run in ``run.json``, the oldest first; none if the file is damaged."""
+    def sessions(self) -> list[dict[str, Any]]:
+        """Return the sessions in ``run.json``, the oldest first; none if the file is damaged."""
         try:
             run = json.loads(self.run_json.read_text(encoding="utf-8"))
-            launches = run["pieces"] if "pieces" in run else run["launches"]  # "pieces" in older files
-            return [launch for launch in launches if isinstance(launch, dict)]
+            sessions = run["pieces"] if "pieces" in run else run["sessions"]  # "pieces" in older files
+            return [session for session in sessions if isinstance(session, dict)]
         # A file that was lost or damaged is no reason to lose the run.
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def holds_run(self) -> bool:
         """Return True if something was trained here."""
-        return self.last.exists() or self.best.exists() or self.log.exists()
+        return self.last.exists() or self.best.exists() or self.log_file.exists()
 
     def refuse_second(self) -> None:
         """Raise a ``UserError`` if something was trained here."""

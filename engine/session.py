@@ -1,7 +1,7 @@
-"""The run that a program trains or evaluates, and how it was launched, in ``run.json``.
+"""The run that a program trains or evaluates, and its record in ``run.json``.
 
 Example:
-    with launch_in_run_json(session, command, resumed=False, frozen_digest=None): ...
+    with recorded_in_run_json(session, command, resumed=False, frozen_digest=None): ...
 """
 
 import json
@@ -33,7 +33,7 @@ class Session:
 
     Attributes:
         directory: The directory of the run.
-        settings: The settings of the run, all resolved.
+        settings: The settings of the run; "auto" is resolved when the network is known, before it runs.
         processes: The processes that share it.
         log: Log of the run.
         requests: Requests that signals made.
@@ -49,19 +49,19 @@ class Session:
 
 
 @contextmanager
-def launch_in_run_json(
+def recorded_in_run_json(
     session: Session, command: str, resumed: bool, frozen_digest: str | None
 ) -> Iterator[None]:
-    """Write this launch of a run into ``run.json``: how it was started, and how and when it ended.
+    """Record this session of a run in ``run.json``: how it was started, and how and when it ended.
 
     Args:
         session: The run.
         command: The command line.
-        resumed: Whether the run continues, and its earlier launches stay in the file.
+        resumed: Whether the run continues, and its earlier sessions stay in the file.
         frozen_digest: Digest of the network that stage 2 keeps frozen.
     """
     path = session.directory.run_json
-    launch = {
+    record = {
         "command": command,
         "began": _now(),
         "ended": None,
@@ -81,16 +81,16 @@ def launch_in_run_json(
     run = {
         "settings": to_plain_types(session.settings),
         "frozen_digest": frozen_digest,
-        "launches": [*(session.directory.launches() if resumed else []), launch],
+        "sessions": [*(session.directory.sessions() if resumed else []), record],
     }
     _write(path, run)
     try:
         yield
-        launch["complete"] = True
+        record["complete"] = True
     finally:
-        launch["ended"] = _now()
+        record["ended"] = _now()
         # A full disk must not hide what went wrong before.
-        with nullcontext() if launch["complete"] else suppress(UserError):
+        with nullcontext() if record["complete"] else suppress(UserError):
             _write(path, run)
 
 

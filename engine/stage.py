@@ -14,7 +14,7 @@ from models import Description, ExitNetwork
 from models.description import DataInfo
 
 if TYPE_CHECKING:
-    from command_line import CommandLine
+    from settings.command_line import CommandLine
 
 
 class Stage(ABC):

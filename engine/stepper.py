@@ -67,7 +67,7 @@ class Stepper:
     Args:
         objective: The objective, on its device.
         settings: Settings of ``make_optimizer``, and clip_grad, amp, accumulate, compile and sync_bn, that
-            ``combinations.conflict_on_machine`` accepts.
+            ``settings.conflicts.conflict_on_machine`` accepts.
         processes: This process and the others.
     """
 
@@ -168,8 +168,8 @@ class Stepper:
         parts = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
         for i, (part_images, part_targets) in enumerate(parts, start=1):
             # Processes exchange gradients once, with the last part.
-            waits = i < count and isinstance(model, DistributedDataParallel)
-            with model.no_sync() if waits else nullcontext():
+            defers_exchange = i < count and isinstance(model, DistributedDataParallel)
+            with model.no_sync() if defers_exchange else nullcontext():
                 losses, logits = model(part_images, part_targets)
                 self.scaler.scale(losses.sum() / len(targets)).backward()
             # At once: the next part may use the memory of a compiled graph's results.

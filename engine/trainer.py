@@ -174,21 +174,21 @@ class Trainer:
             self.network.num_exits, session.processes.device, only_finite=self.stepper.scaler.is_enabled()
         )
         self.progress = Progress()
-        self.began = 0.0
+        self.epoch_began = 0.0
         self.interruptions = Interruptions(session, self._save, self._where)
         decay = session.settings.ema_decay
         self.average = None if decay is None else moving_average(self.network, decay)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated_network(self) -> nn.Module:
         """The network that is evaluated and kept: the trained one, or its moving average."""
         return self.network if self.average is None else self.average.module
 
     def run_epoch(self) -> None:
-        """Run the steps that are left of an epoch, evaluate and save."""
+        """Run the remaining steps of an epoch, evaluate and save."""
         settings, progress, log = self.session.settings, self.progress, self.session.log
         steps, interruptions = len(self.data.train), self.interruptions
-        self.began = time.monotonic()
+        self.epoch_began = time.monotonic()
         self.objective.train()
         log.begin_epoch(f"epoch {progress.epoch + 1}/{settings.epochs}", progress.step, steps)
         batches = self.data.train.epoch(progress.epoch, progress.step)
@@ -321,9 +321,9 @@ class Trainer:
         if not self.data.val.num_images:
             return {}
         processes = self.session.processes
-        processes.share_buffers(self.evaluated)
+        processes.share_buffers(self.evaluated_network)
         # The network predicts folded, in the precision of training.
-        folded = fold(self.evaluated, self.session.settings.channels_last, self.stepper.dtype)
+        folded = fold(self.evaluated_network, self.session.settings.channels_last, self.stepper.dtype)
         acc1, acc5, loss = accuracy_per_exit(folded, self.data.val, processes)
         return {"val_acc1": acc1, "val_acc5": acc5, "val_loss": loss, "val_mean_acc1": sum(acc1) / len(acc1)}
 
@@ -354,7 +354,7 @@ class Trainer:
 
     def _seconds(self) -> float:
         """Return the time spent on the present epoch, that before an interruption included."""
-        return self.progress.seconds + time.monotonic() - self.began
+        return self.progress.seconds + time.monotonic() - self.epoch_began
 
     def write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
         """Write ``last.pt``; before it ``best.safetensors``, if this epoch is the best so far.
@@ -376,7 +376,7 @@ class Trainer:
                 if name in ("val_acc1", "val_acc5")
             }
             description = replace(self.description, epoch=progress.epoch, accuracy=accuracy)
-            save_network(self.session.directory.best, self.evaluated, description, self.data.split)
+            save_network(self.session.directory.best, self.evaluated_network, description, self.data.split)
         checkpoint = {
             "description": asdict(self.description),
             **self.data.split.to_tensors(),
@@ -390,7 +390,7 @@ class Trainer:
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
         save_checkpoint(self.session.directory.last, checkpoint)
-        self.session.log.write_history(self.session.directory.log, progress.history)
+        self.session.log.write_history(self.session.directory.log_file, progress.history)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, except the weights, which the network has already."""
@@ -402,7 +402,7 @@ class Trainer:
         self.progress = Progress(**{name: checkpoint[name] for name in names})
         if self.session.processes.is_main:  # it holds the sums of all
             self.meters.totals.copy_(checkpoint["totals"])
-        self.session.log.write_history(self.session.directory.log, self.progress.history)
+        self.session.log.write_history(self.session.directory.log_file, self.progress.history)
 
 
 def _rounded(value: Any) -> Any:

@@ -209,8 +209,8 @@ def is_complete(run: Path) -> bool:
 
     A run without a readable ``run.json`` counts as incomplete and resumes from its last checkpoint.
     """
-    launches = RunDirectory(run).launches()
-    return bool(launches) and launches[-1].get("complete") is True
+    sessions = RunDirectory(run).sessions()
+    return bool(sessions) and sessions[-1].get("complete") is True
 
 
 def run_command(words: list[str]) -> int:

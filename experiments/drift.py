@@ -30,13 +30,13 @@ from adaptive_inference.promises.drift import (
     read_reference,
     reference_path,
 )
-from command_line import parse, recipe_of
 from dataloader import Data, load_data
 from engine.checkpoint import load_saved
 from engine.report import write_csv
 from experiments.corruptions import CORRUPTIONS, rows_table
 from models import ExitNetwork
 from models.normalizer import Normalizer
+from settings.command_line import parse, recipe_of
 from utils import CommandLineParser, UserError, atomic_write, user_path
 
 STREAM_LENGTH = 2_000
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--streams", type=int, default=20, metavar="N", help="per strength (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only so many test images (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N test images only (default: all)")
     parser.add_argument(
         "--cache",
         type=user_path,

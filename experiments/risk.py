@@ -45,7 +45,6 @@ from adaptive_inference.promises.risk import (
     learning_images,
     p_value,
 )
-from command_line import parse, recipe_of
 from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
@@ -53,6 +52,7 @@ from engine.report import table
 from engine.runtime.distributed import Processes
 from models import count_operations
 from models.files import find
+from settings.command_line import parse, recipe_of
 from utils import CommandLineParser, UserError, user_path
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
@@ -126,7 +126,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 
 def at_distance(limit: float, better: float, images: int, distance: float) -> float:
-    """Return the share of worse images whose loss is so many of its standard errors below the limit."""
+    """Return the share of worse images whose loss is ``distance`` of its standard errors below the limit."""
     low, high = 0.0, 1 - better
     for _ in range(60):
         worse = (low + high) / 2
@@ -159,7 +159,7 @@ class Boundary:
         self._most: dict[int, int] = {}
 
     def most_worse(self, changed: int) -> int:
-        """Return the largest certified count of worse images among so many changed ones; -1: none is."""
+        """Return the largest certified count of worse images among ``changed`` ones; -1: none is."""
         if changed not in self._most:
             low, high = -1, changed
             while low < high:

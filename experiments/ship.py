@@ -170,8 +170,8 @@ def training(run: RunDirectory) -> dict[str, str | int]:
         UserError: The files of the run do not have them.
     """
     try:
-        launch = run.launches()[-1]
-        hardware = ", ".join(launch["gpus"]) or f"{launch['cores']} cores of {launch['processor']}"
+        session = run.sessions()[-1]
+        hardware = ", ".join(session["gpus"]) or f"{session['cores']} cores of {session['processor']}"
         return {
             "hardware": hardware,
             "minutes": round(sum(epoch["seconds"] for epoch in read_log(run.path)) / 60),

@@ -246,7 +246,7 @@ class FileBatches(Batches):
             pairs = [pair for pair in results if pair is not None]
             if not pairs:
                 continue
-            # Stacked as they lie in memory, pixel by pixel.
+            # Stack in NHWC, the memory order of the images.
             images = torch.stack([image.permute(1, 2, 0) for image, _ in pairs]).permute(0, 3, 1, 2)
             targets = torch.tensor([target for _, target in pairs])
             if self.device.type == "cuda":

@@ -52,7 +52,7 @@ def find_data_set(
     Args:
         settings: The settings data, data_root, test_size and split_seed.
         image_size: Image size of the demo; for CIFAR it is checked.
-        stored: The checkpoint's record of its data; its classes keep their order.
+        stored: The checkpoint's ``DataInfo``; its classes keep their order.
         digests: Digests of the names of the checkpoint's training images; if test images are split off, they
             are all others.
         only_test: Whether to leave folders of training images alone.
@@ -246,7 +246,7 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     classes = {name: files for name, files in scan.classes(root).items() if files}
     if _are_subset_folders(classes):
         if is_folder(root / "train"):
-            return f"{root}/train has no folders of classes: images belong into train/CLASS/ and test/CLASS/"
+            return f"{root}/train has no folders of classes: images belong in train/CLASS/ and test/CLASS/"
         return (
             f"{root} has the folders {listed(sorted(classes))}, but no train/ and no test/ (or val/): "
             "rename them to these"
@@ -259,6 +259,6 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     images = scan.images([root])
     found = f"{len(images):,} images, but no folder of a class" if images else "no image"
     return (
-        f"{root} holds {found}: images belong into train/CLASS/ and test/CLASS/ (or val/CLASS/); "
+        f"{root} holds {found}: images belong in train/CLASS/ and test/CLASS/ (or val/CLASS/); "
         "an archive needs --data or --preset, which say what it is"
     )

@@ -19,7 +19,7 @@ def preprocess(image: str | Path | Image.Image, data: DataInfo) -> Tensor:
 
     Args:
         image: A path, or a PIL image with 8 bits per channel.
-        data: The network's record of its data, ``network.description.data``.
+        data: ``network.description.data``.
 
     Raises:
         UserError: The file cannot be read.

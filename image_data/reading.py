@@ -5,8 +5,9 @@ Example:
     pixels = read_image("photo.jpg", evaluation_transform(224, 0.875))    # bytes (3, 224, 224)
 """
 
+import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from utils import UserError
 # The content decides, whatever the suffix says. For other formats PIL may start programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_SIDES_RATIO = 200  # longer by shorter side; resizing the shorter side would make the longer one enormous
+SAMPLED_FILES = 32  # whose sizes stand for those of all files
 MAX_JPEG_PIXELS = 16384 * 12288  # the largest phone cameras; above MAX_PIXELS they are decoded reduced
 
 
@@ -53,6 +55,13 @@ def file_size(path: str | Path) -> tuple[int, int] | None:
         return read_image(path, lambda image: image.size)
     except UserError:
         return None
+
+
+def median_side(files: Sequence[Path]) -> int | None:
+    """Return the median of the shorter sides of some of the images, in pixels, None if none can be read."""
+    some = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
+    sides = [min(size) for size in map(file_size, some) if size]
+    return int(statistics.median(sides)) if sides else None
 
 
 def _check_size(image: Image.Image) -> None:

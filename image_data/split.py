@@ -72,7 +72,7 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
         True for every test image, bool (N,). Every class with at least two images keeps one and gives one.
 
     Raises:
-        UserError: There are not so many images.
+        UserError: There are fewer images.
     """
     count = len(targets)
     size = round(count * test_size) if test_size < 1 else int(test_size)
@@ -99,7 +99,7 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
 
     Args:
         data_set: The data set that was found.
-        stored: The checkpoint's record of its data; None: there is no checkpoint, and the images are numbered
+        stored: The checkpoint's ``DataInfo``; None: there is no checkpoint, and the images are numbered
             as they are.
         digests: The ``name_digests`` of the checkpoint's training images; without them, all must be there.
 
@@ -107,7 +107,7 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
         The number of every training image among those of the checkpoint, -1 for an unknown one.
 
     Raises:
-        UserError: The classes are others, or so are too many of the images.
+        UserError: The classes differ, or too many images are missing.
     """
     count = len(data_set.train)
     if stored is not None:

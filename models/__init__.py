@@ -4,9 +4,9 @@
 
 Reading order:
 
-- the interface of all networks: ``network``;
+- the interface of all networks, and running one exit by exit: ``network``;
 - the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``;
-- computing only what is read: ``lazy``, ``stepwise``; counting it: ``operations``;
+- computing only what is read: ``lazy``; counting it: ``operations``;
 - other networks: ``backbone``, ``backbone_exits``, ``cutting``, ``tracing``, ``third_party``;
 - files: ``description``, ``saved``, ``released``, ``pytorch_files``, ``files``;
 - for all: ``module_state``, ``normalizer``.
@@ -17,12 +17,11 @@ from .description import Description
 from .imta import IMTA
 from .losses import one_for_all_loss, sum_of_cross_entropies
 from .msdnet import MSDNet
-from .network import ExitNetwork, State
+from .network import ExitNetwork, State, Stepwise
 from .operations import count_operations, measure_cost
 from .options import MSDNetOptions
 from .released import load_released, to_released
 from .saved import load
-from .stepwise import Stepwise
 
 __all__ = [
     "IMTA",

@@ -181,12 +181,20 @@ class Backbone(ExitNetwork):
             network = construct(*constructor) if network is None else network
             return cls(network, constructor=constructor, **config)
 
-    def for_classes(self, num_classes: int) -> "Backbone":
+    def for_classes(self, num_classes: int, same_classes: bool = False) -> "Backbone":
         """Build a network like this one for other classes, with new weights, all trained.
 
-        Its last linear layer counts as new even where the number of classes stays the same.
+        Its last linear layer counts as new, even for as many classes, unless they are the same.
+
+        Raises:
+            ValueError: It is a custom network.
         """
-        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": True}
+        if self.config["library"] is None:
+            raise ValueError(
+                f"{self.title} is a custom network, which cannot be built again: make a new Backbone"
+            )
+        has_new_classifier = self.has_new_classifier if same_classes else True
+        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": has_new_classifier}
         return self.from_config({**self.config, **new})
 
     # Inference

@@ -24,7 +24,8 @@ class IMTA(ExitNetwork):
     f_k are the backbone's features at exit k, z_{k-1} the logits of exit k - 1, and g links the two exits.
 
     Args:
-        backbone: The stage-1 network. Its own classifiers are not used, except as the teacher of One-for-all.
+        backbone: The stage-1 network, which is frozen in place. Its own classifiers are used only as the
+            teacher of One-for-all.
         isc: False leaves the links out: every new classifier reads its own features only (One-for-all alone).
         cut_isc_gradient: The loss of exit k does not reach exit k-1 through the link (the paper). False lets
             it flow (released code).
@@ -59,7 +60,6 @@ class IMTA(ExitNetwork):
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
         self.feature_dims = backbone.feature_dims
-        self.gradient_equilibrium = backbone.gradient_equilibrium
         self.cut_isc_gradient = cut_isc_gradient
         self.freeze_backbone = freeze_backbone
         self.freeze_batchnorm = freeze_backbone and freeze_batchnorm
@@ -81,9 +81,9 @@ class IMTA(ExitNetwork):
         with torch.device(next(backbone.parameters()).device):
             return cls(backbone, **config)
 
-    def for_classes(self, num_classes: int) -> "IMTA":
-        """Build a network like this one for another number of classes, with new weights."""
-        backbone = self.backbone.for_classes(num_classes)
+    def for_classes(self, num_classes: int, same_classes: bool = False) -> "IMTA":
+        """Build a network like this one for other classes, with new weights."""
+        backbone = self.backbone.for_classes(num_classes, same_classes)
         options = {name: value for name, value in self.config.items() if name != "backbone"}
         with torch.device(next(backbone.parameters()).device):
             return type(self)(backbone, **options)
@@ -92,6 +92,11 @@ class IMTA(ExitNetwork):
     def stage_1(self) -> ExitNetwork:
         """The backbone."""
         return self.backbone
+
+    @property
+    def gradient_equilibrium(self) -> bool:
+        """Whether the backbone rescales gradients at its exits."""
+        return self.backbone.gradient_equilibrium
 
     @property
     def checkpoint_activations(self) -> bool:

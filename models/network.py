@@ -1,14 +1,14 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
 Training, prediction, operation counts, files and export use only these methods and those of ``nn.Module``.
-Only the objective of stage 2 and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+Only train_IMTA.py and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
 
 A network runs in one of two ways:
 
 - ``features`` and ``classify`` (together: ``forward``) run whole blocks, for training and for evaluating
   every exit;
 - ``start``, ``advance`` and ``classify_next`` go from exit to exit and compute only what the next exit reads,
-  so that images can leave in between (``early_exit`` is the loop; ``Stepwise`` is for custom loops).
+  so that images can leave in between (``Stepwise`` takes these steps; ``early_exit`` is the shortest loop).
 
 docs/extending.md says how to add a kind of network: it implements the abstract methods and sets ``config``,
 ``num_exits``, ``num_classes`` and ``feature_dims``; the other attributes have defaults.
@@ -112,8 +112,13 @@ class ExitNetwork(nn.Module, ABC):
         """
         return cls(**{**cls.default_options, **config})
 
-    def for_classes(self, num_classes: int) -> "ExitNetwork":
-        """Build a network like this one for another number of classes, with new weights, all trained."""
+    def for_classes(self, num_classes: int, same_classes: bool = False) -> "ExitNetwork":
+        """Build a network like this one for other classes, with new weights, all trained.
+
+        Args:
+            num_classes: Number of classes.
+            same_classes: Whether they are this network's own, so that its classifiers can be loaded.
+        """
         return self.from_config({**self.config, "num_classes": num_classes})
 
     @property
@@ -235,11 +240,11 @@ class ExitNetwork(nn.Module, ABC):
         """Classify each image at the first exit whose largest probability reaches that exit's threshold.
 
         The images that leave are dropped from the batch, and later blocks run for the others only. The loop
-        needs nothing but this class, so that ``torch.hub`` can offer it; ``AdaptivePredictor`` does more.
+        needs nothing but this module, so that ``torch.hub`` can offer it; ``AdaptivePredictor`` does more.
 
         Args:
             images: (N, 3, H, W), normalised as in training.
-            thresholds: Threshold of every exit. All images that are left leave at the last exit, whatever its
+            thresholds: Threshold of every exit. All remaining images leave at the last exit, whatever its
                 threshold.
 
         Returns:
@@ -248,14 +253,12 @@ class ExitNetwork(nn.Module, ABC):
         Raises:
             ValueError: The network is in training mode, or the number of thresholds is not that of the exits.
         """
-        check_evaluation_mode(self)
         if len(thresholds) != self.num_exits:
             raise ValueError(f"there are {len(thresholds)} thresholds for {self.num_exits} exits")
-        state, logits = self.start(images), None
+        steps = Stepwise(self, images)
         remaining = torch.arange(len(images), device=images.device)
         for k, threshold in enumerate(thresholds):
-            features, state = self.advance(k, state)
-            logits = self.classify_next(k, features, logits)
+            logits = steps.next_logits()
             if k == 0:
                 result, exits = logits.clone(), torch.zeros_like(remaining)
             else:
@@ -266,9 +269,58 @@ class ExitNetwork(nn.Module, ABC):
             stays = (confidence >= threshold).logical_not().nonzero().flatten()
             if len(stays) == 0:
                 break
-            state, logits = {key: x[stays] for key, x in state.items()}, logits[stays]
+            steps.keep(stays)
             remaining = remaining[stays]
         return result, exits
+
+
+class Stepwise:
+    """One pass over the exits of a network for a batch that may shrink between exits.
+
+    Each exit costs only what it reads (MSDNet paper, section 5, "lazy evaluation").
+
+    Example:
+        steps = Stepwise(network, images)
+        first = steps.next_logits()    # (N, C), exit 1
+        steps.keep(uncertain)          # a boolean mask or indices: the images that remain
+        second = steps.next_logits()   # (n, C), exit 2, of those images only
+
+    Args:
+        network: In evaluation mode.
+        images: (N, 3, H, W).
+
+    Raises:
+        ValueError: The network is in training mode.
+    """
+
+    def __init__(self, network: ExitNetwork, images: Tensor):
+        check_evaluation_mode(network)
+        self.network, self.exits_done = network, 0
+        self._state: State = network.start(images)
+        self._logits: Tensor | None = None
+
+    def next_logits(self) -> Tensor:
+        """Compute the logits (n, C) of the next exit for the remaining images.
+
+        Raises:
+            IndexError: All exits are done.
+        """
+        k = self.exits_done
+        if k == self.network.num_exits:
+            raise IndexError(f"all {k} exits are done")
+        features, self._state = self.network.advance(k, self._state)
+        self._logits = self.network.classify_next(k, features, self._logits)
+        self.exits_done += 1
+        return self._logits
+
+    def keep(self, images: Tensor) -> None:
+        """Keep only these of the remaining images: a boolean mask (n,) or indices.
+
+        Indices are better on a GPU: a mask makes the host wait for the number of images, once per tensor.
+        """
+        self._state = {key: x[images] for key, x in self._state.items()}
+        if self._logits is not None:
+            self._logits = self._logits[images]
 
 
 class _RescaledGradient(torch.autograd.Function):

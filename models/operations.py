@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .network import ExitNetwork
-from .stepwise import Stepwise
+from .network import ExitNetwork, Stepwise
 
 aten = torch.ops.aten
 

@@ -81,8 +81,8 @@ class MSDNetOptions:
             value, allowed = getattr(self, name), CHOICES.get(name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-            if type(described.default) is int and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if type(described.default) is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         # Refuse absurd sizes early: building millions of layers would take hours.
         if max(self.num_blocks, self.base, self.step) > MAX_LAYERS or sum(self.depths) > MAX_LAYERS:
             raise ValueError(
@@ -90,7 +90,7 @@ class MSDNetOptions:
                 f"{MAX_LAYERS} layers"
             )
         growth, bottleneck = self.growth_factors, self.bottleneck_factors
-        if not growth or min(growth) < 1 or min(bottleneck, default=1) < 1:
+        if not growth or not all(type(n) is int and n >= 1 for n in (*growth, *bottleneck)):
             raise ValueError(
                 f"growth_factors {growth} and bottleneck_factors {bottleneck} "
                 "must be lists of positive integers"
@@ -102,6 +102,12 @@ class MSDNetOptions:
             )
         if not 0 <= self.reduction <= 1:
             raise ValueError(f"reduction is {self.reduction}; it must lie between 0 (no transitions) and 1")
+        # A layer can drop one scale: a coarser one is computed from the next finer one of the layer before.
+        if self.prune == "min" and sum(self.depths) < len(growth) - 1:
+            raise ValueError(
+                f"prune min drops a scale per layer: {len(growth)} scales need {len(growth) - 1} layers; "
+                f"num_blocks {self.num_blocks}, base {self.base}, step {self.step} make {sum(self.depths)}"
+            )
         odd = [s for s in range(1, len(growth)) if self.growth_rate * growth[s] % 2]
         if odd:
             raise ValueError(

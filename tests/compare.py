@@ -38,7 +38,7 @@ def unreadable(path: Path) -> tuple[list[str], int]:
     checks: dict[Path, Callable[[Path], object]] = {
         directory.last: load_checkpoint,
         directory.best: load_saved,
-        directory.log: _read_log,
+        directory.log_file: _read_log,
         directory.run_json: lambda p: json.loads(p.read_text()),
         directory.policy: read_policy,
         directory.reference: safetensors.torch.load_file,

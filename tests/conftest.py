@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from adaptive_inference.policies import Point, Policy
-from command_line import parse
 from image_data import synthetic
 from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import to_config
+from settings.command_line import parse
 
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)

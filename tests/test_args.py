@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from args import DEFAULTS, LIBRARY_OPTIONS, OWN_NETWORKS, build_parser, flag_of
-from command_line import parse, settings_from_recipe
 from models.options import MSDNetOptions, block_depths
+from settings.command_line import parse, settings_from_recipe
 
 
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])

@@ -213,6 +213,7 @@ def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tm
     other = network.for_classes(7)
     assert other.has_new_classifier
     assert network.for_classes(5).has_new_classifier
+    assert not network.for_classes(5, same_classes=True).has_new_classifier
     single_stage = IMTA(network, freeze_backbone=False).for_classes(7)
     assert single_stage.stage_1.config == other.config
 

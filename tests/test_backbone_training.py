@@ -11,10 +11,10 @@ import torchvision
 import predict
 import train_GE
 import train_IMTA
-from command_line import parse
 from engine.checkpoint import load_checkpoint
 from experiments import backbones, small_data
 from models import IMTA, load
+from settings.command_line import parse
 from tests.conftest import make_images
 from utils import UserError
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import parse
 from dataloader import load_data
 from image_data import batches
 from image_data.batches import InMemoryBatches
 from image_data.subsets import Shard, Subset
 from image_data.transforms import CROP_PADDING
 from models.normalizer import Normalizer
+from settings.command_line import parse
 from tests.conftest import CPU, FOLDER, folder_settings
 from utils import UserError
 
@@ -176,7 +176,7 @@ def test_threads_end_with_the_run(image_folder):
     """An exception between two batches, with its trace kept alive as Python's own hook does, ends the
     process."""
     flags = [*FOLDER, "--data-root", str(image_folder), "--image-size", "80", "--workers", "1"]
-    program = "import sys, torch; from command_line import parse; from dataloader import load_data\n"
+    program = "import sys, torch; from settings.command_line import parse; from dataloader import load_data\n"
     program += "data = load_data(parse('GE', sys.argv[1:]).settings(), torch.device('cpu'))\n"
     program += "for images, targets in data.train.epoch(0): raise BrokenPipeError"
     command, root = [sys.executable, "-c", program, *flags], Path(__file__).parent.parent

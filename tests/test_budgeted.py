@@ -3,25 +3,11 @@
 import pytest
 import torch
 
-from adaptive_inference import ExitPredictions, evaluate_thresholds, geometric_thresholds
+from adaptive_inference import evaluate_thresholds, geometric_thresholds
 from adaptive_inference.budgeted import exit_shares
 from adaptive_inference.confidence import assign_exits
 from benchmarks import budgeted_rule
-from tests.golden import FIXTURES
-
-
-def predictions_of(confidence, correct):
-    """The right class is always 0, a wrong one 1."""
-    return ExitPredictions(confidence, (~correct).long(), torch.zeros(confidence.shape[1], dtype=torch.int64))
-
-
-def golden_case():
-    """Predictions for held-out and test images, operations, and the released rows."""
-    golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
-    val, test = (
-        predictions_of(golden[f"{part}_confidence"], golden[f"{part}_correct"]) for part in ("val", "test")
-    )
-    return val, test, golden["flops"], golden["rows"]
+from tests.helpers import golden_case, predictions_of
 
 
 def test_golden_table():

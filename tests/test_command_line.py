@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from args import DEFAULTS, all_option_names, option_names
-from command_line import parse, settings_from_recipe
 from engine.session import to_plain_types
 from presets import RELEASED_CHOICES
+from settings.command_line import parse, settings_from_recipe
 from utils import UserError
 
 

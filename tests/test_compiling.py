@@ -9,9 +9,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 import train_GE
-from command_line import parse
 from engine.runtime.compiling import reason_of, usable_mode
 from engine.runtime.distributed import Processes
+from settings.command_line import parse
 from tests.conftest import TINY_FLAGS
 from utils import UserError
 

@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 
-from command_line import parse
 from dataloader import load_data
 from image_data import archives
 from image_data.folders import find_images
 from image_data.subsets import Shard
+from settings.command_line import parse
 from tests.conftest import CPU, folder_settings
 from utils import UserError
 

@@ -12,7 +12,7 @@ from adaptive_inference.promises.deadlines import (
     AnytimePredictor,
     BudgetPredictor,
 )
-from tests.test_predictor import logits_of, make_network
+from tests.helpers import logits_of, make_network
 from utils import UserError
 
 

@@ -25,7 +25,7 @@ from adaptive_inference.promises.drift import (
 )
 from experiments import drift
 from experiments.corruptions import CORRUPTIONS
-from tests.test_predictor import make_network, quantile_policy
+from tests.helpers import make_network, quantile_policy
 from utils import UserError
 
 

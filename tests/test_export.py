@@ -29,7 +29,7 @@ from models.description import Split
 from tests import contract
 from tests.backbones import Chain, make_small
 from tests.conftest import describe, policy_point
-from tests.test_predictor import ALL, NONE, logits_of, make_network, quantile_policy
+from tests.helpers import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

@@ -16,7 +16,7 @@ from adaptive_inference.confidence import assign_exits, confidence_by_exit
 from adaptive_inference.promises.risk import MaxLoss, learning_images, with_certified_points
 from models import MSDNet
 from tests.conftest import TINY_NETWORK
-from tests.test_report import OPERATIONS, make_predictions
+from tests.helpers import OPERATIONS, make_predictions
 from utils import UserError
 
 

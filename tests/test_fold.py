@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
 from engine.runtime.precision import fastest_dtype
-from models import count_operations
+from models import IMTA, count_operations
 from models.backbone import Backbone
 from models.network import fold_sequences
 from tests.contract import CASES
-from tests.test_predictor import make_network
+from tests.helpers import make_network
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -34,6 +34,13 @@ def test_nothing_is_left_to_normalise_and_nothing_can_be_trained():
     assert not any(isinstance(module, NORMS) for module in folded.modules())
     assert not any(module.training for module in folded.modules())
     assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+def test_a_folded_network_names_the_network_that_it_was():
+    network = IMTA(make_network(2))
+    folded = fold(network)
+    assert (folded.kind, folded.title, folded.stage_1.kind) == ("IMTA", network.title, "MSDNet")
+    assert fold(network.backbone).stage_1.title == network.backbone.title
 
 
 def test_folding_again_changes_the_dtype():

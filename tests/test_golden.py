@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import train_IMTA
-from command_line import parse
 from engine.checkpoint import LoadedNetwork
 from models import (
     IMTA,
@@ -21,6 +20,7 @@ from models import (
     to_released,
 )
 from models.description import DataInfo
+from settings.command_line import parse
 from tests.golden import FIXTURES, PUBLISHED, STAGE_1, STAGE_2, golden_case, sketch
 
 

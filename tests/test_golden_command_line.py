@@ -6,11 +6,11 @@ import torch
 import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
-from command_line import parse
 from dataloader import load_data
 from engine import convert
 from engine.report import read_csv
 from models import load_released
+from settings.command_line import parse
 from tests.conftest import make_images
 from tests.golden import STAGE_1, STAGE_2, golden_case
 

@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_GE
 from adaptive_inference import AdaptivePredictor
-from command_line import parse
 from engine.runtime import distributed
 from engine.runtime.distributed import Processes, process_group
 from engine.stepper import Stepper
 from engine.trainer import Trainer
 from models import MSDNet
 from models.options import MSDNET_FIELDS
+from settings.command_line import parse
 from tests.conftest import TINY_FLAGS
-from tests.test_predictor import logits_of, make_network, quantile_policy
+from tests.helpers import logits_of, make_network, quantile_policy
 
 
 class Operations(TorchDispatchMode):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from command_line import parse
 from models import IMTA, MSDNet
 from models.network import build_network, to_config
+from settings.command_line import parse
 from tests.conftest import TINY_NETWORK
 from train_IMTA import Distillation
 

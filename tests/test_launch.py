@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 
 import train_GE
-from command_line import parse
 from engine.auto import resolve_auto
 from engine.run_directory import RunDirectory
 from engine.runtime import precision
-from engine.runtime.distributed import Processes, launch_of_environment, process_group
+from engine.runtime.distributed import Processes, process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import may_fork, process_count, training_processes
 from engine.runtime.signals import Interrupted, handle_signals
 from image_data.data_sets import find_data_set
+from settings.command_line import parse
 from tests import disturbed, forkserver
 from tests.conftest import TINY_FLAGS
 from train_GE import Stage1
@@ -74,7 +74,7 @@ def test_long_trainings_compile_their_steps(monkeypatch):
         settings = parse(stage.name, flags).settings()
         share = stage.compile_speedup_share(settings)
         resolved = resolve_auto(
-            settings, CPU, operations_per_process=images_by_operations, share_faster_on_cpu=share
+            settings, CPU, operations_per_process=images_by_operations, compile_speedup_share=share
         )
         return resolved.compile
 
@@ -195,9 +195,9 @@ def test_a_port_that_another_program_uses_is_named(monkeypatch):
 def test_empty_variables_count_as_not_set(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
-    assert launch_of_environment() == (0, 1, 0, 1, 0)
+    assert torchrun_environment() == (0, 1, 0, 1, 0)
     monkeypatch.setenv("RANK", "0")
-    assert launch_of_environment().rank == 0
+    assert torchrun_environment().rank == 0
 
 
 def train(folder, *flags, stdout=None, **environment):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import IMTA, ExitNetwork, MSDNet, Stepwise, count_operations
+from models import IMTA, MSDNet, Stepwise, count_operations
 from models.options import block_depths
 from tests.conftest import TINY_NETWORK
+from tests.helpers import images_for
 
 VARIANTS = [
     {},
@@ -21,19 +22,6 @@ VARIANTS = [
     {"num_blocks": 1, "base": 4},
     {"boosted_exits": True},
 ]
-
-
-def images_for(network: ExitNetwork, count: int = 2) -> torch.Tensor:
-    size = next(size for size in range(32, 300) if accepts(network, size))
-    return torch.randn(count, 3, size, size)
-
-
-def accepts(network: ExitNetwork, size: int) -> bool:
-    try:
-        network.check_image_size(size)
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -165,6 +153,10 @@ def test_he_initialisation():
         ({"reduction": 0.01}, "leaves no channel"),
         ({"growth_rate": 3, "growth_factors": (1, 1, 1)}, "must be even"),
         ({"initialization": "zero"}, "pytorch, he"),
+        ({"num_blocks": 3.0}, "num_blocks is 3.0"),
+        ({"base": True}, "base is True"),
+        ({"growth_factors": "124"}, "positive integers"),
+        ({"prune": "min", "num_blocks": 1}, "need 2 layers"),
     ],
 )
 def test_impossible_options(options, message):

@@ -24,7 +24,7 @@ from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet
 from models.files import WEIGHTS
 from tests.conftest import TINY_NETWORK, policy_point
-from tests.test_budgeted import golden_case, predictions_of
+from tests.helpers import golden_case, predictions_of
 from utils import UserError
 
 OPERATIONS = [10_000_000, 20_000_000, 40_000_000]

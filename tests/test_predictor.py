@@ -8,45 +8,14 @@ import torch
 from adaptive_inference.confidence import MEASURES, confidence_by_exit
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor, simulate
-from models import IMTA, MSDNet
-from tests.conftest import TINY_NETWORK
-from tests.test_msdnet import images_for
+from tests.helpers import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
-
-NONE, ALL = 1e8, -1e8
-
-
-def make_network(stage, **options):
-    """Make a network in float64: no confidence is near a threshold by rounding, and logits vary."""
-    network = MSDNet(**{**TINY_NETWORK, **options})
-    if stage == 2:
-        network = IMTA(network)
-    network.train()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 1, 3)
-    with torch.no_grad():
-        network.double()(images_for(network, 64).double())
-    return network.eval()
-
-
-def logits_of(network, images):
-    with torch.no_grad():
-        return torch.stack(network(images))
 
 
 def assert_same(prediction, expected):
     assert torch.equal(prediction.exits, expected.exits)
     assert torch.equal(prediction.classes, expected.classes)
     torch.testing.assert_close(prediction.confidence, expected.confidence)
-
-
-def quantile_policy(logits, share, measure="softmax"):
-    """Make thresholds between two neighbouring confidences: ``share`` of all images are above them."""
-    confidence = confidence_by_exit(logits, measure)[0].sort(dim=1).values
-    rank = round((1 - share) * confidence.shape[1])
-    middle = (confidence[:, rank - 1] + confidence[:, rank]) / 2
-    return Policy(tuple(middle.tolist()), measure)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

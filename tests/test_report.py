@@ -1,7 +1,6 @@
 """Tables say no more than their images allow, explain their columns, and choose without test images."""
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from adaptive_inference.budgeted import (
@@ -22,17 +21,8 @@ from engine.report import (
     table,
     temperature_line,
 )
+from tests.helpers import OPERATIONS, make_predictions
 from utils import percent
-
-OPERATIONS = [10, 20, 40]
-
-
-def make_predictions(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(3, count, 5, generator=generator)
-    targets = torch.randint(5, (count,), generator=generator)
-    logits += torch.tensor([0.5, 1.0, 1.5])[:, None, None] * torch.nn.functional.one_hot(targets, 5)
-    return logits, targets
 
 
 def rows_of(count):

@@ -3,7 +3,6 @@
 import importlib
 import json
 import signal
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +14,13 @@ import train_GE
 import train_IMTA
 from adaptive_inference import read_policy
 from adaptive_inference.promises.drift import read_reference
-from command_line import parse
 from engine.report import millions
 from experiments import arms, ship, tables
 from experiments.markdown import spread
 from image_data.reading import read_image
-from models import MSDNet, load
-from tests.conftest import TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2
+from models import load
+from settings.command_line import parse
+from tests.conftest import TINY_FLAGS, TINY_STAGE_2
 from utils import UserError
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -144,18 +143,6 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     assert not bfloat16.exists()
     # It is taken as stage 1 by its path, and goes on from there.
     assert train_IMTA.main(["--pretrained", str(file), "--save", str(tmp_path / "IMTA"), *TINY_STAGE_2]) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "title"),
-    [
-        ({}, "MSDNet + GE"),
-        ({"boosted_exits": True}, "MSDNet + GE + boosted exits"),
-        ({"gradient_equilibrium": False}, "MSDNet"),
-    ],
-)
-def test_titles_of_stage_1(options, title):
-    assert train_GE.Stage1().title(MSDNet(**TINY_NETWORK, **options), Namespace()) == title
 
 
 def test_the_card_of_the_weights_is_that_of_their_files():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from command_line import parse
 from dataloader import load_data
 from image_data.split import choose_held_out, choose_test
+from settings.command_line import parse
 from tests.conftest import CPU, folder_settings
 from utils import UserError
 

@@ -12,13 +12,13 @@ from torch import nn
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from command_line import parse
 from engine.runtime.distributed import Processes
 from engine.stepper import Stepper, synchronise_batch_norm
 from engine.trainer import Meters
 from models import IMTA, MSDNet
 from models.module_state import frozen_statistics
 from models.network import fold_sequences
+from settings.command_line import parse
 from tests import forkserver
 from tests.conftest import TINY_NETWORK
 from train_GE import JointTraining

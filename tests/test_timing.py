@@ -10,7 +10,7 @@ from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.promises.deadlines import deadline_rows
 from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from tests.conftest import policy_point
-from tests.test_predictor import logits_of, make_network, quantile_policy
+from tests.helpers import logits_of, make_network, quantile_policy
 
 
 def blocks(batch_size):

@@ -13,7 +13,6 @@ import dataloader
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
-from command_line import parse, recipe_of
 from engine import trainer
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
@@ -21,9 +20,10 @@ from engine.stepper import Stepper
 from engine.trainer import learning_rate
 from image_data import synthetic
 from image_data.batches import InMemoryBatches
-from models import load
+from models import MSDNet, load
+from settings.command_line import parse, recipe_of
 from tests.compare import differences
-from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
+from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
@@ -77,10 +77,10 @@ def test_a_run_leaves_tables_curves_logs_and_how_it_was_made(runs, stage):
     assert any((run / "tensorboard").iterdir())
     (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert (row["epoch"], len(row["val_acc1"])) == (1, 3)
-    (launch,) = run_json(run)["launches"]
-    assert launch["command"].startswith(f"python train_{stage}.py --")
-    assert launch["torch"] == torch.__version__
-    assert launch["complete"]
+    (session,) = run_json(run)["sessions"]
+    assert session["command"].startswith(f"python train_{stage}.py --")
+    assert session["torch"] == torch.__version__
+    assert session["complete"]
     assert run_json(run)["settings"]["num_blocks"] == 3
 
 
@@ -191,7 +191,7 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
             assert train_GE.main(["--save", str(tmp_path / "GE"), *flags]) == status
         flags = ["--resume"]
     assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
-    assert len(run_json(tmp_path / "GE")["launches"]) == 4
+    assert len(run_json(tmp_path / "GE")["sessions"]) == 4
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
@@ -228,9 +228,9 @@ def test_stage_2_goes_on_with_the_same_command(runs, monkeypatch, flags):
         assert train_imta(runs, "parts", *flags) == 143
     assert train_imta(runs, "parts", *flags, "--resume") == 0
     assert differences(runs / "parts", runs / "whole") == []
-    launches = run_json(runs / "parts")["launches"]
-    assert [launch["complete"] for launch in launches] == [False, True]
-    assert all(launch["ended"] >= launch["began"] for launch in launches)
+    sessions = run_json(runs / "parts")["sessions"]
+    assert [session["complete"] for session in sessions] == [False, True]
+    assert all(session["ended"] >= session["began"] for session in sessions)
 
 
 @pytest.mark.slow
@@ -517,3 +517,15 @@ def test_anytime_evaluation_needs_test_images_only(image_folder, tmp_path, size,
 def test_learning_rates(flags, steps_per_epoch, rates):
     settings = parse("GE", ["--lr", "1", "--lr-type", *flags]).settings()
     assert {step: learning_rate(settings, step, steps_per_epoch) for step in rates} == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "MSDNet + GE"),
+        ({"boosted_exits": True}, "MSDNet + GE + boosted exits"),
+        ({"gradient_equilibrium": False}, "MSDNet"),
+    ],
+)
+def test_titles_of_stage_1(options, title):
+    assert train_GE.Stage1().title(MSDNet(**TINY_NETWORK, **options), parse("GE", []).settings()) == title

@@ -21,14 +21,13 @@ from adaptive_inference.calibration import ensemble_operations
 from adaptive_inference.policy_files import policy_path
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
-from dataloader import median_side
 from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import Choice, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows
 from engine.runtime.device import is_out_of_memory, limit_threads
 from image_data.defaults import SMALL_IMAGE_SIZE
 from image_data.folders import LEFT_OUT, find_images
-from image_data.reading import read_image
+from image_data.reading import median_side, read_image
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork, count_operations
 from models.description import DataInfo
@@ -38,7 +37,7 @@ from utils import UserError, is_terminal, print_error
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 8
 SHOWN_CLASSES = 3
-FAR_SIZES_RATIO = 3
+MAX_SIZE_RATIO = 3
 
 
 def predict_all(arguments: argparse.Namespace, path: Path) -> int:
@@ -114,7 +113,7 @@ def _memory_error_named() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "not enough memory for so many images at a time; a smaller --batch-size needs less"
+            "not enough memory for a batch of this size; a smaller --batch-size needs less"
         ) from None
 
 
@@ -243,12 +242,12 @@ def _about_network(
     ]
     # Photographs of any size are what a network of larger images, or of one's own, was trained on.
     side = None if data.name == "folder" else median_side(files)
-    if side is not None and data.image_size <= SMALL_IMAGE_SIZE and side > FAR_SIZES_RATIO * SMALL_IMAGE_SIZE:
+    if side is not None and data.image_size <= SMALL_IMAGE_SIZE and side > MAX_SIZE_RATIO * SMALL_IMAGE_SIZE:
         lines.append(
             f"the images have about {side} pixels per side, far more than the network's {data.image_size}: "
             "it was trained on other images, so its predictions may be wrong at any confidence"
         )
-    elif side is not None and side * FAR_SIZES_RATIO < data.image_size:
+    elif side is not None and side * MAX_SIZE_RATIO < data.image_size:
         lines.append(
             f"the images have about {side} pixels per side and are enlarged to the network's "
             f"{data.image_size}: its predictions may be wrong at any confidence"

@@ -109,8 +109,8 @@ def _padded(rows: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), value)])
 
 
-class Launch(NamedTuple):
-    """The place of this process in a launch of torchrun, or alone."""
+class TorchrunEnvironment(NamedTuple):
+    """What torchrun says about this process; the defaults are those of a process without torchrun."""
 
     rank: int = 0
     world_size: int = 1
@@ -119,7 +119,7 @@ class Launch(NamedTuple):
     restart_count: int = 0  # how often torchrun has started the processes again
 
 
-def launch_of_environment() -> Launch:
+def torchrun_environment() -> TorchrunEnvironment:
     """Read RANK, WORLD_SIZE and the other variables of torchrun; empty ones count as not set.
 
     Raises:
@@ -134,7 +134,7 @@ def launch_of_environment() -> Launch:
             f"the environment has RANK={rank} and {given}: torchrun sets both; unset RANK for one process"
         )
     restart_count = _variable("TORCHELASTIC_RESTART_COUNT", 0)
-    return Launch(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size, restart_count)
+    return TorchrunEnvironment(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size, restart_count)
 
 
 def _variable(name: str, default: int, smallest: int = 0) -> int:
@@ -168,26 +168,26 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
         UserError: The variables of torchrun are inconsistent, a GPU does not exist, or the other processes
             cannot be reached.
     """
-    launch, available = launch_of_environment(), torch.cuda.device_count()
-    _refuse_gpus(launch, gpu, available)
-    _refuse_restarts(launch)
-    if launch.world_size > 1:
-        gpu_ids = (launch.local_rank,) if launch.local_rank < available else ()
+    torchrun, available = torchrun_environment(), torch.cuda.device_count()
+    _refuse_gpus(torchrun, gpu, available)
+    _refuse_restarts(torchrun)
+    if torchrun.world_size > 1:
+        gpu_ids = (torchrun.local_rank,) if torchrun.local_rank < available else ()
     else:
         gpu_ids = gpu or ((0,) if available else ())
     device = torch.device("cuda", gpu_ids[0]) if gpu_ids else torch.device("cpu")
     if gpu_ids:
         torch.cuda.set_device(device)
-    if launch.world_size > 1:
-        _join(launch, device)
-    yield Processes(launch.rank, launch.world_size, device, gpu_ids)
+    if torchrun.world_size > 1:
+        _join(torchrun, device)
+    yield Processes(torchrun.rank, torchrun.world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
-    if launch.world_size > 1:
+    if torchrun.world_size > 1:
         dist.barrier()  # with PyTorch 2.6, a process that leaves long before another may hang in Gloo
         dist.destroy_process_group()
 
 
-def _refuse_gpus(launch: Launch, gpu: tuple[int, ...] | None, available: int) -> None:
+def _refuse_gpus(torchrun: TorchrunEnvironment, gpu: tuple[int, ...] | None, available: int) -> None:
     if gpu is not None:
         given = f"--gpu {','.join(map(str, gpu))}"
         if len(set(gpu)) < len(gpu):
@@ -197,20 +197,20 @@ def _refuse_gpus(launch: Launch, gpu: tuple[int, ...] | None, available: int) ->
         if max(gpu) >= available:
             there = "GPU 0 alone" if available == 1 else f"GPUs 0 to {available - 1}"
             raise UserError(f"{given}: this machine has {there}")
-        if launch.world_size > 1:
+        if torchrun.world_size > 1:
             raise UserError(
                 "--gpu and torchrun do not go together: every process takes the GPU of its local rank"
             )
-    if launch.world_size > 1 and 0 < available < launch.local_world_size:
+    if torchrun.world_size > 1 and 0 < available < torchrun.local_world_size:
         raise UserError(
-            f"torchrun started {launch.local_world_size} processes here for {available} GPUs; "
+            f"torchrun started {torchrun.local_world_size} processes here for {available} GPUs; "
             f"use --nproc_per_node {available}"
         )
 
 
-def _refuse_restarts(launch: Launch) -> None:
+def _refuse_restarts(torchrun: TorchrunEnvironment) -> None:
     is_restarted = _variable("TORCHELASTIC_MAX_RESTARTS", 0) > 0
-    has_several_machines = launch.local_world_size < launch.world_size
+    has_several_machines = torchrun.local_world_size < torchrun.world_size
     if is_restarted and has_several_machines and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # A second start would find the addresses of the first one's processes there.
         raise UserError(
@@ -219,7 +219,7 @@ def _refuse_restarts(launch: Launch) -> None:
         )
 
 
-def _join(launch: Launch, device: torch.device) -> None:
+def _join(torchrun: TorchrunEnvironment, device: torch.device) -> None:
     """Meet the other processes at MASTER_ADDR and MASTER_PORT.
 
     Raises:
@@ -228,31 +228,31 @@ def _join(launch: Launch, device: torch.device) -> None:
     address, port = os.environ.get("MASTER_ADDR", "").strip(), _variable("MASTER_PORT", 0)
     if not address or not 0 < port < 2**16:
         raise UserError(
-            f"the environment has WORLD_SIZE={launch.world_size}, but MASTER_ADDR={address!r} and "
+            f"the environment has WORLD_SIZE={torchrun.world_size}, but MASTER_ADDR={address!r} and "
             f"MASTER_PORT={port or ''!r}: torchrun sets all of them; unset WORLD_SIZE for one process"
         )
     try:
         in_thread(partial(socket.getaddrinfo, address, port)).result()
-        in_thread(partial(_init_process_group, launch, device)).result()
+        in_thread(partial(_init_process_group, torchrun, device)).result()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"cannot meet the {launch.world_size} processes of this run at {address}:{port} "
+            f"cannot meet the {torchrun.world_size} processes of this run at {address}:{port} "
             f"(MASTER_ADDR and MASTER_PORT): {reason}"
         ) from None
 
 
-def _init_process_group(launch: Launch, device: torch.device) -> None:
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size))
-    if launch.local_world_size == launch.world_size:
+def _init_process_group(torchrun: TorchrunEnvironment, device: torch.device) -> None:
+    store, _, _ = next(rendezvous("env://", torchrun.rank, torchrun.world_size))
+    if torchrun.local_world_size == torchrun.world_size:
         # torchrun keeps its store when it restarts the processes, with the addresses of the old ones.
-        store = dist.PrefixStore(f"attempt_{launch.restart_count}", store)
+        store = dist.PrefixStore(f"attempt_{torchrun.restart_count}", store)
     # Data in main memory, such as signals and results, are exchanged without the GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # each thread has its own
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+        backend, store=store, rank=torchrun.rank, world_size=torchrun.world_size, timeout=TIMEOUT
     )
 
 

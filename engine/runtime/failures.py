@@ -12,7 +12,7 @@ from engine.runtime.signals import Interrupted
 from utils import UserError, error_message
 
 if TYPE_CHECKING:
-    from command_line import CommandLine
+    from settings.command_line import CommandLine
 
 
 def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> tuple[int, str]:

@@ -184,7 +184,7 @@ def _fork(count: int, folder: Path, workers: list[int]) -> int:
             is left empty in a worker.
 
     Raises:
-        UserError: The system does not allow so many processes.
+        UserError: The system does not allow that many processes.
     """
     global _report
     parent = os.getpid()
@@ -231,7 +231,7 @@ def _has_ended(worker: int) -> bool:
 
 
 def _wait_for(workers: list[int], seconds: float) -> None:
-    """Wait until the workers have ended; after so many ``seconds`` kill the others."""
+    """Wait until the workers have ended; after ``seconds`` kill the others."""
     deadline = time.monotonic() + seconds
     while workers:
         if os.waitpid(workers[0], os.WNOHANG)[0]:

@@ -19,7 +19,7 @@ PREDICTIONS = [
 
 
 @pytest.fixture
-def example_images_ones():
+def easy_and_hard():
     logits = torch.zeros(3, len(PREDICTIONS), 3)
     for i, exits in enumerate(PREDICTIONS):
         for k, (label, size) in enumerate(exits):
@@ -27,14 +27,14 @@ def example_images_ones():
     return example_images(logits, torch.zeros(7, dtype=torch.int64), Policy((0.8, 0.8, -1e8)))
 
 
-def test_example_images(example_images_ones):
-    assert [images.tolist() for images in example_images_ones] == [[1, 0], [4, 3]]
+def test_example_images(easy_and_hard):
+    assert [images.tolist() for images in easy_and_hard] == [[1, 0], [4, 3]]
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["cost in $ or " + 5 * "very long ", "b$", "c$"]])
-def test_figure(example_images_ones, names):
+def test_figure(easy_and_hard, names):
     images, targets = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
-    figure = examples_figure(lambda i: images[i], targets, example_images_ones, names)
+    figure = examples_figure(lambda i: images[i], targets, easy_and_hard, names)
     figure.canvas.draw()
     (axes,) = figure.axes
     lefts = sorted(image.get_extent()[0] for image in axes.images)
@@ -49,10 +49,10 @@ def test_figure(example_images_ones, names):
     assert name.height < 1.2 * 150  # of a row of pictures, about
 
 
-def test_figure_of_one_kind_and_of_none(example_images_ones):
+def test_figure_of_one_kind_and_of_none(easy_and_hard):
     images, targets = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
-    for kinds, titles in (((none, example_images_ones[1]), [TITLES[1]]), ((none, none), [])):
+    for kinds, titles in (((none, easy_and_hard[1]), [TITLES[1]]), ((none, none), [])):
         figure = examples_figure(lambda i: images[i], targets, kinds, ["a", "b", "c"])
         figure.canvas.draw()
         texts = [text.get_text() for text in figure.axes[0].texts]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from combinations import conflict_of_compiling, conflict_on_machine
-from command_line import parse, settings_from_recipe
+from settings.command_line import parse, settings_from_recipe
+from settings.conflicts import conflict_of_compiling, conflict_on_machine
 from utils import UserError
 
 

@@ -31,11 +31,16 @@ from args import (
     flag_of,
     option_names,
 )
-from combinations import conflict_of_flags, conflict_of_schedule, conflict_of_settings, conflict_with_arch
 from models import ExitNetwork
 from models.options import current_value
 from models.third_party import TIMM_PREFIX
 from presets import PRESETS, RELEASED_CHOICES
+from settings.conflicts import (
+    conflict_of_flags,
+    conflict_of_schedule,
+    conflict_of_settings,
+    conflict_with_arch,
+)
 from utils import UserError, is_folder
 
 
@@ -78,7 +83,7 @@ class CommandLine:
 
     def __init__(self, stage: StageFlags, typed: dict[str, Any], argv: list[str]):
         self.stage, self.typed, self.argv = stage, typed, argv
-        self.implied = _implied(typed)
+        self.implied = _implied_by(typed)
 
     def __str__(self) -> str:
         return shlex.join(["python", self.stage.program, *self.argv])
@@ -104,10 +109,10 @@ class CommandLine:
         """
         is_new = recipe is None
         if is_new:
-            typed = self._typed_to_start(origin_recipe)
-            kept = self._inherited(typed, origin_recipe or {})
+            typed = self._typed_for_new_run(origin_recipe)
+            kept = self._from_origin(typed, origin_recipe or {})
         else:
-            typed = self._typed_beside_recipe()
+            typed = self._typed_without_auto()
             kept = {name: recipe[name] for name in recipe.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
         self._check_images_are_there(kept)
         self._check_split(kept)
@@ -120,16 +125,16 @@ class CommandLine:
             raise UserError(conflict)
         return Namespace(**_complete(values))
 
-    def _typed_beside_recipe(self) -> dict[str, Any]:
+    def _typed_without_auto(self) -> dict[str, Any]:
         """Return what was typed but "auto", which beside a recipe stands for what the recipe says."""
         return {name: value for name, value in self.typed.items() if value != "auto"}
 
-    def _typed_to_start(self, origin_recipe: dict[str, Any] | None) -> dict[str, Any]:
+    def _typed_for_new_run(self, origin_recipe: dict[str, Any] | None) -> dict[str, Any]:
         """Return what was typed for a new run, and what follows from it unless data are inherited."""
         are_inherited = origin_recipe is not None and self.stage.inherits_data
         return self.typed if are_inherited else {**self.implied, **self.typed}
 
-    def _inherited(self, typed: dict[str, Any], origin_recipe: dict[str, Any]) -> dict[str, Any]:
+    def _from_origin(self, typed: dict[str, Any], origin_recipe: dict[str, Any]) -> dict[str, Any]:
         """Return what a new run takes from the recipe of the network that it starts from."""
         names = {"arch", *option_names(_arch(origin_recipe))}
         takes_other_data = not self.stage.inherits_data and ("preset" in typed or "data" in typed)
@@ -191,7 +196,7 @@ class CommandLine:
             may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
             if self.stage.previous is None:
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
-        for name, value in self._typed_beside_recipe().items():
+        for name, value in self._typed_without_auto().items():
             # A released network has no recipe. Its training command, with --evalmode added, evaluates it.
             is_unknown = "evalmode" in self.typed and name not in recipe
             if name in may_differ or is_unknown:
@@ -306,7 +311,7 @@ def _arch(settings: dict[str, Any]) -> str:
     return settings.get("arch", DEFAULTS["arch"])
 
 
-def _implied(typed: dict[str, Any]) -> dict[str, Any]:
+def _implied_by(typed: dict[str, Any]) -> dict[str, Any]:
     """Return the data set and the preset that follow from --data-root and --data."""
     implied = {}
     if "data_root" in typed and not {"data", "preset"} & typed.keys():

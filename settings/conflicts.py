@@ -26,7 +26,7 @@ MUTUALLY_EXCLUSIVE = (
     ("evalmode", "resume"),
     ("evalmode", "overwrite"),
 )
-# Flags that count only beside this value of another setting.
+# Flags that count only with this value of another setting.
 REQUIRED: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("momentum", "nesterov"), ("optimizer", "sgd")),
     **dict.fromkeys(("lr_milestones", "decay_rate"), ("lr_type", "multistep")),
@@ -49,7 +49,7 @@ def conflict_of_flags(typed: dict[str, Any]) -> str | None:
 
 
 def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """Check that no flag that was typed would change nothing beside the other settings."""
+    """Check that every flag that was typed changes something, given the other settings."""
     if conflict := conflict_with_arch(typed, settings["arch"]):
         return conflict
     for name, (other, value) in REQUIRED.items():
@@ -141,7 +141,7 @@ def conflict_on_machine(
         return conflict
     if count > share:
         return f"--accumulate {count}: a process has only {share} images per step"
-    # As ``Stepper.step`` cuts a batch, and DataParallel its parts.
+    # Split as ``Stepper.step`` and DataParallel do.
     parts = torch.empty(share).tensor_split(count)
     chunks = [chunk for part in parts for chunk in part.chunk(max(num_gpus, 1))]
     smallest = min(map(len, chunks))
