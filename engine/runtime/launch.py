@@ -35,8 +35,8 @@ from engine.runtime.distributed import (
     Processes,
     in_thread,
     is_lost_peer,
-    launch_of_environment,
     process_group,
+    torchrun_environment,
 )
 from utils import UserError, at_least, available_cores, one_line
 
@@ -124,9 +124,7 @@ def may_fork(gpu: tuple[int, ...] | None) -> bool:
         and all(thread.daemon for thread in others)
         and not hasattr(sys, "ps1")
     )
-    return (
-        is_program and launch_of_environment().world_size == 1 and not gpu and not torch.cuda.is_available()
-    )
+    return is_program and torchrun_environment().world_size == 1 and not gpu and not torch.cuda.is_available()
 
 
 @contextmanager
