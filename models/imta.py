@@ -60,6 +60,7 @@ class IMTA(ExitNetwork):
         self.backbone = backbone
         self.num_exits, self.num_classes = backbone.num_exits, backbone.num_classes
         self.feature_dims = backbone.feature_dims
+        self.gradient_equilibrium = backbone.gradient_equilibrium
         self.cut_isc_gradient = cut_isc_gradient
         self.freeze_backbone = freeze_backbone
         self.freeze_batchnorm = freeze_backbone and freeze_batchnorm
@@ -92,11 +93,6 @@ class IMTA(ExitNetwork):
     def stage_1(self) -> ExitNetwork:
         """The backbone."""
         return self.backbone
-
-    @property
-    def gradient_equilibrium(self) -> bool:
-        """Whether the backbone rescales gradients at its exits."""
-        return self.backbone.gradient_equilibrium
 
     @property
     def checkpoint_activations(self) -> bool:

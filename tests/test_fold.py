@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
 from engine.runtime.precision import fastest_dtype
-from models import IMTA, count_operations
+from models import count_operations
 from models.backbone import Backbone
 from models.network import fold_sequences
 from tests.contract import CASES
@@ -37,7 +37,7 @@ def test_nothing_is_left_to_normalise_and_nothing_can_be_trained():
 
 
 def test_a_folded_network_names_the_network_that_it_was():
-    network = IMTA(make_network(2))
+    network = make_network(2)
     folded = fold(network)
     assert (folded.kind, folded.title, folded.stage_1.kind) == ("IMTA", network.title, "MSDNet")
     assert fold(network.backbone).stage_1.title == network.backbone.title
