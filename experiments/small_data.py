@@ -20,12 +20,7 @@ TRAINING_IMAGES = 30
 WAYS = {
     "MSDNet from scratch": ["--image-size", "32"],
     "fine-tuned `imta_cifar100` (it knows these classes)": ["--pretrained", "imta_cifar100"],
-    "fine-tuned EfficientNet-lite0 (ImageNet)": [
-        "--arch",
-        "timm/tf_efficientnet_lite0",
-        "--image-size",
-        "64",
-    ],
+    "fine-tuned EfficientNet-lite0 (ImageNet)": ["--arch", "timm/tf_efficientnet_lite0"],
 }
 
 
