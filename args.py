@@ -663,8 +663,8 @@ class StageFlags(NamedTuple):
         purpose: What the program does.
         title: Title of the flags of its own.
         add_flags: Adds these.
-        previous: Name of the stage whose network --pretrained names; None: it names weights for a network of
-            this stage.
+        previous: Name of the stage whose network --pretrained names. If None, it names weights for a network
+            of this stage.
         inherits_data: Whether preset and data are those of the network it starts from; else they are only
             where neither was typed.
     """

@@ -71,7 +71,7 @@ def load_data(
         settings: Settings with data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,
             check_images, channels_last, and those that ``Batches`` take.
         device: Device of the batches.
-        shard: This process's share of every batch; None: all of it.
+        shard: This process's share of every batch. If None, all of it.
         stored: The data set of a checkpoint, which must have the same classes.
         split: The split of the checkpoint, which is taken over; training images that it does not know are
             left out. None chooses a new one.

@@ -154,7 +154,7 @@ class OnnxPredictor:
 
         Args:
             images: (N, 3, S, S) uint8, RGB as in image files.
-            thresholds: (K,), compared with the largest softmax probability; None: those of ``choose()``.
+            thresholds: (K,), compared with the largest softmax probability. If None, those of ``choose()``.
 
         Raises:
             ValueError: If the images have another type or size, or the thresholds are not K numbers.

@@ -41,7 +41,7 @@ class Budget(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict the images these arguments name (None: those of the process) and return the exit status."""
+    """Predict the images these arguments name (those of the process if None) and return the exit status."""
     arguments = parse(argv)
     try:
         return predict_all(arguments, find_model(arguments.model))

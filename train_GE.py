@@ -76,7 +76,7 @@ class Stage1(Stage):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run stage 1 with these arguments (None: those of the process) and return the exit status."""
+    """Run stage 1 with these arguments (those of the process if None) and return the exit status."""
     stage = Stage1()
     return run(parse(stage.name, argv), stage)
 

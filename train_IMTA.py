@@ -152,7 +152,7 @@ def _stage_1_beside(command: CommandLine) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run stage 2 with these arguments (None: those of the process) and return the exit status."""
+    """Run stage 2 with these arguments (those of the process if None) and return the exit status."""
     stage = Stage2()
     return run(parse(stage.name, argv), stage)
 

@@ -70,7 +70,7 @@ def fit_ensemble(logits: Tensor, targets: Tensor, temperatures: Sequence[float])
         temperatures: Temperature of every exit.
 
     Returns:
-        The weights; None: every exit predicts alone.
+        The weights; None if every exit shall predict alone.
     """
     num_exits = len(logits)
     rows = [_alone(k, temperatures, num_exits).tolist() for k in range(num_exits)]
@@ -170,7 +170,7 @@ def ensemble_classes(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
 
     Args:
         logits: (K, N, C).
-        ensemble: None: each exit alone.
+        ensemble: If None, each exit alone.
     """
     if ensemble is None:
         return logits.argmax(dim=2)
@@ -214,7 +214,7 @@ def calibration_errors(
     Args:
         logits: (K, N, C).
         targets: (N,).
-        temperatures: K numbers; None: 1 everywhere.
+        temperatures: K numbers. If None, 1 everywhere.
         bins: Number of bins of equal width.
     """
     errors = []

@@ -40,7 +40,7 @@ def find_policies(
         operations: Operations to each exit, K numbers.
         logits: (K, N, C) of held-out images.
         targets: (N,).
-        full_policy: Policy whose measure, temperatures and ensemble all policies get; None: fit one with
+        full_policy: Policy whose measure, temperatures and ensemble all policies get. If None, fit one with
             ``fit_full_policy``.
     """
     policy = full_policy or fit_full_policy(logits, targets)

@@ -38,7 +38,7 @@ def load_predictor(
 
     Args:
         path_or_name: File or name, as for ``models.load``; the policies lie beside the file.
-        dtype: Dtype of the policies, in which the network predicts; None: float32, or the dtype of the
+        dtype: Dtype of the policies, in which the network predicts. If None, float32, or the dtype of the
             policies there are.
         operations: Largest mean of operations per image.
         accuracy: Smallest accuracy on held-out images, in percent.

@@ -92,7 +92,7 @@ class _Problem:
         return torch.cat([torch.where(ranks > 0, values, NONE_LEAVE), last], dim=1)
 
     def result(self, cuts: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return accuracy and mean cost (P,) of the chosen images (None: all) with cuts (P, K - 1)."""
+        """Return accuracy and mean cost (P,) of the chosen images (all if None) with cuts (P, K - 1)."""
         images = slice(None) if chosen is None else chosen
         thresholds = self.thresholds(cuts)
         confidence, correct = self.confidence[:, images], self.correct[:, images]

@@ -103,8 +103,8 @@ def eligible_points(
         curve: The points to choose from.
         accuracy: On held-out images at least, in percent.
         max_loss: A promise about accuracy that the point must keep, ``promises.risk.MaxLoss``.
-        rule: Only points found by this rule; None: as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule of
-            its own.
+        rule: Only points found by this rule. If None, as for ``PolicyCurve.of_rule``. ``max_loss`` has a rule
+            of its own.
 
     Raises:
         UserError: No point satisfies the request; the line says what is possible.

@@ -27,10 +27,10 @@ class Policy:
         thresholds: Threshold of every exit, compared with the confidence of its logits.
         measure: Measure of confidence, see ``confidence.next_prediction``.
         temperatures: Temperature of every exit, by which its logits are divided before they become the
-            probabilities of a prediction. None: 1 everywhere. They do not decide which images leave.
+            probabilities of a prediction. If None, 1 everywhere. They do not decide which images leave.
         ensemble: One row per exit, of one weight per exit: the prediction at an exit comes from the sum, with
             these weights, of the logits of all exits so far. The exit's own logits decide which images leave;
-            temperatures are not used. None: each exit predicts alone.
+            temperatures are not used. If None, each exit predicts alone.
 
     Raises:
         ValueError: Thresholds, temperatures or weights are not one finite number per exit, or the measure is
@@ -145,7 +145,7 @@ class PolicyCurve:
         network_description: The network in words.
         operations: Operations to each exit, counted as in the paper.
         points: Points of all rules.
-        num_images: Held-out images that the points, temperatures and weights rest on; None: not known.
+        num_images: Held-out images that the points, temperatures and weights rest on; None if not known.
         certificate: Procedure that counted the losses of the certified points; None where there are none.
     """
 
@@ -188,7 +188,7 @@ class PolicyCurve:
         """Return the points found by ``rule``.
 
         Args:
-            rule: None: the best rule the curve has: ensemble, else optimised, else any.
+            rule: If None, the best rule the curve has: ensemble, else optimised, else any.
 
         Raises:
             UserError: No point was found by ``rule``.

@@ -32,7 +32,7 @@ def policy_path(network_file: Path, dtype: str | None = None) -> Path:
 
     Args:
         network_file: The network's file.
-        dtype: The dtype that is preferred, such as ``bfloat16``; None: the file without a dtype.
+        dtype: The dtype that is preferred, such as ``bfloat16``. If None, the file without a dtype.
 
     Returns:
         A file that exists, or else ``policy.json`` in the directory of the network.
@@ -87,7 +87,7 @@ def read_policy(path: str | Path, network: ExitNetwork | None = None) -> PolicyC
 
     Args:
         path: The file.
-        network: The network it must belong to; None: do not check.
+        network: The network it must belong to. If None, do not check.
 
     Raises:
         UserError: One line: the file is missing, too large, damaged, or of another network or dtype.

@@ -156,7 +156,7 @@ class AdaptivePredictor:
         Args:
             images: Paths or PIL images.
             preprocess: Makes bytes (3, S, S) of one of them, such as ``image_data.preprocessing.preprocess``;
-                None: that of the predictor, which ``load_predictor`` sets.
+                If None, that of the predictor, which ``load_predictor`` sets.
             batch_size: Images that are preprocessed and predicted at a time.
 
         Raises:

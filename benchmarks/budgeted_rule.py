@@ -17,7 +17,7 @@ NUM_EXITS = 5
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the seconds for the arguments (None: those of the process)."""
+    """Print the seconds for the arguments (those of the process if None)."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.budgeted_rule", description="Time of the budgeted rule."
     )

@@ -51,7 +51,7 @@ DATA_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert what these arguments name (None: those of the process) and return the exit status."""
+    """Convert what these arguments name (those of the process if None) and return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         for line in convert(arguments):

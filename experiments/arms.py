@@ -252,7 +252,7 @@ def train_arms(
         seeds: Seeds, one after the other.
         command_of: Function of an arm and a seed that returns the command line.
         work: Folder of the runs ``seed_N/ARM``.
-        results: Folder for the small files of the runs; None: they are kept nowhere else.
+        results: Folder for the small files of the runs. If None, they are kept nowhere else.
     """
     for seed in seeds:
         for arm in arms:

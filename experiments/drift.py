@@ -121,7 +121,7 @@ def corruption_rows(images: TestImages, point: Point, reference: Tensor, streams
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables for these arguments (None: those of the process), and return the exit status."""
+    """Print the tables for these arguments (those of the process if None), and return the exit status."""
     parser = CommandLineParser(prog="experiments.drift", description="Test the drift alarm.")
     parser.add_argument(
         "network", type=user_path, metavar="FILE", help="such as weights/imta_cifar100.safetensors"

@@ -65,7 +65,7 @@ DISTANCES = (-1.0, 0.0, 1.65, 2.5, 3.5)  # standard errors from the loss to the 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the tables that the arguments ask for (None: those of the process)."""
+    """Print the tables that the arguments ask for (those of the process if None)."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run_command(arguments)

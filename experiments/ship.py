@@ -83,7 +83,7 @@ class Evaluator:
 
     Args:
         stage: ``GE`` or ``IMTA``.
-        data_root: Folder of the images; None: that of the run.
+        data_root: Folder of the images. If None, that of the run.
     """
 
     def __init__(self, stage: str, data_root: Path | None):
@@ -106,7 +106,7 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
         saved: The network of a run, or of a file that was shipped before.
         output: The file.
         bfloat16: Whether to find policies in bfloat16 too, for machines that are faster in it.
-        data_root: Folder of the images; None: that of the run.
+        data_root: Folder of the images. If None, that of the run.
 
     Raises:
         UserError: The rounded network cannot be evaluated, or an exit loses too much.
@@ -222,7 +222,7 @@ def _section(name: str, description: Description) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Ship the run these arguments name (None: those of the process) and return the exit status."""
+    """Ship the run these arguments name (those of the process if None) and return the exit status."""
     parser = CommandLineParser(
         prog="experiments.ship", description="A file for weights/ from a finished run."
     )

@@ -66,9 +66,9 @@ class Batches(ABC):
         self.normalize, self.device = normalize, normalize.device
         # Indices of images that this process found unreadable in an evaluation.
         self.unreadable: set[int] = set()
-        # Indices that this process evaluates; None: its share of all images.
+        # Indices that this process evaluates; None for its share of all images.
         self.evaluated_indices: Tensor | None = None
-        # Indices of the images whose results all processes collected, by row; None: row and index are equal.
+        # Indices of the images of all processes' results, by row; None if row and index are equal.
         self.collected: Tensor | None = None
 
     def __len__(self) -> int:

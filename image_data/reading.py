@@ -30,7 +30,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
 
     Args:
         path: A file in one of ``FORMATS``.
-        transform: Function of the opened image, which is not decoded yet; None: ``rgb``.
+        transform: Function of the opened image, which is not decoded yet. If None, ``rgb``.
 
     Raises:
         UserError: The file cannot be read, or is so large that it looks like a decompression bomb.

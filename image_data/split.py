@@ -19,7 +19,7 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
 
     Args:
         targets: Targets (N,) of all training images.
-        val_size: Number of images to hold out; None: ``HELD_OUT_SHARE`` percent.
+        val_size: Number of images to hold out. If None, ``HELD_OUT_SHARE`` percent.
         split_seed: Seed of the draw.
 
     Returns:
@@ -99,7 +99,7 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
 
     Args:
         data_set: The data set that was found.
-        stored: The checkpoint's ``DataInfo``; None: there is no checkpoint, and the images are numbered
+        stored: The checkpoint's ``DataInfo``. If None, there is no checkpoint, and the images are numbered
             as they are.
         digests: The ``name_digests`` of the checkpoint's training images; without them, all must be there.
 

@@ -52,15 +52,15 @@ class Backbone(ExitNetwork):
         gradient_equilibrium: Rescale gradients at the exits.
         layout: One of ``models.cutting.LAYOUTS``, or one per early exit, where the shapes do not tell it.
         image_size: A size that the network takes, where it takes none of the usual ones.
-        exit_width: Channels of the convolution in exits on maps, as many as in MSDNet; None: as many as the
-            map has, but at least 128 and at most 512.
-        exit_size: Pixels a side to about which exits average maps of at least twice that; None: they average
-            none.
+        exit_width: Channels of the convolution in exits on maps, as many as in MSDNet. If None, as many as
+            the map has, but at least 128 and at most 512.
+        exit_size: Pixels a side to about which exits average maps of at least twice that. If None, they
+            average none.
         frozen: Train only the exits, and the last linear layer if it is new.
         has_new_classifier: Whether the last linear layer is new, and not pretrained as the rest of the
-            network is. None: exactly if it is replaced for ``num_classes``.
-        constructor: The constructor that built the network, by which a file can describe it; None: a custom
-            network.
+            network is. If None, exactly if it is replaced for ``num_classes``.
+        constructor: The constructor that built the network, by which a file can describe it; None for a
+            custom network.
 
     Raises:
         ValueError: The network cannot be traced, has no last linear layer, or cannot be cut there; one line
@@ -128,7 +128,7 @@ class Backbone(ExitNetwork):
             self.freeze_pretrained()
 
     def _replace_classifier(self, num_classes: int | None) -> bool:
-        """Replace the last linear layer, unless it has ``num_classes`` outputs (None: any).
+        """Replace the last linear layer, unless it has ``num_classes`` outputs (any if None).
 
         Returns:
             Whether it was replaced.
@@ -220,7 +220,7 @@ class Backbone(ExitNetwork):
     # Training
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
+        """Return the features (N, feature_dims[k]) of the first ``num_exits`` exits (all if None)."""
         all_features, x = [], images
         for k in range(checked_num_exits(self, num_exits)):
             x = self._run_segment(k, x)

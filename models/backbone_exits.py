@@ -15,9 +15,9 @@ class MapExit(nn.Module):
         channels: Channels of the maps.
         num_classes: Outputs of the linear layer.
         channels_last: Whether maps are (N, H, W, C) and not (N, C, H, W).
-        width: Channels of the convolution; None: those of the maps, within ``WIDTH_LIMITS``.
+        width: Channels of the convolution. If None, those of the maps, within ``WIDTH_LIMITS``.
         size: Pixels a side to about which maps of at least twice that are averaged first, so that the first
-            exits cost no more than others; None: no map is averaged.
+            exits cost no more than others. If None, no map is averaged.
     """
 
     def __init__(

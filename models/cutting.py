@@ -64,7 +64,7 @@ def find_cuts(
         traces: Graphs of the network.
         profiles: Its profiles by image size; the first one is of the size that matters.
         exits: Paths of modules, or the number of all exits, as for ``Backbone``.
-        layout: One of ``LAYOUTS``, or one per early exit; None: that of the shapes.
+        layout: One of ``LAYOUTS``, or one per early exit. If None, that of the shapes.
 
     Raises:
         ValueError: The network has no last linear layer, or cannot be cut there; one line says which.

@@ -33,7 +33,7 @@ class IMTA(ExitNetwork):
             trains everything at once and whose teacher is its own last exit.
         freeze_batchnorm: BatchNorm of a frozen backbone uses and keeps its stored statistics (the paper).
             False lets it use and collect those of the batches (released code).
-        boosted: Whether exit k adds a share of the logits of exit k-1; None: if the backbone's exits do.
+        boosted: Whether exit k adds a share of the logits of exit k-1. If None, as the backbone's exits.
     """
 
     default_options: ClassVar = {"boosted": False}
@@ -123,7 +123,7 @@ class IMTA(ExitNetwork):
         return self.backbone.advance(k, state)
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all)."""
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (all if None)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.features(images, num_exits)
 

@@ -114,11 +114,11 @@ class MSDNet(ExitNetwork):
         return features, {key: state[key] for key in map(_key, plan.kept)}
 
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all).
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (all if None).
 
         Args:
             images: (N, 3, H, W).
-            num_exits: Exits to compute; None: all.
+            num_exits: Exits to compute. If None, all.
         """
         all_features = []
         grid = self.stem(images)  # {scale s: (N, C_s, H / 2^s, W / 2^s)}

@@ -162,11 +162,11 @@ class ExitNetwork(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (None: all).
+        """Compute the features (N, feature_dims[k]) of the first ``num_exits`` exits (all if None).
 
         Args:
             images: (N, 3, H, W).
-            num_exits: Exits to compute; None: all.
+            num_exits: Exits to compute. If None, all.
         """
 
     # Parameters
@@ -227,7 +227,7 @@ class ExitNetwork(nn.Module, ABC):
         return logits
 
     def forward(self, images: Tensor, num_exits: int | None = None) -> list[Tensor]:
-        """Compute the logits (N, C) of the first ``num_exits`` exits (None: all) from images (N, 3, H, W).
+        """Compute the logits (N, C) of the first ``num_exits`` exits (all if None) from images (N, 3, H, W).
 
         Gradients through this pass are for training: with Gradient Equilibrium they are rescaled, in
         evaluation mode too, so that those of the images are 1 / K of the true ones. For saliency maps or

@@ -69,8 +69,8 @@ def load_released(
         file_or_dict: A file, its content, or a bare state dict, with or without the ``module.`` of
             DataParallel and the like before names. A file is read with ``weights_only=True``: nothing in it
             can run.
-        gradient_equilibrium: Whether the network rescales gradients. None: exactly when the file's ``arch``
-            is ``msdnet_ge``; a stage-2 backbone always does.
+        gradient_equilibrium: Whether the network rescales gradients. If None, exactly when the file's
+            ``arch`` is ``msdnet_ge``; a stage-2 backbone always does.
         published_flags: ``nBlocks``, ``base``, ``step``, ``stepmode``, ``nChannels``, ``growthRate``,
             ``grFactor``, ``bnFactor``, ``prune``, ``reduction``, ``bottleneck``, ``data``, ``num_classes``:
             numbers, lists, and texts such as ``1-2-4``. They take the place of those of the published

@@ -246,7 +246,7 @@ def make_segment(start: str | None, end: dict[str, fx.Node], traces: Traces) -> 
     """Return the segment between two cuts.
 
     Args:
-        start: Path of the module whose output it takes; None: the images.
+        start: Path of the module whose output it takes. If None, the images.
         end: Node of its result in every mode.
         traces: Both traces of the network.
     """

@@ -47,7 +47,7 @@ class AnytimePredictor(AdaptivePredictor):
         milliseconds: Time from the call to the prediction, for the whole batch.
         timing: Times of this network on this machine, for the batch size in use or a larger one, from
             ``measure_blocks``.
-        policy: Lets images leave even earlier; None: every image stays until the deadline.
+        policy: Lets images leave even earlier. If None, every image stays until the deadline.
         clock: Returns the time in seconds.
 
     Raises:

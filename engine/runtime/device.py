@@ -35,8 +35,8 @@ def limit_threads(threads: int | None = None, operations: float = math.inf) -> N
     """Set the number of PyTorch's threads.
 
     Args:
-        threads: Number of threads; None: no more than a container's quota allows and ``operations`` occupy,
-            unless OMP_NUM_THREADS is set.
+        threads: Number of threads. If None, no more than a container's quota allows and ``operations``
+            occupy, unless OMP_NUM_THREADS is set.
         operations: Operations of one forward pass of a batch.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:

@@ -95,7 +95,7 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
 
     Args:
         batch_size: Images per step of all processes.
-        cores: Number of cores; None: all that this process may use.
+        cores: Number of cores. If None, all that this process may use.
 
     Raises:
         UserError: PROCESSES is not a number from 1 to ``batch_size``.
