@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from adaptive_inference import fold, read_policy, simulate
+from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.policies import Point
 from adaptive_inference.policy_files import policy_path
 from adaptive_inference.promises.drift import (
@@ -58,7 +59,7 @@ class TestImages:
         count = data.test.num_images
         chosen = torch.linspace(0, count - 1, min(limit or count, count)).long()
         self.network, self.cache = network, cache
-        self.name = f"{name}_{len(chosen)}"
+        self.name = f"{name}_{network_fingerprint(network)[:8]}_{len(chosen)}"
         self.images = torch.stack([data.test.image_of_result(i) for i in chosen.tolist()])
         self.targets = torch.cat([targets for _, targets in data.test])[chosen]
         self.normalize = Normalizer(data.info.mean, data.info.std, torch.device("cpu"))
