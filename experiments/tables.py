@@ -1,7 +1,7 @@
-"""Result tables of README.md and results/README.md, and a plot, from the CSV files in results/.
+"""Result tables of README.md and results/README.md, and figures, from the CSV files in results/.
 
 python -m experiments.tables            # print the tables
-python -m experiments.tables --write    # put them into both files, and draw the plot
+python -m experiments.tables --write    # put them into both files, and draw the figures
 """
 
 import json
@@ -50,8 +50,6 @@ REPORT_7 = {
     "MSDNet": (65.3, 68.3, 70.8, 72.3, 72.6, 72.8, 72.8),
     "IMTA": (62.0, 67.6, 69.2, 70.5, 71.5, 72.4, 72.7),
 }
-
-FIGURE = ROOT / "results" / "arms.png"
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
 # What gained beyond the paper, in one: on boosted exits neither stage 2 nor ensembles of exits gain more.
@@ -418,19 +416,17 @@ def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
     ]
 
 
-def draw_arms() -> Figure:
+def draw_arms(results: Path) -> Figure:
     """Draw exits (points) and budgets (lines) of the main and the combined arms, means over seeds.
 
-    Each arm has its longest schedule. The static networks are triangles.
+    The static networks are triangles.
     """
-    folders = {}
-    for arm in (*MAIN_ARMS, COMBINED):
-        schedule = longest(arm)
-        folders[f"{TITLES[arm]}, {epochs_of(schedule)}"] = seeds_of(arm, SCHEDULES[schedule].results)
+    folders = {TITLES[arm]: seeds_of(arm, results) for arm in (*MAIN_ARMS, COMBINED)}
     figure = draw_curves(
         {
             title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), [])
             for title, own in folders.items()
+            if own
         }
     )
     (axes,) = figure.axes
@@ -513,9 +509,9 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Print or write the tables."""
     parser = CommandLineParser(
-        prog="experiments.tables", description="Print the result tables, or write them and the plot."
+        prog="experiments.tables", description="Print the result tables, or write them and the figures."
     )
-    parser.add_argument("--write", action="store_true", help="into both README.md and the picture")
+    parser.add_argument("--write", action="store_true", help="into both README.md, with the figures")
     arguments = parser.parse_args()
     try:
         check_backbones()
@@ -524,7 +520,10 @@ def main() -> None:
                 text = with_tables(document.read_text(encoding="utf-8"))
                 with atomic_write(document) as stream:
                     stream.write(text)
-            save_figure(draw_arms(), FIGURE)
+            for schedule in FULL_SCHEDULES:
+                results = SCHEDULES[schedule].results
+                if results.exists():
+                    save_figure(draw_arms(results), results / "arms.png")
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:
