@@ -118,6 +118,35 @@ def _train_in_process(
     """
     directory, log, is_main = session.directory, session.log, session.processes.is_main
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
+    session, data, network, description = _prepare(stage, session, checkpoint, origin)
+    # Both may raise: make them before the old run is deleted.
+    objective = stage.make_objective(network, session.settings)
+    trainer = Trainer(objective, description, data, session)
+    _log_setup(network, data, description.operations, session)
+    if is_main and checkpoint is None:
+        _delete_old_run(directory)
+    record = recorded_in_run_json(session, str(command), checkpoint is not None, description.frozen_digest)
+    with record if is_main else nullcontext():
+        log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
+        progress = train(trainer, checkpoint)
+        del trainer  # the evaluation needs no optimizer and no moving average
+        stage.check_result(network, description)  # the last epoch
+        load_weights(network, load_saved(directory.best).network.state_dict())
+        stage.check_result(network, description)  # the best epoch
+        epochs = session.settings.epochs
+        log.line(f"evaluating the best epoch, {progress.best_epoch} of {epochs}: {directory.best}")
+        _evaluate(session, network, data, description, _curves_of(stage, description, directory))
+    log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
+
+
+def _prepare(
+    stage: Stage, session: Session, checkpoint: dict[str, Any] | None, origin: LoadedNetwork | None
+) -> tuple[Session, Data, ExitNetwork, Description]:
+    """Read the images, make the network and its description, and resolve the "auto" settings by them.
+
+    Returns:
+        The session with its settings resolved, the images, the network on its device, and its description.
+    """
     if checkpoint is None:
         data, network = _start(stage, session, origin)
     else:
@@ -132,23 +161,7 @@ def _train_in_process(
     else:
         description = checkpoint["description"]
     prepare_network_and_device(network, settings, session.processes.device)
-    # Both may raise: make them before the old run is deleted.
-    objective = stage.make_objective(network, settings)
-    trainer = Trainer(objective, description, data, session)
-    _log_setup(network, data, operations, session)
-    if is_main and checkpoint is None:
-        _delete_old_run(directory)
-    record = recorded_in_run_json(session, str(command), checkpoint is not None, description.frozen_digest)
-    with record if is_main else nullcontext():
-        log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
-        progress = train(trainer, checkpoint)
-        del trainer  # the evaluation needs no optimizer and no moving average
-        stage.check_result(network, description)  # the last epoch
-        load_weights(network, load_saved(directory.best).network.state_dict())
-        stage.check_result(network, description)  # the best epoch
-        log.line(f"evaluating the best epoch, {progress.best_epoch} of {settings.epochs}: {directory.best}")
-        _evaluate(session, network, data, description, _curves_of(stage, description, directory))
-    log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
+    return session, data, network, description
 
 
 def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:
