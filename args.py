@@ -661,7 +661,7 @@ class StageFlags(NamedTuple):
     Attributes:
         name: ``GE`` or ``IMTA``: the word for the stage in its program, its directories and its files.
         purpose: What the program does.
-        title: Title of the flags of its own.
+        title: Title of the group of its own flags.
         add_flags: Adds these.
         previous: Name of the stage whose network --pretrained names. If None, it names weights for a network
             of this stage.
@@ -682,7 +682,7 @@ class StageFlags(NamedTuple):
         return f"train_{self.name}.py"
 
     def spellings(self) -> list[str]:
-        """Return all spellings of the flags of its own."""
+        """Return all spellings of its own flags."""
         parser = CommandLineParser(add_help=False)
         self.add_flags(parser.add_argument)
         return parser.spellings()

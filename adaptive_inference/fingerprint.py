@@ -30,7 +30,7 @@ def _identifying_options(network: ExitNetwork) -> dict[str, Any]:
 
     Options that decide only what is trained are left out.
     """
-    defaults = network.default_options
+    defaults = network.options_of_older_files
     options = {
         name: value
         for name, value in network.config.items()

@@ -56,11 +56,6 @@ class FoldedNetwork(ExitNetwork, register=False):
         """Title of the network before folding."""
         return self.network.title
 
-    @property
-    def stage_1(self) -> ExitNetwork:
-        """The network that stage 1 trained, folded."""
-        return self if self.network.stage_1 is self.network else self.network.stage_1
-
     def train(self, mode: bool = True) -> "FoldedNetwork":
         """Stay in evaluation mode whatever ``mode`` is."""
         return super().train(False)

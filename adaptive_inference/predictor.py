@@ -247,7 +247,9 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     if policy.temperatures or policy.ensemble:
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)  # (K, K)
         weights = weights[exits, : len(stacked)]  # (N, exits that ran)
-        combined = torch.einsum("nk,knc->nc", weights, stacked)
+        # What exits compute after an image left has no weight, but 0 times infinity would be NaN.
+        has_left = torch.arange(len(stacked), device=stacked.device)[:, None] > exits  # (exits that ran, N)
+        combined = torch.einsum("nk,knc->nc", weights, stacked.masked_fill(has_left[..., None], 0))
     probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs, torch.logsumexp(exit_logits, dim=1))

@@ -50,7 +50,7 @@ RUNTIME_IMAGES = 1024
 RUNTIME_BATCHES = (1, 64)
 RUNTIME_POLICIES = 10
 
-Labelled = tuple[Tensor, Tensor]  # logits (K, N, C) of every exit and targets (N,)
+LogitsAndTargets = tuple[Tensor, Tensor]  # logits (K, N, C) of every exit and targets (N,)
 
 
 class Evaluation:
@@ -150,7 +150,7 @@ class Evaluation:
             names += ["ece_scaled"] + (["ensemble_acc1"] if policy.ensemble else [])
         log.line(table(shown, names, len(targets)))
 
-    def budgeted(self, val: Labelled, test: Labelled, policy: Policy) -> None:
+    def budgeted(self, val: LogitsAndTargets, test: LogitsAndTargets, policy: Policy) -> None:
         """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
         directory, log = self.session.directory, self.session.log
         log.line(temperature_line(policy, len(val[1])))
@@ -172,7 +172,7 @@ class Evaluation:
         log.line(f"thresholds for predict.py: {directory.policy}")
         self._draw_examples(*test, curve.default_point("optimised").policy)
 
-    def _tables(self, curve: PolicyCurve, test: Labelled, policy: Policy) -> dict[Path, list[dict]]:
+    def _tables(self, curve: PolicyCurve, test: LogitsAndTargets, policy: Policy) -> dict[Path, list[dict]]:
         """Return the rows of the CSV files."""
         directory, exit_predictions = self.session.directory, ExitPredictions.from_logits(*test, self.measure)
         ensemble_predictions, ensemble_costs = with_ensemble(

@@ -88,8 +88,8 @@ class Stepper:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Largest learning rate of the last step; that of pretrained parameters may be smaller."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @property
     def is_prepared(self) -> bool:

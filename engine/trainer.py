@@ -206,7 +206,7 @@ class Trainer:
         self._finish_epoch()
         # After the last epoch too: --resume then runs the evaluation that is left.
         if signal_number := interruptions.stop_signal():
-            raise Interrupted(signal_number, True, f" after epoch {progress.epoch} of {settings.epochs}")
+            raise Interrupted(signal_number, True, f" after epoch {self.progress.epoch} of {settings.epochs}")
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         settings, progress, steps = self.session.settings, self.progress, len(self.data.train)
@@ -297,9 +297,10 @@ class Trainer:
             row["skipped_steps"] = progress.skipped_steps
         row = {name: _rounded(value) for name, value in row.items()}
         progress.history.append(row)
-        progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.meters.totals.zero_()
-        self.write_checkpoint(is_best, progress, self.meters.totals)
+        after = replace(progress, epoch=progress.epoch + 1, step=0, seconds=0.0)
+        self.write_checkpoint(is_best, after, self.meters.totals)
+        self.progress = after
         self._report_epoch(row)
 
     def _note_if_best(self, row: dict[str, Any]) -> bool:

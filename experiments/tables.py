@@ -197,7 +197,7 @@ def exits_that_gain(before: str, after: str) -> str:
 
 def best_columns(arm: str, others: Iterable[str]) -> str:
     """Return at which exits, and whether at the budget, ``arm`` is better than each of ``others``."""
-    results = SCHEDULES[longest(arm, *others)].results
+    results = SCHEDULES[longest(arm, *MAIN_ARMS)].results
 
     def means(name: str) -> list[float]:
         values = [
@@ -209,7 +209,10 @@ def best_columns(arm: str, others: Iterable[str]) -> str:
     *exits, at_budget = (max(column) for column in zip(*map(means, others), strict=True))
     *own_exits, own_at_budget = means(arm)
     numbers = [str(k) for k, (own, best) in enumerate(zip(own_exits, exits, strict=True), 1) if own > best]
-    places = ["every exit"] if len(numbers) == len(exits) else [f"exit {k}" for k in numbers]
+    if len(numbers) == len(exits):
+        places = ["every exit"]
+    else:
+        places = [f"exit{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"] if numbers else []
     return " and ".join([*places, *(["the budget"] if own_at_budget > at_budget else [])]) or "no exit"
 
 
@@ -235,15 +238,17 @@ def summary() -> str:
     ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
     by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
     is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
-    boosted = best_columns(COMBINED, MAIN_ARMS)
+    boosted_schedule = longest(COMBINED, *MAIN_ARMS)
+    others = [arm for arm in TITLES if arm != COMBINED and seeds_of(arm, SCHEDULES[boosted_schedule].results)]
+    boosted = best_columns(COMBINED, others)
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, {exits_that_gain('MSDNet', 'GE')}.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
         f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
         f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. Beyond the paper, they gain {gain('GE', COMBINED)} on GE; of the rows "
-        f"with {epochs_of(longest(COMBINED, *MAIN_ARMS))} they are the best at {boosted}.",
+        f"previous exit to their own. Beyond the paper, they gain {gain('GE', COMBINED)} on GE; of all "
+        f"networks of {epochs_of(boosted_schedule)} they are the best at {boosted}.",
         f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
         f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA.",
     )

@@ -67,7 +67,7 @@ class Backbone(ExitNetwork):
             says which.
     """
 
-    default_options: ClassVar = {
+    options_of_older_files: ClassVar = {
         "boosted_exits": False,
         "gradient_equilibrium": True,
         "exit_width": None,
@@ -164,14 +164,14 @@ class Backbone(ExitNetwork):
 
         Args:
             config: Options, of which ``library`` is torchvision, timm, or None for a custom network. Those
-                that an older file lacks are ``default_options``.
+                that an older file lacks are ``options_of_older_files``.
             network: The custom network, needed where ``library`` is None.
 
         Raises:
             NeedsNetworkError: The network or its library is missing.
             ValueError: The network is unknown, or cannot be cut as it was.
         """
-        config = {**cls.default_options, **config}
+        config = {**cls.options_of_older_files, **config}
         constructor = Constructor(*(config.pop(field) for field in Constructor._fields))
         if network is None and constructor.library is None:
             raise NeedsNetworkError(
@@ -279,29 +279,25 @@ class Backbone(ExitNetwork):
                 yield parameter
 
     def load_pretrained(self, weights: dict[str, Tensor], source: str = "the given weights") -> None:
-        """Load a state dict of the network without exits, the last linear layer only if it fits.
+        """Load a state dict of the network without exits, the last linear layer only if all of it fits.
 
-        If it does not fit or is missing, it counts as new, and is trained even where the rest is frozen.
+        If not, it counts as new, and is trained even where the rest is frozen.
 
         Raises:
             ValueError: The weights are those of another network.
         """
         expected = self.network.state_dict()
-        classifier = f"{self._classifier}."
-        weights = {
-            name: x
-            for name, x in weights.items()
-            if not (name.startswith(classifier) and name in expected and expected[name].shape != x.shape)
-        }
+        classifier = {name for name in expected if name.startswith(f"{self._classifier}.")}
+        fits = all(name in weights and weights[name].shape == expected[name].shape for name in classifier)
+        if not fits:
+            weights = {name: x for name, x in weights.items() if name not in classifier}
         wrong = [
             name for name in weights if name not in expected or expected[name].shape != weights[name].shape
         ]
         missing = [
             name
             for name in expected
-            if name not in weights
-            and not name.startswith(classifier)
-            and not name.endswith("num_batches_tracked")
+            if name not in weights and name not in classifier and not name.endswith("num_batches_tracked")
         ]
         if wrong or missing:
             difference = f"{wrong[0]} does not belong to it" if wrong else f"{missing[0]} is missing"
@@ -311,7 +307,7 @@ class Backbone(ExitNetwork):
                 + (f", and {more} more" if more else "")
             )
         self.network.load_state_dict(weights, strict=False)
-        self.has_new_classifier = self.config["has_new_classifier"] = f"{classifier}weight" not in weights
+        self.has_new_classifier = self.config["has_new_classifier"] = not fits
         if self.frozen:  # which parameters that means has changed with the classifier
             self.freeze_pretrained()
 

@@ -134,7 +134,7 @@ def _checked_paths(
 ) -> list[str]:
     """Return ``paths`` if exits can be there, else raise ValueError."""
     if not paths:
-        raise ValueError("exits is empty: name at least one module, or say a number of exits")
+        raise ValueError("exits is empty: name at least one module, or give a number of exits")
     for path in paths:
         if path not in traces.evaluation.outputs and path not in traces.evaluation.repeated:
             raise ValueError(_unknown_exit(network, traces, path))
@@ -280,12 +280,12 @@ def _find_layout(shapes: list[tuple[int, ...]]) -> str:
         fixed = _guessed_channels(shape)
     if len(fixed) != 1:
         raise ValueError(
-            f"its channels cannot be told from the shapes {' and '.join(map(str, shapes))}: say layout="
+            f"its channels cannot be told from the shapes {' and '.join(map(str, shapes))}: pass layout="
         )
     layout = LAYOUT_BY_CHANNELS.get((len(shape), fixed[0]))
     if layout is None:
         raise ValueError(
-            f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: say layout="
+            f"its channels are in the middle of the shapes {' and '.join(map(str, shapes))}: pass layout="
         )
     return layout
 

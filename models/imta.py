@@ -36,7 +36,7 @@ class IMTA(ExitNetwork):
         boosted: Whether exit k adds a share of the logits of exit k-1. If None, as the backbone's exits.
     """
 
-    default_options: ClassVar = {"boosted": False}
+    options_of_older_files: ClassVar = {"boosted": False}
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class IMTA(ExitNetwork):
     @classmethod
     def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> "IMTA":
         """Build the network that ``config`` describes; ``network`` is part of its backbone."""
-        config = {**cls.default_options, **config}
+        config = {**cls.options_of_older_files, **config}
         backbone = build_network(config.pop("backbone"), network)
         with torch.device(next(backbone.parameters()).device):
             return cls(backbone, **config)

@@ -185,7 +185,10 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
 
 
 class Transition(GridLayer):
-    """1x1 convolutions that reduce the channels of every scale, after a layer that dropped a scale."""
+    """1x1 convolutions that reduce the channels of every scale.
+
+    They follow a layer that dropped a scale, or with ``prune="min"`` each third of the depth but the last.
+    """
 
     def __init__(self, width: Sequence[int], reduced_width: Sequence[int], scales: range):
         super().__init__()

@@ -49,7 +49,7 @@ class MSDNet(ExitNetwork):
         ValueError: An impossible combination; the message names what was given and what is allowed.
     """
 
-    default_options: ClassVar = {name: field.default for name, field in MSDNET_FIELDS.items()}
+    options_of_older_files: ClassVar = {name: field.default for name, field in MSDNET_FIELDS.items()}
 
     def __init__(self, num_classes: int = 100, **options: Any):
         super().__init__()

@@ -1,7 +1,7 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
 Training, prediction, operation counts, files and export use only these methods and those of ``nn.Module``.
-Only train_IMTA.py and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+Only train_IMTA.py, ``args.OWN_NETWORKS`` and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
 
 A network runs in one of two ways:
 
@@ -38,8 +38,8 @@ class ExitNetwork(nn.Module, ABC):
     Attributes:
         kinds: Classes of networks by the name that files give them. A subclass is registered when it is
             defined.
-        default_options: Values of the options that the ``config`` of an older file may lack. A fingerprint
-            leaves options out at these values, so that an option added later changes no fingerprint.
+        options_of_older_files: Values of the options that the ``config`` of an older file may lack. A
+            fingerprint leaves options out at these values, so that an option added later changes none.
         training_options: Names of options that decide only what is trained. A fingerprint leaves them out.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
@@ -54,7 +54,7 @@ class ExitNetwork(nn.Module, ABC):
     """
 
     kinds: ClassVar[dict[str, type["ExitNetwork"]]] = {}
-    default_options: ClassVar[dict[str, Any]] = {}
+    options_of_older_files: ClassVar[dict[str, Any]] = {}
     training_options: ClassVar[frozenset[str]] = frozenset()
     config: dict[str, Any]
     num_exits: int
@@ -110,7 +110,7 @@ class ExitNetwork(nn.Module, ABC):
         Raises:
             ValueError: There is no such network.
         """
-        return cls(**{**cls.default_options, **config})
+        return cls(**{**cls.options_of_older_files, **config})
 
     def for_classes(self, num_classes: int, same_classes: bool = False) -> "ExitNetwork":
         """Build a network like this one for other classes, with new weights, all trained.

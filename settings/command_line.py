@@ -74,7 +74,7 @@ class CommandLine:
     4. ``args.DEFAULTS``.
 
     Attributes:
-        stage: The stage whose program it is of.
+        stage: The stage that the program trains.
         typed: Values of the flags that were typed.
         implied: The data set of --data-root and the preset of a data set, where they follow from what was
             typed.
@@ -256,8 +256,7 @@ class CommandLine:
         weights of a library                   save/ARCH/STAGE
         ``--pretrained`` run, stage 1          RUN_2
         ``--pretrained`` run, stage 2          IMTA beside the run
-        ``--pretrained`` file or name, stage 1 save/NAME/GE
-        ``--pretrained`` file or name, stage 2 save/demo/IMTA
+        ``--pretrained`` file or name          save/NAME/STAGE
         ====================================== =================================================
 
         The preset of a data set counts as typed, but for stage 2 on a network that --pretrained names.
@@ -274,8 +273,7 @@ class CommandLine:
         if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
             run = pretrained if pretrained.is_dir() else pretrained.parent
             return run.with_name(f"{run.name}_2" if stage.previous is None else stage.name)
-        name = pretrained.name.split(".")[0] if stage.previous is None else DEFAULTS["preset"]
-        return Path("save") / name / stage.name
+        return Path("save") / pretrained.name.split(".")[0] / stage.name
 
 
 def settings_from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,11 @@ def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tm
     network.freeze_pretrained()
     for same in (network, Backbone.from_config(network.config)):
         assert {name.split(".")[0] for name, p in same.named_parameters() if p.requires_grad} == {"exits"}
+    without_bias = {name: x for name, x in weights.items() if not name.endswith("3.bias")}
+    assert len(without_bias) == len(weights) - 1
+    partly = build_backbone("mobilenet_v3_small", 3, 5, image_size=32)
+    partly.load_pretrained(without_bias)
+    assert partly.has_new_classifier
     other = network.for_classes(7)
     assert other.has_new_classifier
     assert network.for_classes(5).has_new_classifier

@@ -40,7 +40,7 @@ def test_an_evaluation_refuses_flags_of_another_training(flags):
         ("GE", ["--save", "x"], "x"),
         ("IMTA", ["--preset", "cifar10"], "save/cifar10/IMTA"),
         ("IMTA", ["--pretrained", "runs/GE/best.safetensors"], "runs/IMTA"),
-        ("IMTA", ["--pretrained", "model.safetensors"], "save/demo/IMTA"),
+        ("IMTA", ["--pretrained", "model.safetensors"], "save/model/IMTA"),
         ("GE", ["--data-root", "photos"], "save/folder/GE"),
         ("GE", ["--data-root", "photos", "--resume"], "save/folder/GE"),
         ("GE", ["--data-root", "photos", "--evalmode"], "save/folder/GE"),

@@ -157,6 +157,14 @@ def test_temperatures_and_ensembles_change_answers_and_not_who_leaves(temperatur
         torch.testing.assert_close(prediction.probs[i], expected.softmax(0))
 
 
+def test_outputs_after_an_image_left_change_nothing():
+    logits = torch.randn(3, 20, 5)
+    policy = Policy((ALL, NONE, NONE), temperatures=(1.5, 2.0, 2.5))
+    expected = simulate(logits, policy)
+    logits[1:] = torch.inf
+    assert torch.equal(simulate(logits, policy).probs, expected.probs)
+
+
 def described_network():
     network = make_network(1).float()
     data = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
