@@ -183,8 +183,8 @@ SETTINGS: dict[str, Setting] = {
 
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
 LAUNCH_ONLY = {name for name, setting in SETTINGS.items() if setting.may_change >= LAUNCH}
-RESUMABLE = {name for name, setting in SETTINGS.items() if setting.may_change >= RESUMING}
-EVALUABLE = {name for name, setting in SETTINGS.items() if setting.may_change >= EVALUATION}
+MAY_CHANGE_WHEN_RESUMING = {name for name, setting in SETTINGS.items() if setting.may_change >= RESUMING}
+MAY_CHANGE_WHEN_EVALUATING = {name for name, setting in SETTINGS.items() if setting.may_change >= EVALUATION}
 INHERITED = {name for name, setting in SETTINGS.items() if setting.inherited}
 
 _EXAMPLES = """\
@@ -655,8 +655,8 @@ def _add_speed(add: Callable) -> None:
     )
 
 
-class StageFlags(NamedTuple):
-    """The command line of a stage, where it differs from that of the other.
+class StageSpec(NamedTuple):
+    """What is special to a stage: its name, its own flags, and the stage it starts from.
 
     Attributes:
         name: ``GE`` or ``IMTA``: the word for the stage in its program, its directories and its files.
@@ -689,13 +689,13 @@ class StageFlags(NamedTuple):
 
 
 STAGES = {
-    "GE": StageFlags(
+    "GE": StageSpec(
         "GE",
         "Stage 1: train an MSDNet, or the network of --arch, by default with Gradient Equilibrium.",
         "pretrained weights",
         _add_stage_1,
     ),
-    "IMTA": StageFlags(
+    "IMTA": StageSpec(
         "IMTA",
         "Stage 2: train new classifiers with ISC and One-for-all distillation on a stage-1 network.",
         "collaboration and distillation",

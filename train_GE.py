@@ -20,6 +20,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
+from args import STAGES
 from engine.checkpoint import LoadedNetwork
 from engine.networks import new_network, stage_1_network_from
 from engine.run import end_program, run
@@ -30,8 +31,8 @@ from settings.command_line import parse
 from utils import UserError
 
 
-class JointTraining(nn.Module):
-    """The loss of stage 1: images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
+class Stage1Objective(nn.Module):
+    """The objective of stage 1: images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
 
     def __init__(self, network: ExitNetwork, settings: Namespace):
         super().__init__()
@@ -46,7 +47,7 @@ class JointTraining(nn.Module):
 class Stage1(Stage):
     """The training of a whole network, from scratch or from the weights of another."""
 
-    name = "GE"
+    spec = STAGES["GE"]
     next_command = "train_IMTA.py --pretrained"
 
     def make_network(self, settings: Namespace, data: DataInfo, origin: LoadedNetwork | None) -> ExitNetwork:
@@ -65,9 +66,9 @@ class Stage1(Stage):
                 raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
         return network
 
-    def make_objective(self, network: ExitNetwork, settings: Namespace) -> JointTraining:
+    def make_objective(self, network: ExitNetwork, settings: Namespace) -> Stage1Objective:
         """Build the sum of the exits' losses."""
-        return JointTraining(network, settings)
+        return Stage1Objective(network, settings)
 
     def title(self, network: ExitNetwork, settings: Namespace) -> str:
         """Return the title of a run's curves."""

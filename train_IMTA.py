@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_inference import fold
+from args import STAGES
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.networks import new_network
 from engine.run import end_program, run
@@ -32,7 +33,7 @@ from settings.command_line import CommandLine, parse
 from utils import UserError
 
 
-class Distillation(nn.Module):
+class Stage2Objective(nn.Module):
     """The loss of stage 2: images and targets -> losses (N,) and the logits of all exits (N, K, C)."""
 
     def __init__(self, network: IMTA, settings: Namespace):
@@ -70,7 +71,7 @@ class Distillation(nn.Module):
 class Stage2(Stage):
     """The training of new classifiers on a frozen stage-1 network; single-stage: of everything."""
 
-    name = "IMTA"
+    spec = STAGES["IMTA"]
     origin_title = "stage 1"
     frozen_changed = (
         "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more"
@@ -106,9 +107,9 @@ class Stage2(Stage):
             freeze_batchnorm=settings.backbone_bn == "frozen",
         )
 
-    def make_objective(self, network: IMTA, settings: Namespace) -> Distillation:
+    def make_objective(self, network: IMTA, settings: Namespace) -> Stage2Objective:
         """Build the loss of One-for-all distillation."""
-        return Distillation(network, settings)
+        return Stage2Objective(network, settings)
 
     def frozen_digest(self, network: IMTA) -> str | None:
         """Return a digest of what is frozen, None if nothing is; BatchNorm that may move is left out."""

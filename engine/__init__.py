@@ -3,7 +3,7 @@
 Reading order:
 
 - a run: ``run`` (from the command line to the tables), ``stage`` (what the two programs define), ``session``,
-  ``run_directory``, ``images``, ``networks``, ``resuming``, ``checkpoint``, ``auto``;
+  ``run_directory``, ``run_data``, ``networks``, ``resuming``, ``checkpoint``, ``auto``;
 - its training: ``trainer`` (the loop), ``stepper`` (one step), ``averaging``, ``interruption``;
 - its evaluation: ``evaluate``, ``collect``, ``report``, ``example_images``;
 - ``convert``: older files.

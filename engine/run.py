@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from adaptive_inference import read_policy
-from args import STAGES
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
 from engine.checkpoint import LoadedNetwork, load_saved
 from engine.evaluate import Evaluation
-from engine.images import images_to_start, log_class_order, read_images
 from engine.networks import expected_images
 from engine.report import draw_curves, known_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
+from engine.run_data import data_for_new_run, load_run_data, log_class_order
 from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
@@ -93,7 +92,7 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
             origin_recipe=recipe_of(origin.network) if origin else None,
         )
         with (
-            training_processes(settings.batch_size, settings.gpu) as processes,
+            training_processes(settings.batch_size, settings.gpu, requests) as processes,
             closing(Log(processes.is_main)) as log,
         ):
             session = Session(directory, settings, processes, log, requests)
@@ -167,8 +166,8 @@ def _prepare(
 def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:
     """Read the images of a new run, and build its network."""
     settings = session.settings
-    may_change_data = not STAGES[stage.name].inherits_data
-    data = images_to_start(session, origin, expected_images(settings, origin), may_change_data)
+    may_change_data = not stage.spec.inherits_data
+    data = data_for_new_run(session, origin, expected_images(settings, origin), may_change_data)
     seed_everything(settings.seed, settings.deterministic)
     return data, stage.make_network(settings, data.info, origin)
 
@@ -177,7 +176,7 @@ def _resume(session: Session, checkpoint: dict[str, Any]) -> tuple[Data, ExitNet
     """Read the images of the run to resume, and load its network."""
     last, epochs, steps = session.directory.last, checkpoint["epoch"], checkpoint["step"]
     session.log.line(f"resuming {last}: {epochs} epochs and {steps} steps are done")
-    data = read_images(session, checkpoint["description"].data, checkpoint["split"])
+    data = load_run_data(session, checkpoint["description"].data, checkpoint["split"])
     return data, network_to_resume(session.directory, checkpoint)
 
 
@@ -252,7 +251,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         settings = resolve_auto(settings, processes)
         seed_everything(settings.seed, settings.deterministic)
         session = Session(directory, settings, processes, log)
-        data = read_images(session, saved.data, saved.known_split)
+        data = load_run_data(session, saved.data, saved.known_split)
         network, operations = saved.network, _operations_to_exits(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(

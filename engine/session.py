@@ -29,7 +29,7 @@ from utils import UserError, atomic_write
 
 @dataclass(frozen=True)
 class Session:
-    """The run that a program trains or evaluates, for all its parts.
+    """One start or resumption of a run, for all its parts.
 
     Attributes:
         directory: The directory of the run.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from args import StageSpec
 from engine.checkpoint import LoadedNetwork, load_saved
 from models import Description, ExitNetwork
 from models.description import DataInfo
@@ -21,16 +22,21 @@ class Stage(ABC):
     """A kind of training: initial network, trained parameters and loss.
 
     Attributes:
-        name: Name of the stage in ``args.STAGES``, which has its flags.
+        spec: Its name, flags and place among the stages, an entry of ``args.STAGES``.
         origin_title: Title of the curves of the network it starts from, None not to draw them.
         frozen_changed: Message of the error if something changed that must not.
         next_command: Command that uses the finished run; the run's directory is appended.
     """
 
-    name: str
+    spec: StageSpec
     origin_title: str | None = None
     frozen_changed = "weights that were frozen changed during the training"
     next_command: str
+
+    @property
+    def name(self) -> str:
+        """``GE`` or ``IMTA``."""
+        return self.spec.name
 
     def find_origin(self, command: "CommandLine") -> LoadedNetwork | None:
         """Load the network to start from, None to start from scratch.

@@ -18,7 +18,7 @@ from string import Template
 
 import train_GE
 import train_IMTA
-from args import RESUMABLE
+from args import MAY_CHANGE_WHEN_RESUMING
 from engine.checkpoint import LoadedNetwork, load_saved, save_network
 from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
@@ -142,7 +142,7 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
         recipe = {
             name: value
             for name, value in saved.description.recipe.items()
-            if name not in {*RESUMABLE, "pretrained"}
+            if name not in {*MAY_CHANGE_WHEN_RESUMING, "pretrained"}
         }
         cleared = {
             "origin": None,

@@ -18,14 +18,14 @@ from typing import Any
 from args import (
     ADAMW_LR,
     DEFAULTS,
-    EVALUABLE,
     INHERITED,
     LAUNCH_ONLY,
+    MAY_CHANGE_WHEN_EVALUATING,
+    MAY_CHANGE_WHEN_RESUMING,
     OWN_NETWORKS,
-    RESUMABLE,
     SETTINGS,
     STAGES,
-    StageFlags,
+    StageSpec,
     all_option_names,
     build_parser,
     flag_of,
@@ -81,7 +81,7 @@ class CommandLine:
         argv: The words of the command line.
     """
 
-    def __init__(self, stage: StageFlags, typed: dict[str, Any], argv: list[str]):
+    def __init__(self, stage: StageSpec, typed: dict[str, Any], argv: list[str]):
         self.stage, self.typed, self.argv = stage, typed, argv
         self.implied = _implied_by(typed)
 
@@ -126,7 +126,7 @@ class CommandLine:
         return Namespace(**_complete(values))
 
     def _typed_without_auto(self) -> dict[str, Any]:
-        """Return what was typed but "auto", which beside a recipe stands for what the recipe says."""
+        """Return the typed values except "auto": where there is a recipe, "auto" means its value."""
         return {name: value for name, value in self.typed.items() if value != "auto"}
 
     def _typed_for_new_run(self, origin_recipe: dict[str, Any] | None) -> dict[str, Any]:
@@ -190,10 +190,10 @@ class CommandLine:
         if conflict := conflict_with_arch(self.typed, _arch(recipe)):
             raise UserError(conflict)
         if "evalmode" in self.typed:  # ``refuse_other_network`` compares the network's options
-            may_differ = {*EVALUABLE, *all_option_names()}
+            may_differ = {*MAY_CHANGE_WHEN_EVALUATING, *all_option_names()}
             what, way = "network to evaluate", "--evalmode trains nothing"
         else:
-            may_differ, what, way = RESUMABLE, "run to resume", "use a new --save"
+            may_differ, what, way = MAY_CHANGE_WHEN_RESUMING, "run to resume", "use a new --save"
             if self.stage.previous is None:
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
         for name, value in self._typed_without_auto().items():

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from adaptive_inference import read_policy
-from args import RESUMABLE
+from args import MAY_CHANGE_WHEN_RESUMING
 from engine.checkpoint import load_checkpoint, load_saved
 from engine.report import read_csv
 from engine.run_directory import RunDirectory
@@ -114,7 +114,7 @@ def _comparable(description: Description) -> dict[str, Any]:
     # Whoever commits meanwhile changes nothing of the run.
     return {
         **_without(dataclasses.asdict(description), {"commit"}),
-        "recipe": _without(description.recipe, RESUMABLE),
+        "recipe": _without(description.recipe, MAY_CHANGE_WHEN_RESUMING),
     }
 
 

@@ -77,7 +77,7 @@ def test_a_new_network_takes_images_as_its_library_does(image_folder, tmp_path, 
 def test_a_resumed_run_draws_the_same_dropout_masks(train, tmp_path, monkeypatch):
     """mobilenet_v3_small drops a fifth of the features of its last exit."""
     steps = []
-    real = train_GE.JointTraining.forward
+    real = train_GE.Stage1Objective.forward
 
     def stopping(self, images, targets):
         steps.append(len(steps))
@@ -87,7 +87,7 @@ def test_a_resumed_run_draws_the_same_dropout_masks(train, tmp_path, monkeypatch
 
     assert train("whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train_GE.JointTraining, "forward", stopping)
+        patch.setattr(train_GE.Stage1Objective, "forward", stopping)
         with pytest.raises(KeyboardInterrupt):
             train("stopped", "--save-every-steps", "1")
     assert train("stopped", "--save-every-steps", "1", "--resume") == 0

@@ -123,7 +123,7 @@ def test_stage_2_training_with_the_flag_released(run):
         settings, data, LoadedNetwork(FIXTURES, released.backbone, None, None)
     )
     network.load_state_dict(released.state_dict())
-    objective = train_IMTA.Distillation(network.double(), settings).train()
+    objective = train_IMTA.Stage2Objective(network.double(), settings).train()
     images, targets, teachers = case["images"].double(), case["targets"], []
 
     def forward() -> tuple[Tensor, list[Tensor]]:

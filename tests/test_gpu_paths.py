@@ -40,7 +40,7 @@ def test_a_step_starts_few_kernels():
         "GE", ["--preset", "cifar100", "--batch-size", "2", "--amp", "off", "--compile", "off"]
     ).settings()
     options = {name: getattr(chosen, name) for name in MSDNET_FIELDS if name != "small_inputs"}
-    objective = train_GE.JointTraining(MSDNet(100, **options, small_inputs=True), chosen).train()
+    objective = train_GE.Stage1Objective(MSDNet(100, **options, small_inputs=True), chosen).train()
     stepper = Stepper(objective, chosen, Processes(0, 1, torch.device("cpu"), ()))
     batch = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
     stepper.step(*batch, 0.1, lambda *_: None)

@@ -7,7 +7,7 @@ from models import IMTA, MSDNet
 from models.network import build_network, to_config
 from settings.command_line import parse
 from tests.conftest import TINY_NETWORK
-from train_IMTA import Distillation
+from train_IMTA import Stage2Objective
 
 
 @pytest.fixture
@@ -76,10 +76,10 @@ def test_without_distillation_there_is_no_teacher(backbone, images, flags, monke
 
     monkeypatch.setattr(IMTA, "teacher_logits", refuse)
     targets = torch.arange(len(images))
-    losses, _ = Distillation(IMTA(backbone).train(), parse("IMTA", flags).settings())(images, targets)
+    losses, _ = Stage2Objective(IMTA(backbone).train(), parse("IMTA", flags).settings())(images, targets)
     assert losses.isfinite().all()
     with pytest.raises(AssertionError, match="the teacher was asked"):
-        Distillation(IMTA(backbone).train(), parse("IMTA", []).settings())(images, targets)
+        Stage2Objective(IMTA(backbone).train(), parse("IMTA", []).settings())(images, targets)
 
 
 def test_single_stage_trains_everything_it_uses_and_teaches_itself(backbone, images):

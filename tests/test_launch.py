@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import socket
@@ -269,6 +270,24 @@ def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
         "cannot start 3 processes: Resource temporarily unavailable; PROCESSES=1 starts no others",
         "[]",
     ]
+
+
+def signal_within_the_fork(_):
+    """Send SIGTERM from a function that Python calls before it forks, and print what comes of it."""
+    main_process = os.getpid()
+    os.register_at_fork(before=lambda: os.kill(main_process, signal.SIGTERM))
+    try:
+        with handle_signals() as requests, training_processes(64, None, requests):
+            print("trained")
+    except Interrupted as interrupted:
+        print(interrupted.exit_status)
+    logging.getLogger("after").info("a lock that stayed taken would hang here")
+    return 0
+
+
+def test_a_signal_within_a_fork_stops_the_run(tmp_path):
+    ended = forkserver.run(signal_within_the_fork, [], tmp_path, {"PROCESSES": 2})
+    assert (ended.output.splitlines(), ended.errors) == (["143"], "")
 
 
 def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):

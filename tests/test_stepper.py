@@ -21,8 +21,8 @@ from models.network import fold_sequences
 from settings.command_line import parse
 from tests import forkserver
 from tests.conftest import TINY_NETWORK
-from train_GE import JointTraining
-from train_IMTA import Distillation
+from train_GE import Stage1Objective
+from train_IMTA import Stage2Objective
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 # A step of rate 1 moves weights by their gradients.
@@ -40,8 +40,8 @@ def make_objective(stage, chosen, **options):
     torch.manual_seed(0)
     network = MSDNet(**{**TINY_NETWORK, **options})
     if stage == "GE":
-        return JointTraining(network, chosen).double().train()
-    return Distillation(IMTA(network.double()).double(), chosen).train()
+        return Stage1Objective(network, chosen).double().train()
+    return Stage2Objective(IMTA(network.double()).double(), chosen).train()
 
 
 def batch():

@@ -112,7 +112,7 @@ def test_an_objective_has_no_parameters_of_its_own(runs, monkeypatch):
 
     real = train_IMTA.Stage2.make_objective
     monkeypatch.setattr(train_IMTA.Stage2, "make_objective", with_scale)
-    with pytest.raises(RuntimeError, match="Distillation has a parameter of its own, scale"):
+    with pytest.raises(RuntimeError, match="Stage2Objective has a parameter of its own, scale"):
         train_imta(runs, "new")
 
 

@@ -22,7 +22,7 @@ from adaptive_inference.policy_files import policy_path
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from engine.checkpoint import load_saved
-from engine.prediction.predictor_choice import Choice, choose_predictor
+from engine.prediction.predictor_choice import ChosenPredictor, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows
 from engine.runtime.device import is_out_of_memory, limit_threads
 from image_data.defaults import SMALL_IMAGE_SIZE
@@ -58,14 +58,18 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
         device, network = _device(arguments.device), load_saved(path).network
         batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
         limit_threads(arguments.threads, batch_size * network.description.operations[-1])
-        policies = arguments.policy or policy_path(path)
-        choice = choose_predictor(arguments, policies, network.to(device), batch_size)
-        alarm = _drift_alarm(choice, policies) if arguments.drift_alarm else None
+        policy_file = arguments.policy or policy_path(path)
+        choice = choose_predictor(arguments, policy_file, network.to(device), batch_size)
+        alarm = _drift_alarm(choice, policy_file) if arguments.drift_alarm else None
         return _predict_files(arguments, path, choice, batch_size, alarm)
 
 
 def _predict_files(
-    arguments: argparse.Namespace, path: Path, choice: Choice, batch_size: int, alarm: DriftAlarm | None
+    arguments: argparse.Namespace,
+    path: Path,
+    choice: ChosenPredictor,
+    batch_size: int,
+    alarm: DriftAlarm | None,
 ) -> int:
     predictor = choice.predictor
     network = predictor.network
@@ -81,15 +85,15 @@ def _predict_files(
             _say(line)
         writer = WRITERS[arguments.format](stream, data.class_names, metadata)
         try:
-            for names, images in _batches(files, data, batch_size):
-                result = None if images is None else timed.predict(names, images.to(device))
+            for batch_files, images in _batches(files, data, batch_size):
+                result = None if images is None else timed.predict(batch_files, images.to(device))
                 if result is not None:
                     totals.add(result.prediction, result.milliseconds)
                     if alarm is not None:
                         _watch(alarm, result.prediction)
                     writer.rows(prediction_rows(*result, operations, data.class_names))
-                skipped += len(names) - (0 if result is None else len(result.names))
-                bar.update(len(names))
+                skipped += len(batch_files) - (0 if result is None else len(result.files))
+                bar.update(len(batch_files))
         except KeyboardInterrupt:
             is_interrupted = True
         fired = None if alarm is None else {"fired_after": alarm.fired_after}
@@ -124,8 +128,8 @@ def _operations_with_ensemble(predictor: AdaptivePredictor) -> list[int]:
     return ensemble_operations(operations, network.num_classes) if predictor.policy.ensemble else operations
 
 
-def _drift_alarm(choice: Choice, policies: Path) -> DriftAlarm:
-    reference = read_reference(reference_path(policies), choice.curve)
+def _drift_alarm(choice: ChosenPredictor, policy_file: Path) -> DriftAlarm:
+    reference = read_reference(reference_path(policy_file), choice.curve)
     return DriftAlarm(reference.scores(choice.predictor.policy))
 
 
@@ -141,9 +145,9 @@ def _watch(alarm: DriftAlarm, prediction: Prediction) -> None:
 
 
 class TimedPrediction(NamedTuple):
-    """The prediction of n images, on the CPU, with the images' names and the time of all of them together."""
+    """The prediction of n images, on the CPU, with their files and the time of all of them together."""
 
-    names: list[Path]
+    files: list[Path]
     prediction: Prediction
     milliseconds: float
 
@@ -154,30 +158,30 @@ class TimedPredictor:
     def __init__(self, predictor: AdaptivePredictor):
         self.predictor, self.is_warm = predictor, False
 
-    def predict(self, names: list[Path], images: Tensor) -> TimedPrediction | None:
+    def predict(self, files: list[Path], images: Tensor) -> TimedPrediction | None:
         """Predict images (n, 3, H, W), uint8. Those without finite output are reported.
 
         Returns:
             The prediction of the others, None if there are none.
         """
-        while names:
+        while files:
             try:
-                return self._predict(names, images)
+                return self._predict(files, images)
             except NotFiniteError as error:
                 for position in error.positions:
-                    _say(f"the network's output for {names[position]} is not finite; skipped")
-                others = [i for i in range(len(names)) if i not in error.positions]
-            names, images = [names[i] for i in others], images[others]
+                    _say(f"the network's output for {files[position]} is not finite; skipped")
+                others = [i for i in range(len(files)) if i not in error.positions]
+            files, images = [files[i] for i in others], images[others]
         return None
 
-    def _predict(self, names: list[Path], images: Tensor) -> TimedPrediction:
+    def _predict(self, files: list[Path], images: Tensor) -> TimedPrediction:
         if not self.is_warm:
             self.predictor(images[:WARM_UP_IMAGES])
         began = time.perf_counter()
         prediction = Prediction(*(values.cpu() for values in self.predictor(images)))  # waits for the device
         milliseconds = 1e3 * (time.perf_counter() - began)
         self.is_warm = True
-        return TimedPrediction(names, prediction, milliseconds)
+        return TimedPrediction(files, prediction, milliseconds)
 
 
 class Totals:

@@ -31,7 +31,7 @@ from models import ExitNetwork
 from utils import percent
 
 
-class Choice(NamedTuple):
+class ChosenPredictor(NamedTuple):
     """A predictor, and what decides which images leave.
 
     Attributes:
@@ -48,14 +48,14 @@ class Choice(NamedTuple):
 
 
 def choose_predictor(
-    arguments: argparse.Namespace, policies: Path, network: ExitNetwork, batch_size: int
-) -> Choice:
+    arguments: argparse.Namespace, policy_file: Path, network: ExitNetwork, batch_size: int
+) -> ChosenPredictor:
     """Return the predictor for the flags of predict.py.
 
     Args:
         arguments: Parsed command line of predict.py. Read are policy, rule, budget, accuracy, max_loss,
             confidence_level, disagreement, deadline and drift_alarm.
-        policies: File of the network's policies, which need not exist where nothing asks for one.
+        policy_file: File of the network's policies, which need not exist where nothing asks for one.
         network: Network with a description, on its device.
         batch_size: Images at a time.
 
@@ -63,16 +63,16 @@ def choose_predictor(
         UserError: No policy satisfies the request; the line says what is possible.
     """
     is_needed = arguments.policy or arguments.rule or arguments.drift_alarm or _has_limit(arguments)
-    curve = read_policy(policies) if is_needed or policies.exists() else None
-    folded = fold(network) if curve is None else folded_for(network, curve, policies)
+    curve = read_policy(policy_file) if is_needed or policy_file.exists() else None
+    folded = fold(network) if curve is None else folded_for(network, curve, policy_file)
     if arguments.deadline is not None:
         return _by_deadline(folded, curve, arguments.deadline, batch_size)
     if curve is None:
         policy = _whole_network(folded)
         summary = (
-            f"there is no {policies}, which --evalmode dynamic writes: every image runs the whole network"
+            f"there is no {policy_file}, which --evalmode dynamic writes: every image runs the whole network"
         )
-        return Choice(AdaptivePredictor(folded, policy), _metadata(policy), summary, curve)
+        return ChosenPredictor(AdaptivePredictor(folded, policy), _metadata(policy), summary, curve)
     if arguments.budget is not None and arguments.budget.unit == "ms":
         return _by_milliseconds(folded, curve, arguments, batch_size)
     return _by_operations(folded, curve, arguments)
@@ -82,18 +82,20 @@ def _has_limit(arguments: argparse.Namespace) -> bool:
     return any(limit is not None for limit in (arguments.budget, arguments.accuracy, arguments.max_loss))
 
 
-def _by_deadline(network: ExitNetwork, curve: PolicyCurve | None, deadline: float, batch_size: int) -> Choice:
+def _by_deadline(
+    network: ExitNetwork, curve: PolicyCurve | None, deadline: float, batch_size: int
+) -> ChosenPredictor:
     policy, timing = _whole_network(network), _measure(network, batch_size)
     if curve is not None:  # for its temperatures or ensemble
         policy = replace(curve.of_rule(None)[0].policy, thresholds=policy.thresholds)
     summary = f"each batch of {batch_size} gets the last exit that ends within {deadline:g} ms; {timing}"
     predictor = AnytimePredictor(network, deadline, timing, policy)
-    return Choice(predictor, _metadata(policy, deadline_milliseconds=deadline), summary, curve)
+    return ChosenPredictor(predictor, _metadata(policy, deadline_milliseconds=deadline), summary, curve)
 
 
 def _by_milliseconds(
     network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace, batch_size: int
-) -> Choice:
+) -> ChosenPredictor:
     timing, promise = _measure(network, batch_size), _promise(arguments)
     points = eligible_points(curve, arguments.accuracy, promise, arguments.rule)
     predictor = BudgetPredictor(network, points, arguments.budget.amount, timing)
@@ -105,7 +107,9 @@ def _by_milliseconds(
     return _choice_of_point(predictor, predictor.point, curve, promise, note)
 
 
-def _by_operations(network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace) -> Choice:
+def _by_operations(
+    network: ExitNetwork, curve: PolicyCurve, arguments: argparse.Namespace
+) -> ChosenPredictor:
     promise, note = _promise(arguments), ""
     if _has_limit(arguments):
         operations = None
@@ -128,7 +132,7 @@ def _promise(arguments: argparse.Namespace) -> MaxLoss | None:
 
 def _choice_of_point(
     predictor: AdaptivePredictor, point: Point, curve: PolicyCurve, promise: MaxLoss | None, note: str
-) -> Choice:
+) -> ChosenPredictor:
     metadata = {"rule": point.rule, "p": point.number, "val_acc1": round(point.val_acc1, 3)}
     if promise is not None:
         metadata["promise"], note = str(promise), f"{note}; the promise is to {promise}"
@@ -141,7 +145,7 @@ def _choice_of_point(
         f"right with {point.operations / 1e6:.2f} M operations per image "
         f"({100 * point.operations / curve.operations[-1]:.0f} % of the network){note}"
     )
-    return Choice(predictor, metadata | _metadata(point.policy), summary, curve)
+    return ChosenPredictor(predictor, metadata | _metadata(point.policy), summary, curve)
 
 
 def _metadata(policy: Policy, deadline_milliseconds: float | None = None) -> dict[str, Any]:

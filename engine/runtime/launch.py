@@ -38,6 +38,7 @@ from engine.runtime.distributed import (
     process_group,
     torchrun_environment,
 )
+from engine.runtime.signals import SignalRequests
 from utils import UserError, at_least, available_cores, one_line
 
 MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
@@ -128,7 +129,9 @@ def may_fork(gpu: tuple[int, ...] | None) -> bool:
 
 
 @contextmanager
-def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator[Processes]:
+def training_processes(
+    batch_size: int, gpu: tuple[int, ...] | None, requests: SignalRequests | None = None
+) -> Iterator[Processes]:
     """Run the block in every process: torchrun's, or one with GPUs, or this one and forked workers.
 
     A worker must end with ``exit_worker``.
@@ -136,6 +139,7 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
     Args:
         batch_size: Images per step of all processes.
         gpu: --gpu.
+        requests: Requests of ``handle_signals``, if the caller handles signals.
 
     Raises:
         WorkerFailed: A worker ended with an error.
@@ -152,7 +156,12 @@ def training_processes(batch_size: int, gpu: tuple[int, ...] | None) -> Iterator
     folder = Path(tempfile.mkdtemp())
     main_process, workers, seconds_to_end = os.getpid(), [], 0
     try:
-        rank = _fork(count, folder, workers)
+        # An exception of a signal in one of Python's functions around a fork would be dropped, and leave the
+        # lock of ``logging`` taken.
+        with (requests or SignalRequests()).held():
+            rank = _fork(count, folder, workers)
+            if rank > 0 and requests is not None:
+                requests.stop_signal = 0  # the signal was one to rank 0
         _join(folder / "store", rank, count, workers)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()

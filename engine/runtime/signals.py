@@ -29,10 +29,11 @@ class SignalRequests:
             raises, because Python drops exceptions that are raised in some places.
         save: Whether a signal asked to save.
         is_immediate: Whether the first signal that asks to stop already raises ``Interrupted``.
+        is_held: Whether no signal raises.
     """
 
     def __init__(self) -> None:
-        self.stop_signal, self.save, self.is_immediate = 0, False, True
+        self.stop_signal, self.save, self.is_immediate, self.is_held = 0, False, True, False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -45,6 +46,17 @@ class SignalRequests:
         """Raise ``Interrupted`` at every signal that asks to stop within the block."""
         with self._mode(is_immediate=True):
             yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note signals within the block, and raise ``Interrupted`` after it if one asked to stop."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal)
 
     @contextmanager
     def _mode(self, is_immediate: bool) -> Iterator[None]:
@@ -70,7 +82,7 @@ def handle_signals() -> Iterator[SignalRequests]:
 
     def stop(number: int, frame: object) -> None:
         is_first, requests.stop_signal = not requests.stop_signal, number
-        if requests.is_immediate or not is_first:
+        if not requests.is_held and (requests.is_immediate or not is_first):
             raise Interrupted(number)
 
     def save(number: int, frame: object) -> None:

@@ -9,7 +9,7 @@ from engine.session import Session
 from models.description import DataInfo, ImageSpec, Split
 
 
-def images_to_start(
+def data_for_new_run(
     session: Session, origin: LoadedNetwork | None, image_spec: ImageSpec | None, may_change: bool
 ) -> Data:
     """Read the images of a new run. Images held out from the network to start from stay held out.
@@ -21,20 +21,20 @@ def images_to_start(
         may_change: Whether the data set may be another than that of ``origin``.
     """
     if origin is None:
-        return read_images(session, image_spec=image_spec)
+        return load_run_data(session, image_spec=image_spec)
     if may_change:
         # Only what was read says whether it is the data set of ``origin``; then it is read again, with the
         # same images held out.
-        data = read_images(session, image_spec=image_spec)
+        data = load_run_data(session, image_spec=image_spec)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
-    data = read_images(session, origin.data, origin.known_split)
+    data = load_run_data(session, origin.data, origin.known_split)
     log_class_order(origin, data, session.log)
     return data
 
 
-def read_images(
+def load_run_data(
     session: Session,
     stored: DataInfo | None = None,
     split: Split | None = None,
