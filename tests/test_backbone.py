@@ -544,6 +544,6 @@ def test_example_of_own_network_runs_outside_the_clone(tmp_path):
         text=True,
         check=True,
     )
-    accuracy, images = float(ended.stdout.split()[0]), ended.stdout.rpartition(" images leave ")[2]
+    accuracy, images = float(ended.stdout.split()[0]), ended.stdout.rpartition(" exits taken: ")[2]
     assert accuracy > 90
     assert sum(int(part.split()[0]) for part in images.split(", ")) == 200
