@@ -54,7 +54,7 @@ def run(command: CommandLine, stage: Stage) -> int:
     Returns:
         The exit status: 0, or that of ``engine.runtime.failures.status_and_line``.
     """
-    status, message = 0, ""
+    status, message, requests = 0, "", SignalRequests()
     with workers_end_inside():
         try:
             with handle_signals() as requests:
@@ -63,7 +63,7 @@ def run(command: CommandLine, stage: Stage) -> int:
                 else:
                     _train_and_evaluate(command, stage, requests)
         except (Exception, Interrupted) as error:
-            status, message = status_and_line(error, command)
+            status, message = status_and_line(requests.reason(error), command)
         exit_worker(status, message)
     if message:
         print_error(f"train_{stage.name}.py: {message}")

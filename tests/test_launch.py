@@ -272,6 +272,15 @@ def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
     ]
 
 
+def test_an_error_made_of_an_interruption_is_the_signal():
+    with handle_signals() as requests:
+        assert isinstance(requests.reason(ValueError("a bug")), ValueError)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        assert requests.reason(ValueError("Invalid bounding box")).exit_status == 128 + signal.SIGTERM
+        assert isinstance(requests.reason(UserError("the disk is full")), UserError)
+
+
 def signal_within_the_fork(_):
     """Send SIGTERM from a function that Python calls before it forks, and print what comes of it."""
     main_process = os.getpid()

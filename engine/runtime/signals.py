@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from utils import UserError
+
 
 class Interrupted(BaseException):
     """A signal stopped the run; no handler of other errors catches it.
@@ -30,10 +32,20 @@ class SignalRequests:
         save: Whether a signal asked to save.
         is_immediate: Whether the first signal that asks to stop already raises ``Interrupted``.
         is_held: Whether no signal raises.
+        has_raised: Whether a signal has raised ``Interrupted``.
     """
 
     def __init__(self) -> None:
         self.stop_signal, self.save, self.is_immediate, self.is_held = 0, False, True, False
+        self.has_raised = False
+
+    def reason(self, error: BaseException) -> BaseException:
+        """Return why a run ends with ``error``: the signal, where code replaced ``Interrupted`` by an error.
+
+        Compiled code such as matplotlib's takes whatever its callbacks raise for an invalid value.
+        """
+        is_own = isinstance(error, (Interrupted, UserError, OSError))
+        return Interrupted(self.stop_signal) if self.has_raised and not is_own else error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -83,6 +95,7 @@ def handle_signals() -> Iterator[SignalRequests]:
     def stop(number: int, frame: object) -> None:
         is_first, requests.stop_signal = not requests.stop_signal, number
         if not requests.is_held and (requests.is_immediate or not is_first):
+            requests.has_raised = True
             raise Interrupted(number)
 
     def save(number: int, frame: object) -> None:
