@@ -175,11 +175,13 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
     weight = torch.cat([convolution.weight for convolution in convolutions])
     # Convolutions have a bias only where BatchNorm is folded into them.
     bias = None if first[0].bias is None else torch.cat([convolution.bias for convolution in convolutions])
-    outputs = list(
-        F.conv2d(x, weight, bias).split([convolution.out_channels for convolution in convolutions], dim=1)
-    )
+    output, done = F.conv2d(x, weight, bias), 1
+    # In a folded network ReLU comes next. On the two parts, which are strided, it takes four times as long.
+    if type(first[1]) is type(second[1]) is nn.ReLU:
+        output, done = first[1](output), 2
+    outputs = list(output.split([convolution.out_channels for convolution in convolutions], dim=1))
     for i, layers in enumerate((first, second)):
-        for layer in list(layers)[1:]:
+        for layer in list(layers)[done:]:
             outputs[i] = layer(outputs[i])
     return outputs[0], outputs[1]
 
