@@ -233,9 +233,10 @@ class AdaptivePredictor:
 def simulate(logits: Tensor, policy: Policy) -> Prediction:
     """Return what ``AdaptivePredictor`` predicts, from the logits (K, N, C) of every exit."""
     confidence, _ = confidence_by_exit(logits, policy.measure)
-    return _prediction(
-        logits, assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64)), policy
-    )
+    exits = assign_exits(confidence, torch.tensor(policy.thresholds, dtype=torch.float64))
+    # The predictor has zeros for exits after an image left, where infinity times a weight of 0 would be NaN.
+    has_left = torch.arange(len(logits), device=logits.device)[:, None] > exits  # (K, N)
+    return _prediction(logits.masked_fill(has_left[..., None], 0), exits, policy)
 
 
 def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Prediction:
@@ -247,9 +248,7 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     if policy.temperatures or policy.ensemble:
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)  # (K, K)
         weights = weights[exits, : len(stacked)]  # (N, exits that ran)
-        # What exits compute after an image left has no weight, but 0 times infinity would be NaN.
-        has_left = torch.arange(len(stacked), device=stacked.device)[:, None] > exits  # (exits that ran, N)
-        combined = torch.einsum("nk,knc->nc", weights, stacked.masked_fill(has_left[..., None], 0))
+        combined = torch.einsum("nk,knc->nc", weights, stacked)
     probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)
     return Prediction(classes, confidence, exits, probs, torch.logsumexp(exit_logits, dim=1))
