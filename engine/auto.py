@@ -51,7 +51,7 @@ def _is_possible(mode: str, settings: Namespace, processes: Processes) -> bool:
         settings.checkpoint_activations,
         settings.accumulate,
         num_gpus=len(processes.gpu_ids),
-        share=settings.batch_size // processes.world_size,
+        images_per_process=settings.batch_size // processes.world_size,
     )
     return conflict is None
 

@@ -189,9 +189,9 @@ def exits_that_gain(before: str, after: str) -> str:
     return f"at exits {', '.join(numbers)}" if numbers else "at no exit"
 
 
-def best_columns(arm: str, others: Iterable[str]) -> str:
-    """Return at which exits, and whether at the budget, ``arm`` is better than each of ``others``."""
-    results = SCHEDULES[longest(arm, *MAIN_ARMS)].results
+def best_columns(arm: str, results: Path) -> str:
+    """Return at which exits, and whether at the budget, ``arm`` is the best of all arms in ``results``."""
+    others = [other for other in TITLES if other != arm and seeds_of(other, results)]
 
     def means(name: str) -> list[float]:
         values = [
@@ -234,8 +234,7 @@ def summary() -> str:
     by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
     is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
     boosted_schedule = longest(COMBINED, *MAIN_ARMS)
-    others = [arm for arm in TITLES if arm != COMBINED and seeds_of(arm, SCHEDULES[boosted_schedule].results)]
-    boosted = best_columns(COMBINED, others)
+    boosted = best_columns(COMBINED, SCHEDULES[boosted_schedule].results)
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, {exits_that_gain('MSDNet', 'GE')}.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "

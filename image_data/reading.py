@@ -49,7 +49,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
         raise UserError(f"cannot read the image {path}: {reason}") from None
 
 
-def file_size(path: str | Path) -> tuple[int, int] | None:
+def _file_size(path: str | Path) -> tuple[int, int] | None:
     """Return width and height of an image file, or None if it cannot be read."""
     try:
         return read_image(path, lambda image: image.size)
@@ -60,7 +60,7 @@ def file_size(path: str | Path) -> tuple[int, int] | None:
 def median_side(files: Sequence[Path]) -> int | None:
     """Return the median of the shorter sides of some of the images, in pixels, None if none can be read."""
     some = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
-    sides = [min(size) for size in map(file_size, some) if size]
+    sides = [min(size) for size in map(_file_size, some) if size]
     return int(statistics.median(sides)) if sides else None
 
 

@@ -24,8 +24,8 @@ class IMTA(ExitNetwork):
     f_k are the backbone's features at exit k, z_{k-1} the logits of exit k - 1, and g links the two exits.
 
     Args:
-        backbone: The stage-1 network, which is frozen in place. Its own classifiers are used only as the
-            teacher of One-for-all.
+        backbone: The stage-1 network, which ``freeze_backbone`` freezes in place. Its own classifiers are
+            used only as the teacher of One-for-all.
         isc: False leaves the links out: every new classifier reads its own features only (One-for-all alone).
         cut_isc_gradient: The loss of exit k does not reach exit k-1 through the link (the paper). False lets
             it flow (released code).

@@ -90,7 +90,7 @@ def conflict_of_schedule(typed: dict[str, Any], settings: dict[str, Any]) -> str
 
 
 def conflict_of_compiling(
-    mode: str, checkpoint_activations: bool, accumulate: int, num_gpus: int = 1, share: int = 0
+    mode: str, checkpoint_activations: bool, accumulate: int, num_gpus: int = 1, images_per_process: int = 0
 ) -> str | None:
     """Check what a mode of --compile goes together with.
 
@@ -99,7 +99,7 @@ def conflict_of_compiling(
         checkpoint_activations: Whether activations are computed again in the backward pass.
         accumulate: Parts of a step.
         num_gpus: GPUs of one process.
-        share: Images per step of one process; 0 if it is not known.
+        images_per_process: Images per step of one process; 0 if it is not known.
     """
     if mode in ("auto", "off"):
         return None
@@ -112,10 +112,10 @@ def conflict_of_compiling(
             f"--compile {mode} keeps gradients in the memory of its graphs, which --accumulate needs; "
             "use --compile default"
         )
-    if share % accumulate:
+    if images_per_process % accumulate:
         return (
             f"--compile makes code for parts of one size; --accumulate {accumulate} does not divide "
-            f"{share} images"
+            f"{images_per_process} images"
         )
     return None
 
@@ -135,14 +135,14 @@ def conflict_on_machine(
         return "--sync-bn needs GPUs: on CPUs every process normalises by its share of a batch"
     if settings.sync_bn and num_gpus > 1:
         return "--sync-bn needs one process per GPU: start with torchrun instead of --gpu"
-    share, count = settings.batch_size // world_size, settings.accumulate
-    compiling = (settings.compile, settings.checkpoint_activations, count, num_gpus, share)
+    images_per_process, num_parts = settings.batch_size // world_size, settings.accumulate
+    compiling = (settings.compile, settings.checkpoint_activations, num_parts, num_gpus, images_per_process)
     if conflict := conflict_of_compiling(*compiling):
         return conflict
-    if count > share:
-        return f"--accumulate {count}: a process has only {share} images per step"
+    if num_parts > images_per_process:
+        return f"--accumulate {num_parts}: a process has only {images_per_process} images per step"
     # Split as ``Stepper.step`` and DataParallel do.
-    parts = torch.empty(share).tensor_split(count)
+    parts = torch.empty(images_per_process).tensor_split(num_parts)
     chunks = [chunk for part in parts for chunk in part.chunk(max(num_gpus, 1))]
     smallest = min(map(len, chunks))
     if has_batch_norm_1d and smallest < 2:

@@ -223,6 +223,11 @@ def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tm
     assert single_stage.stage_1.config == other.config
 
 
+def test_a_custom_network_is_not_built_again_for_other_classes():
+    with pytest.raises(ValueError, match="make a new Backbone"):
+        Backbone(small_resnet(), ["layer2"], num_classes=5).for_classes(7)
+
+
 def test_where_the_classifier_came_from_is_no_part_of_a_fingerprint():
     network = Backbone(small_resnet(), ["layer2"], num_classes=5)
     before = network_fingerprint(network)

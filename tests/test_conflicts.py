@@ -78,5 +78,5 @@ def test_synchronised_batch_norm_needs_gpus():
 
 
 def test_compiling_without_conflict():
-    assert conflict_of_compiling("default", False, accumulate=4, num_gpus=1, share=12) is None
-    assert conflict_of_compiling("off", True, accumulate=5, num_gpus=4, share=12) is None
+    assert conflict_of_compiling("default", False, accumulate=4, num_gpus=1, images_per_process=12) is None
+    assert conflict_of_compiling("off", True, accumulate=5, num_gpus=4, images_per_process=12) is None

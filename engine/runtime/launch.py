@@ -151,6 +151,7 @@ def training_processes(
         with process_group(gpu) as processes:
             yield processes
         return
+    requests = requests or SignalRequests()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     folder = Path(tempfile.mkdtemp())
@@ -158,10 +159,10 @@ def training_processes(
     try:
         # An exception of a signal in one of Python's functions around a fork would be dropped, and leave the
         # lock of ``logging`` taken.
-        with (requests or SignalRequests()).held():
+        with requests.held():
             rank = _fork(count, folder, workers)
-            if rank > 0 and requests is not None:
-                requests.stop_signal = 0  # the signal was one to rank 0
+            if rank > 0:
+                requests.stop_signal = 0  # it was a signal to rank 0
         _join(folder / "store", rank, count, workers)
         yield Processes(rank, count, torch.device("cpu"), ())
         dist.destroy_process_group()
