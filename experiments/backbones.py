@@ -22,7 +22,7 @@ ARCH, NUM_EXITS = "timm/tf_efficientnet_lite0", 4
 STAGE_1 = [
     *("--data", "cifar100", "--arch", ARCH, "--exits", str(NUM_EXITS)),
     *("--image-size", "64", "--val-size", "5000"),
-    *("--epochs", "8", "--warmup-epochs", "0.5", "--batch-size", "64", "--lr", "0.05", "--lr-type", "cosine"),
+    *("--epochs", "6", "--warmup-epochs", "0.5", "--batch-size", "64", "--lr", "0.05", "--lr-type", "cosine"),
     *("--nesterov", "--weight-decay", "1e-4", "--pretrained-lr-factor", "0.4", "--compile", "off"),
     *("--save-every-minutes", "10"),
 ]
