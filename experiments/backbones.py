@@ -9,12 +9,13 @@ Run it again and it resumes. When a run is complete, its small files are copied 
 ``results/backbones/seed_N/ARM/``.
 """
 
+import statistics
 import sys
 from pathlib import Path
 
 from engine.report import best_within, read_csv
 from experiments.arms import RESULTS, Arm, command_line, seeds_of, train_arms, with_origins
-from experiments.markdown import markdown_table
+from experiments.markdown import markdown_table, spread
 from utils import CommandLineParser, UserError, user_path
 
 FOLDER = RESULTS / "backbones"
@@ -30,11 +31,11 @@ STAGE_2 = [
     *("--epochs", "3", "--warmup-epochs", "0", "--batch-size", "64", "--lr", "0.05", "--lr-type", "cosine"),
     *("--nesterov", "--weight-decay", "1e-4", "--compile", "off", "--save-every-minutes", "10"),
 ]
-# In the order in which they are trained.
+# In the order of the table and of training.
 ARMS = {
+    "exits": Arm("exits alone, on the frozen network", None, ["--freeze", "backbone"]),
+    "joint": Arm("all layers, without GE", None, ["--no-gradient-equilibrium"]),
     "GE": Arm("GE", None, []),
-    "joint": Arm("joint training without GE", None, ["--no-gradient-equilibrium"]),
-    "exits": Arm("exits alone on the frozen network", None, ["--freeze", "backbone"]),
     "GE_ISC_OFA": Arm("GE + ISC + OFA", "GE", []),
     "GE_boosted": Arm("GE, boosted exits", None, ["--boosted-exits"]),
 }
@@ -58,20 +59,27 @@ def train_all(
     return train_arms(with_origins(arms, ARMS), seeds, command_of, work, results)
 
 
-def results_table(folder: Path) -> str:
-    """Return a table in Markdown, a row per run: top-1 of every exit, and within half of the operations."""
+def results_table(folder: Path = FOLDER) -> str:
+    """Return a table in Markdown, a row per arm: top-1 of every exit, and within half of the operations.
+
+    Args:
+        folder: Holds the results, ``seed_N/ARM/``.
+    """
     rows = []
     for name, arm in ARMS.items():
-        for run in seeds_of(name, folder):
-            exits = read_csv(run / "anytime.csv")
-            by_exit = [row["acc1"] for row in exits]
-            best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
-            numbers = [*by_exit, sum(by_exit) / len(by_exit), *([best["test_acc1"]] if best else [])]
-            seed = run.parent.name.removeprefix("seed_")
-            cells = [arm.title, seed, *(f"{number:.2f}" for number in numbers)]
-            rows.append(cells if best else [*cells, "-"])
+        columns = list(zip(*(_accuracies(run) for run in seeds_of(name, folder)), strict=True))
+        if columns:
+            rows.append([arm.title, *map(spread, columns), str(len(columns[0]))])
     names = [f"exit {k}" for k in range(1, NUM_EXITS + 1)]
-    return markdown_table(["training", "seed", *names, "mean", "half of the operations"], rows)
+    return markdown_table(["training", *names, "mean of exits", "budget (half)", "n"], rows)
+
+
+def _accuracies(run: Path) -> list[float]:
+    """Return the test accuracy of every exit, their mean, and that of the best policy within half."""
+    exits = read_csv(run / "anytime.csv")
+    by_exit = [row["acc1"] for row in exits]
+    best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
+    return [*by_exit, statistics.mean(by_exit), best["test_acc1"]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--data-root and --weights are needed")
     try:
         if arguments.table:
-            sys.stdout.write(f"{results_table(FOLDER)}\n")
+            sys.stdout.write(f"{results_table()}\n")
             return 0
         return train_all(
             arguments.arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more

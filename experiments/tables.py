@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from engine.report import best_within, draw_curves, read_csv, save_figure
+from experiments import backbones
 from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from experiments.markdown import markdown_table, spread
 from utils import CommandLineParser, UserError, atomic_write
@@ -483,6 +484,7 @@ TABLES = {
     "thresholds": thresholds_table,
     "epochs": epochs_table,
     "runs": runs_table,
+    "pretrained": backbones.results_table,
 }
 
 
