@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptive_inference.fold import FoldedNetwork, fold
 from adaptive_inference.points import Promise, choose
@@ -30,6 +30,7 @@ def load_predictor(
     accuracy: float | None = None,
     max_loss: Promise | None = None,
     rule: str | None = None,
+    network: nn.Module | None = None,
 ) -> AdaptivePredictor:
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
@@ -44,6 +45,7 @@ def load_predictor(
         accuracy: Smallest accuracy on held-out images, in percent.
         max_loss: A promise about accuracy, ``promises.risk.MaxLoss``.
         rule: Only policies found by this rule; see ``eligible_points``.
+        network: The network without exits, for the file of a custom network, as for ``models.load``.
 
     Raises:
         OSError, ValueError: ``models.load`` refuses the file.
@@ -58,7 +60,7 @@ def load_predictor(
         point = curve.default_point(rule)
     else:
         point = choose(curve, operations=operations, accuracy=accuracy, max_loss=max_loss, rule=rule)
-    return AdaptivePredictor(folded_for(load(file), curve, source), point.policy, _preprocess)
+    return AdaptivePredictor(folded_for(load(file, network), curve, source), point.policy, _preprocess)
 
 
 def folded_for(network: ExitNetwork, curve: PolicyCurve, source: Path) -> FoldedNetwork:

@@ -33,6 +33,7 @@ from engine.runtime.signals import Interrupted
 from engine.session import Session
 from engine.stepper import Stepper
 from models.description import Description
+from models.module_state import has_finite_weights
 from utils import UserError, duration, percent
 
 LOSS = "loss (sum over exits)"
@@ -367,8 +368,7 @@ class Trainer:
         """
         if not self.session.processes.is_main:
             return
-        # One host-device synchronisation instead of one per tensor.
-        if not torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all():
+        if not has_finite_weights(self.network):
             raise self._divergence("not all weights are finite numbers")
         if is_best:
             accuracy = {

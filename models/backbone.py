@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backbone_exits import check_exit_options, make_exit
-from .cutting import Cuts, find_cuts
+from .cutting import Cuts, check_segments, find_cuts
 from .layers import add_boost
-from .module_state import frozen_statistics
+from .module_state import frozen_statistics, meta_copy
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import Constructor, NeedsNetworkError, check_backbone, construct, split_name, weights_of
 from .tracing import (
@@ -32,7 +32,7 @@ from .tracing import (
     PROBE_BATCH,
     GraphProfile,
     Segment,
-    meta_copy,
+    probe_images,
     profile_graph,
     trace_both_modes,
     with_cloned_input,
@@ -97,6 +97,10 @@ class Backbone(ExitNetwork):
         traces = trace_both_modes(network)
         profiles = profile_graph(network, traces, image_size)
         cuts = find_cuts(network, traces, profiles, exits, layout)
+        constructor = constructor or Constructor(None, type(network).__name__, {})
+        is_custom = constructor.library is None
+        if is_custom and not any(x.is_meta for x in network.parameters()):
+            check_segments(network, traces, cuts, min(profiles))
         self.network = network
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -110,7 +114,6 @@ class Backbone(ExitNetwork):
         self.boosted, self.gradient_equilibrium, self.frozen = boosted_exits, gradient_equilibrium, False
         self._accepted_sizes, self._takes_one_size = set(profiles), len(profiles) == 1
         self._clone_where_needed(next(iter(profiles)))
-        constructor = constructor or Constructor(None, type(network).__name__, {})
         self.config = {
             **constructor._asdict(),
             "exits": cuts.paths,
@@ -133,6 +136,8 @@ class Backbone(ExitNetwork):
         Returns:
             Whether it was replaced.
         """
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
         linear = self.network.get_submodule(self._classifier)
         self.num_classes = linear.out_features if num_classes is None else num_classes
         if self.num_classes == linear.out_features:
@@ -336,6 +341,13 @@ class Backbone(ExitNetwork):
         """Fold every BatchNorm of the network and the exits into the layer before it, in place."""
         graphs = [segment.evaluation_graph for segment in self._segments]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
+        # A layer whose weights are also read directly counts once more, and so is not folded.
+        calls.update(
+            node.target.rpartition(".")[0]
+            for graph in graphs
+            for node in graph.nodes
+            if node.op == "get_attr"
+        )
         self._segments = [Segment(self._folded(graph, calls, fuse), None) for graph in graphs]
         fold_sequences(self.exits, fuse)
 
@@ -367,7 +379,7 @@ class Backbone(ExitNetwork):
             runner = meta_copy(self)
             for training in (False, True):
                 runner.train(training)
-                x = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+                x = probe_images(runner, size)
                 for k in range(self.num_exits):
                     version = x._version
                     y = runner._segments[k].function(training)(runner, x)
@@ -378,7 +390,7 @@ class Backbone(ExitNetwork):
 
 def _failure(runner: Backbone, size: int) -> str | None:
     """Return why a network on the meta device cannot run on images of a size, None if it can."""
-    images = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+    images = probe_images(runner, size)
     try:
         with torch.no_grad():
             runner(images)

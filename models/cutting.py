@@ -8,22 +8,29 @@ Example:
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from .tracing import (
     CONTAINERS,
     LAYERS,
+    MODES,
+    NORMS,
     PREFIX,
     PROBE_BATCH,
     WEIGHTED,
     GraphProfile,
     Segment,
     Trace,
+    TracedRoot,
     Traces,
     make_segment,
+    probe_images,
+    set_mode,
 )
 
 LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
@@ -69,7 +76,9 @@ def find_cuts(
     Raises:
         ValueError: The network has no last linear layer, or cannot be cut there; one line says which.
     """
-    classifier, ends = _last_linear(network, traces)
+    classifier, ends = _last_linear(network, traces, next(iter(profiles.values())))
+    if isinstance(exits, str):
+        raise ValueError(f"exits is {exits!r}; give a list of modules, or a number of exits")
     if isinstance(exits, int):
         paths = _even_paths(network, traces, profiles, exits)
     else:
@@ -77,30 +86,102 @@ def find_cuts(
     layouts = _layouts(traces, profiles, paths, layout)
     first_profile = next(iter(profiles.values()))
     shapes = [first_profile.shapes[traces.evaluation.outputs[path]] for path in paths]
+    for path, shape, given in zip(paths, shapes, layouts, strict=True):
+        if len(shape) != len(given):
+            raise ValueError(
+                f"layout {given!r} does not fit the output of {path!r}, which has the shape {shape}"
+            )
     return Cuts(classifier, paths, shapes, layouts, _segments(traces, paths, ends))
 
 
-def _last_linear(network: nn.Module, traces: Traces) -> tuple[str, dict[str, fx.Node]]:
+def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: int) -> None:
+    """Check on random images that the segments compute what the network does, in both modes.
+
+    A trace misses what a forward method does beside tensors. The network keeps its buffers.
+
+    Args:
+        network: The network that was traced, not on the meta device.
+        traces: Its graphs.
+        cuts: Its segments.
+        image_size: A size of images that it takes.
+
+    Raises:
+        ValueError: They compute something else, or change buffers in another way.
+    """
+    root = TracedRoot(network)
+    for name, tensor in traces.constants.items():
+        setattr(root, name, tensor)
+    images = torch.rand_like(probe_images(network, image_size))
+    linear = network.get_submodule(cuts.classifier)
+
+    def run_segments(x: Tensor, training: bool) -> Tensor:
+        for segment in cuts.segments:
+            x = segment.function(training)(root, x)
+        return linear(x)
+
+    for mode in MODES:
+        training = mode == "training"
+        with set_mode(network, training):
+            expected = _outputs_and_buffers(network, network, images)
+            found = _outputs_and_buffers(network, partial(run_segments, training=training), images)
+        for name, value in expected.items():
+            if not torch.allclose(found[name].double(), value.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
+                what = "outputs" if name == "" else f"values of the buffer {name!r}"
+                raise ValueError(
+                    f"cut into segments, {type(network).__name__} gives other {what} in {mode} mode: its "
+                    "forward method does something that torch.fx does not record"
+                )
+
+
+@torch.no_grad()
+def _outputs_and_buffers(
+    network: nn.Module, function: Callable[[Tensor], Tensor], images: Tensor
+) -> dict[str, Tensor]:
+    """Return what ``function`` computes, as "", and the network's buffers after it, which it gets back."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    devices = [images.device] if images.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # for dropout
+            outputs = function(images.clone()).flatten(1)
+        return {"": outputs, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+
+
+def _last_linear(network: nn.Module, traces: Traces, profile: GraphProfile) -> tuple[str, dict[str, fx.Node]]:
     """Return the path of the network's last linear layer, and the node of its input in both modes."""
+    name = type(network).__name__
     last_nodes = {}
     for mode, trace in traces.by_mode.items():
         node = next(node for node in reversed(trace.graph.nodes) if node.op == "output").args[0]
         while _is_unchanging(network, node):
-            node = node.args[0]
-        last_nodes[mode] = node
-    for mode, node in last_nodes.items():
+            (node,) = node.all_input_nodes
         if not _is_linear(network, node):
-            output = traces.by_mode[mode].name(node) if isinstance(node, fx.Node) else "several values"
+            output = trace.name(node) if isinstance(node, fx.Node) else "several values"
             raise ValueError(
-                f"{type(network).__name__} does not end in an nn.Linear, which the last exit needs: "
+                f"{name} does not end in an nn.Linear, which the last exit needs: "
                 f"its output in {mode} mode is {output}"
             )
-    path = last_nodes["evaluation"].target.removeprefix(PREFIX)
-    return path, {mode: node.args[0] for mode, node in last_nodes.items()}
+        last_nodes[mode] = node
+    paths = {node.target.removeprefix(PREFIX) for node in last_nodes.values()}
+    if len(paths) > 1:
+        raise ValueError(f"{name} ends in other linear layers in training: {' and '.join(sorted(paths))}")
+    (path,) = paths
+    shape = profile.shapes[last_nodes["evaluation"]]
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} ends in {path}, whose output is {shape} for {PROBE_BATCH} images, not (N, C)"
+        )
+    ends = {}
+    for mode, node in last_nodes.items():
+        (ends[mode],) = node.all_input_nodes
+    return path, ends
 
 
 def _module_of(network: nn.Module, node: Any) -> nn.Module | None:
-    is_call = isinstance(node, fx.Node) and node.op == "call_module"
+    is_call = isinstance(node, fx.Node) and node.op == "call_module" and node.target.startswith(PREFIX)
     return network.get_submodule(node.target.removeprefix(PREFIX)) if is_call else None
 
 
@@ -118,7 +199,7 @@ def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) 
         if path in trace.repeated:
             return "the network runs it more than once"
         if path not in trace.outputs:
-            return "its output is not one tensor"
+            return "the network does not run it, or its output is not one tensor"
         node = trace.outputs[path]
         crossing = [other for other in trace.crossing(node) if other is not node]
         if crossing:
@@ -135,8 +216,9 @@ def _checked_paths(
     """Return ``paths`` if exits can be there, else raise ValueError."""
     if not paths:
         raise ValueError("exits is empty: name at least one module, or give a number of exits")
+    known = {name for name, _ in network.named_modules() if name}
     for path in paths:
-        if path not in traces.evaluation.outputs and path not in traces.evaluation.repeated:
+        if path not in known:
             raise ValueError(_unknown_exit(network, traces, path))
         reason = _refusal(traces, path, ends)
         if reason:
@@ -174,9 +256,14 @@ def _even_paths(
     candidates: dict[fx.Node, str] = {}
     blocks = _block_paths(network, trace, profile.operations_of, total // count)
     # A plain chain of layers has no blocks: there, exits can be after activations and pooling.
+    refusal = ""
     for path in [*blocks, *(_layer_outputs(network, trace) if len(blocks) < count else [])]:
         node = trace.outputs[path]
-        if _refusal(traces, path) is None and len(profile.shapes.get(node, ())) in (3, 4):
+        reason = _refusal(traces, path)
+        if reason and not refusal:
+            refusal = f"; none can be at {path!r}: {reason}"
+        is_readable = len(profile.shapes.get(node, ())) in (3, 4)
+        if reason is None and is_readable and not _comes_before_norm(network, node):
             candidates.setdefault(node, path)
     # An exit that comes with the last operations saves nothing.
     nodes = [node for node in trace.graph.nodes if node in candidates]
@@ -185,9 +272,16 @@ def _even_paths(
         raise ValueError(
             f"exits is {count}; {type(network).__name__} has places for {len(nodes) + 1} at most: "
             f"{', '.join(candidates[node] for node in nodes) or 'its end'}"
+            + (f"; {refusal}" if refusal else "")
         )
     shares = [profile.operations_up_to[node] / total for node in nodes]
     return [candidates[nodes[i]] for i in _evenly_spread(shares, count - 1)]
+
+
+def _comes_before_norm(network: nn.Module, node: fx.Node) -> bool:
+    """Return whether a value is that of a layer, and only a BatchNorm reads it: they belong together."""
+    is_layer = isinstance(_module_of(network, node), WEIGHTED)
+    return is_layer and all(isinstance(_module_of(network, user), NORMS) for user in node.users)
 
 
 def _block_paths(
@@ -209,11 +303,12 @@ def _block_paths(
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
-            if path in trace.leaves:
+            is_layer = path in trace.leaves and not list(child.children())
+            if is_layer:
                 continue
             if path in trace.outputs and any(isinstance(layer, WEIGHTED) for layer in child.modules()):
                 paths.append(path)
-            if isinstance(child, CONTAINERS) or operations_in(path) > limit:
+            if path not in trace.leaves and (isinstance(child, CONTAINERS) or operations_in(path) > limit):
                 visit(child, f"{path}.")
 
     visit(network, "")

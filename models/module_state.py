@@ -1,10 +1,12 @@
-"""Memory layout and running statistics of any module, changed in place."""
+"""Memory layout, running statistics and weights of any module, and copies without memory."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -31,3 +33,32 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
+
+
+def has_finite_weights(module: nn.Module) -> bool:
+    """Return whether all parameters and running statistics are finite numbers.
+
+    Other buffers may be infinite, as masks of attention are, but not NaN.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    checks = []
+    for name, x in module.state_dict().items():
+        is_learned = name in parameters or name.endswith(("running_mean", "running_var"))
+        checks.append((x.isfinite() if is_learned else ~x.isnan()).all())
+    return bool(torch.stack(checks).all())  # one synchronisation with a GPU instead of one per tensor
+
+
+def meta_copy(module: nn.Module) -> Any:
+    """Return a copy of a module on the meta device; no tensor is copied on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for part in module.modules():
+        for attribute in vars(part).values():
+            if isinstance(attribute, Tensor):
+                memo[id(attribute)] = torch.empty_like(attribute, device="meta", requires_grad=False)
+    return copy.deepcopy(module, memo)

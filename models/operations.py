@@ -11,7 +11,6 @@ Everything else is free: batch normalisation, as it can be folded into the convo
 want of a published rule, other normalisation, softmax and multiplication element by element.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .module_state import meta_copy
 from .network import ExitNetwork, Stepwise
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ def measure_cost(
     # are counted.
     with torch.inference_mode(False), torch.no_grad():
         # Shapes alone are needed: on the meta device nothing is computed.
-        network = copy.deepcopy(network).to("meta").eval()
+        network = meta_copy(network).eval()
         counter = _Counter(set(network.parameters()), {} if multiply_adds_only else SMALL_OPERATIONS)
         dtype = next(network.parameters()).dtype
         images = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=dtype)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .description import SPLIT_TENSORS, Description, Split
 from .files import find
+from .module_state import has_finite_weights
 from .network import ExitNetwork, build_network
 from .third_party import NeedsNetworkError
 
@@ -231,7 +232,7 @@ def _check(description: Description, network: ExitNetwork, split: Split) -> None
     network.check_image_size(data.image_size)
     if data.image_size > MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is {data.image_size}")
-    if not all(x.isfinite().all() for x in network.state_dict().values()):
+    if not has_finite_weights(network):
         raise ValueError("not all weights are finite numbers")
     if (
         len(split.held_out)

@@ -8,6 +8,7 @@ Only the constructors that the two libraries register are called. timm is option
 """
 
 import difflib
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,6 +131,11 @@ def construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Mod
     if library not in ("torchvision", "timm"):
         raise ValueError(f"the library is {library!a:.60}; allowed: torchvision, timm")
     split_name(f"{TIMM_PREFIX}{name}" if library == "timm" else name)
+    # Options come from files too: none may name another file, as checkpoint_path of create_model does.
+    create = _timm().create_model if library == "timm" else _torchvision().get_model
+    refused = [option for option in options if option in inspect.signature(create).parameters]
+    if refused:
+        raise ValueError(f"{refused[0]!a:.60} is not an option of the network {name}")
     try:
         with torch.device("cpu"):
             if library == "timm":

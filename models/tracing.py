@@ -13,8 +13,9 @@ Example:
     y = segment.evaluation(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
 """
 
-import copy
 import math
+import operator
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .module_state import meta_copy
+
 PREFIX = "network."  # the traced network is the attribute ``network`` of the root
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
@@ -32,7 +35,8 @@ PROBE_BATCH = 2
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
-LAYERS = (*WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+LAYERS = (*WEIGHTED, *NORMS)
 
 
 class TracedRoot(nn.Module):
@@ -57,6 +61,7 @@ class Trace:
         repeated: Paths of modules that were called more than once.
         leaves: Paths of the modules that were not traced into.
         owners: Path of the innermost module in which a node was made.
+        batch_sizes: Nodes that read the number of images from the images.
     """
 
     graph: fx.Graph
@@ -64,14 +69,20 @@ class Trace:
     repeated: set[str]
     leaves: set[str]
     owners: dict[fx.Node, str]
+    batch_sizes: set[fx.Node] = field(init=False)
     _positions: dict[fx.Node, int] = field(init=False)
     _last_uses: dict[fx.Node, int] = field(init=False)
+    _from_images: set[fx.Node] = field(init=False)
 
     def __post_init__(self):
+        self.batch_sizes = _batch_sizes(self.images)
         self._positions = {node: i for i, node in enumerate(self.graph.nodes)}
-        self._last_uses = {
-            node: max((self._positions[user] for user in node.users), default=-1) for node in self.graph.nodes
-        }
+        self._last_uses, self._from_images = {}, {self.images}
+        for node in self.graph.nodes:
+            users = [user for user in node.users if user not in self.batch_sizes]
+            self._last_uses[node] = max(map(self.position, users), default=-1)
+            if node not in self.batch_sizes and not self._from_images.isdisjoint(node.all_input_nodes):
+                self._from_images.add(node)
 
     @property
     def images(self) -> fx.Node:
@@ -82,13 +93,20 @@ class Trace:
         """Return the position of a node in the order of the graph."""
         return self._positions[node]
 
+    def is_from_images(self, node: fx.Node) -> bool:
+        """Return whether a value depends on the images.
+
+        All others, those of parameters and buffers and the number of images, every segment computes itself.
+        """
+        return node in self._from_images
+
     def crossing(self, node: fx.Node) -> list[fx.Node]:
-        """Return the values that are computed up to ``node`` and used after it; parameters do not count."""
+        """Return the values that depend on the images, are computed up to ``node`` and used after it."""
         cut = self._positions[node]
         return [
             other
             for other, position in self._positions.items()
-            if position <= cut and self._last_uses[other] > cut and other.op != "get_attr"
+            if position <= cut and self._last_uses[other] > cut and self.is_from_images(other)
         ]
 
     def name(self, node: fx.Node) -> str:
@@ -119,21 +137,34 @@ class Traces:
         return self.by_mode["evaluation"]
 
 
+def _batch_sizes(images: fx.Node) -> set[fx.Node]:
+    """Return the nodes that read the number of images, and those of shapes that are read for nothing else."""
+    sizes = {user for user in images.users if user.target == "size" and user.args[1:] == (0,)}
+    shapes = {user for user in images.users if user.target == "size" and not user.args[1:]}
+    shapes |= {user for user in images.users if user.target is getattr and user.args[1] == "shape"}
+    for shape in shapes:
+        sizes |= {user for user in shape.users if user.target is operator.getitem and user.args[1] == 0}
+    return sizes | {shape for shape in shapes if sizes.issuperset(shape.users)}
+
+
 def trace_both_modes(network: nn.Module) -> Traces:
-    """Trace a network in both modes; its modules keep their modes.
+    """Trace a network in both modes; its modules keep their modes and attributes.
 
     Raises:
         ValueError: ``torch.fx`` cannot trace it.
     """
+    name = type(network).__name__
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError(f"torch.fx cannot trace {name}: it is, or holds, a TorchScript module")
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        with _mode(network, mode == "training"):
+        with set_mode(network, mode == "training"), _same_attributes(network), _no_random_numbers(network):
             try:
                 by_mode[mode] = _Tracer().run(root)
             except Exception as error:  # any code of the network can fail on a proxy
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"torch.fx cannot trace {type(network).__name__}: {reason:.200}") from error
+                raise ValueError(f"torch.fx cannot trace {name}: {reason:.200}") from error
     constants = {
         name: value
         for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
@@ -144,6 +175,9 @@ def trace_both_modes(network: nn.Module) -> Traces:
 
 class _Tracer(fx.Tracer):
     """A tracer whose leaves are the modules of torch.nn, of torchvision.ops and of timm's own list."""
+
+    # Buffers are read when the network runs: loading weights and training change them.
+    proxy_buffer_attributes = True
 
     def __init__(self):
         modules, functions = _timm_leaves()
@@ -160,6 +194,7 @@ class _Tracer(fx.Tracer):
         self._repeated: set[str] = set()
         self._leaves: set[str] = set()
         self._owners: dict[fx.Node, str] = {}
+        self._with_gradients = torch.is_grad_enabled()
         graph = self.trace(root)
         return Trace(graph, self._outputs, self._repeated, self._leaves, self._owners)
 
@@ -187,6 +222,11 @@ class _Tracer(fx.Tracer):
         return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self._with_gradients:
+            raise ValueError(
+                "its forward method switches gradients off or on, and a trace does not record that; "
+                "use detach() or requires_grad_(False)"
+            )
         node = super().create_node(*args, **kwargs)
         if self._open:
             self._owners[node] = self._open[-1]
@@ -201,7 +241,8 @@ def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
 
 
 @contextmanager
-def _mode(network: nn.Module, training: bool) -> Iterator[None]:
+def set_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode of all modules; afterwards each has its own again."""
     flags = {module: module.training for module in network.modules()}
     network.train(training)
     try:
@@ -209,6 +250,48 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+@contextmanager
+def _same_attributes(network: nn.Module) -> Iterator[None]:
+    """Undo what tracing assigns to attributes: proxies.
+
+    Raises:
+        ValueError: It assigned a buffer, which a graph cannot do.
+    """
+    before = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
+    assigned = None
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers) in before.items():
+            for name, buffer in buffers.items():
+                assigned = name if module._buffers.get(name) is not buffer else assigned
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+    if assigned is not None:
+        raise ValueError(
+            f"{type(network).__name__} assigns the buffer {assigned!r} in its forward method, which a trace "
+            "does not record; change it in place, such as self.count.add_(1)"
+        )
+
+
+@contextmanager
+def _no_random_numbers(network: nn.Module) -> Iterator[None]:
+    """Check that tracing drew no random numbers, which would be the same in every pass.
+
+    Raises:
+        ValueError: It drew some.
+    """
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    yield
+    if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
+        raise ValueError(
+            f"{type(network).__name__} draws random numbers in its forward method, of no tensor's shape, and "
+            "a trace would fix them; use nn.Dropout, or a function such as torch.rand_like(x)"
+        )
 
 
 class Segment:
@@ -274,17 +357,21 @@ def with_cloned_input(segment: Segment) -> Segment:
 def _between(trace: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
     """Return the graph that computes ``last`` from ``first``."""
     graph = fx.Graph()
-    values = {first: graph.placeholder("x")}
+    x = graph.placeholder("x")
+    values = {first: x}
 
     def value(node: fx.Node) -> fx.Node:
-        # Parameters may have been read long before: every segment reads its own.
-        if node not in values and node.op == "get_attr":
-            values[node] = graph.node_copy(node)
+        # What depends on no image may have been computed long before: every segment computes its own.
+        if node not in values and node in trace.batch_sizes:
+            values[node] = graph.call_method("size", (x, 0))
+        elif node not in values and not trace.is_from_images(node):
+            values[node] = graph.node_copy(node, value)
         return values[node]
 
     begin, end = trace.position(first), trace.position(last)
     for node in trace.graph.nodes:
-        if begin < trace.position(node) <= end and node.op not in ("placeholder", "get_attr", "output"):
+        is_local = node.op in ("get_attr", "output") or node in trace.batch_sizes
+        if begin < trace.position(node) <= end and not is_local:
             values[node] = graph.node_copy(node, value)
     graph.output(value(last))
     return graph
@@ -340,12 +427,13 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
     Raises:
         ValueError: The network runs with none of the usual sizes.
     """
-    root = TracedRoot(meta_copy(network).eval())
+    # Without gradients: the counter hooks into them, and cannot where modules read views of parameters.
+    root = TracedRoot(meta_copy(network).eval().requires_grad_(False))
     for name, tensor in traces.constants.items():
         setattr(root, name, tensor.to("meta"))
     profiles, reason = {}, ""
     for size in dict.fromkeys((*([] if image_size is None else [image_size]), *PROBE_SIZES)):
-        images = torch.zeros(PROBE_BATCH, 3, size, size, device="meta")
+        images = probe_images(root, size)
         counter = FlopCounterMode(display=False)
         profiler = _Profiler(root, traces.evaluation.graph, counter)
         try:
@@ -365,13 +453,7 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
     return profiles
 
 
-def meta_copy(module: nn.Module) -> Any:
-    """Return a copy of a module on the meta device; no tensor is copied on the way."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)
+def probe_images(network: nn.Module, size: int) -> Tensor:
+    """Return images of zeros (PROBE_BATCH, 3, size, size), of the dtype and on the device of a network."""
+    weights = next(x for x in network.parameters() if x.is_floating_point())
+    return torch.zeros(PROBE_BATCH, 3, size, size, device=weights.device, dtype=weights.dtype)

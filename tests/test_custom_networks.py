@@ -1,0 +1,263 @@
+"""Networks of users: what tracing keeps of a forward method, and what is refused in one line."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adaptive_inference import find_policies, fold, load_predictor, write_policy
+from engine.checkpoint import save_network
+from models import Backbone, count_operations, load
+from models.description import Split
+from models.third_party import construct
+from tests.conftest import describe
+
+
+class Plain(nn.Module):
+    """Two blocks and a linear layer; subclasses add something between the blocks or at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.linear = nn.Linear(12, 10)
+
+    def between(self, x):
+        return x
+
+    def end(self, x):
+        return self.linear(x.mean((2, 3)))
+
+    def forward(self, images):
+        return self.end(self.second(self.between(self.first(images))))
+
+
+class FrozenNorm(Plain):
+    """Statistics in buffers, from which the forward method computes scale and shift."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+
+    def between(self, x):
+        scale = (self.variance + 1e-5).rsqrt()
+        return (x - self.mean.reshape(1, -1, 1, 1)) * scale.reshape(1, -1, 1, 1)
+
+
+class HandWrittenNorm(Plain):
+    """A running mean that training updates in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def between(self, x):
+        mean = x.mean((0, 2, 3)) if self.training else self.mean
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * mean.detach())
+        return x - mean.reshape(1, -1, 1, 1)
+
+
+class SharedBias(Plain):
+    """What both blocks use is computed once from a parameter, and the batch size is read at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1))
+
+    def forward(self, images):
+        bias, batch_size = self.bias.exp(), images.shape[0]
+        x = self.second(self.first(images) + bias) + bias
+        return self.linear(x.mean((2, 3)).view(batch_size, -1))
+
+
+class PlainTensor(Plain):
+    """A tensor that is neither a parameter nor a buffer, and a call by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.rand(1, 8, 1, 1)
+
+    def between(self, x):
+        return x + self.shift
+
+    def end(self, x):
+        return self.linear(input=x.mean((2, 3)))
+
+
+class LearnedQuery(Plain):
+    """A linear layer that reads an expanded parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.gate = nn.Parameter(torch.randn(1, 8)), nn.Linear(8, 8)
+
+    def between(self, x):
+        gate = self.gate(self.query.expand(1, -1))
+        return x * gate.sigmoid().reshape(1, -1, 1, 1)
+
+
+class Mask(Plain):
+    """A mask with infinities in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+    def between(self, x):
+        return x * self.mask.softmax(-1).sum()
+
+
+class WeightUsedTwice(Plain):
+    """The weight of a convolution is also used directly."""
+
+    def between(self, x):
+        return F.conv_transpose2d(x, self.first[0].weight, stride=2, padding=1, output_padding=1).repeat(
+            1, 3, 1, 1
+        )[:, :8]
+
+
+class SwitchesGradients(Plain):
+    def between(self, x):
+        with torch.no_grad():
+            return x * 2
+
+
+class DrawsNumbers(Plain):
+    def between(self, x):
+        return x + torch.randn(8, 1, 1) if self.training else x
+
+
+class AssignsBuffer(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def between(self, x):
+        self.count = self.count + 1
+        return x
+
+
+class CountsInPython(Plain):
+    """The result depends on how often it ran: a trace knows one of the passes."""
+
+    passes = 0
+
+    def between(self, x):
+        self.passes += 1
+        return x * self.passes
+
+
+class EndsInTokens(Plain):
+    def __init__(self):
+        super().__init__()
+        self.flatten = nn.Flatten()
+
+    def end(self, x):
+        return self.flatten(self.linear(x.mean((2, 3))[:, None]))
+
+
+class TwoEnds(Plain):
+    def __init__(self):
+        super().__init__()
+        self.auxiliary = nn.Linear(12, 10)
+
+    def end(self, x):
+        x = x.mean((2, 3))
+        return self.auxiliary(x) if self.training else self.linear(x)
+
+
+KEPT = [Plain, FrozenNorm, HandWrittenNorm, SharedBias, PlainTensor, LearnedQuery, Mask, WeightUsedTwice]
+
+
+def make(kind, seed=0):
+    """Return a network whose statistics and buffers are not those it was made with."""
+    torch.manual_seed(seed)
+    network = kind()
+    with torch.no_grad():
+        for x in (x for x in network.buffers() if x.is_floating_point() and x.isfinite().all()):
+            x.add_(torch.rand_like(x))
+    return network
+
+
+def save(network, path):
+    save_network(path, network, describe(network), Split.unknown())
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_outputs_statistics_folding_and_files(kind, tmp_path):
+    uncut, images = make(kind), torch.rand(4, 3, 32, 32)
+    network = Backbone(make(kind), ["first"])
+    for training in (True, False):
+        expected = uncut.train(training)(images)
+        assert torch.equal(network.train(training)(images)[-1], expected)
+    assert all(torch.equal(a, b) for a, b in zip(uncut.buffers(), network.network.buffers(), strict=True))
+
+    torch.testing.assert_close(fold(network)(images)[-1], expected)
+    save(network, tmp_path / "network.safetensors")
+    loaded = load(tmp_path / "network.safetensors", network=make(kind, seed=1))
+    if kind is not PlainTensor:  # that tensor is in no file
+        assert torch.equal(loaded(images)[-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (SwitchesGradients, "switches gradients off or on"),
+        (DrawsNumbers, "draws random numbers"),
+        (AssignsBuffer, "assigns the buffer 'count'"),
+        (CountsInPython, "gives other .* in training mode"),
+        (EndsInTokens, r"ends in linear, whose output is \(2, 1, 10\)"),
+        (TwoEnds, "other linear layers in training: auxiliary and linear"),
+    ],
+)
+def test_what_a_trace_would_lose_is_refused_and_changes_nothing(kind, message):
+    network = make(kind)
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        Backbone(network, ["first"])
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_in_other_dtypes(dtype):
+    network = Backbone(make(Plain).to(dtype), 2)
+    assert {z.dtype for z in network(torch.rand(2, 3, 32, 32, dtype=dtype))} == {dtype}
+    network.check_image_size(48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exits": "first"}, "exits is 'first'; give a list"),
+        ({"exits": ["unused"]}, "does not run it"),
+        ({"exits": ["first"], "layout": "NLC"}, "does not fit the output of 'first'"),
+        ({"exits": ["first"], "num_classes": 0}, "num_classes is 0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    network = make(Plain)
+    network.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message):
+        Backbone(network, **options)
+
+
+def test_a_predictor_of_a_custom_network(tmp_path):
+    network = Backbone(make(Plain), ["first"]).eval()
+    save(network, tmp_path / "network.safetensors")
+    images = torch.rand(60, 3, 32, 32)
+    with torch.no_grad():
+        logits = torch.stack(network(images))
+    curve = find_policies(network, count_operations(network, 32), logits, logits[-1].argmax(1))
+    write_policy(tmp_path / "network.policy.json", curve)
+    predictor = load_predictor(tmp_path / "network.safetensors", network=make(Plain, seed=1))
+    assert set(predictor(images).exits.tolist()) <= {0, 1}
+    with pytest.raises(ValueError, match="pass it: load"):
+        load_predictor(tmp_path / "network.safetensors")
+
+
+def test_files_cannot_name_other_files():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="'checkpoint_path' is not an option"):
+        construct("timm", "resnet18", {"checkpoint_path": "elsewhere.pth"})
