@@ -7,6 +7,7 @@ from engine.checkpoint import LoadedNetwork
 from image_data.defaults import default_crop_share
 from models import ExitNetwork, build_backbone
 from models.description import DataInfo, ImageSpec
+from models.module_state import load_tensors
 from models.third_party import image_spec_of_weights
 from utils import UserError
 
@@ -74,5 +75,5 @@ def stage_1_network_from(origin: LoadedNetwork, data: DataInfo) -> ExitNetwork:
     network = stage_1.for_classes(num_classes, same_classes)
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}
     weights = {name: x for name, x in stage_1.state_dict().items() if name not in left_out}
-    network.load_state_dict({**network.state_dict(), **weights})
+    load_tensors(network, {**network.state_dict(), **weights})
     return network

@@ -24,9 +24,17 @@ from torch.utils.checkpoint import checkpoint
 from .backbone_exits import check_exit_options, make_exit
 from .cutting import Cuts, check_segments, find_cuts
 from .layers import add_boost
-from .module_state import frozen_statistics, meta_copy
+from .module_state import frozen_statistics, has_finite_weights, load_tensors, meta_copy
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
-from .third_party import Constructor, NeedsNetworkError, check_backbone, construct, split_name, weights_of
+from .third_party import (
+    Constructor,
+    NeedsNetworkError,
+    check_backbone,
+    construct,
+    options_of_weights,
+    split_name,
+    weights_of,
+)
 from .tracing import (
     PREFIX,
     PROBE_BATCH,
@@ -289,7 +297,7 @@ class Backbone(ExitNetwork):
         If not, it counts as new, and is trained even where the rest is frozen.
 
         Raises:
-            ValueError: The weights are those of another network.
+            ValueError: The weights are those of another network, or not finite.
         """
         expected = self.network.state_dict()
         classifier = {name for name in expected if name.startswith(f"{self._classifier}.")}
@@ -311,7 +319,9 @@ class Backbone(ExitNetwork):
                 f"{source}: these weights are not those of {self.config['name']}: {difference}"
                 + (f", and {more} more" if more else "")
             )
-        self.network.load_state_dict(weights, strict=False)
+        load_tensors(self.network, weights, strict=False)
+        if not has_finite_weights(self.network):
+            raise ValueError(f"{source}: not all weights are finite numbers")
         self.has_new_classifier = self.config["has_new_classifier"] = not fits
         if self.frozen:  # which parameters that means has changed with the classifier
             self.freeze_pretrained()
@@ -458,8 +468,9 @@ def build_backbone(
         ValueError: An unknown name, a network that cannot be cut, or weights of another network.
         OSError: The weights cannot be read or downloaded.
     """
-    constructor = Constructor(*split_name(arch), dict(options or {}))
     check_backbone(arch, pretrained)
+    options = {**options_of_weights(arch, pretrained), **(options or {})}
+    constructor = Constructor(*split_name(arch), options)
     backbone = Backbone(
         construct(*constructor),
         exits,

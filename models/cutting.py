@@ -8,6 +8,7 @@ Example:
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,7 +77,9 @@ def find_cuts(
     Raises:
         ValueError: The network has no last linear layer, or cannot be cut there; one line says which.
     """
-    classifier, ends = _last_linear(network, traces, next(iter(profiles.values())))
+    image_size, first_profile = next(iter(profiles.items()))
+    _check_not_tiny(network, traces.evaluation, first_profile, image_size)
+    classifier, ends = _last_linear(network, traces, first_profile)
     if isinstance(exits, str):
         raise ValueError(f"exits is {exits!r}; give a list of modules, or a number of exits")
     if isinstance(exits, int):
@@ -84,7 +87,6 @@ def find_cuts(
     else:
         paths = _checked_paths(network, traces, list(exits), ends)
     layouts = _layouts(traces, profiles, paths, layout)
-    first_profile = next(iter(profiles.values()))
     shapes = [first_profile.shapes[traces.evaluation.outputs[path]] for path in paths]
     for path, shape, given in zip(paths, shapes, layouts, strict=True):
         if len(shape) != len(given):
@@ -92,6 +94,20 @@ def find_cuts(
                 f"layout {given!r} does not fit the output of {path!r}, which has the shape {shape}"
             )
     return Cuts(classifier, paths, shapes, layouts, _segments(traces, paths, ends))
+
+
+def _check_not_tiny(network: nn.Module, trace: Trace, profile: GraphProfile, image_size: int) -> None:
+    """Raise ValueError if the network's first block makes one pixel of images of this size."""
+    shapes = {
+        path: profile.shapes.get(trace.outputs[path], ()) for path in _block_paths(network, trace, {}, 0)
+    }
+    maps = [path for path, shape in shapes.items() if len(shape) == 4]
+    first = min(maps, key=lambda path: trace.position(trace.outputs[path]), default=None)
+    if first is not None and math.prod(shapes[first][1:]) == max(shapes[first][1:]):
+        raise ValueError(
+            f"images of {image_size} pixels are too small: {first}, the first block of "
+            f"{type(network).__name__}, makes one pixel of them"
+        )
 
 
 def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: int) -> None:
@@ -219,7 +235,7 @@ def _checked_paths(
     known = {name for name, _ in network.named_modules() if name}
     for path in paths:
         if path not in known:
-            raise ValueError(_unknown_exit(network, traces, path))
+            raise ValueError(_unknown_exit(network, traces, path, ends))
         reason = _refusal(traces, path, ends)
         if reason:
             raise ValueError(f"no exit can be at {path!r}: {reason}")
@@ -235,10 +251,10 @@ def _checked_paths(
     return paths
 
 
-def _unknown_exit(network: nn.Module, traces: Traces, path: str) -> str:
-    trace = traces.evaluation
-    allowed = [block for block in _block_paths(network, trace, {}, 0) if _refusal(traces, block) is None]
-    near = difflib.get_close_matches(path, list(trace.outputs), 3) or allowed
+def _unknown_exit(network: nn.Module, traces: Traces, path: str, ends: dict[str, fx.Node]) -> str:
+    blocks = _block_paths(network, traces.evaluation, {}, 0)
+    places = [name for name in traces.evaluation.outputs if _refusal(traces, name, ends) is None]
+    near = difflib.get_close_matches(path, places, 3) or [block for block in blocks if block in places]
     listed = ", ".join(near[:20]) + (", ..." if len(near) > 20 else "")
     return f"there is no module {path!r} in {type(network).__name__}; exits can be at: {listed}"
 

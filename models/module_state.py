@@ -1,7 +1,8 @@
 """Memory layout, running statistics and weights of any module, and copies without memory."""
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +34,16 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], **options: bool) -> None:
+    """Call ``load_state_dict`` with tensors of the module's present version.
+
+    Files have no versions, and modules such as torchvision's MNASNet refuse tensors without.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = module.state_dict()._metadata
+    module.load_state_dict(state, **options)
 
 
 def has_finite_weights(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from .description import SPLIT_TENSORS, Description, Split
 from .files import find
-from .module_state import has_finite_weights
+from .module_state import has_finite_weights, load_tensors
 from .network import ExitNetwork, build_network
 from .third_party import NeedsNetworkError
 
@@ -208,7 +208,8 @@ def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:
         if ours != theirs:
             raise ValueError(f"it holds another network: {name} is {theirs} there, {ours} here")
     assign = next(network.parameters()).is_meta
-    network.load_state_dict({name: x.to(expected[name].dtype) for name, x in tensors.items()}, assign=assign)
+    tensors = {name: x.to(expected[name].dtype) for name, x in tensors.items()}
+    load_tensors(network, tensors, assign=assign)
 
 
 def _header_end(content: bytes) -> int:

@@ -91,6 +91,15 @@ def image_spec_of_weights(arch: str, pretrained: str | os.PathLike | None = None
     )
 
 
+def options_of_weights(arch: str, pretrained: str | os.PathLike | None) -> dict[str, Any]:
+    """Return the options of a constructor that torchvision's weights need: the image size of a ViT."""
+    library, name = split_name(arch)
+    weights = None
+    if library == "torchvision" and name.startswith("vit_"):
+        weights = _torchvision().get_model_weights(name).__members__.get(str(pretrained))
+    return {} if weights is None else {"image_size": weights.meta["min_size"][0]}
+
+
 def _timm_image_spec(name: str) -> ImageSpec:
     defaults = _timm().get_pretrained_cfg(name)
     if defaults is None:
@@ -116,7 +125,8 @@ def split_name(arch: str) -> tuple[str, str]:
     else:
         library, name = "torchvision", arch
         known = _torchvision().list_models(module=_torchvision())
-    if name not in known:
+    is_tagged = library == "timm" and name in _timm().list_models(pretrained=True)  # resnet18.a1_in1k
+    if name not in known and not is_tagged:
         prefix = TIMM_PREFIX if library == "timm" else ""
         near = [f"{prefix}{other}" for other in difflib.get_close_matches(name, known, 3)]
         if not near and library == "torchvision":
@@ -141,7 +151,7 @@ def construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Mod
             if library == "timm":
                 return _timm().create_model(name, pretrained=False, **options)
             return _torchvision().get_model(name, weights=None, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # what a constructor raises depends on the option
         raise ValueError(
             f"{library} cannot build {name} with the options {options}: {error!s:.150}"
         ) from None
@@ -170,8 +180,12 @@ def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[
         if constructor.library == "timm":
             network = _timm().create_model(constructor.name, pretrained=True, **constructor.options)
             return network.state_dict()
+        # Not the weights alone: some constructors rename tensors that have the names of older networks.
         weights = _torchvision().get_model_weights(constructor.name)[str(pretrained)]
-        return weights.get_state_dict(progress=False, check_hash=True)
+        network = _torchvision().get_model(
+            constructor.name, weights=weights, progress=False, **constructor.options
+        )
+        return network.state_dict()
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"the weights {pretrained} of {constructor.name} cannot be downloaded: "
@@ -199,7 +213,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for name in STATE_DICTS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict of a network")
     weights = {}
     for name, x in content.items():

@@ -59,6 +59,8 @@ def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str
         return "--nesterov needs a --momentum above 0; some presets set --nesterov"
     if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
         return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
+    if "pretrained_lr_factor" in typed and settings.get("freeze") == "backbone":
+        return f"{flag_of('pretrained_lr_factor')} has no effect with --freeze backbone"
     return None
 
 

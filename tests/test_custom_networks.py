@@ -1,4 +1,4 @@
-"""Networks of users: what tracing keeps of a forward method, and what is refused in one line."""
+"""Networks and weights of users: what is kept, and what is refused in one line."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import save_network
-from models import Backbone, count_operations, load
+from models import Backbone, build_backbone, count_operations, load
+from models.backbone_exits import MapExit
 from models.description import Split
-from models.third_party import construct
+from models.third_party import construct, options_of_weights, split_name
 from tests.conftest import describe
 
 
@@ -181,8 +182,8 @@ def make(kind, seed=0):
     return network
 
 
-def save(network, path):
-    save_network(path, network, describe(network), Split.unknown())
+def save(network, path, image_size=32):
+    save_network(path, network, describe(network, image_size), Split.unknown())
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -261,3 +262,49 @@ def test_files_cannot_name_other_files():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="'checkpoint_path' is not an option"):
         construct("timm", "resnet18", {"checkpoint_path": "elsewhere.pth"})
+
+
+@pytest.mark.parametrize(("name", "size"), [("mobilenet_v3_small", 2), ("resnet18", 4)])
+def test_images_of_which_the_first_block_makes_one_pixel_are_refused(name, size):
+    with pytest.raises(ValueError, match=f"images of {size} pixels are too small"):
+        build_backbone(name, 3, 5, image_size=size)
+
+
+def test_gradients_of_exits_on_one_pixel_in_bfloat16():
+    exit_module = MapExit(96, 10, channels_last=False, width=128, size=None)
+    x = torch.randn(64, 96, 1, 1).contiguous(memory_format=torch.channels_last)
+    for _ in range(5):  # undefined values are not always wrong ones
+        garbage = torch.full((200_000,), float("nan"))
+        del garbage
+        with torch.autocast("cpu", torch.bfloat16):
+            exit_module.features(x).square().sum().backward()
+    gradient = exit_module.convolution[0].weight.grad.clone()
+    assert gradient.isfinite().all()
+    gradient[:, :, 1, 1] = 0
+    assert not gradient.any()  # the border of the kernel meets zeros alone
+
+
+def test_weights_of_networks_that_look_at_versions(tmp_path):
+    network = build_backbone("mnasnet0_5", 2, 10, image_size=64)
+    save(network, tmp_path / "network.safetensors", 64)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(load(tmp_path / "network.safetensors")(images)[-1], network.eval()(images)[-1])
+    again = build_backbone("mnasnet0_5", 2, 10, image_size=64)
+    again.load_pretrained(dict(network.network.state_dict()))
+    assert torch.equal(again.network.eval()(images), network.network(images))
+
+
+def test_pretrained_weights_that_are_not_finite():
+    weights = make(Plain).state_dict()
+    weights["linear.bias"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"w\.pth: not all weights are finite"):
+        Backbone(make(Plain), ["first"]).load_pretrained(weights, "w.pth")
+
+
+def test_tags_of_timm_and_the_image_size_of_weights():
+    assert options_of_weights("vit_h_14", "DEFAULT") == {"image_size": 518}
+    assert options_of_weights("resnet18", "DEFAULT") == {}
+    pytest.importorskip("timm")
+    assert split_name("timm/resnet18.a1_in1k") == ("timm", "resnet18.a1_in1k")
+    with pytest.raises(ValueError, match="no classification network"):
+        split_name("timm/resnet18.a9")
