@@ -98,9 +98,8 @@ def find_cuts(
 
 def _check_not_tiny(network: nn.Module, trace: Trace, profile: GraphProfile, image_size: int) -> None:
     """Raise ValueError if the network's first block makes one pixel of images of this size."""
-    shapes = {
-        path: profile.shapes.get(trace.outputs[path], ()) for path in _block_paths(network, trace, {}, 0)
-    }
+    blocks = _block_paths(network, trace, {}, 0)
+    shapes = {path: profile.shapes.get(trace.outputs[path], ()) for path in blocks}
     maps = [path for path, shape in shapes.items() if len(shape) == 4]
     first = min(maps, key=lambda path: trace.position(trace.outputs[path]), default=None)
     if first is not None and math.prod(shapes[first][1:]) == max(shapes[first][1:]):

@@ -387,6 +387,7 @@ def test_bad_options_of_exits_are_refused_in_one_line(option, value):
     ("make", "exits", "message"),
     [
         (small_resnet, ["layer7"], "no module 'layer7' in ResNet; exits can be at: layer"),
+        (small_resnet, ["layer2.0.bn3"], r"exits can be at: layer\d"),
         (small_resnet, ["layer1.0.conv1"], "2 values cross a cut there .layer1.0.conv1, maxpool."),
         (small_resnet, ["layer2", "layer1"], "in the network's order: layer1, layer2"),
         (small_resnet, ["layer1", "layer1.0"], "'layer1' and 'layer1.0' are the same place"),

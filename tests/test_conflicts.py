@@ -16,6 +16,20 @@ from utils import UserError
         ("GE", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum belongs to --optimizer sgd"),
         ("GE", ["--no-GE", "--ge-scales", "all"], "--ge-scales belongs to --gradient-equilibrium"),
         ("GE", ["--arch", "resnet18", "--pretrained-lr-factor", "0"], "needs --pretrained"),
+        (
+            "GE",
+            [
+                *("--arch", "resnet18", "--pretrained", "DEFAULT", "--freeze", "backbone"),
+                "--pretrained-lr-factor",
+                "0.5",
+            ],
+            "--pretrained-lr-factor has no effect with --freeze backbone",
+        ),
+        (
+            "GE",
+            ["--arch", "resnet18", "--released"],
+            "--released is for --arch msdnet, not for --arch resnet18",
+        ),
         ("GE", ["--preset", "cifar100-boosted", "--momentum", "0"], "--nesterov needs a --momentum above 0"),
         ("GE", ["--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5 must lie below --epochs 5"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),

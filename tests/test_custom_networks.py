@@ -6,12 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
-from engine.checkpoint import save_network
+from engine.checkpoint import report_damage, save_network
 from models import Backbone, build_backbone, count_operations, load
 from models.backbone_exits import MapExit
 from models.description import Split
-from models.third_party import construct, options_of_weights, split_name
+from models.third_party import NeedsNetworkError, construct, options_of_weights, split_name
 from tests.conftest import describe
+from utils import UserError
 
 
 class Plain(nn.Module):
@@ -308,3 +309,9 @@ def test_tags_of_timm_and_the_image_size_of_weights():
     assert split_name("timm/resnet18.a1_in1k") == ("timm", "resnet18.a1_in1k")
     with pytest.raises(ValueError, match="no classification network"):
         split_name("timm/resnet18.a9")
+
+
+def test_a_missing_library_is_no_damage(tmp_path):
+    message = r"last.pt: networks of timm need the package timm$"
+    with pytest.raises(UserError, match=message), report_damage(tmp_path / "last.pt"):
+        raise NeedsNetworkError("networks of timm need the package timm")
