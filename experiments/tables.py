@@ -242,7 +242,7 @@ def summary() -> str:
         f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
         f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. Beyond the paper, they gain {gain('GE', COMBINED)} on GE; of all "
+        f"previous exit to their own. They gain {gain('GE', COMBINED)} on GE; of all "
         f"networks of {epochs_of(boosted_schedule)} they are the best at {boosted}.",
         f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
         f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA.",
