@@ -37,7 +37,7 @@ from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.session import Session, git_commit, recorded_in_run_json, to_plain_types
 from engine.stage import Stage
 from engine.trainer import Trainer, train
-from models import Backbone, Description, ExitNetwork, count_operations
+from models import Description, ExitNetwork, count_operations
 from models.description import DataInfo
 from models.network import to_config
 from models.saved import load_weights
@@ -325,7 +325,8 @@ def _log_setup(network: ExitNetwork, data: Data, operations: list[int], session:
     size, classes = data.info.image_size, len(data.info.class_names)
     log.line(f"{data.info.name}: {counts} images; {classes} classes, {size} x {size} pixels")
     log.line(f"{network.title}: {network.num_exits} exits at {millions(*operations)} operations")
-    if isinstance(network, Backbone) and settings.pretrained is not None and not network.has_new_classifier:
+    pretrained = {id(p) for p in network.pretrained_parameters()} if settings.pretrained else set()
+    if any(id(p) in pretrained for _, p in network.classifier_parameters()):
         log.line(f"the last linear layer comes with the weights too, as it has {classes} outputs")
     log.line(
         f"{total:,} parameters, {trained:,} of them trainable; "

@@ -79,6 +79,8 @@ def _accuracies(run: Path) -> list[float]:
     exits = read_csv(run / "anytime.csv")
     by_exit = [row["acc1"] for row in exits]
     best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
+    if best is None:
+        raise UserError(f"{run} has no policy within half of the operations")
     return [*by_exit, statistics.mean(by_exit), best["test_acc1"]]
 
 

@@ -108,7 +108,7 @@ class Backbone(ExitNetwork):
         constructor = constructor or Constructor(None, type(network).__name__, {})
         is_custom = constructor.library is None
         if is_custom and not any(x.is_meta for x in network.parameters()):
-            check_segments(network, traces, cuts, min(profiles))
+            check_segments(network, traces, cuts, next(iter(profiles)))
         self.network = network
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)

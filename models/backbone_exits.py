@@ -38,9 +38,9 @@ class MapExit(nn.Module):
         window = 1 if self.size is None else min(x.shape[-2:]) // self.size
         if window > 1:
             x = F.avg_pool2d(x, window)
-        # A border of zeros, as the convolution has one anyway: oneDNN leaves gradients in bfloat16 undefined
-        # for the weights that only ever meet the border of a map of one pixel.
-        x = F.pad(x, (0, int(x.shape[-1] == 1), 0, int(x.shape[-2] == 1)))
+        if 1 in x.shape[-2:]:
+            # In bfloat16, oneDNN leaves the gradients of weights that meet nothing but padding undefined.
+            x = F.pad(x, (0, int(x.shape[-1] == 1), 0, int(x.shape[-2] == 1)))
         return self.pool(self.convolution(x)).flatten(1)
 
 

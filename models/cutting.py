@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .module_state import Snapshot
 from .tracing import (
     CONTAINERS,
     LAYERS,
@@ -77,8 +78,8 @@ def find_cuts(
     Raises:
         ValueError: The network has no last linear layer, or cannot be cut there; one line says which.
     """
-    image_size, first_profile = next(iter(profiles.items()))
-    _check_not_tiny(network, traces.evaluation, first_profile, image_size)
+    first_profile = next(iter(profiles.values()))
+    _check_not_tiny(network, traces.evaluation, profiles)
     classifier, ends = _last_linear(network, traces, first_profile)
     if isinstance(exits, str):
         raise ValueError(f"exits is {exits!r}; give a list of modules, or a number of exits")
@@ -89,33 +90,43 @@ def find_cuts(
     layouts = _layouts(traces, profiles, paths, layout)
     shapes = [first_profile.shapes[traces.evaluation.outputs[path]] for path in paths]
     for path, shape, given in zip(paths, shapes, layouts, strict=True):
-        if len(shape) != len(given):
+        if len(shape) != len(given) or shape[0] != PROBE_BATCH:
             raise ValueError(
                 f"layout {given!r} does not fit the output of {path!r}, which has the shape {shape}"
             )
     return Cuts(classifier, paths, shapes, layouts, _segments(traces, paths, ends))
 
 
-def _check_not_tiny(network: nn.Module, trace: Trace, profile: GraphProfile, image_size: int) -> None:
-    """Raise ValueError if the network's first block makes one pixel of images of this size."""
-    blocks = _block_paths(network, trace, {}, 0)
-    shapes = {path: profile.shapes.get(trace.outputs[path], ()) for path in blocks}
-    maps = [path for path, shape in shapes.items() if len(shape) == 4]
-    first = min(maps, key=lambda path: trace.position(trace.outputs[path]), default=None)
-    if first is not None and math.prod(shapes[first][1:]) == max(shapes[first][1:]):
+def _check_not_tiny(network: nn.Module, trace: Trace, profiles: dict[int, GraphProfile]) -> None:
+    """Raise ValueError if the network's first block makes one pixel of images, but not of larger ones."""
+    (size, profile), *others = profiles.items()
+    blocks = {trace.outputs[path]: path for path in _block_paths(network, trace, {}, 0)}
+    first = next((node for node in trace.graph.nodes if node in blocks and _is_map(profile, node)), None)
+    if first is None or not _is_one_pixel(profile, first):
+        return
+    if any(larger > size and not _is_one_pixel(other, first) for larger, other in others):
         raise ValueError(
-            f"images of {image_size} pixels are too small: {first}, the first block of "
+            f"images of {size} pixels are too small: {blocks[first]}, the first block of "
             f"{type(network).__name__}, makes one pixel of them"
         )
+
+
+def _is_map(profile: GraphProfile, node: fx.Node) -> bool:
+    return len(profile.shapes.get(node, ())) == 4
+
+
+def _is_one_pixel(profile: GraphProfile, node: fx.Node) -> bool:
+    shape = profile.shapes[node]
+    return math.prod(shape[1:]) == max(shape[1:])
 
 
 def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: int) -> None:
     """Check on random images that the segments compute what the network does, in both modes.
 
-    A trace misses what a forward method does beside tensors. The network keeps its buffers.
+    A trace records operations on tensors; what a forward method does beside them is lost.
 
     Args:
-        network: The network that was traced, not on the meta device.
+        network: The network that was traced, not on the meta device. It is left as it is.
         traces: Its graphs.
         cuts: Its segments.
         image_size: A size of images that it takes.
@@ -126,7 +137,6 @@ def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: i
     root = TracedRoot(network)
     for name, tensor in traces.constants.items():
         setattr(root, name, tensor)
-    images = torch.rand_like(probe_images(network, image_size))
     linear = network.get_submodule(cuts.classifier)
 
     def run_segments(x: Tensor, training: bool) -> Tensor:
@@ -137,8 +147,8 @@ def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: i
     for mode in MODES:
         training = mode == "training"
         with set_mode(network, training):
-            expected = _outputs_and_buffers(network, network, images)
-            found = _outputs_and_buffers(network, partial(run_segments, training=training), images)
+            expected = _outputs_and_buffers(network, network, image_size)
+            found = _outputs_and_buffers(network, partial(run_segments, training=training), image_size)
         for name, value in expected.items():
             if not torch.allclose(found[name].double(), value.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
                 what = "outputs" if name == "" else f"values of the buffer {name!r}"
@@ -150,19 +160,28 @@ def check_segments(network: nn.Module, traces: Traces, cuts: Cuts, image_size: i
 
 @torch.no_grad()
 def _outputs_and_buffers(
-    network: nn.Module, function: Callable[[Tensor], Tensor], images: Tensor
+    network: nn.Module, function: Callable[[Tensor], Tensor], image_size: int
 ) -> dict[str, Tensor]:
-    """Return what ``function`` computes, as "", and the network's buffers after it, which it gets back."""
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    devices = [images.device] if images.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # for dropout
-            outputs = function(images.clone()).flatten(1)
-        return {"": outputs, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
-    finally:
-        for name, buffer in network.named_buffers():
-            buffer.copy_(before[name])
+    """Return what ``function`` computes, as "", and the network's buffers after it; then restore all state.
+
+    Raises:
+        ValueError: It does not run.
+    """
+    images, before = probe_images(network, image_size), Snapshot(network)
+    # Not seeded: that would change generators of other devices. Both calls begin with the same state.
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        try:
+            outputs = function(torch.rand_like(images)).flatten(1)
+            return {"": outputs, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
+        except Exception as error:  # a network can raise any exception
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            mode = "training" if network.training else "evaluation"
+            raise ValueError(
+                f"{type(network).__name__} does not run in {mode} mode on images of {image_size} pixels: "
+                f"{reason:.150}"
+            ) from error
+        finally:
+            before.restore()
 
 
 def _last_linear(network: nn.Module, traces: Traces, profile: GraphProfile) -> tuple[str, dict[str, fx.Node]]:
@@ -276,8 +295,9 @@ def _even_paths(
         node = trace.outputs[path]
         reason = _refusal(traces, path)
         if reason and not refusal:
-            refusal = f"; none can be at {path!r}: {reason}"
-        is_readable = len(profile.shapes.get(node, ())) in (3, 4)
+            refusal = f"none can be at {path!r}: {reason}"
+        shape = profile.shapes.get(node, ())
+        is_readable = len(shape) in (3, 4) and shape[0] == PROBE_BATCH
         if reason is None and is_readable and not _comes_before_norm(network, node):
             candidates.setdefault(node, path)
     # An exit that comes with the last operations saves nothing.
@@ -294,8 +314,8 @@ def _even_paths(
 
 
 def _comes_before_norm(network: nn.Module, node: fx.Node) -> bool:
-    """Return whether a value is that of a layer, and only a BatchNorm reads it: they belong together."""
-    is_layer = isinstance(_module_of(network, node), WEIGHTED)
+    """Return whether only normalisation layers read the output of this layer: they belong together."""
+    is_layer = isinstance(_module_of(network, node), WEIGHTED) and bool(node.users)
     return is_layer and all(isinstance(_module_of(network, user), NORMS) for user in node.users)
 
 

@@ -36,6 +36,58 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
 
 
+class Snapshot:
+    """The attributes of a network's modules, and the values of the tensors among them.
+
+    Example:
+        before = Snapshot(network)
+        network(images)
+        before.restore()  # buffers, and what the forward method assigned
+
+    Parameters are left out.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        self._attributes = {m: (dict(vars(m)), dict(m._buffers)) for m in network.modules()}
+        self._values = {name: (x, x.clone(), x._version) for name, x in self._tensors()}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for path, module in self._network.named_modules():
+            for name, value in (*module._buffers.items(), *vars(module).items()):
+                # Tensors made in inference mode have no versions.
+                if isinstance(value, Tensor) and not value.is_inference():
+                    yield f"{path}.{name}".removeprefix("."), value
+
+    def first_change(self) -> str | None:
+        """Return the name of an attribute that was assigned or changed in place, None if there is none.
+
+        Attributes that were None, such as a cache, or that are neither numbers, texts nor tensors do not
+        count.
+        """
+        for path, module in self._network.named_modules():
+            attributes, buffers = self._attributes.get(module, ({}, {}))
+            own = [name for name, x in buffers.items() if module._buffers.get(name) is not x]
+            for name, value in vars(module).items():
+                old = attributes.get(name, getattr(type(module), name, None))
+                if value is not old and old is not None and isinstance(value, (int, float, str, Tensor)):
+                    own.append(name)
+            if own:
+                return f"{path}.{own[0]}".removeprefix(".")
+        return next((name for name, (x, _, version) in self._values.items() if x._version != version), None)
+
+    def restore(self) -> None:
+        """Give the modules their attributes, and the tensors their values."""
+        for module, (attributes, buffers) in self._attributes.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value, _ in self._values.values():
+                tensor.copy_(value)  # always: batch normalisation changes statistics without a new version
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], **options: bool) -> None:
     """Call ``load_state_dict`` with tensors of the module's present version.
 

@@ -121,12 +121,11 @@ def split_name(arch: str) -> tuple[str, str]:
     """
     if arch.startswith(TIMM_PREFIX):
         library, name = "timm", arch.removeprefix(TIMM_PREFIX)
-        known = _timm().list_models()
+        known = [*_timm().list_models(), *_timm().list_models(pretrained=True)]  # the latter with tags
     else:
         library, name = "torchvision", arch
         known = _torchvision().list_models(module=_torchvision())
-    is_tagged = library == "timm" and name in _timm().list_models(pretrained=True)  # resnet18.a1_in1k
-    if name not in known and not is_tagged:
+    if name not in known:
         prefix = TIMM_PREFIX if library == "timm" else ""
         near = [f"{prefix}{other}" for other in difflib.get_close_matches(name, known, 3)]
         if not near and library == "torchvision":
@@ -182,10 +181,7 @@ def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[
             return network.state_dict()
         # Not the weights alone: some constructors rename tensors that have the names of older networks.
         weights = _torchvision().get_model_weights(constructor.name)[str(pretrained)]
-        network = _torchvision().get_model(
-            constructor.name, weights=weights, progress=False, **constructor.options
-        )
-        return network.state_dict()
+        return _torchvision().get_model(constructor.name, weights=weights, progress=False).state_dict()
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"the weights {pretrained} of {constructor.name} cannot be downloaded: "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .module_state import meta_copy
+from .module_state import Snapshot, meta_copy
 
 PREFIX = "network."  # the traced network is the attribute ``network`` of the root
 MODES = ("evaluation", "training")
@@ -81,7 +81,9 @@ class Trace:
         for node in self.graph.nodes:
             users = [user for user in node.users if user not in self.batch_sizes]
             self._last_uses[node] = max(map(self.position, users), default=-1)
-            if node not in self.batch_sizes and not self._from_images.isdisjoint(node.all_input_nodes):
+            is_in_place = node.op == "call_method" and node.target.endswith("_")
+            reads_images = not self._from_images.isdisjoint(node.all_input_nodes)
+            if node not in self.batch_sizes and (reads_images or is_in_place):
                 self._from_images.add(node)
 
     @property
@@ -94,7 +96,7 @@ class Trace:
         return self._positions[node]
 
     def is_from_images(self, node: fx.Node) -> bool:
-        """Return whether a value depends on the images.
+        """Return whether a value depends on the images, or on a change in place, which has to run once.
 
         All others, those of parameters and buffers and the number of images, every segment computes itself.
         """
@@ -139,8 +141,9 @@ class Traces:
 
 def _batch_sizes(images: fx.Node) -> set[fx.Node]:
     """Return the nodes that read the number of images, and those of shapes that are read for nothing else."""
-    sizes = {user for user in images.users if user.target == "size" and user.args[1:] == (0,)}
-    shapes = {user for user in images.users if user.target == "size" and not user.args[1:]}
+    calls = {user for user in images.users if user.target == "size"}
+    sizes = {call for call in calls if call.args[1:] == (0,) or call.kwargs.get("dim") == 0}
+    shapes = {call for call in calls if not call.args[1:] and not call.kwargs}
     shapes |= {user for user in images.users if user.target is getattr and user.args[1] == "shape"}
     for shape in shapes:
         sizes |= {user for user in shape.users if user.target is operator.getitem and user.args[1] == 0}
@@ -159,12 +162,26 @@ def trace_both_modes(network: nn.Module) -> Traces:
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        with set_mode(network, mode == "training"), _same_attributes(network), _no_random_numbers(network):
+        with set_mode(network, mode == "training"):
+            before, random_states = Snapshot(network), _random_states()
             try:
                 by_mode[mode] = _Tracer().run(root)
             except Exception as error:  # any code of the network can fail on a proxy
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(f"torch.fx cannot trace {name}: {reason:.200}") from error
+            finally:
+                changed = before.first_change()
+                before.restore()
+        if changed is not None:
+            raise ValueError(
+                f"the forward method of {name} changes {changed}, which a trace does not record; let it be a "
+                "buffer and change it in place, such as self.count.add_(1)"
+            )
+        if _random_states() != random_states:
+            raise ValueError(
+                f"the forward method of {name} draws random numbers that a trace would fix; use nn.Dropout "
+                "or torch.rand_like(x)"
+            )
     constants = {
         name: value
         for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
@@ -194,8 +211,9 @@ class _Tracer(fx.Tracer):
         self._repeated: set[str] = set()
         self._leaves: set[str] = set()
         self._owners: dict[fx.Node, str] = {}
-        self._with_gradients = torch.is_grad_enabled()
-        graph = self.trace(root)
+        # Whatever the caller's mode is: the forward method may switch gradients off.
+        with torch.inference_mode(False), torch.enable_grad():
+            graph = self.trace(root)
         return Trace(graph, self._outputs, self._repeated, self._leaves, self._owners)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -222,10 +240,10 @@ class _Tracer(fx.Tracer):
         return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if torch.is_grad_enabled() != self._with_gradients:
+        if not torch.is_grad_enabled():
             raise ValueError(
-                "its forward method switches gradients off or on, and a trace does not record that; "
-                "use detach() or requires_grad_(False)"
+                "its forward method switches gradients off, which a trace does not record; use "
+                "requires_grad_(False) or, to update a buffer, self.mean.add_(x.detach())"
             )
         node = super().create_node(*args, **kwargs)
         if self._open:
@@ -252,46 +270,11 @@ def set_mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-@contextmanager
-def _same_attributes(network: nn.Module) -> Iterator[None]:
-    """Undo what tracing assigns to attributes: proxies.
-
-    Raises:
-        ValueError: It assigned a buffer, which a graph cannot do.
-    """
-    before = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
-    assigned = None
-    try:
-        yield
-    finally:
-        for module, (attributes, buffers) in before.items():
-            for name, buffer in buffers.items():
-                assigned = name if module._buffers.get(name) is not buffer else assigned
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-    if assigned is not None:
-        raise ValueError(
-            f"{type(network).__name__} assigns the buffer {assigned!r} in its forward method, which a trace "
-            "does not record; change it in place, such as self.count.add_(1)"
-        )
-
-
-@contextmanager
-def _no_random_numbers(network: nn.Module) -> Iterator[None]:
-    """Check that tracing drew no random numbers, which would be the same in every pass.
-
-    Raises:
-        ValueError: It drew some.
-    """
-    python, pytorch = random.getstate(), torch.get_rng_state()
-    yield
-    if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
-        raise ValueError(
-            f"{type(network).__name__} draws random numbers in its forward method, of no tensor's shape, and "
-            "a trace would fix them; use nn.Dropout, or a function such as torch.rand_like(x)"
-        )
+def _random_states() -> list[Any]:
+    """Return the states of the generators that a forward method may draw from, on the CPU."""
+    numpy = sys.modules.get("numpy")
+    states = [random.getstate(), torch.get_rng_state().tolist()]
+    return states if numpy is None else [*states, str(numpy.random.get_state())]
 
 
 class Segment:
@@ -455,5 +438,5 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
 
 def probe_images(network: nn.Module, size: int) -> Tensor:
     """Return images of zeros (PROBE_BATCH, 3, size, size), of the dtype and on the device of a network."""
-    weights = next(x for x in network.parameters() if x.is_floating_point())
+    weights = next((x for x in network.parameters() if x.is_floating_point()), torch.empty(0))
     return torch.zeros(PROBE_BATCH, 3, size, size, device=weights.device, dtype=weights.dtype)

@@ -1,16 +1,23 @@
 """Networks and weights of users: what is kept, and what is refused in one line."""
 
+import copy
+import random
+import re
+
+import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import WeightsEnum
 
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import report_damage, save_network
 from models import Backbone, build_backbone, count_operations, load
 from models.backbone_exits import MapExit
 from models.description import Split
-from models.third_party import NeedsNetworkError, construct, options_of_weights, split_name
+from models.third_party import Constructor, NeedsNetworkError, construct, options_of_weights, split_name
 from tests.conftest import describe
 from utils import UserError
 
@@ -120,6 +127,27 @@ class WeightUsedTwice(Plain):
         )[:, :8]
 
 
+class Skip(Plain):
+    """The first block's output is used again at the end, and the batch size is unpacked."""
+
+    def forward(self, images):
+        batch_size, _, _, _ = images.size()
+        x = self.first(images)
+        return self.linear((self.second(x) + x.mean()).mean((2, 3)).view(batch_size, -1))
+
+
+class Gate(Plain):
+    """The first block pools all of the image."""
+
+    def __init__(self):
+        super().__init__()
+        gate = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.Sigmoid()]
+        self.gate = nn.Sequential(*gate)
+
+    def forward(self, images):
+        return super().forward(images * self.gate(images))
+
+
 class SwitchesGradients(Plain):
     def between(self, x):
         with torch.no_grad():
@@ -129,6 +157,29 @@ class SwitchesGradients(Plain):
 class DrawsNumbers(Plain):
     def between(self, x):
         return x + torch.randn(8, 1, 1) if self.training else x
+
+
+class DrawsWithPython(Plain):
+    def between(self, x):
+        return x * 2 if self.training and random.random() < 0.5 else x
+
+
+class DrawsWithNumpy(Plain):
+    def between(self, x):
+        return x * 2 if self.training and np.random.rand() < 0.5 else x  # noqa: NPY002
+
+
+class RunningMean(Plain):
+    """A running mean that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.ones(())
+
+    def between(self, x):
+        if self.training:
+            self.mean.mul_(0.9)
+        return x * self.mean
 
 
 class AssignsBuffer(Plain):
@@ -151,6 +202,14 @@ class CountsInPython(Plain):
         return x * self.passes
 
 
+class Remembers(Plain):
+    """The result depends on how often it ran, which is counted outside of the network."""
+
+    def between(self, x):
+        PASSES.append(1)
+        return x * len(PASSES)
+
+
 class EndsInTokens(Plain):
     def __init__(self):
         super().__init__()
@@ -170,7 +229,18 @@ class TwoEnds(Plain):
         return self.auxiliary(x) if self.training else self.linear(x)
 
 
-KEPT = [Plain, FrozenNorm, HandWrittenNorm, SharedBias, PlainTensor, LearnedQuery, Mask, WeightUsedTwice]
+PASSES = []
+KEPT = [
+    Plain,
+    FrozenNorm,
+    HandWrittenNorm,
+    SharedBias,
+    PlainTensor,
+    LearnedQuery,
+    Mask,
+    WeightUsedTwice,
+    Gate,
+]
 
 
 def make(kind, seed=0):
@@ -179,7 +249,7 @@ def make(kind, seed=0):
     network = kind()
     with torch.no_grad():
         for x in (x for x in network.buffers() if x.is_floating_point() and x.isfinite().all()):
-            x.add_(torch.rand_like(x))
+            x.add_(torch.rand_like(x) - 0.5)
     return network
 
 
@@ -189,7 +259,7 @@ def save(network, path, image_size=32):
 
 @pytest.mark.parametrize("kind", KEPT)
 def test_outputs_statistics_folding_and_files(kind, tmp_path):
-    uncut, images = make(kind), torch.rand(4, 3, 32, 32)
+    uncut, images = make(kind), torch.randn(4, 3, 32, 32)
     network = Backbone(make(kind), ["first"])
     for training in (True, False):
         expected = uncut.train(training)(images)
@@ -206,20 +276,50 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (SwitchesGradients, "switches gradients off or on"),
+        (SwitchesGradients, "switches gradients off"),
         (DrawsNumbers, "draws random numbers"),
-        (AssignsBuffer, "assigns the buffer 'count'"),
-        (CountsInPython, "gives other .* in training mode"),
+        (DrawsWithPython, "draws random numbers"),
+        (DrawsWithNumpy, "draws random numbers"),
+        (AssignsBuffer, "changes count, which"),
+        (CountsInPython, "changes passes, which"),
+        (RunningMean, "changes mean, which"),
+        (Remembers, "gives other .* in evaluation mode"),
         (EndsInTokens, r"ends in linear, whose output is \(2, 1, 10\)"),
         (TwoEnds, "other linear layers in training: auxiliary and linear"),
     ],
 )
 def test_what_a_trace_would_lose_is_refused_and_changes_nothing(kind, message):
     network = make(kind)
-    before = {name: x.clone() for name, x in network.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
+    before, attributes = copy.deepcopy(network), dict(vars(network))
+    # no_grad: some programs build networks so.
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
         Backbone(network, ["first"])
-    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    assert vars(network) == attributes
+    for name, x in (*network.state_dict().items(), *vars(network).items()):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, before.state_dict().get(name, vars(before).get(name)))
+
+
+def test_the_check_draws_no_random_numbers_and_seeds_nothing():
+    weights = []
+    for is_checked in (True, False):  # networks of libraries are not checked
+        network = Plain()
+        torch.manual_seed(5)
+        constructor = None if is_checked else Constructor("torchvision", "resnet18", {})
+        weights.append(Backbone(network, ["first"], constructor=constructor).exits[0].linear.weight)
+    assert torch.equal(*weights)
+
+
+def test_why_a_number_of_exits_is_too_large():
+    with pytest.raises(ValueError, match=r"at most: first; none can be at 'second': 2 values cross"):
+        Backbone(make(Skip), 3)
+
+
+def test_networks_without_weights_and_torchscript_are_refused():
+    with pytest.raises(ValueError, match=r"does not end in an nn\.Linear"):
+        Backbone(nn.Sequential(nn.Flatten()), 2)
+    with pytest.raises(ValueError, match="TorchScript"):
+        Backbone(torch.jit.trace(make(Plain).eval(), torch.rand(1, 3, 32, 32)), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -315,3 +415,19 @@ def test_a_missing_library_is_no_damage(tmp_path):
     message = r"last.pt: networks of timm need the package timm$"
     with pytest.raises(UserError, match=message), report_damage(tmp_path / "last.pt"):
         raise NeedsNetworkError("networks of timm need the package timm")
+
+
+def test_downloaded_weights_are_those_of_the_constructor(monkeypatch):
+    """DenseNet's weights have the names of an older version, which torchvision's constructor knows."""
+    original = torchvision.models.densenet121().state_dict()
+    layer = r"(denselayer\d+\.(?:norm|conv))([12])"
+    weights = {name: x for name, x in original.items() if not name.endswith("num_batches_tracked")}
+    older = {re.sub(layer, r"\1.\2", name): x for name, x in weights.items()}
+    assert older.keys() != weights.keys()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(older))
+    network = build_backbone("densenet121", 3, 4, pretrained="DEFAULT")
+    assert torch.equal(network.network.features.conv0.weight, original["features.conv0.weight"])
+    wide = torchvision.models.mobilenet_v2().state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: wide)
+    with pytest.raises(ValueError, match="these weights are not those of mobilenet_v2"):
+        build_backbone("mobilenet_v2", 3, pretrained="DEFAULT", options={"width_mult": 0.5})
