@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backbone_exits import check_exit_options, make_exit
-from .cutting import Cuts, check_segments, find_cuts
+from .cutting import Cuts, find_cuts
+from .equivalence import check_segments
 from .layers import add_boost
 from .module_state import frozen_statistics, has_finite_weights, load_tensors, meta_copy
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
@@ -40,6 +41,7 @@ from .tracing import (
     PROBE_BATCH,
     GraphProfile,
     Segment,
+    first_line,
     probe_images,
     profile_graph,
     trace_both_modes,
@@ -108,7 +110,7 @@ class Backbone(ExitNetwork):
         constructor = constructor or Constructor(None, type(network).__name__, {})
         is_custom = constructor.library is None
         if is_custom and not any(x.is_meta for x in network.parameters()):
-            check_segments(network, traces, cuts, next(iter(profiles)))
+            check_segments(network, traces, cuts.segments, cuts.classifier, next(iter(profiles)))
         self.network = network
         for name, tensor in traces.constants.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -406,7 +408,7 @@ def _failure(runner: Backbone, size: int) -> str | None:
             runner(images)
             first = runner.advance(0, runner.start(images))[1]["x"]
     except Exception as error:  # on images of a wrong size a network can raise any exception
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     is_single = first.dim() == 4 and first.numel() == PROBE_BATCH * runner.exits[0].channels
     return "the first exit reads a map of one pixel" if is_single else None
 

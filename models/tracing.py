@@ -167,8 +167,7 @@ def trace_both_modes(network: nn.Module) -> Traces:
             try:
                 by_mode[mode] = _Tracer().run(root)
             except Exception as error:  # any code of the network can fail on a proxy
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"torch.fx cannot trace {name}: {reason:.200}") from error
+                raise ValueError(f"torch.fx cannot trace {name}: {first_line(error):.200}") from error
             finally:
                 changed = before.first_change()
                 before.restore()
@@ -249,6 +248,11 @@ class _Tracer(fx.Tracer):
         if self._open:
             self._owners[node] = self._open[-1]
         return node
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
@@ -423,7 +427,7 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
             with torch.no_grad(), counter:
                 profiler.run(images)
         except Exception as error:  # on images of a wrong size a network can raise any exception
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = reason or first_line(error)
             continue
         profiles[size] = profiler.profile
         if len(profiles) == 2:
