@@ -65,7 +65,7 @@ Held-out images chose the epoch, the thresholds and the policy of each budget; t
 |---|---|---|---|---|
 {exits}
 
-| mean budget, at most this % of all operations | test top-1 % |
+| mean budget, at most this % of all operations | test top-1 %, with ensembles where there are any |
 |---|---|
 {budgets}
 {corruptions}"""

@@ -237,7 +237,7 @@ def summary() -> str:
     boosted_schedule = longest(COMBINED, *MAIN_ARMS)
     boosted = best_columns(COMBINED, SCHEDULES[boosted_schedule].results)
     lines = (
-        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, {exits_that_gain('MSDNet', 'GE')}.",
+        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet, higher {exits_that_gain('MSDNet', 'GE')}.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
         f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
         f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
