@@ -267,8 +267,7 @@ def _block_paths(
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
-            is_layer = path in trace.leaves and not list(child.children())
-            if is_layer:
+            if path in trace.leaves and not list(child.children()):  # a layer, not a block
                 continue
             if path in trace.outputs and any(isinstance(layer, WEIGHTED) for layer in child.modules()):
                 paths.append(path)

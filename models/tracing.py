@@ -276,9 +276,12 @@ def set_mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _random_states() -> list[Any]:
     """Return the states of the generators that a forward method may draw from, on the CPU."""
-    numpy = sys.modules.get("numpy")
     states = [random.getstate(), torch.get_rng_state().tolist()]
-    return states if numpy is None else [*states, str(numpy.random.get_state())]
+    numpy = sys.modules.get("numpy")  # not loaded: the network does not use it
+    if numpy is not None:
+        _, key, position, *_ = numpy.random.get_state()
+        states += [key.tolist(), position]
+    return states
 
 
 class Segment:
