@@ -106,6 +106,9 @@ ARMS = {
     "released_IMTA": Arm("GE + ISC + OFA, `--released`, both stages", "released_GE", ["--released"]),
     "GE_boosted": Arm("GE, boosted exits", None, ["--boosted-exits"]),
     "GE_boosted_ISC_OFA": Arm("GE, boosted exits + ISC + OFA", "GE_boosted", []),
+    "GE_boosted_classifiers": Arm(
+        "new classifiers alone, on GE, boosted exits", "GE_boosted", ["--no-isc", "--no-ofa"]
+    ),
     "GE_smoothing": Arm("GE, label smoothing 0.1", None, ["--label-smoothing", "0.1"]),
     "GE_averaged": Arm("GE, averaged weights (decay 0.999)", None, ["--ema-decay", "0.999"]),
     "GE_he": Arm("GE, `--init he`", None, ["--init", "he"]),

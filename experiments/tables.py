@@ -77,6 +77,8 @@ DIFFERENCES_ALL_CLASSES = (
     ("GE", COMBINED),
     ("GE_ISC_OFA", COMBINED),
     (COMBINED, "GE_boosted_ISC_OFA"),
+    (COMBINED, "GE_boosted_classifiers"),
+    ("GE_boosted_classifiers", "GE_boosted_ISC_OFA"),
 )
 ENSEMBLE_ARMS = (*MAIN_ARMS, COMBINED, "GE_boosted_ISC_OFA")
 BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
