@@ -63,7 +63,8 @@ class MayChange(IntEnum):
 
     NEVER: It describes the training.
     EVALUATION: When the network is evaluated.
-    RESUMING: When the run is resumed too: it says where and how a run goes on, or how it is evaluated.
+    RESUMING: Also when the run is resumed: it changes only where and how the run is computed, or how it is
+        evaluated.
     LAUNCH: At every launch, which has its own value and takes none from a recipe.
     """
 
@@ -294,7 +295,7 @@ def _add_common(add: Callable) -> None:
         type=user_path,
         metavar="DIR",
         help="folder with train/ and test/ or val/, or torchvision's CIFAR archive; "
-        "without --data and --preset its folders are the classes",
+        "alone, it implies --data folder: images in DIR/train/CLASS/",
     )
     add(
         "--save",
@@ -305,7 +306,7 @@ def _add_common(add: Callable) -> None:
     add(
         "--resume",
         action="store_true",
-        help="continue from the last checkpoint in --save; start where none is",
+        help="continue from the last checkpoint in --save; start a new run if there is none",
     )
     add("--overwrite", action="store_true", help="start again in a directory that holds a run")
     add(
@@ -390,7 +391,8 @@ def _add_data(add: Callable) -> None:
         "--image-size",
         type=at_least(1),
         metavar="PIXELS",
-        help="height and width of images (default: 32, ImageNet and folders 224)",
+        help="height and width of images (default: that of the pretrained network, else 32; "
+        "ImageNet and folders: 224, or that of --arch's weights)",
     )
     add(
         "--val-size",
@@ -601,7 +603,12 @@ def _add_optimisation(add: Callable) -> None:
         help="epochs at which multistep decays (default: at 50 %% and 75 %%)",
     )
     add("--decay-rate", type=above(0), metavar="R", help="factor of every multistep decay")
-    add("--warmup-epochs", type=in_range(0), metavar="E", help="epochs of linear warm-up")
+    add(
+        "--warmup-epochs",
+        type=in_range(0),
+        metavar="E",
+        help="epochs of linear warm-up; that of a preset takes at most half of --epochs",
+    )
     add("--momentum", type=in_half_open_range(0, 1), metavar="M", help="momentum of SGD")
     add("--nesterov", action=BooleanOptionalAction, help="Nesterov momentum")
     add("--weight-decay", "--wd", type=in_range(0), metavar="W", help="weight decay")
@@ -665,8 +672,8 @@ class StageSpec(NamedTuple):
         add_flags: Adds these.
         previous: Name of the stage whose network --pretrained names. If None, it names weights for a network
             of this stage.
-        inherits_data: Whether preset and data are those of the network it starts from; else they are only
-            where neither was typed.
+        inherits_data: True: preset and data are always those of the network it starts from. False: only if
+            neither was typed.
     """
 
     name: str

@@ -11,7 +11,7 @@ set -euo pipefail
 preset=demo
 if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 
-DATA_ROOT="${DATA_ROOT:-}"         # folder with the images (not used by the demo); empty: data
+DATA_ROOT="${DATA_ROOT:-}"         # folder with the images (not for the demo); empty: data
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
 # PROCESSES, on CPUs: the number of processes that train; unset: one per core
 SAVE="${SAVE:-save/$preset}"       # stage 1 goes into $SAVE/GE, stage 2 into $SAVE/IMTA

@@ -63,7 +63,7 @@ class Stage1(Stage):
             try:
                 network.freeze_pretrained()
             except ValueError as error:
-                raise UserError(f"--freeze backbone is for networks with another --arch: {error}") from None
+                raise UserError(f"--freeze backbone: {error}") from None
         return network
 
     def make_objective(self, network: ExitNetwork, settings: Namespace) -> Stage1Objective:

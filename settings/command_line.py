@@ -32,12 +32,13 @@ from args import (
     option_names,
 )
 from models import ExitNetwork
+from models.files import BEST
 from models.options import current_value
 from models.third_party import TIMM_PREFIX
 from presets import PRESETS, RELEASED_CHOICES
 from settings.conflicts import (
     conflict_of_flags,
-    conflict_of_schedule,
+    conflict_of_new_training,
     conflict_of_settings,
     conflict_with_arch,
 )
@@ -105,22 +106,24 @@ class CommandLine:
 
         Raises:
             UserError: A flag that the network or the other settings have no use for, a preset that is not
-                stage 1's, a held-out split that is not the recipe's, or images that are gone.
+                stage 1's, a held-out split that is not the recipe's, images that are gone, or --arch together
+                with a run that has its own.
         """
         is_new = recipe is None
         if is_new:
+            self._check_weights_of_library()
             typed = self._typed_for_new_run(origin_recipe)
             kept = self._from_origin(typed, origin_recipe or {})
         else:
             typed = self._typed_without_auto()
             kept = {name: recipe[name] for name in recipe.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
-        self._check_images_are_there(kept)
+        self._check_images_are_there(kept, is_new)
         self._check_split(kept)
         preset = self._preset(typed, kept) if is_new else {}
         values = DEFAULTS | preset | kept | typed
         conflict = conflict_of_settings(self.typed, values)
         if is_new:
-            conflict = conflict or conflict_of_schedule(self.typed, values)
+            conflict = conflict or conflict_of_new_training(self.typed, values)
         if conflict:
             raise UserError(conflict)
         return Namespace(**_complete(values))
@@ -158,15 +161,26 @@ class CommandLine:
             values["lr"] = ADAMW_LR
         if typed.get("data") == "folder":  # a preset does not know its number of images
             values["val_size"] = None
+        if "warmup_epochs" in values:  # a shorter training reaches its learning rate too
+            epochs = typed.get("epochs", values["epochs"])
+            values["warmup_epochs"] = min(values["warmup_epochs"], epochs / 2)
         return values
 
-    def _check_images_are_there(self, kept: dict[str, Any]) -> None:
+    def _check_images_are_there(self, kept: dict[str, Any], is_new: bool) -> None:
         if kept.get("data", "demo") == "demo" or "data_root" in self.typed:
             return
         root = kept.get("data_root")
         if root is None or not is_folder(root):
             were = f"are those of {kept['data']}" if root is None else f"were in {root}"
-            raise UserError(f"the images of this checkpoint {were}; pass --data-root DIR")
+            # In a new run of stage 1, --data-root alone would imply --data folder.
+            data = f"--data {kept['data']} " if is_new and not self.stage.inherits_data else ""
+            raise UserError(f"the images of this checkpoint {were}; pass {data}--data-root DIR")
+
+    def _check_weights_of_library(self) -> None:
+        """Raise ``UserError`` if --arch is given together with a run of this project."""
+        path = self.typed.get("pretrained")
+        if path is not None and self.pretrained_run is None and (path / BEST).is_file():
+            raise UserError(f"{path} is a run, which knows its network: leave out --arch")
 
     def _check_split(self, kept: dict[str, Any]) -> None:
         for name in ("val_size", "test_size", "split_seed"):
@@ -188,7 +202,6 @@ class CommandLine:
             UserError: The first flag that asks for something else.
         """
         recipe = settings_from_recipe(recipe)
-        self._refuse_other_data(recipe)
         if conflict := conflict_with_arch(self.typed, _arch(recipe)):
             raise UserError(conflict)
         if "evalmode" in self.typed:  # ``refuse_other_network`` compares the network's options
@@ -209,15 +222,6 @@ class CommandLine:
                 raise UserError(
                     f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
-
-    def _refuse_other_data(self, recipe: dict[str, Any]) -> None:
-        """Raise ``UserError`` if --data-root was typed for a run whose images lie in no folder."""
-        if recipe.get("data") == "demo" and "data_root" in self.typed:
-            raise UserError(
-                f"the run in {self.save_directory} was trained on the demo's images, "
-                f"not on those in --data-root {self.typed['data_root']}; "
-                "--save names the run's directory"
-            )
 
     def refuse_other_network(self, path: Path, network: ExitNetwork) -> None:
         """Check that flags of the network, as far as any were typed, describe the one in a file.
@@ -265,16 +269,16 @@ class CommandLine:
         """
         pretrained, stage = self.typed.get("pretrained"), self.stage
         if "save" in self.typed:
-            return self.typed["save"]
+            return _with_name(self.typed["save"])
         implied = {} if stage.inherits_data and pretrained is not None else self.implied
         preset = self.typed.get("preset", implied.get("preset"))
         if preset is not None or pretrained is None:
             return Path("save") / (preset or DEFAULTS["preset"]) / stage.name
         if self.pretrained_run is None:
             return Path("save") / _arch(self.typed).split("/")[-1] / stage.name
-        if pretrained.is_dir() or pretrained.name in ("best.safetensors", "last.pt"):
-            run = pretrained if pretrained.is_dir() else pretrained.parent
-            return run.with_name(f"{run.name}_2" if stage.previous is None else stage.name)
+        if pretrained.is_dir() or pretrained.name in (BEST, "last.pt"):
+            run = _with_name(pretrained if pretrained.is_dir() else pretrained.parent)
+            return run.parent / (f"{run.name}_2" if stage.previous is None else stage.name)
         return Path("save") / pretrained.name.split(".")[0] / stage.name
 
 
@@ -309,6 +313,11 @@ def settings_of_network(network: ExitNetwork) -> dict[str, Any]:
 
 def _arch(settings: dict[str, Any]) -> str:
     return settings.get("arch", DEFAULTS["arch"])
+
+
+def _with_name(folder: Path) -> Path:
+    """Return the same folder by a path that ends in its name, which ``.`` and ``..`` do not."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 def _implied_by(typed: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 A new rule goes into the first of these that knows what the rule needs:
 
-========================= ===================================================================
-``conflict_of_flags``     what was typed; the parser refuses it before anything else
-``conflict_of_settings``  all settings of a run
-``conflict_of_schedule``  the same, in new trainings alone, as older runs may break the rule
-``conflict_on_machine``   the processes and GPUs that share a training
-========================= ===================================================================
+============================ ================================================================
+``conflict_of_flags``        what was typed; the parser refuses it before anything else
+``conflict_of_settings``     all settings of a run
+``conflict_of_new_training`` the same, in new trainings alone, as older runs may break the rule
+``conflict_on_machine``      the processes and GPUs that share a training
+============================ ================================================================
 
 ``conflict_of_compiling`` is a part of the first and the last, and says which modes --compile auto may choose.
 """
@@ -61,6 +61,12 @@ def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str
         return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
     if "pretrained_lr_factor" in typed and settings.get("freeze") == "backbone":
         return f"{flag_of('pretrained_lr_factor')} has no effect with --freeze backbone"
+    about_files = sorted(typed.keys() & {"data_root", "test_size"})
+    if about_files and settings["data"] == "demo":
+        return (
+            f"{flag_of(about_files[0])} is not for the demo, whose images are drawn: "
+            "start with the preset of your images, such as --preset folder (bash run_GE.sh folder)"
+        )
     return None
 
 
@@ -75,8 +81,13 @@ def conflict_with_arch(typed: dict[str, Any], arch: str) -> str | None:
     return f"{flag_of(wrong[0])} is for {' and '.join(owners)}, not for --arch {arch}"
 
 
-def conflict_of_schedule(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """Check that a new training reaches its learning rate, and decays it at every milestone."""
+def conflict_of_new_training(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Check that what is frozen was trained, and that the learning rate is reached, and decays as asked."""
+    if settings["freeze"] == "backbone":
+        if settings["arch"] in OWN_NETWORKS:
+            return "--freeze backbone is for networks of torchvision and timm (--arch NAME)"
+        if settings["pretrained"] is None:
+            return "--freeze backbone needs --pretrained: it would freeze random weights"
     if "warmup_epochs" in typed and typed["warmup_epochs"] >= settings["epochs"]:
         return f"--warmup-epochs {typed['warmup_epochs']:g} must lie below --epochs {settings['epochs']}"
     milestones, epochs = settings["lr_milestones"] or (), settings["epochs"]

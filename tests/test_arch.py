@@ -9,6 +9,7 @@ from models import load
 from tests.conftest import make_images
 
 ARCH = ["--arch", "mobilenet_v3_small", "--exits", "3"]
+FROZEN = ["--pretrained", "weights.pt", "--freeze", "backbone"]
 SMALL = [
     *("--image-size", "72", "--batch-size", "8", "--val-size", "6", "--amp", "off", "--workers", "0"),
     *("--epochs", "1"),
@@ -26,7 +27,7 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_started_again_from_its_weights_and_frozen(photos):
-    assert train_GE.main([*photos, *ARCH, "--freeze", "backbone", "--save", "run"]) == 0
+    assert train_GE.main([*photos, *ARCH, *FROZEN, "--save", "run"]) == 0
     assert train_GE.main([*photos, "--pretrained", "run", "--save", "again", "--lr", "1e-12"]) == 0
     first, again = load("run").state_dict(), load("again").state_dict()
     assert first.keys() == again.keys()
@@ -38,7 +39,7 @@ def test_a_run_started_again_from_its_weights_and_frozen(photos):
         (["--arch", "mobilenet_v3_smal"], "mobilenet_v3_small"),
         ([*ARCH, "--nBlocks", "3"], "--nBlocks is for --arch msdnet"),
         (["--exits", "3"], "--exits is for networks of torchvision and timm"),
-        (["--freeze", "backbone"], "another --arch"),
+        (["--freeze", "backbone"], "networks of torchvision and timm"),
         ([*ARCH[:2], "--exits", "features.99"], "features.99"),
         ([*ARCH, "--pretrained", "missing.pt"], "missing.pt"),
     ],

@@ -53,6 +53,22 @@ def test_save_directory(stage, flags, directory):
     assert parse(stage, flags).save_directory == Path(directory)
 
 
+@pytest.mark.parametrize(
+    ("stage", "flags", "directory"),
+    [
+        ("IMTA", ["--pretrained", "."], "runs/IMTA"),
+        ("IMTA", ["--pretrained", "best.safetensors"], "runs/IMTA"),
+        ("IMTA", ["--pretrained", "inside/.."], "runs/IMTA"),
+        ("GE", ["--pretrained", "."], "runs/GE_2"),
+        ("GE", ["--save", "."], "runs/GE"),
+    ],
+)
+def test_save_directory_from_inside_a_run(tmp_path, monkeypatch, stage, flags, directory):
+    (tmp_path / "runs" / "GE" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "GE")
+    assert parse(stage, flags).save_directory == tmp_path / directory
+
+
 def test_stage_2_inherits_data_network_and_preset(tmp_path):
     stage_1 = to_plain_types(
         parse(
@@ -79,6 +95,8 @@ def test_images_that_have_gone_are_not_downloaded_elsewhere(tmp_path):
     )
     with pytest.raises(UserError, match="pass --data-root DIR"):
         parse("IMTA", []).settings(origin_recipe=stage_1)
+    with pytest.raises(UserError, match="pass --data cifar100 --data-root DIR"):
+        parse("GE", ["--pretrained", "x"]).settings(origin_recipe=stage_1)
     assert parse("GE", ["--evalmode", "--data-root", "new"]).settings(recipe=stage_1).data_root == Path("new")
 
 
@@ -134,11 +152,19 @@ def test_a_run_never_continues_one_of_other_data():
         ["--resume", "--data-root", "photos"],
         ["--save", "x", "--resume", "--data-root", "photos"],
     ):
-        with pytest.raises(UserError, match="demo"):
-            parse("GE", flags).refuse_changes(demo)
+        with pytest.raises(UserError, match="--data-root is not for the demo"):
+            parse("GE", flags).settings(demo)
+    with pytest.raises(UserError, match="--data-root is not for the demo"):
+        parse("IMTA", ["--pretrained", "x", "--data-root", "photos"]).settings(origin_recipe=demo)
     # Where nothing is to be resumed, the photographs are trained on.
     command = parse("GE", ["--save", "x", "--resume", "--data-root", "photos"])
     assert (command.settings().data, command.settings().preset) == ("folder", "folder")
+
+
+def test_a_run_takes_no_arch(tmp_path):
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(UserError, match="is a run, which knows its network: leave out --arch"):
+        parse("GE", ["--arch", "resnet18", "--pretrained", str(tmp_path)]).settings()
 
 
 def test_the_command_that_resumes():

@@ -32,6 +32,10 @@ from utils import UserError
         ),
         ("GE", ["--preset", "cifar100-boosted", "--momentum", "0"], "--nesterov needs a --momentum above 0"),
         ("GE", ["--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5 must lie below --epochs 5"),
+        ("GE", ["--preset", "demo", "--data-root", "photos"], "--data-root is not for the demo"),
+        ("GE", ["--preset", "demo", "--test-size", "20%"], "--test-size is not for the demo"),
+        ("GE", ["--arch", "resnet18", "--freeze", "backbone"], "--freeze backbone needs --pretrained"),
+        ("GE", ["--freeze", "backbone"], "--freeze backbone is for networks of torchvision and timm"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
         ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),
     ],
@@ -61,6 +65,12 @@ def test_every_milestone_lies_in_the_training(tmp_path, flags, words):
     # Runs of earlier versions can be resumed and evaluated.
     stored = settings_from_recipe({**vars(settings), "lr_milestones": [30.0, 60.0]})
     assert parse("GE", ["--resume"]).settings(stored).lr_milestones == (30.0, 60.0)
+
+
+@pytest.mark.parametrize(("preset", "epochs", "warmup_epochs"), [("folder", 1, 0.5), ("folder", 60, 2.0)])
+def test_the_warm_up_of_a_preset_leaves_half_of_a_short_training(preset, epochs, warmup_epochs):
+    settings = parse("GE", ["--preset", preset, "--epochs", str(epochs)]).settings()
+    assert settings.warmup_epochs == warmup_epochs
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,12 @@ def test_data_root(tmp_path, monkeypatch):
     assert (calls, list(tmp_path.iterdir())) == ([False, True], [])
 
 
+def test_test_images_are_not_split_off_an_archive(tmp_path):
+    flags = ["--preset", "cifar100", "--data-root", str(tmp_path), "--test-size", "20%"]
+    with pytest.raises(UserError, match="--test-size is for folders of images: cifar100 comes with test"):
+        load_data(parse("GE", flags).settings(), CPU)
+
+
 def test_a_single_class_is_refused(image_folder):
     """As a folder too many gives it; what is in it is named."""
     for part in ("train", "test"):
