@@ -61,6 +61,7 @@ def load_data(
     stored: DataInfo | None = None,
     split: Split | None = None,
     image_spec: ImageSpec | None = None,
+    seen: Tensor | None = None,
 ) -> Data:
     """Find, check and split the data set that ``settings`` name.
 
@@ -77,6 +78,8 @@ def load_data(
             left out. None chooses a new one.
         image_spec: The images that pretrained weights expect. Without it, and without ``stored``, images are
             those of the settings.
+        seen: Digests of the names of images that trained the network to start from. A new split holds out
+            others where possible.
 
     Raises:
         UserError: Missing or empty folders, unreadable images, classes that differ between the subsets, an
@@ -87,7 +90,7 @@ def load_data(
     crop_share = spec.crop_share if spec else default_crop_share(image_size)
     interpolation = spec.interpolation if spec else "bilinear"
     has_normalization = spec is not None or settings.data in NORMALIZATION
-    data_set, subsets, split = _find_and_split(settings, image_size, stored, split, has_normalization)
+    data_set, subsets, split = _find_and_split(settings, image_size, stored, split, has_normalization, seen)
     notes = [*data_set.notes, *_notes(data_set, subsets["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
     if image_size <= SMALL_IMAGE_SIZE:
@@ -136,16 +139,17 @@ def _find_and_split(
     stored: DataInfo | None,
     split: Split | None,
     has_normalization: bool,
+    seen: Tensor | None,
 ) -> tuple[DataSet, dict[str, Subset], Split]:
     """Find the data set; return it, its subsets by the names in ``SUBSETS``, and its split."""
     test_alone = settings.evalmode in TEST_ALONE
     needs_no_mean = has_normalization or image_size > SMALL_IMAGE_SIZE
     only_test = test_alone and needs_no_mean and settings.test_size is None
     digests = None if split is None else split.name_digests
-    data_set = find_data_set(settings, image_size, stored, digests, only_test)
+    data_set = find_data_set(settings, image_size, stored, digests, only_test, seen)
     numbers = match_training_images(data_set, stored, digests)
     if split is None:
-        held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size)
+        held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size, seen)
         split = Split(held_out, data_set.digests)
     is_held_out = torch.isin(numbers, split.held_out)
     subsets = {
@@ -163,9 +167,11 @@ def _refuse_large_batch(batch_size: int, count: int) -> None:
         )
 
 
-def _hold_out(data_set: DataSet, settings: Namespace, size: int | None) -> Tensor:
+def _hold_out(data_set: DataSet, settings: Namespace, size: int | None, seen: Tensor | None) -> Tensor:
     """Choose the held-out images, and add a note where nobody said how many."""
-    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed)
+    digests = data_set.digests
+    is_seen = torch.isin(digests, seen) if seen is not None and len(digests) else None
+    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed, is_seen)
     if size is None:
         data_set.notes.append(
             f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "

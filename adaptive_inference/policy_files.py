@@ -112,15 +112,20 @@ def read_policy(path: str | Path, network: ExitNetwork | None = None) -> PolicyC
 
 
 def check_curve(curve: PolicyCurve, network: ExitNetwork, source: Path) -> None:
-    """Check that the curve was made for this network and dtype.
+    """Check that the curve was made for this network, its dtype and the size of its images.
 
     Raises:
-        UserError: The curve was made for another network or dtype; the line names ``source``.
+        UserError: The curve was made for another network, dtype or size; the line names ``source``.
     """
     if (len(curve.operations), curve.fingerprint) != (network.num_exits, network_fingerprint(network)):
         raise UserError(
             f"{source} is the policy of another network ({curve.network_description}); "
             "--evalmode dynamic makes one for this network"
+        )
+    if network.description is not None and list(curve.operations) != network.description.operations:
+        raise UserError(
+            f"{source} was made with images of another size than the network's "
+            f"{network.description.data.image_size} pixels; --evalmode dynamic makes one for these"
         )
     if curve.dtype != dtype_of(network):
         raise UserError(

@@ -6,6 +6,7 @@ import torch
 
 from engine.runtime.distributed import Processes
 from engine.runtime.precision import AMP_DTYPES, amp_of, fastest_dtype
+from models import ExitNetwork
 from settings.conflicts import conflict_of_compiling
 
 # Compile only above this many forward operations per process; below it, compiling costs more than it saves.
@@ -15,6 +16,8 @@ COMPILING_PAYS = 5e12
 def resolve_auto(
     settings: Namespace,
     processes: Processes,
+    network: ExitNetwork,
+    image_size: int,
     *,
     operations_per_process: float = 0.0,
     compile_speedup_share: float = 1.0,
@@ -26,13 +29,16 @@ def resolve_auto(
     Args:
         settings: The settings of the run.
         processes: The processes that share the run.
+        network: The network to train or evaluate.
+        image_size: Height and width of the images in pixels.
         operations_per_process: Forward operations per epoch and process.
         compile_speedup_share: The share of them that compiling makes faster on a CPU.
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":
         choices = (*AMP_DTYPES, "off")
-        own = amp_of(fastest_dtype(processes.device))
+        batch_size, trains = settings.batch_size // processes.world_size, settings.evalmode is None
+        own = amp_of(fastest_dtype(processes.device, network, image_size, batch_size, trains))
         amp = choices[processes.all_reduce_max(choices.index(own))]
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()

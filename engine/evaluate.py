@@ -76,7 +76,7 @@ class Evaluation:
         data: Data,
         operations: list[int],
         curves: dict[str, RunDirectory],
-        held_out_are_new: bool = True,
+        held_out_are_new: bool,
     ):
         settings = session.settings
         self.session, self.data, self.operations, self.curves = session, data, operations, curves
@@ -154,6 +154,8 @@ class Evaluation:
         """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
         directory, log = self.session.directory, self.session.log
         log.line(temperature_line(policy, len(val[1])))
+        if not self.held_out_are_new:
+            log.line("the network may have seen the held-out images: thresholds set on them promise nothing")
         curve = find_policies(self.network, self.operations, *val, policy)
         count = CERTIFIED_POLICIES if self.held_out_are_new else 0
         curve = with_certified_points(curve, *val, policy, count)

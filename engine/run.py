@@ -24,7 +24,7 @@ from engine.evaluate import Evaluation
 from engine.networks import expected_images
 from engine.report import draw_curves, known_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
-from engine.run_data import data_for_new_run, load_run_data, log_class_order
+from engine.run_data import data_for_new_run, held_out_are_new, load_run_data, log_class_order
 from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
@@ -32,13 +32,12 @@ from engine.runtime.distributed import process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
-from engine.runtime.precision import amp_of
+from engine.runtime.precision import amp_dtype, amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.session import Session, git_commit, recorded_in_run_json, to_plain_types
 from engine.stage import Stage
 from engine.trainer import Trainer, train
 from models import Description, ExitNetwork, count_operations
-from models.description import DataInfo
 from models.network import to_config
 from models.saved import load_weights
 from settings.command_line import CommandLine, recipe_of, settings_from_recipe
@@ -151,16 +150,23 @@ def _prepare(
     else:
         data, network = _resume(session, checkpoint)
     operations = _operations_to_exits(network, data.info.image_size)
-    session = _resolve_auto(stage, session, network, data.train.num_images * operations[-1])
+    session = _resolve_auto(stage, session, network, data, operations[-1])
     settings = session.settings
     # Again: building a network draws a number of values that depends on its kind.
     seed_everything(settings.seed, settings.deterministic)
     if checkpoint is None:
-        description = _describe(stage, session, data.info, network, operations, origin)
+        description = _describe(stage, session, data, network, operations, origin)
     else:
         description = checkpoint["description"]
-    prepare_network_and_device(network, settings, session.processes.device)
+    _prepare_device(session, network, operations[-1])
     return session, data, network, description
+
+
+def _prepare_device(session: Session, network: ExitNetwork, operations: int) -> None:
+    """Prepare the device for steps of a network with ``operations`` per image, and move the network to it."""
+    settings, processes = session.settings, session.processes
+    of_step = operations * settings.batch_size // processes.world_size
+    prepare_network_and_device(network, settings, processes.device, amp_dtype(settings), of_step)
 
 
 def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:
@@ -180,14 +186,17 @@ def _resume(session: Session, checkpoint: dict[str, Any]) -> tuple[Data, ExitNet
     return data, network_to_resume(session.directory, checkpoint)
 
 
-def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operations_per_epoch: int) -> Session:
+def _resolve_auto(
+    stage: Stage, session: Session, network: ExitNetwork, data: Data, operations: int
+) -> Session:
     """Return the session with its "auto" settings resolved, in a combination that works here.
 
     Args:
         stage: The stage to train.
         session: The run.
         network: The network to train.
-        operations_per_epoch: Forward operations of all processes.
+        data: The images.
+        operations: Operations of the network per image.
 
     Raises:
         UserError: The settings cannot be combined, or compiling was requested and fails.
@@ -196,7 +205,9 @@ def _resolve_auto(stage: Stage, session: Session, network: ExitNetwork, operatio
     settings = resolve_auto(
         asked,
         processes,
-        operations_per_process=operations_per_epoch // processes.world_size,
+        network,
+        data.info.image_size,
+        operations_per_process=data.train.num_images * operations // processes.world_size,
         compile_speedup_share=stage.compile_speedup_share(asked),
     )
     has_batch_norm_1d = any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules())
@@ -224,7 +235,9 @@ def _evaluate(
             f"{held_out} held-out images decide on the best epoch and the thresholds; "
             f"each is worth {100 / held_out:.1f} points, so small differences are chance"
         )
-    evaluation = Evaluation(session, network, data, description.operations, curves)
+    evaluation = Evaluation(
+        session, network, data, description.operations, curves, description.held_out_are_new
+    )
     evaluation.run(["anytime", "dynamic"] if held_out else ["anytime"])
     if session.processes.is_main:
         _to_tensorboard(session, curves)
@@ -239,6 +252,12 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     if directory.holds_run() and saved.path.resolve() != directory.best.resolve():
         raise UserError(f"{directory.path} holds another run than {source}; pass --save DIR for its tables")
     command.refuse_other_network(saved.path, saved.network)
+    size = command.typed.get("image_size")
+    if size not in (None, saved.data.image_size) and saved.path.resolve() == directory.best.resolve():
+        raise UserError(
+            f"the tables and policies in {directory.path} are for images of {saved.data.image_size} pixels; "
+            f"pass --save DIR for those of {size}"
+        )
     recipe = recipe_of(saved.network)
     command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or saved.description.origin})
     # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
@@ -248,28 +267,23 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         dtype = read_policy(directory.policy).dtype
         settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))
     with process_group(settings.gpu) as processes, closing(Log(processes.is_main)) as log:
-        settings = resolve_auto(settings, processes)
-        seed_everything(settings.seed, settings.deterministic)
-        session = Session(directory, settings, processes, log)
-        data = load_run_data(session, saved.data, saved.known_split)
+        data = load_run_data(Session(directory, settings, processes, log), saved.data, saved.known_split)
         network, operations = saved.network, _operations_to_exits(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
                 f"{source} has {network.num_classes} classes, "
                 f"the data set {data.info.name} has {len(data.info.class_names)}"
             )
-        prepare_network_and_device(network, settings, processes.device)
+        settings = resolve_auto(settings, processes, network, data.info.image_size)
+        session = Session(directory, settings, processes, log)
+        seed_everything(settings.seed, settings.deterministic)
+        _prepare_device(session, network, operations[-1])
         log_class_order(saved, data, log)
-        held_out_are_new = saved.data.knows_training_images
-        if settings.evalmode == "dynamic" and not held_out_are_new:
-            log.line(
-                f"{source} remembers no held-out split: "
-                "thresholds are set on images it may have seen, and promise nothing"
-            )
         _log_setup(network, data, operations, session)
         with directory.lock() if processes.is_main else nullcontext():
             curves = _curves_of(stage, saved.description, directory)
-            evaluation = Evaluation(session, network, data, operations, curves, held_out_are_new)
+            are_new = saved.data.knows_training_images and saved.description.held_out_are_new
+            evaluation = Evaluation(session, network, data, operations, curves, are_new)
             evaluation.run([settings.evalmode])
 
 
@@ -283,7 +297,7 @@ def _operations_to_exits(network: ExitNetwork, image_size: int) -> list[int]:
 def _describe(
     stage: Stage,
     session: Session,
-    data: DataInfo,
+    data: Data,
     network: ExitNetwork,
     operations: list[int],
     origin: LoadedNetwork | None,
@@ -291,7 +305,7 @@ def _describe(
     settings = session.settings
     return Description(
         network=to_config(network),
-        data=data,
+        data=data.info,
         operations=operations,
         stage=stage.name,
         title=stage.title(network, settings),
@@ -300,6 +314,7 @@ def _describe(
         commit=git_commit(),
         origin=str(origin.path.resolve()) if origin else None,
         frozen_digest=stage.frozen_digest(network),
+        held_out_are_new=held_out_are_new(settings, origin, data),
     )
 
 

@@ -1,6 +1,9 @@
 """The images of a run: of its settings, or of the network to start from."""
 
+from argparse import Namespace
+
 import torch
+from torch import Tensor
 
 from dataloader import Data, load_data
 from engine.checkpoint import LoadedNetwork
@@ -12,7 +15,7 @@ from models.description import DataInfo, ImageSpec, Split
 def data_for_new_run(
     session: Session, origin: LoadedNetwork | None, image_spec: ImageSpec | None, may_change: bool
 ) -> Data:
-    """Read the images of a new run. Images held out from the network to start from stay held out.
+    """Read the images of a new run. Those held out are new to the network to start from where possible.
 
     Args:
         session: The run.
@@ -25,7 +28,8 @@ def data_for_new_run(
     if may_change:
         # Only what was read says whether it is the data set of ``origin``; then it is read again, with the
         # same images held out.
-        data = load_run_data(session, image_spec=image_spec)
+        seen = None if origin.known_split is None else origin.split.training_digests
+        data = load_run_data(session, image_spec=image_spec, seen=seen)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
@@ -39,13 +43,33 @@ def load_run_data(
     stored: DataInfo | None = None,
     split: Split | None = None,
     image_spec: ImageSpec | None = None,
+    seen: Tensor | None = None,
 ) -> Data:
     """Read the images that the settings name; for the other arguments see ``load_data``."""
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
     session.log.line(f"reading the images{of}{where}")
-    return load_data(settings, processes.device, processes.shard, stored, split, image_spec)
+    return load_data(settings, processes.device, processes.shard, stored, split, image_spec, seen)
+
+
+def held_out_are_new(settings: Namespace, origin: LoadedNetwork | None, data: Data) -> bool:
+    """Return True if it is known that no held-out image of a new run trained the weights it starts from.
+
+    Args:
+        settings: The settings of the run.
+        origin: The network to start from, None for weights of a library and to start from scratch.
+        data: The images of the run.
+    """
+    if origin is None:
+        return settings.pretrained is None or data.info.name != "imagenet"
+    if origin.known_split is None:
+        return data.info.name != origin.data.name
+    if data.info.fingerprint == origin.data.fingerprint:
+        return origin.description.held_out_are_new
+    digests = data.split.name_digests  # empty for an archive, which is another data set then
+    held_out = digests[data.split.held_out] if len(digests) else digests
+    return not torch.isin(held_out, origin.split.training_digests).any()
 
 
 def log_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:

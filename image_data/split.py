@@ -11,7 +11,9 @@ HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size d
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
 
-def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> Tensor:
+def choose_held_out(
+    targets: Tensor, val_size: int | None, split_seed: int, is_seen: Tensor | None = None
+) -> Tensor:
     """Choose training images to hold out.
 
     They are drawn from all images alike. Where that would take all images of a class, one of them stays, and
@@ -21,6 +23,8 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
         targets: Targets (N,) of all training images.
         val_size: Number of images to hold out. If None, ``HELD_OUT_SHARE`` percent.
         split_seed: Seed of the draw.
+        is_seen: Images that trained the network to start from, bool (N,); they are held out only if there are
+            too few others.
 
     Returns:
         Sorted indices.
@@ -35,11 +39,17 @@ def choose_held_out(targets: Tensor, val_size: int | None, split_seed: int) -> T
             f"{size} images are to be held out, but there are only {count} training images; "
             "give a smaller --val-size"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    order = _draw_order(count, split_seed, is_seen)
     is_held_out = torch.zeros(count, dtype=torch.bool)
     is_held_out[order[:size]] = True
     _leave_one_of_each_class(targets, order, is_held_out)
     return is_held_out.nonzero().flatten()
+
+
+def _draw_order(count: int, split_seed: int, is_seen: Tensor | None) -> Tensor:
+    """Return a random order of ``count`` images, with those that were seen at its end."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    return order if is_seen is None else order[is_seen[order].to(torch.uint8).argsort(stable=True)]
 
 
 def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor) -> None:
@@ -60,13 +70,15 @@ def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor
         left[targets[substitute]] -= 1
 
 
-def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
+def choose_test(targets: Tensor, test_size: float, split_seed: int, is_seen: Tensor | None = None) -> Tensor:
     """Choose test images, as equal a share of every class as whole numbers allow.
 
     Args:
         targets: Targets (N,) of all images.
         test_size: A share below 1, or a number of images.
         split_seed: Seed of the draw.
+        is_seen: Images that trained the network to start from, bool (N,); in every class they are chosen
+            last.
 
     Returns:
         True for every test image, bool (N,). Every class with at least two images keeps one and gives one.
@@ -84,7 +96,7 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int) -> Tensor:
     most_missing = (wanted - chosen).argsort(descending=True, stable=True)
     chosen[most_missing[: size - int(chosen.sum())]] += 1
     chosen = torch.minimum(chosen.clamp(min=1), (per_class - 1).clamp(min=0))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    order = _draw_order(count, split_seed, is_seen)
     is_test = torch.zeros(count, dtype=torch.bool)
     for label, number in enumerate(chosen.tolist()):
         is_test[order[targets[order] == label][:number]] = True

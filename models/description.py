@@ -91,6 +91,8 @@ class Description:
         origin: File that training started from.
         frozen_digest: Digest of what stage 2 must not change.
         training: ``hardware`` and ``minutes`` of a shipped network's training.
+        held_out_are_new: Whether the held-out images are known to be new to the network, so that promises can
+            be tested on them. False where it started from weights that they may have trained.
     """
 
     network: dict[str, Any]
@@ -106,6 +108,7 @@ class Description:
     origin: str | None = None
     frozen_digest: str | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    held_out_are_new: bool = True
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Description":
@@ -124,6 +127,12 @@ class Split(NamedTuple):
 
     held_out: Tensor
     name_digests: Tensor
+
+    @property
+    def training_digests(self) -> Tensor:
+        """Digests of the names of the images that were not held out; empty for an archive."""
+        is_held_out = torch.isin(torch.arange(len(self.name_digests)), self.held_out)
+        return self.name_digests[~is_held_out]
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their names in files."""

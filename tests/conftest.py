@@ -71,7 +71,7 @@ def policy_point(
 @pytest.fixture(autouse=True)
 def _own_seed_and_settings(monkeypatch):
     # What --amp auto chooses depends on the processor, and 16 bits round by the size of a batch.
-    monkeypatch.setattr("engine.auto.fastest_dtype", lambda device: None)
+    monkeypatch.setattr("engine.auto.fastest_dtype", lambda *_: None)
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)

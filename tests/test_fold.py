@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from engine.runtime.precision import fastest_dtype
 from models import count_operations
 from models.backbone import Backbone
 from models.network import fold_sequences
@@ -59,7 +58,6 @@ def test_half_precision_is_close():
         exact, rough = network(images)[-1], folded(images)[-1]
     assert rough.dtype == torch.bfloat16
     assert (exact - rough).abs().max() < 0.1 * exact.abs().max()
-    assert fastest_dtype(torch.device("cpu")) in (None, torch.bfloat16)
 
 
 def test_a_folded_network_compiles_in_one_piece():

@@ -22,6 +22,7 @@ import train_GE
 from engine.auto import resolve_auto
 from engine.run_directory import RunDirectory
 from engine.runtime import precision
+from engine.runtime.device import limit_threads_of_steps
 from engine.runtime.distributed import Processes, process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import may_fork, process_count, training_processes
@@ -30,6 +31,7 @@ from image_data.data_sets import find_data_set
 from settings.command_line import parse
 from tests import disturbed, forkserver
 from tests.conftest import TINY_FLAGS
+from tests.helpers import make_network
 from train_GE import Stage1
 from train_IMTA import Stage2
 from utils import UserError
@@ -48,8 +50,50 @@ LONGEST = 10  # seconds that a name takes to resolve in a test
 )
 def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instructions, seconds, expected):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
-    monkeypatch.setattr(precision, "convolution_seconds", lambda dtype: seconds[dtype])
-    assert precision.fastest_dtype(torch.device("cpu")) is expected
+    monkeypatch.setattr(precision, "step_seconds", lambda network, images, dtype, trains: seconds[dtype])
+    network = make_network(2).float()
+    assert precision.fastest_dtype(torch.device("cpu"), network, 32, 8, trains=True) is expected
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_timing_a_network_leaves_it_and_the_threads_as_they_were(monkeypatch, trains):
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: True)
+    network = make_network(2).float().train()
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    threads = torch.get_num_threads()
+    chosen = precision.fastest_dtype(torch.device("cpu"), network, 32, 8, trains)
+    assert chosen in (None, torch.bfloat16)
+    assert network.training
+    assert torch.get_num_threads() == threads
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(x.equal(before[name]) for name, x in network.state_dict().items())
+
+
+def test_a_network_without_operations_in_bfloat16_is_not_trained_in_it(monkeypatch):
+    def step_seconds(network, images, dtype, trains):
+        if dtype is torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return 1.0
+
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "step_seconds", step_seconds)
+    assert precision.fastest_dtype(torch.device("cpu"), make_network(2).float(), 32, 8, True) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operations", "expected"),
+    [(None, 1e6, 2), (torch.float16, 1e6, 2), (torch.bfloat16, 1e10, 1), (torch.bfloat16, 3e10, 2)],
+)
+def test_steps_in_bfloat16_take_threads_by_their_operations(monkeypatch, dtype, operations, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("engine.runtime.device.available_cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        limit_threads_of_steps(dtype, operations)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +101,16 @@ def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instru
 )
 def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert precision.fastest_dtype(torch.device("cuda")) is expected
+    network = make_network(2).float()
+    assert precision.fastest_dtype(torch.device("cuda"), network, 32, 8, trains=True) is expected
 
 
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
-    monkeypatch.setattr("engine.auto.fastest_dtype", lambda device: dtype)
-    assert resolve_auto(parse("GE", []).settings(), CPU).amp == amp
-    assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU).amp == "fp16"
+    monkeypatch.setattr("engine.auto.fastest_dtype", lambda *_: dtype)
+    network = make_network(2)
+    assert resolve_auto(parse("GE", []).settings(), CPU, network, 32).amp == amp
+    assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU, network, 32).amp == "fp16"
 
 
 def test_long_trainings_compile_their_steps(monkeypatch):
@@ -75,7 +121,12 @@ def test_long_trainings_compile_their_steps(monkeypatch):
         settings = parse(stage.name, flags).settings()
         share = stage.compile_speedup_share(settings)
         resolved = resolve_auto(
-            settings, CPU, operations_per_process=images_by_operations, compile_speedup_share=share
+            settings,
+            CPU,
+            make_network(2),
+            32,
+            operations_per_process=images_by_operations,
+            compile_speedup_share=share,
         )
         return resolved.compile
 

@@ -61,6 +61,15 @@ def test_test_images_are_an_equal_share_of_every_class():
         choose_test(targets, 63, 0)
 
 
+def test_images_that_trained_the_network_to_start_from_are_held_out_last():
+    targets = torch.arange(100) % 4
+    is_seen = torch.arange(100) < 80
+    assert is_seen[choose_held_out(targets, 20, 0, is_seen)].sum() == 0
+    assert is_seen[choose_held_out(targets, 25, 0, is_seen)].sum() == 5
+    assert is_seen[choose_test(targets, 20, 0, is_seen)].sum() == 0
+    assert is_seen[choose_test(targets, 24, 0, is_seen)].sum() == 4
+
+
 @pytest.mark.parametrize("size", ["32", "80"])
 def test_test_images_are_split_off_and_stay_so(image_folder, size):
     """Of train/CLASS/ or CLASS/; a resumed or evaluated run has the same parts, also after images came and

@@ -427,6 +427,42 @@ def test_stage_1_starts_from_weights(runs, image_folder):
             torch.testing.assert_close(tuned.network.get_parameter(name), x)
 
 
+def test_images_that_trained_a_network_stay_training_images_when_others_come(runs, image_folder, capsys):
+    images = ["--data", "folder", "--data-root", str(image_folder), "--epochs", "1", "--batch-size", "16"]
+    assert train_GE.main(["--pretrained", "GE", "--save", "first", *images, "--val-size", "12"]) == 0
+    shutil.copy(image_folder / "train" / "ant" / "0.png", image_folder / "train" / "ant" / "new.png")
+    trained = set(load_saved(runs / "first").split.training_digests.tolist())
+
+    def held_out(name, size):
+        flags = ["--pretrained", "first", "--save", name, *images, "--val-size", size]
+        assert train_GE.main(flags) == 0
+        saved = load_saved(runs / name)
+        return saved, set(saved.split.name_digests[saved.split.held_out].tolist())
+
+    saved, digests = held_out("second", "12")
+    assert saved.description.held_out_are_new
+    assert not digests & trained
+    assert (runs / "second" / "reference.safetensors").exists()
+    capsys.readouterr()
+    saved, digests = held_out("third", "20")  # only 13 are new
+    assert not saved.description.held_out_are_new
+    assert len(digests & trained) == 7
+    assert "thresholds set on them promise nothing" in capsys.readouterr().out
+    assert not (runs / "third" / "reference.safetensors").exists()
+    assert train_GE.main(["--save", "third", "--evalmode"]) == 0
+    assert not (runs / "third" / "reference.safetensors").exists()
+
+
+def test_policies_are_those_of_the_networks_image_size(runs, capsys):
+    assert train_GE.main(["--save", "GE", "--evalmode", "--image-size", "64"]) == 2
+    assert "are for images of 32 pixels; pass --save DIR" in capsys.readouterr().err
+    policy = json.loads((runs / "GE" / "policy.json").read_text())
+    policy["operations"] = [4 * operations for operations in policy["operations"]]
+    (runs / "larger.json").write_text(json.dumps(policy))
+    with pytest.raises(UserError, match="images of another size than the network's 32 pixels"):
+        read_policy(runs / "larger.json", fold(load(runs / "GE" / "best.safetensors")))
+
+
 @pytest.mark.parametrize("program", [train_GE, train_IMTA])
 def test_evaluation_alone_repeats_the_tables(runs, program):
     run = runs / program.__name__.removeprefix("train_")

@@ -12,8 +12,9 @@ from models import ExitNetwork
 from models.module_state import set_memory_format
 from utils import available_cores
 
-# With fewer operations per thread, fewer threads are faster: every layer ends with a barrier.
-OPERATIONS_PER_THREAD = 5e8
+# With fewer operations per thread, fewer threads are faster: every layer ends with a barrier. In bfloat16 a
+# thread that waits there for one on a busy core keeps its own core busy too.
+OPERATIONS_PER_THREAD, OPERATIONS_PER_BFLOAT16_THREAD = 5e8, 1e10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -31,19 +32,37 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def limit_threads(threads: int | None = None, operations: float = math.inf) -> None:
+def limit_threads(
+    threads: int | None = None,
+    operations: float = math.inf,
+    operations_per_thread: float = OPERATIONS_PER_THREAD,
+) -> None:
     """Set the number of PyTorch's threads.
 
     Args:
         threads: Number of threads. If None, no more than a container's quota allows and ``operations``
             occupy, unless OMP_NUM_THREADS is set.
         operations: Operations of one forward pass of a batch.
+        operations_per_thread: How many of them occupy a thread.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        useful = max(1, math.ceil(min(operations / OPERATIONS_PER_THREAD, 1024)))
+        useful = max(1, math.ceil(min(operations / operations_per_thread, 1024)))
         threads = min(torch.get_num_threads(), available_cores(), useful)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def limit_threads_of_steps(dtype: torch.dtype | None, operations: float) -> None:
+    """Set the number of PyTorch's threads for training and evaluating on the CPU.
+
+    Args:
+        dtype: Type of mixed precision, None for float32 alone.
+        operations: Forward operations of one step of this process.
+    """
+    if dtype is torch.bfloat16:
+        limit_threads(operations=operations, operations_per_thread=OPERATIONS_PER_BFLOAT16_THREAD)
+    else:
+        limit_threads()
 
 
 def set_tf32(enabled: bool) -> None:
@@ -52,20 +71,25 @@ def set_tf32(enabled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = enabled
 
 
-def prepare_network_and_device(network: ExitNetwork, settings: Namespace, device: torch.device) -> None:
+def prepare_network_and_device(
+    network: ExitNetwork,
+    settings: Namespace,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    operations: int,
+) -> None:
     """Move a network to its device, and make the device compute as the settings ask for.
 
     Args:
         network: The network.
-        settings: Settings with tf32, channels_last, checkpoint_activations, evalmode and a resolved amp.
+        settings: Settings with tf32, channels_last, checkpoint_activations and evalmode.
         device: Where it is to run.
+        dtype: Type of mixed precision, None for float32 alone.
+        operations: Forward operations of one step of this process.
     """
     set_tf32(settings.tf32)
-    if settings.amp == "bf16" and device.type == "cpu" and settings.evalmode != "runtime":
-        # Several threads meet at a barrier after every convolution; one busy core stalls all of them.
-        torch.set_num_threads(1)
-    elif device.type == "cpu":
-        limit_threads()
+    if device.type == "cpu":
+        limit_threads_of_steps(None if settings.evalmode == "runtime" else dtype, operations)
     network.to(device)
     if settings.channels_last:
         set_memory_format(network, torch.channels_last)
