@@ -3,7 +3,7 @@
 Example:
     average = moving_average(network, 0.999)
     average.update_parameters(network)                                  # after every step
-    measure_batch_norm(average.module, network, batches, torch.bfloat16)    # before it predicts
+    measure_batch_norm(average.module, network, batches, torch.bfloat16, processes)    # before it predicts
 
 The decay rises to its value with the number of steps, so that the initial weights are soon forgotten. Running
 statistics belong to the weights they were measured with: an average of them suits no network, and where
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
+
+from engine.runtime.distributed import Processes
 
 MEASURED_IMAGES = 10_000  # training images, of all processes, that BatchNorm statistics are measured on
 
@@ -38,16 +40,22 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
 
 @torch.no_grad()
 def measure_batch_norm(
-    average: nn.Module, network: nn.Module, batches: Iterable[tuple[Tensor, Any]], dtype: torch.dtype | None
+    average: nn.Module,
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Any]],
+    dtype: torch.dtype | None,
+    processes: Processes,
 ) -> None:
-    """Measure the running statistics of ``average`` again, as the means over batches.
+    """Measure the running statistics of ``average`` again, as the means over the batches of all processes.
 
     Args:
         average: The average of ``network``; it is left in evaluation mode.
         network: The network that is trained, in training mode. Where one of its layers is not, such as in a
             frozen backbone, the statistics stay as they are.
-        batches: Images (N, 3, H, W), normalised, and their targets, which are not used.
+        batches: Images (N, 3, H, W), normalised, and their targets, which are not used; as many batches in
+            every process.
         dtype: Dtype of the convolutions in training; None for float32.
+        processes: The processes that train together.
     """
     average.eval()
     pairs = zip(average.modules(), network.modules(), strict=True)
@@ -65,3 +73,5 @@ def measure_batch_norm(
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()
+        for statistic in (layer.running_mean, layer.running_var):
+            statistic.copy_(processes.all_reduce_sum(statistic) / processes.world_size)

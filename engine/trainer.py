@@ -345,8 +345,8 @@ class Trainer:
         """Measure the BatchNorm statistics of the average on the first training images of this epoch."""
         count = math.ceil(MEASURED_IMAGES / self.session.settings.batch_size)
         batches = islice(self.data.train.epoch(self.progress.epoch), count)
-        measure_batch_norm(self.average.module, self.network, batches, self.stepper.dtype)
-        self.session.processes.share_buffers(self.average.module)
+        processes = self.session.processes
+        measure_batch_norm(self.average.module, self.network, batches, self.stepper.dtype, processes)
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""

@@ -8,6 +8,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from engine.averaging import measure_batch_norm, moving_average
+from engine.runtime.distributed import Processes
+
+ALONE = Processes(0, 1, torch.device("cpu"), ())
 
 
 class Small(nn.Module):
@@ -63,7 +66,7 @@ def test_average_of_constant_weights_predicts_as_the_network(network, batches):
     for images, _ in batches:
         network(images)
         average.update_parameters(network)
-    measure_batch_norm(average.module, network, batches, None)
+    measure_batch_norm(average.module, network, batches, None, ALONE)
     exact = copy.deepcopy(network).eval()
     with torch.no_grad():
         outputs = torch.cat([network.layers[0](network.frozen(images)) for images, _ in batches])
@@ -80,18 +83,34 @@ def test_statistics_as_by_pytorch(network, batches):
     average.update_parameters(network)
     expected = copy.deepcopy(average.module).train()
     update_bn([images for images, _ in batches], expected)
-    measure_batch_norm(average.module, network, batches, None)
+    measure_batch_norm(average.module, network, batches, None, ALONE)
     for name, buffer in average.module.named_buffers():
         torch.testing.assert_close(buffer, expected.get_buffer(name))
     assert not any(module.training for module in average.modules() if module is not average)
     assert average.module.layers[1].momentum == network.layers[1].momentum
 
 
+def test_statistics_of_all_processes(network, batches):
+    class Two(Processes):
+        def all_reduce_sum(self, values):
+            return values + others.pop(0)
+
+    average = moving_average(network, 0.9)
+    average.update_parameters(network)
+    normalised = average.module.layers[1]
+    measure_batch_norm(average.module, network, batches[:2], None, ALONE)
+    others = [normalised.running_mean.clone(), normalised.running_var.clone()]
+    measure_batch_norm(average.module, network, batches[2:4], None, Two(0, 2, torch.device("cpu"), ()))
+    measured = normalised.running_mean.clone(), normalised.running_var.clone()
+    measure_batch_norm(average.module, network, batches[:4], None, ALONE)
+    torch.testing.assert_close(measured, (normalised.running_mean, normalised.running_var))
+
+
 def test_frozen_statistics_stay(network, batches):
     nn.init.constant_(network.frozen.running_var, 3.0)
     average = moving_average(network, 0.9)
     average.update_parameters(network)
-    measure_batch_norm(average.module, network, batches, torch.bfloat16)
+    measure_batch_norm(average.module, network, batches, torch.bfloat16, ALONE)
     assert average.module.frozen.running_var.tolist() == [3.0] * 3
     assert average.module.frozen.num_batches_tracked == 0
     assert average.module.layers[1].num_batches_tracked == 5
@@ -100,7 +119,7 @@ def test_frozen_statistics_stay(network, batches):
 def test_buffers_follow_the_network_between_measurements(network, batches):
     average = moving_average(network, 0.9)
     average.update_parameters(network)
-    measure_batch_norm(average.module, network, batches, None)
+    measure_batch_norm(average.module, network, batches, None, ALONE)
     network(batches[0][0])
     average.update_parameters(network)
     for own, trained in zip(average.module.buffers(), network.buffers(), strict=True):
