@@ -85,9 +85,9 @@ BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_average
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
-def with_count(values: list[float], sign: str = "") -> str:
-    """Return ``spread`` of values and their number."""
-    return f"{spread(values, sign)} (n = {len(values)})"
+def with_count(values: list[float], sign: str = "", note: str = "") -> str:
+    """Return ``spread`` of values, their number, and a note such as ``, 30 + 10 epochs``."""
+    return f"{spread(values, sign)} (n = {len(values)}{note})"
 
 
 def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
@@ -221,16 +221,16 @@ def summary() -> str:
     named = longest(*MAIN_ARMS)
     longest_of_all = min((longest(arm) for arm in MAIN_ARMS), key=FULL_SCHEDULES.index)
 
-    def at(schedule: str) -> str:
-        return "" if schedule == named else f" after {epochs_of(schedule)}"
+    def after(schedule: str) -> str:
+        return "" if schedule == named else f", {epochs_of(schedule)}"
 
-    def gain(before: str, after: str) -> str:
-        schedule = longest(before, after)
-        return effect(before, after, schedule) + at(schedule)
+    def gain(before: str, arm: str) -> str:
+        schedule = longest(before, arm)
+        return mean_gain(gains(before, arm, SCHEDULES[schedule].results), after(schedule))
 
     def ensembles(arm: str) -> str:
         schedule = longest(arm)
-        return mean_gain(ensemble_gains(arm, SCHEDULES[schedule].results)) + at(schedule)
+        return mean_gain(ensemble_gains(arm, SCHEDULES[schedule].results), after(schedule))
 
     distilled = (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
     ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
@@ -373,9 +373,9 @@ def effect(before: str, after: str, schedule: str = "short") -> str:
     return mean_gain(gains(before, after, SCHEDULES[schedule].results))
 
 
-def mean_gain(by_seed: list[list[float]]) -> str:
+def mean_gain(by_seed: list[list[float]], note: str = "") -> str:
     """Return mean and spread over seeds of the last column of ``gains``, the mean over exits."""
-    return with_count([gain[-1] for gain in by_seed], "+")
+    return with_count([gain[-1] for gain in by_seed], "+", note)
 
 
 def epochs_table() -> str:
