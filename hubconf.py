@@ -44,6 +44,10 @@ def _models() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         _NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    sys.modules[_NAME] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[_NAME])
-    return sys.modules[_NAME]
+    module = sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:  # such as Ctrl-C: the next call must not find half a module
+        del sys.modules[_NAME]
+        raise
+    return module
