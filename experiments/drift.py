@@ -31,20 +31,20 @@ from adaptive_inference.promises.drift import (
     read_reference,
     reference_path,
 )
-from dataloader import Data, load_data
+from dataloader import Data
 from engine.checkpoint import load_saved
 from engine.report import write_csv
 from experiments.corruptions import CORRUPTIONS, rows_table
+from experiments.network_data import load_own_data
 from models import ExitNetwork
 from models.normalizer import Normalizer
-from settings.command_line import parse, recipe_of
 from utils import CommandLineParser, UserError, atomic_write, user_path
 
 STREAM_LENGTH = 2_000
 BATCH_SIZE = 250
 
 
-class TestImages:
+class CorruptedImages:
     """Test images, and the logits of a network for every corruption of them, kept in a folder.
 
     Args:
@@ -92,7 +92,7 @@ def fired_after(reference: Tensor, scores: Tensor, streams: int, seed: int) -> l
     return results
 
 
-def corruption_rows(images: TestImages, point: Point, reference: Tensor, streams: int) -> list[dict]:
+def corruption_rows(images: CorruptedImages, point: Point, reference: Tensor, streams: int) -> list[dict]:
     """Evaluate every corruption and strength, after the clean images.
 
     Returns:
@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--streams", type=int, default=20, metavar="N", help="per strength (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N test images only (default: all)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only N test images, evenly spread (default: all)"
+    )
     parser.add_argument(
         "--cache",
         type=user_path,
@@ -146,16 +148,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         saved = load_saved(arguments.network)
-        flags = ["--data-root", str(arguments.data_root)] if arguments.data_root else []
-        settings = parse("GE", ["--evalmode", "anytime", *flags]).settings(recipe=recipe_of(saved.network))
-        data = load_data(settings, torch.device("cpu"), None, saved.data, saved.split)
+        data = load_own_data(saved, arguments.data_root, "anytime")
         curve = read_policy(policy_path(arguments.network), saved.network)
         point = curve.default_point()
         reference = read_reference(reference_path(policy_path(arguments.network)), curve).scores(point.policy)
     except UserError as error:
         sys.stderr.write(f"experiments.drift: {error}\n")
         return 2
-    images = TestImages(fold(saved.network), data, arguments.cache, arguments.network.stem, arguments.limit)
+    name, limit = arguments.network.stem, arguments.limit
+    images = CorruptedImages(fold(saved.network), data, arguments.cache, name, limit)
     clean = simulate(images.logits(None), point.policy).log_sum_exp
     fired = fired_after(reference, clean, arguments.clean_streams, seed=0)
     num_false = sum(after is not None for after in fired)

@@ -45,14 +45,13 @@ from adaptive_inference.promises.risk import (
     learning_images,
     p_value,
 )
-from dataloader import load_data
 from engine.checkpoint import load_saved
 from engine.collect import collect_logits
 from engine.report import table
 from engine.runtime.distributed import Processes
+from experiments.network_data import load_own_data
 from models import count_operations
 from models.files import find
-from settings.command_line import parse, recipe_of
 from utils import CommandLineParser, UserError, user_path
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
@@ -261,18 +260,14 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     Raises:
         UserError: The network or its images cannot be read.
     """
-    saved = load_saved(find(network))
-    flags = ["--data-root", str(data_root)] if data_root else []
-    # --save says that the data are those of the recipe.
-    words = ["--evalmode", "dynamic", "--save", str(saved.path.parent), *flags]
-    settings = parse("GE", words).settings(recipe=recipe_of(saved.network))
-    data = load_data(settings, ALONE.device, None, saved.data, saved.split)
-    folded = fold(saved.network)
+    loaded = load_saved(find(network))
+    data = load_own_data(loaded, data_root, "dynamic")
+    folded = fold(loaded.network)
     (val_logits, val_targets), (logits, targets) = (
         collect_logits(folded, part, ALONE) for part in (data.val, data.test)
     )
     policy = fit_full_policy(val_logits, val_targets)
-    operations = count_operations(saved.network, data.info.image_size)
+    operations = count_operations(loaded.network, data.info.image_size)
     val, _ = with_ensemble(
         ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy.ensemble, operations
     )
