@@ -45,20 +45,11 @@ class Promise(Protocol):
         """Return the points that keep it, or raise a UserError that says what could be promised."""
 
 
-class Timing(Protocol):
-    """Measured time of a network on this machine, such as ``block_times.BlockTimes``."""
-
-    def milliseconds(self, shares: tuple[float, ...]) -> float:
-        """Return the expected time per image of a policy that lets these shares leave at each exit."""
-
-
 def choose(
     curve: PolicyCurve,
     operations: float | None = None,
-    milliseconds: float | None = None,
     accuracy: float | None = None,
     max_loss: Promise | None = None,
-    timing: Timing | None = None,
     rule: str | None = None,
 ) -> Point:
     """Return the most accurate point within a budget, or the cheapest one where no budget is given.
@@ -66,28 +57,18 @@ def choose(
     Args:
         curve: The points to choose from.
         operations: Largest mean of operations per image.
-        milliseconds: Largest mean time per image, as ``timing`` expects it;
-            ``promises.deadlines.BudgetPredictor`` keeps to it as measured.
         accuracy: See ``eligible_points``.
         max_loss: See ``eligible_points``.
-        timing: Times of this network on this machine, from ``timing.measure_blocks``.
         rule: See ``eligible_points``.
 
     Raises:
         UserError: No point satisfies the request; the line says what is possible.
-        ValueError: ``milliseconds`` is given without ``timing``.
     """
-    if milliseconds is not None and timing is None:
-        raise ValueError("a budget of milliseconds needs timing, which timing.measure_blocks measures")
     points = eligible_points(curve, accuracy, max_loss, rule)
-    if operations is not None:
-        costs = [point.operations / 1e6 for point in points]
-        points = points_within_budget(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
-    if milliseconds is not None:
-        costs = [timing.milliseconds(point.shares) for point in points]
-        points = points_within_budget(points, costs, milliseconds, "ms")
-    if operations is None and milliseconds is None:
+    if operations is None:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))
+    costs = [point.operations / 1e6 for point in points]
+    points = points_within_budget(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
     return max(points, key=lambda point: (point.val_acc1, -point.operations))
 
 

@@ -111,19 +111,11 @@ def test_names_of_files_say_the_dtype(curve, tmp_path):
     assert policy_path(network_file) == tmp_path / "tiny.policy.bfloat16.json"  # better than none
 
 
-class Timing:
-    """One millisecond per exit."""
-
-    def milliseconds(self, shares):
-        return sum(share * k for k, share in enumerate(shares, start=1))
-
-
 def test_limits_choose(curve):
     rule = "geometric"
     # Point 2 is more accurate than point 3, which is more expensive.
     assert choose(curve, operations=29e6, rule=rule).number == 2
     assert choose(curve, operations=30e6, rule=rule).number == 4
-    assert choose(curve, milliseconds=1.7, timing=Timing(), rule=rule).number == 2
     assert choose(curve, accuracy=60.5, rule=rule).number == 2
     assert choose(curve, accuracy=61.5, rule=rule).number == 4
     assert choose(curve, operations=29e6, accuracy=60.5, rule=rule).number == 2

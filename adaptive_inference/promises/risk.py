@@ -174,12 +174,6 @@ def is_certain(point: Point, wanted: MaxLoss) -> bool:
     return p_value(point.losses, wanted.percent / 100, wanted.disagreement) <= 1 - wanted.level / 100
 
 
-def smallest_limit(point: Point, wanted: MaxLoss) -> float:
-    """Return the smallest loss in percent, in steps of 0.1, that a point is certain to keep."""
-    tenths = range(1001)
-    return next(tenth / 10 for tenth in tenths if is_certain(point, wanted._replace(percent=tenth / 10)))
-
-
 def p_value(losses: LossCounts, limit: float, disagreement: bool = False) -> float:
     """Return the p-value of the hypothesis that the mean loss is ``limit`` or more.
 
