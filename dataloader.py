@@ -66,7 +66,7 @@ def load_data(
     """Find, check and split the data set that ``settings`` name.
 
     Images of at most ``SMALL_IMAGE_SIZE`` pixels are read now, larger ones when they are needed. Anytime
-    evaluation needs no training images.
+    and runtime evaluation need no training images.
 
     Args:
         settings: Settings with data, data_root, image_size, val_size, test_size, split_seed, seed, evalmode,

@@ -126,7 +126,7 @@ class CommandLineParser(argparse.ArgumentParser):
     """A parser that ends the program with one line and status 2 after a mistake.
 
     Attributes:
-        flags_elsewhere: Names of other programs, by the flags that they have and this one has not.
+        flags_elsewhere: The program of each flag that only another program has.
     """
 
     flags_elsewhere: Mapping[str, str] = MappingProxyType({})
@@ -237,7 +237,7 @@ def share_or_count(text: str) -> float:
 
 
 def user_path(text: str) -> Path:
-    """Convert the name of a file or folder; ``~`` is the user's home. Every flag that takes a path uses this.
+    """Convert the name of a file or folder; ``~`` is the user's home.
 
     The shell leaves ``--output=~/file`` as it is. Where there is no such home, the name stays as it is.
     """

@@ -40,7 +40,7 @@ TITLES = {
 }
 PERCENTAGES = ("acc1", "test_acc1", "acc5", "ece", "ece_scaled", "ensemble_acc1")
 LEGENDS = {
-    "operations": "operations: multiply-adds, ReLUs, pooling and biases per image, "
+    "operations": "operations: multiply-adds, linear biases, activations, pooling and additions per image, "
     "as the published plots count them",
     "lazy_operations": "lazy: those that predict.py needs, which computes only what the next exit reads",
     "ece": "calibration error: mean distance between confidence and accuracy",

@@ -70,7 +70,9 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of this directory until the block ends; the lock of a killed process is free.
+        """Keep other runs out of this directory until the block ends.
+
+        The system releases the lock when the process dies.
 
         Raises:
             UserError, OSError: Another run writes here, or the directory cannot be made. Where locking is
@@ -87,8 +89,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as stream:
             try:
-                # A lock of this process alone: a worker outlives a killed run
-                # by seconds, and would keep what flock locks.
+                # lockf, not flock: a forked worker would inherit flock's lock, and outlives a killed run by
+                # seconds.
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(

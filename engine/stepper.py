@@ -230,7 +230,7 @@ def _parameters_without_gradient(
 
 def _parallel(objective: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size > 1:
-        # Harmless: the channels-last layout of 1x1 convolutions has two names.
+        # Harmless: the weight of a 1x1 convolution is contiguous and channels-last at once.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         model = DistributedDataParallel(objective, device_ids=list(processes.gpu_ids) or None)
         # Training does not read running statistics;

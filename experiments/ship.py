@@ -4,7 +4,8 @@
     python -m experiments.ship weights/imta_cifar100.safetensors weights/imta_cifar100.safetensors \
         --data-root data/cifar100          # new policies and figures for a file of the folder
 
-Weights are stored in half precision and evaluated so; no exit may lose more than ``MAX_LOSS``.
+Weights are stored in half precision; the rounded network is evaluated in float32, and no exit may lose more
+than ``MAX_LOSS``.
 ``NAME.policy.json`` beside the file holds the thresholds of the rounded network, README.md the card of all
 networks in the folder, with the fields that Hugging Face reads.
 """
@@ -203,7 +204,7 @@ def _section(name: str, description: Description) -> str:
     rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
     corruptions, title = accuracy_table(name), description.title
-    if description.network.get("boosted_exits") and BOOSTED not in title:  # files of before titles said so
+    if description.network.get("boosted_exits") and BOOSTED not in title:  # older titles do not say so
         title = f"{title} + {BOOSTED}"
     return SECTION.format(
         name=name,

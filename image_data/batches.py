@@ -37,11 +37,7 @@ UNREADABLE_HINT = "repair or remove it, or leave it out with --skip-unreadable"
 
 
 class Batches(ABC):
-    """Batches of one subset of a data set.
-
-    ``epoch(e)`` shuffles, augments and leaves out the last incomplete batch. Iterating gives this process's
-    images once, in order. ``image_of_result(row)`` is an image as the network sees it in evaluation, before
-    normalisation: bytes (3, H, W).
+    """Batches of one subset of a data set: shuffled in training (``epoch``), in order in evaluation.
 
     Args:
         subset: The images.
@@ -71,6 +67,21 @@ class Batches(ABC):
         # Indices of the images of all processes' results, by row; None if row and index are equal.
         self.collected: Tensor | None = None
 
+    @abstractmethod
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield this process's share of an epoch's batches, shuffled and augmented.
+
+        The last incomplete batch is left out.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            first_step: Step to begin at.
+        """
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's images once, in order, as evaluation sees them."""
+
     def __len__(self) -> int:
         """Return the number of steps per epoch."""
         return self.num_images // self.batch_size
@@ -90,7 +101,11 @@ class Batches(ABC):
         return batches
 
     def image_of_result(self, row: int) -> Tensor:
-        """Return the image behind a row of the collected results, bytes (3, H, W)."""
+        """Return the image behind a row of the collected results as evaluation sees it, not normalised.
+
+        Returns:
+            Bytes (3, H, W).
+        """
         return self._image(row if self.collected is None else int(self.collected[row]))
 
     @abstractmethod
@@ -191,7 +206,8 @@ class FileBatches(Batches):
             seed = int(seeds[order[place]])
             for next_place in chain(range(place, self.num_images), range(place)):
                 index = int(order[next_place])
-                image = self._read(index, partial(_seeded, self.augmented, seed=seed))
+                transform = partial(_seeded, self.augmented, seed=seed)
+                image = self._read(index, transform, then="; then continue with --resume")
                 if image is not None:
                     return image, self.targets[index]
             raise UserError("none of the training images can be read")
@@ -228,13 +244,19 @@ class FileBatches(Batches):
         lines = chain.from_iterable(map_batches(problem, batches, self.workers))
         return [line for line in lines if line is not None]
 
-    def _read(self, index: int, transform: Transform) -> Tensor | None:
-        """Return an image, or None for an unreadable one that may be skipped; it is named once."""
+    def _read(self, index: int, transform: Transform, then: str = "") -> Tensor | None:
+        """Return an image, or None for an unreadable one that may be skipped; it is named once.
+
+        Args:
+            index: Index of the image.
+            transform: Function of the opened image.
+            then: End of the error's line: what to do after the repair.
+        """
         try:
             return read_image(self.files[index], transform)
         except UserError as error:
             if not self.skip_unreadable:
-                raise UserError(f"{error}; {UNREADABLE_HINT}; a run is continued with --resume") from None
+                raise UserError(f"{error}; {UNREADABLE_HINT}{then}") from None
             if index not in self._reported_unreadable:
                 self._reported_unreadable.add(index)
                 with tqdm.external_write_mode():

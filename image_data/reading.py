@@ -1,4 +1,7 @@
-"""Image files in RGB: upright, on a white background, with their contrast, and never a decompression bomb.
+"""Read image files as RGB.
+
+The EXIF orientation is applied, transparency is put on white, gray of more than 8 bits is scaled to bytes,
+and decompression bombs are refused.
 
 Example:
     image = read_image("photo.jpg")                                # a PIL image

@@ -80,7 +80,7 @@ def _draw(labels: Array, image_size: int, rng: np.random.Generator) -> Array:
         mixed = np.clip(difficulty + uniform(-0.2, 0.2), 0, 1)
         return easy + (hard - easy) * mixed
 
-    # Most images are easy, the others hard: what is in between would be at home at any exit.
+    # Most images are easy, the others hard: images of medium difficulty would suit any exit.
     difficulty = np.where(rng.random(n) < EASY_SHARE, uniform(0, 0.35), uniform(0.5, 0.9)).astype(np.float32)
     radius = harder(MAX_RADIUS, MIN_RADIUS)
     contrast = harder(MAX_CONTRAST, MIN_CONTRAST)

@@ -29,7 +29,7 @@ from image_data.defaults import SMALL_IMAGE_SIZE
 from image_data.folders import LEFT_OUT, find_images
 from image_data.reading import median_side, read_image
 from image_data.transforms import evaluation_transform
-from models import ExitNetwork, count_operations
+from models import ExitNetwork
 from models.description import DataInfo
 from models.files import WEIGHTS
 from utils import UserError, is_terminal, print_error
@@ -124,7 +124,7 @@ def _memory_error_named() -> Iterator[None]:
 def _operations_with_ensemble(predictor: AdaptivePredictor) -> list[int]:
     """Return the operations to each exit, including the predictor's ensemble."""
     network = predictor.network
-    operations = count_operations(network, network.description.data.image_size)
+    operations = network.description.operations
     return ensemble_operations(operations, network.num_classes) if predictor.policy.ensemble else operations
 
 
