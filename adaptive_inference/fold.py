@@ -128,14 +128,19 @@ def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | 
     """
     if getattr(norm, "running_mean", None) is None or _is_changed(layer) or _is_changed(norm):
         return None
-    if type(layer) is nn.Conv2d or type(layer).__name__ == PADDING_CONVOLUTION:
+    if type(layer) is nn.Conv2d or _is_of_timm(layer, PADDING_CONVOLUTION):
         if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return fuse_conv_bn_eval(layer, norm)
-        if type(norm).__name__ in NORMS_WITH_ACTIVATION:
+        if _is_of_timm(norm, *NORMS_WITH_ACTIVATION):
             return nn.Sequential(fuse_conv_bn_eval(layer, norm), norm.drop, norm.act)
     if is_2d and type(layer) is nn.Linear and type(norm) in (nn.BatchNorm1d, nn.SyncBatchNorm):
         return fuse_linear_bn_eval(layer, norm)
     return None
+
+
+def _is_of_timm(module: nn.Module, *names: str) -> bool:
+    """Return True if a module is of one of these types of timm; other types may have the same name."""
+    return type(module).__name__ in names and type(module).__module__.startswith("timm.")
 
 
 def _is_changed(module: nn.Module) -> bool:

@@ -72,6 +72,8 @@ def test_a_folded_network_compiles_in_one_piece():
 class BatchNormAct2d(nn.BatchNorm2d):
     """Like timm's: normalisation with an activation inside."""
 
+    __module__ = "timm.layers.norm_act"
+
     def __init__(self, channels):
         super().__init__(channels)
         self.drop, self.act = nn.Identity(), nn.ReLU()
@@ -92,6 +94,10 @@ class Standardised(nn.Conv2d):
 
     def forward(self, x):
         return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Conv2dSame(Standardised):
+    """A convolution that only has the name of one of timm."""
 
 
 class Tokens(nn.Module):
@@ -126,6 +132,7 @@ def with_statistics(network):
         ([functools.partial(nn.Conv2d, 3, 3, 1), BatchNormAct2d], 0),
         ([functools.partial(nn.Conv2d, 3, 3, 1), Doubling], 1),
         ([functools.partial(Standardised, 3, 3, 1), nn.BatchNorm2d], 1),
+        ([functools.partial(Conv2dSame, 3, 3, 1), nn.BatchNorm2d], 1),
         ([nn.BatchNorm2d, functools.partial(nn.Conv2d, 3, 3, 1)], 1),
         (
             [
