@@ -87,27 +87,37 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
-    """Convert the files of a run, and copy the others where the folder is a new one."""
+    """Convert the files of a run; where the folder is a new one, copy all files first."""
     if not old.best.exists():
         raise UserError(f"{old.path} holds no {old.best.name}: it is not a run of this project")
-    yield _convert_network(old.best, new.best)
+    if old.path.resolve() != new.path.resolve():
+        new.path.mkdir(parents=True, exist_ok=True)
+        for path in old.files:
+            if path != old.last and path.exists():  # converted below, or left alone
+                shutil.copyfile(path, new.path / path.name)
+    yield _convert_network(new.best, new.best)
     if old.policy.exists():
-        yield _convert_policy(old.policy, new.policy)
+        yield _convert_policy(new.policy, new.policy)
     if old.last.exists():
         try:
             yield _convert_last(old.last, new.last)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             yield f"left alone: {error}"
-    if old.path.resolve() != new.path.resolve():
-        for path in old.files:
-            if path not in (old.best, old.last, old.policy) and path.exists():
-                shutil.copyfile(path, new.path / path.name)
+
+
+def _copy(path: Path, output: Path) -> str:
+    """Copy a file of today's format, where the output is another file."""
+    if path.resolve() == output.resolve():
+        return f"{path} is of today's format already"
+    with atomic_write(output, "wb") as stream:
+        stream.write(path.read_bytes())
+    return f"{path} is of today's format already: {output} is a copy"
 
 
 def _convert_network(path: Path, output: Path) -> str:
     tensors, header = read_safetensors(path)
     if header.get("format") == FORMAT:
-        return f"{path} is of today's format already"
+        return _copy(path, output)
     if header.get("format") != OLD_NETWORK:
         raise UserError(
             f"{path} is not a network of this project: its format is {header.get('format')!a:.80}"
@@ -126,7 +136,7 @@ def _convert_policy(path: Path, output: Path) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] == POLICY_FORMAT:
-            return f"{path} is of today's format already"
+            return _copy(path, output)
         if content["format"] != OLD_POLICY:
             raise ValueError(f"its format is {content['format']!a:.80}")
         content = from_format_2(content)
@@ -143,7 +153,7 @@ def _convert_policy(path: Path, output: Path) -> str:
 def _convert_last(path: Path, output: Path) -> str:
     state = dict(read_checkpoint(path))
     if state.get("format") == RUN_FORMAT:
-        return f"{path} is of today's format already"
+        return _copy(path, output)
     if state.get("format") != OLD_RUN:
         raise UserError(f"{path} is not a run of this project: its format is {state.get('format')!a:.80}")
     try:

@@ -78,6 +78,25 @@ def test_an_unfinished_training_is_finished_with_its_own_code(run, capsys):
     assert load(run / "GE").num_exits == 2
 
 
+def test_files_of_today_are_copied_to_an_output(run, tmp_path, capsys):
+    assert convert.main([str(run / "GE")]) == 0
+    for name in ("best.safetensors", "policy.json", "last.pt"):
+        assert convert.main([str(run / "GE" / name), str(tmp_path / "new" / name)]) == 0
+        assert (tmp_path / "new" / name).read_bytes() == (run / "GE" / name).read_bytes()
+    assert f"{tmp_path / 'new' / 'last.pt'} is a copy" in capsys.readouterr().out
+    assert convert.main([str(run / "GE"), str(tmp_path / "a" / "run")]) == 0
+    for name in ("best.safetensors", "policy.json", "last.pt", "log.jsonl"):
+        assert (tmp_path / "a" / "run" / name).read_bytes() == (run / "GE" / name).read_bytes()
+
+
+def test_a_damaged_state_of_a_run_is_left_alone(run, tmp_path, capsys):
+    (run / "GE" / "last.pt").write_bytes(b"nothing")
+    assert convert.main([str(run / "GE"), str(tmp_path / "new")]) == 0
+    assert "left alone: " in capsys.readouterr().out
+    assert load(tmp_path / "new").num_exits == 2
+    assert not (tmp_path / "new" / "last.pt").exists()
+
+
 def test_released_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = MSDNet(num_classes=10, step_mode="lin_grow").eval()
