@@ -16,10 +16,10 @@ import torch
 
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
+from models.errors import CannotBuildError
 from models.files import find
 from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
-from models.third_party import NeedsNetworkError
 from utils import UserError, atomic_write
 
 FORMAT = "imta-msdnet run 3"
@@ -120,7 +120,7 @@ def report_damage(path: Path) -> Iterator[None]:
     """Turn errors in the block, which the content of the file at ``path`` causes, into a ``UserError``."""
     try:
         yield
-    except NeedsNetworkError as error:
+    except CannotBuildError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None

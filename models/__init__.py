@@ -7,9 +7,10 @@ Reading order:
 - the interface of all networks, and running one exit by exit: ``network``;
 - the paper: ``layers``, ``options``, ``msdnet``, ``losses``, ``imta``;
 - computing only what is read: ``lazy``; counting it: ``operations``;
-- other networks: ``backbone``, ``backbone_exits``, ``cutting``, ``tracing``, ``third_party``;
+- other networks: ``backbone``, ``backbone_exits``, ``cutting``, ``tracing``, ``equivalence``,
+  ``third_party``;
 - files: ``description``, ``saved``, ``released``, ``pytorch_files``, ``files``;
-- for all: ``module_state``, ``normalizer``.
+- for all: ``module_state``, ``normalizer``, ``errors``.
 """
 
 from .backbone import Backbone, build_backbone

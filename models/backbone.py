@@ -14,7 +14,7 @@ names.
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from .backbone_exits import check_exit_options, make_exit
 from .cutting import Cuts, find_cuts
 from .equivalence import check_segments
+from .errors import CannotBuildError, first_line
 from .layers import add_boost
-from .module_state import frozen_statistics, has_finite_weights, load_tensors, meta_copy
+from .module_state import checkpoint_contexts, has_finite_weights, load_tensors, meta_copy
 from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import (
     Constructor,
-    NeedsNetworkError,
     check_backbone,
     construct,
     options_of_weights,
@@ -37,11 +37,11 @@ from .third_party import (
     weights_of,
 )
 from .tracing import (
+    MODES,
     PREFIX,
     PROBE_BATCH,
     GraphProfile,
     Segment,
-    first_line,
     probe_images,
     profile_graph,
     trace_both_modes,
@@ -61,9 +61,10 @@ class Backbone(ExitNetwork):
         boosted_exits: An exit adds half of the previous exit's logits to its own.
         gradient_equilibrium: Rescale gradients at the exits.
         layout: One of ``models.cutting.LAYOUTS``, or one per early exit, where the shapes do not tell it.
-        image_size: A size that the network takes, where it takes none of the usual ones.
-        exit_width: Channels of the convolution in exits on maps, as many as in MSDNet. If None, as many as
-            the map has, but at least 128 and at most 512.
+        image_size: Height and width in pixels of the images it will see: a number of exits is spread evenly
+            for this size (224 if None and possible).
+        exit_width: Channels of the convolution of exits on maps (128 as in MSDNet). If None, as many as the
+            map has, but at least 128 and at most 512.
         exit_size: Pixels a side to about which exits average maps of at least twice that. If None, they
             average none.
         frozen: Train only the exits, and the last linear layer if it is new.
@@ -73,8 +74,8 @@ class Backbone(ExitNetwork):
             custom network.
 
     Raises:
-        ValueError: The network cannot be traced, has no last linear layer, or cannot be cut there; one line
-            says which.
+        ValueError: The network cannot be traced, has no last linear layer, cannot be cut there, or takes no
+            images of ``image_size``; one line says which.
     """
 
     options_of_older_files: ClassVar = {
@@ -139,6 +140,8 @@ class Backbone(ExitNetwork):
         }
         if frozen:
             self.freeze_pretrained()
+        if image_size is not None:
+            self.check_image_size(image_size)
 
     def _replace_classifier(self, num_classes: int | None) -> bool:
         """Replace the last linear layer, unless it has ``num_classes`` outputs (any if None).
@@ -177,20 +180,27 @@ class Backbone(ExitNetwork):
     def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> "Backbone":
         """Build the network that ``config`` describes, with new weights, on the CPU.
 
+        A network that is passed keeps its device and dtype.
+
         Args:
             config: Options, of which ``library`` is torchvision, timm, or None for a custom network. Those
                 that an older file lacks are ``options_of_older_files``.
             network: The custom network, needed where ``library`` is None.
 
         Raises:
-            NeedsNetworkError: The network or its library is missing.
+            CannotBuildError: The network or its library is missing, or a network was passed for one of a
+                library.
             ValueError: The network is unknown, or cannot be cut as it was.
         """
         config = {**cls.options_of_older_files, **config}
         constructor = Constructor(*(config.pop(field) for field in Constructor._fields))
         if network is None and constructor.library is None:
-            raise NeedsNetworkError(
+            raise CannotBuildError(
                 f"{str(constructor.name)!a:.60} is a custom network; pass it: load(path, network=...)"
+            )
+        if network is not None and constructor.library is not None:
+            raise CannotBuildError(
+                f"it is a network of {constructor.library!a:.60}; load it without network="
             )
         with torch.device("cpu"):  # not on the meta device: networks compute constants when they are made
             network = construct(*constructor) if network is None else network
@@ -220,7 +230,7 @@ class Backbone(ExitNetwork):
 
     def advance(self, k: int, state: State) -> tuple[Tensor, State]:
         """Run segment ``k`` and the exit after it; the state is the tensor at the cut."""
-        x = self._segments[k].evaluation(self, state["x"])
+        x = self._segments[k].function("evaluation")(self, state["x"])
         if k == self.num_exits - 1:
             return x, {}
         return self.exits[k].features(x), {"x": x}
@@ -249,17 +259,12 @@ class Backbone(ExitNetwork):
         return all_features
 
     def _run_segment(self, k: int, x: Tensor) -> Tensor:
-        run = self._segments[k].function(self.training and not self.frozen)
+        run = self._segments[k].function("training" if self.training and not self.frozen else "evaluation")
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return run(self, x)
         # The random state is kept: dropout has to draw the same masks again.
-        return checkpoint(
-            run,
-            self,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), frozen_statistics(self.network)),
-        )
+        context_fn = partial(checkpoint_contexts, self.network)
+        return checkpoint(run, self, x, use_reentrant=False, context_fn=context_fn)
 
     def freeze_pretrained(self) -> None:
         """Train only the exits, and a new last linear layer. The rest stays in evaluation mode."""
@@ -351,7 +356,7 @@ class Backbone(ExitNetwork):
 
     def fold_batch_norm(self, fuse: Fuse) -> None:
         """Fold every BatchNorm of the network and the exits into the layer before it, in place."""
-        graphs = [segment.evaluation_graph for segment in self._segments]
+        graphs = [segment.graphs["evaluation"] for segment in self._segments]
         calls = Counter(node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
         # A layer whose weights are also read directly counts once more, and so is not folded.
         calls.update(
@@ -360,7 +365,7 @@ class Backbone(ExitNetwork):
             for node in graph.nodes
             if node.op == "get_attr"
         )
-        self._segments = [Segment(self._folded(graph, calls, fuse), None) for graph in graphs]
+        self._segments = [Segment({"evaluation": self._folded(graph, calls, fuse)}) for graph in graphs]
         fold_sequences(self.exits, fuse)
 
     def _folded(self, graph: fx.Graph, calls: Counter[str], fuse: Fuse) -> fx.Graph:
@@ -386,18 +391,21 @@ class Backbone(ExitNetwork):
 
     def _clone_where_needed(self, size: int) -> None:
         """Let segments that change their input in place copy it first: the previous exit needs it too."""
+        changes_input = set()
         # Inference tensors have no versions, and the caller may be in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             runner = meta_copy(self)
-            for training in (False, True):
-                runner.train(training)
+            for mode in MODES:
+                runner.train(mode == "training")
                 x = probe_images(runner, size)
-                for k in range(self.num_exits):
+                for k, segment in enumerate(self._segments):
                     version = x._version
-                    y = runner._segments[k].function(training)(runner, x)
+                    y = segment.function(mode)(runner, x)
                     if x._version != version:
-                        self._segments[k] = with_cloned_input(self._segments[k])
+                        changes_input.add(k)
                     x = y
+        for k in changes_input:
+            self._segments[k] = with_cloned_input(self._segments[k])
 
 
 def _failure(runner: Backbone, size: int) -> str | None:

@@ -4,7 +4,7 @@ Example:
     network = torchvision.models.resnet18()
     traces = trace_both_modes(network)
     cuts = find_cuts(network, traces, profile_graph(network, traces, 224), exits=4)
-    cuts.paths, cuts.layouts     # ["layer1.1", "layer2.1", "layer3.1"], ["NCHW", "NCHW", "NCHW"]
+    cuts.paths, cuts.layouts     # ["layer1.0", "layer2", "layer3"], ["NCHW", "NCHW", "NCHW"]
 """
 
 import difflib
@@ -74,10 +74,12 @@ def find_cuts(
     first_profile = next(iter(profiles.values()))
     _check_not_tiny(network, traces.evaluation, profiles)
     classifier, ends = _last_linear(network, traces, first_profile)
-    if isinstance(exits, str):
-        raise ValueError(f"exits is {exits!r}; give a list of modules, or a number of exits")
     if isinstance(exits, int):
         paths = _even_paths(network, traces, profiles, exits)
+    elif isinstance(exits, str) or not all(isinstance(path, str) for path in exits):
+        raise ValueError(
+            f"exits is {exits!r}; give paths of modules, such as ['layer1', 'layer2'], or a number of exits"
+        )
     else:
         paths = _checked_paths(network, traces, list(exits), ends)
     layouts = _layouts(traces, profiles, paths, layout)
@@ -161,6 +163,9 @@ def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) 
     for mode, trace in traces.by_mode.items():
         if path in trace.repeated:
             return "the network runs it more than once"
+        leaf = next((leaf for leaf in trace.leaves if path.startswith(f"{leaf}.")), None)
+        if leaf is not None:
+            return _not_traced(leaf)
         if path not in trace.outputs:
             return "the network does not run it, or its output is not one tensor"
         node = trace.outputs[path]
@@ -171,6 +176,10 @@ def _refusal(traces: Traces, path: str, ends: dict[str, fx.Node] | None = None) 
         if ends and trace.position(node) >= trace.position(ends[mode]):
             return "nothing but the last linear layer comes after it"
     return None
+
+
+def _not_traced(leaf: str) -> str:
+    return f"torch.fx does not look into {leaf!r}; call its layers one by one in the forward method"
 
 
 def _checked_paths(
@@ -233,6 +242,10 @@ def _even_paths(
     nodes = [node for node in trace.graph.nodes if node in candidates]
     nodes = [node for node in nodes if 0 < profile.operations_up_to[node] < (1 - 0.5 / count) * total]
     if len(nodes) < count - 1:
+        largest = max(profile.operations_of, key=profile.operations_of.__getitem__)
+        module = _module_of(network, largest)
+        if module is not None and list(module.children()) and profile.operations_of[largest] > total / 2:
+            refusal = _not_traced(trace.name(largest))
         raise ValueError(
             f"exits is {count}; {type(network).__name__} has places for {len(nodes) + 1} at most: "
             f"{', '.join(candidates[node] for node in nodes) or 'its end'}"

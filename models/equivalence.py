@@ -1,4 +1,4 @@
-"""Whether a network that was cut computes what it does as a whole.
+"""Check that the segments of a cut network compute what the whole network does.
 
 Example:
     cuts = find_cuts(network, traces, profiles, exits=4)
@@ -6,13 +6,13 @@ Example:
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
 from .module_state import Snapshot
-from .tracing import MODES, Segment, TracedRoot, Traces, first_line, probe_images, set_mode
+from .tracing import Segment, TracedRoot, Traces, probe_images, set_mode
 
 
 def check_segments(
@@ -32,50 +32,69 @@ def check_segments(
     Raises:
         ValueError: They compute something else, or change buffers in another way.
     """
-    root = TracedRoot(network)
-    for name, tensor in traces.constants.items():
-        setattr(root, name, tensor)
+    root = TracedRoot(network, traces.constants)
     linear = network.get_submodule(classifier)
 
-    def run_segments(x: Tensor, training: bool) -> Tensor:
-        for segment in segments:
-            x = segment.function(training)(root, x)
-        return linear(x)
+    # Both return features and logits: a classifier of zeros hides what is before it.
+    def run_network(x: Tensor, mode: str) -> Tensor:
+        features: list[Tensor] = []
+        hook = linear.register_forward_pre_hook(
+            lambda layer, args, kwargs: features.append(args[0] if args else kwargs["input"]),
+            with_kwargs=True,
+        )
+        try:
+            logits = network(x).flatten(1)
+        finally:
+            hook.remove()
+        return torch.cat([features[-1], logits], dim=1)
 
-    for mode in MODES:
-        training = mode == "training"
-        with set_mode(network, training):
-            expected = _outputs_and_buffers(network, network, image_size)
-            found = _outputs_and_buffers(network, partial(run_segments, training=training), image_size)
-        for name, value in expected.items():
-            if not torch.allclose(found[name].double(), value.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
-                what = "outputs" if name == "" else f"values of the buffer {name!r}"
-                raise ValueError(
-                    f"cut into segments, {type(network).__name__} gives other {what} in {mode} mode: its "
-                    "forward method does something that torch.fx does not record"
-                )
+    def run_segments(x: Tensor, mode: str) -> Tensor:
+        for segment in segments:
+            x = segment.function(mode)(root, x)
+        return torch.cat([x, linear(x)], dim=1)
+
+    expected = _outputs_and_buffers(network, run_network, image_size)
+    found = _outputs_and_buffers(network, run_segments, image_size)
+    for (mode, name), value in expected.items():
+        if not torch.allclose(
+            found[mode, name].double(), value.double(), rtol=1e-3, atol=1e-5, equal_nan=True
+        ):
+            what = "outputs" if name == "" else f"values of the buffer {name!r}"
+            raise ValueError(
+                f"cut into segments, {type(network).__name__} gives other {what} in {mode} mode: its "
+                "forward method does something that torch.fx does not record; usual causes: state in "
+                "attributes or globals, or x += y where x is used again"
+            )
 
 
 @torch.no_grad()
 def _outputs_and_buffers(
-    network: nn.Module, function: Callable[[Tensor], Tensor], image_size: int
-) -> dict[str, Tensor]:
-    """Return what ``function`` computes, as "", and the network's buffers after it; then restore all state.
+    network: nn.Module, function: Callable[[Tensor, str], Tensor], image_size: int
+) -> dict[tuple[str, str], Tensor]:
+    """Run ``function`` in training mode and then in evaluation mode, and restore the network afterwards.
+
+    Evaluation comes second: it uses state that training changed.
+
+    Returns:
+        By mode and name, the buffers after the pass, and its outputs under the name "".
 
     Raises:
         ValueError: It does not run.
     """
     images, before = probe_images(network, image_size), Snapshot(network)
+    values = {}
     # Not seeded: that would change generators of other devices. Both calls begin with the same state.
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
         try:
-            outputs = function(torch.rand_like(images)).flatten(1)
-            return {"": outputs, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
+            for mode in ("training", "evaluation"):
+                with set_mode(network, mode):
+                    values[mode, ""] = function(torch.rand_like(images), mode)
+                values |= {(mode, name): buffer.clone() for name, buffer in network.named_buffers()}
         except Exception as error:  # a network can raise any exception
-            mode = "training" if network.training else "evaluation"
             raise ValueError(
                 f"{type(network).__name__} does not run in {mode} mode on images of {image_size} pixels: "
                 f"{first_line(error):.150}"
             ) from error
         finally:
             before.restore()
+    return values

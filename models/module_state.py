@@ -3,11 +3,11 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -22,7 +22,11 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch normalisation in ``module`` as they are within the block."""
+    """Keep the running statistics of batch normalisation in ``module`` as they are within the block.
+
+    All other buffers that the block changes in place are put back at its end.
+    """
+    others = _other_buffers(module)
     tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in tracking]
     for layer in tracking:
@@ -34,6 +38,39 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, num_batches_tracked) in zip(tracking, kept, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
+        _put_back(others)
+
+
+def checkpoint_contexts(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a forward pass and of its recomputation, for ``torch.utils.checkpoint``.
+
+    The recomputation begins with the buffers with which the forward pass began, and changes none for good.
+    """
+    at_the_start = _other_buffers(module)
+
+    @contextmanager
+    def recomputation() -> Iterator[None]:
+        with frozen_statistics(module):
+            _put_back(at_the_start)
+            yield
+
+    return nullcontext(), recomputation()
+
+
+def _other_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
+    """Return the buffers that are no running statistics of a layer, their values and their versions."""
+    layers = [layer for layer in module.modules() if not getattr(layer, "track_running_stats", False)]
+    buffers = [x for layer in layers for x in layer.buffers(recurse=False) if not x.is_inference()]
+    return [(x, x.clone(), x._version) for x in buffers]
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor, int]]) -> None:
+    with torch.no_grad():
+        for x, value, version in buffers:
+            if x._version != version:
+                x.copy_(value)
 
 
 class Snapshot:
@@ -62,15 +99,16 @@ class Snapshot:
     def first_change(self) -> str | None:
         """Return the name of an attribute that was assigned or changed in place, None if there is none.
 
-        Attributes that were None, such as a cache, or that are neither numbers, texts nor tensors do not
-        count.
+        Attributes that were None, such as a cache, or that are neither numbers, texts nor tensors (nor
+        what stands for a tensor in a trace) do not count.
         """
         for path, module in self._network.named_modules():
             attributes, buffers = self._attributes.get(module, ({}, {}))
             own = [name for name, x in buffers.items() if module._buffers.get(name) is not x]
             for name, value in vars(module).items():
                 old = attributes.get(name, getattr(type(module), name, None))
-                if value is not old and old is not None and isinstance(value, (int, float, str, Tensor)):
+                is_plain = isinstance(value, (int, float, str, Tensor, fx.Proxy))
+                if value is not old and old is not None and is_plain:
                     own.append(name)
             if own:
                 return f"{path}.{own[0]}".removeprefix(".")

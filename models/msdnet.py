@@ -20,8 +20,8 @@ Example:
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
-from .module_state import frozen_statistics
+from .module_state import checkpoint_contexts
 from .network import ExitNetwork, State, checked_num_exits
 from .options import MSDNET_FIELDS, MSDNetOptions
 
@@ -149,7 +149,7 @@ class MSDNet(ExitNetwork):
             grid,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), frozen_statistics(block)),
+            context_fn=partial(checkpoint_contexts, block),
         )
 
     def _rescale_grid(self, grid: FeatureGrid, factor: float) -> FeatureGrid:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .errors import CannotBuildError
+
 if TYPE_CHECKING:
     from .description import Description
 
@@ -108,8 +110,11 @@ class ExitNetwork(nn.Module, ABC):
             network: A network without exits that is part of it, where ``config`` alone cannot describe that.
 
         Raises:
+            CannotBuildError: A network was passed, and none is needed.
             ValueError: There is no such network.
         """
+        if network is not None:
+            raise CannotBuildError(f"it is a whole {cls.__name__}; load it without network=")
         return cls(**{**cls.options_of_older_files, **config})
 
     def for_classes(self, num_classes: int, same_classes: bool = False) -> "ExitNetwork":

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from .description import SPLIT_TENSORS, Description, Split
+from .errors import CannotBuildError, first_line
 from .files import find
 from .module_state import has_finite_weights, load_tensors
 from .network import ExitNetwork, build_network
-from .third_party import NeedsNetworkError
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels
@@ -52,7 +52,8 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
             becomes part of the result.
 
     Returns:
-        The network in float32, on the CPU, in evaluation mode, with its ``description``.
+        The network in float32, on the CPU, in evaluation mode, with its ``description``. A network that is
+        passed keeps its device and dtype.
 
     Raises:
         OSError: There is no such file, or no such name.
@@ -73,11 +74,20 @@ def network_bytes(network: ExitNetwork, description: Description, split: Split, 
         network: The network.
         description: Description to store in the file.
         split: The training images it learned from.
-        half: Store the weights of convolutions and linear layers in float16; all others stay as they are.
+        half: Store floating-point tensors of two or more dimensions, such as the weights of convolutions and
+            linear layers, in float16; all others stay as they are.
     """
-    tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
-    if half:
-        tensors = {name: x.half() if x.dim() > 1 else x for name, x in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, x in network.state_dict().items():
+        x = x.detach().cpu().contiguous()
+        if half and x.dim() > 1 and x.is_floating_point():
+            x = x.half()
+        # A file holds tied weights once per name: safetensors takes no tensors that share memory.
+        if x.untyped_storage().data_ptr() in storages:
+            x = x.clone()
+        storages.add(x.untyped_storage().data_ptr())
+        tensors[name] = x
     tensors |= {name: x.cpu().contiguous() for name, x in split.to_tensors().items()}
     return tensor_bytes(tensors, description)
 
@@ -94,13 +104,16 @@ def read_network(
 ) -> tuple[ExitNetwork, Description, Split]:
     """Read network (float32, on the CPU, in evaluation mode), description and split of a file.
 
+    A network that is passed keeps its device and dtype.
+
     Args:
         path: The file.
         network: The network without exits, as for ``load``.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, damaged, foreign or of another version; one line that names it.
+        ValueError: The file is truncated, damaged, foreign, of another version, or that of another network
+            than the one passed; one line that names it.
     """
     path = Path(path)
     tensors, header = read_safetensors(path)
@@ -116,9 +129,11 @@ def read_network(
         return network_from_tensors(
             tensors, Description.from_dict(json.loads(header["description"])), network
         )
-    except NeedsNetworkError as error:
+    except CannotBuildError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if network is not None:
+            raise ValueError(f"{path} does not fit the network that was passed: {error}") from None
         raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
 
 
@@ -185,12 +200,12 @@ def build_with_weights(
     try:
         with torch.device("meta"):  # shapes without memory
             built = build_network(options, network)
-    except NeedsNetworkError:
+    except CannotBuildError:
         raise
     # What PyTorch raises on absurd numbers depends on how absurd they are.
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
-            f"it describes an impossible network ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            f"it describes an impossible network ({type(error).__name__}: {first_line(error):.200})"
         ) from None
     load_weights(built, tensors)
     return built

@@ -19,15 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .description import ImageSpec
+from .errors import CannotBuildError, first_line
 from .files import is_network_file
 from .normalizer import IMAGENET_MEAN, IMAGENET_STD
 from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
 
 TIMM_PREFIX = "timm/"
-
-
-class NeedsNetworkError(ValueError):
-    """A file's network cannot be built: it is a custom network, or its library is missing."""
 
 
 class Constructor(NamedTuple):
@@ -152,7 +149,7 @@ def construct(library: str | None, name: str, options: dict[str, Any]) -> nn.Mod
             return _torchvision().get_model(name, weights=None, **options)
     except Exception as error:  # what a constructor raises depends on the option
         raise ValueError(
-            f"{library} cannot build {name} with the options {options}: {error!s:.150}"
+            f"{library} cannot build {name} with the options {options}: {first_line(error):.150}"
         ) from None
 
 
@@ -166,7 +163,7 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise NeedsNetworkError("networks of timm need the package timm: pip install timm") from None
+        raise CannotBuildError("networks of timm need the package timm: pip install timm") from None
     return timm
 
 
@@ -185,7 +182,7 @@ def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"the weights {pretrained} of {constructor.name} cannot be downloaded: "
-            f"{getattr(error, 'reason', error)!s:.150}; --pretrained also takes a file of them"
+            f"{first_line(getattr(error, 'reason', error)):.150}; --pretrained also takes a file of them"
         ) from None
 
 

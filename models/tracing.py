@@ -10,22 +10,25 @@ Example:
     traces = trace_both_modes(network)
     end = {mode: trace.outputs["layer1"] for mode, trace in traces.by_mode.items()}
     segment = make_segment(None, end, traces)  # from the images to the output of layer1
-    y = segment.evaluation(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
+    run = segment.function("evaluation")
+    y = run(TracedRoot(network), torch.randn(2, 3, 224, 224))  # (2, 64, 56, 56)
 """
 
 import math
 import operator
+import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .errors import first_line
 from .module_state import Snapshot, meta_copy
 
 PREFIX = "network."  # the traced network is the attribute ``network`` of the root
@@ -40,11 +43,18 @@ LAYERS = (*WEIGHTED, *NORMS)
 
 
 class TracedRoot(nn.Module):
-    """The network as the only attribute of a module, so that its other arguments take their defaults."""
+    """A module around a network, so that the other arguments of the network take their defaults.
 
-    def __init__(self, network: nn.Module):
+    Args:
+        network: The network.
+        constants: Tensors that tracing made, by name.
+    """
+
+    def __init__(self, network: nn.Module, constants: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.network = network
+        for name, tensor in (constants or {}).items():
+            setattr(self, name, tensor)
 
     def forward(self, images: Tensor) -> Any:
         """Run the network."""
@@ -98,7 +108,7 @@ class Trace:
     def is_from_images(self, node: fx.Node) -> bool:
         """Return whether a value depends on the images, or on a change in place, which has to run once.
 
-        All others, those of parameters and buffers and the number of images, every segment computes itself.
+        Every segment computes all other values again.
         """
         return node in self._from_images
 
@@ -162,7 +172,7 @@ def trace_both_modes(network: nn.Module) -> Traces:
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        with set_mode(network, mode == "training"):
+        with set_mode(network, mode):
             before, random_states = Snapshot(network), _random_states()
             try:
                 by_mode[mode] = _Tracer().run(root)
@@ -210,6 +220,7 @@ class _Tracer(fx.Tracer):
         self._repeated: set[str] = set()
         self._leaves: set[str] = set()
         self._owners: dict[fx.Node, str] = {}
+        self._autocast_depth = _autocast_depth()
         # Whatever the caller's mode is: the forward method may switch gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             graph = self.trace(root)
@@ -244,15 +255,22 @@ class _Tracer(fx.Tracer):
                 "its forward method switches gradients off, which a trace does not record; use "
                 "requires_grad_(False) or, to update a buffer, self.mean.add_(x.detach())"
             )
+        if _autocast_depth() != self._autocast_depth:
+            raise ValueError(
+                "its forward method uses torch.autocast, which a trace does not record; use it "
+                "around the whole network only"
+            )
         node = super().create_node(*args, **kwargs)
         if self._open:
             self._owners[node] = self._open[-1]
         return node
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _autocast_depth() -> int:
+    """Return how many blocks of ``torch.autocast`` are open, also of those that switch it off."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth
 
 
 def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
@@ -263,10 +281,10 @@ def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
 
 
 @contextmanager
-def set_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of all modules; afterwards each has its own again."""
+def set_mode(network: nn.Module, mode: str) -> Iterator[None]:
+    """Set the mode of all modules, one of ``MODES``; afterwards each has its own again."""
     flags = {module: module.training for module in network.modules()}
-    network.train(training)
+    network.train(mode == "training")
     try:
         yield
     finally:
@@ -285,34 +303,37 @@ def _random_states() -> list[Any]:
 
 
 class Segment:
-    """The code between two cuts: ``evaluation(root, x)``, and ``training(root, x)`` for training mode.
+    """The code between two cuts: ``function(mode)(root, x)``.
 
     These are plain functions of the root: an ``fx.GraphModule`` would register the network's modules again,
     under second names in the state dict. torchvision's ``create_feature_extractor`` makes one, from the
     images on only.
 
     The graphs are not changed after this, so copies of a network share their segments.
+
+    Args:
+        graphs: Graph of every mode, of ``MODES``; a folded network has none for training.
     """
 
-    def __init__(self, evaluation: fx.Graph, training: fx.Graph | None):
-        self.evaluation_graph, self.training_graph = evaluation, training
-        self.evaluation = _compiled(evaluation)
-        self.training = None if training is None else _compiled(training)
+    def __init__(self, graphs: Mapping[str, fx.Graph]):
+        self.graphs = graphs
+        self._functions = {mode: _compiled(graph) for mode, graph in graphs.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Segment":
         return self
 
-    def function(self, training: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    def __reduce__(self) -> NoReturn:
+        raise pickle.PicklingError("a Backbone cannot be pickled: save its state_dict()")
+
+    def function(self, mode: str) -> Callable[[nn.Module, Tensor], Tensor]:
         """Return the code of a mode.
 
         Raises:
             RuntimeError: A folded network has no training mode.
         """
-        if not training:
-            return self.evaluation
-        if self.training is None:
+        if mode not in self._functions:
             raise RuntimeError("a folded network cannot be trained")
-        return self.training
+        return self._functions[mode]
 
 
 def make_segment(start: str | None, end: dict[str, fx.Node], traces: Traces) -> Segment:
@@ -327,21 +348,21 @@ def make_segment(start: str | None, end: dict[str, fx.Node], traces: Traces) -> 
     for mode, trace in traces.by_mode.items():
         first = trace.images if start is None else trace.outputs[start]
         graphs[mode] = _between(trace, first, end[mode])
-    return Segment(**graphs)
+    return Segment(graphs)
 
 
 def with_cloned_input(segment: Segment) -> Segment:
     """Return a segment that copies its input first, for one that begins with an in-place operation."""
-    graphs = []
-    for graph in (segment.evaluation_graph, segment.training_graph):
+    graphs = {}
+    for mode, graph in segment.graphs.items():
         new = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             values[node] = new.node_copy(node, values.__getitem__)
             if node.op == "placeholder":
                 values[node] = new.call_method("clone", (values[node],))
-        graphs.append(new)
-    return Segment(*graphs)
+        graphs[mode] = new
+    return Segment(graphs)
 
 
 def _between(trace: Trace, first: fx.Node, last: fx.Node) -> fx.Graph:
@@ -418,9 +439,8 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
         ValueError: The network runs with none of the usual sizes.
     """
     # Without gradients: the counter hooks into them, and cannot where modules read views of parameters.
-    root = TracedRoot(meta_copy(network).eval().requires_grad_(False))
-    for name, tensor in traces.constants.items():
-        setattr(root, name, tensor.to("meta"))
+    constants = {name: tensor.to("meta") for name, tensor in traces.constants.items()}
+    root = TracedRoot(meta_copy(network).eval().requires_grad_(False), constants)
     profiles, reason = {}, ""
     for size in dict.fromkeys((*([] if image_size is None else [image_size]), *PROBE_SIZES)):
         images = probe_images(root, size)
@@ -437,8 +457,8 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
             break
     if not profiles:
         raise ValueError(
-            f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150}); "
-            "say image_size="
+            f"{type(network).__name__} does not run on colour images of any usual size ({reason:.150})"
+            + ("; say image_size=" if image_size is None else "")
         )
     return profiles
 

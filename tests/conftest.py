@@ -36,12 +36,12 @@ TINY_STAGE_2 = ["--epochs", "1", "--batch-size", "32", "--amp", "off"]
 
 
 def describe(network: ExitNetwork, image_size: int = 32) -> Description:
-    """A description of a small network of ten classes."""
+    """A description of a small network."""
     return Description(
         to_config(network),
         data=DataInfo(
             name="demo",
-            class_names=[f"class {i}" for i in range(10)],
+            class_names=[f"class {i}" for i in range(network.num_classes)],
             image_size=image_size,
             crop_share=1.0,
             interpolation="bilinear",

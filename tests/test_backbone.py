@@ -5,25 +5,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_inference import fold
 from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
-from models import IMTA, Description, Stepwise, count_operations, load
+from models import IMTA, Stepwise, count_operations, load
 from models.backbone import Backbone, build_backbone
 from models.backbone_exits import MapExit
-from models.description import DataInfo, Split
-from models.network import to_config
+from models.cutting import find_cuts
+from models.description import Split
 from models.operations import measure_cost
-from models.third_party import image_spec_of_weights
-from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet
+from models.tracing import profile_graph, trace_both_modes
+from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet, small_vit
+from tests.conftest import describe
 
 NAMES = list(SMALL)
 NOT_IN_CONTRACT = ["resnet", "convnext"]  # of the others, test_contract.py checks the same
@@ -405,6 +405,64 @@ def test_what_cannot_be_cut_is_refused_in_one_line(make, exits, message):
     assert "\n" not in str(caught.value)
 
 
+class Encoder(nn.Module):
+    """Two patches a side, and an encoder that is one layer for ``torch.fx``."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 16, stride=16)
+        layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+        self.encoder, self.linear = nn.TransformerEncoder(layer, 3), nn.Linear(16, 10)
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        return self.linear(self.encode(x).mean(dim=1))
+
+
+class LayerByLayer(Encoder):
+    def encode(self, x):
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("exits", [["encoder.layers.1"], 3])
+def test_how_to_cut_inside_a_module_that_is_not_traced(exits):
+    hint = "torch.fx does not look into 'encoder'; call its layers one by one in the forward method$"
+    with pytest.raises(ValueError, match=hint):
+        Backbone(Encoder(), exits)
+    early = Backbone(LayerByLayer(), exits).config["exits"]
+    assert early == (exits if isinstance(exits, list) else ["encoder.layers.0", "encoder.layers.1"])
+
+
+def test_the_example_of_the_cuts():
+    network = torchvision.models.resnet18()
+    traces = trace_both_modes(network)
+    cuts = find_cuts(network, traces, profile_graph(network, traces, 224), exits=4)
+    assert (cuts.paths, cuts.layouts) == (["layer1.0", "layer2", "layer3"], ["NCHW"] * 3)
+
+
+class CopiesOfInputs(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_segments_that_begin_in_place_copy_their_input_once(training):
+    network = make_small("chain").train(training)  # both later segments begin with a ReLU
+    with CopiesOfInputs() as copies, torch.no_grad():
+        network(images_for("chain"))
+    assert copies.count == 2
+
+
 class Undecided(nn.Module):
     def forward(self, images):
         return images if images.sum() > 0 else -images
@@ -430,73 +488,17 @@ def test_image_sizes():
     vit.check_image_size(32)
     with pytest.raises(ValueError, match="takes images of 32 pixels only, not of 64"):
         vit.check_image_size(64)
+    with pytest.raises(ValueError, match="takes images of 32 pixels only, not of 64"):
+        Backbone(small_vit(), 3, image_size=64)
+    unusual = torchvision.models.VisionTransformer(40, 8, 3, 2, 32, 64, num_classes=10)
+    for image_size, end in ((None, r"\); say image_size=$"), (48, r"\)$")):
+        with pytest.raises(ValueError, match=f"does not run on colour images of any usual size .*{end}"):
+            Backbone(unusual, 3, image_size=image_size)
     for size in (32, 33, 224):
         resnet.check_image_size(size)
     with pytest.raises(ValueError, match="images of 4 pixels are too small: this network needs at least 5"):
         resnet.check_image_size(4)
     resnet.check_image_size(5)
-
-
-def test_names():
-    with pytest.raises(
-        ValueError, match="torchvision has no classification network 'resnet19'; did you mean resnet1"
-    ):
-        build_backbone("resnet19")
-    with pytest.raises(ValueError, match="no classification network 'maskrcnn_resnet50_fpn'"):
-        build_backbone("maskrcnn_resnet50_fpn")
-    with pytest.raises(ValueError, match="cannot build resnet18 with the options"):
-        build_backbone("resnet18", options={"depth": 3})
-    with pytest.raises(
-        FileNotFoundError, match="no file NONE, and resnet18 has no weights of that name: IMAGENET1K_V1"
-    ):
-        build_backbone("resnet18", pretrained="NONE")
-
-
-def test_preprocessing_comes_with_the_weights():
-    found = image_spec_of_weights("mobilenet_v3_small", "DEFAULT")
-    assert (found.image_size, found.crop_share, found.interpolation) == (224, 0.875, "bilinear")
-    assert found.mean == [0.485, 0.456, 0.406]
-    assert found.std == [0.229, 0.224, 0.225]
-
-
-def test_weights_from_files(tmp_path):
-    weights = torchvision.models.mobilenet_v3_small(num_classes=4).state_dict()
-    safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
-    torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}}, tmp_path / "a.pth")
-    for file in ("a.safetensors", "a.pth"):
-        network = build_backbone("mobilenet_v3_small", 3, 4, pretrained=tmp_path / file, image_size=64)
-        assert all(torch.equal(x, weights[k]) for k, x in network.network.state_dict().items())
-    for file, reason in (("b.pth", "not a PyTorch checkpoint"), ("b.safetensors", "is damaged")):
-        (tmp_path / file).write_bytes(b"nothing")
-        with pytest.raises(ValueError, match=f"{file}.* {reason}"):
-            build_backbone("mobilenet_v3_small", pretrained=tmp_path / file)
-    with pytest.raises(ValueError, match=r"a.pth: these weights are not those of resnet18"):
-        build_backbone("resnet18", pretrained=tmp_path / "a.pth")
-
-
-def test_weights_that_cannot_be_downloaded_name_the_other_way(tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise URLError("no route to the host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    reason = (
-        "the weights DEFAULT of resnet18 cannot be downloaded: no route to the host; --pretrained also takes"
-    )
-    with pytest.raises(OSError, match=reason):
-        build_backbone("resnet18", pretrained="DEFAULT")
-
-
-def test_timm_networks():
-    pytest.importorskip("timm")
-    network = build_backbone("timm/test_resnet", exits=["layer1", "layer2"], num_classes=5).eval()
-    assert network.config["library"] == "timm"
-    assert network(torch.randn(2, 3, 64, 64))[-1].shape == (2, 5)
-    with pytest.raises(ValueError, match="did you mean timm/"):
-        build_backbone("timm/tf_efficientnet_lite9")
-    found = image_spec_of_weights("timm/tf_efficientnet_lite0")
-    assert found.mean == [0.5, 0.5, 0.5]
-    assert found.interpolation == "bicubic"
 
 
 def test_files(tmp_path):
@@ -505,36 +507,13 @@ def test_files(tmp_path):
         save_network(tmp_path / "own.safetensors", network, description, split)
         with pytest.raises(ValueError, match=r"own.safetensors: 'Chain' is a custom network; pass it"):
             load(tmp_path / "own.safetensors")
-        with pytest.raises(ValueError, match=r"another network|impossible network"):
+        message = r"own.safetensors does not fit the network that was passed: it (holds another|describes an)"
+        with pytest.raises(ValueError, match=message):
             load(tmp_path / "own.safetensors", network=small_resnet())
         again = load(tmp_path / "own.safetensors", network=own)
         images = images_for("chain")
         assert all(torch.equal(a, b) for a, b in zip(again(images), network.eval()(images), strict=True))
         assert again.config == network.config
-
-
-def test_a_file_of_a_named_network_needs_no_other(tmp_path):
-    network = build_backbone("mobilenet_v3_small", 3, num_classes=5, image_size=32)
-    save_network(tmp_path / "named.safetensors", network, describe(network), Split.unknown())
-    again, images = load(tmp_path / "named.safetensors"), torch.randn(2, 3, 32, 32)
-    assert all(torch.equal(a, b) for a, b in zip(again(images), network.eval()(images), strict=True))
-    assert network_fingerprint(again) == network_fingerprint(network)
-
-
-def describe(network):
-    data = DataInfo(
-        "folder",
-        [f"class {i}" for i in range(network.num_classes)],
-        32,
-        1.0,
-        "bilinear",
-        [0.5] * 3,
-        [0.5] * 3,
-        0,
-        "",
-    )
-    operations = count_operations(network, 32)
-    return Description(to_config(network), data, operations, "GE", "title", {}, 1, None)
 
 
 @pytest.mark.slow

@@ -1,25 +1,22 @@
 """Networks and weights of users: what is kept, and what is refused in one line."""
 
 import copy
+import pickle
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import WeightsEnum
 
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
-from engine.checkpoint import report_damage, save_network
+from engine.checkpoint import save_network
 from models import Backbone, build_backbone, count_operations, load
 from models.backbone_exits import MapExit
 from models.description import Split
-from models.third_party import Constructor, NeedsNetworkError, construct, options_of_weights, split_name
+from models.third_party import Constructor
 from tests.conftest import describe
-from utils import UserError
 
 
 class Plain(nn.Module):
@@ -210,6 +207,58 @@ class Remembers(Plain):
         return x * len(PASSES)
 
 
+class RemembersBeforeZeros(Plain):
+    """The same at the end, before a linear layer of zeros, with which many networks begin."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.linear.weight)
+
+    def end(self, x):
+        PASSES.append(1)
+        return self.linear(x.mean((2, 3)) * len(PASSES))
+
+
+class AssignsMean(Plain):
+    """A running mean that is no buffer, and that training assigns."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(())
+
+    def between(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+        return x - self.mean
+
+
+class AssignsMeanLate(Plain):
+    """The same, but there is no mean before the first images."""
+
+    mean = None
+
+    def between(self, x):
+        if self.training:
+            mean = x.mean().detach()
+            self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        return x if self.mean is None else x - self.mean
+
+
+class AddsInPlace(Plain):
+    """A trace makes a sum out of ``+=``."""
+
+    def between(self, x):
+        same = x
+        x += 1
+        return x * same
+
+
+class SwitchesAutocastOff(Plain):
+    def between(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return x * 2
+
+
 class EndsInTokens(Plain):
     def __init__(self):
         super().__init__()
@@ -229,6 +278,19 @@ class TwoEnds(Plain):
         return self.auxiliary(x) if self.training else self.linear(x)
 
 
+class Tied(Plain):
+    """Two convolutions with the same weight, and one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(8, 8, 1, bias=False) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.again = self.c
+
+    def between(self, x):
+        return self.again(self.c(self.b(self.a(x))))
+
+
 PASSES = []
 KEPT = [
     Plain,
@@ -240,6 +302,7 @@ KEPT = [
     Mask,
     WeightUsedTwice,
     Gate,
+    Tied,
 ]
 
 
@@ -283,7 +346,12 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
         (AssignsBuffer, "changes count, which|as buffer 'count'"),  # the latter by PyTorch 2.6
         (CountsInPython, "changes passes, which"),
         (RunningMean, "changes mean, which"),
-        (Remembers, "gives other .* in evaluation mode"),
+        (AssignsMean, "changes mean, which"),
+        (AssignsMeanLate, "gives other outputs in evaluation mode"),
+        (Remembers, "gives other .* in training mode"),
+        (RemembersBeforeZeros, "gives other outputs in training mode"),
+        (AddsInPlace, r"usual causes: .* or x \+= y where x is used again$"),
+        (SwitchesAutocastOff, r"uses torch\.autocast, which"),
         (EndsInTokens, r"ends in linear, whose output is \(2, 1, 10\)"),
         (TwoEnds, "other linear layers in training: auxiliary and linear"),
     ],
@@ -310,6 +378,47 @@ def test_the_check_draws_no_random_numbers_and_seeds_nothing():
     assert torch.equal(*weights)
 
 
+def test_whole_numbers_are_not_rounded_in_half_precision(tmp_path):
+    numbers = torch.tensor([[4097, 4099]])
+    network, other = make(Plain), make(Plain)
+    network.register_buffer("index", numbers)
+    other.register_buffer("index", torch.zeros_like(numbers))
+    network = Backbone(network, ["first"])
+    description = describe(network)
+    save_network(tmp_path / "network.safetensors", network, description, Split.unknown(), half=True)
+    assert torch.equal(load(tmp_path / "network.safetensors", network=other).network.index, numbers)
+
+
+class NormByMean(HandWrittenNorm):
+    """What it computes depends on the buffer that it changes."""
+
+    def between(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)).detach())
+        return x * self.mean.reshape(1, -1, 1, 1)
+
+
+def test_recomputed_activations_change_buffers_once_and_see_the_same_values():
+    images, results = torch.randn(4, 3, 32, 32), []
+    for is_checkpointed in (False, True):
+        network = Backbone(make(NormByMean), ["first"]).train()
+        network.checkpoint_activations = is_checkpointed
+        torch.manual_seed(3)
+        sum(z.square().sum() for z in network(images)).backward()
+        results.append([p.grad for p in network.network.parameters()] + list(network.network.buffers()))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_copies_but_no_pickles():
+    network = Backbone(make(Plain), ["first"])
+    assert copy.deepcopy(network).num_exits == 2
+    with pytest.raises(
+        pickle.PicklingError, match=r"^a Backbone cannot be pickled: save its state_dict\(\)$"
+    ):
+        pickle.dumps(network)
+
+
 def test_why_a_number_of_exits_is_too_large():
     with pytest.raises(ValueError, match=r"at most: first; none can be at 'second': 2 values cross"):
         Backbone(make(Skip), 3)
@@ -332,7 +441,8 @@ def test_networks_in_other_dtypes(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exits": "first"}, "exits is 'first'; give a list"),
+        ({"exits": "first"}, "exits is 'first'; give paths of modules"),
+        ({"exits": [2, 4]}, r"^exits is \[2, 4\]; give paths of modules, such as .* or a number of exits$"),
         ({"exits": ["unused"]}, "does not run it"),
         ({"exits": ["first"], "layout": "NLC"}, "does not fit the output of 'first'"),
         ({"exits": ["first"], "num_classes": 0}, "num_classes is 0"),
@@ -359,12 +469,6 @@ def test_a_predictor_of_a_custom_network(tmp_path):
         load_predictor(tmp_path / "network.safetensors")
 
 
-def test_files_cannot_name_other_files():
-    pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="'checkpoint_path' is not an option"):
-        construct("timm", "resnet18", {"checkpoint_path": "elsewhere.pth"})
-
-
 @pytest.mark.parametrize(("name", "size"), [("mobilenet_v3_small", 2), ("resnet18", 4)])
 def test_images_of_which_the_first_block_makes_one_pixel_are_refused(name, size):
     with pytest.raises(ValueError, match=f"images of {size} pixels are too small"):
@@ -385,49 +489,8 @@ def test_gradients_of_exits_on_one_pixel_in_bfloat16():
     assert not gradient.any()  # the border of the kernel meets zeros alone
 
 
-def test_weights_of_networks_that_look_at_versions(tmp_path):
-    network = build_backbone("mnasnet0_5", 2, 10, image_size=64)
-    save(network, tmp_path / "network.safetensors", 64)
-    images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(load(tmp_path / "network.safetensors")(images)[-1], network.eval()(images)[-1])
-    again = build_backbone("mnasnet0_5", 2, 10, image_size=64)
-    again.load_pretrained(dict(network.network.state_dict()))
-    assert torch.equal(again.network.eval()(images), network.network(images))
-
-
 def test_pretrained_weights_that_are_not_finite():
     weights = make(Plain).state_dict()
     weights["linear.bias"][0] = float("nan")
     with pytest.raises(ValueError, match=r"w\.pth: not all weights are finite"):
         Backbone(make(Plain), ["first"]).load_pretrained(weights, "w.pth")
-
-
-def test_tags_of_timm_and_the_image_size_of_weights():
-    assert options_of_weights("vit_h_14", "DEFAULT") == {"image_size": 518}
-    assert options_of_weights("resnet18", "DEFAULT") == {}
-    pytest.importorskip("timm")
-    assert split_name("timm/resnet18.a1_in1k") == ("timm", "resnet18.a1_in1k")
-    with pytest.raises(ValueError, match="no classification network"):
-        split_name("timm/resnet18.a9")
-
-
-def test_a_missing_library_is_no_damage(tmp_path):
-    message = r"last.pt: networks of timm need the package timm$"
-    with pytest.raises(UserError, match=message), report_damage(tmp_path / "last.pt"):
-        raise NeedsNetworkError("networks of timm need the package timm")
-
-
-def test_downloaded_weights_are_those_of_the_constructor(monkeypatch):
-    """DenseNet's weights have the names of an older version, which torchvision's constructor knows."""
-    original = torchvision.models.densenet121().state_dict()
-    layer = r"(denselayer\d+\.(?:norm|conv))([12])"
-    weights = {name: x for name, x in original.items() if not name.endswith("num_batches_tracked")}
-    older = {re.sub(layer, r"\1.\2", name): x for name, x in weights.items()}
-    assert older.keys() != weights.keys()
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(older))
-    network = build_backbone("densenet121", 3, 4, pretrained="DEFAULT")
-    assert torch.equal(network.network.features.conv0.weight, original["features.conv0.weight"])
-    wide = torchvision.models.mobilenet_v2().state_dict()
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: wide)
-    with pytest.raises(ValueError, match="these weights are not those of mobilenet_v2"):
-        build_backbone("mobilenet_v2", 3, pretrained="DEFAULT", options={"width_mult": 0.5})

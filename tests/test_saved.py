@@ -60,6 +60,13 @@ def test_what_was_saved_comes_back(network, path):
     assert network.description is MSDNet.description is None
 
 
+def test_a_network_that_is_not_needed_is_refused(path):
+    with pytest.raises(
+        ValueError, match=r"best\.safetensors: it is a whole MSDNet; load it without network=$"
+    ):
+        load(path, network=torch.nn.Linear(2, 2))
+
+
 def test_building_a_network_leaves_the_tensors_of_its_file_alone(network, path):
     tensors, _ = read_safetensors(path)
     names = set(tensors)
