@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 from adaptive_inference.confidence import MEASURES
 from image_data.defaults import IMAGE_SIZES, SMALL_IMAGE_SIZE
 from models.options import CHOICES, MSDNetOptions, current_value
-from presets import PRESETS
-from utils import (
+from parsing import (
     CommandLineParser,
     above,
     at_least,
-    available_cores,
     float_list,
     in_half_open_range,
     in_range,
@@ -34,6 +32,8 @@ from utils import (
     share_or_count,
     user_path,
 )
+from presets import PRESETS
+from utils import available_cores
 
 MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
 ADAMW_LR = 1e-3

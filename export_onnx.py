@@ -20,7 +20,8 @@ from adaptive_inference.fingerprint import describe
 from adaptive_inference.loading import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from engine.checkpoint import load_saved
-from utils import CommandLineParser, UserError, print_error, print_line, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError, print_error, print_line
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,8 @@ from adaptive_inference.policies import RULES
 from adaptive_inference.policy_files import policy_path
 from engine.prediction.predict_all import predict_all
 from models.files import BEST, find
-from utils import CommandLineParser, UserError, above, at_least, in_range, print_error, user_path
+from parsing import CommandLineParser, above, at_least, in_range, user_path
+from utils import UserError, print_error
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"
 

@@ -32,7 +32,8 @@ from engine.checkpoint import load_saved
 from engine.report import millions
 from engine.runtime.precision import fastest_dtype
 from models import IMTA, MSDNet, count_operations
-from utils import CommandLineParser, UserError, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError
 
 SEVEN_EXITS = {
     "num_blocks": 7,

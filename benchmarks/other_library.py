@@ -18,7 +18,7 @@ from adaptive_inference import AdaptivePredictor, fold
 from adaptive_inference.policies import Policy
 from benchmarks.timing import median_seconds
 from models import Backbone, build_backbone
-from utils import CommandLineParser
+from parsing import CommandLineParser
 
 EXITS = ("layer1", "layer2", "layer3")
 NUM_CLASSES = 100

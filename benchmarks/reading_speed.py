@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from image_data.reading import read_image
 from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform
-from utils import CommandLineParser, at_least, available_cores
+from parsing import CommandLineParser, at_least
+from utils import available_cores
 
 WIDTH, HEIGHT, CROP, BATCH_SIZE = 800, 600, 224, 32
 

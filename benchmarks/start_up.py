@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import CommandLineParser, UserError, at_least
+from parsing import CommandLineParser, at_least
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, DIFFERENT = 20, 16

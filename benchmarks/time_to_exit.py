@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaptive_inference import fold
 from benchmarks.timing import median_seconds
 from models import ExitNetwork, Stepwise, build_backbone
-from utils import CommandLineParser
+from parsing import CommandLineParser
 
 
 class _Stop(Exception):

@@ -48,8 +48,9 @@ from engine.runtime.precision import amp_dtype
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
+from parsing import CommandLineParser
 from settings.command_line import parse
-from utils import CommandLineParser, UserError, available_cores
+from utils import UserError, available_cores
 
 PARTS = ("speed", "busy", "memory", "startup")
 SIDES = ("plain loop", "ours")

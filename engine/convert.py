@@ -36,15 +36,8 @@ from models.options import MSDNET_FIELDS
 from models.pytorch_files import STATE_DICTS, read_checkpoint
 from models.released import PUBLISHED_NAMES
 from models.saved import FORMAT, network_from_tensors, read_safetensors, tensor_bytes
-from utils import (
-    CommandLineParser,
-    UserError,
-    at_least,
-    atomic_write,
-    error_message,
-    one_line,
-    user_path,
-)
+from parsing import CommandLineParser, at_least, user_path
+from utils import UserError, atomic_write, error_message, one_line
 
 OLD_NETWORK, OLD_RUN, OLD_POLICY = (f"imta-msdnet {kind} 2" for kind in ("network", "run", "policy"))
 DATA_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}

@@ -17,7 +17,8 @@ import numpy as np
 import openvino
 
 from onnx_predictor import BLOCK_FIELDS, OnnxPredictor
-from utils import at_least, one_line, user_path
+from parsing import at_least, user_path
+from utils import one_line
 
 LEAST_SECONDS = 0.2  # of one measurement
 

@@ -40,7 +40,8 @@ from image_data.reading import read_image
 from image_data.transforms import evaluation_transform
 from models.files import find
 from onnx_predictor import OnnxPredictor
-from utils import UserError, at_least, user_path
+from parsing import at_least, user_path
+from utils import UserError
 
 BROWSER = Path(__file__).resolve().parent / "browser"
 NEAR = 1e-5  # of a threshold

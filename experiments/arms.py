@@ -29,7 +29,8 @@ from PIL import Image
 
 from engine.run_directory import RunDirectory
 from image_data.archives import read_cifar
-from utils import CommandLineParser, UserError, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -16,7 +16,8 @@ from pathlib import Path
 from engine.report import best_within, read_csv
 from experiments.arms import RESULTS, Arm, command_line, seeds_of, train_arms, with_origins
 from experiments.markdown import markdown_table, spread
-from utils import CommandLineParser, UserError, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError
 
 FOLDER = RESULTS / "backbones"
 ARCH, NUM_EXITS = "timm/tf_efficientnet_lite0", 4

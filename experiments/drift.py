@@ -38,7 +38,8 @@ from experiments.corruptions import CORRUPTIONS, rows_table
 from experiments.network_data import load_own_data
 from models import ExitNetwork
 from models.normalizer import Normalizer
-from utils import CommandLineParser, UserError, atomic_write, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError, atomic_write
 
 STREAM_LENGTH = 2_000
 BATCH_SIZE = 250

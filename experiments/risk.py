@@ -52,7 +52,8 @@ from engine.runtime.distributed import Processes
 from experiments.network_data import load_own_data
 from models import count_operations
 from models.files import find
-from utils import CommandLineParser, UserError, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 LEVELS = (90.0, 95.0, 99.0)

@@ -27,7 +27,8 @@ from experiments.corruptions import accuracy_table
 from experiments.tables import read_log
 from models import Description, load
 from models.files import SUFFIX, networks_in
-from utils import CommandLineParser, UserError, atomic_write, user_path
+from parsing import CommandLineParser, user_path
+from utils import UserError, atomic_write
 
 MAX_LOSS = 0.05  # points of top-1
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.report import read_csv
 from experiments.arms import is_complete, run_command
 from experiments.markdown import markdown_table, spread
-from utils import CommandLineParser, user_path
+from parsing import CommandLineParser, user_path
 
 CLASSES = ("bicycle", "castle", "lion", "rose")
 TRAINING_IMAGES = 30

@@ -18,7 +18,8 @@ from engine.report import best_within, draw_curves, read_csv, save_figure
 from experiments import backbones
 from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from experiments.markdown import markdown_table, spread
-from utils import CommandLineParser, UserError, atomic_write
+from parsing import CommandLineParser
+from utils import UserError, atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "results" / "README.md")

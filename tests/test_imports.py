@@ -9,17 +9,21 @@ PROMISES = "adaptive_inference.promises"
 # What the modules of each part may import besides each other.
 ALLOWED = {
     "utils": (),
+    "parsing": ("utils",),
     "models": (),
     "image_data": ("models.description", "models.normalizer", "utils"),
     "dataloader": ("image_data", "models.description", "models.normalizer", "utils"),
     "adaptive_inference": ("image_data.preprocessing", "models", "utils"),
     PROMISES: ("adaptive_inference", "models", "utils"),
     "presets": (),
-    "args": ("adaptive_inference.confidence", "image_data.defaults", "models", "presets", "utils"),
+    "args": (
+        *("adaptive_inference.confidence", "image_data.defaults", "models", "parsing", "presets"),
+        "utils",
+    ),
     "settings": ("args", "models", "presets", "utils"),
     "engine": (
         *(PROMISES, "adaptive_inference", "args", "dataloader", "image_data", "models"),
-        *("settings", "utils"),
+        *("parsing", "settings", "utils"),
     ),
     "onnx_predictor": (),
     "hubconf": ("models",),

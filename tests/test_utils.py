@@ -1,23 +1,12 @@
-"""Tools of every program: paths with ``~``, cores that a container grants, lines, atomic files."""
+"""Tools of every program: cores that a container grants, lines, atomic files."""
 
-import argparse
 import io
 import math
 import sys
-from pathlib import Path
 
 import pytest
 
-from utils import CommandLineParser, UserError, atomic_write, available_cores, one_line, print_line, user_path
-
-
-@pytest.mark.parametrize("text", ["~/net", "~no-such-user/net", "a/~/net", "~"])
-def test_home_is_expanded_where_there_is_one(monkeypatch, tmp_path, text):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    expected = {"~/net": tmp_path / "net", "~": tmp_path}.get(text, Path(text))
-    assert user_path(text) == expected
-    with pytest.raises(argparse.ArgumentTypeError):
-        user_path("")
+from utils import UserError, atomic_write, available_cores, one_line, print_line
 
 
 @pytest.mark.parametrize(
@@ -47,19 +36,6 @@ def test_a_containers_quota_counts_as_cores(tmp_path, groups, files, cores):
         path.write_text(text)
     nothing_limits = available_cores(tmp_path / "elsewhere")
     assert available_cores(tmp_path) == min(cores, nothing_limits)
-
-
-def test_a_mistyped_flag_is_answered_with_the_right_one(capsys):
-    parser = CommandLineParser(prog="program.py", allow_abbrev=False)
-    parser.add_argument("--epochs")
-    for typed in ("--epoch", "--epoch=3"):
-        with pytest.raises(SystemExit) as ended:
-            parser.parse_args([typed])
-        assert ended.value.code == 2
-        assert "did you mean --epochs?" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--zzz"])
-    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_a_terminal_that_knows_ascii_alone(monkeypatch):

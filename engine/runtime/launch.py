@@ -39,7 +39,8 @@ from engine.runtime.distributed import (
     torchrun_environment,
 )
 from engine.runtime.signals import SignalRequests
-from utils import UserError, at_least, available_cores, one_line
+from parsing import at_least
+from utils import UserError, available_cores, one_line
 
 MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
