@@ -128,10 +128,10 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
                 f"in half precision exit {lost.index(max(lost)) + 1} loses {max(lost):.2f} points; "
                 f"at most {MAX_LOSS} may be lost"
             )
-        budgets = {
-            share: best_within(read_csv(tables.ensemble), share / 100 * after[-1]["operations"])
-            for share in BUDGETS
-        }
+        full = after[-1]["operations"]
+        budgets = {share: best_within(read_csv(tables.ensemble), share / 100 * full) for share in BUDGETS}
+        # Without ensembles of exits, which ``ExitNetwork.early_exit`` does not know.
+        plain = {share: best_within(read_csv(tables.optimised), share / 100 * full) for share in BUDGETS}
         accuracy = {
             **saved.description.accuracy,
             "test_acc1": [row["acc1"] for row in after],
@@ -151,7 +151,14 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
             "frozen_digest": None,
             "training": saved.description.training or training(RunDirectory(saved.path.parent)),
         }
-        description = replace(saved.description, accuracy=accuracy, recipe=recipe, **cleared)
+        thresholds = {
+            f"{share:.0f}": [row[f"threshold_{k}"] for k in range(1, len(after) + 1)]
+            for share, row in plain.items()
+            if row
+        }
+        description = replace(
+            saved.description, accuracy=accuracy, recipe=recipe, thresholds=thresholds, **cleared
+        )
         save_network(output, saved.network, description, split, half=True)
         shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
         for name in BFLOAT16_FILES:  # those of an earlier network would not fit this one

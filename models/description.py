@@ -91,6 +91,8 @@ class Description:
         origin: File that training started from.
         frozen_digest: Digest of what stage 2 must not change.
         training: ``hardware`` and ``minutes`` of a shipped network's training.
+        thresholds: Thresholds of a shipped network for ``ExitNetwork.early_exit``, by the percentage of all
+            operations that they spend at most, as a mean over held-out images: ``"25"``, ``"50"``, ``"75"``.
         held_out_are_new: Whether the held-out images are known to be new to the network, so that promises can
             be tested on them. False where it started from weights that they may have trained.
     """
@@ -108,6 +110,7 @@ class Description:
     origin: str | None = None
     frozen_digest: str | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    thresholds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     held_out_are_new: bool = True
 
     @classmethod

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_inference import choose, evaluate_thresholds, fold, geometric_thresholds, load_predictor
+from adaptive_inference import (
+    AdaptivePredictor,
+    choose,
+    evaluate_thresholds,
+    fold,
+    geometric_thresholds,
+    load_predictor,
+)
 from adaptive_inference.finding import policy_curve
 from adaptive_inference.fingerprint import network_fingerprint
 from adaptive_inference.loading import folded_for
@@ -21,7 +28,7 @@ from adaptive_inference.policy_files import (
     write_policy,
 )
 from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
-from models import IMTA, MSDNet
+from models import IMTA, MSDNet, load
 from models.files import WEIGHTS
 from tests.conftest import TINY_NETWORK, policy_point
 from tests.helpers import golden_case, predictions_of
@@ -262,6 +269,21 @@ def test_shipped_policies_save_operations_with_a_promise(path):
     assert shares[0] > shares[1] > shares[2]
     assert shares[1] < 0.65
     assert curve.num_images == 5000
+
+
+@pytest.mark.parametrize("name", ["imta_cifar100", "msdnet_cifar100", "msdnet_boosted_cifar100"])
+def test_shipped_networks_carry_thresholds_of_optimised_policies(name):
+    network, images = load(WEIGHTS / f"{name}.safetensors"), torch.randn(16, 3, 32, 32)
+    policies = {
+        point.policy.thresholds: point
+        for point in read_policy(WEIGHTS / f"{name}.policy.json").of_rule("optimised")
+    }
+    assert list(network.description.thresholds) == ["25", "50", "75"]
+    for percent, thresholds in network.description.thresholds.items():
+        point = policies[tuple(thresholds)]
+        assert point.operations <= int(percent) / 100 * network.description.operations[-1]
+        _, exits = network.early_exit(images, thresholds)
+        assert exits.equal(AdaptivePredictor(network, point.policy)(images).exits)
 
 
 def test_a_predictor_is_loaded_in_the_dtype_of_its_policies():
