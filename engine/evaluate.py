@@ -1,7 +1,8 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
 Example:
-    Evaluation(session, network, data, operations, curves).run(["anytime", "dynamic"])
+    evaluation = Evaluation(session, network, data, operations, curves, held_out_are_new=True)
+    evaluation.run(["anytime", "dynamic"])
 """
 
 from dataclasses import replace
@@ -84,26 +85,19 @@ class Evaluation:
         self.measure, self.held_out_are_new = settings.measure, held_out_are_new
 
     def run(self, modes: list[str]) -> None:
-        """Run evaluations.
+        """Evaluate accuracy against operations.
 
         Args:
-            modes: ``runtime`` alone, or any of ``anytime`` and ``dynamic``.
+            modes: ``anytime`` or ``dynamic`` or both.
 
         Raises:
-            UserError: Held-out images are missing for ``dynamic``, or a policy file for ``runtime``.
-            ValueError: ``runtime`` is combined with another mode.
+            UserError: Held-out images are missing for ``dynamic``.
         """
-        if "runtime" in modes and len(modes) > 1:
-            raise ValueError(f"the modes are {', '.join(modes)}; runtime must be alone")
         log, processes = self.session.log, self.session.processes
         if "dynamic" in modes and self.data.val.num_images == 0:
             raise UserError(
                 "budgeted evaluation sets its thresholds on held-out images; this run has none (--val-size 0)"
             )
-        if "runtime" in modes:
-            log.line("measuring time, half a minute on a small network")
-            self.runtime()
-            return
         log.line("running the network on all images")
         test = collect_logits(self.network, self.data.test, processes)
         val = collect_logits(self.network, self.data.val, processes) if "dynamic" in modes else None
@@ -169,7 +163,8 @@ class Evaluation:
         for path, rows in tables.items():
             write_csv(path, rows)
         log.line(f"\nbudgeted batch prediction ({', '.join(map(str, tables))})")
-        log.line(budget_table(*tables.values(), self.operations[-1], len(test[1])))
+        shown = (tables[path] for path in (directory.budgeted, directory.optimised, directory.ensemble))
+        log.line(budget_table(*shown, self.operations[-1], len(test[1])))
         log.line(self._half_line(tables[directory.budgeted], *test))
         log.line(f"thresholds for predict.py: {directory.policy}")
         self._draw_examples(*test, curve.default_point("optimised").policy)
@@ -213,10 +208,15 @@ class Evaluation:
         )
 
     def runtime(self) -> None:
-        """Measure time, one image at a time and in batches, and predictions by deadlines."""
+        """Measure time, one image at a time and in batches, and predictions by deadlines.
+
+        Raises:
+            UserError: There is no policy file.
+        """
         directory, log, network = self.session.directory, self.session.log, self.network
         if not self.session.processes.is_main:
             return
+        log.line("measuring time, half a minute on a small network")
         points = distinct(read_policy(directory.policy, network).of_rule(None), RUNTIME_POLICIES)
         chosen = self.data.test.spread(RUNTIME_IMAGES)
         images, targets = (torch.cat(parts) for parts in zip(*chosen, strict=True))

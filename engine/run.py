@@ -243,7 +243,12 @@ def _evaluate(
         _to_tensorboard(session, curves)
 
 
-def _evaluate_only(command: CommandLine, stage: Stage) -> None:
+def _network_to_evaluate(command: CommandLine) -> tuple[LoadedNetwork, RunDirectory]:
+    """Load the network that the command line names, and return it and the directory of its tables.
+
+    Raises:
+        UserError: There is none, or the tables of another network or image size would be replaced.
+    """
     source = command.typed.get("evaluate_from") or RunDirectory(command.save_directory).best
     saved = load_saved(source)
     directory = RunDirectory(command.typed.get("save") or saved.path.parent)
@@ -258,6 +263,11 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
             f"the tables and policies in {directory.path} are for images of {saved.data.image_size} pixels; "
             f"pass --save DIR for those of {size}"
         )
+    return saved, directory
+
+
+def _evaluate_only(command: CommandLine, stage: Stage) -> None:
+    saved, directory = _network_to_evaluate(command)
     recipe = recipe_of(saved.network)
     command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or saved.description.origin})
     # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
@@ -271,7 +281,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         network, operations = saved.network, _operations_to_exits(saved.network, data.info.image_size)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
-                f"{source} has {network.num_classes} classes, "
+                f"{saved.path} has {network.num_classes} classes, "
                 f"the data set {data.info.name} has {len(data.info.class_names)}"
             )
         settings = resolve_auto(settings, processes, network, data.info.image_size)
@@ -284,7 +294,10 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
             curves = _curves_of(stage, saved.description, directory)
             are_new = saved.data.knows_training_images and saved.description.held_out_are_new
             evaluation = Evaluation(session, network, data, operations, curves, are_new)
-            evaluation.run([settings.evalmode])
+            if settings.evalmode == "runtime":
+                evaluation.runtime()
+            else:
+                evaluation.run([settings.evalmode])
 
 
 def _operations_to_exits(network: ExitNetwork, image_size: int) -> list[int]:
