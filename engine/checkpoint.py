@@ -16,8 +16,8 @@ import torch
 
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
-from models.errors import CannotBuildError
 from models.files import find
+from models.network import CannotBuildError
 from models.pytorch_files import read_checkpoint
 from models.saved import convert_command, network_bytes, read_network
 from utils import UserError, atomic_write

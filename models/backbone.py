@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from .backbone_exits import check_exit_options, make_exit
 from .cutting import Cuts, find_cuts
 from .equivalence import check_segments
-from .errors import CannotBuildError, first_line
+from .errors import first_line
 from .layers import add_boost
 from .module_state import checkpoint_contexts, has_finite_weights, load_tensors, meta_copy
-from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
+from .network import CannotBuildError, ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import (
     Constructor,
     check_backbone,

@@ -40,6 +40,7 @@ def check_segments(
         features: list[Tensor] = []
         hook = linear.register_forward_pre_hook(
             lambda layer, args, kwargs: features.append(args[0] if args else kwargs["input"]),
+            prepend=True,  # before hooks of the network's own, which may change the input
             with_kwargs=True,
         )
         try:

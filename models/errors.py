@@ -1,11 +1,4 @@
-"""Errors of the package, and their text in one line."""
-
-
-class CannotBuildError(ValueError):
-    """A file's network cannot be built, though the file is sound.
-
-    It is a custom network that was not passed, or another one was passed, or its library is missing.
-    """
+"""The text of errors in one line."""
 
 
 def first_line(error: object) -> str:

@@ -99,8 +99,8 @@ class Snapshot:
     def first_change(self) -> str | None:
         """Return the name of an attribute that was assigned or changed in place, None if there is none.
 
-        Attributes that were None, such as a cache, or that are neither numbers, texts nor tensors (nor
-        what stands for a tensor in a trace) do not count.
+        Attributes that were None, such as a cache, or that are neither numbers, texts, tensors nor the
+        proxies of a trace do not count.
         """
         for path, module in self._network.named_modules():
             attributes, buffers = self._attributes.get(module, ({}, {}))

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .errors import CannotBuildError
-
 if TYPE_CHECKING:
     from .description import Description
 
@@ -32,6 +30,13 @@ State = dict[str, Tensor]
 # Returns one module for a layer and the BatchNorm after it, None where these two cannot be fused. The third
 # argument says whether the layer's output is known to be (N, C).
 Fuse = Callable[[nn.Module, nn.Module, bool], nn.Module | None]
+
+
+class CannotBuildError(ValueError):
+    """A file's network cannot be built, though the file is sound.
+
+    It is a custom network that was not passed, or another one was passed, or its library is missing.
+    """
 
 
 class ExitNetwork(nn.Module, ABC):

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from .description import SPLIT_TENSORS, Description, Split
-from .errors import CannotBuildError, first_line
+from .errors import first_line
 from .files import find
 from .module_state import has_finite_weights, load_tensors
-from .network import ExitNetwork, build_network
+from .network import CannotBuildError, ExitNetwork, build_network
 
 FORMAT = "imta-msdnet network 3"
 MAX_IMAGE_SIZE = 10_000  # pixels

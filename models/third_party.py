@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .description import ImageSpec
-from .errors import CannotBuildError, first_line
+from .errors import first_line
 from .files import is_network_file
+from .network import CannotBuildError
 from .normalizer import IMAGENET_MEAN, IMAGENET_STD
 from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
 

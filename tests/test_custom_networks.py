@@ -291,6 +291,14 @@ class Tied(Plain):
         return self.again(self.c(self.b(self.a(x))))
 
 
+class Hooked(Plain):
+    """A last linear layer with a hook that changes its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+
+
 PASSES = []
 KEPT = [
     Plain,
@@ -303,6 +311,7 @@ KEPT = [
     WeightUsedTwice,
     Gate,
     Tied,
+    Hooked,
 ]
 
 

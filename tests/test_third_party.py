@@ -13,7 +13,7 @@ from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import report_damage, save_network
 from models import build_backbone, load
 from models.description import Split
-from models.errors import CannotBuildError
+from models.network import CannotBuildError
 from models.third_party import construct, image_spec_of_weights, options_of_weights, split_name
 from tests.backbones import Chain
 from tests.conftest import describe
