@@ -20,7 +20,12 @@ from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBa
 from image_data.data_sets import find_data_set
 from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
 from image_data.reading import median_side, read_image
-from image_data.split import HELD_OUT_SHARE, choose_held_out, match_training_images
+from image_data.split import (
+    HELD_OUT_SHARE,
+    choose_held_out,
+    match_training_images,
+    use_by,
+)
 from image_data.subsets import DataSet, Shard, Subset
 from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform, Transform, evaluation_transform
@@ -61,7 +66,7 @@ def load_data(
     stored: DataInfo | None = None,
     split: Split | None = None,
     image_spec: ImageSpec | None = None,
-    seen: Tensor | None = None,
+    origin_split: Split | None = None,
 ) -> Data:
     """Find, check and split the data set that ``settings`` name.
 
@@ -78,8 +83,8 @@ def load_data(
             left out. None chooses a new one.
         image_spec: The images that pretrained weights expect. Without it, and without ``stored``, images are
             those of the settings.
-        seen: Digests of the names of images that trained the network to start from. A new split holds out
-            others where possible.
+        origin_split: Split of the network to start from. A new split holds out the same images, and others
+            that did not train that network, where possible.
 
     Raises:
         UserError: Missing or empty folders, unreadable images, classes that differ between the subsets, an
@@ -90,7 +95,9 @@ def load_data(
     crop_share = spec.crop_share if spec else default_crop_share(image_size)
     interpolation = spec.interpolation if spec else "bilinear"
     has_normalization = spec is not None or settings.data in NORMALIZATION
-    data_set, subsets, split = _find_and_split(settings, image_size, stored, split, has_normalization, seen)
+    data_set, subsets, split = _find_and_split(
+        settings, image_size, stored, split, has_normalization, origin_split
+    )
     notes = [*data_set.notes, *_notes(data_set, subsets["train"], image_size)]
     evaluation = evaluation_transform(image_size, crop_share, interpolation)
     if image_size <= SMALL_IMAGE_SIZE:
@@ -139,17 +146,17 @@ def _find_and_split(
     stored: DataInfo | None,
     split: Split | None,
     has_normalization: bool,
-    seen: Tensor | None,
+    origin_split: Split | None,
 ) -> tuple[DataSet, dict[str, Subset], Split]:
     """Find the data set; return it, its subsets by the names in ``SUBSETS``, and its split."""
     test_alone = settings.evalmode in TEST_ALONE
     needs_no_mean = has_normalization or image_size > SMALL_IMAGE_SIZE
     only_test = test_alone and needs_no_mean and settings.test_size is None
     digests = None if split is None else split.name_digests
-    data_set = find_data_set(settings, image_size, stored, digests, only_test, seen)
+    data_set = find_data_set(settings, image_size, stored, digests, only_test, origin_split)
     numbers = match_training_images(data_set, stored, digests)
     if split is None:
-        held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size, seen)
+        held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size, origin_split)
         split = Split(held_out, data_set.digests)
     is_held_out = torch.isin(numbers, split.held_out)
     subsets = {
@@ -167,11 +174,11 @@ def _refuse_large_batch(batch_size: int, count: int) -> None:
         )
 
 
-def _hold_out(data_set: DataSet, settings: Namespace, size: int | None, seen: Tensor | None) -> Tensor:
+def _hold_out(data_set: DataSet, settings: Namespace, size: int | None, origin_split: Split | None) -> Tensor:
     """Choose the held-out images, and add a note where nobody said how many."""
     digests = data_set.digests
-    is_seen = torch.isin(digests, seen) if seen is not None and len(digests) else None
-    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed, is_seen)
+    use = use_by(origin_split, digests) if origin_split and len(digests) else None
+    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed, use)
     if size is None:
         data_set.notes.append(
             f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "

@@ -124,8 +124,9 @@ def check_curve(curve: PolicyCurve, network: ExitNetwork, source: Path) -> None:
         )
     if network.description is not None and list(curve.operations) != network.description.operations:
         raise UserError(
-            f"{source} was made with images of another size than the network's "
-            f"{network.description.data.image_size} pixels; --evalmode dynamic makes one for these"
+            f"{source} was made for {curve.operations[-1]:,.0f} operations per image, the network has "
+            f"{network.description.operations[-1]:,} with {network.description.data.image_size} pixels; "
+            "--evalmode dynamic makes one for these"
         )
     if curve.dtype != dtype_of(network):
         raise UserError(

@@ -278,7 +278,11 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))
     with process_group(settings.gpu) as processes, closing(Log(processes.is_main)) as log:
         data = load_run_data(Session(directory, settings, processes, log), saved.data, saved.known_split)
-        network, operations = saved.network, _operations_to_exits(saved.network, data.info.image_size)
+        network, description = saved.network, saved.description
+        if data.info.image_size != saved.data.image_size:
+            operations = _operations_to_exits(network, data.info.image_size)
+            own_data = replace(saved.data, image_size=data.info.image_size)
+            network.description = description = replace(description, operations=operations, data=own_data)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
                 f"{saved.path} has {network.num_classes} classes, "
@@ -287,13 +291,13 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         settings = resolve_auto(settings, processes, network, data.info.image_size)
         session = Session(directory, settings, processes, log)
         seed_everything(settings.seed, settings.deterministic)
-        _prepare_device(session, network, operations[-1])
+        _prepare_device(session, network, description.operations[-1])
         log_class_order(saved, data, log)
-        _log_setup(network, data, operations, session)
+        _log_setup(network, data, description.operations, session)
         with directory.lock() if processes.is_main else nullcontext():
-            curves = _curves_of(stage, saved.description, directory)
-            are_new = saved.data.knows_training_images and saved.description.held_out_are_new
-            evaluation = Evaluation(session, network, data, operations, curves, are_new)
+            curves = _curves_of(stage, description, directory)
+            are_new = saved.data.knows_training_images and description.held_out_are_new
+            evaluation = Evaluation(session, network, data, description.operations, curves, are_new)
             if settings.evalmode == "runtime":
                 evaluation.runtime()
             else:
@@ -327,7 +331,7 @@ def _describe(
         commit=git_commit(),
         origin=str(origin.path.resolve()) if origin else None,
         frozen_digest=stage.frozen_digest(network),
-        held_out_are_new=held_out_are_new(settings, origin, data),
+        held_out_are_new=held_out_are_new(settings, origin, data, network),
     )
 
 

@@ -3,12 +3,12 @@
 from argparse import Namespace
 
 import torch
-from torch import Tensor
 
 from dataloader import Data, load_data
 from engine.checkpoint import LoadedNetwork
 from engine.runtime.log import Log
 from engine.session import Session
+from models import ExitNetwork
 from models.description import DataInfo, ImageSpec, Split
 
 
@@ -28,8 +28,7 @@ def data_for_new_run(
     if may_change:
         # Only what was read says whether it is the data set of ``origin``; then it is read again, with the
         # same images held out.
-        seen = None if origin.known_split is None else origin.split.training_digests
-        data = load_run_data(session, image_spec=image_spec, seen=seen)
+        data = load_run_data(session, image_spec=image_spec, origin_split=origin.known_split)
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
@@ -43,33 +42,43 @@ def load_run_data(
     stored: DataInfo | None = None,
     split: Split | None = None,
     image_spec: ImageSpec | None = None,
-    seen: Tensor | None = None,
+    origin_split: Split | None = None,
 ) -> Data:
     """Read the images that the settings name; for the other arguments see ``load_data``."""
     settings, processes = session.settings, session.processes
     of = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
     session.log.line(f"reading the images{of}{where}")
-    return load_data(settings, processes.device, processes.shard, stored, split, image_spec, seen)
+    return load_data(settings, processes.device, processes.shard, stored, split, image_spec, origin_split)
 
 
-def held_out_are_new(settings: Namespace, origin: LoadedNetwork | None, data: Data) -> bool:
+def held_out_are_new(
+    settings: Namespace, origin: LoadedNetwork | None, data: Data, network: ExitNetwork
+) -> bool:
     """Return True if it is known that no held-out image of a new run trained the weights it starts from.
 
     Args:
         settings: The settings of the run.
         origin: The network to start from, None for weights of a library and to start from scratch.
         data: The images of the run.
+        network: The network to train.
     """
     if origin is None:
-        return settings.pretrained is None or data.info.name != "imagenet"
+        # A classifier that comes with weights was trained on these classes, perhaps on these images.
+        has_new_classifier = getattr(network, "has_new_classifier", True)
+        return settings.pretrained is None or (has_new_classifier and data.info.name != "imagenet")
+    is_other_data = data.info.name != origin.data.name
     if origin.known_split is None:
-        return data.info.name != origin.data.name
+        return is_other_data
     if data.info.fingerprint == origin.data.fingerprint:
         return origin.description.held_out_are_new
-    digests = data.split.name_digests  # empty for an archive, which is another data set then
-    held_out = digests[data.split.held_out] if len(digests) else digests
-    return not torch.isin(held_out, origin.split.training_digests).any()
+    digests, known = data.split.name_digests, origin.split.name_digests
+    if not len(digests) or not len(known):  # an archive, or a shipped network
+        return is_other_data
+    if not torch.isin(digests, known).any():
+        return True
+    trained = torch.isin(digests[data.split.held_out], origin.split.training_digests)
+    return origin.description.held_out_are_new and not trained.any()
 
 
 def log_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:

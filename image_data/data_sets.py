@@ -20,9 +20,9 @@ from torch import Tensor
 from image_data import synthetic
 from image_data.archives import read_cifar
 from image_data.folders import FolderScan, suffixes_in_words, text_of
-from image_data.split import choose_test
+from image_data.split import UNKNOWN, choose_test, use_by
 from image_data.subsets import DataSet, Subset, name_digests
-from models.description import DataInfo
+from models.description import DataInfo, Split
 from utils import UserError, is_folder, listed
 
 Classes = dict[str, list[Path]]
@@ -46,7 +46,7 @@ def find_data_set(
     stored: DataInfo | None = None,
     digests: Tensor | None = None,
     only_test: bool = False,
-    seen: Tensor | None = None,
+    origin_split: Split | None = None,
 ) -> DataSet:
     """Find the data set that ``settings`` name.
 
@@ -57,8 +57,8 @@ def find_data_set(
         digests: Digests of the names of the checkpoint's training images; if test images are split off, they
             are all others.
         only_test: Whether to leave folders of training images alone.
-        seen: Digests of the names of images that trained the network to start from; if test images are split
-            off, they are others where possible.
+        origin_split: Split of the network to start from; if test images are split off, they are others than
+            it knows where possible.
 
     Raises:
         UserError: Missing, empty or closed folders, or classes that differ between training and test images.
@@ -79,7 +79,7 @@ def find_data_set(
             raise UserError(f"--test-size is for folders of images: {settings.data} comes with test images")
         train, test, class_names = read_cifar(settings.data, settings.data_root)
         return DataSet(settings.data, train, test, class_names, [_pixel_digest(train)], [])
-    return _from_folders(settings, stored, digests, only_test, seen)
+    return _from_folders(settings, stored, digests, only_test, origin_split)
 
 
 def _pixel_digest(subset: Subset) -> str:
@@ -91,12 +91,12 @@ def _from_folders(
     stored: DataInfo | None,
     digests: Tensor | None,
     only_test: bool,
-    seen: Tensor | None,
+    origin_split: Split | None,
 ) -> DataSet:
     if settings.test_size is None:
         folders = _find_folders(settings, stored, only_test)
     else:
-        folders = _split_folders(settings, digests, seen)
+        folders = _split_folders(settings, digests, origin_split)
     class_names = _in_order(folders.test, stored)
     if stored is None:
         _refuse_single_class(folders, class_names)
@@ -138,7 +138,7 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
     return result
 
 
-def _split_folders(settings: Namespace, digests: Tensor | None, seen: Tensor | None) -> Folders:
+def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Split | None) -> Folders:
     """Split test images off those of ``train/CLASS/``, or ``CLASS/``."""
     root, scan = settings.data_root, FolderScan()
     has_train = bool(scan.inner_folders(root / "train"))  # else it is a class: trains among other vehicles
@@ -154,11 +154,11 @@ def _split_folders(settings: Namespace, digests: Tensor | None, seen: Tensor | N
     _refuse_empty_classes(folder, classes)
     files = _file_subset(classes, list(classes))
     found = name_digests([text_of(path.relative_to(folder)) for path in files.files])
-    is_seen = None if seen is None else torch.isin(found, seen)
+    use = None if origin_split is None else use_by(origin_split, found)
     if digests is not None and len(digests):
         is_test = ~torch.isin(found, digests)
     else:
-        is_test = choose_test(files.targets, settings.test_size, settings.split_seed, is_seen)
+        is_test = choose_test(files.targets, settings.test_size, settings.split_seed, use)
     subsets: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
     labels = [name for name, of_class in classes.items() for _ in of_class]
     for name, path, is_of_test in zip(labels, files.files, is_test.tolist(), strict=True):
@@ -167,8 +167,8 @@ def _split_folders(settings: Namespace, digests: Tensor | None, seen: Tensor | N
         f"{int(is_test.sum()):,} of the {len(files):,} images of {folder} are the test images (--test-size)"
     )
     notes = [*scan.complaints(), note]
-    if is_seen is not None and (trained := int((is_test & is_seen).sum())):
-        notes.append(f"{trained:,} of the test images trained the network to start from")
+    if use is not None and (known := int((use[is_test] != UNKNOWN).sum())):
+        notes.append(f"{known:,} of the test images trained the network to start from, or chose its epoch")
     return Folders(subsets[0], folder, subsets[1], folder, notes)
 
 

@@ -4,15 +4,27 @@ import torch
 from torch import Tensor
 
 from image_data.subsets import DataSet, name_digests
-from models.description import DataInfo
+from models.description import DataInfo, Split
 from utils import UserError, listed
 
 HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size does not say
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
 
+# What the network to start from made of an image.
+HELD_OUT, UNKNOWN, TRAINED = range(3)
+
+
+def use_by(origin: Split, digests: Tensor) -> Tensor:
+    """Return what a network made of images with these ``name_digests`` (N,): HELD_OUT, UNKNOWN or TRAINED."""
+    use = torch.full(digests.shape, UNKNOWN)
+    use[torch.isin(digests, origin.name_digests)] = HELD_OUT
+    use[torch.isin(digests, origin.training_digests)] = TRAINED
+    return use
+
+
 def choose_held_out(
-    targets: Tensor, val_size: int | None, split_seed: int, is_seen: Tensor | None = None
+    targets: Tensor, val_size: int | None, split_seed: int, use: Tensor | None = None
 ) -> Tensor:
     """Choose training images to hold out.
 
@@ -23,8 +35,8 @@ def choose_held_out(
         targets: Targets (N,) of all training images.
         val_size: Number of images to hold out. If None, ``HELD_OUT_SHARE`` percent.
         split_seed: Seed of the draw.
-        is_seen: Images that trained the network to start from, bool (N,); they are held out only if there are
-            too few others.
+        use: What the network to start from made of the images (N,), ``use_by``. If it held out half of the
+            number or more, these stay held out, with a share of the unknown images.
 
     Returns:
         Sorted indices.
@@ -39,17 +51,24 @@ def choose_held_out(
             f"{size} images are to be held out, but there are only {count} training images; "
             "give a smaller --val-size"
         )
-    order = _draw_order(count, split_seed, is_seen)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    if use is not None:
+        order = _held_out_first(order, use, size)
     is_held_out = torch.zeros(count, dtype=torch.bool)
     is_held_out[order[:size]] = True
     _leave_one_of_each_class(targets, order, is_held_out)
     return is_held_out.nonzero().flatten()
 
 
-def _draw_order(count: int, split_seed: int, is_seen: Tensor | None) -> Tensor:
-    """Return a random order of ``count`` images, with those that were seen at its end."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
-    return order if is_seen is None else order[is_seen[order].to(torch.uint8).argsort(stable=True)]
+def _held_out_first(order: Tensor, use: Tensor, size: int) -> Tensor:
+    """Return the order in which ``size`` images are held out, if a network knows some of them."""
+    held_out, unknown, trained = (order[use[order] == value] for value in (HELD_OUT, UNKNOWN, TRAINED))
+    if 2 * len(held_out) < size:
+        return order
+    of_unknown = size * len(unknown) // len(order)
+    of_held_out = size - of_unknown
+    parts = (held_out[:of_held_out], unknown[:of_unknown], held_out[of_held_out:], unknown[of_unknown:])
+    return torch.cat([*parts, trained])
 
 
 def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor) -> None:
@@ -70,15 +89,15 @@ def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor
         left[targets[substitute]] -= 1
 
 
-def choose_test(targets: Tensor, test_size: float, split_seed: int, is_seen: Tensor | None = None) -> Tensor:
+def choose_test(targets: Tensor, test_size: float, split_seed: int, use: Tensor | None = None) -> Tensor:
     """Choose test images, as equal a share of every class as whole numbers allow.
 
     Args:
         targets: Targets (N,) of all images.
         test_size: A share below 1, or a number of images.
         split_seed: Seed of the draw.
-        is_seen: Images that trained the network to start from, bool (N,); in every class they are chosen
-            last.
+        use: What the network to start from made of the images (N,), ``use_by``. In every class, those that
+            are unknown to it, its own test images among them, are chosen first, those that trained it last.
 
     Returns:
         True for every test image, bool (N,). Every class with at least two images keeps one and gives one.
@@ -96,7 +115,10 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int, is_seen: Ten
     most_missing = (wanted - chosen).argsort(descending=True, stable=True)
     chosen[most_missing[: size - int(chosen.sum())]] += 1
     chosen = torch.minimum(chosen.clamp(min=1), (per_class - 1).clamp(min=0))
-    order = _draw_order(count, split_seed, is_seen)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
+    if use is not None:
+        preference = torch.tensor([1, 0, 2])  # of HELD_OUT, UNKNOWN and TRAINED
+        order = order[preference[use[order]].argsort(stable=True)]
     is_test = torch.zeros(count, dtype=torch.bool)
     for label, number in enumerate(chosen.tolist()):
         is_test[order[targets[order] == label][:number]] = True

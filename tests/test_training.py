@@ -5,6 +5,10 @@ import json
 import shutil
 import signal
 import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +18,18 @@ import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
 from engine import trainer
-from engine.checkpoint import load_checkpoint, load_saved
+from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
 from engine.report import read_csv
+from engine.run_data import held_out_are_new
 from engine.stepper import Stepper
 from engine.trainer import learning_rate
 from image_data import synthetic
 from image_data.batches import InMemoryBatches
 from models import MSDNet, load
+from models.description import DataInfo, Split
 from settings.command_line import parse, recipe_of
 from tests.compare import differences
-from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2
+from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2, describe
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_demo")
@@ -453,14 +459,55 @@ def test_images_that_trained_a_network_stay_training_images_when_others_come(run
     assert not (runs / "third" / "reference.safetensors").exists()
 
 
+def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
+    names = torch.arange(10)
+    split = Split(torch.tensor([0, 1]), names)
+    info = DataInfo("folder", ["a", "b"], 32, 1.0, "bilinear", [0.5] * 3, [0.2] * 3, 10, "first")
+    settings, network = Namespace(pretrained=Path("weights")), MSDNet(**TINY_NETWORK)
+
+    def is_new(found, held_out=(0, 1), digests=names, has_new_classifier=True, **origin):
+        network.has_new_classifier = has_new_classifier
+        loaded = None
+        if origin:
+            description = replace(describe(network), data=origin["data"], held_out_are_new=origin["flag"])
+            loaded = LoadedNetwork(Path("origin"), network, description, origin["split"])
+        data = SimpleNamespace(info=found, split=Split(torch.tensor(held_out), digests))
+        return held_out_are_new(settings, loaded, data, network)
+
+    other, imagenet = (replace(info, fingerprint="second", name=name) for name in ("folder", "imagenet"))
+    assert is_new(other)  # weights of a library
+    assert not is_new(imagenet)
+    assert not is_new(other, has_new_classifier=False)
+    known = {"data": info, "split": split, "flag": True}
+    assert is_new(info, **known)
+    assert is_new(other, **known)
+    assert not is_new(other, held_out=(1, 2), **known)
+    assert not is_new(info, **{**known, "flag": False})
+    assert not is_new(other, **{**known, "flag": False})
+    assert is_new(other, digests=names + 10, **{**known, "flag": False})  # other images
+    shipped = {**known, "split": split._replace(name_digests=names[:0])}
+    assert not is_new(other, **shipped)
+    assert is_new(replace(other, name="cifar100"), **shipped)
+    assert not is_new(other, digests=names[:0], **known)
+    released = {**known, "data": replace(info, num_training_images=0)}
+    assert not is_new(other, **released)
+    assert is_new(replace(other, name="cifar100"), **released)
+
+
 def test_policies_are_those_of_the_networks_image_size(runs, capsys):
     assert train_GE.main(["--save", "GE", "--evalmode", "--image-size", "64"]) == 2
     assert "are for images of 32 pixels; pass --save DIR" in capsys.readouterr().err
-    policy = json.loads((runs / "GE" / "policy.json").read_text())
-    policy["operations"] = [4 * operations for operations in policy["operations"]]
-    (runs / "larger.json").write_text(json.dumps(policy))
-    with pytest.raises(UserError, match="images of another size than the network's 32 pixels"):
-        read_policy(runs / "larger.json", fold(load(runs / "GE" / "best.safetensors")))
+
+
+def test_an_evaluation_at_another_image_size_has_policies_of_its_own(runs, image_folder):
+    images = ["--data", "folder", "--data-root", str(image_folder), "--epochs", "1", "--batch-size", "16"]
+    assert train_GE.main(["--pretrained", "GE", "--save", "run", *images, "--val-size", "12"]) == 0
+    larger = ["--evaluate-from", "run/best.safetensors", "--save", "larger", "--image-size", "64"]
+    assert train_GE.main([*larger, "--evalmode", "dynamic"]) == 0
+    assert train_GE.main([*larger, "--evalmode", "anytime"]) == 0
+    assert "ensemble_acc1" in (runs / "larger" / "anytime.csv").read_text()  # of the policy file
+    with pytest.raises(UserError, match=r"the network has .* with 32 pixels"):
+        read_policy(runs / "larger" / "policy.json", fold(load(runs / "run" / "best.safetensors")))
 
 
 @pytest.mark.parametrize("program", [train_GE, train_IMTA])

@@ -126,7 +126,7 @@ def read_reference(path: Path, curve: PolicyCurve) -> Reference:
     except FileNotFoundError:
         raise UserError(
             f"there is no {path} with scores of held-out images; --evalmode dynamic writes it for a network "
-            "that remembers which images were held out"
+            "whose held-out images are known to be new to it"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -12,8 +12,8 @@ from models import ExitNetwork
 from models.module_state import set_memory_format
 from utils import available_cores
 
-# With fewer operations per thread, fewer threads are faster: every layer ends with a barrier. In bfloat16 a
-# thread that waits there for one on a busy core keeps its own core busy too.
+# With fewer operations per thread, fewer threads are faster: every layer ends with a barrier. In bfloat16
+# waiting threads spin, and one busy core slows all of them down: a thread must have more to do.
 OPERATIONS_PER_THREAD, OPERATIONS_PER_BFLOAT16_THREAD = 5e8, 1e10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 

@@ -50,7 +50,7 @@ def fastest_dtype(
     if device.type != "cpu" or not cpu_multiplies_bfloat16():
         return None
     operations = count_operations(network, image_size)[-1]
-    num_images = min(batch_size, max(MIN_IMAGES, MEASURED_OPERATIONS // operations))
+    num_images = max(MIN_IMAGES, min(batch_size, MEASURED_OPERATIONS // operations))
     images = torch.zeros(num_images, 3, image_size, image_size)
     threads = torch.get_num_threads()
     seconds = {}
