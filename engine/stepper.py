@@ -224,7 +224,8 @@ def _parameters_without_gradient(
     devices = [images.device] if images.device.type == "cuda" else []
     with frozen_statistics(objective), torch.random.fork_rng(devices):
         losses, _ = objective(images, targets)
-    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+        # Inside: autograd refuses buffers that were put back after the forward pass read them.
+        gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
 

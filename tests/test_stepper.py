@@ -205,6 +205,18 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     assert meters.totals.isfinite().all()
 
 
+class ChangesBuffer(WithoutNormalisation):
+    """The losses are multiplied by a buffer that every forward pass changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+
+    def forward(self, images, targets):
+        losses, logits = super().forward(images, targets)
+        return losses * self.scale.mul_(0.9), logits
+
+
 def step_together(_):
     """Make steps as one of two processes, and save the weights."""
     rank = int(os.environ["RANK"])
@@ -220,6 +232,7 @@ def step_together(_):
         Stepper(objective, chosen, processes).step(images.float(), targets, 0.1, lambda *_: None)
         results[f"{stage} in bf16"] = dict(objective.named_parameters())
     results["accumulated"] = one_step(WithoutNormalisation(), settings("--accumulate", "3"), processes)
+    results["changed buffer"] = one_step(ChangesBuffer(), settings(), processes)
     torch.save(results, f"{rank}.pt")
     dist.destroy_process_group()
     return 0
@@ -238,3 +251,4 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         assert_close(*(ours[rank][f"{stage} in bf16"] for rank in range(2)), 0)
     for rank in range(2):
         assert_close(ours[rank]["accumulated"], one_step(WithoutNormalisation(), settings()))
+        assert_close(ours[rank]["changed buffer"], one_step(ChangesBuffer(), settings()))
