@@ -48,6 +48,8 @@ def measure_batch_norm(
 ) -> None:
     """Measure the running statistics of ``average`` again, as the means over the batches of all processes.
 
+    All processes measure with the buffers of the main process.
+
     Args:
         average: The average of ``network``; it is left in evaluation mode.
         network: The network that is trained, in training mode. Where one of its layers is not, such as in a
@@ -59,9 +61,14 @@ def measure_batch_norm(
     """
     average.eval()
     pairs = zip(average.modules(), network.modules(), strict=True)
-    layers = [own for own, trained in pairs if isinstance(trained, _BatchNorm) and trained.training]
+    layers = [
+        own
+        for own, trained in pairs
+        if isinstance(trained, _BatchNorm) and trained.training and own.running_mean is not None
+    ]
     if not layers:
         return
+    processes.share_buffers(average)  # the measured statistics depend on those of other layers
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

@@ -95,15 +95,30 @@ def test_statistics_of_all_processes(network, batches):
         def all_reduce_sum(self, values):
             return values + others.pop(0)
 
+        def share_buffers(self, network):
+            network.frozen.running_mean.fill_(1.0)
+
     average = moving_average(network, 0.9)
     average.update_parameters(network)
     normalised = average.module.layers[1]
+    average.module.frozen.running_mean.fill_(1.0)  # as in the main process
     measure_batch_norm(average.module, network, batches[:2], None, ALONE)
+    average.module.frozen.running_mean.fill_(2.0)
     others = [normalised.running_mean.clone(), normalised.running_var.clone()]
     measure_batch_norm(average.module, network, batches[2:4], None, Two(0, 2, torch.device("cpu"), ()))
     measured = normalised.running_mean.clone(), normalised.running_var.clone()
     measure_batch_norm(average.module, network, batches[:4], None, ALONE)
     torch.testing.assert_close(measured, (normalised.running_mean, normalised.running_var))
+
+
+def test_layers_without_running_statistics(network, batches):
+    network.layers[1] = nn.BatchNorm2d(4, track_running_stats=False)
+    network.frozen.train()
+    average = moving_average(network, 0.9)
+    average.update_parameters(network)
+    measure_batch_norm(average.module, network, batches, None, ALONE)
+    assert average.module.frozen.num_batches_tracked == 5
+    assert average.module.layers[1].running_mean is None
 
 
 def test_frozen_statistics_stay(network, batches):
