@@ -75,8 +75,6 @@ def find_data_set(
     if settings.data in ("cifar10", "cifar100") and not has_folders:
         if image_size != 32:
             raise UserError(f"--image-size {image_size} is not that of {settings.data}, 32")
-        if settings.test_size is not None and stored is None:
-            raise UserError(f"--test-size is for folders of images: {settings.data} comes with test images")
         train, test, class_names = read_cifar(settings.data, settings.data_root)
         return DataSet(settings.data, train, test, class_names, [_pixel_digest(train)], [])
     return _from_folders(settings, stored, digests, only_test, origin_split)

@@ -13,11 +13,13 @@ A new rule goes into the first of these that knows what the rule needs:
 """
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from args import LIBRARY_OPTIONS, OWN_NETWORKS, all_option_names, flag_of, option_names
+from utils import is_folder
 
 MUTUALLY_EXCLUSIVE = (
     ("resume", "overwrite"),
@@ -61,13 +63,16 @@ def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str
         return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
     if "pretrained_lr_factor" in typed and settings.get("freeze") == "backbone":
         return f"{flag_of('pretrained_lr_factor')} has no effect with --freeze backbone"
-    about_files = sorted(typed.keys() & {"data_root", "test_size"})
-    if about_files and settings["data"] == "demo":
-        return (
-            f"{flag_of(about_files[0])} is not for the demo, whose images are drawn: "
-            "start with the preset of your images, such as --preset folder (bash run_GE.sh folder)"
-        )
+    if "data_root" in typed and settings["data"] == "demo":
+        return _not_for_demo("data_root")
     return None
+
+
+def _not_for_demo(name: str) -> str:
+    return (
+        f"{flag_of(name)} is not for the demo, which draws its images; leave it out, "
+        "or train on your images with --preset folder (bash run_GE.sh folder)"
+    )
 
 
 def conflict_with_arch(typed: dict[str, Any], arch: str) -> str | None:
@@ -82,7 +87,9 @@ def conflict_with_arch(typed: dict[str, Any], arch: str) -> str | None:
 
 
 def conflict_of_new_training(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """Check that what is frozen was trained, and that the learning rate is reached, and decays as asked."""
+    """Check --test-size, that what is frozen was trained, and that the schedule fits the epochs."""
+    if "test_size" in typed and (conflict := _conflict_of_test_size(settings)):
+        return conflict
     if settings["freeze"] == "backbone":
         if settings["arch"] in OWN_NETWORKS:
             return "--freeze backbone is for networks of torchvision and timm (--arch NAME)"
@@ -100,6 +107,16 @@ def conflict_of_new_training(typed: dict[str, Any], settings: dict[str, Any]) ->
         f"--preset {settings['preset']} decays the learning rate at epochs {numbers}, which must lie below "
         f"--epochs {epochs}; pass --lr-milestones too"
     )
+
+
+def _conflict_of_test_size(settings: dict[str, Any]) -> str | None:
+    """Check that there are folders of images, from which test images can be split off."""
+    data = settings["data"]
+    if data == "demo":
+        return _not_for_demo("test_size")
+    if data in ("cifar10", "cifar100") and not is_folder(Path(settings["data_root"]) / "train"):
+        return f"--test-size is for folders of images: {data} comes with test images"
+    return None
 
 
 def conflict_of_compiling(

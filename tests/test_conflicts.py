@@ -34,6 +34,11 @@ from utils import UserError
         ("GE", ["--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5 must lie below --epochs 5"),
         ("GE", ["--preset", "demo", "--data-root", "photos"], "--data-root is not for the demo"),
         ("GE", ["--preset", "demo", "--test-size", "20%"], "--test-size is not for the demo"),
+        (
+            "GE",
+            ["--data", "cifar10", "--data-root", "missing", "--test-size", "20%"],
+            "--test-size is for folders of images: cifar10 comes with test images",
+        ),
         ("GE", ["--arch", "resnet18", "--freeze", "backbone"], "--freeze backbone needs --pretrained"),
         ("GE", ["--freeze", "backbone"], "--freeze backbone is for networks of torchvision and timm"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
@@ -65,6 +70,24 @@ def test_every_milestone_lies_in_the_training(tmp_path, flags, words):
     # Runs of earlier versions can be resumed and evaluated.
     stored = settings_from_recipe({**vars(settings), "lr_milestones": [30.0, 60.0]})
     assert parse("GE", ["--resume"]).settings(stored).lr_milestones == (30.0, 60.0)
+
+
+@pytest.mark.parametrize("data", ["demo", "cifar10"])
+def test_older_runs_have_a_test_size_that_changed_nothing(data, tmp_path):
+    place = [] if data == "demo" else ["--data-root", str(tmp_path)]
+    settings = parse("GE", ["--data", data, *place]).settings()
+    stored = settings_from_recipe({**vars(settings), "test_size": 0.2, "data_root": str(tmp_path)})
+    command = parse("GE", ["--data", data, *place, "--test-size", "20%", "--resume"])
+    command.refuse_changes(stored)
+    assert command.settings(stored).test_size == 0.2
+    for stage in ("GE", "IMTA"):
+        assert parse(stage, ["--pretrained", "run"]).settings(origin_recipe=stored).data == data
+
+
+def test_the_test_size_of_cifar_as_folders(tmp_path):
+    (tmp_path / "train").mkdir()
+    flags = ["--data", "cifar10", "--data-root", str(tmp_path), "--test-size", "20%"]
+    assert parse("GE", flags).settings().test_size is not None
 
 
 @pytest.mark.parametrize(("preset", "epochs", "warmup_epochs"), [("folder", 1, 0.5), ("folder", 60, 2.0)])
