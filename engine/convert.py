@@ -80,22 +80,21 @@ def convert(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _convert_run(old: RunDirectory, new: RunDirectory) -> Iterator[str]:
-    """Convert the files of a run; where the folder is a new one, copy all files first."""
+    """Convert the files of a run, and copy the others where the folder is a new one."""
     if not old.best.exists():
         raise UserError(f"{old.path} holds no {old.best.name}: it is not a run of this project")
-    if old.path.resolve() != new.path.resolve():
-        new.path.mkdir(parents=True, exist_ok=True)
-        for path in old.files:
-            if path != old.last and path.exists():  # converted below, or left alone
-                shutil.copyfile(path, new.path / path.name)
-    yield _convert_network(new.best, new.best)
+    yield _convert_network(old.best, new.best)
     if old.policy.exists():
-        yield _convert_policy(new.policy, new.policy)
+        yield _convert_policy(old.policy, new.policy)
     if old.last.exists():
         try:
             yield _convert_last(old.last, new.last)
         except (UserError, ValueError) as error:
             yield f"left alone: {error}"
+    if old.path.resolve() != new.path.resolve():
+        for path in old.files:
+            if path not in (old.best, old.policy, old.last) and path.exists():
+                shutil.copyfile(path, new.path / path.name)
 
 
 def _copy(path: Path, output: Path) -> str:

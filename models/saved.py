@@ -125,16 +125,16 @@ def read_network(
             f"{path} is not a network of this version of the project: "
             f"its format is {found}, not {FORMAT!r}{way}"
         )
+    fault = "is damaged, or made by another program"
     try:
-        return network_from_tensors(
-            tensors, Description.from_dict(json.loads(header["description"])), network
-        )
+        description = Description.from_dict(json.loads(header["description"]))
+        if network is not None:
+            fault = "does not fit the network that was passed"
+        return network_from_tensors(tensors, description, network)
     except CannotBuildError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if network is not None:
-            raise ValueError(f"{path} does not fit the network that was passed: {error}") from None
-        raise ValueError(f"{path} is damaged, or made by another program: {error}") from None
+        raise ValueError(f"{path} {fault}: {error}") from None
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

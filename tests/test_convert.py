@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import predict
 import train_GE
@@ -87,6 +88,13 @@ def test_files_of_today_are_copied_to_an_output(run, tmp_path, capsys):
     assert convert.main([str(run / "GE"), str(tmp_path / "a" / "run")]) == 0
     for name in ("best.safetensors", "policy.json", "last.pt", "log.jsonl"):
         assert (tmp_path / "a" / "run" / name).read_bytes() == (run / "GE" / name).read_bytes()
+
+
+def test_a_folder_without_a_network_of_this_project_is_not_copied(run, tmp_path, capsys):
+    save_file({"weight": torch.ones(3)}, run / "GE" / "best.safetensors")
+    assert convert.main([str(run / "GE"), str(tmp_path / "new")]) == 2
+    assert "not a network of this project" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_state_of_a_run_is_left_alone(run, tmp_path, capsys):

@@ -193,6 +193,13 @@ def test_contents_that_do_not_belong_together(network, path):
         assert "\n" not in str(raised.value)
 
 
+def test_a_damaged_description_is_not_blamed_on_the_network_that_was_passed(network, path):
+    for description in ("{", changed(network, surplus=1)):
+        rewritten(path, description=description)
+        with pytest.raises(ValueError, match="is damaged, or made by another program"):
+            load(path, network=network)
+
+
 def test_types_in_files_are_classes_that_can_be_saved():
     with pytest.raises(ValueError, match=r"its type is 'FoldedNetwork', not one of .*MSDNet") as raised:
         build_network({"type": "FoldedNetwork"})
