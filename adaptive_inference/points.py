@@ -47,6 +47,7 @@ class Promise(Protocol):
 
 def choose(
     curve: PolicyCurve,
+    *,
     operations: float | None = None,
     accuracy: float | None = None,
     max_loss: Promise | None = None,

@@ -116,7 +116,13 @@ def _by_operations(
         if arguments.budget is not None:
             unit = 1e6 if arguments.budget.unit == "M" else curve.whole_operations / 100
             operations = arguments.budget.amount * unit
-        point = choose(curve, operations, accuracy=arguments.accuracy, max_loss=promise, rule=arguments.rule)
+        point = choose(
+            curve,
+            operations=operations,
+            accuracy=arguments.accuracy,
+            max_loss=promise,
+            rule=arguments.rule,
+        )
     else:
         point = curve.default_point(arguments.rule)
         note = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
