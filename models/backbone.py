@@ -259,11 +259,12 @@ class Backbone(ExitNetwork):
         return all_features
 
     def _run_segment(self, k: int, x: Tensor) -> Tensor:
-        run = self._segments[k].function("training" if self.training and not self.frozen else "evaluation")
+        mode = "training" if self.training and not self.frozen else "evaluation"
+        run = self._segments[k].function(mode)
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return run(self, x)
         # The random state is kept: dropout has to draw the same masks again.
-        context_fn = partial(checkpoint_contexts, self.network)
+        context_fn = partial(checkpoint_contexts, _named_parts(self, self._segments[k].graphs[mode]))
         return checkpoint(run, self, x, use_reentrant=False, context_fn=context_fn)
 
     def freeze_pretrained(self) -> None:
@@ -406,6 +407,19 @@ class Backbone(ExitNetwork):
                     x = y
         for k in changes_input:
             self._segments[k] = with_cloned_input(self._segments[k])
+
+
+def _named_parts(root: nn.Module, graph: fx.Graph) -> nn.Module:
+    """Return a module that holds the modules and buffers of ``root`` that the nodes of a graph name."""
+    parts = nn.Module()
+    for number, node in enumerate(graph.nodes):
+        if node.op == "call_module":
+            parts.register_module(str(number), root.get_submodule(node.target))
+        elif node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            buffers = dict(root.get_submodule(path).named_buffers(recurse=False))
+            parts.register_buffer(str(number), buffers.get(name))
+    return parts
 
 
 def _failure(runner: Backbone, size: int) -> str | None:

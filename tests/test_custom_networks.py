@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import save_network
@@ -417,6 +418,22 @@ def test_recomputed_activations_change_buffers_once_and_see_the_same_values():
         results.append([p.grad for p in network.network.parameters()] + list(network.network.buffers()))
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_checkpoints_copy_only_the_buffers_of_a_segment():
+    """Each buffer once, instead of all of them once per exit."""
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.clone:
+                shapes.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    shapes, network = [], Backbone(make(NormByMean), ["first"]).train()
+    network.checkpoint_activations = True
+    with Copies():
+        network(torch.randn(4, 3, 32, 32))
+    assert shapes == [network.network.mean.shape]
 
 
 def test_copies_but_no_pickles():
