@@ -44,7 +44,6 @@ from engine.auto import resolve_auto
 from engine.runtime.device import prepare_network_and_device, seed_everything, set_tf32
 from engine.runtime.distributed import Processes
 from engine.runtime.launch import exit_worker, training_processes
-from engine.runtime.precision import amp_dtype
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
@@ -195,7 +194,7 @@ class Ours:
         )
         self.settings = settings
         of_step = operations * options.batch_size // processes.world_size
-        prepare_network_and_device(network, settings, processes.device, amp_dtype(settings), of_step)
+        prepare_network_and_device(network, settings, processes.device, of_step)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
         self.meters = Meters(
             network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled()

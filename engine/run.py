@@ -32,7 +32,7 @@ from engine.runtime.distributed import process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
-from engine.runtime.precision import amp_dtype, amp_of
+from engine.runtime.precision import amp_of
 from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.session import Session, git_commit, recorded_in_run_json, to_plain_types
 from engine.stage import Stage
@@ -166,7 +166,7 @@ def _prepare_device(session: Session, network: ExitNetwork, operations: int) -> 
     """Prepare the device for steps of a network with ``operations`` per image, and move the network to it."""
     settings, processes = session.settings, session.processes
     of_step = operations * settings.batch_size // processes.world_size
-    prepare_network_and_device(network, settings, processes.device, amp_dtype(settings), of_step)
+    prepare_network_and_device(network, settings, processes.device, of_step)
 
 
 def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:

@@ -72,24 +72,20 @@ def set_tf32(enabled: bool) -> None:
 
 
 def prepare_network_and_device(
-    network: ExitNetwork,
-    settings: Namespace,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    operations: int,
+    network: ExitNetwork, settings: Namespace, device: torch.device, operations: int
 ) -> None:
     """Move a network to its device, and make the device compute as the settings ask for.
 
     Args:
         network: The network.
-        settings: Settings with tf32, channels_last, checkpoint_activations and evalmode.
+        settings: Settings with tf32, channels_last, checkpoint_activations, evalmode and a resolved amp.
         device: Where it is to run.
-        dtype: Type of mixed precision, None for float32 alone.
         operations: Forward operations of one step of this process.
     """
     set_tf32(settings.tf32)
     if device.type == "cpu":
-        limit_threads_of_steps(None if settings.evalmode == "runtime" else dtype, operations)
+        is_bfloat16 = settings.amp == "bf16" and settings.evalmode != "runtime"
+        limit_threads_of_steps(torch.bfloat16 if is_bfloat16 else None, operations)
     network.to(device)
     if settings.channels_last:
         set_memory_format(network, torch.channels_last)
