@@ -110,7 +110,9 @@ class Benchmark:
         _print(f"{self.network.kind}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
         _print(f"operations to each exit: {millions(*self.operations)}\n")
         forms = {"float32": fold(self.network)}
-        half = fastest_dtype(self.device, self.network, self.image_size, 64, trains=False)
+        half = fastest_dtype(
+            self.device, self.network, self.image_size, self.operations[-1], 64, trains=False
+        )
         if half is not None:
             forms[str(half)] = fold(self.network, dtype=half)
         for title, form in forms.items():

@@ -189,6 +189,7 @@ class Ours:
             processes,
             network,
             data.info.image_size,
+            operations,
             operations_per_process=operations_per_process,
             compile_speedup_share=stage.compile_speedup_share(settings),
         )

@@ -18,6 +18,7 @@ def resolve_auto(
     processes: Processes,
     network: ExitNetwork,
     image_size: int,
+    operations: int,
     *,
     operations_per_process: float = 0.0,
     compile_speedup_share: float = 1.0,
@@ -31,14 +32,16 @@ def resolve_auto(
         processes: The processes that share the run.
         network: The network to train or evaluate.
         image_size: Height and width of the images in pixels.
+        operations: Operations of the network per image.
         operations_per_process: Forward operations per epoch and process.
         compile_speedup_share: The share of them that compiling makes faster on a CPU.
     """
     amp, compile_mode = settings.amp, settings.compile
     if amp == "auto":
         choices = (*AMP_DTYPES, "off")
-        batch_size, trains = settings.batch_size // processes.world_size, settings.evalmode is None
-        own = amp_of(fastest_dtype(processes.device, network, image_size, batch_size, trains))
+        batch_size = settings.batch_size // processes.world_size
+        measured = (network, image_size, operations, batch_size, settings.evalmode is None)
+        own = amp_of(fastest_dtype(processes.device, *measured))
         amp = choices[processes.all_reduce_max(choices.index(own))]
     if compile_mode == "auto":
         on_gpu = torch.cuda.is_available()

@@ -207,6 +207,7 @@ def _resolve_auto(
         processes,
         network,
         data.info.image_size,
+        operations,
         operations_per_process=data.train.num_images * operations // processes.world_size,
         compile_speedup_share=stage.compile_speedup_share(asked),
     )
@@ -288,7 +289,9 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
                 f"{saved.path} has {network.num_classes} classes, "
                 f"the data set {data.info.name} has {len(data.info.class_names)}"
             )
-        settings = resolve_auto(settings, processes, network, data.info.image_size)
+        settings = resolve_auto(
+            settings, processes, network, data.info.image_size, description.operations[-1]
+        )
         session = Session(directory, settings, processes, log)
         seed_everything(settings.seed, settings.deterministic)
         _prepare_device(session, network, description.operations[-1])

@@ -52,7 +52,7 @@ def test_16_bits_on_a_cpu_that_multiplies_them_and_gains(monkeypatch, has_instru
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_instructions)
     monkeypatch.setattr(precision, "step_seconds", lambda network, images, dtype, trains: seconds[dtype])
     network = make_network(2).float()
-    assert precision.fastest_dtype(torch.device("cpu"), network, 32, 8, trains=True) is expected
+    assert precision.fastest_dtype(torch.device("cpu"), network, 32, 10**6, 8, trains=True) is expected
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -61,7 +61,7 @@ def test_timing_a_network_leaves_it_and_the_threads_as_they_were(monkeypatch, tr
     network = make_network(2).float().train()
     before = {name: x.clone() for name, x in network.state_dict().items()}
     threads = torch.get_num_threads()
-    chosen = precision.fastest_dtype(torch.device("cpu"), network, 32, 8, trains)
+    chosen = precision.fastest_dtype(torch.device("cpu"), network, 32, 10**6, 8, trains)
     assert chosen in (None, torch.bfloat16)
     assert network.training
     assert torch.get_num_threads() == threads
@@ -77,7 +77,7 @@ def test_a_network_without_operations_in_bfloat16_is_not_trained_in_it(monkeypat
 
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(precision, "step_seconds", step_seconds)
-    assert precision.fastest_dtype(torch.device("cpu"), make_network(2).float(), 32, 8, True) is None
+    assert precision.fastest_dtype(torch.device("cpu"), make_network(2).float(), 32, 10**6, 8, True) is None
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_steps_in_bfloat16_take_threads_by_their_operations(monkeypatch, dtype, 
 def test_16_bits_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     network = make_network(2).float()
-    assert precision.fastest_dtype(torch.device("cuda"), network, 32, 8, trains=True) is expected
+    assert precision.fastest_dtype(torch.device("cuda"), network, 32, 10**6, 8, trains=True) is expected
 
 
 @pytest.mark.parametrize(("dtype", "amp"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "off")])
 def test_auto_precision_is_what_the_device_gains_by(monkeypatch, dtype, amp):
     monkeypatch.setattr("engine.auto.fastest_dtype", lambda *_: dtype)
     network = make_network(2)
-    assert resolve_auto(parse("GE", []).settings(), CPU, network, 32).amp == amp
-    assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU, network, 32).amp == "fp16"
+    assert resolve_auto(parse("GE", []).settings(), CPU, network, 32, 10**6).amp == amp
+    assert resolve_auto(parse("GE", ["--amp", "fp16"]).settings(), CPU, network, 32, 10**6).amp == "fp16"
 
 
 def test_long_trainings_compile_their_steps(monkeypatch):
@@ -125,6 +125,7 @@ def test_long_trainings_compile_their_steps(monkeypatch):
             CPU,
             make_network(2),
             32,
+            10**6,
             operations_per_process=images_by_operations,
             compile_speedup_share=share,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.runtime.device import limit_threads_of_steps
-from models import ExitNetwork, count_operations
+from models import ExitNetwork
 from models.module_state import set_memory_format
 
 ROUNDS = 2
@@ -30,7 +30,12 @@ def amp_of(dtype: torch.dtype | None) -> str:
 
 
 def fastest_dtype(
-    device: torch.device, network: ExitNetwork, image_size: int, batch_size: int, trains: bool
+    device: torch.device,
+    network: ExitNetwork,
+    image_size: int,
+    operations: int,
+    batch_size: int,
+    trains: bool,
 ) -> torch.dtype | None:
     """Return the 16-bit type in which ``device`` runs a network faster, None if there is none.
 
@@ -42,6 +47,7 @@ def fastest_dtype(
         device: The device.
         network: The network; a copy is run.
         image_size: Height and width of the images in pixels.
+        operations: Operations of the network per image.
         batch_size: Images per step of one process.
         trains: Whether the network is trained, not only evaluated.
     """
@@ -49,7 +55,6 @@ def fastest_dtype(
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type != "cpu" or not cpu_multiplies_bfloat16():
         return None
-    operations = count_operations(network, image_size)[-1]
     num_images = max(MIN_IMAGES, min(batch_size, MEASURED_OPERATIONS // operations))
     images = torch.zeros(num_images, 3, image_size, image_size)
     threads = torch.get_num_threads()
