@@ -414,8 +414,8 @@ def _add_data(add: Callable) -> None:
         "-j",
         type=at_least(0, MAX_WORKERS),
         metavar="N",
-        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: the training's "
-        f"own (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
+        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: decode in "
+        f"the training thread (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
     )
     add(
         "--skip-unreadable",
@@ -426,7 +426,7 @@ def _add_data(add: Callable) -> None:
     add(
         "--check-images",
         action="store_true",
-        help="read every image once at the start, rather than meet an unreadable one later",
+        help="read every image once at the start, instead of failing on an unreadable one later",
     )
     add(
         "--augment",
@@ -448,7 +448,7 @@ def _add_network(add: Callable) -> None:
         type=_exits,
         metavar="N|PATH,PATH",
         help="with --arch: number of exits, or the modules after which the early ones "
-        "are, such as layer1,layer2",
+        "are placed, such as layer1,layer2",
     )
     add_msdnet_sizes(add)
     add(
@@ -633,7 +633,7 @@ def _add_speed(add: Callable) -> None:
     add(
         "--amp",
         **_one_of(["auto", "off", "bf16", "fp16"]),
-        help="mixed precision; auto: the 16-bit type that the device is faster with, off where none is",
+        help="mixed precision; auto: the 16-bit type that is faster on the device, off if neither is",
     )
     add(
         "--tf32",

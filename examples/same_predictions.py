@@ -6,7 +6,7 @@
 Node.js takes part where it finds onnxruntime-node (``npm install`` in examples/browser), OpenVINO where it is
 installed. Runtimes round differently in the last digits, so an image whose confidence is within 1e-5 of the
 threshold of an exit may leave there in one runtime and go on in another. Those are counted; the exit status
-is 0 if no other prediction differs, 1 if one does, 2 after a mistake. adaptive_inference/README.md has the
+is 0 if no other prediction differs, 1 if one does, 2 after a mistake. results/promises.md has the
 figures for the 10,000 test images of CIFAR-100, of which no prediction differs.
 """
 

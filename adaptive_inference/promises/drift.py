@@ -31,7 +31,7 @@ from utils import UserError, atomic_write
 FORMAT = "imta-msdnet reference 1"
 NUM_IMAGES = 2_000
 FALSE_ALARM_PROBABILITY = 0.01
-BETS = np.array([-1.9, -0.95, -0.38, 0.38, 0.95, 1.9])  # e; capital stays positive for |e| < 2
+BETS = np.array([-1.9, -0.95, -0.38, 0.38, 0.95, 1.9])  # b; capital stays positive for |b| < 2
 SHARED = 1e-3  # part of the capital that is redistributed equally at every image
 SIDE = 256  # scores have 16 bits: their counts are a table of 256 x 256
 
