@@ -160,8 +160,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a mistake ends the program with one line and status 2."""
     flags = build_parser()
     arguments = flags.parse_args(argv)
-    if arguments.output in arguments.paths:
-        flags.error(f"--output {arguments.output} is one of the images, which it would replace")
     names = ("budget", "accuracy", "max_loss", "deadline", "rule")
     given = [name for name in names if getattr(arguments, name) is not None]
     for name, allowed in (("deadline", ()), ("max_loss", ("budget", "accuracy"))):

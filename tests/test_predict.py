@@ -334,7 +334,6 @@ def test_memory_that_is_not_there_is_told_in_words(trained, images, monkeypatch,
         ["x", "--max-loss", "1%", "--confidence-level", "0.95"],
         ["x", "--batch-size", "0"],
         ["x", "--format", "xml"],
-        ["x", "--output", "x"],
     ],
 )
 def test_command_lines_that_are_refused(arguments, capsys):
@@ -342,6 +341,33 @@ def test_command_lines_that_are_refused(arguments, capsys):
         predict.main(arguments)
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_output_replaces_no_image(trained, images, monkeypatch, capsys):
+    """Whatever names the image: another spelling, or its folder. A file of former predictions is replaced."""
+    monkeypatch.chdir(images)
+    pixels = (images / "a.png").read_bytes()
+    for path, output in (
+        (images / "a.png", "a.png"),
+        ("a.png", "deeper/../a.png"),
+        (images, images / "a.png"),
+    ):
+        assert run(trained, "missing.png", path, "--output", output) == 2
+        assert "a.png would replace one of the images, " in capsys.readouterr().err
+        assert (images / "a.png").read_bytes() == pixels
+    for _ in range(2):
+        assert run(trained, images, "--output", images / "rows.csv", "--format", "csv") == 0
+    assert len((images / "rows.csv").read_text().splitlines()) == 5
+
+
+def test_paths_of_any_bytes(trained, images, tmp_path):
+    run_of_bytes, images_of_bytes = (tmp_path / os.fsdecode(name) for name in (b"run\xe9", b"images\xe9"))
+    shutil.copytree(trained, run_of_bytes)
+    images.rename(images_of_bytes)
+    assert run(run_of_bytes, images_of_bytes, "--format", "json", "--output", tmp_path / "rows.json") == 0
+    content = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert content["model"].endswith("/run\ufffd/best.safetensors")
+    assert content["predictions"][0]["file"].endswith("/images\ufffd/a.png")
 
 
 def test_output_into_a_device_leaves_it_one(trained, images, tmp_path):

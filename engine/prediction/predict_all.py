@@ -6,10 +6,11 @@ Example:
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Pred
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import ChosenPredictor, choose_predictor
-from engine.prediction.rows import WRITERS, open_output, prediction_rows
+from engine.prediction.rows import WRITERS, open_output, prediction_rows, text_of_path
 from engine.runtime.device import is_out_of_memory, limit_threads
 from image_data.defaults import SMALL_IMAGE_SIZE
 from image_data.folders import LEFT_OUT, find_images
@@ -77,10 +78,12 @@ def _predict_files(
     timed, operations = TimedPredictor(predictor), _operations_with_ensemble(predictor)
     totals = Totals(operations, arguments.deadline)
     files, complaints = find_images(arguments.paths)
+    if arguments.output is not None:
+        _check_output(arguments.output, files)
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
     is_interrupted = False
     with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
-        metadata = {"model": str(path), "policy": choice.metadata}
+        metadata = {"model": text_of_path(path), "policy": choice.metadata}
         for line in (*_about_network(arguments, path, network, files), choice.summary, *complaints):
             _say(line)
         writer = WRITERS[arguments.format](stream, data.class_names, metadata)
@@ -106,6 +109,18 @@ def _predict_files(
     if skipped:
         return 1
     return 3 if alarm is not None and alarm.fired_after else 0
+
+
+def _check_output(output: Path, files: list[Path]) -> None:
+    """Raise UserError if the output is one of the images, which it would replace."""
+    try:
+        replaced = output.stat()
+    except OSError:  # there is nothing to replace, or writing will fail and say why
+        return
+    for file in files:
+        with suppress(OSError):  # reading will fail and say why
+            if os.path.samestat(file.stat(), replaced):
+                raise UserError(f"--output {output} would replace one of the images, {file}")
 
 
 @contextmanager

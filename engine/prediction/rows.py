@@ -54,7 +54,7 @@ def prediction_rows(
         k = int(prediction.exits[i])
         rows.append(
             {
-                "file": os.fsencode(name).decode("utf-8", "replace"),
+                "file": text_of_path(name),
                 "class": top5[0]["class"],
                 "confidence": top5[0]["confidence"],
                 "exit": k + 1,
@@ -64,6 +64,11 @@ def prediction_rows(
             }
         )
     return rows
+
+
+def text_of_path(path: Path) -> str:
+    """Return a path as text for the output; bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 class _Writer:
