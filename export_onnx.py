@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print_error(f"{parser.prog}: {error}")
         return 2
+    except KeyboardInterrupt:
+        print_error(f"{parser.prog}: interrupted")
+        return 130
     count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.dtype != "float32":
         count += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"

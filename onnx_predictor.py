@@ -9,6 +9,7 @@ Example:
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ class OnnxPredictor:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
-        path = Path(path).expanduser()
+        # Not Path.expanduser, which raises RuntimeError where there is no such home.
+        path = Path(os.path.expanduser(path))  # noqa: PTH111
         self.threads, self.providers = threads, list(providers)
         self._in_blocks = path.is_dir()
         if self._in_blocks:

@@ -7,6 +7,7 @@ OpenVINO cannot stop early inside one file, but a file per block needs no contro
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ class OpenVinoPredictor(OnnxPredictor):
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        if Path(path).expanduser().is_file():
+        if Path(os.path.expanduser(path)).is_file():  # noqa: PTH111, as in ``OnnxPredictor``
             raise ValueError(f"{path} is one file with control flow; OpenVINO needs a directory of blocks")
         super().__init__(path, threads)
 

@@ -18,7 +18,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
     Raises:
         OSError: There is none; the names are listed.
     """
-    path = Path(os.path.expanduser(path_or_name))  # noqa: PTH111, as Path's raises where there is no such home
+    path = expand_home(path_or_name)
     runs: list[str] = []
     if path.is_dir():
         runs = sorted(file.parent.name for file in path.glob(f"*/{BEST}"))
@@ -36,6 +36,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
         )
         raise FileNotFoundError(f"there is no checkpoint {path}{names}")
     return shipped[str(path)]
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """Return a path with a leading ``~`` or ``~user`` replaced, and as it is where there is no such home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111, as Path.expanduser raises where there is none
 
 
 def networks_in(folder: Path) -> list[Path]:

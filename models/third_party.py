@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .description import ImageSpec
 from .errors import first_line
-from .files import is_network_file
+from .files import expand_home, is_network_file
 from .network import CannotBuildError
 from .normalizer import IMAGENET_MEAN, IMAGENET_STD
 from .pytorch_files import STATE_DICTS, WRAPPERS, read_checkpoint
@@ -50,7 +50,7 @@ def check_backbone(arch: str, pretrained: str | os.PathLike | None = None) -> No
         OSError: There are no such weights.
     """
     library, name = split_name(arch)
-    if pretrained is None or Path(pretrained).expanduser().is_file():
+    if pretrained is None or expand_home(pretrained).is_file():
         return
     if library == "timm":
         known = ("DEFAULT",)
@@ -170,7 +170,7 @@ def _timm() -> Any:
 
 def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of pretrained weights: a file, or those of the library."""
-    path = Path(pretrained).expanduser()
+    path = expand_home(pretrained)
     if path.is_file():
         return read_weights(path)
     try:

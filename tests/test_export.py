@@ -345,6 +345,8 @@ def test_bad_files_are_one_line(exported, tmp_path):
     folder = exported[2]
     with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.onnx"):
         OnnxPredictor(tmp_path / "missing.onnx")
+    with pytest.raises(FileNotFoundError, match=r"there is no file ~no-such-user/x\.onnx"):
+        OnnxPredictor("~no-such-user/x.onnx")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*network\.json"):
         OnnxPredictor(tmp_path)
     (tmp_path / "cut.onnx").write_bytes((folder / "network.onnx").read_bytes()[:-1000])
@@ -420,6 +422,15 @@ def test_a_block_of_another_network_or_version_is_refused(exported, tmp_path, me
         return
     with pytest.raises(ValueError, match=message):
         predictor_class(runtime)(tmp_path, threads=1)
+
+
+def test_an_interrupted_export_ends_in_one_line(monkeypatch, tmp_path, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "load_saved", interrupt)
+    assert program.main(["--model", "imta_cifar100", "--output", str(tmp_path / "x.onnx")]) == 130
+    assert capsys.readouterr().err == "export_onnx.py: interrupted\n"
 
 
 @needs_onnx
@@ -571,6 +582,8 @@ def test_openvino_refuses_in_one_line(exported, tmp_path, capsys):
     # One file would run on ONNX Runtime.
     assert openvino_predictor.main([str(exported[2] / "network.onnx")]) == 2
     assert "is one file with control flow; OpenVINO needs a directory of blocks\n" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"there is no file ~no-such-user/network"):
+        openvino_predictor.OpenVinoPredictor("~no-such-user/network")
     with pytest.raises(SystemExit):
         openvino_predictor.main([str(exported[2] / "network"), "--rounds", "0"])
     shutil.copytree(exported[2] / "network", tmp_path, dirs_exist_ok=True)

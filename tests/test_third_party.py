@@ -33,6 +33,8 @@ def test_names():
         FileNotFoundError, match="no file NONE, and resnet18 has no weights of that name: IMAGENET1K_V1"
     ):
         build_backbone("resnet18", pretrained="NONE")
+    with pytest.raises(FileNotFoundError, match=r"no file ~no-such-user/w\.pth, and resnet18 has no"):
+        build_backbone("resnet18", pretrained="~no-such-user/w.pth")
 
 
 def test_timm_networks():
