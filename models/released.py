@@ -84,11 +84,11 @@ def load_released(
     """
     is_file = not isinstance(file_or_dict, Mapping)
     source = str(file_or_dict) if is_file else "the given checkpoint"
-    flags = _parse_flags(published_flags)
     if is_file and is_network_file(Path(file_or_dict)):
         raise ValueError(f"{source}: it is a safetensors file; models.load reads those of this project")
     checkpoint = read_checkpoint(Path(file_or_dict)) if is_file else file_or_dict
     try:
+        flags = _parse_flags(published_flags)
         if str(checkpoint.get("format")).startswith("imta-msdnet"):
             raise ValueError(
                 "it is a run of this project to resume; models.load reads the best.safetensors beside it"
@@ -177,10 +177,13 @@ def _parse_flags(given: Flags) -> Flags:
         if flag not in allowed:
             raise ValueError(f"--{flag} says nothing about a released network; allowed: {', '.join(allowed)}")
     flags = {flag: value for flag, value in given.items() if value is not None}
-    for flag in {"grFactor", "bnFactor"} & flags.keys():
-        flags[flag] = (
-            [int(part) for part in flags[flag].split("-")] if isinstance(flags[flag], str) else flags[flag]
-        )
+    for flag in ("grFactor", "bnFactor"):
+        text = flags.get(flag)
+        if isinstance(text, str):
+            try:
+                flags[flag] = [int(part) for part in text.split("-")]
+            except ValueError:
+                raise ValueError(f"--{flag} is {text!r}; it takes whole numbers such as 1-2-4") from None
     return flags
 
 

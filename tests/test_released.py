@@ -130,6 +130,10 @@ def test_stage_2_is_as_released():
         ({"data": "ImageNet"}, "the file has small inputs, --data says ImageNet"),
         ({"prune": "most"}, "prune is 'most'; allowed: max, min"),
         ({"epochs": 300}, "--epochs says nothing about a released network; allowed: num_classes, nBlocks"),
+        (
+            {"grFactor": "1-2-x"},
+            "the given checkpoint: --grFactor is '1-2-x'; it takes whole numbers such as 1-2-4",
+        ),
         ({"base": "x"}, "it is not the network of the given flags: "),
     ],
 )
