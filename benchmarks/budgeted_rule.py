@@ -12,6 +12,7 @@ import torch
 
 from adaptive_inference.budgeted import ExitPredictions, evaluate_thresholds, geometric_thresholds
 from adaptive_inference.confidence import confidence_by_exit
+from parsing import at_least
 
 NUM_EXITS = 5
 
@@ -21,9 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks.budgeted_rule", description="Time of the budgeted rule."
     )
-    parser.add_argument("--images", type=int, default=50_000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--classes", type=int, default=1000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--budgets", type=int, default=40, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--images", type=at_least(1), default=50_000, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--classes", type=at_least(1), default=1000, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--budgets", type=at_least(1), default=40, metavar="N", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     targets = torch.randint(arguments.classes, (arguments.images,))

@@ -10,9 +10,6 @@ shares of the exits, and so the operations, are as wanted, but the predictions m
 
 import argparse
 import functools
-import itertools
-import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,18 +18,18 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from adaptive_inference.budgeted import geometric_thresholds
 from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, confidence_by_exit
 from adaptive_inference.fold import fold
 from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
+from benchmarks.timing import median_seconds
 from engine.checkpoint import load_saved
 from engine.report import millions
 from engine.runtime.precision import fastest_dtype
 from models import IMTA, MSDNet, count_operations
-from parsing import CommandLineParser, user_path
+from parsing import CommandLineParser, at_least, user_path
 from utils import UserError
 
 SEVEN_EXITS = {
@@ -44,7 +41,6 @@ SEVEN_EXITS = {
     "num_classes": 100,
 }
 SHARES_OF_OPERATIONS = (0.3, 0.5, 0.7)
-LEAST_SECONDS = 0.2  # of one measurement
 
 _print = functools.partial(print, flush=True)
 
@@ -58,12 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least(1, 1024),
         default=2,
         metavar="N",
         help="threads of PyTorch and ONNX Runtime (default: %(default)s)",
     )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device to measure on (default: %(default)s)"
+    )
     parser.add_argument(
         "--checkpoint",
         type=user_path,
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=at_least(1),
         default=7,
         metavar="N",
         help="rounds of every comparison (default: %(default)s)",
@@ -83,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no GPU here")
         with torch.inference_mode():
             Benchmark(arguments).run()
     except UserError as error:
@@ -109,15 +109,15 @@ class Benchmark:
         )
         _print(f"{self.network.kind}, {self.network.num_exits} exits, {self.image_size} pixels, on {name}")
         _print(f"operations to each exit: {millions(*self.operations)}\n")
-        forms = {"float32": fold(self.network)}
+        folded_networks = {"float32": fold(self.network)}
         half = fastest_dtype(
             self.device, self.network, self.image_size, self.operations[-1], 64, trains=False
         )
         if half is not None:
-            forms[str(half)] = fold(self.network, dtype=half)
-        for title, form in forms.items():
-            self.budgeted(f"folded, {title}", form)
-        self.folded(forms)
+            folded_networks[str(half)] = fold(self.network, dtype=half)
+        for dtype, network in folded_networks.items():
+            self.budgeted(f"folded, {dtype}", network)
+        self.folded(folded_networks)
         if self.device.type == "cpu":
             self.onnx()
 
@@ -127,34 +127,37 @@ class Benchmark:
         for batch_size in (256, 1):
             images = self.images(max(batch_size, 64))
             confidence, _ = confidence_by_exit(torch.stack(network(images)).float())
-            policies, shares = zip(
-                *(_policy_spending(wanted, confidence, self.operations) for wanted in SHARES_OF_OPERATIONS),
-                strict=True,
-            )
-            predictors = [AdaptivePredictor(network, policy) for policy in policies]
-            full, *seconds = self.seconds(
-                [_each(images.split(batch_size), function) for function in (network, *predictors)]
-            )
+            functions = {"every exit": _each(images.split(batch_size), network)}
+            shares = {}
+            for wanted in SHARES_OF_OPERATIONS:
+                name = f"{wanted:.0%}"
+                policy, shares[name] = _policy_spending(wanted, confidence, self.operations)
+                functions[name] = _each(images.split(batch_size), AdaptivePredictor(network, policy))
+            seconds = median_seconds(functions, self.arguments.repeats)
+            full = seconds["every exit"]
             _print(f"  batch {batch_size}: every exit {1e3 * full / len(images):.3f} ms per image")
-            for share, measured in zip(shares, seconds, strict=True):
-                _print(f"    {100 * share:.0f} % of the operations: {measured / full:.3f}")
+            for name, share in shares.items():
+                _print(f"    {100 * share:.0f} % of the operations: {seconds[name] / full:.3f}")
 
-    def folded(self, forms: dict[str, nn.Module]) -> None:
-        """Time the folded networks against the plain one."""
+    def folded(self, folded_networks: dict[str, nn.Module]) -> None:
+        """Time the folded networks, by the names of their dtypes, against the plain one."""
         images = self.images(64)
-        plain, *seconds = self.seconds(
-            [functools.partial(network, images) for network in (self.network, *forms.values())]
-        )
-        for name, folded in zip(forms, seconds, strict=True):
+        functions = {
+            name: functools.partial(network, images)
+            for name, network in {"plain": self.network, **folded_networks}.items()
+        }
+        seconds = median_seconds(functions, self.arguments.repeats)
+        plain = seconds["plain"]
+        for dtype in folded_networks:
             _print(
-                f"folded, channels-last, {name} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): "
-                f"{folded / plain:.3f}"
+                f"folded, channels-last, {dtype} / plain, batch 64, every exit ({1e3 * plain:.1f} ms): "
+                f"{seconds[dtype] / plain:.3f}"
             )
         if self.arguments.profile:
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, with_flops=True
             ) as recorded:
-                forms["float32"](images)
+                folded_networks["float32"](images)
             _print(
                 recorded.key_averages(group_by_input_shape=True).table(
                     "self_cpu_time_total", row_limit=20, max_shapes_column_width=60
@@ -187,17 +190,20 @@ class Benchmark:
                 return
             runner = OnnxPredictor(path, self.arguments.threads)
         pixels = (255 * (self.images(64) / 4 + 0.5)).clamp(0, 255).byte()
-        functions = [functools.partial(self.network, self.images(1))]
-        for count, threshold in itertools.product((1, 64), (NONE_LEAVE, ALL_LEAVE)):
-            functions.append(
-                functools.partial(runner.predict, pixels[:count].numpy(), [threshold] * runner.num_exits)
-            )
-        plain, *seconds = self.seconds(functions)
+        functions = {"plain": functools.partial(self.network, self.images(1))}
+        for count in (1, 64):
+            for name, threshold in (("every exit", NONE_LEAVE), ("exit 1", ALL_LEAVE)):
+                functions[f"{name}, batch {count}"] = functools.partial(
+                    runner.predict, pixels[:count].numpy(), [threshold] * runner.num_exits
+                )
+        seconds = median_seconds(functions, self.arguments.repeats)
+        plain = seconds["plain"]
         _print(
             f"ONNX Runtime, one image, every exit / plain network ({1e3 * plain:.2f} ms): "
-            f"{seconds[0] / plain:.3f}"
+            f"{seconds['every exit, batch 1'] / plain:.3f}"
         )
-        for count, full, first in zip((1, 64), seconds[::2], seconds[1::2], strict=True):
+        for count in (1, 64):
+            full, first = (seconds[f"{name}, batch {count}"] for name in ("every exit", "exit 1"))
             _print(
                 f"  batch {count}, leaving at exit 1 / every exit ({1e3 * full:.2f} ms): {first / full:.3f}"
             )
@@ -208,22 +214,6 @@ class Benchmark:
         images = torch.randn(count, 3, self.image_size, self.image_size, generator=generator)
         # Different contrasts spread the confidences of a random network.
         return (images * torch.linspace(0.2, 3, count)[:, None, None, None]).to(self.device)
-
-    def seconds(self, functions: list[Callable[[], object]]) -> list[float]:
-        """Return the median seconds of a call of each function, over rounds that call all of them in turn.
-
-        Each measurement repeats the warm function for about ``LEAST_SECONDS``.
-        """
-        threads = torch.get_num_threads()
-        timers = [
-            Timer("function()", globals={"function": function}, num_threads=threads) for function in functions
-        ]
-        counts = [math.ceil(LEAST_SECONDS / timer.timeit(1).mean) for timer in timers]
-        rounds = (
-            [timer.timeit(count).mean for timer, count in zip(timers, counts, strict=True)]
-            for _ in range(self.arguments.repeats)
-        )
-        return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def _network(checkpoint: Path | None) -> tuple[nn.Module, int]:

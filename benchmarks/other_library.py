@@ -18,7 +18,7 @@ from adaptive_inference import AdaptivePredictor, fold
 from adaptive_inference.policies import Policy
 from benchmarks.timing import median_seconds
 from models import Backbone, build_backbone
-from parsing import CommandLineParser
+from parsing import CommandLineParser, at_least
 
 EXITS = ("layer1", "layer2", "layer3")
 NUM_CLASSES = 100
@@ -65,19 +65,25 @@ def _one_by_one(function: object, images: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print times per image and their ratios; the exit status is 2 if the package is missing."""
+    """Print times per image and their ratios; the exit status is 2 after a mistake."""
     parser = CommandLineParser(
         prog="benchmarks.other_library", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="images, also the large batch")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--threads", type=int, default=2, metavar="N")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument(
+        "--images", type=at_least(1), default=64, metavar="N", help="images, also the large batch"
+    )
+    parser.add_argument("--image-size", type=at_least(1), default=224, metavar="PIXELS")
+    parser.add_argument("--threads", type=at_least(1, 1024), default=2, metavar="N")
+    parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    network = build_backbone("resnet18", list(EXITS), NUM_CLASSES, image_size=options.image_size).eval()
     size = options.image_size
+    try:
+        network = build_backbone("resnet18", list(EXITS), NUM_CLASSES, image_size=size).eval()
+    except ValueError as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
     # Different contrasts spread the confidences of a random network.
     images = (
         torch.randn(options.images, 3, size, size)
@@ -90,9 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         theirs = in_other_library(network, thresholds)
     except ImportError as error:
-        sys.stderr.write(
-            f"benchmarks.other_library: {error}; pip install earlyon==0.3.0 (0.3.0 is compared here)\n"
-        )
+        sys.stderr.write(f"{parser.prog}: {error}; pip install earlyon==0.3.0 (0.3.0 is compared here)\n")
         return 2
     predictor = AdaptivePredictor(fold(network), Policy((*thresholds, 0.0)))
     with torch.inference_mode():

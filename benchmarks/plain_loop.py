@@ -96,9 +96,9 @@ class PlainLoop:
             loss = sum_of_cross_entropies(logits, targets).mean()
         self.loss_sum += loss.item() * len(targets)
         for z, sums in zip(logits, self.correct_sums, strict=True):
-            answers = z.detach().topk(5, dim=1).indices == targets[:, None]
-            sums[0] += answers[:, :1].sum().item()
-            sums[1] += answers.sum().item()
+            correct = z.detach().topk(5, dim=1).indices == targets[:, None]
+            sums[0] += correct[:, :1].sum().item()
+            sums[1] += correct.sum().item()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from adaptive_inference import fold
 from benchmarks.timing import median_seconds
 from models import ExitNetwork, Stepwise, build_backbone
-from parsing import CommandLineParser
+from parsing import CommandLineParser, at_least
+from utils import UserError, print_error
 
 
 class _Stop(Exception):
@@ -78,20 +79,28 @@ def main(argv: list[str] | None = None) -> int:
         prog="benchmarks.time_to_exit", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--archs", nargs="+", default=["resnet18", "mobilenet_v3_small"], metavar="NAME")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--threads", type=int, default=2, metavar="N")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[1, 64], metavar="N")
+    parser.add_argument("--image-size", type=at_least(1), default=224, metavar="PIXELS")
+    parser.add_argument("--threads", type=at_least(1, 1024), default=2, metavar="N")
+    parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for arch in options.archs:
-        for batch_size in options.batch_sizes:
-            print(f"{arch}, {options.image_size} pixels, batch {batch_size}, {options.threads} threads")
-            shares = compare(arch, options.image_size, batch_size, options.rounds)
-            for k, (cut, uncut) in enumerate(shares):
-                more = f"more {cut - uncut:+.3f}"
-                print(f"  to exit {k + 1}: {cut:.3f}, the same blocks uncut {uncut:.3f}, {more}")
+    try:
+        for arch in options.archs:
+            for batch_size in options.batch_sizes:
+                print(f"{arch}, {options.image_size} pixels, batch {batch_size}, {options.threads} threads")
+                print_shares(compare(arch, options.image_size, batch_size, options.rounds))
+    except (UserError, ValueError) as error:
+        print_error(f"{parser.prog}: {error}")
+        return 2
     return 0
+
+
+def print_shares(shares: list[tuple[float, float]]) -> None:
+    """Print the times of ``compare``, one line per exit."""
+    for k, (cut, uncut) in enumerate(shares):
+        more = f"more {cut - uncut:+.3f}"
+        print(f"  to exit {k + 1}: {cut:.3f}, the same blocks uncut {uncut:.3f}, {more}")
 
 
 if __name__ == "__main__":

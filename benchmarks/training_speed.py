@@ -47,7 +47,7 @@ from engine.runtime.launch import exit_worker, training_processes
 from engine.stepper import Stepper
 from engine.trainer import Meters
 from models import IMTA, count_operations
-from parsing import CommandLineParser
+from parsing import CommandLineParser, at_least
 from settings.command_line import parse
 from utils import UserError, available_cores
 
@@ -87,10 +87,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--network", default="cifar100", choices=["cifar100", "imagenet"], help="preset")
     add("--what", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="parts to measure")
     add("--stages", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="stages to compare")
-    add("--batch-size", type=int, default=128, metavar="N", help="images per step, over all processes")
-    add("--steps", type=int, default=6, metavar="N", help="steps per round; 50 is a good choice on CUDA")
-    add("--rounds", type=int, default=5, metavar="N", help="rounds after one to warm up")
-    add("--images", type=int, default=50_000, metavar="N", help="training images")
+    add(
+        "--batch-size", type=at_least(1), default=128, metavar="N", help="images per step, over all processes"
+    )
+    add(
+        "--steps",
+        type=at_least(1),
+        default=6,
+        metavar="N",
+        help="steps per round; 50 is a good choice on CUDA",
+    )
+    add("--rounds", type=at_least(1), default=5, metavar="N", help="rounds after one to warm up")
+    add("--images", type=at_least(1), default=50_000, metavar="N", help="training images")
     add(
         "--profile",
         action="store_true",

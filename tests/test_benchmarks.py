@@ -1,10 +1,16 @@
 """The benchmarks run and print what their readers look for. No figure is checked, as machines differ."""
 
+import functools
 import sys
 
 import pytest
 
-from benchmarks import other_library, reading_speed, start_up, time_to_exit, training_speed
+from benchmarks import early_exit, other_library, reading_speed, start_up, time_to_exit, training_speed
+from benchmarks.timing import median_seconds
+from engine.checkpoint import save_network
+from models import MSDNet
+from models.description import Split
+from tests.conftest import TINY_NETWORK, describe
 
 TINY = ["--images", "48", "--batch-size", "8", "--steps", "1", "--rounds", "1"]
 
@@ -50,3 +56,46 @@ def test_other_library_is_optional(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "earlyon", None)
     assert other_library.main(["--images", "4", "--image-size", "32", "--rounds", "1"]) == 2
     assert "pip install earlyon==0.3.0" in capsys.readouterr().err
+
+
+def test_early_exit(tmp_path, capsys, monkeypatch):
+    network = MSDNet(**{**TINY_NETWORK, "num_blocks": 2}).eval()
+    save_network(tmp_path / "tiny.safetensors", network, describe(network), Split.unknown())
+    monkeypatch.setattr(early_exit, "median_seconds", functools.partial(median_seconds, least=0.001))
+    monkeypatch.setattr(early_exit, "fastest_dtype", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "onnx_predictor", None)
+    flags = ["--checkpoint", str(tmp_path / "tiny.safetensors"), "--repeats", "1", "--threads", "1"]
+    assert early_exit.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("MSDNet, 2 exits, 32 pixels, on 1 CPU threads\n")
+    for line in (
+        "folded, float32: time of budgeted prediction",
+        "  batch 1: every exit ",
+        " % of the operations: ",
+        "folded, channels-last, float32 / plain, batch 64",
+        "ONNX Runtime: not measured",
+    ):
+        assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "words"),
+    [
+        (early_exit, ["--threads", "0"], "0 is not allowed; at least 1"),
+        (early_exit, ["--repeats", "0"], "0 is not allowed; at least 1"),
+        (early_exit, ["--device", "cuda", "--threads", "1"], "PyTorch finds no GPU here"),
+        (time_to_exit, ["--archs", "resnet81", "--threads", "1"], "did you mean resnet18"),
+        (time_to_exit, ["--batch-sizes", "0"], "0 is not allowed; at least 1"),
+        (other_library, ["--images", "0"], "0 is not allowed; at least 1"),
+        (other_library, ["--image-size", "1", "--threads", "1"], "images of 1 pixels are too small"),
+        (training_speed, ["--rounds", "0"], "0 is not allowed; at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, benchmark, flags, words):
+    try:
+        status = benchmark.main(flags)
+    except SystemExit as ended:
+        status = ended.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert words in line
