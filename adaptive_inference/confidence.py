@@ -15,10 +15,10 @@ NONE_LEAVE, ALL_LEAVE = 1e8, -1e8
 
 
 class ExitPrediction(NamedTuple):
-    """Prediction of one exit for n images: ``classes`` (n,) int64 and ``confidence`` (n,)."""
+    """Prediction of one exit for n images: ``confidence`` (n,) and ``classes`` (n,) int64."""
 
-    classes: Tensor
     confidence: Tensor
+    classes: Tensor
 
 
 def _largest_probability(probs: Tensor, top: ExitPrediction, previous: ExitPrediction | None) -> Tensor:
@@ -70,8 +70,8 @@ def next_prediction(measure: str, logits: Tensor, previous: ExitPrediction | Non
         raise ValueError(f"measure is {measure!r}; allowed: {', '.join(MEASURES)}")
     probs = torch.softmax(without_half_precision(logits), dim=1)
     largest, classes = probs.max(dim=1)
-    confidence = _CONFIDENCE_OF[measure](probs, ExitPrediction(classes, largest), previous)
-    return ExitPrediction(classes, confidence)
+    confidence = _CONFIDENCE_OF[measure](probs, ExitPrediction(largest, classes), previous)
+    return ExitPrediction(confidence, classes)
 
 
 def without_half_precision(logits: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def network_fingerprint(network: ExitNetwork) -> str:
 def _identifying_options(network: ExitNetwork) -> dict[str, Any]:
     """Return the options of a network and of its backbone that differ from the default.
 
-    Options that decide only what is trained are left out.
+    ``training_options`` are left out. Older options that decide only what is trained are not: they are part
+    of the fingerprints that policy files hold.
     """
     defaults = network.options_of_older_files
     options = {

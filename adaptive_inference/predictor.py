@@ -140,7 +140,7 @@ class AdaptivePredictor:
             if len(stays) < len(leaves):
                 steps.keep(stays)
                 remaining = stays if remaining is None else remaining[stays]
-                current = ExitPrediction(current.classes[stays], current.confidence[stays])
+                current = ExitPrediction(current.confidence[stays], current.classes[stays])
         return self.finish(seen, exits)
 
     def predict_images(

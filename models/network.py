@@ -47,7 +47,9 @@ class ExitNetwork(nn.Module, ABC):
             defined.
         options_of_older_files: Values of the options that the ``config`` of an older file may lack. A
             fingerprint leaves options out at these values, so that an option added later changes none.
-        training_options: Names of options that decide only what is trained. A fingerprint leaves them out.
+        training_options: Names of options that a fingerprint leaves out: those that decide only what is
+            trained and were added after policy files existed. Older such options stay part of it, so that the
+            files keep their fingerprints.
         config: Options, of plain types, from which ``from_config`` makes the same network.
         num_exits: Number of exits, K.
         num_classes: Number of classes, C.
