@@ -61,7 +61,9 @@ SECTION = """
 {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
-Held-out images chose the epoch, the thresholds and the policy of each budget; test images chose nothing.
+The epoch, the thresholds and the policy of each budget were selected on held-out images, nothing on test images.
+In float32, by `python train_{d.stage}.py --evalmode dynamic --amp off --evaluate-from weights/{name}.safetensors --data-root DIR --save OUT`
+(and `--evalmode anytime` for the first table):
 
 | exit | operations | top-1 % | top-5 % | ensemble of exits, top-1 % |
 |---|---|---|---|---|
@@ -74,7 +76,8 @@ Held-out images chose the epoch, the thresholds and the policy of each budget; t
 CORRUPTIONS = """
 Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy nearest to
 half of the operations, which may spend a little more than half (strength: sigma of 255 for noise, sigma in
-pixels for blur, a factor for brightness, quality for JPEG). The logits were stored in half precision:
+pixels for blur, a factor for brightness, quality for JPEG). The logits were stored in half precision
+(`python -m experiments.drift weights/{name}.safetensors --data-root DIR`):
 
 {table}
 """
@@ -226,7 +229,7 @@ def _section(name: str, description: Description) -> str:
             for k, (n, *row) in enumerate(rows, 1)
         ),
         budgets="\n".join(f"| {share:.0f} | {top1:.2f} |" for share, top1 in budgets),
-        corruptions=CORRUPTIONS.format(table=corruptions) if corruptions else "",
+        corruptions=CORRUPTIONS.format(name=name, table=corruptions) if corruptions else "",
     )
 
 
