@@ -61,9 +61,13 @@ SECTION = """
 {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
-The epoch, the thresholds and the policy of each budget were selected on held-out images, nothing on test images.
-In float32, by `python train_{d.stage}.py --evalmode dynamic --amp off --evaluate-from weights/{name}.safetensors --data-root DIR --save OUT`
-(and `--evalmode anytime` for the first table):
+The epoch, the thresholds and the policy of each budget were selected on held-out images, nothing on test
+images. The figures are in float32:
+
+```bash
+python train_{d.stage}.py --evalmode anytime --amp off --evaluate-from weights/{name}.safetensors \\
+    --data-root DIR --save OUT  # each exit; --evalmode dynamic: the budgets
+```
 
 | exit | operations | top-1 % | top-5 % | ensemble of exits, top-1 % |
 |---|---|---|---|---|
