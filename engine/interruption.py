@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from engine.runtime.signals import Interrupted
 from engine.session import Session
+from utils import UserError
 
 # Check for signals at least every N steps; a process that is asked to stop has perhaps half a minute.
 MAX_STEPS_BETWEEN_CHECKS = 10
@@ -42,12 +43,16 @@ class Interruptions:
     def batches(self, batches: Iterator[_T], has_steps: Callable[[], bool]) -> Iterator[_T]:
         """Yield batches. Where there is no other process, a signal also ends the wait for the next one.
 
+        An image that cannot be read ends the run. Without other processes, which may not know of it, the
+        steps of the epoch are saved first.
+
         Args:
             batches: The batches that are left of an epoch.
             has_steps: Returns whether steps of this epoch are done, which have to be saved.
 
         Raises:
             Interrupted: A signal came during the wait.
+            UserError: An image cannot be read.
         """
         self.saved_at = time.monotonic()  # at the end of the previous epoch
         is_alone = self.processes.world_size == 1
@@ -59,6 +64,10 @@ class Interruptions:
                 if is_saved := has_steps():
                     self.save()
                 raise Interrupted(self.requests.stop_signal, is_saved, self.where()) from None
+            except UserError:
+                if is_alone and has_steps():
+                    self.save()
+                raise
             if batch is None:
                 return
             yield batch

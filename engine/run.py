@@ -24,7 +24,13 @@ from engine.evaluate import Evaluation
 from engine.networks import expected_images
 from engine.report import draw_curves, known_curves, millions, read_csv
 from engine.resuming import checkpoint_to_resume, network_to_resume
-from engine.run_data import data_for_new_run, held_out_are_new, load_run_data, log_class_order
+from engine.run_data import (
+    data_for_new_run,
+    held_out_are_new,
+    load_run_data,
+    log_class_order,
+    split_is_complete,
+)
 from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
@@ -335,6 +341,7 @@ def _describe(
         origin=str(origin.path.resolve()) if origin else None,
         frozen_digest=stage.frozen_digest(network),
         held_out_are_new=held_out_are_new(settings, origin, data, network),
+        split_is_complete=split_is_complete(origin, data),
     )
 
 

@@ -67,7 +67,9 @@ def held_out_are_new(
         # A classifier that comes with weights was trained on these classes, perhaps on these images.
         has_new_classifier = getattr(network, "has_new_classifier", True)
         return settings.pretrained is None or (has_new_classifier and data.info.name != "imagenet")
-    is_other_data = data.info.name != origin.data.name
+    # Images that the split of the network does not list may have trained its own origin.
+    is_complete = origin.description.split_is_complete
+    is_other_data = is_complete and data.info.name != origin.data.name
     if origin.known_split is None:
         return is_other_data
     if data.info.fingerprint == origin.data.fingerprint:
@@ -76,9 +78,22 @@ def held_out_are_new(
     if not len(digests) or not len(known):  # an archive, or a shipped network
         return is_other_data
     if not torch.isin(digests, known).any():
-        return True
+        return is_complete
     trained = torch.isin(digests[data.split.held_out], origin.split.training_digests)
     return origin.description.held_out_are_new and not trained.any()
+
+
+def split_is_complete(origin: LoadedNetwork | None, data: Data) -> bool:
+    """Return True if the split of a new run lists all images that trained the network to start from.
+
+    Images that trained weights of a library do not count.
+    """
+    if origin is None:
+        return True
+    known = origin.split.name_digests
+    lists_known = len(known) > 0 and torch.isin(known, data.split.name_digests).all().item()
+    is_same = data.info.fingerprint == origin.data.fingerprint
+    return origin.description.split_is_complete and (is_same or lists_known)
 
 
 def log_class_order(saved: LoadedNetwork, data: Data, log: Log) -> None:

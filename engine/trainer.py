@@ -202,8 +202,8 @@ class Trainer:
                 self._report()
             interruptions.after_step(progress.step, steps)
         log.end_epoch()
-        if interruptions.stop_signal():
-            self._save()  # before the evaluation, which may take longer than the sender of the signal waits
+        # Before the evaluation, which may fail, or take longer than the sender of a signal waits.
+        self._save()
         self._finish_epoch()
         # After the last epoch too: --resume then runs the evaluation that is left.
         if signal_number := interruptions.stop_signal():
@@ -250,6 +250,8 @@ class Trainer:
             raise UserError(f"the training step cannot be compiled: {problem}; --compile off trains without")
         session.log.line(f"training continues without compiled code: {problem}")
         self.stepper.train_eagerly()
+        # When it is resumed, it goes on like this.
+        self.description = replace(self.description, recipe={**self.description.recipe, "compile": "off"})
 
     def _report(self) -> None:
         loss, accuracies = Meters.means(self.session.processes.all_reduce_sum(self.meters.totals))

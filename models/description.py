@@ -95,6 +95,8 @@ class Description:
             operations that they spend at most, as a mean over held-out images: ``"25"``, ``"50"``, ``"75"``.
         held_out_are_new: Whether the held-out images are known to be new to the network, so that promises can
             be tested on them. False where it started from weights that they may have trained.
+        split_is_complete: Whether the ``Split`` of its file lists all images that trained it, those of the
+            networks that it started from included.
     """
 
     network: dict[str, Any]
@@ -112,6 +114,7 @@ class Description:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     held_out_are_new: bool = True
+    split_is_complete: bool = True
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Description":

@@ -20,7 +20,7 @@ from adaptive_inference import AdaptivePredictor, fold, read_policy
 from engine import trainer
 from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
 from engine.report import read_csv
-from engine.run_data import held_out_are_new
+from engine.run_data import held_out_are_new, split_is_complete
 from engine.stepper import Stepper
 from engine.trainer import learning_rate
 from image_data import synthetic
@@ -223,6 +223,34 @@ def test_a_signal_ends_the_wait_for_images(undisturbed, tmp_path, monkeypatch, s
     assert differences(tmp_path / "GE", undisturbed) == []
 
 
+def test_a_failed_evaluation_loses_no_step(undisturbed, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("a held-out image cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "accuracy_per_exit", fail)
+        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == 2
+    last = load_checkpoint(tmp_path / "GE" / "last.pt")
+    assert (last["epoch"], last["step"]) == (0, 4)
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
+    assert differences(tmp_path / "GE", undisturbed) == []
+
+
+def test_the_steps_before_an_unreadable_image_are_saved(undisturbed, tmp_path, monkeypatch):
+    real = InMemoryBatches.epoch
+
+    def epoch(batches, *position):
+        yield from itertools.islice(real(batches, *position), 2)
+        raise UserError("a training image cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InMemoryBatches, "epoch", epoch)
+        assert train_ge(tmp_path / "GE", *TWO_EPOCHS) == 2
+    assert load_checkpoint(tmp_path / "GE" / "last.pt")["step"] == 2
+    assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
+    assert differences(tmp_path / "GE", undisturbed) == []
+
+
 @pytest.mark.parametrize(
     "flags", [[], pytest.param(["--backbone-bn", "moving", "--ema-decay", "0.9"], marks=pytest.mark.slow)]
 )
@@ -253,10 +281,14 @@ def test_average_goes_on_with_the_same_bits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "positions"),
-    [([], [(0, 2), (1, 0)]), (["--save-every-minutes", "1e-9"], [(0, 1), (0, 2), (0, 3), (1, 0)])],
+    [
+        ([], [(0, 2), (0, 4), (1, 0)]),
+        (["--save-every-minutes", "1e-9"], [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]),
+    ],
 )
 def test_saves_in_the_middle_and_goes_on(tmp_path, monkeypatch, flags, positions):
-    """Expect (epoch, step) of every last.pt: on SIGUSR1, here in step 2, and after some minutes."""
+    """Expect (epoch, step) of every last.pt: on SIGUSR1, here in step 2, after some minutes, before and after
+    the evaluation."""
     real, saved = trainer.save_checkpoint, []
 
     def noted(path, state):
@@ -469,7 +501,12 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
         network.has_new_classifier = has_new_classifier
         loaded = None
         if origin:
-            description = replace(describe(network), data=origin["data"], held_out_are_new=origin["flag"])
+            description = replace(
+                describe(network),
+                data=origin["data"],
+                held_out_are_new=origin["flag"],
+                split_is_complete=origin.get("complete", True),
+            )
             loaded = LoadedNetwork(Path("origin"), network, description, origin["split"])
         data = SimpleNamespace(info=found, split=Split(torch.tensor(held_out), digests))
         return held_out_are_new(settings, loaded, data, network)
@@ -492,6 +529,30 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
     released = {**known, "data": replace(info, num_training_images=0)}
     assert not is_new(other, **released)
     assert is_new(replace(other, name="cifar100"), **released)
+    fine_tuned = {**known, "complete": False}  # other images may have trained its own origin
+    assert is_new(info, **fine_tuned)
+    assert is_new(other, **fine_tuned)
+    assert not is_new(other, digests=names + 10, **fine_tuned)
+    assert not is_new(replace(other, name="cifar100"), digests=names[:0], **fine_tuned)
+
+
+def test_the_split_of_a_fine_tuned_network_is_complete_if_it_lists_the_images_of_its_origin():
+    names = torch.arange(10)
+    info = DataInfo("folder", ["a", "b"], 32, 1.0, "bilinear", [0.5] * 3, [0.2] * 3, 10, "first")
+    network, held_out = MSDNet(**TINY_NETWORK), torch.tensor([0, 1])
+
+    def is_complete(fingerprint, digests, origin_digests=names, of_origin=True):
+        description = replace(describe(network), data=info, split_is_complete=of_origin)
+        origin = LoadedNetwork(Path("origin"), network, description, Split(held_out, origin_digests))
+        data = SimpleNamespace(info=replace(info, fingerprint=fingerprint), split=Split(held_out, digests))
+        return split_is_complete(origin, data)
+
+    assert split_is_complete(None, None)
+    assert is_complete("first", names[:0], names[:0])  # the same archive
+    assert not is_complete("second", names[:0], names[:0])
+    assert is_complete("second", torch.arange(12))  # two images came
+    assert not is_complete("second", torch.arange(1, 12))  # one has gone
+    assert not is_complete("first", names, of_origin=False)
 
 
 def test_policies_are_those_of_the_networks_image_size(runs, capsys):
