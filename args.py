@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
-from image_data.defaults import IMAGE_SIZES, SMALL_IMAGE_SIZE
+from image_data.defaults import IMAGE_SIZES, MAX_DEFAULT_WORKERS, SMALL_IMAGE_SIZE
 from models.options import CHOICES, MSDNetOptions, current_value
 from parsing import (
     CommandLineParser,
@@ -33,9 +33,8 @@ from parsing import (
     user_path,
 )
 from presets import PRESETS
-from utils import available_cores
 
-MAX_WORKERS, MAX_EPOCHS, MAX_DEFAULT_WORKERS = 1024, 10**6, 4
+MAX_WORKERS, MAX_EPOCHS = 1024, 10**6
 ADAMW_LR = 1e-3
 
 
@@ -136,7 +135,7 @@ SETTINGS: dict[str, Setting] = {
     "val_size": Setting(None, EVALUATION, inherited=True),
     "test_size": Setting(None, EVALUATION, inherited=True),
     "split_seed": Setting(0, EVALUATION, inherited=True),
-    "workers": Setting(min(available_cores(), MAX_DEFAULT_WORKERS), RESUMING, inherited=True),
+    "workers": Setting(None, RESUMING, inherited=True),
     "skip_unreadable": Setting(False, RESUMING, inherited=True),
     "check_images": Setting(False, RESUMING, inherited=True),
     "augment": Setting("standard", inherited=True),

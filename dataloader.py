@@ -24,7 +24,7 @@ from image_data.split import (
     HELD_OUT_SHARE,
     choose_held_out,
     match_training_images,
-    use_by,
+    roles_in,
 )
 from image_data.subsets import DataSet, Shard, Subset
 from image_data.threads import map_batches
@@ -177,8 +177,8 @@ def _refuse_large_batch(batch_size: int, count: int) -> None:
 def _hold_out(data_set: DataSet, settings: Namespace, size: int | None, origin_split: Split | None) -> Tensor:
     """Choose the held-out images, and add a note where nobody said how many."""
     digests = data_set.digests
-    use = use_by(origin_split, digests) if origin_split and len(digests) else None
-    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed, use)
+    roles = roles_in(origin_split, digests) if origin_split and len(digests) else None
+    held_out = choose_held_out(data_set.train.targets, size, settings.split_seed, roles)
     if size is None:
         data_set.notes.append(
             f"{HELD_OUT_SHARE} % of the training images are held out to choose the best "
@@ -210,7 +210,7 @@ def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[
 
 
 def _in_memory(
-    subset: Subset, image_size: int, evaluation: Transform, workers: int
+    subset: Subset, image_size: int, evaluation: Transform, workers: int | None
 ) -> tuple[Subset, list[str]]:
     """Read small images as bytes; return those that can be read, and a line about each of the others."""
     if subset.files is None:

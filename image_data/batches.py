@@ -41,8 +41,8 @@ class Batches(ABC):
 
     Args:
         subset: The images.
-        settings: The settings batch_size (of all processes together), seed and augment; for files also
-            workers and skip_unreadable.
+        settings: The settings batch_size (of all processes together), accumulate, seed and augment; for files
+            also workers and skip_unreadable.
         augment: Whether ``epoch`` augments.
         normalize: The normalisation, whose device is that of the batches.
         shard: The share of every batch that this process gets.
@@ -57,6 +57,8 @@ class Batches(ABC):
                 f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; "
                 "use a multiple"
             )
+        # An evaluation has to fit into the memory that a training step has.
+        self.evaluation_batch_size = max(1, self.batch_size // shard.world_size // settings.accumulate)
         self.num_images, self.seed = len(subset), settings.seed
         self.augment = settings.augment if augment else "none"
         self.normalize, self.device = normalize, normalize.device
@@ -160,7 +162,7 @@ class InMemoryBatches(Batches):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the images of this process once."""
-        for indices in self.local_indices().to(self.device).split(self.batch_size):
+        for indices in self.local_indices().to(self.device).split(self.evaluation_batch_size):
             yield self.normalize(self.images[indices]), self.targets[indices]
 
 
@@ -228,7 +230,7 @@ class FileBatches(Batches):
                 return None
             return image, self.targets[index]
 
-        return self._load(read, self.local_indices().split(self.batch_size))
+        return self._load(read, self.local_indices().split(self.evaluation_batch_size))
 
     def check(self) -> list[str]:
         """Read all images of this process, and return a line about each that is unreadable."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from image_data import synthetic
 from image_data.archives import read_cifar
 from image_data.folders import FolderScan, suffixes_in_words, text_of
-from image_data.split import UNKNOWN, choose_test, use_by
+from image_data.split import Role, choose_test, roles_in
 from image_data.subsets import DataSet, Subset, name_digests
 from models.description import DataInfo, Split
 from utils import UserError, is_folder, listed
@@ -152,11 +152,11 @@ def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Sp
     _refuse_empty_classes(folder, classes)
     files = _file_subset(classes, list(classes))
     found = name_digests([text_of(path.relative_to(folder)) for path in files.files])
-    use = None if origin_split is None else use_by(origin_split, found)
+    roles = None if origin_split is None else roles_in(origin_split, found)
     if digests is not None and len(digests):
         is_test = ~torch.isin(found, digests)
     else:
-        is_test = choose_test(files.targets, settings.test_size, settings.split_seed, use)
+        is_test = choose_test(files.targets, settings.test_size, settings.split_seed, roles)
     subsets: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
     labels = [name for name, of_class in classes.items() for _ in of_class]
     for name, path, is_of_test in zip(labels, files.files, is_test.tolist(), strict=True):
@@ -165,7 +165,7 @@ def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Sp
         f"{int(is_test.sum()):,} of the {len(files):,} images of {folder} are the test images (--test-size)"
     )
     notes = [*scan.complaints(), note]
-    if use is not None and (known := int((use[is_test] != UNKNOWN).sum())):
+    if roles is not None and (known := int((roles[is_test] != Role.UNKNOWN).sum())):
         notes.append(f"{known:,} of the test images trained the network to start from, or chose its epoch")
     return Folders(subsets[0], folder, subsets[1], folder, notes)
 

@@ -1,5 +1,7 @@
 """Which images are training images, held-out images and test images."""
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -11,20 +13,24 @@ HELD_OUT_SHARE = 10  # percent of a folder's training images, where --val-size d
 MAX_GONE = 10  # percent of a checkpoint's training images; with more missing, the data are others
 
 
-# What the network to start from made of an image.
-HELD_OUT, UNKNOWN, TRAINED = range(3)
+class Role(IntEnum):
+    """Role of an image in the training of the network to start from."""
+
+    UNKNOWN = 0  # test images and new ones
+    HELD_OUT = 1
+    TRAINED = 2
 
 
-def use_by(origin: Split, digests: Tensor) -> Tensor:
-    """Return what a network made of images with these ``name_digests`` (N,): HELD_OUT, UNKNOWN or TRAINED."""
-    use = torch.full(digests.shape, UNKNOWN)
-    use[torch.isin(digests, origin.name_digests)] = HELD_OUT
-    use[torch.isin(digests, origin.training_digests)] = TRAINED
-    return use
+def roles_in(origin: Split, digests: Tensor) -> Tensor:
+    """Return the ``Role`` (N,) that images with these ``name_digests`` (N,) had in the split of a network."""
+    roles = torch.full(digests.shape, int(Role.UNKNOWN))
+    roles[torch.isin(digests, origin.name_digests)] = Role.HELD_OUT
+    roles[torch.isin(digests, origin.training_digests)] = Role.TRAINED
+    return roles
 
 
 def choose_held_out(
-    targets: Tensor, val_size: int | None, split_seed: int, use: Tensor | None = None
+    targets: Tensor, val_size: int | None, split_seed: int, roles: Tensor | None = None
 ) -> Tensor:
     """Choose training images to hold out.
 
@@ -35,7 +41,7 @@ def choose_held_out(
         targets: Targets (N,) of all training images.
         val_size: Number of images to hold out. If None, ``HELD_OUT_SHARE`` percent.
         split_seed: Seed of the draw.
-        use: What the network to start from made of the images (N,), ``use_by``. If it held out half of the
+        roles: The ``Role`` (N,) of the images for the network to start from. If it held out half of the
             number or more, these stay held out, with a share of the unknown images.
 
     Returns:
@@ -52,17 +58,17 @@ def choose_held_out(
             "give a smaller --val-size"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
-    if use is not None:
-        order = _held_out_first(order, use, size)
+    if roles is not None:
+        order = _held_out_first(order, roles, size)
     is_held_out = torch.zeros(count, dtype=torch.bool)
     is_held_out[order[:size]] = True
     _leave_one_of_each_class(targets, order, is_held_out)
     return is_held_out.nonzero().flatten()
 
 
-def _held_out_first(order: Tensor, use: Tensor, size: int) -> Tensor:
-    """Return the order in which ``size`` images are held out, if a network knows some of them."""
-    held_out, unknown, trained = (order[use[order] == value] for value in (HELD_OUT, UNKNOWN, TRAINED))
+def _held_out_first(order: Tensor, roles: Tensor, size: int) -> Tensor:
+    """Return the order in which ``size`` images are held out, if a network held out enough of them."""
+    unknown, held_out, trained = (order[roles[order] == role] for role in Role)
     if 2 * len(held_out) < size:
         return order
     of_unknown = size * len(unknown) // len(order)
@@ -89,15 +95,15 @@ def _leave_one_of_each_class(targets: Tensor, order: Tensor, is_held_out: Tensor
         left[targets[substitute]] -= 1
 
 
-def choose_test(targets: Tensor, test_size: float, split_seed: int, use: Tensor | None = None) -> Tensor:
+def choose_test(targets: Tensor, test_size: float, split_seed: int, roles: Tensor | None = None) -> Tensor:
     """Choose test images, as equal a share of every class as whole numbers allow.
 
     Args:
         targets: Targets (N,) of all images.
         test_size: A share below 1, or a number of images.
         split_seed: Seed of the draw.
-        use: What the network to start from made of the images (N,), ``use_by``. In every class, those that
-            are unknown to it, its own test images among them, are chosen first, those that trained it last.
+        roles: The ``Role`` (N,) of the images for the network to start from. In every class, those that are
+            unknown to it are chosen first, those that trained it last.
 
     Returns:
         True for every test image, bool (N,). Every class with at least two images keeps one and gives one.
@@ -116,9 +122,8 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int, use: Tensor 
     chosen[most_missing[: size - int(chosen.sum())]] += 1
     chosen = torch.minimum(chosen.clamp(min=1), (per_class - 1).clamp(min=0))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(split_seed))
-    if use is not None:
-        preference = torch.tensor([1, 0, 2])  # of HELD_OUT, UNKNOWN and TRAINED
-        order = order[preference[use[order]].argsort(stable=True)]
+    if roles is not None:
+        order = order[roles[order].argsort(stable=True)]
     is_test = torch.zeros(count, dtype=torch.bool)
     for label, number in enumerate(chosen.tolist()):
         is_test[order[targets[order] == label][:number]] = True

@@ -15,24 +15,28 @@ from typing import Any
 
 import torch
 
-from utils import UserError
+from image_data.defaults import MAX_DEFAULT_WORKERS
+from utils import UserError, available_cores
 
 BATCHES_AHEAD = 3
 
 
 def map_batches(
-    function: Callable[[Any], Any], batches: Iterable[Sequence], threads: int
+    function: Callable[[Any], Any], batches: Iterable[Sequence], threads: int | None
 ) -> Iterator[list[Any]]:
     """Yield ``[function(x) for x in batch]`` of every batch, in order.
 
     Args:
         function: The function, which may run in any thread; its errors are raised here.
         batches: The arguments, in batches.
-        threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it.
+        threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it;
+            None: as many as cores, at most ``MAX_DEFAULT_WORKERS``.
 
     Raises:
         UserError: The system allows fewer threads.
     """
+    if threads is None:
+        threads = min(available_cores(), MAX_DEFAULT_WORKERS)
     if threads == 0:
         for batch in batches:
             yield [function(argument) for argument in batch]

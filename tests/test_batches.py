@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dataloader import load_data
 from image_data import batches
 from image_data.batches import InMemoryBatches
 from image_data.subsets import Shard, Subset
+from image_data.threads import map_batches
 from image_data.transforms import CROP_PADDING
 from models.normalizer import Normalizer
 from settings.command_line import parse
@@ -170,6 +172,30 @@ def test_a_class_of_damaged_images_costs_no_more_than_itself(image_folder):
         damage(path)
     with pytest.raises(UserError, match="none of the training images"):
         list(train.epoch(0))
+
+
+@pytest.mark.parametrize("size", ["32", "80"])
+def test_an_evaluation_takes_as_many_images_at_once_as_a_training_step(image_folder, size):
+    settings = folder_settings(image_folder, "--image-size", size, "--accumulate", "2")
+    for rank in range(2):
+        test = load_data(settings, CPU, Shard(rank, 2)).test
+        counts = [len(targets) for _, targets in test]
+        assert max(counts) == 8 // 2 // 2
+        assert sum(counts) == len(test.local_indices())
+
+
+def test_threads_are_as_many_as_cores_by_default(monkeypatch):
+    def names_with(cores):
+        monkeypatch.setattr("image_data.threads.available_cores", lambda: cores)
+        barrier = threading.Barrier(min(cores, 4), timeout=10)
+
+        def name(_):
+            barrier.wait()  # all threads are at work at once
+            return threading.current_thread().name
+
+        return set(next(map_batches(name, [range(min(cores, 4))], None)))
+
+    assert [len(names_with(cores)) for cores in (1, 3, 16)] == [1, 3, 4]
 
 
 def test_threads_end_with_the_run(image_folder):

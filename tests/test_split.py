@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dataloader import load_data
-from image_data.split import HELD_OUT, TRAINED, UNKNOWN, choose_held_out, choose_test, use_by
+from image_data.split import Role, choose_held_out, choose_test, roles_in
 from models.description import Split
 from settings.command_line import parse
 from tests.conftest import CPU, folder_settings
@@ -62,33 +62,33 @@ def test_test_images_are_an_equal_share_of_every_class():
         choose_test(targets, 63, 0)
 
 
-def test_what_a_network_to_start_from_made_of_images():
+def test_roles_of_images_in_the_training_of_another_network():
     names = torch.arange(6) * 11
     origin = Split(held_out=torch.tensor([1, 4]), name_digests=names[:5])
-    assert use_by(origin, names).tolist() == [TRAINED, HELD_OUT, TRAINED, TRAINED, HELD_OUT, UNKNOWN]
+    expected = [Role.TRAINED, Role.HELD_OUT, Role.TRAINED, Role.TRAINED, Role.HELD_OUT, Role.UNKNOWN]
+    assert roles_in(origin, names).tolist() == expected
 
 
 def test_images_held_out_from_the_network_to_start_from_stay_so_with_a_share_of_new_ones():
     """Thirty images of a third class came to two classes of a hundred."""
     targets = torch.tensor([0] * 100 + [1] * 100 + [2] * 30)
-    use = torch.where(targets == 2, UNKNOWN, TRAINED)
-    use[90:110] = HELD_OUT
-    held_out = choose_held_out(targets, 23, 0, use)
-    assert torch.bincount(use[held_out], minlength=3).tolist() == [20, 3, 0]
-    held_out = choose_held_out(targets, 40, 0, use)  # the others are new while there are any
-    assert torch.bincount(use[held_out], minlength=3).tolist() == [20, 20, 0]
+    roles = torch.where(targets == 2, int(Role.UNKNOWN), int(Role.TRAINED))
+    roles[90:110] = Role.HELD_OUT
+    held_out = choose_held_out(targets, 23, 0, roles)
+    assert torch.bincount(roles[held_out], minlength=3).tolist() == [3, 20, 0]
+    held_out = choose_held_out(targets, 40, 0, roles)  # the others are new while there are any
+    assert torch.bincount(roles[held_out], minlength=3).tolist() == [20, 20, 0]
     # Half of 41 were not held out: as without that network.
-    assert torch.equal(choose_held_out(targets, 41, 0, use), choose_held_out(targets, 41, 0))
+    assert torch.equal(choose_held_out(targets, 41, 0, roles), choose_held_out(targets, 41, 0))
 
 
 def test_test_images_are_unknown_to_the_network_to_start_from_where_possible():
     targets = torch.tensor([0] * 50 + [1] * 50)
-    use = torch.tensor([UNKNOWN] * 8 + [HELD_OUT] * 4 + [TRAINED] * 38 + [UNKNOWN] * 12 + [TRAINED] * 38)
-    is_test = choose_test(targets, 0.2, 0, use)
-    assert [torch.bincount(use[is_test & (targets == label)]).tolist() for label in (0, 1)] == [
-        [2, 8],
-        [0, 10],
-    ]
+    first, second = [Role.UNKNOWN] * 8 + [Role.HELD_OUT] * 4, [Role.UNKNOWN] * 12
+    roles = torch.tensor([*first, *[Role.TRAINED] * 38, *second, *[Role.TRAINED] * 38])
+    is_test = choose_test(targets, 0.2, 0, roles)
+    chosen = [torch.bincount(roles[is_test & (targets == label)]).tolist() for label in (0, 1)]
+    assert chosen == [[8, 2], [10]]
 
 
 @pytest.mark.parametrize("size", ["32", "80"])
