@@ -48,7 +48,9 @@ def resolve_auto(
         # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
         share = 1.0 if on_gpu else compile_speedup_share
         is_long = settings.epochs * operations_per_process * share > COMPILING_PAYS
-        modes = ["reduce-overhead"] * on_gpu + ["default"] if is_long else []
+        modes = []
+        if is_long:
+            modes = ["reduce-overhead", "default"] if on_gpu else ["default"]
         compile_mode = next((mode for mode in modes if _is_possible(mode, settings, processes)), "off")
     return with_values(settings, amp=amp, compile=compile_mode)
 

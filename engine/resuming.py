@@ -73,5 +73,9 @@ def _is_restart(directory: RunDirectory) -> bool:
     torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID")
     # Without --rdzv_id every start of torchrun has the same id; with it, each machine counts its own restarts
     # alone, and the id tells.
-    may_be = torchrun_environment().restart_count > 0 or torchrun_id not in (None, "none")
+    sessions = directory.sessions()
+    is_complete = bool(sessions) and sessions[-1].get("complete")  # then the id is used a second time
+    may_be = torchrun_environment().restart_count > 0 or (
+        torchrun_id not in (None, "none") and not is_complete
+    )
     return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == torchrun_id

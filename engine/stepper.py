@@ -100,8 +100,8 @@ class Stepper:
         """Compile the step for batches such as this one, if the settings ask for it.
 
         Compiling runs forward and backward on the batch; weights, statistics and random state stay as they
-        are, and no other process is waited for. With several processes, parameters that no exit depends on
-        are excluded from training, as ``DistributedDataParallel`` would wait for their gradients.
+        are, and only SyncBatchNorm waits for other processes. With several processes, parameters that no exit
+        depends on are excluded from training, as ``DistributedDataParallel`` would wait for their gradients.
 
         Args:
             images: (N, 3, H, W).

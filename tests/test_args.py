@@ -83,6 +83,7 @@ def test_typed_values(flags, name, value):
         (["--nBlocks", "0"], "at least 1"),
         (["--grFactor", "1,2"], "1-2"),
         (["--lr", "nan"], "finite"),
+        (["--epochs", "1" + "0" * 400], "is not allowed"),
         (["--lr", "-1"], "more than 0"),
         (["--preset", "mnist"], "demo"),
         (["--epoch", "3"], "did you mean --epochs?"),

@@ -9,6 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 import train_GE
+from engine.checkpoint import load_checkpoint
 from engine.runtime.compiling import reason_of, usable_mode
 from engine.runtime.distributed import Processes
 from settings.command_line import parse
@@ -111,6 +112,7 @@ def test_the_first_step_that_cannot_be_compiled(tmp_path, tiny_demo, monkeypatch
     assert (status, printed.err) == (0, "")
     (line,) = [line for line in printed.out.splitlines() if "without compiled code" in line]
     assert "No space left" in line
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["description"].recipe["compile"] == "off"
     assert train_GE.main([*command, str(tmp_path / "eager"), "--compile", "off"]) == 0
     weights = [models.load(tmp_path / name).state_dict() for name in ("run", "eager")]
     for name, tensor in weights[0].items():

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +22,8 @@ import torch.distributed as dist
 
 import train_GE
 from engine.auto import resolve_auto
+from engine.checkpoint import save_checkpoint
+from engine.resuming import checkpoint_to_resume
 from engine.run_directory import RunDirectory
 from engine.runtime import precision
 from engine.runtime.device import limit_threads_of_steps
@@ -359,6 +363,20 @@ def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     line = status_and_line(stopped, command)[1]
     assert line.endswith(f"; to resume: torchrun [its flags as before] {words}")
+
+
+def test_an_id_of_torchrun_that_is_used_again_resumes_no_finished_run(finished, tmp_path, monkeypatch):
+    """Only the id tells a restart on another machine, so the run itself has to be unfinished."""
+    directory = RunDirectory(tmp_path / "GE")
+    shutil.copytree(finished / "GE", directory.path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    save_checkpoint(directory.last, {**torch.load(directory.last, weights_only=True), "launch": "one"})
+    command = parse("GE", ["--save", str(directory.path), "--overwrite"])
+    assert checkpoint_to_resume(command, "GE", directory) is None
+    run = json.loads(directory.run_json.read_text())
+    run["sessions"][-1]["complete"] = False
+    directory.run_json.write_text(json.dumps(run))
+    assert checkpoint_to_resume(command, "GE", directory)["launch"] == "one"
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):

@@ -28,8 +28,10 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # Old versions of glibc refuse more than 32 MiB. Setting the trim threshold alone would do harm: it ends
+    # the adjustment of the other one, which begins at 128 KiB.
+    if mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25):
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def limit_threads(

@@ -98,7 +98,7 @@ class Processes:
         return int(shared)
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Give all processes the BatchNorm statistics of the main process, which saves its own."""
+        """Give all processes the main process's buffers, such as BatchNorm statistics, which it saves."""
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
