@@ -167,6 +167,10 @@ def main(argv: list[str] | None = None) -> int:
         f"false alarms: {num_false} of {len(fired):,} streams of {min(STREAM_LENGTH, len(clean)):,} clean "
         f"images ({100 * num_false / len(fired):.1f} %; the bound is {100 * FALSE_ALARM_PROBABILITY:g} %)\n"
     )
+    alarm = DriftAlarm(reference)
+    alarm.update(clean[images.targets.argsort(stable=True)])
+    after = "no alarm" if alarm.fired_after is None else f"an alarm after {alarm.fired_after} images"
+    sys.stdout.write(f"clean images sorted by class: {after}\n")
     rows = corruption_rows(images, point, reference, arguments.streams)
     for lost in (8, 12):
         if medians := [row["median_images"] for row in rows[1:] if row["lost"] >= lost]:

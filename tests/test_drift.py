@@ -169,6 +169,7 @@ def test_experiment(finished, tiny_demo, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     assert "of 3 streams of 60 clean images" in printed[0]
+    assert "clean images sorted by class: " in printed[0]
     assert len(table.read_text().splitlines()) == 22
     assert len(list((tmp_path / "cache").iterdir())) == 21
 
