@@ -48,16 +48,17 @@ def expected_images(settings: Namespace, origin: LoadedNetwork | None) -> ImageS
         UserError: There is no network of that name.
     """
     if origin is not None:
-        return origin.data.image_spec
-    if settings.arch in OWN_NETWORKS:
+        spec = origin.data.image_spec
+    elif settings.arch in OWN_NETWORKS:
         return None
-    try:
-        spec = image_spec_of_weights(settings.arch, settings.pretrained and str(settings.pretrained))
-    except ValueError as error:
-        raise UserError(f"--arch {settings.arch}: {error}") from None
+    else:
+        try:
+            spec = image_spec_of_weights(settings.arch, settings.pretrained and str(settings.pretrained))
+        except ValueError as error:
+            raise UserError(f"--arch {settings.arch}: {error}") from None
     if settings.image_size in (None, spec.image_size):
         return spec
-    # The central crop that weights are evaluated with is one for images of their size.
+    # The central crop that a network is evaluated with is one for images of its size.
     return spec._replace(crop_share=default_crop_share(settings.image_size))
 
 
