@@ -31,7 +31,7 @@ from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform, Transform, evaluation_transform
 from models.description import DataInfo, ImageSpec, Split
 from models.normalizer import Normalizer
-from utils import UserError, listed, one_line
+from utils import UserError, listed, one_line, print_error
 
 SUBSETS = ("train", "val", "test")
 TEST_ALONE = ("anytime", "runtime")  # evaluations that need no other images
@@ -103,11 +103,11 @@ def load_data(
     if image_size <= SMALL_IMAGE_SIZE:
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
-        unreadable: list[str] = []
-        for name in SUBSETS[1:] if skips_training_images else SUBSETS:
-            subsets[name], errors = _in_memory(subsets[name], image_size, evaluation, settings.workers)
-            unreadable += errors
-        _report(unreadable, settings.skip_unreadable, notes)
+        names = SUBSETS[1:] if skips_training_images else SUBSETS
+        read = {name: _in_memory(subsets[name], image_size, evaluation, settings.workers) for name in names}
+        unreadable = list(chain.from_iterable(errors for _, errors in read.values()))
+        notes += _skipped(unreadable, settings.skip_unreadable)
+        subsets |= {name: _not_emptied(name, *of_subset) for name, of_subset in read.items()}
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(subsets["train"]))
         notes += _lost_classes(subsets["train"], data_set.class_names)
@@ -123,7 +123,11 @@ def load_data(
         else:
             batches[name] = FileBatches(subset, transforms, *common)
     if settings.check_images:
-        _check(batches.values(), settings.skip_unreadable, notes)
+        found = _check(batches.values(), settings.skip_unreadable)
+        if shard is None or shard.rank == 0:
+            notes += found
+        elif found:  # of its own share; only the main process prints notes
+            print_error(found[0])
     # A stored split refers to the training images of its own data set.
     is_stored = stored is not None and stored.knows_training_images
     info = DataInfo(
@@ -232,20 +236,28 @@ def _in_memory(
     return Subset(subset.targets[readable], torch.from_numpy(images)), errors
 
 
-def _check(all_batches: Iterable[Batches], skip: bool, notes: list[str]) -> None:
-    """Read all images that are decoded when they are needed."""
+def _not_emptied(name: str, subset: Subset, errors: list[str]) -> Subset:
+    """Return a subset, or raise an error if none of its images could be read."""
+    if errors and len(subset) == 0:
+        title = {"train": "training", "val": "held-out", "test": "test"}[name]
+        raise UserError(f"none of the {title} images can be read: {errors[0]}")
+    return subset
+
+
+def _check(all_batches: Iterable[Batches], skip: bool) -> list[str]:
+    """Read all images that are decoded when they are needed, and return what ``_skipped`` does."""
     of_files = [batches for batches in all_batches if isinstance(batches, FileBatches)]
-    _report([line for batches in of_files for line in batches.check()], skip, notes)
+    return _skipped([line for batches in of_files for line in batches.check()], skip)
 
 
-def _report(errors: list[str], skip: bool, notes: list[str]) -> None:
-    """Raise an error that names unreadable images, or add a note about them if they are to be skipped."""
+def _skipped(errors: list[str], skip: bool) -> list[str]:
+    """Raise an error that names unreadable images, or return a note about them if they are to be skipped."""
     if not errors:
-        return
+        return []
     summary = listed(errors)
     if not skip:
         raise UserError(f"{summary}; {UNREADABLE_HINT}")
-    notes.append(f"skipped: {summary}")
+    return [f"skipped: {summary}"]
 
 
 def _normalization(name: str, training_subset: Subset) -> tuple[Sequence[float], Sequence[float]]:

@@ -211,14 +211,16 @@ class Evaluation:
         """Measure time, one image at a time and in batches, and predictions by deadlines.
 
         Raises:
-            UserError: There is no policy file.
+            UserError: There is no policy file, or no image that can be read.
         """
         directory, log, network = self.session.directory, self.session.log, self.network
         if not self.session.processes.is_main:
             return
         log.line("measuring time, half a minute on a small network")
         points = distinct(read_policy(directory.policy, network).of_rule(None), RUNTIME_POLICIES)
-        chosen = self.data.test.spread(RUNTIME_IMAGES)
+        chosen = [batch for batch in self.data.test.spread(RUNTIME_IMAGES) if len(batch[0])]
+        if not chosen:
+            raise UserError("none of the test images can be read")
         images, targets = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         log.line(
             f"\ntime per image on {images.device}, one at a time and {RUNTIME_BATCHES[-1]} together; "

@@ -174,6 +174,23 @@ def test_a_class_of_damaged_images_costs_no_more_than_itself(image_folder):
         list(train.epoch(0))
 
 
+def test_no_training_begins_without_a_test_image_that_can_be_read(image_folder):
+    for path in (image_folder / "test").glob("*/*.png"):
+        damage(path)
+    with pytest.raises(UserError, match=r"none of the test images can be read: .*ant/0\.png"):
+        load_data(folder_settings(image_folder, "--skip-unreadable"), CPU)
+
+
+def test_every_process_names_what_it_skips(image_folder, capsys):
+    damage(image_folder / "test" / "ant" / "1.png")
+    settings = folder_settings(image_folder, "--image-size", "80", "--check-images", "--skip-unreadable")
+    notes = [load_data(settings, CPU, Shard(rank, 2)).notes for rank in range(2)]
+    assert not any("ant/1.png" in note for note in notes[0])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("skipped: ")
+    assert "ant/1.png" in line
+
+
 @pytest.mark.parametrize("size", ["32", "80"])
 def test_an_evaluation_takes_as_many_images_at_once_as_a_training_step(image_folder, size):
     settings = folder_settings(image_folder, "--image-size", size, "--accumulate", "2")
