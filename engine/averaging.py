@@ -12,7 +12,6 @@ instead.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
 def measure_batch_norm(
     average: nn.Module,
     network: nn.Module,
-    batches: Iterable[tuple[Tensor, Any]],
+    batches: Iterable[Tensor],
     dtype: torch.dtype | None,
     processes: Processes,
 ) -> None:
@@ -54,8 +53,7 @@ def measure_batch_norm(
         average: The average of ``network``; it is left in evaluation mode.
         network: The network that is trained, in training mode. Where one of its layers is not, such as in a
             frozen backbone, the statistics stay as they are.
-        batches: Images (N, 3, H, W), normalised, and their targets, which are not used; as many batches in
-            every process.
+        batches: Normalised images (N, 3, H, W); as many batches in every process.
         dtype: Dtype of the convolutions in training; None for float32.
         processes: The processes that train together.
     """
@@ -74,7 +72,7 @@ def measure_batch_norm(
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
-    for images, _ in batches:
+    for images in batches:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             average(images)
     for layer, momentum in zip(layers, momenta, strict=True):

@@ -32,6 +32,8 @@ def data_for_new_run(
         is_same = data.info.fingerprint == origin.data.fingerprint
         if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
             return data
+        size = len(origin.split.held_out)
+        session.log.line(f"the images are those of {origin.path}: the same {size:,} of them are held out")
     data = load_run_data(session, origin.data, origin.known_split)
     log_class_order(origin, data, session.log)
     return data
@@ -57,6 +59,11 @@ def held_out_are_new(
 ) -> bool:
     """Return True if it is known that no held-out image of a new run trained the weights it starts from.
 
+    - With the images of the origin, the same images are held out, and what is known of them stays true.
+    - With a folder that shares images with the origin's, held-out images must not have trained the origin.
+    - Other images are new to it.
+    - If images that its split does not list trained the origin, only images that it lists are known.
+
     Args:
         settings: The settings of the run.
         origin: The network to start from, None for weights of a library and to start from scratch.
@@ -67,7 +74,6 @@ def held_out_are_new(
         # A classifier that comes with weights was trained on these classes, perhaps on these images.
         has_new_classifier = getattr(network, "has_new_classifier", True)
         return settings.pretrained is None or (has_new_classifier and data.info.name != "imagenet")
-    # Images that the split of the network does not list may have trained its own origin.
     is_complete = origin.description.split_is_complete
     is_other_data = is_complete and data.info.name != origin.data.name
     if origin.known_split is None:
@@ -79,8 +85,10 @@ def held_out_are_new(
         return is_other_data
     if not torch.isin(digests, known).any():
         return is_complete
-    trained = torch.isin(digests[data.split.held_out], origin.split.training_digests)
-    return origin.description.held_out_are_new and not trained.any()
+    held_out = digests[data.split.held_out]
+    trained = torch.isin(held_out, origin.split.training_digests)
+    are_known = is_complete or torch.isin(held_out, known).all().item()
+    return origin.description.held_out_are_new and are_known and not trained.any()
 
 
 def split_is_complete(origin: LoadedNetwork | None, data: Data) -> bool:

@@ -347,8 +347,9 @@ class Trainer:
         """Measure the BatchNorm statistics of the average on the first training images of this epoch."""
         count = math.ceil(MEASURED_IMAGES / self.session.settings.batch_size)
         batches = islice(self.data.train.epoch(self.progress.epoch), count)
-        processes = self.session.processes
-        measure_batch_norm(self.average.module, self.network, batches, self.stepper.dtype, processes)
+        accumulate, processes = self.session.settings.accumulate, self.session.processes
+        parts = (part for images, _ in batches for part in images.tensor_split(accumulate))
+        measure_batch_norm(self.average.module, self.network, parts, self.stepper.dtype, processes)
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""

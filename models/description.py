@@ -119,6 +119,9 @@ class Description:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Description":
         """Return the description that ``dataclasses.asdict`` turned into plain types."""
+        # Older files do not say what their origin was trained on. Stage 2 takes the images of stage 1.
+        is_fine_tuned = values["stage"] == "GE" and values.get("origin") is not None
+        values = {"split_is_complete": not is_fine_tuned, **values}
         return cls(**{**values, "data": DataInfo(**values["data"])})
 
 

@@ -37,7 +37,7 @@ def network():
 @pytest.fixture
 def batches():
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(8, 3, 6, 6, generator=generator), None) for _ in range(5)]
+    return [torch.randn(8, 3, 6, 6, generator=generator) for _ in range(5)]
 
 
 def test_weights_by_hand():
@@ -63,17 +63,17 @@ def test_first_weights_are_soon_forgotten():
 def test_average_of_constant_weights_predicts_as_the_network(network, batches):
     """If statistics were averaged as the weights are, most of the initial variance of 1 would be left."""
     average = moving_average(network, 0.999)
-    for images, _ in batches:
+    for images in batches:
         network(images)
         average.update_parameters(network)
     measure_batch_norm(average.module, network, batches, None, ALONE)
     exact = copy.deepcopy(network).eval()
     with torch.no_grad():
-        outputs = torch.cat([network.layers[0](network.frozen(images)) for images, _ in batches])
+        outputs = torch.cat([network.layers[0](network.frozen(images)) for images in batches])
     exact.layers[1].running_mean.copy_(outputs.mean(dim=(0, 2, 3)))
     exact.layers[1].running_var.copy_(outputs.var(dim=(0, 2, 3)))
     assert exact.layers[1].running_var.max() < 0.01
-    images = batches[0][0]
+    images = batches[0]
     torch.testing.assert_close(average.module(images), exact(images), rtol=0.02, atol=0.02)
 
 
@@ -82,7 +82,7 @@ def test_statistics_as_by_pytorch(network, batches):
     average = moving_average(network, 0.9)
     average.update_parameters(network)
     expected = copy.deepcopy(average.module).train()
-    update_bn([images for images, _ in batches], expected)
+    update_bn(batches, expected)
     measure_batch_norm(average.module, network, batches, None, ALONE)
     for name, buffer in average.module.named_buffers():
         torch.testing.assert_close(buffer, expected.get_buffer(name))
@@ -135,7 +135,7 @@ def test_buffers_follow_the_network_between_measurements(network, batches):
     average = moving_average(network, 0.9)
     average.update_parameters(network)
     measure_batch_norm(average.module, network, batches, None, ALONE)
-    network(batches[0][0])
+    network(batches[0])
     average.update_parameters(network)
     for own, trained in zip(average.module.buffers(), network.buffers(), strict=True):
         assert torch.equal(own, trained)

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
 from engine import trainer
 from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
+from engine.networks import expected_images
 from engine.report import read_csv
 from engine.run_data import held_out_are_new, split_is_complete
 from engine.stepper import Stepper
@@ -26,7 +27,7 @@ from engine.trainer import learning_rate
 from image_data import synthetic
 from image_data.batches import InMemoryBatches
 from models import MSDNet, load
-from models.description import DataInfo, Split
+from models.description import DataInfo, Description, Split
 from settings.command_line import parse, recipe_of
 from tests.compare import differences
 from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_NETWORK, TINY_STAGE_2, describe
@@ -433,12 +434,15 @@ def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
     assert best.read_bytes() == before
 
 
-def test_stage_1_starts_from_weights(runs, image_folder):
+def test_stage_1_starts_from_weights(runs, image_folder, capsys):
     """With so small a rate, what was taken over is still there."""
     before = load(runs / "GE" / "best.safetensors")
     start = ["--pretrained", "GE", "--epochs", "1", "--batch-size", "16", "--lr", "1e-12", "--save"]
     assert train_GE.main([*start, "more"]) == 0
+    capsys.readouterr()
     assert train_GE.main([*start, "again", "--preset", "demo", "--val-size", "32"]) == 0
+    size = len(load_saved(runs / "GE").split.held_out)
+    assert f"GE/best.safetensors: the same {size} of them are held out" in capsys.readouterr().out
     assert (
         train_GE.main(
             [*start, "tuned", "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]
@@ -533,6 +537,9 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
     assert is_new(info, **fine_tuned)
     assert is_new(other, **fine_tuned)
     assert not is_new(other, digests=names + 10, **fine_tuned)
+    more = {"held_out": (0, 10), "digests": torch.arange(11)}  # one of them is not in its split
+    assert is_new(other, **more, **known)
+    assert not is_new(other, **more, **fine_tuned)
     assert not is_new(replace(other, name="cifar100"), digests=names[:0], **fine_tuned)
 
 
@@ -553,6 +560,28 @@ def test_the_split_of_a_fine_tuned_network_is_complete_if_it_lists_the_images_of
     assert is_complete("second", torch.arange(12))  # two images came
     assert not is_complete("second", torch.arange(1, 12))  # one has gone
     assert not is_complete("first", names, of_origin=False)
+
+
+def test_older_files_of_fine_tuned_networks_have_no_complete_split(runs):
+    def is_complete(**values):
+        older = asdict(load_saved(runs / "GE").description) | values
+        del older["split_is_complete"]
+        return Description.from_dict(older).split_is_complete
+
+    assert is_complete()
+    assert not is_complete(origin="save/GE/best.safetensors")
+    assert is_complete(origin="save/GE/best.safetensors", stage="IMTA")
+
+
+def test_images_of_another_size_than_the_origins_get_the_crop_of_their_size(runs):
+    saved = load_saved(runs / "GE")
+    data = replace(saved.data, image_size=224, crop_share=0.875)
+    saved = replace(saved, description=replace(saved.description, data=data))
+    shares = [
+        expected_images(parse("GE", ["--data-root", "photos", *flags]).settings(), saved).crop_share
+        for flags in (["--image-size", "224"], ["--image-size", "32"])
+    ]
+    assert shares == [0.875, 1.0]
 
 
 def test_policies_are_those_of_the_networks_image_size(runs, capsys):
