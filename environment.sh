@@ -41,7 +41,8 @@ supported_python() {
 }
 
 make_environment() {
-    [[ -x $VENV/bin/python ]] || "$1" -m venv "$VENV" || return
+    # Without pip it is half made: the set-up was interrupted, or python3-venv is missing.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv "$VENV" || return
     "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"
 }
 

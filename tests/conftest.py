@@ -22,6 +22,15 @@ from models.description import DataInfo
 from models.network import to_config
 from settings.command_line import parse
 
+# What a scheduler, torchrun or the user's shell may have set.
+INHERITED = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("DATA_ROOT", "GPUS", "SAVE"),
+}
+for variable in list(os.environ):
+    if variable in INHERITED or variable.startswith("TORCHELASTIC_"):
+        del os.environ[variable]
+
 # Networks this small are slower on several threads, much slower beside another busy process.
 torch.set_num_threads(1)
 

@@ -49,6 +49,55 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
     assert "VENV=" in refused.stderr
 
 
+def executable(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_half_made_environment_is_completed(tmp_path):
+    """As ``python -m venv`` leaves it without ensurepip."""
+    executable(tmp_path / "env/bin/python", "exit 1")
+    executable(tmp_path / "whole", 'echo "$*"')
+    base = executable(
+        tmp_path / "python",
+        "[[ $1 != - ]] || exit 1",  # lacks the requirements
+        '[[ $1 != -m ]] || cp "${0%/*}/whole" "$3/bin/python"',
+    )
+    ended = run(["bash", ROOT / "run_GE.sh"], tmp_path, PYTHON=base, VENV=str(tmp_path / "env"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[1:] == [
+        f"-m pip install --requirement {ROOT}/requirements.txt",
+        f"{ROOT}/train_GE.py --preset demo --save save/demo/GE",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["GE", "IMTA"])
+@pytest.mark.parametrize(
+    ("words", "variables", "expected"),
+    [
+        ([], {}, ["--preset", "demo", "--save", "save/demo/{}"]),
+        (["--lr", "0.1"], {}, ["--preset", "demo", "--save", "save/demo/{}", "--lr", "0.1"]),
+        (
+            ["folder", "--exits", "1 2"],
+            {"DATA_ROOT": "my images", "GPUS": "0,1", "SAVE": "my runs"},
+            [
+                *("--preset", "folder", "--data-root", "my images", "--gpu", "0,1"),
+                *("--save", "my runs/{}", "--exits", "1 2"),
+            ],
+        ),
+    ],
+)
+def test_launchers_pass_on_words_and_variables(tmp_path, stage, words, variables, expected):
+    python = executable(tmp_path / "python", '[[ $1 == - || $1 == -c ]] || printf "%s\\n" "$@"')
+    ended = run(["bash", ROOT / f"run_{stage}.sh", *words], tmp_path, PYTHON=python, **variables)
+    assert ended.returncode == 0, ended.stderr
+    program, *passed = ended.stdout.splitlines()
+    assert program == str(ROOT / f"train_{stage}.py")
+    assert passed == [word.format(stage) for word in expected]
+
+
 # Ends the program that is imported where PyTorch would be loaded.
 UNTIL_TORCH = """
 import importlib, os, sys
