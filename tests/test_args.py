@@ -71,6 +71,7 @@ def test_the_papers_choices_are_the_defaults():
         (["--data", "folder"], "preset", "folder"),
         (["--data", "cifar100"], "num_blocks", 5),  # a data set has its own preset
         (["--data", "cifar100", "--preset", "demo"], "preset", "demo"),
+        (["--optimizer", "adamw"], "lr", 0.001),
     ],
 )
 def test_typed_values(flags, name, value):

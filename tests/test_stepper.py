@@ -1,6 +1,7 @@
 """A step gives the same gradient in parts, in two processes, with less memory, fused or compiled."""
 
 import functools
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,11 +26,9 @@ from train_GE import Stage1Objective
 from train_IMTA import Stage2Objective
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
+PLAIN = ["--batch-size", "12", "--amp", "off", "--compile", "off"]
 # A step of rate 1 moves weights by their gradients.
-PLAIN_SGD = [
-    *("--momentum", "0", "--weight-decay", "0"),
-    *("--batch-size", "12", "--amp", "off", "--compile", "off"),
-]
+PLAIN_SGD = ["--momentum", "0", "--weight-decay", "0", *PLAIN]
 
 
 def settings(*flags, stage="GE"):
@@ -98,6 +97,45 @@ def test_parts_of_a_batch_add_up(parts):
     chosen = settings("--accumulate", parts)
     assert_close(one_step(WithoutNormalisation(), chosen, observe=meters.update), whole, 1e-12)
     assert meters.totals[0] == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "make_optimizer", "largest_norm"),
+    [
+        (
+            ["--momentum", "0.9", "--nesterov", "--weight-decay", "0.1"],
+            functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.1),
+            math.inf,
+        ),
+        (
+            ["--optimizer", "adamw", "--weight-decay", "0.1"],
+            functools.partial(torch.optim.AdamW, weight_decay=0.1),
+            math.inf,
+        ),
+        ([*PLAIN_SGD, "--clip-grad", "0.01"], torch.optim.SGD, 0.01),
+        # The loss is scaled; autocast leaves float64 as it is.
+        ([*PLAIN_SGD, "--clip-grad", "0.01", "--amp", "fp16"], torch.optim.SGD, 0.01),
+    ],
+)
+def test_steps_are_those_of_pytorchs_optimisers(flags, make_optimizer, largest_norm):
+    chosen, rates = parse("GE", [*PLAIN, *flags]).settings(), (0.1, 0.03, 0.2)
+    expected, (images, targets) = WithoutNormalisation(), batch()
+    optimizer = make_optimizer(expected.parameters())
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        expected(images, targets)[0].mean().backward()
+        nn.utils.clip_grad_norm_(expected.parameters(), largest_norm)
+        optimizer.step()
+    ours = one_step(WithoutNormalisation(), chosen, rates=rates)
+    assert_close(ours, expected.state_dict(), 1e-12)
+
+
+def test_the_loss_of_stage_1_is_smoothed():
+    objective, (images, targets) = make_objective("GE", settings("--label-smoothing", "0.1")), batch()
+    losses, logits = objective(images, targets)
+    smoothed = functools.partial(nn.functional.cross_entropy, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(losses, sum(smoothed(z, targets) for z in logits.unbind(dim=1)))
 
 
 def test_statistics_are_frozen_and_come_back():
