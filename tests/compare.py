@@ -1,4 +1,4 @@
-"""Whether the files of a run are whole, and the same as those of another run to the last bit.
+"""Checks that the files of a run are whole, and the same as those of another run to the last bit.
 
 problems, leftovers = unreadable(path)
 assert differences(path, undisturbed) == []
@@ -33,7 +33,7 @@ TABLES, PICTURES = (
 
 
 def unreadable(path: Path) -> tuple[list[str], int]:
-    """What is not whole in the directory of a run, and how many temporary files lie there."""
+    """Return what is damaged in the directory of a run, and how many temporary files lie there."""
     directory = RunDirectory(path)
     checks: dict[Path, Callable[[Path], object]] = {
         directory.last: load_checkpoint,

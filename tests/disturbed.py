@@ -25,7 +25,7 @@ synthetic.DEMO_IMAGES = {"train": 160, "test": 99}
 
 
 def main(argv: list[str]) -> int:
-    """As of ``train_GE``."""
+    """Run ``train_GE.main`` with the disturbance that the environment asks for."""
     if "SIGNAL" in os.environ and os.environ.get("RANK", "1") == "1":
         marker = Path(os.environ["MARKER"])
         time.sleep(float(os.environ.get("LATE", "0")) if marker.exists() else 0)

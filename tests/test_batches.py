@@ -223,6 +223,6 @@ def test_threads_end_with_the_run(image_folder):
     program += "data = load_data(parse('GE', sys.argv[1:]).settings(), torch.device('cpu'))\n"
     program += "for images, targets in data.train.epoch(0): raise BrokenPipeError"
     command, root = [sys.executable, "-c", program, *flags], Path(__file__).parent.parent
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("BrokenPipeError")

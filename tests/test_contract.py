@@ -59,7 +59,7 @@ class Unnamed(MSDNet, register=False):
 
 
 def test_every_exit_has_a_classifier():
-    case = contract.Case(lambda: Unnamed(contract.NUM_CLASSES, num_blocks=1))
+    case = contract.Case(lambda: Unnamed(contract.NUM_CLASSES, num_blocks=2))
     with pytest.raises(AssertionError):
         contract.check_parameter_lists(case)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def place(tmp_path):
 def run(command, place, extra=""):
     """Return the output and errors of a command that ends well, or with status 130 after Ctrl-C."""
     command, _, comment = command.partition("#")
-    line = command.strip().replace("python ", f"{sys.executable} ") + f" {extra}"
+    line = command.strip().replace("python ", f"{shlex.quote(sys.executable)} ") + f" {extra}"
     # One process that bash becomes, for the signal.
     line = line if line.startswith("PYTHONPATH") else f"exec {line}"
     settings = {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

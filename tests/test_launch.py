@@ -43,6 +43,8 @@ from utils import UserError
 CPU = Processes(0, 1, torch.device("cpu"), ())
 LONGEST = 10  # seconds that a name takes to resolve in a test
 
+forks = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux are workers forked")
+
 
 @pytest.mark.parametrize(
     ("has_instructions", "seconds", "expected"),
@@ -176,6 +178,7 @@ def print_may_fork(_):
     return 0
 
 
+@forks
 def test_workers_are_forked_from_a_program_and_not_from_a_session_or_a_thread(tmp_path):
     ended = forkserver.run(print_may_fork, [], tmp_path)
     assert (ended.output.split(), ended.errors) == (["True", "False", "False", "False"], "")
@@ -263,6 +266,7 @@ def train(folder, *flags, stdout=None, **environment):
     return forkserver.run(disturbed.main, argv, folder, {"PROCESSES": 2, **environment}, stdout=stdout)
 
 
+@forks
 def test_forked_processes_train_together_and_speak_once(tmp_path):
     result = train(tmp_path, "--amp", "bf16", "--epochs", "2")
     assert result.statuses == [0], result.errors
@@ -273,12 +277,14 @@ def test_forked_processes_train_together_and_speak_once(tmp_path):
     assert (mistake.statuses, mistake.errors.count("\n")) == ([2], 1)
 
 
+@forks
 def test_the_run_ends_with_the_reason_of_a_copy(tmp_path):
     """Such as an image of its share that cannot be read."""
     result = train(tmp_path, COPY_FAILS=1)
     assert (result.statuses, result.errors) == ([2], "train_GE.py: cannot read the image bad.jpg\n")
 
 
+@forks
 def test_the_run_ends_with_the_bug_of_a_copy_which_never_returns_to_the_caller(tmp_path):
     result = train(tmp_path, COPY_BREAKS=1, RETURNS="returns.txt")
     assert result.statuses == [1], result.errors
@@ -287,13 +293,12 @@ def test_the_run_ends_with_the_bug_of_a_copy_which_never_returns_to_the_caller(t
     assert (tmp_path / "returns.txt").read_text() == "returned\n"
 
 
+@forks
 def test_a_copy_that_is_killed_before_all_have_met_ends_the_run(tmp_path):
-    began = time.monotonic()
     result = train(tmp_path, COPY_DIES=1)
     assert result.statuses == [1], result.errors
     assert result.errors.count("\n") == 1
     assert "another process of this run was lost" in result.errors
-    assert time.monotonic() - began < 2 * LONGEST
 
 
 def refuse_the_second_fork(_):
@@ -319,6 +324,7 @@ def refuse_the_second_fork(_):
     return 0
 
 
+@forks
 def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
     (tmp_path / "temporary").mkdir()
     ended = forkserver.run(refuse_the_second_fork, [], tmp_path, {"PROCESSES": 3})
@@ -326,6 +332,13 @@ def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
         "cannot start 3 processes: Resource temporarily unavailable; PROCESSES=1 starts no others",
         "[]",
     ]
+
+
+def test_a_second_signal_stops_at_once():
+    with handle_signals() as requests, requests.deferred():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_error_made_of_an_interruption_is_the_signal():
@@ -350,6 +363,7 @@ def signal_within_the_fork(_):
     return 0
 
 
+@forks
 def test_a_signal_within_a_fork_stops_the_run(tmp_path):
     ended = forkserver.run(signal_within_the_fork, [], tmp_path, {"PROCESSES": 2})
     assert (ended.output.splitlines(), ended.errors) == (["143"], "")
@@ -427,6 +441,7 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
         pass
 
 
+@forks
 def test_a_reader_who_leaves_ends_no_training(tmp_path):
     result = train(tmp_path, stdout=Path("/dev/full"))
     assert (result.statuses, result.errors) == ([0], "")
@@ -485,6 +500,7 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
     assert (tmp_path / "run" / "last.pt").exists() is ("after step" in line)
 
 
+@forks
 def test_resuming_nothing_trains_in_as_many_processes(tmp_path):
     result = train(tmp_path, "--resume")
     assert result.statuses == [0], result.errors

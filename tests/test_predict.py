@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -293,9 +294,9 @@ def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch
 def test_standard_output_that_ends(trained, images, redirection, status, message):
     """Its reader leaves, its disk is full, or it was closed from the start."""
     model = trained / "best.safetensors"
-    command = f"{sys.executable} {predict.__file__} {images} --model {model} --batch-size 1 {redirection}"
+    words = [sys.executable, predict.__file__, str(images), "--model", str(model), "--batch-size", "1"]
     ended = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
+        ["bash", "-c", f"set -o pipefail; {shlex.join(words)} {redirection}"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -26,6 +26,7 @@ FOLDER = [
 ]
 LONGEST = 60  # seconds until a run without one of its processes must have ended
 LONGEST_STOP = 5  # seconds until a signal must have ended a process that only waits
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which only Linux has")
 
 
 def free_port():

@@ -515,32 +515,40 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
         data = SimpleNamespace(info=found, split=Split(torch.tensor(held_out), digests))
         return held_out_are_new(settings, loaded, data, network)
 
-    other, imagenet = (replace(info, fingerprint="second", name=name) for name in ("folder", "imagenet"))
-    assert is_new(other)  # weights of a library
-    assert not is_new(imagenet)
-    assert not is_new(other, has_new_classifier=False)
+    other, imagenet, cifar = (
+        replace(info, fingerprint="second", name=name) for name in ("folder", "imagenet", "cifar100")
+    )
+    none, others = names[:0], names + 10
     known = {"data": info, "split": split, "flag": True}
-    assert is_new(info, **known)
-    assert is_new(other, **known)
-    assert not is_new(other, held_out=(1, 2), **known)
-    assert not is_new(info, **{**known, "flag": False})
-    assert not is_new(other, **{**known, "flag": False})
-    assert is_new(other, digests=names + 10, **{**known, "flag": False})  # other images
-    shipped = {**known, "split": split._replace(name_digests=names[:0])}
-    assert not is_new(other, **shipped)
-    assert is_new(replace(other, name="cifar100"), **shipped)
-    assert not is_new(other, digests=names[:0], **known)
+    seen = {**known, "flag": False}
+    unlisted = {**known, "split": split._replace(name_digests=none)}
     released = {**known, "data": replace(info, num_training_images=0)}
-    assert not is_new(other, **released)
-    assert is_new(replace(other, name="cifar100"), **released)
-    fine_tuned = {**known, "complete": False}  # other images may have trained its own origin
-    assert is_new(info, **fine_tuned)
-    assert is_new(other, **fine_tuned)
-    assert not is_new(other, digests=names + 10, **fine_tuned)
-    more = {"held_out": (0, 10), "digests": torch.arange(11)}  # one of them is not in its split
-    assert is_new(other, **more, **known)
-    assert not is_new(other, **more, **fine_tuned)
-    assert not is_new(replace(other, name="cifar100"), digests=names[:0], **fine_tuned)
+    incomplete = {**known, "complete": False}
+    one_more = {"held_out": (0, 10), "digests": torch.arange(11)}
+    rows = {
+        "weights of a library": (is_new(other), True),
+        "weights of a library, images of ImageNet": (is_new(imagenet), False),
+        "weights of a library with their classifier": (is_new(other, has_new_classifier=False), False),
+        "the same images": (is_new(info, **known), True),
+        "a changed folder": (is_new(other, **known), True),
+        "a changed folder, one training image held out": (is_new(other, held_out=(1, 2), **known), False),
+        "the same images, not new to the origin": (is_new(info, **seen), False),
+        "a changed folder, not new to the origin": (is_new(other, **seen), False),
+        "other images": (is_new(other, digests=others, **seen), True),
+        "images without names": (is_new(other, digests=none, **known), False),
+        "a shipped network": (is_new(other, **unlisted), False),
+        "a shipped network, another data set": (is_new(cifar, **unlisted), True),
+        "a released network": (is_new(other, **released), False),
+        "a released network, another data set": (is_new(cifar, **released), True),
+        "an incomplete split, the same images": (is_new(info, **incomplete), True),
+        "an incomplete split, a changed folder": (is_new(other, **incomplete), True),
+        "a changed folder, one new image held out": (is_new(other, **one_more, **known), True),
+        "an incomplete split, one new image held out": (is_new(other, **one_more, **incomplete), False),
+        "an incomplete split, other images": (is_new(other, digests=others, **incomplete), False),
+        "an incomplete split, another data set": (is_new(cifar, digests=none, **incomplete), False),
+    }
+    for name, (found, expected) in rows.items():
+        assert found is expected, name
 
 
 def test_the_split_of_a_fine_tuned_network_is_complete_if_it_lists_the_images_of_its_origin():
