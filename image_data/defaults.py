@@ -16,7 +16,6 @@ NORMALIZATION = {
 # Height and width of the images of each --data.
 IMAGE_SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "imagenet": 224, "folder": 224}
 SMALL_IMAGE_SIZE = 64
-MAX_DEFAULT_WORKERS = 4
 LARGE_CROP_SHARE = 0.875  # of the shorter side, that evaluation sees of images that are not small
 
 

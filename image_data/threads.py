@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from image_data.defaults import MAX_DEFAULT_WORKERS
 from utils import UserError, available_cores
 
 BATCHES_AHEAD = 3
+MAX_DEFAULT_WORKERS = 4
 
 
 def map_batches(

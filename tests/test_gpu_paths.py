@@ -52,7 +52,7 @@ def test_a_step_starts_few_kernels():
 
 
 def test_the_weights_are_found_finite_by_one_synchronisation(tmp_path, tiny_demo, monkeypatch):
-    """A GPU is waited for at each."""
+    """For each of the two checkpoints of an epoch; a GPU is waited for at each."""
     real, synchronisations = (
         Trainer.write_checkpoint,
         Operations(lambda function, _: function is torch.ops.aten._local_scalar_dense.default),
@@ -64,7 +64,7 @@ def test_the_weights_are_found_finite_by_one_synchronisation(tmp_path, tiny_demo
 
     monkeypatch.setattr(Trainer, "write_checkpoint", write)
     assert train_GE.main([*TINY_FLAGS, "--save", str(tmp_path / "run")]) == 0
-    assert synchronisations.number == 1
+    assert synchronisations.number == 2
 
 
 def test_a_prediction_writes_no_number_of_the_host_by_index():
