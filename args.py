@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_inference.confidence import MEASURES
-from image_data.defaults import IMAGE_SIZES, SMALL_IMAGE_SIZE
-from image_data.threads import MAX_DEFAULT_WORKERS
+from image_data.defaults import IMAGE_SIZES, MAX_DEFAULT_WORKERS, SMALL_IMAGE_SIZE
 from models.options import CHOICES, MSDNetOptions, current_value
 from parsing import (
     CommandLineParser,

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from image_data.batches import UNREADABLE_HINT, Batches, FileBatches, InMemoryBatches
 from image_data.data_sets import find_data_set
-from image_data.defaults import IMAGE_SIZES, NORMALIZATION, SMALL_IMAGE_SIZE, default_crop_share
+from image_data.defaults import (
+    IMAGE_SIZES,
+    NORMALIZATION,
+    SMALL_IMAGE_SIZE,
+    default_crop_share,
+    num_workers,
+)
 from image_data.reading import median_side, read_image
 from image_data.split import (
     HELD_OUT_SHARE,
@@ -104,7 +110,8 @@ def load_data(
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
         names = SUBSETS[1:] if skips_training_images else SUBSETS
-        read = {name: _in_memory(subsets[name], image_size, evaluation, settings.workers) for name in names}
+        workers = num_workers(settings.workers)
+        read = {name: _in_memory(subsets[name], image_size, evaluation, workers) for name in names}
         unreadable = list(chain.from_iterable(errors for _, errors in read.values()))
         notes += _skipped(unreadable, settings.skip_unreadable)
         subsets |= {name: _not_emptied(name, *of_subset) for name, of_subset in read.items()}
@@ -214,7 +221,7 @@ def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[
 
 
 def _in_memory(
-    subset: Subset, image_size: int, evaluation: Transform, workers: int | None
+    subset: Subset, image_size: int, evaluation: Transform, workers: int
 ) -> tuple[Subset, list[str]]:
     """Read small images as bytes; return those that can be read, and a line about each of the others."""
     if subset.files is None:

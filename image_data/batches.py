@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from image_data.defaults import num_workers
 from image_data.reading import read_image
 from image_data.subsets import Shard, Subset
 from image_data.threads import map_batches
@@ -188,7 +189,7 @@ class FileBatches(Batches):
         shard: Shard,
     ):
         super().__init__(subset, settings, augment, normalize, shard)
-        self.workers, self.skip_unreadable = settings.workers, settings.skip_unreadable
+        self.workers, self.skip_unreadable = num_workers(settings.workers), settings.skip_unreadable
         self.files, self.targets = [os.fspath(file) for file in subset.files], subset.targets.tolist()
         self.plain, training = transforms
         self.augmented = self.plain if self.augment == "none" else training

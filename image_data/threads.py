@@ -15,28 +15,24 @@ from typing import Any
 
 import torch
 
-from utils import UserError, available_cores
+from utils import UserError
 
 BATCHES_AHEAD = 3
-MAX_DEFAULT_WORKERS = 4
 
 
 def map_batches(
-    function: Callable[[Any], Any], batches: Iterable[Sequence], threads: int | None
+    function: Callable[[Any], Any], batches: Iterable[Sequence], threads: int
 ) -> Iterator[list[Any]]:
     """Yield ``[function(x) for x in batch]`` of every batch, in order.
 
     Args:
         function: The function, which may run in any thread; its errors are raised here.
         batches: The arguments, in batches.
-        threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it;
-            None: as many as cores, at most ``MAX_DEFAULT_WORKERS``.
+        threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it.
 
     Raises:
         UserError: The system allows fewer threads.
     """
-    if threads is None:
-        threads = min(available_cores(), MAX_DEFAULT_WORKERS)
     if threads == 0:
         for batch in batches:
             yield [function(argument) for argument in batch]

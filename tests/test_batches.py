@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from dataloader import load_data
 from image_data import batches
 from image_data.batches import InMemoryBatches
 from image_data.subsets import Shard, Subset
-from image_data.threads import map_batches
 from image_data.transforms import CROP_PADDING
 from models.normalizer import Normalizer
 from settings.command_line import parse
@@ -201,18 +199,14 @@ def test_an_evaluation_takes_as_many_images_at_once_as_a_training_step(image_fol
         assert sum(counts) == len(test.local_indices())
 
 
-def test_threads_are_as_many_as_cores_by_default(monkeypatch):
-    def names_with(cores):
-        monkeypatch.setattr("image_data.threads.available_cores", lambda: cores)
-        barrier = threading.Barrier(min(cores, 4), timeout=10)
-
-        def name(_):
-            barrier.wait()  # all threads are at work at once
-            return threading.current_thread().name
-
-        return set(next(map_batches(name, [range(min(cores, 4))], None)))
-
-    assert [len(names_with(cores)) for cores in (1, 3, 16)] == [1, 3, 4]
+@pytest.mark.parametrize(
+    ("workers", "cores", "threads"), [(None, 1, 1), (None, 16, 4), (9, 1, 9), (0, 16, 0)]
+)
+def test_threads_are_as_many_as_cores_by_default(image_folder, monkeypatch, workers, cores, threads):
+    monkeypatch.setattr("image_data.defaults.available_cores", lambda: cores)
+    flags = [] if workers is None else ["--workers", str(workers)]
+    data = load_data(folder_settings(image_folder, "--image-size", "80", *flags), CPU)
+    assert data.train.workers == threads
 
 
 def test_threads_end_with_the_run(image_folder):
