@@ -227,7 +227,8 @@ def read_class_names(path: Path, count: int) -> list[str]:
 def _from_format_2(values: dict[str, Any]) -> Description:
     values = dict(values)
     preprocessing = {name: values.pop(name) for name in ("class_names", "image_size", "mean", "std")}
-    return Description(**{**values, "data": _data_info(**values["data"], **preprocessing)})
+    data = _data_info(**values["data"], **preprocessing)
+    return Description.from_dict({**values, "data": asdict(data)})
 
 
 def _data_info(*, image_size: int, **values: Any) -> DataInfo:
