@@ -241,7 +241,7 @@ def summary() -> str:
     ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
     by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
     is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
-    boosted_schedule = longest(COMBINED, *MAIN_ARMS)
+    boosted_schedule = longest(COMBINED, "GE", "GE_ISC_OFA")
     boosted = best_columns(COMBINED, SCHEDULES[boosted_schedule].results)
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet. It was ahead in {pairs_ahead()}, "
