@@ -54,7 +54,7 @@ REPORT_7 = {
 }
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
-# What gained beyond the paper, in one: on boosted exits neither stage 2 nor ensembles of exits gain more.
+# What gained most beyond the paper. On it, stage 2 lost accuracy after 30 + 10 epochs.
 COMBINED = "GE_boosted"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 # Standard error of an accuracy of 70 % on 10,000 test images: a smaller gain is not called one.
