@@ -1,4 +1,4 @@
-"""Defaults that depend on the data set's name and image size.
+"""Defaults that depend on the data set's name, its image size or the machine.
 
 Images of at most ``SMALL_IMAGE_SIZE`` pixels a side are treated as CIFAR's: they stay in memory, training
 shifts them within a black border, evaluation sees them whole, and the network gets the stem and exits for
