@@ -7,7 +7,8 @@
 
 Thresholds come from the file ``policy.json`` beside the network (or ``NAME.policy.json``), which
 ``--evalmode dynamic`` writes. The exit status is 0, 1 if a file was skipped (its name is on standard error),
-2 after a mistake, 3 if ``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C.
+2 after a mistake, 3 if ``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C, 143 after SIGTERM.
+What was predicted before a signal, or before memory ran out, is kept.
 """
 
 import argparse
@@ -24,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from adaptive_inference.policies import RULES
 from adaptive_inference.policy_files import policy_path
 from engine.prediction.predict_all import predict_all
+from engine.runtime.signals import Interrupted, handle_signals
 from models.files import BEST, find
 from parsing import CommandLineParser, above, at_least, in_range, user_path
 from utils import UserError, print_error
@@ -45,13 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     """Predict the images these arguments name (those of the process if None) and return the exit status."""
     arguments = parse(argv)
     try:
-        return predict_all(arguments, find_model(arguments.model))
+        with handle_signals():
+            return predict_all(arguments, find_model(arguments.model))
     except UserError as error:
         print_error(f"predict.py: {error}")
         return 2
-    except KeyboardInterrupt:
-        print_error("predict.py: interrupted before the first prediction")
-        return 130
+    except Interrupted as stop:
+        print_error("predict.py: stopped by a signal")
+        return stop.exit_status
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -152,7 +155,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--threads",
         type=at_least(1, 1024),
         metavar="N",
-        help="threads of the CPU (default: as many as a batch occupies, at most one per core)",
+        help="threads of the CPU, for reading and for the network (default: at most one per core, for "
+        "reading 4, for the network as many as a batch occupies)",
     )
 
 

@@ -5,5 +5,5 @@ Reading order:
 - the comparison: ``arms`` (trains and evaluates), ``tables`` (tables and plot of its results), ``markdown``;
 - other trainings: ``backbones`` (a pretrained network), ``small_data`` (few images);
 - promises: ``risk`` (accuracy), ``deadlines`` (time), ``drift`` (the alarm), on ``corruptions``;
-- the shipped network: ``ship``.
+- the shipped networks: ``ship``.
 """

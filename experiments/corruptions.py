@@ -4,7 +4,7 @@ Example:
     corrupted = CORRUPTIONS["jpeg"].apply(images, 75)     # uint8 (N, 3, H, W) -> the same
 
 Every corruption is deterministic: the noise has a fixed seed. ``experiments.drift`` measures what they cost
-each exit of a network; for a shipped one the result is in ``results/corruptions/NAME.csv``.
+each exit of a network; for ``imta_cifar100`` the result is in ``results/corruptions/``.
 """
 
 import csv

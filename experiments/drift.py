@@ -1,6 +1,6 @@
 """Measure the drift alarm, and what corruptions cost each exit, on the test images of a network.
 
-    python -m experiments.drift weights/imta_cifar100.safetensors --data-root data/cifar100
+    python -m experiments.drift imta_cifar100 --data-root data/cifar100
 
 Streams of 2,000 test images are drawn without replacement and predicted at about half of the operations.
 False alarms: 1,000 streams of clean images; they overlap, so their share is a check beside the guaranteed
@@ -14,6 +14,7 @@ import os
 # Before PyTorch loads; train_GE.py says why.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables for these arguments (those of the process if None), and return the exit status."""
     parser = CommandLineParser(prog="experiments.drift", description="Test the drift alarm.")
     parser.add_argument(
-        "network", type=user_path, metavar="FILE", help="such as weights/imta_cifar100.safetensors"
+        "network", type=user_path, metavar="NETWORK", help="a run, a file or a name in weights/"
     )
     parser.add_argument(
         "--data-root", type=user_path, metavar="DIR", help="the network's data set (default: data)"
@@ -148,16 +149,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(argv)
     try:
-        saved = load_saved(arguments.network)
-        data = load_own_data(saved, arguments.data_root, "anytime")
-        curve = read_policy(policy_path(arguments.network), saved.network)
-        point = curve.default_point()
-        reference = read_reference(reference_path(policy_path(arguments.network)), curve).scores(point.policy)
+        measure(arguments)
     except UserError as error:
         sys.stderr.write(f"experiments.drift: {error}\n")
         return 2
-    name, limit = arguments.network.stem, arguments.limit
-    images = CorruptedImages(fold(saved.network), data, arguments.cache, name, limit)
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print the tables that the arguments ask for.
+
+    Raises:
+        UserError: The network, its policies or its images cannot be read, or a file cannot be written.
+    """
+    saved = load_saved(arguments.network)
+    data = load_own_data(saved, arguments.data_root, "anytime")
+    policy_file = policy_path(saved.path)
+    curve = read_policy(policy_file, saved.network)
+    point = curve.default_point()
+    reference = read_reference(reference_path(policy_file), curve).scores(point.policy)
+    images = CorruptedImages(fold(saved.network), data, arguments.cache, saved.path.stem, arguments.limit)
     clean = simulate(images.logits(None), point.policy).log_sum_exp
     fired = fired_after(reference, clean, arguments.clean_streams, seed=0)
     num_false = sum(after is not None for after in fired)
@@ -186,7 +197,6 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"\n{rows_table(rows[1:], titles | delays)}\n\n{rows_table(rows, accuracy)}\n")
     if arguments.csv:
         write_csv(arguments.csv, [{name: row[name] for name in accuracy} for row in rows])
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ and prints how often the test of ``adaptive_inference.promises.risk`` certifies 
 endless trials, from the distribution of the counts. Beside it stand two other tests: one that knows the
 variance of the loss, which nobody does, and the betting bound of Waudby-Smith and Ramdas (2024, arXiv
 2010.09686) with a fixed stake. ``resample`` takes the test images as the whole
-population: held-out images are drawn from them with replacement, the procedure runs, and the loss of the
-cheapest certified policy on the population is its true one.
+population: held-out images are drawn from them with replacement, temperatures and ensemble are fitted, the
+policies are tested, and the loss of the cheapest certified one on the population is its true one.
 """
 
 import os
@@ -35,7 +35,7 @@ from adaptive_inference.calibration import with_ensemble
 from adaptive_inference.confidence import NONE_LEAVE
 from adaptive_inference.finding import fit_full_policy
 from adaptive_inference.fold import fold
-from adaptive_inference.policies import LossCounts, Point, Policy
+from adaptive_inference.policies import LossCounts, Point
 from adaptive_inference.promises.risk import (
     CONFIDENCE_PERCENT,
     MaxLoss,
@@ -240,18 +240,16 @@ def betting_bound(learned: LossCounts, tested: LossCounts, wanted: MaxLoss) -> b
 
 
 class Evaluated(NamedTuple):
-    """Predictions of a network for held-out and test images, its ensemble among them.
+    """What a network predicts for held-out and test images.
 
     Attributes:
-        val: Held-out images.
-        test: Test images.
-        policy: Measure, temperatures and ensemble, fitted on the held-out images.
+        val: Logits (K, N, C) of the held-out images, and their targets (N,).
+        test: Those of the test images.
         operations: Operations to each exit.
     """
 
-    val: ExitPredictions
-    test: ExitPredictions
-    policy: Policy
+    val: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
     operations: list[int]
 
 
@@ -264,45 +262,40 @@ def evaluate(network: str, data_root: Path | None) -> Evaluated:
     loaded = load_saved(find(network))
     data = load_own_data(loaded, data_root, "dynamic")
     folded = fold(loaded.network)
-    (val_logits, val_targets), (logits, targets) = (
-        collect_logits(folded, part, ALONE) for part in (data.val, data.test)
-    )
-    policy = fit_full_policy(val_logits, val_targets)
-    operations = count_operations(loaded.network, data.info.image_size)
-    val, _ = with_ensemble(
-        ExitPredictions.from_logits(val_logits, val_targets), val_logits, policy.ensemble, operations
-    )
-    test, spent = with_ensemble(
-        ExitPredictions.from_logits(logits, targets), logits, policy.ensemble, operations
-    )
-    return Evaluated(val, test, policy, spent)
+    val, test = (collect_logits(folded, part, ALONE) for part in (data.val, data.test))
+    return Evaluated(val, test, count_operations(loaded.network, data.info.image_size))
 
 
 def saved(arguments: argparse.Namespace) -> None:
     """Print what the cheapest certified policies cost and lose on test images."""
     evaluated = evaluate(arguments.network, arguments.data_root)
-    points = certified_points(evaluated.val, evaluated.policy, evaluated.operations)
-    learning = evaluated.val.subset(learning_images(len(evaluated.val.targets)))
+    policy = fit_full_policy(*evaluated.val)
+    (val, operations), (test, _) = (
+        with_ensemble(ExitPredictions.from_logits(*part), part[0], policy.ensemble, evaluated.operations)
+        for part in (evaluated.val, evaluated.test)
+    )
+    points = certified_points(val, policy, operations)
+    learning = val.subset(learning_images(len(val.targets)))
     rows = []
     for disagreement in (False, True):
         for limit in LIMITS:
             wanted = MaxLoss(limit, CONFIDENCE_PERCENT, disagreement)
             point = certified(points, wanted)[-1]
             bet = _certified_by_bets(points, learning, wanted)[-1]
-            losses = count_losses(_thresholds(point, evaluated.test), evaluated.test)
+            losses = count_losses(_thresholds(point, test), test)
             rows.append(
                 {
                     "promise": str(wanted),
-                    "operations %": f"{100 * point.operations / evaluated.operations[-1]:.1f}",
-                    "by betting: operations %": f"{100 * bet.operations / evaluated.operations[-1]:.1f}",
+                    "operations %": f"{100 * point.operations / operations[-1]:.1f}",
+                    "by betting: operations %": f"{100 * bet.operations / operations[-1]:.1f}",
                     "policy": f"{point.number} of {len(points)}",
                     "lost on test images %": f"{_percent_lost(losses, wanted):.2f}",
                 }
             )
-    full = 100 * float(evaluated.test.correct[-1].double().mean())
+    full = 100 * float(test.correct[-1].double().mean())
     sys.stdout.write(
         f"{arguments.network}: {points[0].losses.images:,} held-out images test {len(points)} policies; full "
-        f"network {full:.2f} % of {len(evaluated.test.targets):,} test images\n{table(rows, list(rows[0]))}\n"
+        f"network {full:.2f} % of {len(test.targets):,} test images\n{table(rows, list(rows[0]))}\n"
     )
 
 
@@ -335,20 +328,24 @@ def usual_choice(held: ExitPredictions, wanted: MaxLoss) -> Tensor:
 def resample(arguments: argparse.Namespace) -> None:
     """Print how often the cheapest certified policy loses more than promised."""
     evaluated = evaluate(arguments.network, arguments.data_root)
-    population, count = evaluated.test, len(evaluated.val.targets)
+    (logits, targets), count = evaluated.test, len(evaluated.val[1])
+    exits_alone = ExitPredictions.from_logits(logits, targets)
     generator = torch.Generator().manual_seed(0)
     promises = [MaxLoss(1.0, level, disagreement) for disagreement in (False, True) for level in LEVELS]
     violations = dict.fromkeys(promises, 0)
     usual = {False: 0, True: 0}
     spent = dict.fromkeys(promises, 0.0)
     for _ in range(arguments.trials):
-        held = population.subset(torch.randint(len(population.targets), (count,), generator=generator))
-        points = certified_points(held, evaluated.policy, evaluated.operations)
+        drawn = torch.randint(len(targets), (count,), generator=generator)
+        policy = fit_full_policy(logits[:, drawn], targets[drawn])
+        population, operations = with_ensemble(exits_alone, logits, policy.ensemble, evaluated.operations)
+        held = population.subset(drawn)
+        points = certified_points(held, policy, operations)
         for wanted in promises:
             point = certified(points, wanted)[-1]
             losses = count_losses(_thresholds(point, population), population)
             violations[wanted] += _percent_lost(losses, wanted) > wanted.percent
-            spent[wanted] += point.operations / evaluated.operations[-1] / arguments.trials
+            spent[wanted] += point.operations / operations[-1] / arguments.trials
         for disagreement in usual:
             wanted = MaxLoss(1.0, CONFIDENCE_PERCENT, disagreement)
             losses = count_losses(usual_choice(held, wanted), population)
@@ -364,7 +361,7 @@ def resample(arguments: argparse.Namespace) -> None:
     ]
     sys.stdout.write(
         f"{arguments.network}: {arguments.trials:,} trials of {count:,} held-out images, drawn from "
-        f"{len(population.targets):,} test images\n{table(rows, list(rows[0]))}\n"
+        f"{len(targets):,} test images\n{table(rows, list(rows[0]))}\n"
     )
 
 

@@ -31,6 +31,7 @@ from parsing import CommandLineParser, user_path
 from utils import UserError, atomic_write
 
 MAX_LOSS = 0.05  # points of top-1
+POLICY_FILES = (".policy.json", ".reference.safetensors")
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
 BOOSTED = "boosted exits"  # in the titles of their networks
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
@@ -65,8 +66,8 @@ The epoch, the thresholds and the policy of each budget were selected on held-ou
 images. The figures are in float32:
 
 ```bash
-python train_{d.stage}.py --evalmode anytime --amp off --evaluate-from weights/{name}.safetensors \\
-    --data-root DIR --save OUT  # each exit; --evalmode dynamic: the budgets
+python train_{d.stage}.py --evalmode dynamic --amp off --evaluate-from weights/{name}.safetensors \\
+    --data-root DIR --save OUT  # the budgets and the ensemble; then --evalmode anytime: each exit
 ```
 
 | exit | operations | top-1 % | top-5 % | ensemble of exits, top-1 % |
@@ -81,7 +82,7 @@ CORRUPTIONS = """
 Top-1 accuracy in percent on corrupted test images, of each exit for all images, and of the policy nearest to
 half of the operations, which may spend a little more than half (strength: sigma of 255 for noise, sigma in
 pixels for blur, a factor for brightness, quality for JPEG). The logits were stored in half precision
-(`python -m experiments.drift weights/{name}.safetensors --data-root DIR`):
+(`python -m experiments.drift {name} --data-root DIR`):
 
 {table}
 """
@@ -166,15 +167,16 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
         description = replace(
             saved.description, accuracy=accuracy, recipe=recipe, thresholds=thresholds, **cleared
         )
-        save_network(output, saved.network, description, split, half=True)
-        shutil.copyfile(tables.policy, output.with_suffix(".policy.json"))
-        for name in BFLOAT16_FILES:  # those of an earlier network would not fit this one
-            output.with_suffix(name).unlink(missing_ok=True)
+        made = dict(zip(POLICY_FILES, (tables.policy, tables.reference), strict=True))
         if bfloat16:
             half = evaluated(rounded, Path(folder) / "bfloat16", ["dynamic"], "bf16")
-            for made, name in zip((half.policy, half.reference), BFLOAT16_FILES, strict=True):
-                shutil.copyfile(made, output.with_suffix(name))
-        shutil.copyfile(tables.reference, output.with_suffix(".reference.safetensors"))
+            made |= zip(BFLOAT16_FILES, (half.policy, half.reference), strict=True)
+        save_network(output, saved.network, description, split, half=True)
+        for suffix in (*POLICY_FILES, *BFLOAT16_FILES):
+            if suffix in made and made[suffix].exists():
+                shutil.copyfile(made[suffix], output.with_suffix(suffix))
+            else:  # that of an earlier network would not fit this one
+                output.with_suffix(suffix).unlink(missing_ok=True)
     with atomic_write(output.parent / "README.md") as stream:
         stream.write(card(output.parent))
 

@@ -250,13 +250,13 @@ def summary() -> str:
         f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
         f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE; of all "
-        f"networks of {epochs_of(boosted_schedule)} they are the best at {boosted}.",
+        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE; without ensembles they are the "
+        f"best of all networks of {epochs_of(boosted_schedule)} at {boosted}.",
         f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
         f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA. With ensembles on both sides, stage 2 changes the "
         f"mean by {mean_gain(with_ensembles, after(both))}.",
     )
-    title = f"In points of top-1, mean over exits, after {epochs_of(named)}:"
+    title = f"In points of top-1, mean over exits, after {epochs_of(named)} where no other schedule is named:"
     return "\n".join([exits_table([longest_of_all]), "", title, "", *lines])
 
 

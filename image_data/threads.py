@@ -21,7 +21,10 @@ BATCHES_AHEAD = 3
 
 
 def map_batches(
-    function: Callable[[Any], Any], batches: Iterable[Sequence], threads: int
+    function: Callable[[Any], Any],
+    batches: Iterable[Sequence],
+    threads: int,
+    batches_ahead: int = BATCHES_AHEAD,
 ) -> Iterator[list[Any]]:
     """Yield ``[function(x) for x in batch]`` of every batch, in order.
 
@@ -29,6 +32,7 @@ def map_batches(
         function: The function, which may run in any thread; its errors are raised here.
         batches: The arguments, in batches.
         threads: Number of threads that work ahead; 0: the calling thread does everything, when asked for it.
+        batches_ahead: Batches in work while the caller uses one; 0: the threads rest meanwhile.
 
     Raises:
         UserError: The system allows fewer threads.
@@ -41,7 +45,7 @@ def map_batches(
     try:
         for batch in batches:
             pending.append([pool.submit(function, argument) for argument in batch])
-            if len(pending) > BATCHES_AHEAD:
+            if len(pending) > batches_ahead:
                 yield [future.result() for future in pending.popleft()]
         while pending:
             yield [future.result() for future in pending.popleft()]
@@ -60,9 +64,7 @@ def _start(threads: int) -> ThreadPoolExecutor:
     except RuntimeError as error:
         all_started.abort()
         pool.shutdown(wait=False)
-        raise UserError(
-            f"cannot start {threads} threads that read images ({error}); use fewer --workers"
-        ) from None
+        raise UserError(f"cannot start {threads} threads that read images ({error}); use fewer") from None
     all_started.wait()
     torch.set_num_threads(own)  # also for threads that PyTorch starts later
     return pool

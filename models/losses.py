@@ -5,6 +5,7 @@ Techniques for Training Adaptive Deep Networks", ICCV 2019 (arXiv 1908.06294), s
 docs/extending.md says how to add a loss.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,12 +46,24 @@ def one_for_all_loss(
         label_smoothing: Share of the targets that is spread over all classes.
     """
     loss = F.cross_entropy(logits[-1], targets, reduction="none", label_smoothing=label_smoothing)
-    soft_targets = None if gamma == 0 else F.softmax(teacher_logits.detach() / temperature, dim=1)
+    soft_targets = None
+    if gamma > 0:
+        soft_targets = F.softmax(_in_float32(teacher_logits.detach()) / temperature, dim=1)
     for z in logits[:-1]:
         cross_entropy = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
         loss = loss + (1 - gamma) * cross_entropy
         if soft_targets is not None:  # 0 times an infinite divergence would be NaN
-            kl = F.kl_div(F.log_softmax(z / temperature, dim=1), soft_targets, reduction="none")
+            log_probs = F.log_softmax(_in_float32(z) / temperature, dim=1)
+            kl = F.kl_div(log_probs, soft_targets, reduction="none")
             kl = kl.mean(dim=1) if kl_mean_over_classes else kl.sum(dim=1)
             loss = loss + gamma * temperature**2 * kl
     return loss
+
+
+def _in_float32(logits: Tensor) -> Tensor:
+    """Return logits in float32, float64 as they are.
+
+    Autocast computes softmax in float32 on GPUs, but in half precision on CPUs, where a divergence of two
+    distributions would be off by a percent.
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -72,3 +72,13 @@ def test_label_smoothing_reaches_every_cross_entropy(case):
         torch.testing.assert_close(
             one_for_all_loss(logits, targets, teacher, gamma=0.0, label_smoothing=smoothing), expected
         )
+
+
+def test_distillation_is_in_float32_under_autocast(case):
+    """On CPUs autocast would compute softmax in half precision."""
+    logits, targets, teacher = case
+    logits, teacher = [z.bfloat16() for z in logits], teacher.bfloat16()
+    expected = one_for_all_loss([z.float() for z in logits], targets, teacher.float(), 2.0, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = one_for_all_loss(logits, targets, teacher, 2.0, 0.5)
+    assert torch.equal(loss, expected)

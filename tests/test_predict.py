@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from adaptive_inference.policies import LossCounts
 from adaptive_inference.policy_files import write_policy
 from adaptive_inference.promises.risk import CERTIFICATE
 from engine.checkpoint import save_network
+from engine.prediction.predict_all import TimedPredictor
 from engine.runtime.device import limit_threads
 from models import IMTA, MSDNet, count_operations, to_released
 from models.description import Split
@@ -262,25 +264,54 @@ def test_a_released_checkpoint_names_the_command(images, tmp_path, capsys):
     assert f"python -m engine.convert {path}" in capsys.readouterr().err
 
 
-def test_interrupt_keeps_what_was_written(trained, images, tmp_path, monkeypatch, capsys):
-    real, third = engine.prediction.predict_all.read_image, "d.webp"
+def stop_at_call(monkeypatch, number, stop):
+    """Let the prediction of the batch of this number, from 1, call ``stop``."""
+    real, calls = TimedPredictor.predict, iter(range(1, 100))
 
-    def read_image(path, transform):
-        image = real(path, transform)
-        if path.name == third and isinstance(image, torch.Tensor):
-            raise KeyboardInterrupt
-        return image
+    def predict_or_stop(self, files, images):
+        if next(calls) == number:
+            stop()
+        return real(self, files, images)
 
-    monkeypatch.setattr(engine.prediction.predict_all, "read_image", read_image)
-    for format in ("json", "csv", "table"):
-        flags = ("--batch-size", "2", "--format", format, "--output", tmp_path / "new" / format)
-        assert run(trained, images, *flags) == 130
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert "interrupted; the 2 predictions so far are kept" in printed.err.splitlines()[-1]
-    assert len(json.loads((tmp_path / "new" / "json").read_text())["predictions"]) == 2
-    header, *rows = (tmp_path / "new" / "csv").read_text().splitlines()
-    assert (header, len(rows)) == ("file,class,confidence,exit,operations,network_milliseconds", 2)
+    monkeypatch.setattr(TimedPredictor, "predict", predict_or_stop)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "table"])
+@pytest.mark.parametrize(
+    ("stop", "status", "message"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped by a signal"),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, "stopped by a signal"),
+        (out_of_memory, 2, "not enough memory"),
+    ],
+    ids=["SIGINT", "SIGTERM", "memory"],
+)
+def test_what_was_predicted_is_kept(
+    trained, images, tmp_path, monkeypatch, capsys, format, stop, status, message
+):
+    output = tmp_path / "new" / format
+    flags = ("--batch-size", "2", "--format", format, "--output", output)
+    stop_at_call(monkeypatch, 2, stop)
+    assert run(trained, images, *flags) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "the 2 predictions so far are kept" in printed.err
+    assert message in printed.err.splitlines()[-1]
+    kept = output.read_text()
+    if format == "json":
+        assert len(json.loads(kept)["predictions"]) == 2
+    else:
+        assert len(kept.splitlines()) == 3  # with the line of the columns
+    assert list(output.parent.iterdir()) == [output]
+
+    # Before the first prediction an older file stays.
+    stop_at_call(monkeypatch, 1, stop)
+    assert run(trained, images, *flags) == status
+    assert output.read_text() == kept
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,17 @@ from tqdm import tqdm
 from adaptive_inference.calibration import ensemble_operations
 from adaptive_inference.policy_files import policy_path
 from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, Prediction
+from adaptive_inference.promises.deadlines import AnytimePredictor, BudgetPredictor
 from adaptive_inference.promises.drift import DriftAlarm, read_reference, reference_path
 from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import ChosenPredictor, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows, text_of_path
 from engine.runtime.device import is_out_of_memory, limit_threads
-from image_data.defaults import SMALL_IMAGE_SIZE
+from engine.runtime.signals import Interrupted
+from image_data.defaults import SMALL_IMAGE_SIZE, num_workers
 from image_data.folders import LEFT_OUT, find_images
 from image_data.reading import median_side, read_image
+from image_data.threads import BATCHES_AHEAD, map_batches
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork
 from models.description import DataInfo
@@ -53,7 +56,8 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
 
     Raises:
         UserError: The network, its policies or the output cannot be used, flags are in conflict, or memory is
-            too small.
+            too small. What was predicted before is in the output.
+        Interrupted: A signal stopped the program; likewise.
     """
     with _memory_error_named():
         device, network = _device(arguments.device), load_saved(path).network
@@ -81,31 +85,37 @@ def _predict_files(
     if arguments.output is not None:
         _check_output(arguments.output, files)
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
-    is_interrupted = False
+    # Reading during the prediction would take cores from it, and change the times that are reported, and on
+    # which some predictors decide.
+    decides_by_time = isinstance(predictor, (AnytimePredictor, BudgetPredictor))
+    batches_ahead = 0 if device.type == "cpu" or decides_by_time else BATCHES_AHEAD
+    batches = _batches(files, data, batch_size, num_workers(arguments.threads), batches_ahead)
+    stopped_by = None
     with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
         metadata = {"model": text_of_path(path), "policy": choice.metadata}
         for line in (*_about_network(arguments, path, network, files), choice.summary, *complaints):
             _say(line)
         writer = WRITERS[arguments.format](stream, data.class_names, metadata)
         try:
-            for batch_files, images in _batches(files, data, batch_size):
+            for batch_files, images in batches:
                 result = None if images is None else timed.predict(batch_files, images.to(device))
                 if result is not None:
                     totals.add(result.prediction, result.milliseconds)
-                    if alarm is not None:
-                        _watch(alarm, result.prediction)
+                    _watch(alarm, result.prediction)
                     writer.rows(prediction_rows(*result, operations, data.class_names))
                 skipped += len(batch_files) - (0 if result is None else len(result.files))
                 bar.update(len(batch_files))
-        except KeyboardInterrupt:
-            is_interrupted = True
+        except (Interrupted, MemoryError, RuntimeError) as error:
+            if totals.num_calls == 0:  # an older file of predictions is worth more than an empty one
+                raise
+            stopped_by = error
         fired = None if alarm is None else {"fired_after": alarm.fired_after}
         summary = {**totals.summary(), "drift_alarm": fired}
         writer.end(summary)
     _say(_in_words(summary))
-    if is_interrupted:
-        _say(f"interrupted; the {summary['images']} predictions so far are kept")
-        return 130
+    if stopped_by is not None:
+        _say(f"the {summary['images']} predictions so far are kept")
+        raise stopped_by
     if skipped:
         return 1
     return 3 if alarm is not None and alarm.fired_after else 0
@@ -148,8 +158,10 @@ def _drift_alarm(choice: ChosenPredictor, policy_file: Path) -> DriftAlarm:
     return DriftAlarm(reference.scores(choice.predictor.policy))
 
 
-def _watch(alarm: DriftAlarm, prediction: Prediction) -> None:
-    """Let the alarm see predictions, and say once that it fired."""
+def _watch(alarm: DriftAlarm | None, prediction: Prediction) -> None:
+    """Let the alarm, if there is one, see predictions, and say once that it fired."""
+    if alarm is None:
+        return
     has_fired = alarm.fired_after is not None
     if alarm.update(prediction.log_sum_exp) and not has_fired:
         _say(
@@ -190,8 +202,8 @@ class TimedPredictor:
         return None
 
     def _predict(self, files: list[Path], images: Tensor) -> TimedPrediction:
-        if not self.is_warm:
-            self.predictor(images[:WARM_UP_IMAGES])
+        if not self.is_warm:  # without the predictor's own clock, whose next choice would follow this time
+            AdaptivePredictor(self.predictor.network, self.predictor.policy)(images[:WARM_UP_IMAGES])
         began = time.perf_counter()
         prediction = Prediction(*(values.cpu() for values in self.predictor(images)))  # waits for the device
         milliseconds = 1e3 * (time.perf_counter() - began)
@@ -275,25 +287,37 @@ def _about_network(
 
 
 def _batches(
-    files: list[Path], info: DataInfo, batch_size: int
+    files: list[Path], info: DataInfo, batch_size: int, threads: int, batches_ahead: int
 ) -> Iterator[tuple[list[Path], Tensor | None]]:
-    """Yield names and bytes (n, 3, H, W) of readable images; for an unreadable one its name and None."""
+    """Yield names and bytes (n, 3, H, W) of readable images; for an unreadable one its name and None.
+
+    Args:
+        files: The image files.
+        info: What the network knows about its images.
+        batch_size: Files per batch; unreadable ones leave fewer images.
+        threads: Threads that read, as for ``map_batches``.
+        batches_ahead: Batches that are read during a prediction.
+    """
     transform = evaluation_transform(info.image_size, info.crop_share, info.interpolation)
-    names, images = [], []
-    for path in files:
+
+    def read(path: Path) -> tuple[Path, Tensor | UserError]:
         try:
-            image = read_image(path, transform)
+            return path, read_image(path, transform)
         except UserError as error:
-            _say(f"{error}; skipped")
-            yield [path], None
-            continue
-        names.append(path)
-        images.append(image)
-        if len(names) == batch_size:
+            return path, error
+
+    chunks = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
+    for results in map_batches(read, chunks, threads, batches_ahead):
+        names, images = [], []
+        for path, image in results:
+            if isinstance(image, UserError):
+                _say(f"{image}; skipped")
+                yield [path], None
+            else:
+                names.append(path)
+                images.append(image)
+        if names:
             yield names, torch.stack(images)
-            names, images = [], []
-    if names:
-        yield names, torch.stack(images)
 
 
 def _progress_bar(arguments: argparse.Namespace, total: int) -> tqdm:
