@@ -40,7 +40,7 @@ from adaptive_inference.timing import measure_blocks, runtime_rows
 from image_data import synthetic
 from models import load, to_released
 from tests.compare import differences, unreadable
-from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_STAGE_2
+from tests.conftest import TINY_DEMO, TINY_FLAGS, TINY_MSDNET_FLAGS, TINY_STAGE_2
 from tests.forked import Outcome, prepare, run, workers_of
 
 KINDS = ("kill", "term", "disk", "input")
@@ -53,20 +53,16 @@ TRAININGS = {
     "IMTA moving": ("train_IMTA", [*TINY_STAGE_2, "--epochs", "2", "--backbone-bn", "moving", "--released"]),
 }
 START = ["--batch-size", "32", "--epochs", "1", "--save", "../new"]
-RELEASED = "../released.pth.tar"
+TINY_GRID = ["--base", "1", "--step", "1", "--stepmode", "lin_grow"]  # as in the demo's preset
+CONVERTED = ["../released.pth.tar", "../new/released.safetensors", "--classes", "../classes.txt"]
 CONSUMERS = [  # program, command line in a folder beside those of the runs, the file that is damaged
     ("train_GE", ["--save", "../GE", "--resume"], "GE/last.pt"),
     ("train_GE", ["--save", "../GE", "--resume"], "GE/best.safetensors"),
     ("train_GE", ["--save", "../GE", "--evalmode", "dynamic"], "GE/best.safetensors"),
     ("train_GE", ["--save", "../GE", "--evalmode", "runtime"], "GE/policy.json"),
-    (
-        "train_GE",
-        ["--save", "../new", "--evalmode", "anytime", "--evaluate-from", RELEASED],
-        "released.pth.tar",
-    ),
+    ("engine.convert", [*CONVERTED, *TINY_MSDNET_FLAGS, *TINY_GRID], "released.pth.tar"),
     ("train_IMTA", ["--save", "../IMTA", "--resume"], "IMTA/last.pt"),
     ("train_IMTA", [*START, "--pretrained", "../GE"], "GE/best.safetensors"),
-    ("train_IMTA", [*START, "--val-size", "64", "--pretrained", RELEASED], "released.pth.tar"),
     ("predict", ["--model", "../GE/best.safetensors", "../good.png"], "GE/best.safetensors"),
     ("predict", ["--model", "../GE/best.safetensors", "../good.png"], "GE/policy.json"),
 ]
@@ -267,15 +263,29 @@ class Harness:
             problems += _unlike(path, wanted)
         return [f"{name}, {size} bytes: {problem}" for problem in problems]
 
-    def _input(self, rng: random.Random, folder: Path, number: int) -> list[str]:
-        """A file cut short, with flipped bits or full of noise, and a program that reads it."""
+    def check_consumers(self) -> None:
+        """Check that every program of ``CONSUMERS`` accepts the files before they are damaged."""
+        for number, (program, argv, _) in enumerate(CONSUMERS):
+            folder = self.folder / f"consumer-{number}"
+            folder.mkdir()
+            self._make_inputs(folder, random.Random(0))
+            outcome = run(program, argv, folder / "cwd", timeout=30)
+            if outcome.status != 0:
+                raise SystemExit(f"{program} {' '.join(argv)} ended with {outcome.status}: {outcome.errors}")
+            shutil.rmtree(folder)
+
+    def _make_inputs(self, folder: Path, rng: random.Random) -> None:
         for name in ("GE", "IMTA"):
             shutil.copytree(self.finished(name), folder / name)
         (folder / "cwd").mkdir()
         Image.frombytes("RGB", (32, 32), rng.randbytes(3072)).save(folder / "good.png")
-        torch.save(
-            {"arch": "msdnet_ge", "state_dict": to_released(load(folder / "GE"))}, folder / "released.pth.tar"
-        )
+        network = load(folder / "GE")
+        (folder / "classes.txt").write_text("\n".join(network.description.data.class_names), encoding="utf-8")
+        torch.save({"arch": "msdnet_ge", "state_dict": to_released(network)}, folder / "released.pth.tar")
+
+    def _input(self, rng: random.Random, folder: Path, number: int) -> list[str]:
+        """A file cut short, with flipped bits or full of noise, and a program that reads it."""
+        self._make_inputs(folder, rng)
         (program, argv, name), damage = rng.choice(CONSUMERS), (_truncate, _flip_bits, _noise)[number % 3]
         described, before = (
             f"{name} {damage(rng, folder / name)}, {program} {' '.join(argv)}",
@@ -355,6 +365,8 @@ def main(argv: list[str] | None = None) -> int:
             ):
                 number = 0
                 harness.wanted[kind] = wanted
+                if kind == "input" and wanted > 0:
+                    harness.check_consumers()
                 while harness.tried[kind] < wanted:
                     harness.case(f"{kind}-{number}")
                     number += 1

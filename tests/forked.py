@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-PROGRAMS = ("train_GE", "train_IMTA", "predict")
+PROGRAMS = ("train_GE", "train_IMTA", "predict", "engine.convert")
 SECONDS_TO_VANISH = 2
 MEMORY = 3 * 2**30  # bytes a child may map beyond what the parent has
 # Imported by the programs when they first need them, which would be once a child.
