@@ -23,6 +23,9 @@ def collect_logits(
     Returns:
         In the main process the logits (K, N, C), float32 on the CPU, and the targets (N,); None in the
         others.
+
+    Raises:
+        UserError: None of the images can be read.
     """
     network.eval()
     count = len(batches.local_indices())
@@ -36,7 +39,6 @@ def collect_logits(
         start += len(labels)
     indices = batches.local_indices()  # fewer if some could not be read
     logits, targets = (processes.gather(own[:start], indices) for own in (logits, targets))
-    batches.collected = processes.gather(indices, indices)
     if not processes.is_main:
         return None
     if len(targets) == 0:
@@ -44,11 +46,21 @@ def collect_logits(
     return logits.transpose(0, 1).contiguous(), targets
 
 
+def collected_indices(batches: Batches, processes: Processes) -> Tensor | None:
+    """Return the indices (N,) of the images that ``collect_logits`` has collected; None as there."""
+    indices = batches.local_indices()
+    return processes.gather(indices, indices)
+
+
 @torch.no_grad()
 def accuracy_per_exit(
     network: ExitNetwork, batches: Batches, processes: Processes
 ) -> tuple[list[float], list[float], float]:
-    """Return top-1 and top-5 accuracy per exit in percent, and the mean cross-entropy summed over exits."""
+    """Return top-1 and top-5 accuracy per exit in percent, and the mean cross-entropy summed over exits.
+
+    Raises:
+        UserError: None of the images can be read.
+    """
     network.eval()
     # Images, which of them were right by top-1 and top-5, and losses, for every exit.
     totals = torch.zeros(4, network.num_exits, dtype=torch.float64, device=processes.device)

@@ -24,7 +24,7 @@ from adaptive_inference.promises.drift import reference_of, write_reference
 from adaptive_inference.promises.risk import with_certified_points
 from adaptive_inference.timing import distinct, measure_blocks, runtime_rows
 from dataloader import Data
-from engine.collect import anytime_rows, collect_logits
+from engine.collect import anytime_rows, collect_logits, collected_indices
 from engine.example_images import example_images, examples_figure
 from engine.report import (
     best_within,
@@ -100,6 +100,7 @@ class Evaluation:
             )
         log.line("running the network on all images")
         test = collect_logits(self.network, self.data.test, processes)
+        test_indices = collected_indices(self.data.test, processes)
         val = collect_logits(self.network, self.data.val, processes) if "dynamic" in modes else None
         if not processes.is_main:
             return
@@ -107,7 +108,8 @@ class Evaluation:
         if "anytime" in modes:
             self.anytime(*test, full_policy)
         if "dynamic" in modes:
-            self.budgeted(val, test, full_policy)
+            curve = self.budgeted(val, test, full_policy)
+            self._draw_examples(*test, test_indices, curve.default_point("optimised").policy)
         save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.directory.curves)
         log.line(f"accuracy against operations: {self.session.directory.curves}")
 
@@ -144,8 +146,8 @@ class Evaluation:
             names += ["ece_scaled"] + (["ensemble_acc1"] if policy.ensemble else [])
         log.line(table(shown, names, len(targets)))
 
-    def budgeted(self, val: LogitsAndTargets, test: LogitsAndTargets, policy: Policy) -> None:
-        """Evaluate budgeted prediction: tables, the policy file, a picture of easy and hard images."""
+    def budgeted(self, val: LogitsAndTargets, test: LogitsAndTargets, policy: Policy) -> PolicyCurve:
+        """Evaluate budgeted prediction: tables and the policy file; return the policies."""
         directory, log = self.session.directory, self.session.log
         log.line(temperature_line(policy, len(val[1])))
         if not self.held_out_are_new:
@@ -167,7 +169,7 @@ class Evaluation:
         log.line(budget_table(*shown, self.operations[-1], len(test[1])))
         log.line(self._half_line(tables[directory.budgeted], *test))
         log.line(f"thresholds for predict.py: {directory.policy}")
-        self._draw_examples(*test, curve.default_point("optimised").policy)
+        return curve
 
     def _tables(self, curve: PolicyCurve, test: LogitsAndTargets, policy: Policy) -> dict[Path, list[dict]]:
         """Return the rows of the CSV files."""
@@ -196,11 +198,11 @@ class Evaluation:
             f"(policy {half['p']} of {len(rows)}, the best on held-out images); {last_exit_line}"
         )
 
-    def _draw_examples(self, logits: Tensor, targets: Tensor, policy: Policy) -> None:
-        directory = self.session.directory
+    def _draw_examples(self, logits: Tensor, targets: Tensor, indices: Tensor, policy: Policy) -> None:
+        directory, images = self.session.directory, self.data.test
         easy, hard = example_images(logits, targets, policy)
         figure = examples_figure(
-            self.data.test.image_of_result, targets, (easy, hard), self.data.info.class_names
+            lambda row: images.image(int(indices[row])), targets, (easy, hard), self.data.info.class_names
         )
         save_figure(figure, directory.examples)
         self.session.log.line(

@@ -72,8 +72,9 @@ def held_out_are_new(
     """
     if origin is None:
         # A classifier that comes with weights was trained on these classes, perhaps on these images.
-        has_new_classifier = getattr(network, "has_new_classifier", True)
-        return settings.pretrained is None or (has_new_classifier and data.info.name != "imagenet")
+        return settings.pretrained is None or (
+            network.stage_1.has_new_classifier and data.info.name != "imagenet"
+        )
     is_complete = origin.description.split_is_complete
     is_other_data = is_complete and data.info.name != origin.data.name
     if origin.known_split is None:

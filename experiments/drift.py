@@ -62,7 +62,7 @@ class CorruptedImages:
         chosen = torch.linspace(0, count - 1, min(limit or count, count)).long()
         self.network, self.cache = network, cache
         self.name = f"{name}_{network_fingerprint(network)[:8]}_{len(chosen)}"
-        self.images = torch.stack([data.test.image_of_result(i) for i in chosen.tolist()])
+        self.images = torch.stack([data.test.image(i) for i in chosen.tolist()])
         self.targets = torch.cat([targets for _, targets in data.test])[chosen]
         self.normalize = Normalizer(data.info.mean, data.info.std, torch.device("cpu"))
 

@@ -67,8 +67,6 @@ class Batches(ABC):
         self.unreadable: set[int] = set()
         # Indices that this process evaluates; None for its share of all images.
         self.evaluated_indices: Tensor | None = None
-        # Indices of the images of all processes' results, by row; None if row and index are equal.
-        self.collected: Tensor | None = None
 
     @abstractmethod
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -103,16 +101,9 @@ class Batches(ABC):
         batches.evaluated_indices = indices[rows]
         return batches
 
-    def image_of_result(self, row: int) -> Tensor:
-        """Return the image behind a row of the collected results as evaluation sees it, not normalised.
-
-        Returns:
-            Bytes (3, H, W).
-        """
-        return self._image(row if self.collected is None else int(self.collected[row]))
-
     @abstractmethod
-    def _image(self, index: int) -> Tensor: ...
+    def image(self, index: int) -> Tensor:
+        """Return an image as evaluation sees it, not normalised: bytes (3, H, W)."""
 
     def _generator(self, epoch: int) -> torch.Generator:
         # One 64-bit seed from two numbers, far apart for neighbouring ones.
@@ -158,7 +149,8 @@ class InMemoryBatches(Batches):
                 images = torch.stack([_seeded(self.augmentation, image, seed) for image, seed in pairs])
             yield self.normalize(images), self.targets[indices]
 
-    def _image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """Return an image as evaluation sees it, not normalised: bytes (3, H, W)."""
         return self.images[index]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -218,7 +210,8 @@ class FileBatches(Batches):
         places = self._steps(torch.arange(self.num_images), first_step)
         return self._load(read, places)
 
-    def _image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """Return an image as evaluation sees it, not normalised: bytes (3, H, W)."""
         return read_image(self.files[index], self.plain)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,7 +1,8 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
-Training, prediction, operation counts, files and export use only these methods and those of ``nn.Module``.
-Only train_IMTA.py, ``args.OWN_NETWORKS`` and ``models.released`` know more of ``IMTA`` and ``MSDNet``.
+Training, prediction, operation counts, files and export use only these attributes and methods, and those of
+``nn.Module``. Only train_IMTA.py, the command line (``args``, ``settings``), ``models.released`` and
+``engine.convert`` know more of ``IMTA``, ``MSDNet`` and ``Backbone``.
 
 A network runs in one of two ways:
 
@@ -56,6 +57,8 @@ class ExitNetwork(nn.Module, ABC):
         feature_dims: Number of features that each exit's classifier reads, one per exit.
         boosted: Whether exit k adds a share of the logits of exit k - 1 to its own.
         gradient_equilibrium: Whether ``features`` rescales gradients at the exits (``rescale``).
+        has_new_classifier: Whether its last classifier is new, and did not come with pretrained weights; read
+            from ``stage_1``.
         checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
         description: Description stored in its file, None without a file.
@@ -71,6 +74,7 @@ class ExitNetwork(nn.Module, ABC):
     feature_dims: tuple[int, ...]
     boosted: bool = False
     gradient_equilibrium: bool = False
+    has_new_classifier: bool = True
     checkpoint_activations: bool = False
     description: "Description | None" = None
     fingerprint: str | None = None
