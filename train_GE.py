@@ -72,8 +72,12 @@ class Stage1(Stage):
 
     def title(self, network: ExitNetwork, settings: Namespace) -> str:
         """Return the title of a run's curves."""
-        parts = [network.title] + ["GE"] * network.gradient_equilibrium
-        return " + ".join(parts + ["boosted exits"] * network.boosted)
+        parts = [network.title]
+        if network.gradient_equilibrium:
+            parts.append("GE")
+        if network.boosted:
+            parts.append("boosted exits")
+        return " + ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,10 +43,11 @@ class NotFiniteError(UserError):
     """
 
     def __init__(self, positions: list[int], batch_size: int):
-        shown = ", ".join(map(str, positions[:SHOWN_IMAGES])) + ", ..." * (len(positions) > SHOWN_IMAGES)
+        shown = ", ".join(map(str, positions[:SHOWN_IMAGES]))
+        more = ", ..." if len(positions) > SHOWN_IMAGES else ""
         super().__init__(
             f"the network's output is not finite for {len(positions)} of {batch_size} images; "
-            f"their positions in the batch, from 0: {shown}"
+            f"their positions in the batch, from 0: {shown}{more}"
         )
         self.positions = positions
 

@@ -43,6 +43,7 @@ from engine.runtime.signals import Interrupted, SignalRequests, handle_signals
 from engine.session import Session, git_commit, recorded_in_run_json, to_plain_types
 from engine.stage import Stage
 from engine.trainer import Trainer, train
+from image_data.reading import ignore_pillow_warnings
 from models import Description, ExitNetwork, count_operations
 from models.network import to_config
 from models.saved import load_weights
@@ -59,6 +60,7 @@ def run(command: CommandLine, stage: Stage) -> int:
     Returns:
         The exit status: 0, or that of ``engine.runtime.failures.status_and_line``.
     """
+    ignore_pillow_warnings()
     status, message, requests = 0, "", SignalRequests()
     with workers_end_inside():
         try:

@@ -111,7 +111,7 @@ def git_commit() -> str | None:
         ).returncode
     except (OSError, subprocess.SubprocessError):
         return None
-    return name + "-dirty" * (changed != 0)
+    return name if changed == 0 else f"{name}-dirty"
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:

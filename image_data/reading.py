@@ -11,12 +11,12 @@ Example:
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from image_data.transforms import MAX_PIXELS, rgb
 from utils import UserError
@@ -39,17 +39,26 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
         UserError: The file cannot be read, or is so large that it looks like a decompression bomb.
     """
     path = Path(path)
-    _ignore_pillow_warnings()
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("it is not a file" if path.exists() else "there is no such file")
-        Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             _check_size(image)
             return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the image {path}: {reason}") from None
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        # PIL's limit is for all formats. A large JPEG is decoded reduced; ``_check_size`` has its limit.
+        try:
+            return JpegImageFile(path)
+        except SyntaxError:  # it is of another format
+            raise error from None
 
 
 def _file_size(path: str | Path) -> tuple[int, int] | None:
@@ -88,7 +97,6 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     return gray
 
 
-@cache
-def _ignore_pillow_warnings() -> None:
-    """Ignore warnings about odd but readable files, once: ``catch_warnings`` does not work in threads."""
+def ignore_pillow_warnings() -> None:
+    """Ignore PIL's warnings about odd but readable files, in a program that names unreadable ones itself."""
     warnings.filterwarnings("ignore", module="PIL")

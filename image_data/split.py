@@ -165,10 +165,10 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
                 f"of the checkpoint's training images {gone:,} have gone; {new:,} new ones are left out"
             )
             return numbers
+    others = " others" if count == stored.num_training_images else ""
     raise UserError(
         "the data are not those of the checkpoint: "
-        f"it knows {stored.num_training_images} training images of {stored.name}, these are {count}"
-        f"{' others' * (count == stored.num_training_images)}; "
+        f"it knows {stored.num_training_images} training images of {stored.name}, these are {count}{others}; "
         "its held-out split would mix with training images"
     )
 

@@ -113,6 +113,17 @@ def test_photographs_of_many_pixels(tmp_path, monkeypatch):
         read_image(tmp_path / "large.png")
 
 
+def test_only_a_jpeg_may_be_larger_than_pil_allows(tmp_path, monkeypatch):
+    """And PIL's limit stays as the program that calls us set it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for suffix in ("jpg", "png"):
+        Image.new("RGB", (60, 50), (90, 120, 30)).save(tmp_path / f"large.{suffix}")
+    assert read_image(tmp_path / "large.jpg").size == (60, 50)
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_image(tmp_path / "large.png")
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
 def test_transparent_pixels_are_white(tmp_path, kind):
     """Whatever colour hides behind them; alike in training and in evaluation."""

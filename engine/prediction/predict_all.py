@@ -30,7 +30,7 @@ from engine.runtime.device import is_out_of_memory, limit_threads
 from engine.runtime.signals import Interrupted
 from image_data.defaults import SMALL_IMAGE_SIZE, num_workers
 from image_data.folders import LEFT_OUT, find_images
-from image_data.reading import median_side, read_image
+from image_data.reading import ignore_pillow_warnings, median_side, read_image
 from image_data.threads import BATCHES_AHEAD, map_batches
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork
@@ -59,6 +59,7 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
             too small. What was predicted before is in the output.
         Interrupted: A signal stopped the program; likewise.
     """
+    ignore_pillow_warnings()
     with _memory_error_named():
         device, network = _device(arguments.device), load_saved(path).network
         batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
@@ -266,7 +267,8 @@ def _about_network(
     data, origin = network.description.data, ""
     if arguments.model is None:
         origin = ", as there is no run of yours" if path.parent == WEIGHTS else ", the newest one"
-    names = ", ".join(data.class_names[:SHOWN_CLASSES]) + ", ..." * (len(data.class_names) > SHOWN_CLASSES)
+    more = ", ..." if len(data.class_names) > SHOWN_CLASSES else ""
+    names = ", ".join(data.class_names[:SHOWN_CLASSES]) + more
     lines = [
         f"network {path}{origin}: it knows {len(data.class_names)} classes ({names}) in images of "
         f"{data.image_size} x {data.image_size} pixels ({data.name})"
