@@ -22,16 +22,16 @@ class ImageSpec(NamedTuple):
     Attributes:
         image_size: Height and width in pixels.
         crop_share: Share of the shorter side that the central crop of an evaluation image keeps.
+        interpolation: Name of the interpolation that resizes images.
         mean: Mean of each of the three channels, for values from 0 to 1.
         std: Standard deviation of each of the three channels, for values from 0 to 1.
-        interpolation: Name of the interpolation that resizes images.
     """
 
     image_size: int
     crop_share: float
+    interpolation: str
     mean: list[float]
     std: list[float]
-    interpolation: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DataInfo:
     @property
     def image_spec(self) -> ImageSpec:
         """The images that the network expects."""
-        return ImageSpec(self.image_size, self.crop_share, self.mean, self.std, self.interpolation)
+        return ImageSpec(*(getattr(self, name) for name in ImageSpec._fields))
 
     @property
     def knows_training_images(self) -> bool:

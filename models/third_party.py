@@ -81,11 +81,25 @@ def image_spec_of_weights(arch: str, pretrained: str | os.PathLike | None = None
     known = isinstance(pretrained, str) and pretrained in all_weights.__members__
     weights = all_weights[pretrained] if known else getattr(all_weights, "DEFAULT", None)
     if weights is None:
-        return ImageSpec(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear")
+        return _usual_images("bilinear")
     transform = weights.transforms()
     size, resized = transform.crop_size[0], transform.resize_size[0]
     return ImageSpec(
-        size, size / resized, list(transform.mean), list(transform.std), transform.interpolation.value
+        image_size=size,
+        crop_share=size / resized,
+        interpolation=transform.interpolation.value,
+        mean=list(transform.mean),
+        std=list(transform.std),
+    )
+
+
+def _usual_images(interpolation: str) -> ImageSpec:
+    return ImageSpec(
+        image_size=224,
+        crop_share=224 / 256,
+        interpolation=interpolation,
+        mean=list(IMAGENET_MEAN),
+        std=list(IMAGENET_STD),
     )
 
 
@@ -101,13 +115,13 @@ def options_of_weights(arch: str, pretrained: str | os.PathLike | None) -> dict[
 def _timm_image_spec(name: str) -> ImageSpec:
     defaults = _timm().get_pretrained_cfg(name)
     if defaults is None:
-        return ImageSpec(224, 224 / 256, list(IMAGENET_MEAN), list(IMAGENET_STD), "bicubic")
+        return _usual_images("bicubic")
     return ImageSpec(
-        defaults.input_size[-1],
-        defaults.crop_pct,
-        list(defaults.mean),
-        list(defaults.std),
-        defaults.interpolation,
+        image_size=defaults.input_size[-1],
+        crop_share=defaults.crop_pct,
+        interpolation=defaults.interpolation,
+        mean=list(defaults.mean),
+        std=list(defaults.std),
     )
 
 
