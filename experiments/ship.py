@@ -24,6 +24,7 @@ from engine.checkpoint import LoadedNetwork, load_saved, save_network
 from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
 from experiments.corruptions import accuracy_table
+from experiments.markdown import markdown_table
 from experiments.tables import read_log
 from models import Description, load
 from models.files import SUFFIX, networks_in
@@ -211,8 +212,31 @@ def card(folder: Path) -> str:
     sections = "".join(_section(name, description) for name, description in described.items())
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     return template.substitute(
-        datasets=", ".join(data), models=models, name=next(iter(described)), sections=sections
+        datasets=", ".join(data),
+        models=models,
+        name=next(iter(described)),
+        overview=_overview(described),
+        sections=sections,
     )
+
+
+def _overview(described: dict[str, Description]) -> str:
+    """Return a table with one row per network."""
+    rows = []
+    for name, description in described.items():
+        accuracy = description.accuracy
+        budgets = dict(zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True))
+        within = [f"{budgets[share]:.2f}" if share in budgets else "" for share in BUDGETS]
+        last, ensemble = accuracy["test_acc1"][-1], accuracy["test_ensemble_acc1"][-1]
+        rows.append([f"[{name}](#{name})", _title(description), f"{last:.2f}", f"{ensemble:.2f}", *within])
+    shares = [f"{share:.0f} % of the operations" for share in BUDGETS]
+    return markdown_table(["network", "training", "last exit", "ensemble of all exits", *shares], rows)
+
+
+def _title(description: Description) -> str:
+    title = description.title
+    is_named = BOOSTED in title or not description.network.get("boosted_exits")
+    return title if is_named else f"{title} + {BOOSTED}"  # older titles do not say so
 
 
 def _section(name: str, description: Description) -> str:
@@ -220,12 +244,10 @@ def _section(name: str, description: Description) -> str:
     columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
     rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
-    corruptions, title = accuracy_table(name), description.title
-    if description.network.get("boosted_exits") and BOOSTED not in title:  # older titles do not say so
-        title = f"{title} + {BOOSTED}"
+    corruptions = accuracy_table(name)
     return SECTION.format(
         name=name,
-        title=title,
+        title=_title(description),
         d=description,
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.data.class_names),

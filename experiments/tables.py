@@ -246,9 +246,9 @@ def summary() -> str:
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet. It was ahead in {pairs_ahead()}, "
         "with 20 or 100 classes.",
-        f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. "
-        f"New classifiers with **ISC** gain {gain('GE_classifiers', 'GE_ISC')} on new classifiers alone.",
-        f"3. **OFA: {'a' if is_measurable else 'no measurable'} gain** ({ofa} alone, {ofa_on_isc} on ISC).",
+        f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE, new classifiers alone "
+        f"{gain('GE', 'GE_classifiers')}. **ISC** gains {gain('GE_classifiers', 'GE_ISC')} on these.",
+        f"3. **OFA** {'gains' if is_measurable else 'shows no gain'}: {ofa} alone, {ofa_on_isc} on ISC.",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
         f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE; without ensembles they are the "
         f"best of all networks of {epochs_of(boosted_schedule)} at {boosted}.",

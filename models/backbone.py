@@ -60,13 +60,13 @@ class Backbone(ExitNetwork):
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
         boosted_exits: An exit adds half of the previous exit's logits to its own.
         gradient_equilibrium: Rescale gradients at the exits.
-        layout: One of ``models.cutting.LAYOUTS``, or one per early exit, where the shapes do not tell it.
+        layout: One of ``models.cutting.LAYOUTS``, or one per early exit, where shapes are ambiguous.
         image_size: Height and width in pixels of the images it will see: a number of exits is spread evenly
             for this size (224 if None and possible).
         exit_width: Channels of the convolution of exits on maps (128 as in MSDNet). If None, as many as the
             map has, but at least 128 and at most 512.
-        exit_size: Pixels a side to about which exits average maps of at least twice that. If None, they
-            average none.
+        exit_size: Exits first average maps of at least twice this many pixels a side to about this size. If
+            None, they average none.
         frozen: Train only the exits, and the last linear layer if it is new.
         has_new_classifier: Whether the last linear layer is new, and not pretrained as the rest of the
             network is. If None, exactly if it is replaced for ``num_classes``.

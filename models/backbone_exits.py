@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from .layers import conv_bn_relu
 
-WIDTH_LIMITS = (128, 512)  # fewest and most channels of an exit's convolution, where the map's decide
+WIDTH_LIMITS = (128, 512)  # of the channels of an exit's convolution, where they follow the map's
 
 
 class MapExit(nn.Module):
@@ -16,8 +16,8 @@ class MapExit(nn.Module):
         num_classes: Outputs of the linear layer.
         channels_last: Whether maps are (N, H, W, C) and not (N, C, H, W).
         width: Channels of the convolution. If None, those of the maps, within ``WIDTH_LIMITS``.
-        size: Pixels a side to about which maps of at least twice that are averaged first, so that the first
-            exits cost no more than others. If None, no map is averaged.
+        size: Maps of at least twice this many pixels a side are first averaged to about this size, so that
+            the first exits cost no more than others. If None, no map is averaged.
     """
 
     def __init__(

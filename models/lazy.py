@@ -1,8 +1,8 @@
 """Which cells of MSDNet's feature grid each exit needs (MSDNet paper, section 5, "lazy evaluation").
 
-An exit reads the coarsest scale only, so the finer scales of a block's last layers wait until an image goes
-on. A *cell* is one scale of one layer of the grid (``GridLayer``): ``(depth, scale)``. The cells of the stem
-have depth 0.
+An exit reads the coarsest scale only, so the finer scales of a block's last layers are computed only if the
+image continues. A *cell* is one scale of one layer of the grid (``GridLayer``): ``(depth, scale)``. The cells
+of the stem have depth 0.
 """
 
 from collections.abc import Iterable, Sequence
