@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """Predict the images these arguments name (those of the process if None) and return the exit status."""
     arguments = parse(argv)
     try:
-        with handle_signals():
-            return predict_all(arguments, find_model(arguments.model))
+        with handle_signals() as requests:
+            return predict_all(arguments, find_model(arguments.model), requests)
     except UserError as error:
         print_error(f"predict.py: {error}")
         return 2

@@ -1,7 +1,7 @@
 """Measure how fast threads decode, crop and resize images for training, beside DataLoader processes.
 
     python -m benchmarks.reading_speed                       # JPEGs of 800 x 600 to crops of 224
-    python -m benchmarks.reading_speed --images 64 --rounds 1    # quickly
+    python -m benchmarks.reading_speed --images 128 --rounds 1   # quickly
 
 Both sides read the same files with the same transform; they take turns, and medians over rounds are printed.
 """
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=at_least(1), default=cores, metavar="N", help="threads or processes"
     )
     arguments = parser.parse_args(argv)
+    if arguments.images <= arguments.workers * BATCH_SIZE:
+        parser.error(f"--images: {arguments.workers} workers need more than {arguments.workers * BATCH_SIZE}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
             for name, batches in sides.items():
-                rates[name].append(images_per_second(batches()))
+                rates[name].append(images_per_second(batches(), workers))
     for name, values in rates.items():
         _print(f"{name}: {statistics.median(values):,.0f} images/s")
     return 0
@@ -99,9 +101,10 @@ def by_processes(dataset: _Files, processes: int) -> Iterator[int]:
         yield len(images)
 
 
-def images_per_second(batches: Iterator[int]) -> float:
-    """Count images after the first batch, until which threads and processes start."""
-    next(batches)
+def images_per_second(batches: Iterator[int], workers: int) -> float:
+    """Count images after the first batch of every worker, until which threads and processes start."""
+    for _ in range(workers):
+        next(batches)
     began = time.perf_counter()
     return sum(batches) / (time.perf_counter() - began)
 

@@ -174,7 +174,8 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
             made |= zip(BFLOAT16_FILES, (half.policy, half.reference), strict=True)
         save_network(output, saved.network, description, split, half=True)
         for suffix in (*POLICY_FILES, *BFLOAT16_FILES):
-            if suffix in made and made[suffix].exists():
+            # There is no reference where held-out images are not known to be new to the network.
+            if suffix in made and (made[suffix].exists() or "policy" in suffix):
                 shutil.copyfile(made[suffix], output.with_suffix(suffix))
             else:  # that of an earlier network would not fit this one
                 output.with_suffix(suffix).unlink(missing_ok=True)

@@ -37,6 +37,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
 
     Raises:
         UserError: The file cannot be read, or is so large that it looks like a decompression bomb.
+        MemoryError: There is too little memory.
     """
     path = Path(path)
     try:
@@ -45,6 +46,8 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
         with _open(path) as image:
             _check_size(image)
             return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
+    except MemoryError:  # the image may be sound
+        raise
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the image {path}: {reason}") from None
@@ -53,7 +56,7 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL's limit is for all formats. A large JPEG is decoded reduced; ``_check_size`` has its limit.
         try:
             return JpegImageFile(path)

@@ -61,10 +61,15 @@ def _start(threads: int) -> ThreadPoolExecutor:
     try:
         for _ in range(threads):
             pool.submit(all_started.wait)
-    except RuntimeError as error:
+        all_started.wait()
+    except BaseException as error:  # a signal, too: the threads would wait for ever
         all_started.abort()
-        pool.shutdown(wait=False)
-        raise UserError(f"cannot start {threads} threads that read images ({error}); use fewer") from None
-    all_started.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if not isinstance(error, RuntimeError):
+            raise
+        raise UserError(
+            f"cannot start {threads} threads that read images ({error}); a smaller --workers (predict.py: "
+            "--threads) needs fewer"
+        ) from None
     torch.set_num_threads(own)  # also for threads that PyTorch starts later
     return pool

@@ -100,7 +100,8 @@ def run(
 
     child = CONTEXT.Process(target=be_the_program, args=(main, program, argv, folder, (os.devnull, text)))
     child.start()
-    ready.wait()
+    if not ready.wait(timeout):
+        child.kill()
     began = time.monotonic()
     child.join(after if strike else 0)
     struck = strike is not None and child.is_alive()

@@ -31,7 +31,7 @@ def test_training_speed(capsys):
 
 
 def test_reading_speed(capsys):
-    assert reading_speed.main(["--images", "64", "--rounds", "1", "--workers", "2"]) == 0
+    assert reading_speed.main(["--images", "96", "--rounds", "1", "--workers", "2"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "1 thread",
         "2 threads",
@@ -58,12 +58,17 @@ def test_other_library_is_optional(capsys, monkeypatch):
     assert "pip install earlyon==0.3.0" in capsys.readouterr().err
 
 
-def test_early_exit(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("with_onnx", [False, True])
+def test_early_exit(tmp_path, capsys, monkeypatch, with_onnx):
     network = MSDNet(**{**TINY_NETWORK, "num_blocks": 2}).eval()
     save_network(tmp_path / "tiny.safetensors", network, describe(network), Split.unknown())
     monkeypatch.setattr(early_exit, "median_seconds", functools.partial(median_seconds, least=0.001))
     monkeypatch.setattr(early_exit, "fastest_dtype", lambda *_, **__: None)
-    monkeypatch.setitem(sys.modules, "onnx_predictor", None)
+    if with_onnx:
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(package)
+    else:
+        monkeypatch.setitem(sys.modules, "onnx_predictor", None)
     flags = ["--checkpoint", str(tmp_path / "tiny.safetensors"), "--repeats", "1", "--threads", "1"]
     assert early_exit.main(flags) == 0
     printed = capsys.readouterr().out
@@ -73,7 +78,7 @@ def test_early_exit(tmp_path, capsys, monkeypatch):
         "  batch 1: every exit ",
         " % of the operations: ",
         "folded, channels-last, float32 / plain, batch 64",
-        "ONNX Runtime: not measured",
+        "ONNX Runtime, " if with_onnx else "ONNX Runtime: not measured",
     ):
         assert line in printed
 
@@ -88,6 +93,7 @@ def test_early_exit(tmp_path, capsys, monkeypatch):
         (time_to_exit, ["--batch-sizes", "0"], "0 is not allowed; at least 1"),
         (other_library, ["--images", "0"], "0 is not allowed; at least 1"),
         (other_library, ["--image-size", "1", "--threads", "1"], "images of 1 pixels are too small"),
+        (reading_speed, ["--images", "64", "--workers", "2"], "2 workers need more than 64"),
         (training_speed, ["--rounds", "0"], "0 is not allowed; at least 1"),
     ],
 )

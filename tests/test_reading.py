@@ -1,5 +1,7 @@
 """Reading image files, and the transforms of evaluation and training."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,21 @@ def test_only_a_jpeg_may_be_larger_than_pil_allows(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="decompression bomb"):
         read_image(tmp_path / "large.png")
     assert Image.MAX_IMAGE_PIXELS == 1000
+    # Between the limit and twice the limit PIL warns, and a program may turn that into an error.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "large.jpg").size == (60, 50)
+
+
+def test_too_little_memory_is_not_the_fault_of_the_image(tmp_path):
+    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
+
+    def transform(image):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "image.png", transform)
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])

@@ -2,7 +2,8 @@
 
 Example:
     options = predict.parse(["folder/", "--budget", "2ms"])
-    status = predict_all(options, Path("save/demo/IMTA/best.safetensors"))
+    with handle_signals() as requests:
+        status = predict_all(options, Path("save/demo/IMTA/best.safetensors"), requests)
 """
 
 import argparse
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import ChosenPredictor, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows, text_of_path
 from engine.runtime.device import is_out_of_memory, limit_threads
-from engine.runtime.signals import Interrupted
+from engine.runtime.signals import Interrupted, SignalRequests
 from image_data.defaults import SMALL_IMAGE_SIZE, num_workers
 from image_data.folders import LEFT_OUT, find_images
 from image_data.reading import ignore_pillow_warnings, median_side, read_image
@@ -44,12 +45,13 @@ SHOWN_CLASSES = 3
 MAX_SIZE_RATIO = 3
 
 
-def predict_all(arguments: argparse.Namespace, path: Path) -> int:
+def predict_all(arguments: argparse.Namespace, path: Path, requests: SignalRequests) -> int:
     """Predict the classes of the images that the command line of predict.py names.
 
     Args:
         arguments: Parsed command line of predict.py.
         path: The network's file.
+        requests: From ``handle_signals``.
 
     Returns:
         The exit status.
@@ -67,7 +69,7 @@ def predict_all(arguments: argparse.Namespace, path: Path) -> int:
         policy_file = arguments.policy or policy_path(path)
         choice = choose_predictor(arguments, policy_file, network.to(device), batch_size)
         alarm = _drift_alarm(choice, policy_file) if arguments.drift_alarm else None
-        return _predict_files(arguments, path, choice, batch_size, alarm)
+        return _predict_files(arguments, path, choice, batch_size, alarm, requests)
 
 
 def _predict_files(
@@ -76,6 +78,7 @@ def _predict_files(
     choice: ChosenPredictor,
     batch_size: int,
     alarm: DriftAlarm | None,
+    requests: SignalRequests,
 ) -> int:
     predictor = choice.predictor
     network = predictor.network
@@ -90,32 +93,40 @@ def _predict_files(
     # which some predictors decide.
     decides_by_time = isinstance(predictor, (AnytimePredictor, BudgetPredictor))
     batches_ahead = 0 if device.type == "cpu" or decides_by_time else BATCHES_AHEAD
-    batches = _batches(files, data, batch_size, num_workers(arguments.threads), batches_ahead)
+    threads = num_workers(arguments.threads)
     stopped_by = None
-    with open_output(arguments.output) as stream, _progress_bar(arguments, len(files)) as bar:
+    with ExitStack() as outputs:
+        stream = outputs.enter_context(open_output(arguments.output))
+        bar = outputs.enter_context(_progress_bar(arguments, len(files)))
         metadata = {"model": text_of_path(path), "policy": choice.metadata}
         for line in (*_about_network(arguments, path, network, files), choice.summary, *complaints):
             _say(line)
         writer = WRITERS[arguments.format](stream, data.class_names, metadata)
         try:
-            for batch_files, images in batches:
-                result = None if images is None else timed.predict(batch_files, images.to(device))
-                if result is not None:
-                    totals.add(result.prediction, result.milliseconds)
-                    _watch(alarm, result.prediction)
-                    writer.rows(prediction_rows(*result, operations, data.class_names))
-                skipped += len(batch_files) - (0 if result is None else len(result.files))
-                bar.update(len(batch_files))
+            with closing(_batches(files, data, batch_size, threads, batches_ahead)) as batches:
+                for batch_files, images in batches:
+                    result = None if images is None else timed.predict(batch_files, images.to(device))
+                    if result is not None:
+                        rows = prediction_rows(*result, operations, data.class_names)
+                        with requests.held():  # or the summary would count rows that are missing
+                            totals.add(result.prediction, result.milliseconds)
+                            writer.rows(rows)
+                        _watch(alarm, result.prediction)
+                    skipped += len(batch_files) - (0 if result is None else len(result.files))
+                    bar.update(len(batch_files))
         except (Interrupted, MemoryError, RuntimeError) as error:
             if totals.num_calls == 0:  # an older file of predictions is worth more than an empty one
                 raise
             stopped_by = error
         fired = None if alarm is None else {"fired_after": alarm.fired_after}
         summary = {**totals.summary(), "drift_alarm": fired}
-        writer.end(summary)
-    _say(_in_words(summary))
+        with requests.held():
+            writer.end(summary)
+            outputs.close()
+            _say(_in_words(summary))
+            if stopped_by is not None:
+                _say(f"the {summary['images']} predictions so far are kept")
     if stopped_by is not None:
-        _say(f"the {summary['images']} predictions so far are kept")
         raise stopped_by
     if skipped:
         return 1
