@@ -34,7 +34,7 @@ from utils import UserError, atomic_write
 MAX_LOSS = 0.05  # points of top-1
 POLICY_FILES = (".policy.json", ".reference.safetensors")
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
-BOOSTED = "boosted exits"  # in the titles of their networks
+BOOSTED = "boosted exits"
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
 RECIPE = (
     "epochs",
@@ -235,9 +235,16 @@ def _overview(described: dict[str, Description]) -> str:
 
 
 def _title(description: Description) -> str:
-    title = description.title
-    is_named = BOOSTED in title or not description.network.get("boosted_exits")
-    return title if is_named else f"{title} + {BOOSTED}"  # older titles do not say so
+    """Return the techniques of both stages."""
+    stage_1 = description.network.get("backbone", description.network)
+    parts = [stage_1["type"]]
+    if stage_1["gradient_equilibrium"]:
+        parts.append("GE")
+    if stage_1.get("boosted_exits"):
+        parts.append(BOOSTED)
+    if description.stage == "IMTA":
+        parts += description.title.split(" + ")[1:]  # without "stage 2"
+    return " + ".join(parts)
 
 
 def _section(name: str, description: Description) -> str:
