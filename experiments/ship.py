@@ -26,7 +26,7 @@ from engine.run_directory import RunDirectory
 from experiments.corruptions import accuracy_table
 from experiments.markdown import markdown_table
 from experiments.tables import read_log
-from models import Description, load
+from models import ExitNetwork, load
 from models.files import SUFFIX, networks_in
 from parsing import CommandLineParser, user_path
 from utils import UserError, atomic_write
@@ -34,7 +34,6 @@ from utils import UserError, atomic_write
 MAX_LOSS = 0.05  # points of top-1
 POLICY_FILES = (".policy.json", ".reference.safetensors")
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
-BOOSTED = "boosted exits"
 BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
 RECIPE = (
     "epochs",
@@ -204,58 +203,62 @@ def training(run: RunDirectory) -> dict[str, str | int]:
 
 def card(folder: Path) -> str:
     """Return the model card of all shipped networks in ``folder``."""
-    described = {path.stem: load(path).description for path in networks_in(folder)}
-    data = sorted({description.data.name for description in described.values()})
+    networks = {path.stem: load(path) for path in networks_in(folder)}
+    data = sorted({network.description.data.name for network in networks.values()})
     models = "\n".join(
-        MODEL.format(name=name, data=description.data.name, accuracy=description.accuracy["test_acc1"][-1])
-        for name, description in described.items()
+        MODEL.format(
+            name=name,
+            data=network.description.data.name,
+            accuracy=network.description.accuracy["test_acc1"][-1],
+        )
+        for name, network in networks.items()
     )
-    sections = "".join(_section(name, description) for name, description in described.items())
+    sections = "".join(_section(name, network) for name, network in networks.items())
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     return template.substitute(
         datasets=", ".join(data),
         models=models,
-        name=next(iter(described)),
-        overview=_overview(described),
+        name=next(iter(networks)),
+        overview=_overview(networks),
         sections=sections,
     )
 
 
-def _overview(described: dict[str, Description]) -> str:
+def _overview(networks: dict[str, ExitNetwork]) -> str:
     """Return a table with one row per network."""
     rows = []
-    for name, description in described.items():
-        accuracy = description.accuracy
+    for name, network in networks.items():
+        accuracy = network.description.accuracy
         budgets = dict(zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True))
         within = [f"{budgets[share]:.2f}" if share in budgets else "" for share in BUDGETS]
         last, ensemble = accuracy["test_acc1"][-1], accuracy["test_ensemble_acc1"][-1]
-        rows.append([f"[{name}](#{name})", _title(description), f"{last:.2f}", f"{ensemble:.2f}", *within])
+        rows.append([f"[{name}](#{name})", _title(network), f"{last:.2f}", f"{ensemble:.2f}", *within])
     shares = [f"{share:.0f} % of the operations" for share in BUDGETS]
     return markdown_table(["network", "training", "last exit", "ensemble of all exits", *shares], rows)
 
 
-def _title(description: Description) -> str:
-    """Return the techniques of both stages."""
-    stage_1 = description.network.get("backbone", description.network)
-    parts = [stage_1["type"]]
-    if stage_1["gradient_equilibrium"]:
+def _title(network: ExitNetwork) -> str:
+    """Return the network of stage 1 and the techniques of both stages."""
+    stage_1 = network.stage_1
+    parts = [stage_1.title]
+    if stage_1.gradient_equilibrium:
         parts.append("GE")
-    if stage_1.get("boosted_exits"):
-        parts.append(BOOSTED)
-    if description.stage == "IMTA":
-        parts += description.title.split(" + ")[1:]  # without "stage 2"
+    if stage_1.boosted:
+        parts.append("boosted exits")
+    if stage_1 is not network:
+        parts += network.description.title.split(" + ")[1:]  # without "stage 2"
     return " + ".join(parts)
 
 
-def _section(name: str, description: Description) -> str:
-    accuracy = description.accuracy
+def _section(name: str, network: ExitNetwork) -> str:
+    description, accuracy = network.description, network.description.accuracy
     columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
     rows = zip(description.operations, *columns, strict=True)
     budgets = zip(accuracy["budgets"], accuracy["budgets_test_acc1"], strict=True)
     corruptions = accuracy_table(name)
     return SECTION.format(
         name=name,
-        title=_title(description),
+        title=_title(network),
         d=description,
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.data.class_names),
