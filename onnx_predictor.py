@@ -198,7 +198,9 @@ class OnnxPredictor:
             remaining = remaining[stay]
             state = {key.removeprefix("next_"): x[stay] for key, x in state.items()}
             state["previous_logits"] = logits[stay]
-        logits = np.einsum("nk,nkc->nc", self._weights[exits], seen)
+        weights = self._weights[exits]
+        seen[weights == 0] = 0  # also where they are infinite
+        logits = np.einsum("nk,nkc->nc", weights, seen)
         probs = _softmax(logits)
         return Prediction(probs.argmax(axis=1), probs.max(axis=1), exits, logits)
 

@@ -24,6 +24,7 @@ from adaptive_inference.optimised import optimised_thresholds
 from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import Point, Policy, PolicyCurve
 from models import ExitNetwork
+from utils import UserError
 
 
 def find_policies(
@@ -42,6 +43,9 @@ def find_policies(
         targets: (N,).
         full_policy: Policy whose measure, temperatures and ensemble all policies get. If None, fit one with
             ``fit_full_policy``.
+
+    Raises:
+        UserError: As ``fit_full_policy``.
     """
     policy = full_policy or fit_full_policy(logits, targets)
     predictions = ExitPredictions.from_logits(logits, targets, policy.measure)
@@ -67,7 +71,16 @@ def fit_full_policy(logits: Tensor, targets: Tensor, measure: str = "softmax") -
         logits: (K, N, C) of held-out images.
         targets: (N,).
         measure: Measure of confidence of the policies, one of ``confidence.MEASURES``.
+
+    Raises:
+        UserError: Logits of some images are not finite: nothing could be fitted to them.
     """
+    count = int((~logits.isfinite()).any(dim=2).any(dim=0).sum())
+    if count > 0:
+        raise UserError(
+            f"the network's output is not finite for {count:,} of {len(targets):,} held-out images; in half "
+            "precision it may be too large (--amp off)"
+        )
     temperatures = tuple(fit_temperatures(logits, targets))
     ensemble = fit_ensemble(logits, targets, temperatures)
     return Policy((NONE_LEAVE,) * len(logits), measure, temperatures, ensemble)

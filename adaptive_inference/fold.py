@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from adaptive_inference.fingerprint import network_fingerprint
 from models import ExitNetwork, State
-from models.module_state import set_memory_format
+from models.module_state import detached_copy, set_memory_format
 
 # Types of timm, by name as timm is optional: a convolution that only pads by itself, and BatchNorms with an
 # activation inside.
@@ -106,7 +106,7 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     """
     fingerprint = network_fingerprint(network)
     original = network.network if isinstance(network, FoldedNetwork) else network
-    folded = copy.deepcopy(original).eval().requires_grad_(False)
+    folded = detached_copy(original).eval().requires_grad_(False)
     folded.fold_batch_norm(fuse)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     folded.to(dtype=dtype)
@@ -128,6 +128,8 @@ def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | 
     """
     if getattr(norm, "running_mean", None) is None or _is_changed(layer) or _is_changed(norm):
         return None
+    if norm.weight is None:  # PyTorch's functions need the factors
+        norm = _with_unit_factors(norm)
     if type(layer) is nn.Conv2d or _is_of_timm(layer, PADDING_CONVOLUTION):
         if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return fuse_conv_bn_eval(layer, norm)
@@ -136,6 +138,14 @@ def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | 
     if is_2d and type(layer) is nn.Linear and type(norm) in (nn.BatchNorm1d, nn.SyncBatchNorm):
         return fuse_linear_bn_eval(layer, norm)
     return None
+
+
+def _with_unit_factors(norm: nn.Module) -> nn.Module:
+    """Return a copy of a BatchNorm without learned factors that has them, at one and zero."""
+    norm = copy.deepcopy(norm)
+    norm.weight = nn.Parameter(torch.ones_like(norm.running_mean), requires_grad=False)
+    norm.bias = nn.Parameter(torch.zeros_like(norm.running_mean), requires_grad=False)
+    return norm
 
 
 def _is_of_timm(module: nn.Module, *names: str) -> bool:

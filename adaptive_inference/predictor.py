@@ -249,6 +249,7 @@ def _prediction(logits: Sequence[Tensor], exits: Tensor, policy: Policy) -> Pred
     if policy.temperatures or policy.ensemble:
         weights = torch.tensor(policy.weights, dtype=stacked.dtype).to(stacked.device)  # (K, K)
         weights = weights[exits, : len(stacked)]  # (N, exits that ran)
+        stacked = stacked.masked_fill((weights == 0).T[..., None], 0)  # also where they are infinite
         combined = torch.einsum("nk,knc->nc", weights, stacked)
     probs = torch.softmax(combined, dim=1)
     confidence, classes = probs.max(dim=1)

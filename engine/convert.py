@@ -172,7 +172,7 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
             "give --classes FILE, one name a line, or the folder that holds a folder for each class"
         )
     options = network.stage_1.config
-    name = arguments.data or DATA_OF_CLASSES.get(network.num_classes, "folder")
+    name = arguments.data or _data_name(network.num_classes, options["small_inputs"])
     image_size = arguments.image_size or (32 if options["small_inputs"] else 224)
     mean, std = NORMALIZATION.get(name, NORMALIZATION["imagenet"])
     data = _data_info(
@@ -200,6 +200,12 @@ def _convert_released(checkpoint: Mapping, path: Path, output: Path, arguments: 
     others = [key for key in averages if key not in found[:1]]
     taken = f", from {found[0]!r}, not from {others[0]!r}" if found and others else ""
     return f"network: {output}{taken}"
+
+
+def _data_name(num_classes: int, small_inputs: bool) -> str:
+    """Return the published data set with so many classes and such images, else ``folder``."""
+    name = DATA_OF_CLASSES.get(num_classes, "folder")
+    return name if small_inputs == (name in ("cifar10", "cifar100")) else "folder"
 
 
 def read_class_names(path: Path, count: int) -> list[str]:

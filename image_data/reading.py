@@ -25,6 +25,7 @@ from utils import UserError
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_SIDES_RATIO = 200  # longer by shorter side; resizing the shorter side would make the longer one enormous
 SAMPLED_FILES = 32  # whose sizes stand for those of all files
+STRIP_PIXELS = 2**20
 MAX_JPEG_PIXELS = 16384 * 12288  # the largest phone cameras; above MAX_PIXELS they are decoded reduced
 
 
@@ -91,11 +92,20 @@ def _in_bytes(image: Image.Image) -> Image.Image:
 
     PIL would cut them off at 255.
     """
-    values = np.asarray(image, dtype=np.float64)
-    is_number = np.isfinite(values)
-    low, high = (values[is_number].min(), values[is_number].max()) if is_number.any() else (0.0, 0.0)
-    scaled = (np.where(is_number, values, low) / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
-    gray = Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    values = np.asarray(image)
+    # In strips, as one copy of all values in float64 is eight times as large as the bytes.
+    strips = np.array_split(values, -(-values.size // STRIP_PIXELS))
+    limits = [(finite.min(), finite.max()) for finite in (x[np.isfinite(x)] for x in strips) if finite.size]
+    low, high = (min(x for x, _ in limits), max(x for _, x in limits)) if limits else (0, 0)
+    low, high = float(low), float(high)
+
+    def scaled(strip: np.ndarray) -> np.ndarray:
+        strip = strip.astype(np.float64)
+        strip[~np.isfinite(strip)] = low
+        share = (strip / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
+        return np.rint(255 * share).astype(np.uint8)
+
+    gray = Image.fromarray(np.concatenate([scaled(strip) for strip in strips]))
     gray.info = {name: value for name, value in image.info.items() if name != "transparency"}
     return gray
 

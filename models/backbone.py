@@ -26,7 +26,13 @@ from .cutting import Cuts, find_cuts
 from .equivalence import check_segments
 from .errors import first_line
 from .layers import add_boost
-from .module_state import checkpoint_contexts, has_finite_weights, load_tensors, meta_copy
+from .module_state import (
+    checkpoint_contexts,
+    frozen_statistics,
+    has_finite_weights,
+    load_tensors,
+    meta_copy,
+)
 from .network import CannotBuildError, ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import (
     Constructor,
@@ -394,8 +400,8 @@ class Backbone(ExitNetwork):
         """Let segments that change their input in place copy it first: the previous exit needs it too."""
         changes_input = set()
         # Inference tensors have no versions, and the caller may be in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            runner = meta_copy(self)
+        runner = meta_copy(self)
+        with torch.inference_mode(False), torch.no_grad(), frozen_statistics(runner):
             for mode in MODES:
                 runner.train(mode == "training")
                 x = probe_images(runner, size)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import add_boost
 from .network import ExitNetwork, Fuse, State, build_network, fold_sequences, to_config
@@ -71,6 +72,10 @@ class IMTA(ExitNetwork):
             nn.Linear(2 * width if isc and k > 0 else width, self.num_classes)
             for k, width in enumerate(widths)
         )
+        reference = next(backbone.parameters())
+        for own in (self.links, self.classifiers):
+            if own is not None:
+                own.to(reference)  # its device and type
         self._freeze_untrained()
         self.train(self.training)  # a frozen backbone goes into evaluation mode
 
@@ -104,10 +109,14 @@ class IMTA(ExitNetwork):
         self.backbone.checkpoint_activations = value
 
     def train(self, mode: bool = True) -> "IMTA":
-        """Set the mode, but keep a frozen backbone in evaluation mode, as its BatchNorm must not change."""
+        """Set the mode, but keep a frozen backbone in evaluation mode, except BatchNorm that may move."""
         super().train(mode)
-        if self.freeze_batchnorm:
+        if self.freeze_backbone:
+            layers = [m for m in self.backbone.modules() if isinstance(m, _BatchNorm) and m.training]
             self.backbone.eval()
+            if not self.freeze_batchnorm:
+                for layer in layers:
+                    layer.train()
         return self
 
     def check_image_size(self, size: int) -> None:

@@ -126,6 +126,21 @@ class Snapshot:
                 tensor.copy_(value)  # always: batch normalisation changes statistics without a new version
 
 
+def tied_parameters(module: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def tie_parameters(module: nn.Module, groups: list[list[str]]) -> None:
+    """Let each group of names be one parameter, that of its first name."""
+    for first, *others in groups:
+        for path, _, name in (other.rpartition(".") for other in others):
+            setattr(module.get_submodule(path), name, module.get_parameter(first))
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], **options: bool) -> None:
     """Call ``load_state_dict`` with tensors of the module's present version.
 
@@ -147,6 +162,21 @@ def has_finite_weights(module: nn.Module) -> bool:
         is_learned = name in parameters or name.endswith(("running_mean", "running_var"))
         checks.append((x.isfinite() if is_learned else ~x.isnan()).all())
     return bool(torch.stack(checks).all())  # one synchronisation with a GPU instead of one per tensor
+
+
+def detached_copy(module: nn.Module) -> Any:
+    """Return a deep copy of a module.
+
+    Tensors that were computed from parameters, as by ``nn.utils.weight_norm``, are copied without their
+    history: ``copy.deepcopy`` refuses them.
+    """
+    computed = {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(module, computed)
 
 
 def meta_copy(module: nn.Module) -> Any:

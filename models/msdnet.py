@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from .layers import DenseLayer, Exit, FeatureGrid, Stem, Transition, add_boost
 from .lazy import Cell, exit_plans
 from .module_state import checkpoint_contexts
-from .network import ExitNetwork, State, checked_num_exits
+from .network import ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .options import MSDNET_FIELDS, MSDNetOptions
 
 SMALL_INPUT_EXIT_CHANNELS = 128
@@ -139,6 +139,10 @@ class MSDNet(ExitNetwork):
         """Yield name and parameter of the exits' linear layers."""
         for k, exit_module in enumerate(self.exits):
             yield from exit_module.linear.named_parameters(f"exits.{k}.linear")
+
+    def fold_batch_norm(self, fuse: Fuse) -> None:
+        """Fold every BatchNorm into the layer before it, in place."""
+        fold_sequences(self, fuse)
 
     def _run_block(self, k: int, grid: FeatureGrid) -> FeatureGrid:
         block = self.blocks[k]

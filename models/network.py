@@ -210,7 +210,7 @@ class ExitNetwork(nn.Module, ABC):
             fuse: Returns one module for a layer and the BatchNorm after it, None where these two cannot be
                 fused. Its third argument says whether the layer's output is known to be (N, C).
         """
-        fold_sequences(self, fuse)
+        fold_sequences(self, fuse, keep_places=True)
 
     # Shared by all networks
 
@@ -392,7 +392,7 @@ def build_network(options: dict[str, Any], network: nn.Module | None = None) -> 
     return ExitNetwork.kinds[kind].from_config(config, network)
 
 
-def fold_sequences(module: nn.Module, fuse: Fuse, is_2d: bool = False) -> None:
+def fold_sequences(module: nn.Module, fuse: Fuse, is_2d: bool = False, keep_places: bool = False) -> None:
     """Fold every BatchNorm in an ``nn.Sequential`` into the layer before it, in place.
 
     Args:
@@ -400,16 +400,17 @@ def fold_sequences(module: nn.Module, fuse: Fuse, is_2d: bool = False) -> None:
         fuse: As for ``ExitNetwork.fold_batch_norm``.
         is_2d: Whether all that these sequences compute is known to be (N, C): the modules alone do not tell
             a linear layer on features (N, C) from one on tokens (N, L, C).
+        keep_places: Leave an identity where a BatchNorm was, for networks that index their sequences.
     """
     if type(module).forward is nn.Sequential.forward:
-        layers: list[nn.Module] = []
-        for layer in module:
-            both = fuse(layers[-1], layer, is_2d) if layers else None
+        layers, previous = module._modules, None
+        for key, layer in list(layers.items()):
+            both = None if previous is None else fuse(layers[previous], layer, is_2d)
             if both is None:
-                layers.append(layer)
-            else:
-                layers[-1] = both
-        module._modules.clear()
-        module.extend(layers)
+                previous = key
+                continue
+            layers[previous], layers[key] = both, nn.Identity()
+            if not keep_places:
+                del layers[key]
     for child in module.children():
-        fold_sequences(child, fuse, is_2d)
+        fold_sequences(child, fuse, is_2d, keep_places)

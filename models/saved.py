@@ -23,6 +23,7 @@ Which function loads what:
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import zlib
@@ -33,14 +34,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .description import SPLIT_TENSORS, Description, Split
+from .description import SPLIT_TENSORS, DataInfo, Description, Split
 from .errors import first_line
 from .files import find
-from .module_state import has_finite_weights, load_tensors
+from .module_state import has_finite_weights, load_tensors, tie_parameters, tied_parameters
 from .network import CannotBuildError, ExitNetwork, build_network
 
 FORMAT = "imta-msdnet network 3"
-MAX_IMAGE_SIZE = 10_000  # pixels
+# A file of others may ask for images that take all memory, or that nothing can make.
+MAX_IMAGE_SIZE, SMALLEST_CROP_SHARE = 10_000, 0.1
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> ExitNetwork:
@@ -224,7 +227,9 @@ def load_weights(network: ExitNetwork, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"it holds another network: {name} is {theirs} there, {ours} here")
     assign = next(network.parameters()).is_meta
     tensors = {name: x.to(expected[name].dtype) for name, x in tensors.items()}
+    tied = tied_parameters(network)
     load_tensors(network, tensors, assign=assign)
+    tie_parameters(network, tied)  # assigning has given every name a parameter of its own
 
 
 def _header_end(content: bytes) -> int:
@@ -234,6 +239,18 @@ def _header_end(content: bytes) -> int:
 def _crc32(content: bytes, description: str) -> str:
     """Return the checksum of the description and of everything behind the header."""
     return f"{zlib.crc32(memoryview(content)[_header_end(content) :], zlib.crc32(description.encode())):08x}"
+
+
+def _check_preprocessing(data: DataInfo) -> None:
+    if not SMALLEST_CROP_SHARE <= data.crop_share <= 1:
+        raise ValueError(f"crop_share is {data.crop_share}")
+    if data.interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation is {data.interpolation!a:.60}")
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name} is {values!a:.60}")
+    if min(data.std) <= 0:
+        raise ValueError(f"std is {data.std!a:.60}")
 
 
 def _check(description: Description, network: ExitNetwork, split: Split) -> None:
@@ -248,6 +265,9 @@ def _check(description: Description, network: ExitNetwork, split: Split) -> None
     network.check_image_size(data.image_size)
     if data.image_size > MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is {data.image_size}")
+    if not all(isinstance(name, str) for name in data.class_names):
+        raise ValueError("not all class names are texts")
+    _check_preprocessing(data)
     if not has_finite_weights(network):
         raise ValueError("not all weights are finite numbers")
     if (

@@ -154,7 +154,8 @@ class CommandLine:
             )
         values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage.name]}
         if typed.get("released"):
-            if self.stage.previous is None and _arch(typed) not in OWN_NETWORKS:
+            makes_network = self.stage.previous is None or typed.get("single_stage")
+            if makes_network and _arch(typed) not in OWN_NETWORKS:
                 raise UserError(f"--released is for --arch msdnet, not for --arch {_arch(typed)}")
             values |= RELEASED_CHOICES
         if typed.get("optimizer") == "adamw":

@@ -37,6 +37,13 @@ REQUIRED: dict[str, tuple[str, Any]] = {
     "gradient_equilibrium_scales": ("gradient_equilibrium", True),
 }
 
+# Flags that count with every value of another setting but this one.
+WITHOUT_EFFECT = (
+    ("pretrained_lr_factor", "freeze", "backbone"),
+    ("temperature", "gamma", 0),
+    ("kl_reduction", "gamma", 0),
+)
+
 
 def conflict_of_flags(typed: dict[str, Any]) -> str | None:
     """Check the flags that were typed."""
@@ -61,10 +68,12 @@ def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str
         return "--nesterov needs a --momentum above 0; some presets set --nesterov"
     if "pretrained_lr_factor" in typed and settings["pretrained"] is None:
         return f"{flag_of('pretrained_lr_factor')} needs --pretrained"
-    if "pretrained_lr_factor" in typed and settings.get("freeze") == "backbone":
-        return f"{flag_of('pretrained_lr_factor')} has no effect with --freeze backbone"
-    if "data_root" in typed and settings["data"] == "demo":
-        return _not_for_demo("data_root")
+    for name, other, value in WITHOUT_EFFECT:
+        if name in typed and settings.get(other) == value:
+            return f"{flag_of(name)} has no effect with {flag_of(other)} {value}"
+    for name in ("data_root", "skip_unreadable", "check_images"):
+        if name in typed and settings["data"] == "demo":
+            return _not_for_demo(name)
     return None
 
 

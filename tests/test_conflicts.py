@@ -42,6 +42,14 @@ from utils import UserError
         ("GE", ["--arch", "resnet18", "--freeze", "backbone"], "--freeze backbone needs --pretrained"),
         ("GE", ["--freeze", "backbone"], "--freeze backbone is for networks of torchvision and timm"),
         ("IMTA", ["--no-ofa", "-T", "2"], "--temperature belongs to --ofa"),
+        ("IMTA", ["--gamma", "0", "-T", "2"], "--temperature has no effect with --gamma 0"),
+        ("IMTA", ["--gamma", "0", "--kl", "mean"], "--kl has no effect with --gamma 0"),
+        (
+            "IMTA",
+            ["--single-stage", "--released", "--arch", "resnet18"],
+            "--released is for --arch msdnet, not for --arch resnet18",
+        ),
+        ("GE", ["--preset", "demo", "--skip-unreadable"], "--skip-unreadable is not for the demo"),
         ("IMTA", ["--no-isc", "--isc-gradient", "flow"], "--isc-gradient belongs to --isc"),
     ],
 )

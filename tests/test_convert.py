@@ -15,6 +15,7 @@ from adaptive_inference.policy_files import read_policy
 from engine import convert
 from engine.checkpoint import load_checkpoint, load_saved
 from models import MSDNet, load, to_released
+from models.normalizer import IMAGENET_MEAN
 from models.pytorch_files import read_checkpoint
 from utils import UserError
 
@@ -127,6 +128,29 @@ def test_released_checkpoints(tmp_path, monkeypatch, capsys):
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(converted(images), network(images))
     assert predict.main(["missing.png", "--model", "model.safetensors"]) == 1
+    # As many classes as CIFAR-10, but images as large as ImageNet's.
+    small = {"num_blocks": 2, "base": 1, "step": 1, "num_channels": 4, "growth_rate": 4}
+    network = MSDNet(num_classes=10, small_inputs=False, **small)
+    torch.save({"state_dict": to_released(network)}, "large.pth")
+    sizes = [
+        "--nBlocks",
+        "2",
+        "--base",
+        "1",
+        "--step",
+        "1",
+        "--nChannels",
+        "4",
+        "--growthRate",
+        "4",
+        "--grFactor",
+        "1-2-4",
+        "--bnFactor",
+        "1-2-4",
+    ]
+    assert convert.main(["large.pth", "--classes", "names.txt", *sizes]) == 0
+    data = load("large.safetensors").description.data
+    assert (data.name, data.image_size, data.mean) == ("folder", 224, list(IMAGENET_MEAN))
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

@@ -190,6 +190,14 @@ class AssignsBuffer(Plain):
         return x
 
 
+class AveragesAllBatches(Plain):
+    """Statistics of BatchNorm are means over all batches so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.first[1].momentum = None
+
+
 class CountsInPython(Plain):
     """The result depends on how often it ran: a trace knows one of the passes."""
 
@@ -303,6 +311,7 @@ class Hooked(Plain):
 PASSES = []
 KEPT = [
     Plain,
+    AveragesAllBatches,
     FrozenNorm,
     HandWrittenNorm,
     SharedBias,

@@ -43,6 +43,13 @@ def test_logits_are_all_that_a_policy_file_needs(network, tmp_path):
     assert AdaptivePredictor(network, policy)(torch.randn(4, 3, 32, 32)).classes.shape == (4,)
 
 
+def test_no_policy_is_fitted_to_output_that_is_not_finite(network):
+    logits, targets = make_predictions(400)
+    logits[0, 3, 1], logits[1, 3, 2], logits[2, 7] = torch.inf, torch.nan, -torch.inf
+    with pytest.raises(UserError, match="not finite for 2 of 400 held-out images"):
+        find_policies(network, OPERATIONS, logits, targets)
+
+
 def test_few_images_make_no_ensemble(network):
     assert rules_of(find_policies(network, OPERATIONS, *make_predictions(12))) == {
         "geometric": 40,

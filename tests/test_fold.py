@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from models import count_operations
+from models import ExitNetwork, count_operations
 from models.backbone import Backbone
 from models.network import fold_sequences
 from tests.contract import CASES
@@ -205,6 +205,84 @@ CHANGES = {
     "weight_norm": lambda layer, norm: nn.utils.parametrizations.weight_norm(layer),
     "parametrised norm": lambda layer, norm: parametrize.register_parametrization(norm, "weight", Negative()),
 }
+
+
+class Indexed(ExitNetwork, register=False):
+    """Two exits that run parts of one sequence, by their positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*block(3), *block(8))
+        self.linears = nn.ModuleList(nn.Linear(8, 10) for _ in range(2))
+        self.num_exits, self.num_classes, self.feature_dims = 2, 10, (8, 8)
+        self.config = {}
+
+    def check_image_size(self, size):
+        pass
+
+    def start(self, images):
+        return {"x": images}
+
+    def advance(self, k, state):
+        x = self.layers[3 * k : 3 * k + 3](state["x"])
+        return x.mean((2, 3)), {"x": x}
+
+    def features(self, images, num_exits=None):
+        state, features = self.start(images), []
+        for k in range(self.num_exits):
+            own, state = self.advance(k, state)
+            features.append(own)
+        return features
+
+    def classify_next(self, k, features, previous_logits):
+        return self.linears[k](features)
+
+    def classifier_parameters(self):
+        return self.linears.named_parameters("linears")
+
+
+def block(channels):
+    return nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+
+
+def test_layers_keep_their_places():
+    network = Indexed().eval()
+    for norm in (network.layers[1], network.layers[4]):
+        with_statistics(norm)
+    network, images = network.double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    folded = fold(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    for own, expected in zip(folded(images), network(images), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("is_2d", [True, False])
+def test_batchnorm_without_factors(is_2d):
+    if is_2d:
+        layers, x = [nn.Linear(3, 8), nn.BatchNorm1d(8, affine=False)], torch.randn(4, 3)
+    else:
+        layers, x = [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False)], torch.randn(4, 3, 5, 5)
+    sequence = nn.Sequential(*layers).double().eval()
+    sequence[1].running_mean.uniform_(), sequence[1].running_var.uniform_(1, 2)
+    with torch.no_grad():
+        expected = sequence(x.double())
+        fold_sequences(sequence, fuse, is_2d)
+        torch.testing.assert_close(sequence(x.double()), expected)
+    assert len(sequence) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", ["weight_norm by a hook", "spectral_norm by a hook"])
+def test_networks_with_computed_weights(change):
+    cnn = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    )
+    CHANGES[change](cnn[0], cnn[1])
+    network, images = Backbone(cnn, exits=2, image_size=32).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for own, expected in zip(fold(network)(images), network(images), strict=True):
+            torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")

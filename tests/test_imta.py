@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from models import IMTA, MSDNet
+from models import IMTA, Backbone, MSDNet
 from models.network import build_network, to_config
 from settings.command_line import parse
 from tests.conftest import TINY_NETWORK
@@ -67,6 +68,27 @@ def test_batchnorm_of_the_backbone(backbone, images, frozen):
     network(images)
     moved = [name for name, b in backbone.named_buffers() if not torch.equal(b, before[name])]
     assert (moved == []) is frozen
+
+
+def test_only_batchnorm_of_the_backbone_moves(images):
+    """Dropout and the like stay off: the teacher would be noise."""
+    cnn = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 10)),
+    )
+    network = IMTA(Backbone(cnn, exits=2, image_size=32), freeze_batchnorm=False).train()
+    (statistics,) = [layer for layer in network.backbone.modules() if isinstance(layer, nn.BatchNorm2d)][:1]
+    before = statistics.running_mean.clone()
+    first, second = network.features(images), network.features(images)
+    for own, again in zip(first, second, strict=True):
+        assert torch.equal(own, again)
+    assert not torch.equal(statistics.running_mean, before)
+
+
+def test_new_modules_have_device_and_type_of_the_backbone(backbone, images):
+    network = IMTA(backbone.double())
+    assert {p.dtype for p in network.parameters()} == {torch.float64}
+    assert network.eval()(images.double())[-1].dtype == torch.float64
 
 
 @pytest.mark.parametrize("flags", [["--no-ofa"], ["--gamma", "0"]])

@@ -165,6 +165,15 @@ def test_outputs_after_an_image_left_change_nothing():
     assert torch.equal(simulate(logits, policy).probs, expected.probs)
 
 
+def test_exits_without_weight_may_be_infinite():
+    """0 times infinity is not a number."""
+    logits = torch.randn(3, 20, 5)
+    policy = Policy((NONE, ALL, NONE), temperatures=(1.5, 2.0, 2.5))
+    expected = simulate(logits, policy)
+    logits[0, 3, 1] = torch.inf
+    assert torch.equal(simulate(logits, policy).probs, expected.probs)
+
+
 def described_network():
     network = make_network(1).float()
     data = SimpleNamespace(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])

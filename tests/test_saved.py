@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from adaptive_inference.fingerprint import network_fingerprint
 from engine.checkpoint import save_network
 from models import IMTA, MSDNet, load, load_released
 from models.description import Split
 from models.network import ExitNetwork, build_network, to_config
-from models.saved import network_from_tensors, read_network, read_safetensors
+from models.saved import load_weights, network_from_tensors, read_network, read_safetensors
 from tests.conftest import TINY_NETWORK, describe
 from utils import UserError
 
@@ -171,6 +172,12 @@ def test_contents_that_do_not_belong_together(network, path):
         ({"description": changed(network, data={"name": "demo"})}, "missing"),
         ({"description": changed(network, operations=[1])}, "operations has 1 entries, where 3 belong"),
         ({"description": changed(network, surplus=1)}, "surplus"),
+        ({"description": changed(network, data={**data, "class_names": [1] * 10})}, "not all class names"),
+        ({"description": changed(network, data={**data, "crop_share": 0})}, "crop_share is 0"),
+        ({"description": changed(network, data={**data, "crop_share": 0.002})}, "crop_share is 0.002"),
+        ({"description": changed(network, data={**data, "mean": [0.5, 0.5]})}, "mean is"),
+        ({"description": changed(network, data={**data, "std": [0.5, 0.0, 0.5]})}, "std is"),
+        ({"description": changed(network, data={**data, "interpolation": "cubic"})}, "interpolation is"),
         ({"description": changed(network, network={**options, "type": "ResNet"})}, "impossible network"),
         ({"description": changed(network, network=absurd)}, "impossible"),
         ({"description": changed(network, network=few_blocks)}, "another network"),
@@ -191,6 +198,21 @@ def test_contents_that_do_not_belong_together(network, path):
             load(path)
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_tied_weights_stay_tied():
+    def tied():
+        layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        layers[1].weight = layers[0].weight
+        return layers
+
+    original = tied()
+    with torch.device("meta"):
+        loaded = tied()
+    load_weights(loaded, original.state_dict())
+    assert loaded[1].weight is loaded[0].weight
+    x = torch.randn(2, 4)
+    assert torch.equal(loaded(x), original(x))
 
 
 def test_a_damaged_description_is_not_blamed_on_the_network_that_was_passed(network, path):
@@ -256,6 +278,7 @@ class Refuse:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch
+from torch import nn
 network = torch.hub.load({str(tmp_path / "clone")!r}, "imta_cifar100", source="local")
 with torch.no_grad():
     print(network.description.data.class_names[network(torch.zeros(1, 3, 32, 32))[-1].argmax()])

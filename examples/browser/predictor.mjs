@@ -131,7 +131,10 @@ export class Predictor {
     }
     for (let n = 0; n < count; n++) {
       const summed = logits.subarray(n * width, (n + 1) * width);
-      seen[n].forEach((own, j) => own.forEach((x, c) => (summed[c] += this.weights[exits[n]][j] * x)));
+      seen[n].forEach((own, j) => {
+        const weight = this.weights[exits[n]][j];
+        if (weight !== 0) own.forEach((x, c) => (summed[c] += weight * x)); // 0 times infinity is not a number
+      });
       const probs = softmax(summed);
       confidence[n] = Math.max(...probs);
       classes[n] = probs.indexOf(Math.max(...probs));
