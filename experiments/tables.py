@@ -54,8 +54,8 @@ REPORT_7 = {
 }
 
 TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7")}
-# Not an arm of the paper; shown beside its arms because it gains most.
-BOOSTED = "GE_boosted"
+# Not arms of the paper; shown beside its arms because they gain most.
+BOOSTED, BOOSTED_STAGE_2 = "GE_boosted", "GE_boosted_ISC_OFA"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 # Standard error of an accuracy of 70 % on 10,000 test images: a smaller gain is not called one.
 TEST_SET_ERROR = 0.46  # points
@@ -77,11 +77,11 @@ DIFFERENCES_ALL_CLASSES = (
     *DIFFERENCES_ON_GE,
     ("GE", BOOSTED),
     ("GE_ISC_OFA", BOOSTED),
-    (BOOSTED, "GE_boosted_ISC_OFA"),
+    (BOOSTED, BOOSTED_STAGE_2),
     (BOOSTED, "GE_boosted_classifiers"),
-    ("GE_boosted_classifiers", "GE_boosted_ISC_OFA"),
+    ("GE_boosted_classifiers", BOOSTED_STAGE_2),
 )
-ENSEMBLE_ARMS = (*MAIN_ARMS, BOOSTED, "GE_boosted_ISC_OFA")
+ENSEMBLE_ARMS = (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2)
 BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_averaged"))
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
@@ -141,14 +141,13 @@ def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]
 def comparison(
     published: list[list[str]],
     names: list[str],
-    arms: Iterable[str],
+    arms_of: Callable[[Path], Iterable[str]],
     accuracies: Callable[[Path], list[float]],
-    trainings: dict[Path, str] = TRAINING,
 ) -> str:
     """Return what others report, then our runs, from the longest training to the shortest."""
     rows = [["100 classes, as reported", *row, ""] for row in published]
-    for results, training in trainings.items():
-        for arm in arms:
+    for results, training in TRAINING.items():
+        for arm in arms_of(results):
             if columns := over_seeds(arm, results, accuracies):
                 rows.append([training, f"ours: {ARMS[arm].title}", *columns])
     return markdown_table(["training", "network", *names, "n"], rows)
@@ -172,12 +171,20 @@ def epochs_of(schedule: str) -> str:
     return TRAINING[SCHEDULES[schedule].results].removeprefix("100 classes, ")
 
 
+def shown_arms(results: Path) -> tuple[str, ...]:
+    """Return the arms to show beside what others report.
+
+    Before the schedule of 100 epochs, stage 2 dropped the boost of boosted exits.
+    """
+    return (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2) if results == LONG else (*MAIN_ARMS, BOOSTED)
+
+
 def exits_table(schedules: Iterable[str] = FULL_SCHEDULES) -> str:
     """Return the accuracy of every exit, and at a budget, of the network with 5 exits and all classes."""
     operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
     rows = [["as reported", f"paper: {name}", *accuracies, "", ""] for name, accuracies in PAPER.items()]
     for name in schedules:
-        for arm in (*MAIN_ARMS, BOOSTED):
+        for arm in shown_arms(SCHEDULES[name].results):
             folders = seeds_of(arm, SCHEDULES[name].results)
             if folders:
                 values = [
@@ -193,27 +200,6 @@ def pairs_ahead() -> str:
     by_seed = [row for results in TRAINING for row in gains("MSDNet", "GE", results)]
     by_seed += gains("MSDNet_7", "GE_7")
     return f"{sum(row[-1] > 0 for row in by_seed)} of {len(by_seed)} pairs of trainings"
-
-
-def best_columns(arm: str, results: Path) -> str:
-    """Return at which exits, and whether at the budget, ``arm`` is the best of all arms in ``results``."""
-    others = [other for other in TITLES if other != arm and seeds_of(other, results)]
-
-    def means(name: str) -> list[float]:
-        values = [
-            [*exit_accuracies(run), *budget_accuracies(run, budgets=[BUDGET])]
-            for run in seeds_of(name, results)
-        ]
-        return [statistics.mean(column) for column in zip(*values, strict=True)]
-
-    *exits, at_budget = (max(column) for column in zip(*map(means, others), strict=True))
-    *own_exits, own_at_budget = means(arm)
-    numbers = [str(k) for k, (own, best) in enumerate(zip(own_exits, exits, strict=True), 1) if own > best]
-    if len(numbers) == len(exits):
-        places = ["every exit"]
-    else:
-        places = [f"exit{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"] if numbers else []
-    return " and ".join([*places, *(["the budget"] if own_at_budget > at_budget else [])]) or "no exit"
 
 
 def summary() -> str:
@@ -241,8 +227,6 @@ def summary() -> str:
     ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
     by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
     is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
-    boosted_schedule = longest(BOOSTED, "GE", "GE_ISC_OFA")
-    boosted = best_columns(BOOSTED, SCHEDULES[boosted_schedule].results)
     lines = (
         f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet. It was ahead in {pairs_ahead()}, "
         "with 20 or 100 classes.",
@@ -250,8 +234,9 @@ def summary() -> str:
         f"{gain('GE', 'GE_classifiers')}. **ISC** gains {gain('GE_classifiers', 'GE_ISC')} on these.",
         f"3. **OFA** {'gains' if is_measurable else 'shows no gain'}: {ofa} alone, {ofa_on_isc} on ISC.",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE; without ensembles they are the "
-        f"best of all networks of {epochs_of(boosted_schedule)} at {boosted}.",
+        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE. Stage 2 gains "
+        f"{gain(BOOSTED, BOOSTED_STAGE_2)} on them, new classifiers alone "
+        f"{gain(BOOSTED, 'GE_boosted_classifiers')}.",
         f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
         f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA. With ensembles on both sides, stage 2 changes the "
         f"mean by {mean_gain(with_ensembles, after(both))}.",
@@ -262,15 +247,13 @@ def summary() -> str:
 
 def budgets_table() -> str:
     """Return the accuracy at every budget."""
-    return comparison(
-        [["report: MSDNet", *REPORT_BUDGETED]], budget_names(), (*MAIN_ARMS, BOOSTED), budget_accuracies
-    )
+    return comparison([["report: MSDNet", *REPORT_BUDGETED]], budget_names(), shown_arms, budget_accuracies)
 
 
 def static_table() -> str:
     """Return the main arms, each with its longest schedule, within the operations of each static network."""
     rows = [["200 epochs", "static", "", *(f"{accuracy}" for *_, accuracy in STATIC), ""]]
-    for arm in (*MAIN_ARMS, BOOSTED):
+    for arm in shown_arms(LONG):
         schedule = longest(arm)
         for title, file in (("paper's rule", "budgeted.csv"), ("optimised, with ensembles", "ensemble.csv")):
             budgets = [1e6 * millions for _, millions, _ in STATIC]
@@ -290,7 +273,8 @@ def static_table() -> str:
 def exits_7_table() -> str:
     """Return the accuracy of every exit of the network with 7 exits."""
     reported = [[f"report: {name}", *map(str, accuracies)] for name, accuracies in REPORT_7.items()]
-    return comparison(reported, exit_names(7), [f"{arm}_7" for arm in MAIN_ARMS], exit_accuracies)
+    arms = [f"{arm}_7" for arm in MAIN_ARMS]
+    return comparison(reported, exit_names(7), lambda _: arms, exit_accuracies)
 
 
 def arms_table() -> str:
@@ -435,7 +419,7 @@ def draw_arms(results: Path) -> Figure:
 
     The static networks are triangles.
     """
-    folders = {TITLES[arm]: seeds_of(arm, results) for arm in (*MAIN_ARMS, BOOSTED)}
+    folders = {TITLES[arm]: seeds_of(arm, results) for arm in shown_arms(results)}
     figure = draw_curves(
         {
             title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), [])

@@ -27,7 +27,7 @@ from adaptive_inference.promises.drift import DriftAlarm, read_reference, refere
 from engine.checkpoint import load_saved
 from engine.prediction.predictor_choice import ChosenPredictor, choose_predictor
 from engine.prediction.rows import WRITERS, open_output, prediction_rows, text_of_path
-from engine.runtime.device import is_out_of_memory, limit_threads
+from engine.runtime.device import is_out_of_memory, limit_threads, set_tf32
 from engine.runtime.signals import Interrupted, SignalRequests
 from image_data.defaults import SMALL_IMAGE_SIZE, num_workers
 from image_data.folders import LEFT_OUT, find_images
@@ -64,6 +64,8 @@ def predict_all(arguments: argparse.Namespace, path: Path, requests: SignalReque
     ignore_pillow_warnings()
     with _memory_error_named():
         device, network = _device(arguments.device), load_saved(path).network
+        # As in the evaluation that set the thresholds.
+        set_tf32(network.description.recipe.get("tf32", True))
         batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
         limit_threads(arguments.threads, batch_size * network.description.operations[-1])
         policy_file = arguments.policy or policy_path(path)
