@@ -87,8 +87,8 @@ def load_data(
         stored: The data set of a checkpoint, which must have the same classes.
         split: The split of the checkpoint, which is taken over; training images that it does not know are
             left out. None chooses a new one.
-        image_spec: The images that pretrained weights expect. Without it, and without ``stored``, images are
-            those of the settings.
+        image_spec: The images that the network to train expects; by default those of ``stored``, or else of
+            the settings.
         origin_split: Split of the network to start from. A new split holds out the same images, and others
             that did not train that network, where possible.
 
@@ -96,7 +96,7 @@ def load_data(
         UserError: Missing or empty folders, unreadable images, classes that differ between the subsets, an
             impossible split, other data than the checkpoint's.
     """
-    spec = stored.image_spec if stored else image_spec
+    spec = image_spec or (stored.image_spec if stored else None)
     image_size = settings.image_size or (spec.image_size if spec else IMAGE_SIZES[settings.data])
     crop_share = spec.crop_share if spec else default_crop_share(image_size)
     interpolation = spec.interpolation if spec else "bilinear"

@@ -34,7 +34,7 @@ from engine.run_data import (
 from engine.run_directory import RunDirectory
 from engine.runtime.compiling import usable_mode
 from engine.runtime.device import prepare_network_and_device, seed_everything
-from engine.runtime.distributed import process_group, torchrun_environment
+from engine.runtime.distributed import Processes, process_group, torchrun_environment
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import exit_worker, training_processes, workers_end_inside
 from engine.runtime.log import Log
@@ -51,6 +51,7 @@ from settings.command_line import CommandLine, recipe_of, settings_from_recipe
 from settings.conflicts import conflict_on_machine
 from utils import UserError, one_line, print_error
 
+MAX_STEPS = 2**40  # of an epoch
 FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
 
 
@@ -94,6 +95,11 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
     with directory.lock() if torchrun_environment().rank == 0 else nullcontext():
         checkpoint = checkpoint_to_resume(command, stage.name, directory)
         origin = None if checkpoint else stage.find_origin(command)
+        if origin is not None and origin.path.resolve() == directory.best.resolve():
+            raise UserError(
+                f"--save {directory.path} is the run of --pretrained, whose network would be replaced; "
+                "name another directory"
+            )
         settings = command.settings(
             recipe=settings_from_recipe(checkpoint["description"].recipe) if checkpoint else None,
             origin_recipe=recipe_of(origin.network) if origin else None,
@@ -123,6 +129,7 @@ def _train_in_process(
         origin: The network to start from, None to start from scratch or to resume.
     """
     directory, log, is_main = session.directory, session.log, session.processes.is_main
+    _check_one_state(session.processes, checkpoint)
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
     session, data, network, description = _prepare(stage, session, checkpoint, origin)
     # Both may raise: make them before the old run is deleted.
@@ -143,6 +150,16 @@ def _train_in_process(
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {epochs}: {directory.best}")
         _evaluate(session, network, data, description, _curves_of(stage, description, directory))
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
+
+
+def _check_one_state(processes: Processes, checkpoint: dict[str, Any] | None) -> None:
+    """Raise UserError if the processes have read different checkpoints: their folders are not one."""
+    steps = -1 if checkpoint is None else checkpoint["epoch"] * MAX_STEPS + checkpoint["step"]
+    if processes.all_reduce_max(steps) != -processes.all_reduce_max(-steps):
+        raise UserError(
+            "the processes of this run find different checkpoints: --save must be a folder that all machines "
+            "share"
+        )
 
 
 def _prepare(
@@ -166,6 +183,9 @@ def _prepare(
         description = _describe(stage, session, data, network, operations, origin)
     else:
         description = checkpoint["description"]
+        # What later evaluations take from the recipe.
+        changed = {name: to_plain_types(settings)[name] for name in ("data_root", "measure")}
+        description = replace(description, recipe={**description.recipe, **changed})
     _prepare_device(session, network, operations[-1])
     return session, data, network, description
 

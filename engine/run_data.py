@@ -34,7 +34,7 @@ def data_for_new_run(
             return data
         size = len(origin.split.held_out)
         session.log.line(f"the images are those of {origin.path}: the same {size:,} of them are held out")
-    data = load_run_data(session, origin.data, origin.known_split)
+    data = load_run_data(session, origin.data, origin.known_split, image_spec)
     log_class_order(origin, data, session.log)
     return data
 

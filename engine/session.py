@@ -107,11 +107,11 @@ def git_commit() -> str | None:
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60
         ).stdout.strip()
         changed = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False, timeout=60
-        ).returncode
+            [*git, "status", "--porcelain", "--", "*.py"], capture_output=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return name if changed == 0 else f"{name}-dirty"
+    return f"{name}-dirty" if changed else name
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ is complete, its small files are copied into ``seed_N/ARM/`` of the folder with 
 which ``experiments/tables.py`` makes the tables and plots.
 """
 
+import shlex
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,22 @@ def is_complete(run: Path) -> bool:
     return bool(sessions) and sessions[-1].get("complete") is True
 
 
+def refuse_other_command(run: Path, words: list[str]) -> None:
+    """Raise UserError if a run was started with other flags than these; folders may have moved."""
+    recorded = RunDirectory(run).sessions()[0]["command"]
+    if _flags(shlex.split(recorded)) != _flags(words):
+        raise UserError(f"{run} was trained by another command, {recorded}: choose another --work")
+
+
+def _flags(words: list[str]) -> list[str]:
+    """Return the words of a command line behind the program, without those that name folders or resume."""
+    flags = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+    for name in ("--data-root", "--save", "--pretrained"):
+        if name in flags:
+            del flags[flags.index(name) : flags.index(name) + 2]
+    return [word for word in flags if word not in ("--resume", "--overwrite")]
+
+
 def run_command(words: list[str]) -> int:
     """Run one of the programs, let it save when a signal asks to stop, and return its exit status."""
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
@@ -260,10 +277,11 @@ def train_arms(
     """
     for seed in seeds:
         for arm in arms:
-            run = work / f"seed_{seed}" / arm
+            run, words = work / f"seed_{seed}" / arm, command_of(arm, seed)
             if is_complete(run):
+                refuse_other_command(run, words)
                 sys.stdout.write(f"complete: {run}\n")
-            elif status := run_command(command_of(arm, seed)):
+            elif status := run_command(words):
                 return status
             if results is not None:
                 keep_files(run, results / f"seed_{seed}" / arm)

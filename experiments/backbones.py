@@ -87,7 +87,9 @@ def _accuracies(run: Path) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, or print the table."""
-    parser = CommandLineParser(prog="experiments.backbones", description=__doc__.splitlines()[0])
+    parser = CommandLineParser(
+        prog="experiments.backbones", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--data-root", type=user_path, metavar="DIR", help="CIFAR-100 as folders train/ and test/"
     )

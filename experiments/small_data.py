@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from engine.report import read_csv
-from experiments.arms import is_complete, run_command
+from experiments.arms import is_complete, refuse_other_command, run_command
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
+from utils import UserError, error_message
 
 CLASSES = ("bicycle", "castle", "lion", "rose")
 TRAINING_IMAGES = 30
@@ -54,7 +55,9 @@ def run_all(
             ]
             words += ["--pretrained", str(weights)] if "--arch" in flags else []
             words += ["--val-size", "24", "--batch-size", "16", *more]
-            if not is_complete(save) and run_command([*words, "--overwrite"]):
+            if is_complete(save):
+                refuse_other_command(save, words)
+            elif run_command([*words, "--overwrite"]):
                 sys.exit(1)
             results[way].append([row["acc1"] for row in read_csv(save / "anytime.csv")])
     return results
@@ -62,7 +65,9 @@ def run_all(
 
 def main(argv: list[str] | None = None) -> int:
     """Train and print the table; further flags go to ``train_GE.py``."""
-    parser = CommandLineParser(prog="experiments.small_data", description=__doc__.splitlines()[0])
+    parser = CommandLineParser(
+        prog="experiments.small_data", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--data-root", type=user_path, required=True, metavar="DIR", help="CIFAR-100 as folders"
     )
@@ -80,7 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(default: 1 2 3)"
     )
     arguments, more = parser.parse_known_args(argv)
-    results = run_all(arguments.data_root, arguments.weights, arguments.work, arguments.seeds, more)
+    try:
+        results = run_all(arguments.data_root, arguments.weights, arguments.work, arguments.seeds, more)
+    except (UserError, OSError) as error:
+        parser.error(error_message(error))
     rows = [
         [way, *(spread([exits[k] for exits in by_seed], digits=1) for k in (0, -1))]
         for way, by_seed in results.items()

@@ -107,11 +107,11 @@ def conflict_of_new_training(typed: dict[str, Any], settings: dict[str, Any]) ->
     if "warmup_epochs" in typed and typed["warmup_epochs"] >= settings["epochs"]:
         return f"--warmup-epochs {typed['warmup_epochs']:g} must lie below --epochs {settings['epochs']}"
     milestones, epochs = settings["lr_milestones"] or (), settings["epochs"]
-    if settings["lr_type"] != "multistep" or max(milestones, default=0) < epochs:
+    if settings["lr_type"] != "multistep" or all(0 < milestone < epochs for milestone in milestones):
         return None
     numbers = ",".join(f"{milestone:g}" for milestone in milestones)
     if "lr_milestones" in typed:
-        return f"--lr-milestones {numbers} must lie below --epochs {epochs}"
+        return f"--lr-milestones {numbers} must lie above 0 and below --epochs {epochs}"
     return (
         f"--preset {settings['preset']} decays the learning rate at epochs {numbers}, which must lie below "
         f"--epochs {epochs}; pass --lr-milestones too"

@@ -61,7 +61,11 @@ def test_flags_that_do_not_go_with_other_settings_are_refused(stage, flags, word
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr-milestones", "5,10", "--epochs", "10"], "--lr-milestones 5,10 must lie below --epochs 10"),
+        (
+            ["--lr-milestones", "5,10", "--epochs", "10"],
+            "--lr-milestones 5,10 must lie above 0 and below --epochs 10",
+        ),
+        (["--lr-milestones=-5,5", "--epochs", "10"], "--lr-milestones -5,5 must lie above 0"),
         (
             ["--epochs", "30"],
             "imagenet decays the learning rate at epochs 30,60, .* pass --lr-milestones too",

@@ -341,6 +341,22 @@ def test_a_second_signal_stops_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_the_end_of_the_terminal_stops_a_run_unless_it_is_ignored():
+    """As ``nohup`` ignores it."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with handle_signals() as requests, requests.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.stop_signal == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with handle_signals() as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.stop_signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_error_made_of_an_interruption_is_the_signal():
     with handle_signals() as requests:
         assert isinstance(requests.reason(ValueError("a bug")), ValueError)

@@ -91,6 +91,21 @@ def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_pat
     assert sorted(path.name for path in (tmp_path / "work" / "classes" / "train").iterdir()) == ["ant", "cat"]
 
 
+def test_a_run_of_other_flags_is_no_result(tmp_path):
+    run = tmp_path / "seed_1" / "GE"
+    run.mkdir(parents=True)
+    command = "python train_GE.py --epochs 1 --data-root elsewhere --save 'old folder/GE' --resume"
+    (run / "run.json").write_text(json.dumps({"sessions": [{"command": command, "complete": True}]}))
+
+    def train(epochs):
+        words = ["train_GE.py", "--epochs", epochs, "--save", str(run), "--data-root", "here", "--resume"]
+        return arms.train_arms(["GE"], [1], lambda arm, seed: words, tmp_path, None)
+
+    assert train("1") == 0
+    with pytest.raises(UserError, match="was trained by another command"):
+        train("2")
+
+
 def test_a_run_that_fails_ends_the_series(tmp_path, image_folder, monkeypatch):
     monkeypatch.setattr(arms, "run_command", lambda words: 143)
     assert arms.train_all(arms.SCHEDULES["published"], image_folder, tmp_path / "work", [1], ["GE"]) == 143

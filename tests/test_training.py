@@ -21,6 +21,7 @@ from engine import trainer
 from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
 from engine.networks import expected_images
 from engine.report import read_csv
+from engine.run import _check_one_state
 from engine.run_data import held_out_are_new, split_is_complete
 from engine.stepper import Stepper
 from engine.trainer import learning_rate
@@ -98,6 +99,35 @@ def test_stage_2_uses_network_split_and_data_of_stage_1_and_moves_nothing_frozen
     assert after.network.backbone.config == before.network.config
     assert same_tensors(after.network.backbone.state_dict(), before.network.state_dict())
     assert run_json(runs / "IMTA")["frozen_digest"] == after.description.frozen_digest
+
+
+def test_a_run_does_not_replace_the_network_it_starts_from(runs, capsys):
+    before = contents(runs)
+    for program, flags in ((train_IMTA, TINY_STAGE_2), (train_GE, TINY_FLAGS)):
+        folder = str(runs / "GE")
+        assert program.main(["--pretrained", folder, "--save", folder, "--overwrite", *flags]) == 2
+        assert "is the run of --pretrained" in capsys.readouterr().err
+    assert contents(runs) == before
+
+
+def test_too_few_values_for_batch_normalisation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthetic, "DEMO_IMAGES", TINY_DEMO)
+    flags = "--arch resnet18 --exits 2 --epochs 1 --batch-size 4 --accumulate 4 --val-size 64 --amp off"
+    assert train_GE.main(["--save", str(tmp_path / "GE"), *flags.split()]) == 2
+    assert "batch normalisation cannot learn" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_processes_that_resume_different_states_stop():
+    """As on machines whose folders of runs are not one."""
+
+    state = {"epoch": 2, "step": 7}
+    same = SimpleNamespace(all_reduce_max=lambda value: value)
+    _check_one_state(same, state)
+    _check_one_state(same, None)
+    others = iter([3 * 2**40, -2 * 2**40 - 7])  # the other process is at epoch 3
+    different = SimpleNamespace(all_reduce_max=lambda value: max(value, next(others)))
+    with pytest.raises(UserError, match="find different checkpoints"):
+        _check_one_state(different, state)
 
 
 def test_a_moved_backbone_is_noticed(runs, monkeypatch):

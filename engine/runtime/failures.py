@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from settings.command_line import CommandLine
 
 
+ONE_VALUE = "Expected more than 1 value per channel when training"  # PyTorch's error
+
+
 def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> tuple[int, str]:
     """Return the exit status of a run that ``error`` ended, and the line that says why.
 
     Returns:
-        1 when a process that the run needs was lost; 2 after a mistake; 130 or 143 after SIGINT or SIGTERM.
+        1 when a process that the run needs was lost; 2 after a mistake; 129, 130 or 143 after SIGHUP,
+        SIGINT or SIGTERM.
 
     Raises:
         Exception: ``error`` itself, if none of these explains it: it is a bug.
@@ -34,6 +38,11 @@ def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> t
     if isinstance(error, Interrupted):
         saved = "saved" if error.is_saved else "what was saved before stays"
         return error.exit_status, f"stopped by a signal{error.where}, {saved}{resume}"
+    if isinstance(error, ValueError) and ONE_VALUE in str(error):
+        return 2, (
+            "a part of a step has one value per channel, from which batch normalisation cannot learn; use a "
+            "larger --batch-size, a smaller --accumulate or fewer processes"
+        )
     if isinstance(error, (MemoryError, RuntimeError)):
         if is_out_of_memory(error):
             smaller = "a smaller --batch-size, --accumulate or --checkpoint-activations"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a run; SIGUSR1 makes it save and continue.
+"""SIGINT, SIGTERM and the end of the terminal (SIGHUP) stop a run; SIGUSR1 makes it save and continue.
 
 In training the first signal ends the step, saves, and says how to resume; elsewhere, and at a second signal,
 the run stops at once.
@@ -83,9 +83,9 @@ class SignalRequests:
 def handle_signals() -> Iterator[SignalRequests]:
     """Handle signals within the block.
 
-    SIGINT and SIGTERM raise ``Interrupted``, except that the first one is only noted in a ``deferred`` block;
-    SIGUSR1 is only noted. In a thread other than the main one, where Python handles no signals, nothing is
-    changed.
+    SIGINT, SIGTERM and SIGHUP raise ``Interrupted``, except that the first one is only noted in a
+    ``deferred`` block; SIGUSR1 is only noted, and SIGHUP stays ignored where it is, as under ``nohup``. In a
+    thread other than the main one, where Python handles no signals, nothing is changed.
     """
     requests = SignalRequests()
     if threading.current_thread() is not threading.main_thread():
@@ -102,6 +102,8 @@ def handle_signals() -> Iterator[SignalRequests]:
         requests.save = True
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        handlers[signal.SIGHUP] = stop
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield requests
