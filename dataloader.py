@@ -181,7 +181,8 @@ def _find_and_split(
 def _refuse_large_batch(batch_size: int, count: int) -> None:
     if count < batch_size:
         raise UserError(
-            f"--batch-size {batch_size} is more than the {count} training images without the held-out ones"
+            f"--batch-size {batch_size} is more than the {count} training images without the held-out ones; "
+            f"give --batch-size {count} or less"
         )
 
 

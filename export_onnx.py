@@ -20,7 +20,7 @@ from adaptive_inference.fingerprint import describe
 from adaptive_inference.loading import folded_for
 from adaptive_inference.policy_files import policy_path, read_policy
 from engine.checkpoint import load_saved
-from parsing import CommandLineParser, user_path
+from parsing import CommandLineParser, output_file, user_path
 from utils import UserError, print_error, print_line
 
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def output_path(text: str) -> tuple[Path, bool]:
     """Return the path of ``--output``, and whether it is a directory, for a file per block."""
-    path = user_path(text)
+    path = output_file(text)
     if path.is_file() and path.suffix != ".onnx":
         raise argparse.ArgumentTypeError(f"{path} is a file already, and its name does not end in .onnx")
     return path, text.endswith(("/", os.sep)) or path.is_dir()

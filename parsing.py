@@ -131,6 +131,13 @@ def share_or_count(text: str) -> float:
     return int(value)
 
 
+def output_file(text: str) -> Path:
+    """Convert the name of a file to write: behind a symbolic link, which stays, it is what the link names."""
+    path = user_path(text)
+    is_link_to_file = path.is_symlink() and (path.is_file() or not path.exists())
+    return Path(os.path.realpath(path)) if is_link_to_file else path
+
+
 def user_path(text: str) -> Path:
     """Convert the name of a file or folder; ``~`` is the user's home.
 

@@ -27,7 +27,7 @@ from adaptive_inference.policy_files import policy_path
 from engine.prediction.predict_all import predict_all
 from engine.runtime.signals import Interrupted, handle_signals
 from models.files import BEST, find
-from parsing import CommandLineParser, above, at_least, in_range, user_path
+from parsing import CommandLineParser, above, at_least, in_range, output_file, user_path
 from utils import UserError, print_error
 
 RUNS, SHIPPED = Path("save"), "imta_cifar100"
@@ -138,7 +138,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--output",
-        type=user_path,
+        type=output_file,
         metavar="FILE",
         help="write the predictions there (default: standard output)",
     )

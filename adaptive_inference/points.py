@@ -65,6 +65,8 @@ def choose(
     Raises:
         UserError: No point satisfies the request; the line says what is possible.
     """
+    if isinstance(operations, str):
+        raise UserError(f"operations is {operations!r}; it is a number of operations, such as 20e6")
     points = eligible_points(curve, accuracy, max_loss, rule)
     if operations is None:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))

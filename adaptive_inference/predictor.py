@@ -9,6 +9,7 @@ An image leaves at the first exit whose confidence reaches that exit's threshold
 same from the logits of all exits.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -161,10 +162,13 @@ class AdaptivePredictor:
             batch_size: Images that are preprocessed and predicted at a time.
 
         Raises:
+            TypeError: ``images`` is a single path.
             ValueError: ``preprocess`` is missing here and in the predictor, or the network has no
                 description.
             UserError: An image cannot be read.
         """
+        if isinstance(images, (str, os.PathLike)):
+            raise TypeError(f"images is the path {os.fspath(images)!r}; pass a list of paths or PIL images")
         preprocess = preprocess or self.preprocess
         if preprocess is None:
             raise ValueError("preprocess is missing: pass image_data.preprocessing.preprocess")

@@ -302,6 +302,13 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
     # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
     # dtype of the policy file.
     settings = command.settings(recipe={**recipe, "amp": "auto", "compile": "off"})
+    if settings.evalmode == "runtime" and "measure" in command.typed:
+        measure = read_policy(directory.policy).points[0].policy.measure
+        if settings.measure != measure:
+            raise UserError(
+                f"the policies in {directory.policy} decide by {measure}; "
+                f"--evalmode dynamic --measure {settings.measure} makes others"
+            )
     if settings.evalmode == "runtime" and settings.amp == "auto":
         dtype = read_policy(directory.policy).dtype
         settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))

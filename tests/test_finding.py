@@ -37,6 +37,8 @@ def test_logits_are_all_that_a_policy_file_needs(network, tmp_path):
     assert curve.num_images == 400
     with pytest.raises(UserError, match="not tested on held-out images"):
         choose(curve, max_loss=MaxLoss(1.0))
+    with pytest.raises(UserError, match="operations is '40%'; it is a number"):
+        choose(curve, operations="40%")
     write_policy(tmp_path / "policy.json", curve)
     again = read_policy(tmp_path / "policy.json", network)
     policy = choose(again, operations=20, rule="ensemble").policy

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -407,11 +408,26 @@ def test_the_output_replaces_no_image(trained, images, monkeypatch, capsys):
         (images, images / "a.png"),
     ):
         assert run(trained, "missing.png", path, "--output", output) == 2
-        assert "a.png would replace one of the images, " in capsys.readouterr().err
+        assert re.search(r"a\.png would replace .*a\.png, which is read", capsys.readouterr().err)
         assert (images / "a.png").read_bytes() == pixels
+    for name in ("best.safetensors", "policy.json"):
+        content = (trained / name).read_bytes()
+        assert run(trained, images, "--output", trained / name) == 2
+        assert "which is read" in capsys.readouterr().err
+        assert (trained / name).read_bytes() == content
     for _ in range(2):
         assert run(trained, images, "--output", images / "rows.csv", "--format", "csv") == 0
     assert len((images / "rows.csv").read_text().splitlines()) == 5
+
+
+def test_an_output_behind_a_link_leaves_the_link(trained, images, tmp_path):
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    link.symlink_to(real)
+    for _ in range(2):  # first there is nothing behind it
+        assert run(trained, images, "--format", "csv", "--output", link) == 0
+        assert link.is_symlink()
+        assert len(real.read_text().splitlines()) == 5
+        real.write_text("old")
 
 
 def test_paths_of_any_bytes(trained, images, tmp_path):

@@ -181,6 +181,12 @@ def described_network():
     return network
 
 
+def test_a_single_path_is_no_list_of_images():
+    predictor = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))
+    with pytest.raises(TypeError, match="pass a list of paths"):
+        predictor.predict_images("photo.jpg")
+
+
 def test_bytes_are_normalised():
     predictor = AdaptivePredictor(described_network(), Policy((NONE,) * 3))
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)

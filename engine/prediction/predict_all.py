@@ -89,7 +89,8 @@ def _predict_files(
     totals = Totals(operations, arguments.deadline)
     files, complaints = find_images(arguments.paths)
     if arguments.output is not None:
-        _check_output(arguments.output, files)
+        policy_file = arguments.policy or policy_path(path)
+        _check_output(arguments.output, [path, policy_file, reference_path(policy_file), *files])
     skipped = sum(not complaint.startswith(LEFT_OUT) for complaint in complaints)
     # Reading during the prediction would take cores from it, and change the times that are reported, and on
     # which some predictors decide.
@@ -136,7 +137,7 @@ def _predict_files(
 
 
 def _check_output(output: Path, files: list[Path]) -> None:
-    """Raise UserError if the output is one of the images, which it would replace."""
+    """Raise UserError if the output is one of the files that are read, which it would replace."""
     try:
         replaced = output.stat()
     except OSError:  # there is nothing to replace, or writing will fail and say why
@@ -144,7 +145,7 @@ def _check_output(output: Path, files: list[Path]) -> None:
     for file in files:
         with suppress(OSError):  # reading will fail and say why
             if os.path.samestat(file.stat(), replaced):
-                raise UserError(f"--output {output} would replace one of the images, {file}")
+                raise UserError(f"--output {output} would replace {file}, which is read")
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _by_operations(
         )
     else:
         point = curve.default_point(arguments.rule)
-        note = "; nothing was asked for (--budget, --max-loss, --deadline): about half of the network"
+        note = "; nothing was asked for (--budget, --max-loss, --deadline): the policy nearest to half"
     return _choice_of_point(AdaptivePredictor(network, point.policy), point, curve, promise, note)
 
 
