@@ -175,7 +175,7 @@ def epochs_of(schedule: str) -> str:
 def shown_arms(results: Path) -> tuple[str, ...]:
     """Return the arms to show beside what others report.
 
-    Before the schedule of 100 epochs, stage 2 dropped the boost of boosted exits.
+    Only in the runs of 100 epochs stage 2 keeps the boost of boosted exits.
     """
     return (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2) if results == LONG else (*MAIN_ARMS, BOOSTED)
 
