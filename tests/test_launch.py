@@ -27,7 +27,12 @@ from engine.resuming import checkpoint_to_resume
 from engine.run_directory import RunDirectory
 from engine.runtime import precision
 from engine.runtime.device import limit_threads_of_steps
-from engine.runtime.distributed import Processes, process_group, torchrun_environment
+from engine.runtime.distributed import (
+    Processes,
+    leave_process_group,
+    process_group,
+    torchrun_environment,
+)
 from engine.runtime.failures import status_and_line
 from engine.runtime.launch import may_fork, process_count, training_processes
 from engine.runtime.signals import Interrupted, handle_signals
@@ -383,6 +388,20 @@ def signal_within_the_fork(_):
 def test_a_signal_within_a_fork_stops_the_run(tmp_path):
     ended = forkserver.run(signal_within_the_fork, [], tmp_path, {"PROCESSES": 2})
     assert (ended.output.splitlines(), ended.errors) == (["143"], "")
+
+
+def leave_often(_):
+    for _ in range(100):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.gather(torch.ones(4), [torch.empty(4)])
+        leave_process_group()
+    return 0
+
+
+def test_no_process_hangs_when_it_leaves_the_others(tmp_path):
+    """PyTorch 2.6 destroyed a group with Python's global lock held, and Gloo's threads waited for it."""
+    ended = forkserver.run(leave_often, [], tmp_path, {"GLOO_SOCKET_IFNAME": "lo"})
+    assert ended.statuses == [0], ended.errors
 
 
 def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from adaptive_inference import fold
 from adaptive_inference.fold import fuse
-from engine.runtime.distributed import Processes
+from engine.runtime.distributed import Processes, leave_process_group
 from engine.stepper import Stepper, synchronise_batch_norm
 from engine.trainer import Meters
 from models import IMTA, MSDNet
@@ -272,7 +272,7 @@ def step_together(_):
     results["accumulated"] = one_step(WithoutNormalisation(), settings("--accumulate", "3"), processes)
     results["changed buffer"] = one_step(ChangesBuffer(), settings(), processes)
     torch.save(results, f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
     return 0
 
 

@@ -183,8 +183,7 @@ def process_group(gpu: tuple[int, ...] | None) -> Iterator[Processes]:
     yield Processes(torchrun.rank, torchrun.world_size, device, gpu_ids)
     # Only when all went well: the others would wait for a process that failed, and it for them.
     if torchrun.world_size > 1:
-        dist.barrier()  # with PyTorch 2.6, a process that leaves long before another may hang in Gloo
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def _refuse_gpus(torchrun: TorchrunEnvironment, gpu: tuple[int, ...] | None, available: int) -> None:
@@ -254,6 +253,15 @@ def _init_process_group(torchrun: TorchrunEnvironment, device: torch.device) -> 
     dist.init_process_group(
         backend, store=store, rank=torchrun.rank, world_size=torchrun.world_size, timeout=TIMEOUT
     )
+
+
+def leave_process_group() -> None:
+    """Close the connections with the other processes, after the last exchange."""
+    # Before PyTorch 2.8 a group holds Python's global lock while it waits for Gloo's threads to end, and they
+    # may wait for this lock to free a tensor (pytorch#154976). A backend that outlives its group releases it.
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    dist.destroy_process_group()
+    del backend
 
 
 def in_thread(work: Callable[[], _T]) -> Future[_T]:

@@ -35,6 +35,7 @@ from engine.runtime.distributed import (
     Processes,
     in_thread,
     is_lost_peer,
+    leave_process_group,
     process_group,
     torchrun_environment,
 )
@@ -166,7 +167,7 @@ def training_processes(
                 requests.stop_signal = 0  # it was a signal to rank 0
         _join(folder / "store", rank, count, workers)
         yield Processes(rank, count, torch.device("cpu"), ())
-        dist.destroy_process_group()
+        leave_process_group()
         seconds_to_end = MAX_SECONDS_TO_END
     except RuntimeError as error:
         if is_lost_peer(error):
