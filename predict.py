@@ -7,7 +7,8 @@
 
 Thresholds come from the file ``policy.json`` beside the network (or ``NAME.policy.json``), which
 ``--evalmode dynamic`` writes. The exit status is 0, 1 if a file was skipped (its name is on standard error),
-2 after a mistake, 3 if ``--drift-alarm`` fired and no file was skipped, 130 after Ctrl-C, 143 after SIGTERM.
+2 after a mistake, 3 if ``--drift-alarm`` fired and no file was skipped, and 129, 130 or 143 after the end of
+the terminal, Ctrl-C or SIGTERM.
 What was predicted before a signal, or before memory ran out, is kept.
 """
 
@@ -95,7 +96,7 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
         "--max-loss",
         type=_percentage,
         metavar="PERCENT",
-        help="loss of accuracy against the whole network at most, with --confidence-level",
+        help="largest accepted loss of accuracy against the whole network, held with --confidence-level",
     )
     group.add_argument(
         "--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)"
@@ -119,7 +120,7 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--drift-alarm",
         action="store_true",
-        help="say once, with exit status 3, when the images are no longer like the held-out ones",
+        help="report once when images no longer resemble the held-out ones (exit status 3)",
     )
     group.add_argument(
         "--policy",
@@ -134,7 +135,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--format",
         choices=["table", "csv", "json"],
         default="table",
-        help="of the predictions; json has the five best classes (default: table)",
+        help="output format; json has the five best classes (default: table)",
     )
     group.add_argument(
         "--output",

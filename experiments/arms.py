@@ -173,6 +173,23 @@ def choose_classes(source: Path, target: Path, every: int) -> Path:
     return target
 
 
+def class_folders(source: Path, target: Path) -> Path:
+    """Return a folder that has CIFAR-100 as ``train/CLASS/`` and ``test/CLASS/``.
+
+    Args:
+        source: CIFAR-100, as for --data-root; it is returned if it has these folders.
+        target: Folder for the images of the archive otherwise.
+
+    Raises:
+        UserError: ``source`` holds no CIFAR-100.
+    """
+    if (source / "train").is_dir():
+        return source
+    if not target.is_dir():
+        _unpack_classes(source, target, every=1)
+    return target
+
+
 def _link_classes(source: Path, target: Path, every: int) -> None:
     for part in ("train", "test"):
         (target / part).mkdir(parents=True, exist_ok=True)
@@ -302,7 +319,11 @@ def main() -> int:
         prog="experiments.arms", description="Train every arm of the comparison for every seed."
     )
     parser.add_argument(
-        "--data-root", type=user_path, required=True, metavar="DIR", help="as of train_GE.py --data cifar100"
+        "--data-root",
+        type=user_path,
+        required=True,
+        metavar="DIR",
+        help="as of train_GE.py --data cifar100, downloaded if missing",
     )
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(
@@ -317,7 +338,7 @@ def main() -> int:
         choices=list(ARMS),
         default=list(ARMS),
         metavar="ARM",
-        help="with those they start from (default: all)",
+        help="arms to train; those they start from are added (default: all)",
     )
     arguments = parser.parse_args()
     schedule = SCHEDULES[arguments.schedule]

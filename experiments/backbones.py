@@ -4,7 +4,7 @@
     python -m experiments.backbones --data-root data/cifar100 --weights tf_efficientnet_lite0.safetensors
     python -m experiments.backbones --table        # of what is complete
 
-``--data-root`` holds the folders ``train/CLASS/`` and ``test/CLASS/``; images are enlarged to 64 pixels.
+``--data-root`` is that of ``train_GE.py --data cifar100``; images are enlarged to 64 pixels.
 Run it again and it resumes. When a run is complete, its small files are copied into
 ``results/backbones/seed_N/ARM/``.
 """
@@ -14,7 +14,15 @@ import sys
 from pathlib import Path
 
 from engine.report import best_within, read_csv
-from experiments.arms import RESULTS, Arm, command_line, seeds_of, train_arms, with_origins
+from experiments.arms import (
+    RESULTS,
+    Arm,
+    class_folders,
+    command_line,
+    seeds_of,
+    train_arms,
+    with_origins,
+)
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
 from utils import UserError
@@ -52,9 +60,10 @@ def train_all(
     arms: list[str], seeds: list[int], data_root: Path, weights: Path, work: Path, more: list[str]
 ) -> int:
     """Run what is not complete, with ``more`` flags for all, and return the exit status of the last run."""
+    images = class_folders(data_root, work / "cifar100")
 
     def command_of(arm: str, seed: int) -> list[str]:
-        return [*command(arm, seed, data_root, weights, work), *more]
+        return [*command(arm, seed, images, weights, work), *more]
 
     results = None if more else FOLDER  # with more flags the runs are trials
     return train_arms(with_origins(arms, ARMS), seeds, command_of, work, results)
@@ -68,18 +77,23 @@ def results_table(folder: Path = FOLDER) -> str:
     """
     rows = []
     for name, arm in ARMS.items():
-        columns = list(zip(*(_accuracies(run) for run in seeds_of(name, folder)), strict=True))
+        of_stage_1 = arm.origin or name
+        by_seed = (_accuracies(run, run.parent / of_stage_1) for run in seeds_of(name, folder))
+        columns = list(zip(*by_seed, strict=True))
         if columns:
             rows.append([arm.title, *map(spread, columns), str(len(columns[0]))])
     names = [f"exit {k}" for k in range(1, NUM_EXITS + 1)]
     return markdown_table(["training", *names, "mean of exits", "budget (half)", "n"], rows)
 
 
-def _accuracies(run: Path) -> list[float]:
-    """Return the test accuracy of every exit, their mean, and that of the best policy within half."""
-    exits = read_csv(run / "anytime.csv")
-    by_exit = [row["acc1"] for row in exits]
-    best = best_within(read_csv(run / "budgeted.csv"), 0.5 * exits[-1]["operations"])
+def _accuracies(run: Path, stage_1: Path) -> list[float]:
+    """Return the test accuracy of every exit, their mean, and that of the best policy within half.
+
+    Half is that of the run of stage 1, also for stage 2, which adds operations.
+    """
+    by_exit = [row["acc1"] for row in read_csv(run / "anytime.csv")]
+    operations = read_csv(stage_1 / "anytime.csv")[-1]["operations"]
+    best = best_within(read_csv(run / "budgeted.csv"), 0.5 * operations)
     if best is None:
         raise UserError(f"{run} has no policy within half of the operations")
     return [*by_exit, statistics.mean(by_exit), best["test_acc1"]]
@@ -88,12 +102,23 @@ def _accuracies(run: Path) -> list[float]:
 def main(argv: list[str] | None = None) -> int:
     """Train, or print the table."""
     parser = CommandLineParser(
-        prog="experiments.backbones", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="experiments.backbones",
+        description=__doc__.splitlines()[0],
+        epilog="Further flags go to the training of every arm.",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--data-root", type=user_path, metavar="DIR", help="CIFAR-100 as folders train/ and test/"
+        "--data-root",
+        type=user_path,
+        metavar="DIR",
+        help="as of train_GE.py --data cifar100, downloaded if missing",
     )
-    parser.add_argument("--weights", type=user_path, metavar="FILE", help=f"of {ARCH}")
+    parser.add_argument(
+        "--weights",
+        type=user_path,
+        metavar="FILE",
+        help=f"weights of {ARCH}, written by examples/efficientnet_lite.py",
+    )
     parser.add_argument(
         "--work", type=user_path, default=Path("save/backbones"), metavar="DIR", help="(default: %(default)s)"
     )

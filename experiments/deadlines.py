@@ -21,6 +21,7 @@ from adaptive_inference.block_times import BlockTimes
 from adaptive_inference.promises.deadlines import AnytimePredictor
 from engine.report import table
 from models import load
+from parsing import CommandLineParser
 
 USUAL, RESERVED = 9.0, 10.0  # milliseconds per block
 NUM_SLOW, NUM_QUICK = 50, 300  # calls
@@ -76,6 +77,7 @@ def recovery_row(name: str, slowness: float) -> dict:
 
 def main() -> None:
     """Print one row per slowness."""
+    CommandLineParser(prog="experiments.deadlines", description=__doc__.splitlines()[0]).parse_args()
     rows = [recovery_row("imta_cifar100", slowness) for slowness in SLOWNESS]
     sys.stdout.write(f"{NUM_SLOW} slow calls, then quick ones\n{table(rows, list(rows[0]))}\n")
 

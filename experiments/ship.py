@@ -275,7 +275,7 @@ def _section(name: str, network: ExitNetwork) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Ship the run these arguments name (those of the process if None) and return the exit status."""
     parser = CommandLineParser(
-        prog="experiments.ship", description="A file for weights/ from a finished run."
+        prog="experiments.ship", description="Make a file for weights/ from a finished run."
     )
     parser.add_argument(
         "run",

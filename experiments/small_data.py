@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from engine.report import read_csv
-from experiments.arms import is_complete, refuse_other_command, run_command
+from experiments.arms import class_folders, is_complete, refuse_other_command, run_command
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
 from utils import UserError, error_message
@@ -45,8 +45,9 @@ def run_all(
 ) -> dict[str, list[list[float]]]:
     """Train every way with every seed; return top-1 of all exits by way, one list per seed."""
     results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    folders = class_folders(data_root, work / "cifar100")
     for seed in seeds:
-        images = link_images(data_root, work / f"images_{seed}", seed)
+        images = link_images(folders, work / f"images_{seed}", seed)
         for number, (way, flags) in enumerate(WAYS.items()):
             save = work / f"seed_{seed}" / str(number) / "GE"
             words = [
@@ -64,15 +65,26 @@ def run_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and print the table; further flags go to ``train_GE.py``."""
+    """Train and print the table."""
     parser = CommandLineParser(
-        prog="experiments.small_data", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="experiments.small_data",
+        description=__doc__.splitlines()[0],
+        epilog="Further flags go to train_GE.py.",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--data-root", type=user_path, required=True, metavar="DIR", help="CIFAR-100 as folders"
+        "--data-root",
+        type=user_path,
+        required=True,
+        metavar="DIR",
+        help="as of train_GE.py --data cifar100, downloaded if missing",
     )
     parser.add_argument(
-        "--weights", type=user_path, required=True, metavar="FILE", help="of tf_efficientnet_lite0"
+        "--weights",
+        type=user_path,
+        required=True,
+        metavar="FILE",
+        help="weights of tf_efficientnet_lite0, written by examples/efficientnet_lite.py",
     )
     parser.add_argument(
         "--work",

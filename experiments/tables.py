@@ -57,6 +57,7 @@ TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7
 # Not arms of the paper; shown beside its arms because they gain most.
 BOOSTED, BOOSTED_STAGE_2, BOOSTED_CONTROL = "GE_boosted", "GE_boosted_ISC_OFA", "GE_boosted_classifiers"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
+EXIT_GROUPS = (slice(0, 2), slice(2, 5))  # of the network with 5 exits: the first two, the later ones
 # Standard error of an accuracy of 70 % on 10,000 test images: a smaller gain is not called one.
 TEST_SET_ERROR = 0.46  # points
 
@@ -87,9 +88,9 @@ BEYOND = tuple(("GE", arm) for arm in ("GE_boosted", "GE_smoothing", "GE_average
 DIFFERENCES_7 = (("MSDNet_7", "GE_7"), ("GE_7", "GE_ISC_OFA_7"))
 
 
-def with_count(values: list[float], sign: str = "", note: str = "") -> str:
-    """Return ``spread`` of values, their number, and a note such as ``, 30 + 10 epochs``."""
-    return f"{spread(values, sign)} (n = {len(values)}{note})"
+def with_count(values: list[float], sign: str = "") -> str:
+    """Return ``spread`` of values and their number."""
+    return f"{spread(values, sign)} (n = {len(values)})"
 
 
 def spread_columns(rows: list[list[float]], sign: str = "") -> list[str]:
@@ -206,46 +207,67 @@ def pairs_ahead() -> str:
 def summary() -> str:
     """Return the table and the findings of the project's README.
 
-    A finding is of the longest schedule that has both arms, and names it where it is not the longest of all.
+    A finding is of the longest schedule that has both arms, and names it unless it is that of all main arms.
     """
     named = longest(*MAIN_ARMS)
     longest_of_all = min((longest(arm) for arm in MAIN_ARMS), key=FULL_SCHEDULES.index)
 
-    def after(schedule: str) -> str:
-        return "" if schedule == named else f", {epochs_of(schedule)}"
+    def cited(by_seed: list[list[float]], schedule: str) -> str:
+        notes = [f"n = {len(by_seed)}"] if len(by_seed) > 1 else []
+        notes += [] if schedule == named else [epochs_of(schedule)]
+        mean = spread([row[-1] for row in by_seed], "+")
+        return f"{mean} ({', '.join(notes)})" if notes else mean
 
     def gain(before: str, arm: str) -> str:
         schedule = longest(before, arm)
-        return mean_gain(gains(before, arm, SCHEDULES[schedule].results), after(schedule))
+        return cited(gains(before, arm, SCHEDULES[schedule].results), schedule)
 
     def ensembles(arm: str) -> str:
         schedule = longest(arm)
-        return mean_gain(ensemble_gains(arm, SCHEDULES[schedule].results), after(schedule))
+        return cited(ensemble_gains(arm, SCHEDULES[schedule].results), schedule)
 
-    both = longest("GE", "GE_ISC_OFA")
-    with_ensembles = gains("GE", "GE_ISC_OFA", SCHEDULES[both].results, ensemble_accuracies)
+    def with_ensembles(before: str, arm: str) -> str:
+        compared = {
+            schedule: gains(before, arm, SCHEDULES[schedule].results, ensemble_accuracies)
+            for schedule in FULL_SCHEDULES
+        }
+        return " and ".join(cited(by_seed, schedule) for schedule, by_seed in compared.items() if by_seed)
+
+    of_ge = gains("MSDNet", "GE", SCHEDULES[longest("MSDNet", "GE")].results)
+    first, later = (spread([statistics.mean(row[part]) for row in of_ge], "+") for part in EXIT_GROUPS)
     distilled = (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
     ofa, ofa_on_isc = (gain(*pair) for pair in distilled)
     by_seed = [gains(*pair, SCHEDULES[longest(*pair)].results) for pair in distilled]
     is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
-    control = ""
+    on_boosted = f"Stage 2 gains {gain(BOOSTED, BOOSTED_STAGE_2)} on them"
     if seeds_of(BOOSTED_CONTROL, LONG):
-        control = f", new classifiers alone {gain(BOOSTED, BOOSTED_CONTROL)}"
+        on_boosted += f", new classifiers alone {gain(BOOSTED, BOOSTED_CONTROL)}"
     lines = (
-        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet. It was ahead in {pairs_ahead()}, "
-        "with 20 or 100 classes.",
+        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet: {first} at exits 1 and 2, {later} at the "
+        f"later ones. It was ahead in {pairs_ahead()}, with 20 or 100 classes.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE, new classifiers alone "
         f"{gain('GE', 'GE_classifiers')}. **ISC** gains {gain('GE_classifiers', 'GE_ISC')} on these.",
         f"3. **OFA** {'gains' if is_measurable else 'shows no gain'}: {ofa} alone, {ofa_on_isc} on ISC.",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE. Stage 2 gains "
-        f"{gain(BOOSTED, BOOSTED_STAGE_2)} on them{control}.",
+        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE. {on_boosted}; within "
+        f"{BUDGET / 1e6:.0f} M stage 2 changes the accuracy by {budget_gain(BOOSTED, BOOSTED_STAGE_2)}.",
         f"5. **Ensembles** of all exits so far gain {ensembles('GE')} on GE "
         f"and {ensembles('GE_ISC_OFA')} on GE + ISC + OFA. With ensembles on both sides, stage 2 changes the "
-        f"mean by {mean_gain(with_ensembles, after(both))}.",
+        f"mean by {with_ensembles('GE', 'GE_ISC_OFA')}, boosted exits by {with_ensembles('GE', BOOSTED)}.",
     )
-    title = f"In points of top-1, mean over exits, after {epochs_of(named)} where no other schedule is named:"
+    title = (
+        f"In points of top-1, mean over exits, after {epochs_of(named)} and with one seed (n = 1) where "
+        "nothing else is said:"
+    )
     return "\n".join([exits_table([longest_of_all]), "", title, "", *lines])
+
+
+def budget_gain(before: str, arm: str) -> str:
+    """Return what ``arm`` gains on ``before`` within ``BUDGET``, with the longest schedule of both."""
+    runs = seeds_of(arm, SCHEDULES[longest(before, arm)].results)
+    pairs = [(run, run.parent / before) for run in runs if (run.parent / before).is_dir()]
+    within = partial(budget_accuracies, budgets=[BUDGET])
+    return spread([within(after)[0] - within(first)[0] for after, first in pairs], "+")
 
 
 def budgets_table() -> str:
@@ -368,13 +390,8 @@ def differences_table(
 
 
 def effect(before: str, after: str, schedule: str = "short") -> str:
-    """Return the mean over exits of what ``after`` gains on ``before``."""
-    return mean_gain(gains(before, after, SCHEDULES[schedule].results))
-
-
-def mean_gain(by_seed: list[list[float]], note: str = "") -> str:
-    """Return mean and spread over seeds of the last column of ``gains``, the mean over exits."""
-    return with_count([gain[-1] for gain in by_seed], "+", note)
+    """Return what ``after`` gains on ``before`` in the mean of exits: mean and spread over seeds."""
+    return with_count([gain[-1] for gain in gains(before, after, SCHEDULES[schedule].results)], "+")
 
 
 def epochs_table() -> str:
@@ -516,7 +533,11 @@ def main() -> None:
     parser = CommandLineParser(
         prog="experiments.tables", description="Print the result tables, or write them and the figures."
     )
-    parser.add_argument("--write", action="store_true", help="into both README.md, with the figures")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write the tables into README.md and results/README.md, and draw the figures",
+    )
     arguments = parser.parse_args()
     try:
         check_backbones()

@@ -121,6 +121,9 @@ def test_classes_from_an_archive(tmp_path, monkeypatch):
     files = sorted(path.relative_to(found / "train") for path in (found / "train").rglob("*.png"))
     assert files == [Path("a/00000.png"), Path("c/00002.png"), Path("c/00003.png")]
     torch.testing.assert_close(read_image(found / "test" / files[1], pil_to_tensor), part.images[2])
+    whole = arms.class_folders(tmp_path, tmp_path / "whole")
+    assert sorted(path.name for path in (whole / "test").iterdir()) == ["a", "b", "c"]
+    assert arms.class_folders(whole, tmp_path / "again") == whole
 
 
 def test_a_program_that_is_asked_to_stop_may_save_first():
