@@ -85,7 +85,8 @@ class Setting(NamedTuple):
             than the recipe's is refused.
         inherited: Whether a run takes it from the recipe of the network that it starts from, as it always
             does with --arch and the network's options. Others come from flags, preset and defaults.
-        default_from: Its value where it is None, from the settings before it in ``SETTINGS``.
+        default_from: Its value where it is None, from the other settings, of which only those before it in
+            ``SETTINGS`` have their own ``default_from`` applied.
     """
 
     default: Any
@@ -413,8 +414,9 @@ def _add_data(add: Callable) -> None:
         "-j",
         type=at_least(0, MAX_WORKERS),
         metavar="N",
-        help=f"threads that decode images of more than {SMALL_IMAGE_SIZE} pixels; 0: decode in "
-        f"the training thread (default: as many as cores, at most {MAX_DEFAULT_WORKERS})",
+        help=f"threads that decode images: those of at most {SMALL_IMAGE_SIZE} pixels at the start, larger "
+        f"ones during the training; 0: the training thread (default: as many as cores, at most "
+        f"{MAX_DEFAULT_WORKERS})",
     )
     add(
         "--skip-unreadable",

@@ -96,8 +96,8 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
         network: Any network with exits; it is not changed.
         channels_last: Weights and activations in the memory layout in which convolutions are faster on most
             devices.
-        dtype: Type of weights and activations, such as ``fastest_dtype(device)`` of
-            ``engine.runtime.precision``; None keeps the network's.
+        dtype: Type of weights and activations, None for the network's. ``engine.runtime.precision`` finds
+            the fastest one.
 
     Returns:
         A network in evaluation mode. It casts images to its type and layout itself, keeps the fingerprint of

@@ -19,8 +19,8 @@ from utils import UserError
 
 # Check for signals at least every N steps; a process that is asked to stop has perhaps half a minute.
 MAX_STEPS_BETWEEN_CHECKS = 10
-# A request that processes share is 0 for none, this one, or the number of the signal that stops the run:
-# SIGINT and SIGTERM are larger, so the maximum over all processes is what all of them do.
+# A request that processes share is 0 for none, this one, or this plus the number of the signal that stops the
+# run. All of them do what the largest request of any says.
 SAVE = 1
 
 _T = TypeVar("_T")
@@ -87,7 +87,7 @@ class Interruptions:
             self.save()
             self.saved_at = time.monotonic()
         if request > SAVE:
-            raise Interrupted(request, True, self.where())
+            raise Interrupted(request - SAVE, True, self.where())
 
     def stop_signal(self) -> int:
         """Return the number of the signal that asked a process to stop, 0 for none; all processes wait."""
@@ -101,4 +101,5 @@ class Interruptions:
         minutes = self.settings.save_every_minutes
         is_time = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         save, self.requests.save = self.requests.save or is_time, False
-        return self.processes.all_reduce_max(self.requests.stop_signal or (SAVE if save else 0))
+        stop = self.requests.stop_signal
+        return self.processes.all_reduce_max(SAVE + stop if stop else SAVE if save else 0)

@@ -5,12 +5,11 @@ Example:
     network = network_to_resume(directory, checkpoint)
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import load_checkpoint, load_saved, report_damage
 from engine.run_directory import RunDirectory
-from engine.runtime.distributed import torchrun_environment
+from engine.runtime.distributed import launch_id, torchrun_environment
 from engine.runtime.log import Log
 from models import ExitNetwork
 from models.saved import build_with_weights
@@ -70,12 +69,15 @@ def network_to_resume(directory: RunDirectory, checkpoint: dict[str, Any]) -> Ex
 
 def _is_restart(directory: RunDirectory) -> bool:
     """Return True if torchrun starts the processes of this run again after one was lost (--max-restarts)."""
-    torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv_id every start of torchrun has the same id; with it, each machine counts its own restarts
-    # alone, and the id tells.
-    sessions = directory.sessions()
-    is_complete = bool(sessions) and sessions[-1].get("complete")  # then the id is used a second time
-    may_be = torchrun_environment().restart_count > 0 or (
-        torchrun_id not in (None, "none") and not is_complete
+    environment, launch = torchrun_environment(), launch_id()
+    may_be = environment.restart_count > 0
+    if environment.local_world_size < environment.world_size:
+        # Each machine counts its own restarts alone. A finished run is of an earlier launch of this id.
+        sessions = directory.sessions()
+        may_be = may_be or not (sessions and sessions[-1].get("complete"))
+    return (
+        may_be
+        and launch is not None
+        and directory.last.exists()
+        and load_checkpoint(directory.last).get("launch") == launch
     )
-    return may_be and directory.last.exists() and load_checkpoint(directory.last).get("launch") == torchrun_id

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from adaptive_inference import read_policy
 from dataloader import Data
 from engine.auto import resolve_auto, with_values
-from engine.checkpoint import LoadedNetwork, load_saved
+from engine.checkpoint import LoadedNetwork, load_saved, save_network
 from engine.evaluate import Evaluation
 from engine.networks import expected_images
 from engine.report import draw_curves, known_curves, millions, read_csv
@@ -52,6 +53,9 @@ from settings.conflicts import conflict_on_machine
 from utils import UserError, one_line, print_error
 
 MAX_STEPS = 2**40  # of an epoch
+SECONDS_TO_APPEAR = 60  # on another machine, of a file in a network file system
+# What later evaluations take from the recipe, and a resumption may change.
+OF_EVALUATIONS = ("data_root", "measure")
 FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
 
 
@@ -108,7 +112,9 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
             training_processes(settings.batch_size, settings.gpu, requests) as processes,
             closing(Log(processes.is_main)) as log,
         ):
-            session = Session(directory, settings, processes, log, requests)
+            # A resumed run also has a mode where none was requested: what "auto" chose when it began.
+            may_train_eagerly = command.typed.get("compile", "auto") == "auto"
+            session = Session(directory, settings, processes, log, requests, may_train_eagerly)
             _train_in_process(command, stage, session, checkpoint, origin)
 
 
@@ -130,6 +136,7 @@ def _train_in_process(
     """
     directory, log, is_main = session.directory, session.log, session.processes.is_main
     _check_one_state(session.processes, checkpoint)
+    _check_one_folder(session.processes, directory)
     log.line(f"preset {session.settings.preset}, training into {directory.path}")
     session, data, network, description = _prepare(stage, session, checkpoint, origin)
     # Both may raise: make them before the old run is deleted.
@@ -144,12 +151,22 @@ def _train_in_process(
         progress = train(trainer, checkpoint)
         del trainer  # the evaluation needs no optimizer and no moving average
         stage.check_result(network, description)  # the last epoch
-        load_weights(network, load_saved(directory.best).network.state_dict())
+        best = load_saved(directory.best)
+        load_weights(network, best.network.state_dict())
+        if is_main:
+            _update_recipe(best, description)
         stage.check_result(network, description)  # the best epoch
         epochs = session.settings.epochs
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {epochs}: {directory.best}")
         _evaluate(session, network, data, description, _curves_of(stage, description, directory))
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
+
+
+def _update_recipe(best: LoadedNetwork, description: Description) -> None:
+    """Write what a resumption has changed in the recipe into the file of the best epoch, if it is older."""
+    recipe = {**best.description.recipe, **{name: description.recipe[name] for name in OF_EVALUATIONS}}
+    if recipe != best.description.recipe:
+        save_network(best.path, best.network, replace(best.description, recipe=recipe), best.split)
 
 
 def _check_one_state(processes: Processes, checkpoint: dict[str, Any] | None) -> None:
@@ -159,6 +176,18 @@ def _check_one_state(processes: Processes, checkpoint: dict[str, Any] | None) ->
         raise UserError(
             "the processes of this run find different checkpoints: --save must be a folder that all machines "
             "share"
+        )
+
+
+def _check_one_folder(processes: Processes, directory: RunDirectory) -> None:
+    """Raise UserError if a process does not see the lock that the main process has made."""
+    last = time.monotonic() + SECONDS_TO_APPEAR
+    while not directory.lock_file.exists() and time.monotonic() < last:
+        time.sleep(0.5)
+    if processes.all_reduce_max(not directory.lock_file.exists()):
+        raise UserError(
+            f"not all processes of this run see {directory.lock_file}: --save must be a folder that all "
+            "machines share"
         )
 
 
@@ -183,8 +212,7 @@ def _prepare(
         description = _describe(stage, session, data, network, operations, origin)
     else:
         description = checkpoint["description"]
-        # What later evaluations take from the recipe.
-        changed = {name: to_plain_types(settings)[name] for name in ("data_root", "measure")}
+        changed = {name: to_plain_types(settings)[name] for name in OF_EVALUATIONS}
         description = replace(description, recipe={**description.recipe, **changed})
     _prepare_device(session, network, operations[-1])
     return session, data, network, description
@@ -244,10 +272,8 @@ def _resolve_auto(
         settings, processes.world_size, len(processes.gpu_ids), has_batch_norm_1d
     ):
         raise UserError(conflict)
-    is_required = asked.compile != "auto"
-    mode = usable_mode(settings.compile, is_required, processes, session.log.line)
-    settings = with_values(settings, compile=mode)
-    return replace(session, settings=settings, may_train_eagerly=not is_required)
+    mode = usable_mode(settings.compile, not session.may_train_eagerly, processes, session.log.line)
+    return replace(session, settings=with_values(settings, compile=mode))
 
 
 def _evaluate(
@@ -313,11 +339,14 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         dtype = read_policy(directory.policy).dtype
         settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))
     with process_group(settings.gpu) as processes, closing(Log(processes.is_main)) as log:
-        data = load_run_data(Session(directory, settings, processes, log), saved.data, saved.known_split)
+        image_spec = expected_images(settings, saved)
+        session = Session(directory, settings, processes, log)
+        data = load_run_data(session, saved.data, saved.known_split, image_spec)
         network, description = saved.network, saved.description
         if data.info.image_size != saved.data.image_size:
             operations = _operations_to_exits(network, data.info.image_size)
-            own_data = replace(saved.data, image_size=data.info.image_size)
+            spec = data.info.image_spec
+            own_data = replace(saved.data, image_size=spec.image_size, crop_share=spec.crop_share)
             network.description = description = replace(description, operations=operations, data=own_data)
         if network.num_classes != len(data.info.class_names):
             raise UserError(
@@ -327,7 +356,7 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         settings = resolve_auto(
             settings, processes, network, data.info.image_size, description.operations[-1]
         )
-        session = Session(directory, settings, processes, log)
+        session = replace(session, settings=settings)
         seed_everything(settings.seed, settings.deterministic)
         _prepare_device(session, network, description.operations[-1])
         log_class_order(saved, data, log)

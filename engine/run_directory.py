@@ -21,6 +21,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock_file = path / ".lock"
         self.last = path / "last.pt"
         self.best = path / BEST
         self.log_file = path / "log.jsonl"
@@ -44,7 +45,9 @@ class RunDirectory:
 
         TensorBoard's events are in a folder of their own.
         """
-        return [value for name, value in vars(self).items() if name not in ("path", "tensorboard")]
+        return [
+            value for name, value in vars(self).items() if name not in ("path", "lock_file", "tensorboard")
+        ]
 
     def sessions(self) -> list[dict[str, Any]]:
         """Return the sessions in ``run.json``, the oldest first; none if the file is damaged."""
@@ -87,7 +90,7 @@ class RunDirectory:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         owner = os.getpid()
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as stream:
+        with self.lock_file.open("w") as stream:
             try:
                 # lockf, not flock: a forked worker would inherit flock's lock, and outlives a killed run by
                 # seconds.
@@ -117,7 +120,7 @@ class RunDirectory:
     def _remove_if_empty(self, made: list[Path]) -> None:
         """Remove the folders that were made for a run that was then refused."""
         with suppress(OSError):  # another run has come into one of the folders above, or they are gone
-            if [path.name for path in self.path.iterdir()] == [".lock"]:
-                (self.path / ".lock").unlink()
+            if [*self.path.iterdir()] == [self.lock_file]:
+                self.lock_file.unlink()
                 for folder in made:
                     folder.rmdir()

@@ -10,7 +10,6 @@ A stage brings the objective, a module ``(images, targets) -> (losses (N,), logi
 """
 
 import math
-import os
 import time
 from argparse import Namespace
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from engine.collect import accuracy_per_exit
 from engine.interruption import Interruptions
 from engine.runtime.compiling import is_compiler_error, reason_of
 from engine.runtime.device import seed_step
+from engine.runtime.distributed import launch_id
 from engine.runtime.signals import Interrupted
 from engine.session import Session
 from engine.stepper import Stepper
@@ -111,7 +111,7 @@ def train(trainer: "Trainer", checkpoint: dict[str, Any] | None = None) -> Progr
         checkpoint: The checkpoint to resume from, None to start.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; everything is saved.
+        Interrupted: A signal asked to stop; everything is saved.
         UserError: The loss is not finite, a file cannot be written, or ``checkpoint`` is damaged.
     """
     session = trainer.session
@@ -384,7 +384,7 @@ class Trainer:
         checkpoint = {
             "description": asdict(self.description),
             **self.data.split.to_tensors(),
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "launch": launch_id(),
             "state_dict": self.network.state_dict(),
             **vars(progress),
             **self.stepper.state_dict(),

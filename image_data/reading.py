@@ -12,10 +12,10 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from image_data.transforms import MAX_PIXELS, rgb
@@ -44,7 +44,8 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("it is not a file" if path.exists() else "there is no such file")
-        with _open(path) as image:
+        # From a path, PIL maps uncompressed TIFF files into memory, which scrambles images that are rotated.
+        with path.open("rb") as stream, _open(stream) as image:
             _check_size(image)
             return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
     except MemoryError:  # the image may be sound
@@ -54,13 +55,16 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
         raise UserError(f"cannot read the image {path}: {reason}") from None
 
 
-def _open(path: Path) -> Image.Image:
+def _open(stream: BinaryIO) -> Image.Image:
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:  # its message describes the stream
+        raise ValueError("it is damaged, or no image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL's limit is for all formats. A large JPEG is decoded reduced; ``_check_size`` has its limit.
         try:
-            return JpegImageFile(path)
+            stream.seek(0)
+            return JpegImageFile(stream)
         except SyntaxError:  # it is of another format
             raise error from None
 

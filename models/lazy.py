@@ -6,6 +6,7 @@ of the stem have depth 0.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from .layers import GridLayer
@@ -35,32 +36,31 @@ def exit_plans(blocks: Iterable[Sequence[GridLayer]], num_scales: int) -> list[E
         layers += block
         depths.append(len(layers))
     done: set[Cell] = {(0, scale) for scale in range(num_scales)}
-    plans = []
+    steps = []  # the cells to compute for an exit, the one it reads, and all that are then done
     for depth in depths:
         read = (depth, num_scales - 1)
         computed = _missing(read, layers, done)
-        done |= computed
-        kept = [cell for cell in sorted(done) if _is_read_later(cell, layers, done)]
-        plans.append(ExitPlan(tuple(sorted(computed)), read, tuple(kept)))
-    return plans
+        done = done | computed
+        steps.append((computed, read, done))
+    plans, read_later = [], set()
+    for computed, read, done in reversed(steps):
+        plans.append(ExitPlan(tuple(sorted(computed)), read, tuple(sorted(done & read_later))))
+        read_later |= {read, *chain.from_iterable(_sources(cell, layers) for cell in computed)}
+    return plans[::-1]
 
 
 def _missing(wanted: Cell, layers: Sequence[GridLayer], done: set[Cell]) -> set[Cell]:
     """Return ``wanted`` and all cells that it depends on, without those that are ``done``."""
     missing, open_cells = set(), [wanted]
     while open_cells:
-        depth, scale = cell = open_cells.pop()
+        cell = open_cells.pop()
         if cell not in done and cell not in missing:
             missing.add(cell)
-            open_cells += [(depth - 1, source) for source in layers[depth - 1].reads(scale)]
+            open_cells += _sources(cell, layers)
     return missing
 
 
-def _is_read_later(cell: Cell, layers: Sequence[GridLayer], done: set[Cell]) -> bool:
+def _sources(cell: Cell, layers: Sequence[GridLayer]) -> list[Cell]:
+    """Return the cells that a cell is computed from."""
     depth, scale = cell
-    if depth == len(layers):
-        return False
-    following = layers[depth]
-    return any(
-        scale in following.reads(reader) for reader in following.scales if (depth + 1, reader) not in done
-    )
+    return [(depth - 1, source) for source in layers[depth - 1].reads(scale)]

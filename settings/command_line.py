@@ -32,7 +32,7 @@ from args import (
     option_names,
 )
 from models import ExitNetwork
-from models.files import BEST
+from models.files import BEST, WEIGHTS
 from models.options import current_value
 from models.third_party import TIMM_PREFIX
 from presets import PRESETS, RELEASED_CHOICES
@@ -337,7 +337,8 @@ def _is_same_origin(recorded: str | Path | None, typed: Path) -> bool:
     if recorded is None:
         return False
     path = Path(recorded).resolve()
-    return str(typed) == Path(recorded).stem or typed.resolve() in (path, *path.parents)
+    is_name = path.parent == WEIGHTS and str(typed) == path.stem
+    return is_name or typed.resolve() in (path, path.parent)
 
 
 def _complete(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from args import DEFAULTS, all_option_names, option_names
 from engine.session import to_plain_types
+from models.files import WEIGHTS
 from presets import RELEASED_CHOICES
 from settings.command_line import parse, settings_from_recipe
 from utils import UserError
@@ -159,6 +160,19 @@ def test_a_run_never_continues_one_of_other_data():
     # Where nothing is to be resumed, the photographs are trained on.
     command = parse("GE", ["--save", "x", "--resume", "--data-root", "photos"])
     assert (command.settings().data, command.settings().preset) == ("folder", "folder")
+
+
+def test_a_resumed_run_may_name_its_origin_by_file_by_run_or_by_name():
+    shipped = WEIGHTS / "imta_cifar100.safetensors"
+    recorded = {"pretrained": str(shipped)}
+    for origin in ("imta_cifar100", shipped):
+        parse("GE", ["--resume", "--pretrained", str(origin)]).refuse_changes(recorded)
+    run = {"pretrained": "/runs/one/GE/best.safetensors"}
+    for origin in ("/runs/one/GE", "/runs/one/GE/best.safetensors"):
+        parse("IMTA", ["--resume", "--pretrained", origin]).refuse_changes(run)
+    for origin in ("/runs/one", "/", "best", "imta_cifar100"):
+        with pytest.raises(UserError, match="--pretrained"):
+            parse("IMTA", ["--resume", "--pretrained", origin]).refuse_changes(run)
 
 
 def test_a_run_takes_no_arch(tmp_path):

@@ -1,5 +1,6 @@
 """A machine that cannot compile: ``--compile auto`` trains without, an explicit mode ends with one line."""
 
+import shutil
 from inspect import signature
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 import train_GE
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.runtime.compiling import reason_of, usable_mode
 from engine.runtime.distributed import Processes
 from settings.command_line import parse
@@ -81,6 +82,22 @@ def test_a_compiled_run_can_be_resumed_without_a_compiler():
     command.refuse_changes(stored)
     assert command.settings(stored).compile == "off"
     assert parse("GE", ["--resume"]).settings(stored).compile == "default"
+
+
+def test_a_run_that_auto_compiled_is_resumed_without_a_compiler(
+    finished, tiny_demo, tmp_path, no_compiler, capsys
+):
+    """Its recipe has the mode that ``auto`` chose, which nobody requested."""
+    shutil.copytree(finished / "GE", tmp_path / "GE")
+    last = tmp_path / "GE" / "last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["description"]["recipe"]["compile"] = "default"
+    save_checkpoint(last, checkpoint)
+    resumed = ["--save", str(tmp_path / "GE"), "--resume"]
+    assert train_GE.main([*resumed, "--compile", "default"]) == 2
+    assert "--compile default does not work here" in capsys.readouterr().err
+    assert train_GE.main(resumed) == 0
+    assert "training is not compiled, which would make it faster" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -415,18 +415,52 @@ def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):
     assert line.endswith(f"; to resume: torchrun [its flags as before] {words}")
 
 
-def test_an_id_of_torchrun_that_is_used_again_resumes_no_finished_run(finished, tmp_path, monkeypatch):
-    """Only the id tells a restart on another machine, so the run itself has to be unfinished."""
+@pytest.fixture
+def torchrun_run(finished, tmp_path, monkeypatch):
+    """A directory with a finished run, a function that resumes it, and one that says how it was launched."""
     directory = RunDirectory(tmp_path / "GE")
     shutil.copytree(finished / "GE", directory.path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    save_checkpoint(directory.last, {**torch.load(directory.last, weights_only=True), "launch": "one"})
     command = parse("GE", ["--save", str(directory.path), "--overwrite"])
-    assert checkpoint_to_resume(command, "GE", directory) is None
-    run = json.loads(directory.run_json.read_text())
-    run["sessions"][-1]["complete"] = False
-    directory.run_json.write_text(json.dumps(run))
-    assert checkpoint_to_resume(command, "GE", directory)["launch"] == "one"
+
+    def resumes(**environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            return checkpoint_to_resume(command, "GE", directory) is not None
+
+    def launched(launch, complete=True):
+        save_checkpoint(directory.last, {**torch.load(directory.last, weights_only=True), "launch": launch})
+        run = json.loads(directory.run_json.read_text())
+        run["sessions"][-1]["complete"] = complete
+        directory.run_json.write_text(json.dumps(run))
+
+    return resumes, launched
+
+
+def test_a_restart_on_one_machine_resumes_the_run_of_its_launch_alone(torchrun_run):
+    resumes, launched = torchrun_run
+    restart = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 1}
+    launched(f"none {os.getppid()}")
+    assert resumes(**restart)
+    assert not resumes(**restart | {"TORCHELASTIC_RESTART_COUNT": 0})
+    assert not resumes(TORCHELASTIC_RESTART_COUNT=1)
+    launched(f"none {os.getppid() + 1}")
+    assert not resumes(**restart)
+    launched("none")
+    assert not resumes(**restart)
+
+
+def test_a_restart_on_several_machines_resumes_the_run_of_its_id(torchrun_run):
+    """Only the id tells a restart on another machine, so the run itself has to be unfinished."""
+    resumes, launched = torchrun_run
+    of_two = {"TORCHELASTIC_RUN_ID": "one", "WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    launched("one")
+    assert not resumes(**of_two)
+    launched("one", complete=False)
+    assert resumes(**of_two)
+    assert not resumes(**of_two | {"TORCHELASTIC_RUN_ID": "two"})
+    launched("none", complete=False)
+    assert not resumes(**of_two | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 1})
 
 
 def test_a_directory_without_locks_is_used_and_said_once(tmp_path, monkeypatch, capsys):
@@ -537,6 +571,20 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
 
 
 @forks
+def train_with_ignored_children(argv):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    return disturbed.main(argv)
+
+
+@forks
+def test_a_process_that_ignores_the_end_of_its_children(tmp_path):
+    """As some supervisors start it: the system then keeps no exit status of a worker."""
+    ended = forkserver.run(
+        train_with_ignored_children, ["--save", "run", *TINY_FLAGS], tmp_path, {"PROCESSES": 2}
+    )
+    assert (ended.statuses, ended.errors) == ([0], "")
+
+
 def test_resuming_nothing_trains_in_as_many_processes(tmp_path):
     result = train(tmp_path, "--resume")
     assert result.statuses == [0], result.errors

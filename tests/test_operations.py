@@ -57,6 +57,24 @@ def test_lazy_never_costs_more_and_ends_the_same():
     assert lazy[-1] <= published[-1]
 
 
+@pytest.mark.parametrize("step_mode", ["even", "lin_grow"])
+def test_lazy_evaluation_keeps_only_what_later_exits_read(step_mode):
+    network = MSDNet(num_classes=10, num_blocks=3, base=2, step=2, num_channels=4, step_mode=step_mode).eval()
+
+    def advance(first, last, state):
+        for k in range(first, last):
+            _, state = network.advance(k, state)
+        return state
+
+    state = network.start(torch.randn(1, 3, 32, 32))
+    for k in range(3):
+        for name in state:
+            with pytest.raises(KeyError):
+                advance(k, 3, {other: cell for other, cell in state.items() if other != name})
+        state = advance(k, k + 1, state)
+    assert state == {}
+
+
 def test_counted_in_inference_mode():
     network = MSDNet(num_classes=10, num_blocks=2, num_channels=4, growth_rate=4)
     expected = [count_operations(network, 32), count_operations(network, 32, lazy=True)]

@@ -217,6 +217,16 @@ def test_unreadable_files_are_named_and_skipped(trained, images, tmp_path, capsy
     assert "empty holds no image" in output.err
 
 
+def test_an_older_output_stays_where_nothing_can_be_predicted(trained, tmp_path, capsys):
+    output = tmp_path / "predictions.csv"
+    output.write_text("of yesterday")
+    for path in (output, tmp_path / "new.csv"):
+        assert run(trained, tmp_path / "missing.png", "--format", "csv", "--output", path) == 1
+        assert f"nothing is written to {path}" in capsys.readouterr().err
+    assert output.read_text() == "of yesterday"
+    assert not (tmp_path / "new.csv").exists()
+
+
 def test_images_without_a_finite_output_are_named_and_skipped(trained, images, tmp_path, capsys):
     """With this normalisation all but dark pixels become infinite; a black image is predicted."""
     network, description, split = read_network(trained / "best.safetensors")

@@ -102,6 +102,22 @@ def test_images_are_turned_upright(tmp_path, suffix):
         assert rows[-1].mean() > rows[0].mean() + 10
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "CMYK"])
+def test_uncompressed_images_are_turned_upright(tmp_path, mode):
+    """Pixel by pixel: an image in memory, and the same one turned with the orientation that turns it back."""
+    upright = np.arange(8 * 6).reshape(8, 6) * (1000 if mode == "I;16" else 5)
+    image = Image.fromarray(upright.astype(np.uint16 if mode == "I;16" else np.uint8))
+    image = image if mode == "I;16" else image.convert(mode)
+    image.save(tmp_path / "upright.tif")
+    exif = Image.Exif()
+    exif[274] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.tif", exif=exif)
+    pixels = [np.asarray(read_image(tmp_path / name)) for name in ("upright.tif", "turned.tif")]
+    assert pixels[0].shape == (8, 6, 3)
+    assert len(np.unique(pixels[0])) > 40
+    np.testing.assert_array_equal(*pixels)
+
+
 def test_photographs_of_many_pixels(tmp_path, monkeypatch):
     for module in (reading, transforms):
         monkeypatch.setattr(module, "MAX_PIXELS", 10**6)

@@ -17,16 +17,18 @@ import dataloader
 import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
-from engine import trainer
+from engine import run, trainer
 from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
 from engine.networks import expected_images
 from engine.report import read_csv
-from engine.run import _check_one_state
+from engine.run import _check_one_folder, _check_one_state
 from engine.run_data import held_out_are_new, split_is_complete
+from engine.run_directory import RunDirectory
 from engine.stepper import Stepper
 from engine.trainer import learning_rate
 from image_data import synthetic
 from image_data.batches import InMemoryBatches
+from image_data.defaults import default_crop_share
 from models import MSDNet, load
 from models.description import DataInfo, Description, Split
 from settings.command_line import parse, recipe_of
@@ -130,6 +132,19 @@ def test_processes_that_resume_different_states_stop():
         _check_one_state(different, state)
 
 
+def test_processes_that_do_not_share_a_folder_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SECONDS_TO_APPEAR", 0)
+    alone = SimpleNamespace(all_reduce_max=lambda value: value)
+    other_sees_none = SimpleNamespace(all_reduce_max=lambda value: max(value, True))
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match="must be a folder that all machines share"):
+        _check_one_folder(alone, directory)
+    with directory.lock():
+        _check_one_folder(alone, directory)
+        with pytest.raises(UserError, match="not all processes"):
+            _check_one_folder(other_sees_none, directory)
+
+
 def test_a_moved_backbone_is_noticed(runs, monkeypatch):
     def disturb(built, *args):
         built.objective.network.backbone.stem.scales[0][1].running_mean += 1
@@ -222,10 +237,13 @@ def undisturbed(tmp_path_factory):
 def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch):
     """Stop in the middle of epoch 1 of 4 steps, at its end, and in the middle of epoch 2."""
     flags = [*TINY_FLAGS, *TWO_EPOCHS]
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number, done in zip(signals, (2, 4, 6), strict=True):
         with monkeypatch.context() as patch:
             signal_after(patch, 2, number)
-            assert train_GE.main(["--save", str(tmp_path / "GE"), *flags]) == status
+            assert train_GE.main(["--save", str(tmp_path / "GE"), *flags]) == 128 + number
+        checkpoint = load_checkpoint(tmp_path / "GE" / "last.pt")
+        assert 4 * checkpoint["epoch"] + checkpoint["step"] == done
         flags = ["--resume"]
     assert train_GE.main(["--save", str(tmp_path / "GE"), "--resume"]) == 0
     assert len(run_json(tmp_path / "GE")["sessions"]) == 4
@@ -627,13 +645,24 @@ def test_policies_are_those_of_the_networks_image_size(runs, capsys):
     assert "are for images of 32 pixels; pass --save DIR" in capsys.readouterr().err
 
 
-def test_an_evaluation_at_another_image_size_has_policies_of_its_own(runs, image_folder):
+def test_an_evaluation_at_another_image_size_has_crop_and_policies_of_its_own(
+    runs, image_folder, monkeypatch
+):
     images = ["--data", "folder", "--data-root", str(image_folder), "--epochs", "1", "--batch-size", "16"]
     assert train_GE.main(["--pretrained", "GE", "--save", "run", *images, "--val-size", "12"]) == 0
     larger = ["--evaluate-from", "run/best.safetensors", "--save", "larger", "--image-size", "64"]
     assert train_GE.main([*larger, "--evalmode", "dynamic"]) == 0
     assert train_GE.main([*larger, "--evalmode", "anytime"]) == 0
     assert "ensemble_acc1" in (runs / "larger" / "anytime.csv").read_text()  # of the policy file
+
+    real, shares = dataloader.evaluation_transform, []
+    monkeypatch.setattr(
+        dataloader,
+        "evaluation_transform",
+        lambda size, crop_share, *others: shares.append(crop_share) or real(size, crop_share, *others),
+    )
+    assert train_GE.main([*larger, "--evalmode", "anytime", "--image-size", "160", "--save", "largest"]) == 0
+    assert shares == [default_crop_share(160)]
     with pytest.raises(UserError, match=r"the network has .* with 32 pixels"):
         read_policy(runs / "larger" / "policy.json", fold(load(runs / "run" / "best.safetensors")))
 
@@ -646,6 +675,16 @@ def test_evaluation_alone_repeats_the_tables(runs, program):
         (run / table).unlink()
         assert program.main(["--save", str(run), "--evalmode", *mode]) == 0
         assert (run / table).read_bytes() == before
+
+
+def test_later_evaluations_take_what_a_resumption_changed(runs):
+    """Also where the best epoch is older, or training had ended."""
+    before = load_saved(runs / "GE")
+    assert train_GE.main(["--save", "GE", "--resume", "--measure", "entropy"]) == 0
+    after = load_saved(runs / "GE")
+    assert after.description.recipe == {**before.description.recipe, "measure": "entropy"}
+    assert same_tensors(after.network.state_dict(), before.network.state_dict())
+    assert read_policy(runs / "GE" / "policy.json").points[0].policy.measure == "entropy"
 
 
 @pytest.mark.parametrize("measure", ["entropy", "margin", "patience"])

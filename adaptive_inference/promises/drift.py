@@ -86,7 +86,8 @@ def reference_of(logits: Tensor, curve: PolicyCurve) -> Reference:
 def reference_path(policy_file: Path) -> Path:
     """Return where the reference of a policy file lies.
 
-    It is beside the file: ``NAME.reference.safetensors`` for ``NAME.policy.json``, or for ``NAME.json``.
+    It is beside the file, "reference" for the last "policy" in its name: ``NAME.reference.safetensors`` for
+    ``NAME.policy.json``; and ``NAME.reference.safetensors`` for a ``NAME.json`` without it.
     """
     name = policy_file.name.removesuffix(".json")
     before, found, after = name.rpartition("policy")

@@ -45,6 +45,10 @@ SHOWN_CLASSES = 3
 MAX_SIZE_RATIO = 3
 
 
+class NothingPredicted(Exception):
+    """None of the files can be read."""
+
+
 def predict_all(arguments: argparse.Namespace, path: Path, requests: SignalRequests) -> int:
     """Predict the classes of the images that the command line of predict.py names.
 
@@ -64,14 +68,18 @@ def predict_all(arguments: argparse.Namespace, path: Path, requests: SignalReque
     ignore_pillow_warnings()
     with _memory_error_named():
         device, network = _device(arguments.device), load_saved(path).network
-        # As in the evaluation that set the thresholds.
+        # As in training and in evaluations, unless these were told otherwise.
         set_tf32(network.description.recipe.get("tf32", True))
         batch_size = arguments.batch_size or (BATCH_SIZE if arguments.deadline is None else 1)
         limit_threads(arguments.threads, batch_size * network.description.operations[-1])
         policy_file = arguments.policy or policy_path(path)
         choice = choose_predictor(arguments, policy_file, network.to(device), batch_size)
         alarm = _drift_alarm(choice, policy_file) if arguments.drift_alarm else None
-        return _predict_files(arguments, path, choice, batch_size, alarm, requests)
+        try:
+            return _predict_files(arguments, path, choice, batch_size, alarm, requests)
+        except NothingPredicted:
+            _say(f"nothing is written to {arguments.output}, as no image can be read")
+            return 1
 
 
 def _predict_files(
@@ -82,6 +90,11 @@ def _predict_files(
     alarm: DriftAlarm | None,
     requests: SignalRequests,
 ) -> int:
+    """Predict all files; for the arguments see ``predict_all``.
+
+    Raises:
+        NothingPredicted: None of the files can be read; --output is left as it was.
+    """
     predictor = choice.predictor
     network = predictor.network
     data, device = network.description.data, next(network.parameters()).device
@@ -118,9 +131,10 @@ def _predict_files(
                     skipped += len(batch_files) - (0 if result is None else len(result.files))
                     bar.update(len(batch_files))
         except (Interrupted, MemoryError, RuntimeError) as error:
-            if totals.num_calls == 0:  # an older file of predictions is worth more than an empty one
-                raise
             stopped_by = error
+        if totals.num_calls == 0 and (stopped_by is not None or arguments.output is not None):
+            # An older file of predictions is worth more than an empty one.
+            raise stopped_by or NothingPredicted
         fired = None if alarm is None else {"fired_after": alarm.fired_after}
         summary = {**totals.summary(), "drift_alarm": fired}
         with requests.held():

@@ -137,6 +137,21 @@ def torchrun_environment() -> TorchrunEnvironment:
     return TorchrunEnvironment(rank, world_size, _variable("LOCAL_RANK", 0), local_world_size, restart_count)
 
 
+def launch_id() -> str | None:
+    """Return what tells a launch of torchrun from others, and stays the same when it restarts its processes.
+
+    Returns:
+        None without torchrun, and for a launch over several machines without --rdzv_id.
+    """
+    torchrun_id, environment = os.environ.get("TORCHELASTIC_RUN_ID"), torchrun_environment()
+    if torchrun_id is None:
+        return None
+    if environment.local_world_size == environment.world_size:
+        # The id may be used again, and is "none" without --rdzv_id; the agent is one process.
+        return f"{torchrun_id} {os.getppid()}"
+    return None if torchrun_id == "none" else torchrun_id
+
+
 def _variable(name: str, default: int, smallest: int = 0) -> int:
     text = os.environ.get(name, "").strip()
     if not text:

@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -237,14 +237,19 @@ def _join(store: Path, rank: int, count: int, workers: list[int]) -> None:
 
 def _has_ended(worker: int) -> bool:
     """Return True if a worker has ended; its exit status can still be read."""
-    return os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    try:
+        return os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # whoever started this process lets it ignore SIGCHLD
+        return True
 
 
 def _wait_for(workers: list[int], seconds: float) -> None:
     """Wait until the workers have ended; after ``seconds`` kill the others."""
     deadline = time.monotonic() + seconds
     while workers:
-        if os.waitpid(workers[0], os.WNOHANG)[0]:
+        if _has_ended(workers[0]):
+            with suppress(ChildProcessError):
+                os.waitpid(workers[0], 0)
             workers.pop(0)
             continue
         if time.monotonic() > deadline:
