@@ -337,7 +337,7 @@ def _is_same_origin(recorded: str | Path | None, typed: Path) -> bool:
     if recorded is None:
         return False
     path = Path(recorded).resolve()
-    is_name = path.parent == WEIGHTS and str(typed) == path.stem
+    is_name = path.parent.name == WEIGHTS.name and str(typed) == path.stem  # of any clone
     return is_name or typed.resolve() in (path, path.parent)
 
 
