@@ -19,6 +19,9 @@ import onnxruntime
 
 FORMAT = "imta-msdnet onnx 4"
 FIELDS = ("class_names", "fingerprint", "image_size", "operations", "points", "preprocessing", "weights")
+TYPES = {"image_size": int, "preprocessing": dict} | dict.fromkeys(
+    ("class_names", "operations", "points", "weights", "blocks"), list
+)
 BLOCK_FIELDS = {"format", "fingerprint"}
 LIMITED_SPINNING = (1, 26)  # the first version of ONNX Runtime that limits how long threads spin
 SPIN_MICROSECONDS = "30"
@@ -79,13 +82,16 @@ class OnnxPredictor:
         self._in_blocks = path.is_dir()
         if self._in_blocks:
             content = _read_json(path / "network.json")
-            _check_fields(content, path / "network.json", (*FIELDS, "blocks"))
+            path_of_fields = path / "network.json"
+            _check_fields(content, path_of_fields, (*FIELDS, "blocks"))
         else:
             self._session = self._open(path)
             content = self._session.get_modelmeta().custom_metadata_map
             _check_fields(content, path, FIELDS)
             texts = set(FIELDS) - {"fingerprint"}
             content = content | {name: json.loads(content[name]) for name in texts}
+            path_of_fields = path
+        _check_types(content, path_of_fields)
         self.class_names: list[str] = content["class_names"]
         self.image_size: int = content["image_size"]
         self.preprocessing: dict[str, Any] = content["preprocessing"]
@@ -242,6 +248,13 @@ def _check_fields(content: dict[str, Any], path: Path, fields: Sequence[str]) ->
     if missing:
         hint = "; it is one block of a network: pass its directory" if content.keys() == BLOCK_FIELDS else ""
         raise ValueError(f"{path} lacks {', '.join(missing)}{hint}")
+
+
+def _check_types(content: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a field of an export is of another type."""
+    damaged = [name for name, kind in TYPES.items() if not isinstance(content.get(name, kind()), kind)]
+    if damaged or np.shape(content["weights"]) != (len(content["operations"]),) * 2:
+        raise ValueError(f"{path} is damaged: see its {', '.join(damaged) or 'weights'}")
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def find_policies(
     Raises:
         UserError: As ``fit_full_policy``.
     """
+    logits, targets = logits.cpu(), targets.cpu()
     policy = full_policy or fit_full_policy(logits, targets)
     predictions = ExitPredictions.from_logits(logits, targets, policy.measure)
     exit_policy = replace(policy, ensemble=None)
@@ -75,6 +76,7 @@ def fit_full_policy(logits: Tensor, targets: Tensor, measure: str = "softmax") -
     Raises:
         UserError: Logits of some images are not finite: nothing could be fitted to them.
     """
+    logits, targets = logits.cpu(), targets.cpu()
     count = int((~logits.isfinite()).any(dim=2).any(dim=0).sum())
     if count > 0:
         raise UserError(

@@ -126,7 +126,7 @@ def points_within_budget(
         UserError: Every point costs more; the line says what to ask for.
     """
     cheapest = min(costs)
-    if cheapest > limit:
+    if not cheapest <= limit:  # NaN is no budget
         percent = "" if whole is None else f" or {math.ceil(100 * cheapest / whole)}%"
         raise UserError(
             f"a budget of {limit:.4g}{unit} is too small here: the cheapest policy allowed needs "

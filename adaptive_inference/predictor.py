@@ -166,6 +166,7 @@ class AdaptivePredictor:
             ValueError: ``preprocess`` is missing here and in the predictor, or the network has no
                 description.
             UserError: An image cannot be read.
+            NotFiniteError: The network's output for some of the images is not finite.
         """
         if isinstance(images, (str, os.PathLike)):
             raise TypeError(f"images is the path {os.fspath(images)!r}; pass a list of paths or PIL images")
@@ -183,7 +184,11 @@ class AdaptivePredictor:
         predictions = []
         for start in range(0, len(images), batch_size):
             pixels = torch.stack([preprocess(image, data) for image in images[start : start + batch_size]])
-            predictions.append(self(pixels.to(device)))
+            try:
+                predictions.append(self(pixels.to(device)))
+            except NotFiniteError as error:
+                positions = [start + position for position in error.positions]
+                raise NotFiniteError(positions, len(images)) from None
         return Prediction(*map(torch.cat, zip(*predictions, strict=True)))
 
     # Subclasses may override these three methods.
@@ -215,6 +220,8 @@ class AdaptivePredictor:
     def _checked(self, images: Tensor) -> Tensor:
         description = self.network.description
         size = ("height", "width") if description is None else (description.data.image_size,) * 2
+        if not isinstance(images, Tensor):
+            raise UserError(f"images are a {type(images).__name__}; this network wants a tensor")
         if (
             images.dim() != 4
             or images.shape[1] != 3

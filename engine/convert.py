@@ -28,6 +28,7 @@ from engine.checkpoint import FORMAT as RUN_FORMAT
 from engine.checkpoint import save_checkpoint, save_network
 from engine.run_directory import RunDirectory
 from image_data.defaults import NORMALIZATION, default_crop_share
+from image_data.folders import FolderScan, text_of
 from models import count_operations, load_released
 from models.description import DataInfo, Description, Split
 from models.files import SUFFIX, is_network_file
@@ -37,7 +38,7 @@ from models.pytorch_files import STATE_DICTS, read_checkpoint
 from models.released import PUBLISHED_NAMES
 from models.saved import FORMAT, network_from_tensors, read_safetensors, tensor_bytes
 from parsing import CommandLineParser, at_least, user_path
-from utils import UserError, atomic_write, error_message, one_line
+from utils import UserError, atomic_write, error_message, one_line, print_error, print_line
 
 OLD_NETWORK, OLD_RUN, OLD_POLICY = (f"imta-msdnet {kind} 2" for kind in ("network", "run", "policy"))
 DATA_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
@@ -48,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         for line in convert(arguments):
-            sys.stdout.write(f"{one_line(line)}\n")
+            print_line(one_line(line))
     except (UserError, OSError, ValueError) as error:
         text = one_line(str(error)) if isinstance(error, ValueError) else error_message(error)
-        sys.stderr.write(f"engine.convert: {text}\n")
+        print_error(f"engine.convert: {text}")
         return 2
     return 0
 
@@ -217,7 +218,7 @@ def read_class_names(path: Path, count: int) -> list[str]:
         UserError: The file cannot be read, or holds another number of names.
     """
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        names = sorted(map(text_of, FolderScan().inner_folders(path)))
     else:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -66,7 +66,8 @@ class OpenVinoPredictor(OnnxPredictor):
         outputs = [value.any_name for value in model.outputs]
 
         def run(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            found = model({name: state[name] for name in inputs})
+            # Not the model's own request, whose outputs another thread would replace.
+            found = model.create_infer_request().infer({name: state[name] for name in inputs})
             return {name: found[name] for name in outputs}
 
         return run

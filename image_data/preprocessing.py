@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from image_data.reading import read_image
+from image_data.reading import in_bytes, read_image
 from image_data.transforms import evaluation_transform
 from models.description import DataInfo
 
@@ -18,11 +18,11 @@ def preprocess(image: str | Path | Image.Image, data: DataInfo) -> Tensor:
     """Return bytes (3, S, S) of an image file or a PIL image, resized and cropped as in evaluation.
 
     Args:
-        image: A path, or a PIL image with 8 bits per channel.
+        image: A path, or a PIL image.
         data: ``network.description.data``.
 
     Raises:
         UserError: The file cannot be read.
     """
     transform = evaluation_transform(data.image_size, data.crop_share, data.interpolation)
-    return transform(image) if isinstance(image, Image.Image) else read_image(image, transform)
+    return transform(in_bytes(image)) if isinstance(image, Image.Image) else read_image(image, transform)

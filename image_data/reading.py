@@ -40,14 +40,18 @@ def read_image(path: str | Path, transform: Callable[[Image.Image], Any] | None 
         UserError: The file cannot be read, or is so large that it looks like a decompression bomb.
         MemoryError: There is too little memory.
     """
-    path = Path(path)
+    return _apply(Path(path), lambda image: (transform or rgb)(in_bytes(image)))
+
+
+def _apply(path: Path, function: Callable[[Image.Image], Any]) -> Any:
+    """Open an image file and return what ``function`` makes of it; for errors see ``read_image``."""
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("it is not a file" if path.exists() else "there is no such file")
         # From a path, PIL maps uncompressed TIFF files into memory, which scrambles images that are rotated.
         with path.open("rb") as stream, _open(stream) as image:
             _check_size(image)
-            return (transform or rgb)(_in_bytes(image) if image.mode[0] in "IF" else image)
+            return function(image)
     except MemoryError:  # the image may be sound
         raise
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
@@ -72,7 +76,7 @@ def _open(stream: BinaryIO) -> Image.Image:
 def _file_size(path: str | Path) -> tuple[int, int] | None:
     """Return width and height of an image file, or None if it cannot be read."""
     try:
-        return read_image(path, lambda image: image.size)
+        return _apply(Path(path), lambda image: image.size)
     except UserError:
         return None
 
@@ -91,11 +95,13 @@ def _check_size(image: Image.Image) -> None:
         raise ValueError(f"its {image.width} x {image.height} pixels could be a decompression bomb")
 
 
-def _in_bytes(image: Image.Image) -> Image.Image:
-    """Scale gray values of 16 or 32 bits, or floats, from the darkest to the brightest of the image to bytes.
+def in_bytes(image: Image.Image) -> Image.Image:
+    """Return an image of bytes; gray values of 16 or 32 bits, or floats, are scaled.
 
-    PIL would cut them off at 255.
+    The darkest value of the image becomes 0, the brightest 255. PIL would cut them off at 255.
     """
+    if image.mode[0] not in "IF":
+        return image
     values = np.asarray(image)
     # In strips, as one copy of all values in float64 is eight times as large as the bytes.
     strips = np.array_split(values, -(-values.size // STRIP_PIXELS))

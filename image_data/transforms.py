@@ -138,6 +138,8 @@ def rgb(image: Image.Image) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image.convert("RGB")
+    if image.mode == "La":  # which PIL converts to no other mode
+        image = image.convert("LA")
     image = image.convert("RGBA")
     opaque = Image.new("RGB", image.size, BACKGROUND)
     opaque.paste(image, mask=image.getchannel("A"))

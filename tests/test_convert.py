@@ -1,7 +1,9 @@
 """The command that converts files of format 2 and released checkpoints: they then work like today's."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,18 @@ def test_released_checkpoints(tmp_path, monkeypatch, capsys):
     assert convert.main(["large.pth", "--classes", "names.txt", *sizes]) == 0
     data = load("large.safetensors").description.data
     assert (data.name, data.image_size, data.mean) == ("folder", 224, list(IMAGENET_MEAN))
+
+
+def test_names_that_the_output_cannot_show_lose_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    assert convert.main([str(run / "GE"), str(tmp_path / "出")]) == 0
+    assert {"best.safetensors", "policy.json"} <= {path.name for path in (tmp_path / "出").iterdir()}
+
+
+def test_folders_of_the_system_are_no_classes(tmp_path):
+    for name in ("dog", "cat", "@eaDir", "__MACOSX", ".cache"):
+        (tmp_path / name).mkdir()
+    assert convert.read_class_names(tmp_path, 2) == ["cat", "dog"]
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

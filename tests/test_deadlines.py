@@ -8,6 +8,8 @@ import torch
 from adaptive_inference.policies import Point, Policy
 from adaptive_inference.promises.deadlines import (
     ALLOWED_LATE,
+    HORIZON_CALLS,
+    HORIZON_IMAGES,
     RECENT_CALLS,
     AnytimePredictor,
     BudgetPredictor,
@@ -124,7 +126,11 @@ def test_a_budget_is_kept_on_a_machine_that_got_slower(network, slowness):
     predictor = BudgetPredictor(network, points, 4.5, timing, clock)
     assert predictor.point.operations == 4
     images = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
-    for _ in range(500):
+    horizon = HORIZON_IMAGES + 2 * HORIZON_CALLS
+    for _ in range(horizon // 2):
+        predictor(images)
+    assert 1e3 * now[0] / horizon == pytest.approx(4.5, rel=0.05)
+    for _ in range(500 - horizon // 2):
         predictor(images)
     assert 1e3 * now[0] / 1000 == pytest.approx(4.5, rel=0.02)
     with pytest.raises(UserError, match=r"0\.5ms is too small here: the cheapest policy allowed needs 1ms"):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,6 +391,18 @@ def test_a_missing_field_is_one_line(exported, tmp_path, field):
 
 
 @needs_onnx
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("class_names", 3), ("operations", None), ("points", 0), ("weights", []), ("blocks", {})],
+)
+def test_a_field_of_another_type_is_one_line(exported, tmp_path, field, value):
+    content = json.loads((exported[2] / "network" / "network.json").read_text(encoding="utf-8"))
+    (tmp_path / "network.json").write_text(json.dumps(content | {field: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"network\.json is damaged: see its {field}$"):
+        OnnxPredictor(tmp_path)
+
+
+@needs_onnx
 def test_a_block_alone_is_no_network(exported):
     with pytest.raises(ValueError, match="it is one block of a network: pass its directory"):
         OnnxPredictor(exported[2] / "network" / "block1.onnx")
@@ -573,6 +586,18 @@ def test_openvino(exported, capsys):
     assert openvino_predictor.main([str(folder), "--threads", "1", "--rounds", "1"]) == 0
     assert capsys.readouterr().out.endswith("predictions that differ: 0 of 64\n")
     assert openvino_predictor.main([str(folder / "missing")]) == 2
+
+
+@needs_openvino
+def test_threads_may_share_openvino(exported):
+    from examples import openvino_predictor
+
+    predictor = openvino_predictor.OpenVinoPredictor(exported[2] / "network", threads=1)
+    batches = [random_pixels(8).numpy() for _ in range(2)] * 20
+    expected = [predictor.predict(pixels, [2.0] * 3).logits for pixels in batches]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pixels: predictor.predict(pixels, [2.0] * 3).logits, batches))
+    assert all(map(np.array_equal, found, expected))
 
 
 @needs_openvino

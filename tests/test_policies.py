@@ -1,6 +1,7 @@
 """Policy files are read strictly; budgets choose; optimised thresholds beat the geometric rule."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,11 @@ def test_limits_choose(curve):
         choose(curve, max_loss=MaxLoss(2.0, 0.95))
     with pytest.raises(TypeError, match="must be a promise"):
         choose(curve, max_loss=2.0)
+    cheaper = tuple(point for point in curve.points if not point.policy.runs_everything)
+    with pytest.raises(UserError, match="the full network is not the last policy"):
+        choose(replace(curve, points=cheaper), max_loss=MaxLoss(0.0))
+    with pytest.raises(UserError, match="a budget of nanM is too small"):
+        choose(curve, operations=math.nan)
     assert curve.nearest(19e6, rule).number == 3
     assert curve.default_point(rule).number == 3
     with pytest.raises(UserError, match="of the rule optimised; there are certified, ensemble, geometric"):

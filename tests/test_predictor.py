@@ -7,7 +7,7 @@ import torch
 
 from adaptive_inference.confidence import MEASURES, confidence_by_exit
 from adaptive_inference.policies import Policy
-from adaptive_inference.predictor import AdaptivePredictor, simulate
+from adaptive_inference.predictor import AdaptivePredictor, NotFiniteError, simulate
 from tests.helpers import ALL, NONE, logits_of, make_network, quantile_policy
 from utils import UserError
 
@@ -181,6 +181,14 @@ def described_network():
     return network
 
 
+def test_images_without_finite_output_are_named_by_their_places_in_the_list():
+    predictor = AdaptivePredictor(described_network(), Policy((NONE,) * 3))
+    images = [torch.full((3, 32, 32), torch.nan if i == 3 else 0.0) for i in range(7)]
+    with pytest.raises(NotFiniteError, match="for 1 of 7 images") as caught:
+        predictor.predict_images(images, lambda image, data: image, batch_size=2)
+    assert caught.value.positions == [3]
+
+
 def test_a_single_path_is_no_list_of_images():
     predictor = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))
     with pytest.raises(TypeError, match="pass a list of paths"):
@@ -200,6 +208,7 @@ def test_bytes_are_normalised():
         (torch.zeros(3, 32, 32), "images are 3 x 32 x 32; this network wants N x 3 x 32 x 32"),
         (torch.zeros(2, 3, 32, 40), "2 x 3 x 32 x 40"),
         (torch.zeros(2, 1, 32, 32), "2 x 1 x 32 x 32"),
+        (torch.zeros(2, 3, 32, 32).numpy(), "images are a ndarray; this network wants a tensor"),
         (
             torch.zeros(2, 3, 32, 32, dtype=torch.int64),
             "images are int64; this network wants uint8, or normalised floats",

@@ -29,6 +29,18 @@ def test_paths_and_pil_images_are_predicted_alike(tmp_path):
     assert [values.dtype for values in none] == [values.dtype for values in prediction]
 
 
+def test_images_of_16_bits_are_predicted_alike(tmp_path):
+    network = MSDNet(**TINY_NETWORK).eval()
+    data = describe(network).data
+    values = torch.arange(60 * 90).reshape(60, 90).numpy().astype("uint16")
+    image = Image.fromarray(values)
+    image.save(tmp_path / "deep.png")
+    assert image.mode == "I;16"
+    pixels = preprocess(image, data)
+    assert torch.equal(pixels, preprocess(tmp_path / "deep.png", data))
+    assert len(pixels.unique()) > 100
+
+
 def test_a_loaded_predictor_knows_its_preprocessing():
     image = Image.new("RGB", (60, 40), "navy")
     predictor = load_predictor("imta_cifar100")

@@ -28,7 +28,8 @@ from utils import UserError
 
 RECENT_CALLS = 200  # calls that decide how much time is reserved now
 ALLOWED_LATE = 2  # calls among them that may have taken longer than would be reserved
-HORIZON_IMAGES, HORIZON_CALLS = 64, 2  # a difference from the budget is made up for within their sum
+HORIZON_IMAGES, HORIZON_CALLS = 64, 2  # most of a difference from the budget is made up for within their sum
+HORIZON_PARTS = 4
 NUM_DEADLINES = 8
 
 Clock = Callable[[], float]  # returns seconds
@@ -40,7 +41,7 @@ class AnytimePredictor(AdaptivePredictor):
     A block starts only if it would end in time by its reserved time, multiplied by ``margin``. The margin is
     how much longer than reserved the last block of a call took, in all but ``ALLOWED_LATE`` of the last
     ``RECENT_CALLS`` calls, and at least 1. It therefore follows a slower machine after three calls, and
-    returns to 1 within ``RECENT_CALLS`` calls once the machine is fast again.
+    returns to 1 within ``RECENT_CALLS`` calls once the machine is fast again. Threads need a predictor each.
 
     Args:
         network: The network that predicts, as for ``AdaptivePredictor``.
@@ -102,8 +103,8 @@ class AnytimePredictor(AdaptivePredictor):
 class BudgetPredictor(AdaptivePredictor):
     """Predict within a mean time per image: the policy changes with the time that was really spent.
 
-    The mean holds over many calls; a difference is made up for within the next ``HORIZON_IMAGES`` images and
-    ``HORIZON_CALLS`` calls, so a shorter run may exceed its budget.
+    The mean holds over many calls; most of a difference is made up for within the next ``HORIZON_IMAGES``
+    images and ``HORIZON_CALLS`` calls, so a shorter run may exceed its budget. Threads need a predictor each.
 
     Args:
         network: The network that predicts, as for ``AdaptivePredictor``.
@@ -148,12 +149,13 @@ class BudgetPredictor(AdaptivePredictor):
 
     def _choose_next(self, batch_size: int) -> None:
         """Choose the next policy from the time spent so far."""
-        horizon = HORIZON_IMAGES + HORIZON_CALLS * batch_size
+        # To make up for nearly all of a difference within the horizon, each call plans with a part of it.
+        images = max((HORIZON_IMAGES + HORIZON_CALLS * batch_size) / HORIZON_PARTS, batch_size)
         saved_ms = self._images * self.milliseconds - self._spent_ms
-        # The measured times count as much as ``horizon`` images, so that the first calls alone decide little.
-        prior_ms = horizon * self.milliseconds
+        # The measured times count as much as these images, so that the first calls alone decide little.
+        prior_ms = images * self.milliseconds
         slowness = (self._spent_ms + prior_ms) / (self._expected_ms + prior_ms)
-        target = (self.milliseconds + saved_ms / horizon) / slowness
+        target = (self.milliseconds + saved_ms / images) / slowness
         self.point = self._best_within(max(target, min(self.expected)))
         self.policy = self.point.policy
 

@@ -68,7 +68,7 @@ class MaxLoss(NamedTuple):
         """Return the points of ``curve`` that keep the promise, the full network first.
 
         Raises:
-            UserError: The curve has no certified points.
+            UserError: The curve has no certified points, or its last one is not the full network.
             ValueError: Percent or level are out of range.
         """
         if curve.certificate != CERTIFICATE:
@@ -76,7 +76,10 @@ class MaxLoss(NamedTuple):
                 "nothing can be promised about accuracy: these policies were not tested on held-out "
                 "images in the way of this version; --evalmode dynamic tests them"
             )
-        return certified(curve.points, self)
+        points = certified(curve.points, self)
+        if not points:
+            raise UserError("nothing can be promised about accuracy: the full network is not the last policy")
+        return points
 
 
 def learning_images(num_images: int, seed: int = SPLIT_SEED) -> Tensor:

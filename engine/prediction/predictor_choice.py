@@ -102,7 +102,7 @@ def _by_milliseconds(
     expected = timing.milliseconds(predictor.point.shares)
     note = (
         f"; {expected:.3g} ms per image expected ({timing}); the policy changes with the time really spent, "
-        f"and the mean holds over {HORIZON_IMAGES + HORIZON_CALLS * batch_size} images or more"
+        f"and the mean holds over about {HORIZON_IMAGES + HORIZON_CALLS * batch_size} images or more"
     )
     return _choice_of_point(predictor, predictor.point, curve, promise, note)
 

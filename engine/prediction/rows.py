@@ -43,13 +43,16 @@ def prediction_rows(
         operations: Operations to each exit.
         class_names: Names of all classes.
     """
-    best = prediction.probs.topk(min(BEST_CLASSES, len(class_names)))
+    # First the predicted class: ``topk`` orders equal probabilities in another way.
+    ranked = prediction.probs.scatter(1, prediction.classes[:, None], float("inf"))
+    best = ranked.topk(min(BEST_CLASSES, len(class_names))).indices
+    probabilities = prediction.probs.gather(1, best)
     rows = []
     for i, name in enumerate(names):
         # Not a dictionary: two classes may have the same name.
         top5 = [
             {"class": class_names[k], "index": k, "confidence": round(probability, 4)}
-            for k, probability in zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
+            for k, probability in zip(best[i].tolist(), probabilities[i].tolist(), strict=True)
         ]
         k = int(prediction.exits[i])
         rows.append(

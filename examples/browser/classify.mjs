@@ -57,7 +57,8 @@ function readThresholds(text, predictor) {
   if (numbers.some(Number.isNaN)) {
     throw new Error(`"${text}" is neither a number of operations per image nor one threshold per exit, as in 0.9,0.8,0`);
   }
-  return numbers.length > 1 ? numbers : predictor.choose(numbers[0]).thresholds;
+  // One number below 2 is the threshold of a single exit: no network has so few operations.
+  return numbers.length > 1 || numbers[0] < 2 ? numbers : predictor.choose(numbers[0]).thresholds;
 }
 
 async function main(model, limit, ...files) {
