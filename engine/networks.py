@@ -70,8 +70,11 @@ def stage_1_network_from(origin: LoadedNetwork, data: DataInfo) -> ExitNetwork:
     """
     stage_1 = origin.network.stage_1
     num_classes = len(data.class_names)
-    same_classes = stage_1.num_classes == num_classes and (
-        origin.data.class_names == data.class_names or not origin.data.knows_training_images
+    same_classes = (
+        stage_1.num_classes == num_classes
+        and (origin.data.class_names == data.class_names or not origin.data.knows_training_images)
+        # Trained in a single stage, an IMTA leaves the classifiers of its stage-1 network as they were made.
+        and not (origin.network is not stage_1 and origin.description.recipe.get("single_stage"))
     )
     network = stage_1.for_classes(num_classes, same_classes)
     left_out = set() if same_classes else {name for name, _ in stage_1.classifier_parameters()}

@@ -110,6 +110,11 @@ class Backbone(ExitNetwork):
         constructor: Constructor | None = None,
     ):
         super().__init__()
+        for name, value in network.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{type(network).__name__} has extra state, {name}, which is no tensor to save"
+                )
         check_exit_options(exit_width=exit_width, exit_size=exit_size)
         traces = trace_both_modes(network)
         profiles = profile_graph(network, traces, image_size)
@@ -161,6 +166,12 @@ class Backbone(ExitNetwork):
         self.num_classes = linear.out_features if num_classes is None else num_classes
         if self.num_classes == linear.out_features:
             return False
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            raise ValueError(
+                f"{self._classifier}, the last layer of {type(self.network).__name__}, is a "
+                f"{type(linear).__name__} with a behaviour of its own, which a new layer would not have; "
+                f"build the network with {num_classes} classes"
+            )
         new = nn.Linear(linear.in_features, self.num_classes).to(linear.weight)
         self._replace_module(self._classifier, new)
         return True
@@ -215,7 +226,7 @@ class Backbone(ExitNetwork):
     def for_classes(self, num_classes: int, same_classes: bool = False) -> "Backbone":
         """Build a network like this one for other classes, with new weights, all trained.
 
-        Its last linear layer counts as new, even for as many classes, unless they are the same.
+        Its last linear layer counts as new unless the classes are the same, whose weights come with it.
 
         Raises:
             ValueError: It is a custom network.
@@ -224,8 +235,7 @@ class Backbone(ExitNetwork):
             raise ValueError(
                 f"{self.title} is a custom network, which cannot be built again: make a new Backbone"
             )
-        has_new_classifier = self.has_new_classifier if same_classes else True
-        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": has_new_classifier}
+        new = {"num_classes": num_classes, "frozen": False, "has_new_classifier": not same_classes}
         return self.from_config({**self.config, **new})
 
     # Inference

@@ -75,7 +75,7 @@ def find_cuts(
     _check_not_tiny(network, traces.evaluation, profiles)
     classifier, ends = _last_linear(network, traces, first_profile)
     if isinstance(exits, int):
-        paths = _even_paths(network, traces, profiles, exits)
+        paths = _even_paths(network, traces, profiles, exits, has_layout=layout is not None)
     elif isinstance(exits, str) or not all(isinstance(path, str) for path in exits):
         raise ValueError(
             f"exits is {exits!r}; give paths of modules, such as ['layer1', 'layer2'], or a number of exits"
@@ -216,9 +216,12 @@ def _unknown_exit(network: nn.Module, traces: Traces, path: str, ends: dict[str,
 
 
 def _even_paths(
-    network: nn.Module, traces: Traces, profiles: dict[int, GraphProfile], count: int
+    network: nn.Module, traces: Traces, profiles: dict[int, GraphProfile], count: int, has_layout: bool
 ) -> list[str]:
-    """Return the paths of ``count`` - 1 early exits that spread the operations evenly."""
+    """Return the paths of ``count`` - 1 early exits that spread the operations evenly.
+
+    Unless the layout is given (``has_layout``), they are where the shapes tell it.
+    """
     trace, profile = traces.evaluation, next(iter(profiles.values()))
     total = max(profile.operations_up_to.values())
     if count < 2:
@@ -235,7 +238,11 @@ def _even_paths(
         if reason and not refusal:
             refusal = f"none can be at {path!r}: {reason}"
         shape = profile.shapes.get(node, ())
-        is_readable = len(shape) in (3, 4) and shape[0] == PROBE_BATCH
+        is_readable = (
+            len(shape) in (3, 4)
+            and shape[0] == PROBE_BATCH
+            and (has_layout or _layout_at(node, profiles) is not None)
+        )
         if reason is None and is_readable and not _comes_before_norm(network, node):
             candidates.setdefault(node, path)
     # An exit that comes with the last operations saves nothing.
@@ -322,10 +329,22 @@ def _layouts(
     for path in paths:
         node = traces.evaluation.outputs[path]
         try:
-            layouts.append(_find_layout([p.shapes.get(node, ()) or (0,) for p in profiles.values()]))
+            layouts.append(_find_layout(_shapes_at(node, profiles)))
         except ValueError as error:
             raise ValueError(f"no exit can be at {path!r}: {error}") from None
     return layouts
+
+
+def _shapes_at(node: fx.Node, profiles: dict[int, GraphProfile]) -> list[tuple[int, ...]]:
+    return [profile.shapes.get(node, ()) or (0,) for profile in profiles.values()]
+
+
+def _layout_at(node: fx.Node, profiles: dict[int, GraphProfile]) -> str | None:
+    """Return the layout of a tensor, None if its shapes do not tell."""
+    try:
+        return _find_layout(_shapes_at(node, profiles))
+    except ValueError:
+        return None
 
 
 def _find_layout(shapes: list[tuple[int, ...]]) -> str:

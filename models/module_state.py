@@ -59,18 +59,19 @@ def checkpoint_contexts(
     return nullcontext(), recomputation()
 
 
-def _other_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
-    """Return the buffers that are no running statistics of a layer, their values and their versions."""
+def _other_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers that are no running statistics of a layer, and their values."""
     layers = [layer for layer in module.modules() if not getattr(layer, "track_running_stats", False)]
     buffers = [x for layer in layers for x in layer.buffers(recurse=False) if not x.is_inference()]
-    return [(x, x.clone(), x._version) for x in buffers]
+    return [(x, x.clone()) for x in buffers]
 
 
-def _put_back(buffers: list[tuple[Tensor, Tensor, int]]) -> None:
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
-        for x, value, version in buffers:
-            if x._version != version:
-                x.copy_(value)
+        for x, value in buffers:
+            x.data.copy_(
+                value
+            )  # always, without a new version: ``F.batch_norm`` changes statistics without one
 
 
 class Snapshot:

@@ -90,6 +90,7 @@ def _lazily(network: ExitNetwork, images: Tensor, counter: "_Counter") -> Iterat
 def _by_whole_blocks(network: ExitNetwork, images: Tensor, counter: "_Counter") -> Iterator[None]:
     for k in range(network.num_exits):
         counter.reset()
+        network.eval()  # some networks of timm then drop what they computed from parameters
         with counter:
             network(images, k + 1)
         yield
@@ -101,8 +102,9 @@ def _pooling_window(_x: Tensor, kernel_size: list[int], *_: Any, out: Tensor) ->
 
 ACTIVATIONS = (
     *("relu", "leaky_relu", "elu", "hardtanh", "hardswish", "hardsigmoid"),  # nn.ReLU6 is a hardtanh
-    *("gelu", "silu", "mish", "sigmoid", "tanh"),
+    *("gelu", "silu", "mish", "sigmoid", "tanh", "celu", "threshold"),
 )
+OTHER_ACTIVATIONS = ("_prelu_kernel", "softplus", "rrelu_with_noise")  # without an operator in place
 # Operations besides multiply-adds, by arguments and output of a call. All calls that are neither here nor in
 # PyTorch's list of multiply-adds are free.
 SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
@@ -113,6 +115,9 @@ SMALL_OPERATIONS: dict[Any, Callable[..., int]] = {
     aten.avg_pool2d: _pooling_window,
     aten.mean: lambda x, *_, out: x.numel(),
     aten._adaptive_avg_pool2d: lambda x, *_, out: x.numel(),
+    aten.adaptive_max_pool2d: lambda x, *_, out: x.numel(),
+    aten.log_sigmoid_forward: lambda x, *_, out: x.numel(),
+    **{getattr(aten, name): lambda *_, out: out.numel() for name in OTHER_ACTIVATIONS},
     **{getattr(aten, name): lambda *_, out: out.numel() for name in ACTIVATIONS},
     **{getattr(aten, f"{name}_"): lambda *_, out: out.numel() for name in ACTIVATIONS},  # in place
 }

@@ -10,6 +10,7 @@ Only the constructors that the two libraries register are called. timm is option
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,8 +105,14 @@ def _usual_images(interpolation: str) -> ImageSpec:
 
 
 def options_of_weights(arch: str, pretrained: str | os.PathLike | None) -> dict[str, Any]:
-    """Return the options of a constructor that torchvision's weights need: the image size of a ViT."""
+    """Return the options of a constructor that torchvision's weights need.
+
+    The image size of a ViT; and the other normalisation inside GoogLeNet and Inception, for which these were
+    trained.
+    """
     library, name = split_name(arch)
+    if library == "torchvision" and name in ("googlenet", "inception_v3") and pretrained is not None:
+        return {"transform_input": True}
     weights = None
     if library == "torchvision" and name.startswith("vit_"):
         weights = _torchvision().get_model_weights(name).__members__.get(str(pretrained))
@@ -182,23 +189,39 @@ def _timm() -> Any:
     return timm
 
 
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
+_OF_OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+
+
 def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of pretrained weights: a file, or those of the library."""
     path = expand_home(pretrained)
     if path.is_file():
-        return read_weights(path)
+        weights = read_weights(path)
+        if constructor.library == "torchvision" and constructor.name.startswith("densenet"):
+            # torchvision's own files have older names.
+            weights = {_OF_OLD_DENSENET.sub(r"\1\2.", name): x for name, x in weights.items()}
+        return _for_options(weights, constructor)
     try:
         if constructor.library == "timm":
             network = _timm().create_model(constructor.name, pretrained=True, **constructor.options)
             return network.state_dict()
         # Not the weights alone: some constructors rename tensors that have the names of older networks.
         weights = _torchvision().get_model_weights(constructor.name)[str(pretrained)]
-        return _torchvision().get_model(constructor.name, weights=weights, progress=False).state_dict()
+        network = _torchvision().get_model(constructor.name, weights=weights, progress=False)
+        return _for_options(network.state_dict(), constructor)
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"the weights {pretrained} of {constructor.name} cannot be downloaded: "
             f"{first_line(getattr(error, 'reason', error)):.150}; --pretrained also takes a file of them"
         ) from None
+
+
+def _for_options(weights: dict[str, Tensor], constructor: Constructor) -> dict[str, Tensor]:
+    """Leave out the auxiliary classifiers of a network that was built without them."""
+    if constructor.options.get("aux_logits") is not False:
+        return weights
+    return {name: x for name, x in weights.items() if not name.startswith(_AUXILIARY)}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

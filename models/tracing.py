@@ -196,6 +196,11 @@ def trace_both_modes(network: nn.Module) -> Traces:
         for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
         if name.startswith("_tensor_constant")
     }
+    if any(value.requires_grad for value in constants.values()):
+        raise ValueError(
+            f"the forward method of {name} computes with parameters in a way that a trace does not record, "
+            "such as a loop over parameters(); read them as attributes"
+        )
     return Traces(by_mode, constants)
 
 

@@ -58,7 +58,7 @@ def parse(stage: str, argv: list[str] | None = None) -> "CommandLine":
     """
     parser = build_parser(stage)
     typed = vars(parser.parse_args(argv))
-    if conflict := conflict_of_flags(typed):
+    if conflict := conflict_of_flags(typed, stage):
         parser.error(conflict)
     return CommandLine(STAGES[stage], typed, sys.argv[1:] if argv is None else argv)
 

@@ -45,16 +45,21 @@ WITHOUT_EFFECT = (
 )
 
 
-def conflict_of_flags(typed: dict[str, Any]) -> str | None:
-    """Check the flags that were typed."""
+def conflict_of_flags(typed: dict[str, Any], stage: str) -> str | None:
+    """Check the flags that were typed for a program, that of stage ``GE`` or ``IMTA``."""
     for first, second in MUTUALLY_EXCLUSIVE:
         if first in typed and second in typed:
             return f"{flag_of(first)} and {flag_of(second)} do not go together"
     if "evaluate_from" in typed and "evalmode" not in typed:
         return "--evaluate-from needs --evalmode (anytime, dynamic or runtime)"
-    return conflict_of_compiling(
-        typed.get("compile", "auto"), typed.get("checkpoint_activations", False), typed.get("accumulate", 1)
-    )
+    is_checkpointed = typed.get("checkpoint_activations", False)
+    if conflict := conflict_of_compiling(
+        typed.get("compile", "auto"), is_checkpointed, typed.get("accumulate", 1)
+    ):
+        return conflict
+    if stage == "IMTA" and is_checkpointed and "single_stage" not in typed:
+        return "--checkpoint-activations needs --single-stage: the frozen network keeps no activations"
+    return None
 
 
 def conflict_of_settings(typed: dict[str, Any], settings: dict[str, Any]) -> str | None:

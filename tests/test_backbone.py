@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_inference import fold
 from adaptive_inference.fingerprint import network_fingerprint
-from engine.checkpoint import save_network
+from engine.checkpoint import LoadedNetwork, save_network
+from engine.networks import stage_1_network_from
 from models import IMTA, Stepwise, count_operations, load
 from models.backbone import Backbone, build_backbone
 from models.backbone_exits import MapExit
@@ -219,8 +221,29 @@ def test_a_rebuilt_network_knows_whether_its_classifier_came_with_the_weights(tm
     assert other.has_new_classifier
     assert network.for_classes(5).has_new_classifier
     assert not network.for_classes(5, same_classes=True).has_new_classifier
+    assert not partly.for_classes(5, same_classes=True).has_new_classifier
     single_stage = IMTA(network, freeze_backbone=False).for_classes(7)
     assert single_stage.stage_1.config == other.config
+
+
+@pytest.mark.parametrize("is_single_stage", [False, True])
+def test_the_classifier_of_a_run_comes_with_its_weights_unless_it_was_never_trained(is_single_stage):
+    """A single stage trains the classifiers of stage 2 alone."""
+    network = IMTA(build_backbone("mobilenet_v3_small", 3, 5, image_size=32), freeze_backbone=False)
+    description = describe(network)
+    description = replace(description, recipe={**description.recipe, "single_stage": is_single_stage})
+    origin = LoadedNetwork(Path("best.safetensors"), network, description, Split.unknown())
+    backbone = stage_1_network_from(origin, description.data)
+    weights = [stage.network.classifier[3].weight for stage in (backbone, network.backbone)]
+    assert torch.equal(*weights) is not is_single_stage
+    assert backbone.has_new_classifier is is_single_stage
+    assert torch.equal(backbone.network.features[0][0].weight, network.backbone.network.features[0][0].weight)
+
+
+def test_exits_are_put_where_the_channels_can_be_told():
+    pytest.importorskip("timm")
+    network = build_backbone("timm/nest_tiny", 3, image_size=224)
+    assert network.config["exits"] == ["levels.1", "levels.2.pool"]
 
 
 def test_a_custom_network_is_not_built_again_for_other_classes():

@@ -136,6 +136,14 @@ def test_synchronised_batch_norm_needs_gpus():
     assert conflict_on_machine(settings, world_size=2, num_gpus=1, has_batch_norm_1d=False) is None
 
 
+def test_activations_are_recomputed_only_where_a_network_trains(capsys):
+    parse("GE", ["--checkpoint-activations"])
+    parse("IMTA", ["--checkpoint-activations", "--single-stage"])
+    with pytest.raises(SystemExit):
+        parse("IMTA", ["--checkpoint-activations"])
+    assert "--checkpoint-activations needs --single-stage" in capsys.readouterr().err
+
+
 def test_compiling_without_conflict():
     assert conflict_of_compiling("default", False, accumulate=4, num_gpus=1, images_per_process=12) is None
     assert conflict_of_compiling("off", True, accumulate=5, num_gpus=4, images_per_process=12) is None

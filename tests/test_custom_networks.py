@@ -300,6 +300,37 @@ class Tied(Plain):
         return self.again(self.c(self.b(self.a(x))))
 
 
+class LoopsOverParameters(Plain):
+    def between(self, x):
+        return x * sum(p.abs().sum() for p in self.first.parameters())
+
+
+class LoopsOverBuffers(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.full((), 1.5))
+
+    def between(self, x):
+        return x * sum(buffer for name, buffer in self.named_buffers() if name == "scale").abs()
+
+
+class Reversal(torch.autograd.Function):
+    """The identity, with the negative gradient."""
+
+    @staticmethod
+    def forward(context, x):
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return -gradient
+
+
+class ReversesGradients(Plain):
+    def between(self, x):
+        return Reversal.apply(x)
+
+
 class Hooked(Plain):
     """A last linear layer with a hook that changes its input."""
 
@@ -370,6 +401,9 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
         (Remembers, "gives other .* in training mode"),
         (RemembersBeforeZeros, "gives other outputs in training mode"),
         (AddsInPlace, r"usual causes: .* or x \+= y where x is used again$"),
+        (LoopsOverParameters, r"such as a loop over parameters\(\)"),
+        (LoopsOverBuffers, "gives other"),
+        (ReversesGradients, "gives other gradients of 'first"),
         (SwitchesAutocastOff, r"uses torch\.autocast, which"),
         (EndsInTokens, r"ends in linear, whose output is \(2, 1, 10\)"),
         (TwoEnds, "other linear layers in training: auxiliary and linear"),
@@ -417,10 +451,23 @@ class NormByMean(HandWrittenNorm):
         return x * self.mean.reshape(1, -1, 1, 1)
 
 
-def test_recomputed_activations_change_buffers_once_and_see_the_same_values():
+class FunctionalNorm(Plain):
+    """Batch normalisation that PyTorch counts as no change of its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def between(self, x):
+        return nn.functional.batch_norm(x, self.mean, self.var.abs(), training=self.training)
+
+
+@pytest.mark.parametrize("kind", [NormByMean, FunctionalNorm])
+def test_recomputed_activations_change_buffers_once_and_see_the_same_values(kind):
     images, results = torch.randn(4, 3, 32, 32), []
     for is_checkpointed in (False, True):
-        network = Backbone(make(NormByMean), ["first"]).train()
+        network = Backbone(make(kind), ["first"]).train()
         network.checkpoint_activations = is_checkpointed
         torch.manual_seed(3)
         sum(z.square().sum() for z in network(images)).backward()
@@ -443,6 +490,31 @@ def test_checkpoints_copy_only_the_buffers_of_a_segment():
     with Copies():
         network(torch.randn(4, 3, 32, 32))
     assert shapes == [network.network.mean.shape]
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+def test_a_last_layer_of_its_own_kind_is_kept_and_not_replaced():
+    for kind in (Cosine, nn.Linear):
+        network = make(Plain)
+        network.linear = kind(network.linear.in_features, 10)
+        if kind is nn.Linear:
+            network.linear.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+        with pytest.raises(ValueError, match=f"linear, the last layer of Plain, is a {kind.__name__} with"):
+            Backbone(network, ["first"], num_classes=5)
+        assert Backbone(network, ["first"], num_classes=10).network.linear is network.linear
+
+
+def test_state_that_no_file_can_hold_is_refused_before_training():
+    class CountsSteps(Plain):
+        def get_extra_state(self):
+            return {"steps": 1}
+
+    with pytest.raises(ValueError, match="CountsSteps has extra state, _extra_state, which is no tensor"):
+        Backbone(make(CountsSteps), ["first"])
 
 
 def test_copies_but_no_pickles():

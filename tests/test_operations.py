@@ -75,6 +75,18 @@ def test_lazy_evaluation_keeps_only_what_later_exits_read(step_mode):
     assert state == {}
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.CELU(), nn.PReLU(), nn.Softplus(), nn.LogSigmoid(), nn.Threshold(0.1, 0.0), nn.RReLU()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_an_activation_is_one_operation_per_element(layer):
+    counts = [
+        count_operations(Backbone(ResidualBlock(kind, False), ["block"]), 32) for kind in (layer, nn.ReLU())
+    ]
+    assert counts[0] == counts[1]
+
+
 def test_counted_in_inference_mode():
     network = MSDNet(num_classes=10, num_blocks=2, num_channels=4, growth_rate=4)
     expected = [count_operations(network, 32), count_operations(network, 32, lazy=True)]

@@ -128,13 +128,17 @@ def test_weights_of_networks_that_look_at_versions(tmp_path):
     assert torch.equal(again.network.eval()(images), network.network(images))
 
 
-def test_downloaded_weights_are_those_of_the_constructor(monkeypatch):
+def test_weights_of_torchvision_are_those_of_the_constructor(monkeypatch, tmp_path):
     """DenseNet's weights have the names of an older version, which torchvision's constructor knows."""
     original = torchvision.models.densenet121().state_dict()
     layer = r"(denselayer\d+\.(?:norm|conv))([12])"
     weights = {name: x for name, x in original.items() if not name.endswith("num_batches_tracked")}
     older = {re.sub(layer, r"\1.\2", name): x for name, x in weights.items()}
     assert older.keys() != weights.keys()
+    torch.save(older, tmp_path / "densenet121.pth")
+    network = build_backbone("densenet121", 3, 4, pretrained=tmp_path / "densenet121.pth")
+    name = "features.denseblock1.denselayer1.norm1.weight"
+    assert torch.equal(network.network.get_parameter(name), original[name])
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(older))
     network = build_backbone("densenet121", 3, 4, pretrained="DEFAULT")
     assert torch.equal(network.network.features.conv0.weight, original["features.conv0.weight"])
@@ -142,3 +146,16 @@ def test_downloaded_weights_are_those_of_the_constructor(monkeypatch):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: wide)
     with pytest.raises(ValueError, match="these weights are not those of mobilenet_v2"):
         build_backbone("mobilenet_v2", 3, pretrained="DEFAULT", options={"width_mult": 0.5})
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_a_normalisation_of_their_own(monkeypatch, tmp_path, name):
+    """Their weights were trained behind it, with auxiliary classifiers that no exit replaces."""
+    make = getattr(torchvision.models, name)
+    published = make(weights=None, init_weights=False, transform_input=True, aux_logits=True)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(published.state_dict()))
+    images, without = torch.rand(2, 3, 128, 128), {"aux_logits": False}
+    if name == "googlenet":
+        without["init_weights"] = False
+    network = build_backbone(name, 3, pretrained="DEFAULT", image_size=128, options=without)
+    torch.testing.assert_close(network.eval()(images)[-1], published.eval()(images))
