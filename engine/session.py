@@ -101,7 +101,8 @@ def to_plain_types(settings: Namespace) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the commit of the code, with ``-dirty`` if it was changed since; None outside a git clone."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    # Without the lock of the index, which a killed run would leave to the user.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         name = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60
