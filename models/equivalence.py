@@ -67,7 +67,7 @@ def check_segments(
         if ours is None or not torch.allclose(
             ours.double(), value.double(), rtol=1e-3, atol=tolerance, equal_nan=True
         ):
-            what = f"{what}{name and f' of {name!r}'}"
+            what = f"{what} of {name!r}" if name else what
             raise ValueError(
                 f"cut into segments, {type(network).__name__} gives other {what} in {mode} mode: its "
                 "forward method does something that torch.fx does not record; usual causes: state in "
@@ -82,7 +82,8 @@ def _changed_weights(network: nn.Module) -> Iterator[None]:
     tensors = [x for x in tensors if not x.is_inference()]  # which may not be changed everywhere
     values = [x.detach().clone() for x in tensors]
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        gpus = sorted({x.get_device() for x in tensors if x.is_cuda})
+        with torch.no_grad(), torch.random.fork_rng(gpus):
             for x in tensors:
                 x.mul_(1 + 0.1 * torch.rand_like(x))
         yield

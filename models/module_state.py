@@ -69,9 +69,8 @@ def _other_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for x, value in buffers:
-            x.data.copy_(
-                value
-            )  # always, without a new version: ``F.batch_norm`` changes statistics without one
+            # Always, and without a new version: ``F.batch_norm`` changes statistics without one.
+            x.data.copy_(value)
 
 
 class Snapshot:
