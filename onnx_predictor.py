@@ -82,16 +82,14 @@ class OnnxPredictor:
         self._in_blocks = path.is_dir()
         if self._in_blocks:
             content = _read_json(path / "network.json")
-            path_of_fields = path / "network.json"
-            _check_fields(content, path_of_fields, (*FIELDS, "blocks"))
+            _check_fields(content, path / "network.json", (*FIELDS, "blocks"))
         else:
             self._session = self._open(path)
             content = self._session.get_modelmeta().custom_metadata_map
             _check_fields(content, path, FIELDS)
             texts = set(FIELDS) - {"fingerprint"}
             content = content | {name: json.loads(content[name]) for name in texts}
-            path_of_fields = path
-        _check_types(content, path_of_fields)
+        _check_types(content, path / "network.json" if self._in_blocks else path)
         self.class_names: list[str] = content["class_names"]
         self.image_size: int = content["image_size"]
         self.preprocessing: dict[str, Any] = content["preprocessing"]

@@ -102,4 +102,4 @@ class Interruptions:
         is_time = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         save, self.requests.save = self.requests.save or is_time, False
         stop = self.requests.stop_signal
-        return self.processes.all_reduce_max(SAVE + stop if stop else SAVE if save else 0)
+        return self.processes.all_reduce_max(SAVE + stop if save or stop else 0)

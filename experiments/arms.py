@@ -313,18 +313,23 @@ def keep_files(run: Path, kept: Path) -> None:
             shutil.copy(run / name, kept / name)
 
 
+def add_data_root(parser: CommandLineParser, required: bool = True) -> None:
+    """Add the flag that names CIFAR-100."""
+    parser.add_argument(
+        "--data-root",
+        type=user_path,
+        required=required,
+        metavar="DIR",
+        help="as of train_GE.py --data cifar100, downloaded if missing",
+    )
+
+
 def main() -> int:
     """Train what the command line names, and return the exit status of the last run."""
     parser = CommandLineParser(
         prog="experiments.arms", description="Train every arm of the comparison for every seed."
     )
-    parser.add_argument(
-        "--data-root",
-        type=user_path,
-        required=True,
-        metavar="DIR",
-        help="as of train_GE.py --data cifar100, downloaded if missing",
-    )
+    add_data_root(parser)
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="short", help="(default: %(default)s)")
     parser.add_argument(
         "--work", type=user_path, metavar="DIR", help="runs and checkpoints (default: save/SCHEDULE)"

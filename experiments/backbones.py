@@ -17,6 +17,7 @@ from engine.report import best_within, read_csv
 from experiments.arms import (
     RESULTS,
     Arm,
+    add_data_root,
     class_folders,
     command_line,
     seeds_of,
@@ -107,12 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Further flags go to the training of every arm.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--data-root",
-        type=user_path,
-        metavar="DIR",
-        help="as of train_GE.py --data cifar100, downloaded if missing",
-    )
+    add_data_root(parser, required=False)
     parser.add_argument(
         "--weights",
         type=user_path,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from engine.report import read_csv
-from experiments.arms import class_folders, is_complete, refuse_other_command, run_command
+from experiments.arms import add_data_root, class_folders, is_complete, refuse_other_command, run_command
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
 from utils import UserError, error_message
@@ -72,13 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Further flags go to train_GE.py.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--data-root",
-        type=user_path,
-        required=True,
-        metavar="DIR",
-        help="as of train_GE.py --data cifar100, downloaded if missing",
-    )
+    add_data_root(parser)
     parser.add_argument(
         "--weights",
         type=user_path,
