@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import train_GE
 from engine.auto import resolve_auto
@@ -403,6 +405,26 @@ def test_no_process_hangs_when_it_leaves_the_others(tmp_path):
     """Gloo's threads may then still have tensors to free, for which they need Python's global lock."""
     ended = forkserver.run(leave_often, [], tmp_path, {"GLOO_SOCKET_IFNAME": "lo"})
     assert ended.statuses == [0], ended.errors
+
+
+def leave_after_training(_):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    model.cycle = model
+    del model
+    leave_process_group()
+    print(*(path.read_text() for path in Path("/proc/self/task").glob("*/comm")), sep="")
+    return 0
+
+
+@forks
+def test_none_of_gloos_threads_outlives_the_process_group(tmp_path):
+    """Python's end may abort a process whose threads have a tensor to free."""
+    ended = forkserver.run(leave_after_training, [], tmp_path, {"GLOO_SOCKET_IFNAME": "lo"})
+    assert ended.statuses == [0], ended.errors
+    assert ended.output
+    assert "gloo" not in ended.output
 
 
 def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):

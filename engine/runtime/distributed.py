@@ -4,6 +4,7 @@ Example:
     with process_group(settings.gpu) as processes: ...
 """
 
+import gc
 import os
 import socket
 import threading
@@ -271,7 +272,11 @@ def _init_process_group(torchrun: TorchrunEnvironment, device: torch.device) -> 
 
 
 def leave_process_group() -> None:
-    """Close the connections with the other processes, after the last exchange."""
+    """Close the connections with the other processes, after the last exchange, and end Gloo's threads.
+
+    A thread that frees a tensor while Python shuts down would abort the process (pytorch#190489).
+    """
+    gc.collect()  # DDP, which uses the group, is part of a reference cycle
     # Before PyTorch 2.8 a group holds Python's global lock while it waits for Gloo's threads to end, and they
     # may wait for this lock to free a tensor (pytorch#154976). A backend that outlives its group releases it.
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
