@@ -282,7 +282,8 @@ def _add_common(add: Callable) -> None:
     add(
         "--preset",
         **_one_of(PRESETS),
-        help="base settings; other flags override them (default: that of --data, else demo)",
+        help="base settings; other flags override them (default: that of --data; own images: folder, with "
+        "--pretrained finetune; else demo)",
     )
     add(
         "--data",
@@ -474,7 +475,7 @@ def _add_network(add: Callable) -> None:
     add(
         "--boosted-exits",
         action=BooleanOptionalAction,
-        help="an exit adds its logits to half of those of the previous exit (Boosted Dynamic Networks)",
+        help="an exit adds its logits to half of the previous exit's (Boosted Dynamic Neural Networks)",
     )
     add(
         "--init",
@@ -594,7 +595,7 @@ def _add_optimisation(add: Callable) -> None:
     add(
         "--optimizer",
         **_one_of(["sgd", "adamw"]),
-        help=f"adamw begins at --lr {ADAMW_LR} where none is given",
+        help=f"with adamw --lr is {ADAMW_LR} where none is given",
     )
     add("--lr-type", **_one_of(["multistep", "cosine"]), help="learning rate after the warm-up")
     add(

@@ -2,7 +2,7 @@
 
 Example:
     network = torch.hub.load(REPOSITORY, "imta_cifar100")                         # from GitHub
-    network = torch.hub.load("path/of/a/clone", "imta_cifar100", source="local")  # offline
+    network = torch.hub.load("path/to/clone", "imta_cifar100", source="local")  # offline
 
 The package ``models`` is imported as ``imta_msdnet``, because a program, or another repository of torch.hub,
 may have its own ``models``.

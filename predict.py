@@ -37,7 +37,7 @@ RUNS, SHIPPED = Path("save"), "imta_cifar100"
 class Budget(NamedTuple):
     """A limit as typed: amount and unit.
 
-    The unit is ``M`` (millions of operations), ``%`` (of the whole network) or ``ms``.
+    The unit is ``M`` (millions of operations), ``%`` (of the full network) or ``ms``.
     """
 
     amount: float
@@ -96,15 +96,18 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
         "--max-loss",
         type=_percentage,
         metavar="PERCENT",
-        help="largest accepted loss of accuracy against the whole network, held with --confidence-level",
+        help="largest accepted loss of accuracy against the full network, guaranteed with --confidence-level",
     )
     group.add_argument(
-        "--confidence-level", type=_level, metavar="PERCENT", help="of --max-loss (default: 95%%)"
+        "--confidence-level",
+        type=_level,
+        metavar="PERCENT",
+        help="confidence of the guarantee of --max-loss (default: 95%%)",
     )
     group.add_argument(
         "--disagreement",
         action="store_true",
-        help="--max-loss counts every prediction that differs from the whole network's",
+        help="--max-loss counts every prediction that differs from the full network's",
     )
     group.add_argument(
         "--deadline",

@@ -1,4 +1,4 @@
-"""Small tools of every program: one-line errors, the console, atomic files, cores."""
+"""Utilities of all programs: one-line errors, the console, atomic files, cores."""
 
 import errno
 import math

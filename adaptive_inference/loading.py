@@ -35,7 +35,8 @@ def load_predictor(
     """Load a network with its classes, preprocessing and a policy, folded and ready to predict.
 
     Without operations, accuracy or max_loss, the policy nearest to half of the network is taken, as in
-    predict.py. A budget in milliseconds needs times of the loaded network: see ``choose``.
+    predict.py. A budget in milliseconds needs times of the loaded network: see
+    ``promises.deadlines.BudgetPredictor``.
 
     Args:
         path_or_name: File or name, as for ``models.load``; the policies lie beside the file.

@@ -68,7 +68,7 @@ class _Problem:
     def __init__(self, predictions: ExitPredictions, operations: Sequence[float]):
         self.confidence = confidence = predictions.confidence
         self.correct = predictions.correct.float()
-        # As shares of the full network: lambda is then the accuracy that the whole network must be worth.
+        # As shares of the full network: lambda is then the accuracy that it must be worth.
         self.cost = torch.tensor(list(operations), dtype=torch.float32) / operations[-1]
         self.descending = confidence[:-1].sort(dim=1, descending=True).values
         num_images = confidence.shape[1]

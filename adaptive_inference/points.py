@@ -71,7 +71,7 @@ def choose(
     if operations is None:
         return min(points, key=lambda point: (point.operations, -point.val_acc1))
     costs = [point.operations / 1e6 for point in points]
-    points = points_within_budget(points, costs, operations / 1e6, "M", curve.whole_operations / 1e6)
+    points = points_within_budget(points, costs, operations / 1e6, "M", curve.full_operations / 1e6)
     return max(points, key=lambda point: (point.val_acc1, -point.operations))
 
 
@@ -120,7 +120,7 @@ def points_within_budget(
         costs: Cost of every point.
         limit: In the unit of the costs.
         unit: For the error.
-        whole: Cost of the whole network, from which the error computes a percentage.
+        whole: Cost of the full network, from which the error computes a percentage.
 
     Raises:
         UserError: Every point costs more; the line says what to ask for.

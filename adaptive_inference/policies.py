@@ -170,8 +170,8 @@ class PolicyCurve:
             raise ValueError("its number of held-out images is not a number of images")
 
     @property
-    def whole_operations(self) -> float:
-        """Operations of the whole network: to the last exit, with the ensemble of exits if there is one."""
+    def full_operations(self) -> float:
+        """Operations of the full network: to the last exit, with the ensemble of exits if there is one."""
         return max(self.operations[-1], *(point.operations for point in self.points))
 
     def default_point(self, rule: str | None = None) -> Point:

@@ -122,7 +122,7 @@ def budget_table(
         geometric: Rows of ``budgeted.csv``.
         optimised: Rows of ``optimised.csv``.
         ensemble: Rows of ``ensemble.csv``.
-        full: Operations of the whole network.
+        full: Operations of the full network.
         num_images: Number of test images.
     """
     others = {"optimised rule": optimised, "ensemble of exits": ensemble}

@@ -34,7 +34,7 @@ from utils import UserError, atomic_write
 MAX_LOSS = 0.05  # points of top-1
 POLICY_FILES = (".policy.json", ".reference.safetensors")
 BFLOAT16_FILES = (".policy.bfloat16.json", ".reference.bfloat16.safetensors")
-BUDGETS = (25.0, 50.0, 75.0)  # percent of the whole network's operations
+BUDGETS = (25.0, 50.0, 75.0)  # percent of the full network's operations
 RECIPE = (
     "epochs",
     "batch_size",

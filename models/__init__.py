@@ -22,7 +22,7 @@ from .network import ExitNetwork, State, Stepwise
 from .operations import count_operations, measure_cost
 from .options import MSDNetOptions
 from .released import load_released, to_released
-from .saved import load
+from .saved import load, save
 
 __all__ = [
     "IMTA",
@@ -39,6 +39,7 @@ __all__ = [
     "load_released",
     "measure_cost",
     "one_for_all_loss",
+    "save",
     "sum_of_cross_entropies",
     "to_released",
 ]

@@ -40,7 +40,8 @@ class MSDNetOptions:
         gradient_equilibrium: Rescale gradients at the exits.
         gradient_equilibrium_scales: Scales whose gradients are rescaled: all (the paper), or the exit's
             (coarsest, released code).
-        boosted_exits: An exit adds half of the previous exit's logits to its own (Boosted Dynamic Networks).
+        boosted_exits: An exit adds half of the previous exit's logits to its own (Boosted Dynamic Neural
+            Networks).
         initialization: PyTorch's default, or He-normal by fan-out
             (MSDNet's original Torch code, in Lua).
     """

@@ -27,6 +27,7 @@ import math
 import os
 import shlex
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from .description import SPLIT_TENSORS, DataInfo, Description, Split
 from .errors import first_line
 from .files import find
 from .module_state import has_finite_weights, load_tensors, tie_parameters, tied_parameters
-from .network import CannotBuildError, ExitNetwork, build_network
+from .network import CannotBuildError, ExitNetwork, build_network, to_config
+from .operations import count_operations
 
 FORMAT = "imta-msdnet network 3"
 # A file of others may ask for images that take all memory, or that nothing can make.
@@ -63,6 +65,59 @@ def load(path_or_name: str | os.PathLike, network: nn.Module | None = None) -> E
         ValueError: ``read_network`` refuses the file; one line that names it.
     """
     return read_network(find(path_or_name), network)[0]
+
+
+def save(
+    path: str | os.PathLike,
+    network: ExitNetwork,
+    class_names: Sequence[str],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_share: float = 1.0,
+    interpolation: str = "bilinear",
+) -> None:
+    """Write a network that was trained by code of your own, as ``load`` and ``load_predictor`` read it.
+
+    Args:
+        path: The file; an old one is replaced.
+        network: The network.
+        class_names: Names in the order of the logits.
+        image_size: Height and width in pixels of the images.
+        mean: Mean of each of the three channels, for values from 0 to 1, by which images are normalised.
+        std: Standard deviation of each of the three channels, for values from 0 to 1.
+        crop_share: Share of the shorter side that the central crop of an image keeps.
+        interpolation: Name of the interpolation that resizes images.
+
+    Raises:
+        OSError: The file cannot be written; an old one is kept.
+        ValueError: An argument does not fit the network, or a weight is not finite.
+    """
+    path = Path(path)
+    description = Description(
+        network=to_config(network),
+        data=DataInfo(
+            name="folder",
+            class_names=list(class_names),
+            image_size=image_size,
+            crop_share=crop_share,
+            interpolation=interpolation,
+            mean=[float(value) for value in mean],
+            std=[float(value) for value in std],
+            num_training_images=0,
+            fingerprint="",
+        ),
+        operations=count_operations(network, image_size),
+        stage="GE" if network.stage_1 is network else "IMTA",
+        title=path.stem,
+        recipe={},
+        seed=None,
+        commit=None,
+    )
+    _check(description, network, Split.unknown())
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_bytes(network_bytes(network, description, Split.unknown()))
+    unfinished.replace(path)
 
 
 def convert_command(path: str | os.PathLike) -> str:

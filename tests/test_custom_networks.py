@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import models
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import save_network
 from models import Backbone, build_backbone, count_operations, load
@@ -563,17 +565,41 @@ def test_wrong_arguments(options, message):
 
 
 def test_a_predictor_of_a_custom_network(tmp_path):
-    network = Backbone(make(Plain), ["first"]).eval()
-    save(network, tmp_path / "network.safetensors")
+    network, file = Backbone(make(Plain), ["first"]).eval(), tmp_path / "network.safetensors"
+    names = [f"class {i}" for i in range(10)]
+    models.save(file, network, names, image_size=32, mean=np.full(3, 0.5), std=[0.25] * 3)
     images = torch.rand(60, 3, 32, 32)
     with torch.no_grad():
         logits = torch.stack(network(images))
     curve = find_policies(network, count_operations(network, 32), logits, logits[-1].argmax(1))
     write_policy(tmp_path / "network.policy.json", curve)
-    predictor = load_predictor(tmp_path / "network.safetensors", network=make(Plain, seed=1))
+    predictor = load_predictor(file, network=make(Plain, seed=1))
     assert set(predictor(images).exits.tolist()) <= {0, 1}
+    assert predictor.network.description.data.class_names == names
+    assert len(predictor.predict_images([Image.new("RGB", (40, 50))]).classes) == 1
     with pytest.raises(ValueError, match="pass it: load"):
-        load_predictor(tmp_path / "network.safetensors")
+        load_predictor(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_names": ["one"]}, "class_names has 1 entries, where 10 belong"),
+        ({"image_size": 0}, "images of 0 pixels are too small"),
+        ({"mean": [0.5]}, r"mean is \[0.5\]"),
+        ({"std": [0, 1, 1]}, "std is"),
+        ({"interpolation": "best"}, "interpolation is 'best'"),
+    ],
+)
+def test_a_description_that_does_not_fit_replaces_no_file(arguments, message, tmp_path):
+    network, file = Backbone(make(Plain), ["first"]), tmp_path / "network.safetensors"
+    fitting = {"class_names": list("abcdefghij"), "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    models.save(file, network, **fitting)
+    content = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        models.save(file, network, **(fitting | arguments))
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(("name", "size"), [("mobilenet_v3_small", 2), ("resnet18", 4)])

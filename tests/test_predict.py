@@ -266,7 +266,7 @@ def test_network_without_policy_predicts_with_all_of_it(trained, images, tmp_pat
     assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--format", "json"]) == 0
     printed = capsys.readouterr()
     assert {row["exit"] for row in json.loads(printed.out)["predictions"]} == {3}
-    assert "every image runs the whole network" in printed.err
+    assert "every image runs the full network" in printed.err
     assert predict.main([str(images), "--model", str(tmp_path / "best.safetensors"), "--budget", "50%"]) == 2
     assert "there is no policy file" in capsys.readouterr().err
 

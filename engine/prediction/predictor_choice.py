@@ -70,7 +70,7 @@ def choose_predictor(
     if curve is None:
         policy = _whole_network(folded)
         summary = (
-            f"there is no {policy_file}, which --evalmode dynamic writes: every image runs the whole network"
+            f"there is no {policy_file}, which --evalmode dynamic writes: every image runs the full network"
         )
         return ChosenPredictor(AdaptivePredictor(folded, policy), _metadata(policy), summary, curve)
     if arguments.budget is not None and arguments.budget.unit == "ms":
@@ -114,7 +114,7 @@ def _by_operations(
     if _has_limit(arguments):
         operations = None
         if arguments.budget is not None:
-            unit = 1e6 if arguments.budget.unit == "M" else curve.whole_operations / 100
+            unit = 1e6 if arguments.budget.unit == "M" else curve.full_operations / 100
             operations = arguments.budget.amount * unit
         point = choose(
             curve,

@@ -6,7 +6,7 @@
 //
 // MODEL is a file or directory of export_onnx.py; OPERATIONS a number of operations per image, or one threshold per exit. Images are
 // binary PPM (P6) of the network's size; a file may hold several. They go through the network in batches, which each image leaves at the
-// first exit that is sure enough.
+// first exit that is confident enough.
 import { readFile as readBytes, stat } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";

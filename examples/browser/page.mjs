@@ -58,7 +58,7 @@ class Page {
     const { classNames, imageSize, numExits } = this.predictor;
     element("network").textContent =
       `A network of ${numExits} exits and ${classNames.length} classes, trained on images of ${imageSize} × ${imageSize} pixels, ` +
-      "runs in this page. An image leaves at the first exit that is sure enough; later blocks then cost nothing.";
+      "runs in this page. An image leaves at the first exit that is confident enough; later blocks then cost nothing.";
     element("number-of-classes").textContent = classNames.length;
     element("classes").textContent = classNames.map((name) => name.replaceAll("_", " ")).join(", ");
     for (let exit = 1; exit <= numExits; exit++) {
