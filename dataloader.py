@@ -235,13 +235,15 @@ def _in_memory(
             return error
 
     batches = (subset.files[i : i + FILES_AT_ONCE] for i in range(0, len(subset), FILES_AT_ONCE))
-    results = list(chain.from_iterable(map_batches(attempt, batches, workers)))
-    readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
-    images = np.empty((len(readable), 3, image_size, image_size), np.uint8)
-    for row, i in enumerate(readable):
-        images[row] = results[i]
-    errors = [str(result) for result in results if isinstance(result, UserError)]
-    return Subset(subset.targets[readable], torch.from_numpy(images)), errors
+    images = np.empty((len(subset), 3, image_size, image_size), np.uint8)
+    readable, errors = [], []
+    for i, result in enumerate(chain.from_iterable(map_batches(attempt, batches, workers))):
+        if isinstance(result, UserError):
+            errors.append(str(result))
+        else:
+            images[len(readable)] = result
+            readable.append(i)
+    return Subset(subset.targets[readable], torch.from_numpy(images[: len(readable)])), errors
 
 
 def _not_emptied(name: str, subset: Subset, errors: list[str]) -> Subset:
@@ -277,6 +279,9 @@ def _normalization(name: str, training_subset: Subset) -> tuple[Sequence[float],
             f"--data {name} of small images is normalised by its training images; "
             "--data-root must hold train/CLASS/ too"
         )
-    pixels = training_subset.images.transpose(0, 1).flatten(1).float() / 255
-    mean = [round(x, 4) for x in pixels.mean(1).tolist()]
-    return mean, [round(max(x, 1e-3), 4) for x in pixels.std(1).tolist()]
+    # From the histogram of each channel: floats of all pixels would take many times their memory.
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([x.flatten().bincount(minlength=256) for x in training_subset.images.unbind(1)])
+    mean = (counts * levels).sum(1) / counts.sum(1)
+    variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (counts.sum(1) - 1)
+    return [round(x, 4) for x in mean.tolist()], [round(max(x, 1e-3), 4) for x in variance.sqrt().tolist()]

@@ -163,7 +163,8 @@ class OnnxPredictor:
             thresholds: (K,), compared with the largest softmax probability. If None, those of ``choose()``.
 
         Raises:
-            ValueError: If the images have another type or size, or the thresholds are not K numbers.
+            ValueError: If the images have another type or size, the thresholds are not K numbers, or the
+                network's output is not finite for an image.
         """
         images = np.asarray(images)
         size = self.image_size
@@ -177,9 +178,17 @@ class OnnxPredictor:
         if np.isnan(thresholds).any():
             raise ValueError(f"thresholds are {thresholds.tolist()}; not all of them are numbers")
         if self._in_blocks:
-            return self._predict_in_blocks(images, thresholds)
-        inputs = {"images": images, "thresholds": thresholds}
-        return Prediction(*self._session.run(list(Prediction._fields), inputs))
+            prediction = self._predict_in_blocks(images, thresholds)
+        else:
+            inputs = {"images": images, "thresholds": thresholds}
+            prediction = Prediction(*self._session.run(list(Prediction._fields), inputs))
+        wrong = np.flatnonzero(~np.isfinite(prediction.confidence))
+        if len(wrong):
+            raise ValueError(
+                f"the network's output is not finite for {len(wrong)} of {len(images)} images; "
+                f"the first is at position {wrong[0]}, from 0"
+            )
+        return prediction
 
     def _predict_in_blocks(self, images: np.ndarray, thresholds: np.ndarray) -> Prediction:
         """Run one block after another, each for the images that have not left.

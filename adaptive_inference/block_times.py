@@ -68,5 +68,5 @@ def _at(numbers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> np.ndarray
 
 def wait_for(device: torch.device) -> None:
     """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

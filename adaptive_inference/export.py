@@ -39,7 +39,7 @@ from adaptive_inference.fold import fold
 from adaptive_inference.policies import PolicyCurve
 from models.description import Description
 from models.network import ExitNetwork
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, one_line
 
 try:
     import onnx
@@ -251,7 +251,7 @@ def convert_blocks(network: ExitNetwork) -> list["onnx.GraphProto"]:
         reads; its outputs are ``logits`` and the next state, whose names begin with ``next_``.
 
     Raises:
-        UserError: A package or the description is missing.
+        UserError: A package or the description is missing, or PyTorch cannot convert the network.
     """
     size = _description(network).data.image_size
     if onnx is None:
@@ -276,17 +276,23 @@ def _convert(
     dynamic_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
     with warnings.catch_warnings(), _quiet("torch", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            block,
-            tensors,
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=OPSET,
-            dynamo=True,
-            dynamic_shapes=(dynamic_batch,),
-            optimize=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                block,
+                tensors,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=(dynamic_batch,),
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            raise UserError(one_line(f"PyTorch cannot convert the network to ONNX: {reason}")) from None
     graph = program.model_proto.graph
     nodes = list(graph.node)
     # PyTorch 2.6 gives an input that is also an output, or both, other names than it was asked to.

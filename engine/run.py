@@ -358,6 +358,9 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         )
         session = replace(session, settings=settings)
         seed_everything(settings.seed, settings.deterministic)
+        if settings.evalmode == "runtime":
+            # cuDNN would try its algorithms for every number of images, within the measured time.
+            torch.backends.cudnn.benchmark = False
         _prepare_device(session, network, description.operations[-1])
         log_class_order(saved, data, log)
         _log_setup(network, data, description.operations, session)

@@ -57,11 +57,13 @@ def load_run_data(
 def held_out_are_new(
     settings: Namespace, origin: LoadedNetwork | None, data: Data, network: ExitNetwork
 ) -> bool:
-    """Return True if it is known that no held-out image of a new run trained the weights it starts from.
+    """Return True if the held-out images of a new run count as new to the weights it starts from.
+
+    Images are compared by the names of their files alone.
 
     - With the images of the origin, the same images are held out, and what is known of them stays true.
     - With a folder that shares images with the origin's, held-out images must not have trained the origin.
-    - Other images are new to it.
+    - Other images count as new, also to weights of a library whose classes are others.
     - If images that its split does not list trained the origin, only images that it lists are known.
 
     Args:

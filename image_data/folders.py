@@ -23,8 +23,8 @@ SUFFIXES = (*IMG_EXTENSIONS, ".jfif")
 LEFT_OUT = "left out: "  # begins the line that counts files which are no images; that is no mistake
 # In lower case; names that begin with a dot are hidden, too.
 SYSTEM_NAMES = (
-    *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "$recycle.bin", "recycler"),
-    *("recycled", "found.000", "system volume information", "network trash folder", "temporary items"),
+    *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "$recycle.bin", "found.000"),
+    *("system volume information", "network trash folder", "temporary items"),
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),
 )
 

@@ -110,7 +110,7 @@ def save(
         operations=count_operations(network, image_size),
         stage="GE" if network.stage_1 is network else "IMTA",
         title=path.stem,
-        recipe={},
+        recipe={"preset": "folder", "data": "folder"},
         seed=None,
         commit=None,
     )

@@ -248,9 +248,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
     ):
         raise ValueError(f"{path} holds no state dict of a network")
-    weights = {}
-    for name, x in content.items():
-        for wrapper in WRAPPERS:
-            name = name.removeprefix(f"{wrapper}.")
-        weights[name] = x
-    return weights
+    wrapper = re.compile(f"^(({'|'.join(WRAPPERS)})[.])+")
+    return {wrapper.sub("", name): x for name, x in content.items()}

@@ -119,7 +119,10 @@ class CommandLine:
             kept = {name: recipe[name] for name in recipe.keys() & DEFAULTS.keys() - LAUNCH_ONLY}
         self._check_images_are_there(kept, is_new)
         self._check_split(kept)
-        preset = self._preset(typed, kept) if is_new else {}
+        if is_new:
+            preset = self._preset(typed, kept)
+        else:  # a converted network does not know how many images were held out
+            preset = {"val_size": PRESETS[kept.get("preset", DEFAULTS["preset"])]["both"].get("val_size")}
         values = DEFAULTS | preset | kept | typed
         conflict = conflict_of_settings(self.typed, values)
         if is_new:

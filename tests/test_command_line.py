@@ -147,6 +147,13 @@ def test_a_training_command_with_evalmode_evaluates_a_network_without_recipe():
     )
 
 
+def test_a_converted_network_holds_out_as_many_images_as_its_preset(image_folder):
+    recipe = {"preset": "imagenet", "data": "imagenet"}
+    command = ["--evalmode", "dynamic", "--data-root", str(image_folder)]
+    assert parse("GE", command).settings(recipe).val_size == 50000
+    assert parse("GE", [*command, "--val-size", "7"]).settings(recipe).val_size == 7
+
+
 def test_a_run_never_continues_one_of_other_data():
     demo = settings_from_recipe(to_plain_types(parse("GE", []).settings()))
     for flags in (

@@ -162,9 +162,9 @@ def test_names_that_the_output_cannot_show_lose_nothing(run, tmp_path, monkeypat
 
 
 def test_folders_of_the_system_are_no_classes(tmp_path):
-    for name in ("dog", "cat", "@eaDir", "__MACOSX", ".cache"):
+    for name in ("recycled", "cat", "@eaDir", "__MACOSX", ".cache"):
         (tmp_path / name).mkdir()
-    assert convert.read_class_names(tmp_path, 2) == ["cat", "dog"]
+    assert convert.read_class_names(tmp_path, 2) == ["cat", "recycled"]
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import export_onnx as program
 from adaptive_inference.export import FORMAT, convert_blocks, export_blocks, export_onnx
@@ -25,7 +26,7 @@ from adaptive_inference.policies import Policy
 from adaptive_inference.predictor import AdaptivePredictor
 from engine.checkpoint import save_network
 from image_data import synthetic
-from models import build_backbone, load
+from models import Backbone, build_backbone, load
 from models.description import Split
 from tests import contract
 from tests.backbones import Chain, make_small
@@ -339,6 +340,36 @@ def test_bad_calls_are_one_line(export_path):
     ):
         with pytest.raises(ValueError, match=message):
             runner.predict(images, thresholds)
+
+
+@needs_onnx
+def test_outputs_that_are_not_finite_are_refused(tmp_path):
+    network = described_network(1)
+    network.exits[-1].linear.weight.data[0, 0] = math.nan
+    for runner in export_both(network, tmp_path):
+        assert len(runner.predict(random_pixels(3).numpy(), [-1.0, 2.0, 2.0]).classes) == 3
+        with pytest.raises(ValueError, match="not finite for 3 of 3 images; the first is at position 0"):
+            runner.predict(random_pixels(3).numpy(), [2.0, 2.0, 2.0])
+
+
+class Bessel(nn.Module):
+    """ONNX has no Bessel functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.linear = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.linear(torch.special.bessel_j0(self.first(images).relu()).mean((2, 3)))
+
+
+@needs_onnx
+def test_a_network_that_pytorch_cannot_convert_is_one_line(tmp_path):
+    network = Backbone(Bessel(), ["first"])
+    network.description = describe(network)
+    with pytest.raises(UserError, match=r"cannot convert the network to ONNX: .*bessel_j0") as caught:
+        export_onnx(network, tmp_path / "network.onnx")
+    assert "\n" not in str(caught.value)
 
 
 @needs_onnx

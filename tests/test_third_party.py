@@ -60,7 +60,8 @@ def test_weights_from_files(tmp_path):
     weights = torchvision.models.mobilenet_v3_small(num_classes=4).state_dict()
     safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
     torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}}, tmp_path / "a.pth")
-    for file in ("a.safetensors", "a.pth"):
+    torch.save({f"_orig_mod.module.{k}": x for k, x in weights.items()}, tmp_path / "c.pth")
+    for file in ("a.safetensors", "a.pth", "c.pth"):
         network = build_backbone("mobilenet_v3_small", 3, 4, pretrained=tmp_path / file, image_size=64)
         assert all(torch.equal(x, weights[k]) for k, x in network.network.state_dict().items())
     for file, reason in (("b.pth", "not a PyTorch checkpoint"), ("b.safetensors", "is damaged")):

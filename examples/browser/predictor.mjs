@@ -82,8 +82,14 @@ export class Predictor {
     const count = pixels.length / size;
     const images = new this.ort.Tensor("uint8", pixels, [count, 3, this.imageSize, this.imageSize]);
     const limits = Float32Array.from(thresholds);
-    if (this.inBlocks) return this.#predictInBlocks(images, limits);
-    const feeds = { images, thresholds: new this.ort.Tensor("float32", limits, [this.numExits]) };
+    const prediction = await (this.inBlocks ? this.#predictInBlocks(images, limits) : this.#predictInFile(images, limits));
+    const wrong = prediction.confidence.findIndex((value) => !Number.isFinite(value));
+    if (wrong >= 0) throw new Error(`the network's output is not finite for the image at position ${wrong}, from 0`);
+    return prediction;
+  }
+
+  async #predictInFile(images, thresholds) {
+    const feeds = { images, thresholds: new this.ort.Tensor("float32", thresholds, [this.numExits]) };
     const { classes, confidence, exits, logits } = await this.sessions[0].run(feeds);
     return {
       classes: Array.from(classes.data, Number),
@@ -121,7 +127,8 @@ export class Predictor {
         const own = outputs.logits.data.slice(position * width, (position + 1) * width);
         seen[n].push(own);
         exits[n] = k;
-        if (!(Math.max(...softmax(own)) >= thresholds[k])) stay.push(position);
+        // In the precision of the thresholds: a probability just below 1 is 1 there.
+        if (!(Math.fround(Math.max(...softmax(own))) >= thresholds[k])) stay.push(position);
       });
       state = { previous_logits: this.#rows(outputs.logits, stay) };
       for (const [name, tensor] of Object.entries(outputs)) {
