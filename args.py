@@ -602,7 +602,7 @@ def _add_optimisation(add: Callable) -> None:
         "--lr-milestones",
         type=float_list,
         metavar="E,E",
-        help="epochs at which multistep decays (default: at 50 %% and 75 %%)",
+        help="epochs at which multistep decays (default: at 50 %% and 75 %%; imagenet: 30 and 60)",
     )
     add("--decay-rate", type=above(0), metavar="R", help="factor of every multistep decay")
     add(

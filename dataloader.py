@@ -32,7 +32,7 @@ from image_data.split import (
     match_training_images,
     roles_in,
 )
-from image_data.subsets import DataSet, Shard, Subset
+from image_data.subsets import DataSet, Shard, Subset, name_digests
 from image_data.threads import map_batches
 from image_data.transforms import TrainingTransform, Transform, evaluation_transform
 from models.description import DataInfo, ImageSpec, Split
@@ -163,12 +163,12 @@ def _find_and_split(
     test_alone = settings.evalmode in TEST_ALONE
     needs_no_mean = has_normalization or image_size > SMALL_IMAGE_SIZE
     only_test = test_alone and needs_no_mean and settings.test_size is None
-    digests = None if split is None else split.name_digests
-    data_set = find_data_set(settings, image_size, stored, digests, only_test, origin_split)
-    numbers = match_training_images(data_set, stored, digests)
+    data_set = find_data_set(settings, image_size, stored, split, only_test, origin_split)
+    _refuse_other_size(data_set)
+    numbers = match_training_images(data_set, stored, split)
     if split is None:
         held_out = _hold_out(data_set, settings, 0 if test_alone else settings.val_size, origin_split)
-        split = Split(held_out, data_set.digests)
+        split = Split(held_out, data_set.digests, name_digests(data_set.test_names))
     is_held_out = torch.isin(numbers, split.held_out)
     subsets = {
         "train": data_set.train.take((~is_held_out & (numbers >= 0)).nonzero().flatten()),
@@ -176,6 +176,18 @@ def _find_and_split(
         "test": data_set.test,
     }
     return data_set, subsets, split
+
+
+def _refuse_other_size(data_set: DataSet) -> None:
+    """Raise ``UserError`` if folders of CIFAR hold other images, such as the user's own in ``data/``."""
+    if data_set.name not in ("cifar10", "cifar100") or data_set.test.files is None:
+        return
+    side = median_side(data_set.test.files)
+    if side not in (None, IMAGE_SIZES[data_set.name]):
+        raise UserError(
+            f"the images are not those of {data_set.name}, as most have {side} pixels a side: "
+            "--data folder is for your own images, and --data-root names another folder"
+        )
 
 
 def _refuse_large_batch(batch_size: int, count: int) -> None:

@@ -4,7 +4,7 @@
 # The active python3 is used if it satisfies the requirements; otherwise .venv beside this file (or $VENV) is
 # created and filled, once.
 
-project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+project="$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV="${VENV:-$project/.venv}"
 VENV="${VENV/#\~\//$HOME/}" # in quotes the shell leaves ~ as it is
 
@@ -41,22 +41,25 @@ supported_python() {
 }
 
 make_environment() {
-    # Without pip it is half made: the set-up was interrupted, or python3-venv is missing.
-    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv "$VENV" || return
+    # Without pip it is half made (the set-up was interrupted, or python3-venv is missing), or the Python that
+    # it was made with has gone, whose link only --clear replaces.
+    local clear=
+    if [[ -f $VENV/pyvenv.cfg ]]; then clear=1; fi
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv ${clear:+--clear} "$VENV" || return
     "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"
 }
 
 prepare_environment() {
     local base="${PYTHON:-python3}"
-    if ! supported_python "$base"; then
-        echo "$base is missing or older than Python 3.10; set PYTHON to a newer one" >&2
-        return 2
-    fi
-    if satisfies_requirements "$base"; then
+    if supported_python "$base" && satisfies_requirements "$base"; then
         PYTHON="$base"
         return
     fi
     if ! satisfies_requirements "$VENV/bin/python"; then
+        if ! supported_python "$base"; then
+            echo "$base is missing or older than Python 3.10; set PYTHON to a newer one" >&2
+            return 2
+        fi
         if ! mkdir -p "$VENV" 2>/dev/null || [[ ! -w $VENV ]]; then
             echo "cannot write $VENV; VENV=/a/folder/of/yours bash $(basename "$0") makes the environment elsewhere" >&2
             return 2

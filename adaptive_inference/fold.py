@@ -14,11 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
 
 from adaptive_inference.fingerprint import network_fingerprint
 from models import ExitNetwork, State
-from models.module_state import detached_copy, set_memory_format
+from models.module_state import detached_copy, is_changed, set_memory_format
 
 # Types of timm, by name as timm is optional: a convolution that only pads by itself, and BatchNorms with an
 # activation inside.
@@ -126,7 +125,7 @@ def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | 
         is_2d: Whether the output of ``layer`` is known to be (N, C). Only then is a linear layer fused: of
             tokens (N, L, C), BatchNorm normalises dimension 1, and a linear layer computes dimension 2.
     """
-    if getattr(norm, "running_mean", None) is None or _is_changed(layer) or _is_changed(norm):
+    if getattr(norm, "running_mean", None) is None or is_changed(layer) or is_changed(norm):
         return None
     if norm.weight is None:  # PyTorch's functions need the factors
         norm = _with_unit_factors(norm)
@@ -151,11 +150,3 @@ def _with_unit_factors(norm: nn.Module) -> nn.Module:
 def _is_of_timm(module: nn.Module, *names: str) -> bool:
     """Return True if a module is of one of these types of timm; other types may have the same name."""
     return type(module).__name__ in names and type(module).__module__.startswith("timm.")
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Return True if hooks or parametrisations may make a module compute something else than its type does.
-
-    ``nn.utils.weight_norm`` and ``nn.utils.spectral_norm`` are hooks.
-    """
-    return bool(module._forward_pre_hooks or module._forward_hooks) or is_parametrized(module)

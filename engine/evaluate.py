@@ -206,7 +206,7 @@ class Evaluation:
         )
         save_figure(figure, directory.examples)
         self.session.log.line(
-            f"images that left first and right, and that only the last exit got right: {directory.examples}"
+            f"easy and hard images (right at the first exit; only at the last): {directory.examples}"
         )
 
     def runtime(self) -> None:

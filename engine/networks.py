@@ -72,7 +72,7 @@ def stage_1_network_from(origin: LoadedNetwork, data: DataInfo) -> ExitNetwork:
     num_classes = len(data.class_names)
     same_classes = (
         stage_1.num_classes == num_classes
-        and (origin.data.class_names == data.class_names or not origin.data.knows_training_images)
+        and (origin.data.class_names == data.class_names or not origin.data.knows_class_names)
         # Trained in a single stage, an IMTA leaves the classifiers of its stage-1 network as they were made.
         and not (origin.network is not stage_1 and origin.description.recipe.get("single_stage"))
     )

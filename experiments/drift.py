@@ -9,6 +9,7 @@ of all exits for every corruption, which takes half an hour on one core; later r
 folder.
 """
 
+import hashlib
 import os
 
 # Before PyTorch loads; train_GE.py says why.
@@ -61,8 +62,9 @@ class CorruptedImages:
         count = data.test.num_images
         chosen = torch.linspace(0, count - 1, min(limit or count, count)).long()
         self.network, self.cache = network, cache
-        self.name = f"{name}_{network_fingerprint(network)[:8]}_{len(chosen)}"
         self.images = torch.stack([data.test.image(i) for i in chosen.tolist()])
+        of_images = hashlib.sha256(self.images.numpy()).hexdigest()[:8]
+        self.name = f"{name}_{network_fingerprint(network)[:8]}_{len(chosen)}_{of_images}"
         self.targets = torch.cat([targets for _, targets in data.test])[chosen]
         self.normalize = Normalizer(data.info.mean, data.info.std, torch.device("cpu"))
 

@@ -25,7 +25,10 @@ from engine.report import best_within, millions, read_csv
 from engine.run_directory import RunDirectory
 from experiments.corruptions import accuracy_table
 from experiments.markdown import markdown_table
+from experiments.network_data import load_own_data
 from experiments.tables import read_log
+from image_data.batches import InMemoryBatches
+from image_data.subsets import pixel_digests
 from models import ExitNetwork, load
 from models.files import SUFFIX, networks_in
 from parsing import CommandLineParser, user_path
@@ -119,10 +122,17 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
         data_root: Folder of the images. If None, that of the run.
 
     Raises:
-        UserError: The rounded network cannot be evaluated, or an exit loses too much.
+        UserError: The rounded network cannot be evaluated, an exit loses too much, or README.md in the
+            folder of ``output`` is no model card.
     """
-    # Names are many, and of use to the run alone.
+    readme = output.parent / "README.md"
+    if readme.exists() and not readme.read_text(encoding="utf-8").startswith("---\n"):
+        raise UserError(f"{readme} is no model card, which this would write there: use another folder")
+    # Names are many, and of use to the run alone. Others may have the same small images in other files.
     split = saved.split._replace(name_digests=saved.split.name_digests[:0])
+    held_out = load_own_data(saved, data_root, "dynamic").val
+    if isinstance(held_out, InMemoryBatches):
+        split = split._replace(pixel_digests=pixel_digests(held_out.images))
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / output.name
         save_network(rounded, saved.network, saved.description, split, half=True)
@@ -178,7 +188,7 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
                 shutil.copyfile(made[suffix], output.with_suffix(suffix))
             else:  # that of an earlier network would not fit this one
                 output.with_suffix(suffix).unlink(missing_ok=True)
-    with atomic_write(output.parent / "README.md") as stream:
+    with atomic_write(readme) as stream:
         stream.write(card(output.parent))
 
 

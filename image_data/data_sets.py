@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from image_data import synthetic
 from image_data.archives import read_cifar
@@ -44,7 +43,7 @@ def find_data_set(
     settings: Namespace,
     image_size: int,
     stored: DataInfo | None = None,
-    digests: Tensor | None = None,
+    split: Split | None = None,
     only_test: bool = False,
     origin_split: Split | None = None,
 ) -> DataSet:
@@ -54,8 +53,7 @@ def find_data_set(
         settings: The settings data, data_root, test_size and split_seed.
         image_size: Image size of the demo; for CIFAR it is checked.
         stored: The checkpoint's ``DataInfo``; its classes keep their order.
-        digests: Digests of the names of the checkpoint's training images; if test images are split off, they
-            are all others.
+        split: The checkpoint's split; if test images are split off, they are those that it knows.
         only_test: Whether to leave folders of training images alone.
         origin_split: Split of the network to start from; if test images are split off, they are others than
             it knows where possible.
@@ -77,7 +75,7 @@ def find_data_set(
             raise UserError(f"--image-size {image_size} is not that of {settings.data}, 32")
         train, test, class_names = read_cifar(settings.data, settings.data_root)
         return DataSet(settings.data, train, test, class_names, [_pixel_digest(train)], [])
-    return _from_folders(settings, stored, digests, only_test, origin_split)
+    return _from_folders(settings, stored, split, only_test, origin_split)
 
 
 def _pixel_digest(subset: Subset) -> str:
@@ -87,24 +85,21 @@ def _pixel_digest(subset: Subset) -> str:
 def _from_folders(
     settings: Namespace,
     stored: DataInfo | None,
-    digests: Tensor | None,
+    split: Split | None,
     only_test: bool,
     origin_split: Split | None,
 ) -> DataSet:
     if settings.test_size is None:
         folders = _find_folders(settings, stored, only_test)
     else:
-        folders = _split_folders(settings, digests, origin_split)
+        folders = _split_folders(settings, split, origin_split)
     class_names = _in_order(folders.test, stored)
     if stored is None:
         _refuse_single_class(folders, class_names)
-    names = [
-        text_of(path.relative_to(folders.train_folder))
-        for name in class_names
-        for path in folders.train.get(name, [])
-    ]
-    subsets = (_file_subset(classes, class_names) for classes in (folders.train, folders.test))
-    return DataSet(settings.data, *subsets, class_names, names, folders.notes)
+    train, test = (_file_subset(classes, class_names) for classes in (folders.train, folders.test))
+    names = _names(train, folders.train_folder)
+    test_names = [] if settings.test_size is None else _names(test, folders.test_folder)
+    return DataSet(settings.data, train, test, class_names, names, folders.notes, test_names)
 
 
 def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool) -> Folders:
@@ -136,7 +131,7 @@ def _find_folders(settings: Namespace, stored: DataInfo | None, only_test: bool)
     return result
 
 
-def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Split | None) -> Folders:
+def _split_folders(settings: Namespace, split: Split | None, origin_split: Split | None) -> Folders:
     """Split test images off those of ``train/CLASS/``, or ``CLASS/``."""
     root, scan = settings.data_root, FolderScan()
     has_train = bool(scan.inner_folders(root / "train"))  # else it is a class: trains among other vehicles
@@ -151,10 +146,12 @@ def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Sp
         raise UserError(_what_is_missing(root, False, []))
     _refuse_empty_classes(folder, classes)
     files = _file_subset(classes, list(classes))
-    found = name_digests([text_of(path.relative_to(folder)) for path in files.files])
+    found = name_digests(_names(files, folder))
     roles = None if origin_split is None else roles_in(origin_split, found)
-    if digests is not None and len(digests):
-        is_test = ~torch.isin(found, digests)
+    if split is not None and len(split.test_digests):
+        is_test = torch.isin(found, split.test_digests)
+    elif split is not None and len(split.name_digests):  # an older file
+        is_test = ~torch.isin(found, split.name_digests)
     else:
         is_test = choose_test(files.targets, settings.test_size, settings.split_seed, roles)
     subsets: tuple[Classes, Classes] = ({name: [] for name in classes}, {name: [] for name in classes})
@@ -168,6 +165,10 @@ def _split_folders(settings: Namespace, digests: Tensor | None, origin_split: Sp
     if roles is not None and (known := int((roles[is_test] != Role.UNKNOWN).sum())):
         notes.append(f"{known:,} of the test images trained the network to start from, or chose its epoch")
     return Folders(subsets[0], folder, subsets[1], folder, notes)
+
+
+def _names(subset: Subset, folder: Path) -> list[str]:
+    return [text_of(path.relative_to(folder)) for path in subset.files]
 
 
 def _file_subset(classes: Classes, class_names: list[str]) -> Subset:
@@ -243,13 +244,14 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
     """Say in one line which folders are there and which are not."""
     if not is_folder(root):
         return f"there is no folder {root} (--data-root)"
-    split_off = "--test-size 20% splits test images off"
+    split_off, scan = "--test-size 20% splits test images off", FolderScan()
     if has_train:
+        if unsorted := next((name for name in ("test", "val") if scan.images([root / name])), None):
+            return f"{root}/{unsorted} has images, but no classes: sort them into {unsorted}/CLASS/"
         return (
             f"{root} has train/ but no test images: put a fifth or so of every class into "
             f"{root}/test/CLASS/ (or val/CLASS/), or {split_off}"
         )
-    scan = FolderScan()
     if tests:
         return f"{root} has {tests[0]}/ but no training images in folders train/CLASS/"
     if inner := _inner_data_set(root):

@@ -1,11 +1,12 @@
 """Which images are training images, held-out images and test images."""
 
+from collections import Counter
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from image_data.subsets import DataSet, name_digests
+from image_data.subsets import DataSet, Subset, name_digests, pixel_digests
 from models.description import DataInfo, Split
 from utils import UserError, listed
 
@@ -130,7 +131,7 @@ def choose_test(targets: Tensor, test_size: float, split_seed: int, roles: Tenso
     return is_test
 
 
-def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: Tensor | None) -> Tensor:
+def match_training_images(data_set: DataSet, stored: DataInfo | None, split: Split | None) -> Tensor:
     """Find the training images that a checkpoint knows.
 
     Images may have been removed or added since. Known images keep their place in the split; unknown ones are
@@ -140,7 +141,7 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
         data_set: The data set that was found.
         stored: The checkpoint's ``DataInfo``. If None, there is no checkpoint, and the images are numbered
             as they are.
-        digests: The ``name_digests`` of the checkpoint's training images; without them, all must be there.
+        split: The checkpoint's split; without digests in it, all images must be there.
 
     Returns:
         The number of every training image among those of the checkpoint, -1 for an unknown one.
@@ -155,8 +156,13 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
         return torch.arange(count)
     if (count, data_set.fingerprint) == (stored.num_training_images, stored.fingerprint):
         return torch.arange(count)
-    if digests is not None and len(digests) == stored.num_training_images and len(data_set.names) == count:
-        known = {digest: i for i, digest in enumerate(digests.tolist())}
+    if split is not None and len(split.pixel_digests) and count == stored.num_training_images:
+        numbers = _numbers_by_pixels(data_set.train, split)
+        if numbers is not None:
+            return numbers
+    digests = [] if split is None else split.name_digests.tolist()
+    if len(digests) == stored.num_training_images and len(data_set.names) == count:
+        known = {digest: i for i, digest in enumerate(digests)}
         numbers = torch.tensor([known.get(digest, -1) for digest in name_digests(data_set.names).tolist()])
         new = int((numbers < 0).sum())
         gone = stored.num_training_images - (count - new)
@@ -173,10 +179,33 @@ def match_training_images(data_set: DataSet, stored: DataInfo | None, digests: T
     )
 
 
+def _numbers_by_pixels(subset: Subset, split: Split) -> Tensor | None:
+    """Return numbers for the images of another copy of a data set, so that the same ones are held out.
+
+    Returns:
+        Numbers (N,); None for files, and where an image that was held out is missing.
+    """
+    if subset.images is None:
+        return None
+    missing = Counter(split.pixel_digests.tolist())  # images may be there twice
+    is_held_out = torch.zeros(len(subset), dtype=torch.bool)
+    for i, digest in enumerate(pixel_digests(subset.images).tolist()):
+        if missing[digest]:
+            is_held_out[i] = True
+            missing[digest] -= 1
+    if missing.total():
+        return None
+    was_held_out = torch.zeros(len(subset), dtype=torch.bool)
+    was_held_out[split.held_out] = True
+    numbers = torch.empty(len(subset), dtype=torch.int64)
+    numbers[is_held_out], numbers[~is_held_out] = split.held_out, (~was_held_out).nonzero().flatten()
+    return numbers
+
+
 def _refuse_other_classes(info: DataInfo, found: list[str]) -> None:
     stored = info.class_names
     # A released network does not know the names of its classes.
-    if stored == found or (not info.knows_training_images and len(stored) == len(found)):
+    if stored == found or (not info.knows_class_names and len(stored) == len(found)):
         return
     here, there = ([name for name in a if name not in set(b)] for a, b in ((found, stored), (stored, found)))
     raise UserError(

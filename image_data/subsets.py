@@ -1,7 +1,8 @@
 """The subsets of a data set, before they become batches."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ class DataSet:
     Args:
         names: Names of the training images, or one digest of all their pixels.
         notes: Lines for the user.
+        test_names: Names of the test images where they are split off, else empty.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataSet:
     class_names: list[str]
     names: list[str]
     notes: list[str]
+    test_names: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +63,16 @@ class DataSet:
 
 def name_digests(names: list[str]) -> Tensor:
     """Return 64 bits of every name, int64 (N,): enough to find the images of a checkpoint again."""
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return _digests(name.encode() for name in names)
+
+
+def pixel_digests(images: Tensor) -> Tensor:
+    """Return 64 bits of the pixels of every image, int64 (N,), of images (N, 3, H, W) uint8 on the CPU."""
+    return _digests(image.tobytes() for image in images.numpy())
+
+
+def _digests(contents: Iterable[bytes]) -> Tensor:
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return torch.tensor(
         [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
     )

@@ -10,6 +10,7 @@ Example:
 import difflib
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -74,7 +75,7 @@ def find_cuts(
     first_profile = next(iter(profiles.values()))
     _check_not_tiny(network, traces.evaluation, profiles)
     classifier, ends = _last_linear(network, traces, first_profile)
-    if isinstance(exits, int):
+    if isinstance(exits, Integral):
         paths = _even_paths(network, traces, profiles, exits, has_layout=layout is not None)
     elif isinstance(exits, str) or not all(isinstance(path, str) for path in exits):
         raise ValueError(
@@ -366,7 +367,7 @@ def _find_layout(shapes: list[tuple[int, ...]]) -> str:
     if len(shape) == 2:
         return "NC"
     fixed = [d for d in range(1, len(shape)) if all(other[d] == shape[d] for other in shapes)]
-    if len(fixed) != 1 or len(shapes) == 1:
+    if len(shapes) == 1 or (len(fixed) != 1 and len(shape) == 4):
         fixed = _guessed_channels(shape)
     if len(fixed) != 1:
         raise ValueError(

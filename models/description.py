@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SPLIT_TENSORS = ("held_out", "names")  # names in files of the tensors of a ``Split``; the others are weights
+# Names in files of the tensors of a ``Split``, in its order; all others are weights. Files have the last two
+# where they are not empty.
+SPLIT_TENSORS = ("held_out", "names", "test_names", "held_out_pixels")
+NUM_REQUIRED_TENSORS = 2
 
 
 class ImageSpec(NamedTuple):
@@ -48,7 +51,8 @@ class DataInfo:
         std: Standard deviation of each of the three channels, for values from 0 to 1.
         num_training_images: Number of training images, held-out ones included; 0 if the training images are
             unknown.
-        fingerprint: Digest of the names of classes and training images.
+        fingerprint: Digest of the names of classes and training images; empty for a converted checkpoint,
+            whose class names are those that its user gave.
     """
 
     name: str
@@ -65,6 +69,11 @@ class DataInfo:
     def image_spec(self) -> ImageSpec:
         """The images that the network expects."""
         return ImageSpec(*(getattr(self, name) for name in ImageSpec._fields))
+
+    @property
+    def knows_class_names(self) -> bool:
+        """Whether the class names are those of the training, not those given to convert a checkpoint."""
+        return self.fingerprint != ""
 
     @property
     def knows_training_images(self) -> bool:
@@ -132,10 +141,15 @@ class Split(NamedTuple):
         held_out: Sorted indices of the images that were held out, (N,) int64.
         name_digests: Digests of the names of all training images, (M,) int64, by which files that came or
             went are told apart; empty for an archive.
+        test_digests: Digests of the names of the test images, (T,) int64, where they were split off.
+        pixel_digests: Digests of the pixels of the held-out images, (N,) int64, by which those of a shipped
+            network are found in another copy of CIFAR.
     """
 
     held_out: Tensor
     name_digests: Tensor
+    test_digests: Tensor = torch.empty(0, dtype=torch.int64)
+    pixel_digests: Tensor = torch.empty(0, dtype=torch.int64)
 
     @property
     def training_digests(self) -> Tensor:
@@ -145,12 +159,19 @@ class Split(NamedTuple):
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their names in files."""
-        return dict(zip(SPLIT_TENSORS, self, strict=True))
+        named = zip(SPLIT_TENSORS, self, strict=True)
+        return {name: x for i, (name, x) in enumerate(named) if i < NUM_REQUIRED_TENSORS or len(x)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Split":
-        """Return the split that ``to_tensors`` turned into tensors."""
-        return cls(*(tensors[name] for name in SPLIT_TENSORS))
+        """Return the split that ``to_tensors`` turned into tensors, among others.
+
+        Raises:
+            KeyError: One of the first two is missing.
+        """
+        required, optional = SPLIT_TENSORS[:NUM_REQUIRED_TENSORS], SPLIT_TENSORS[NUM_REQUIRED_TENSORS:]
+        empty = torch.empty(0, dtype=torch.int64)
+        return cls(*(tensors[name] for name in required), *(tensors.get(name, empty) for name in optional))
 
     @classmethod
     def unknown(cls) -> "Split":

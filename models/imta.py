@@ -50,8 +50,7 @@ class IMTA(ExitNetwork):
     ):
         super().__init__()
         self.boosted = backbone.boosted if boosted is None else boosted
-        self.config = {
-            "backbone": to_config(backbone),
+        self._options = {
             "isc": isc,
             "cut_isc_gradient": cut_isc_gradient,
             "freeze_backbone": freeze_backbone,
@@ -90,9 +89,13 @@ class IMTA(ExitNetwork):
     def for_classes(self, num_classes: int, same_classes: bool = False) -> "IMTA":
         """Build a network like this one for other classes, with new weights."""
         backbone = self.backbone.for_classes(num_classes, same_classes)
-        options = {name: value for name, value in self.config.items() if name != "backbone"}
         with torch.device(next(backbone.parameters()).device):
-            return type(self)(backbone, **options)
+            return type(self)(backbone, **self._options)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Options, of plain types, from which ``from_config`` makes the same network."""
+        return {"backbone": to_config(self.backbone), **self._options}
 
     @property
     def stage_1(self) -> ExitNetwork:
@@ -181,7 +184,6 @@ class IMTA(ExitNetwork):
         """Freeze the backbone's pretrained parameters."""
         self.backbone.freeze_pretrained()
         self._freeze_untrained()
-        self.config["backbone"] = to_config(self.backbone)
 
     def _freeze_untrained(self) -> None:
         """Freeze the backbone if it is to be frozen, and its classifiers always: new ones replace them."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .module_state import is_changed
+
 FeatureGrid = dict[int, Tensor]
 PREVIOUS_LOGITS_WEIGHT = 0.5  # weight of the previous exit's logits, in boosted exits
 
@@ -164,13 +166,13 @@ def apply_each(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, 
 
 
 def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``first(x)`` and ``second(x)``; if both begin with a 1x1 convolution, run the two as one.
+    """Return ``first(x)`` and ``second(x)``; if both begin with a plain 1x1 convolution, run the two as one.
 
     One wide convolution reads ``x`` once, and its channels fill vector registers better than those of two
     narrow ones.
     """
     convolutions = first[0], second[0]
-    if any(convolution.kernel_size != (1, 1) for convolution in convolutions):
+    if any(type(c) is not nn.Conv2d or c.kernel_size != (1, 1) or is_changed(c) for c in convolutions):
         return apply_each(first, second, x)
     weight = torch.cat([convolution.weight for convolution in convolutions])
     # Convolutions have a bias only where BatchNorm is folded into them.

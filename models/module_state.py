@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -71,6 +72,14 @@ def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
         for x, value in buffers:
             # Always, and without a new version: ``F.batch_norm`` changes statistics without one.
             x.data.copy_(value)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Return True if hooks or parametrisations may make a module compute something else than its type does.
+
+    ``nn.utils.weight_norm``, ``nn.utils.spectral_norm`` and ``nn.utils.prune`` are hooks.
+    """
+    return bool(module._forward_pre_hooks or module._forward_hooks) or is_parametrized(module)
 
 
 class Snapshot:

@@ -182,7 +182,7 @@ class ExitNetwork(nn.Module, ABC):
 
         Args:
             images: (N, 3, H, W).
-            num_exits: Exits to compute. If None, all.
+            num_exits: Exits to compute. If None, all. Gradients are rescaled for all exits of the network.
         """
 
     # Parameters

@@ -115,9 +115,11 @@ def to_released(network: MSDNet | IMTA) -> dict[str, Tensor]:
 
     Raises:
         ValueError: The released code has no such network (``IMTA`` with ``isc=False``, ``MSDNet`` with
-            ``boosted_exits=True``).
+            ``boosted_exits=True``, ``Backbone``).
     """
-    if network.boosted:
+    if not isinstance(network.stage_1, MSDNet):
+        raise ValueError(f"a {network.stage_1.kind} has no released form")
+    if network.boosted or network.stage_1.boosted:
         raise ValueError("a network with boosted exits has no released form")
     if isinstance(network, IMTA) and network.links is None:
         raise ValueError(
@@ -222,10 +224,10 @@ def _under_our_names(network: MSDNet | IMTA, tensors: dict[str, Tensor]) -> dict
     for our_name, released_name in _names(network):
         if released_name.endswith("num_batches_tracked"):
             # Files from before PyTorch 0.4.1 do not have it, and with a fixed momentum nothing depends on it.
-            weights[our_name] = tensors.get(released_name, torch.tensor(0)).to(torch.int64, copy=True)
+            weights[our_name] = tensors.get(released_name, torch.tensor(0)).to("cpu", torch.int64, copy=True)
         else:
             weights[our_name] = tensors[released_name].to(
-                torch.float32, copy=True, memory_format=torch.contiguous_format
+                "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
             )
     return weights
 

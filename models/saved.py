@@ -22,8 +22,10 @@ Which function loads what:
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import operator
 import os
 import shlex
 import zlib
@@ -37,7 +39,7 @@ from torch import Tensor, nn
 
 from .description import SPLIT_TENSORS, DataInfo, Description, Split
 from .errors import first_line
-from .files import find
+from .files import expand_home, find
 from .module_state import has_finite_weights, load_tensors, tie_parameters, tied_parameters
 from .network import CannotBuildError, ExitNetwork, build_network, to_config
 from .operations import count_operations
@@ -91,33 +93,70 @@ def save(
 
     Raises:
         OSError: The file cannot be written; an old one is kept.
-        ValueError: An argument does not fit the network, or a weight is not finite.
+        ValueError: An argument does not fit the network, or ``load`` could not read the file.
     """
-    path = Path(path)
+    if not isinstance(network, ExitNetwork):
+        raise ValueError(f"a {type(network).__name__} cannot be saved: pass the network with exits inside it")
+    if ExitNetwork.kinds.get(network.kind) is not type(network):
+        raise ValueError(
+            f"a {type(network).__name__} cannot be saved: it is folded, or its class is not registered"
+        )
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names is the text {class_names!a:.60}: pass a list of names")
+    if not all(0 <= value <= 1 for value in mean):
+        raise ValueError(f"mean is {list(mean)!a:.60}: it is of values from 0 to 1")
+    data = DataInfo(
+        name="folder",
+        class_names=list(class_names),
+        image_size=operator.index(image_size),
+        crop_share=float(crop_share),
+        interpolation=interpolation,
+        mean=[float(value) for value in mean],
+        std=[float(value) for value in std],
+        num_training_images=0,
+        fingerprint=hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()[:16],
+    )
+    path = expand_home(path)
     description = Description(
         network=to_config(network),
-        data=DataInfo(
-            name="folder",
-            class_names=list(class_names),
-            image_size=image_size,
-            crop_share=crop_share,
-            interpolation=interpolation,
-            mean=[float(value) for value in mean],
-            std=[float(value) for value in std],
-            num_training_images=0,
-            fingerprint="",
-        ),
-        operations=count_operations(network, image_size),
+        data=data,
+        operations=count_operations(network, data.image_size),
         stage="GE" if network.stage_1 is network else "IMTA",
         title=path.stem,
-        recipe={"preset": "folder", "data": "folder"},
+        recipe={"preset": data.name, "data": data.name},
         seed=None,
         commit=None,
+        held_out_are_new=False,  # nobody knows: its training images are not recorded
+        split_is_complete=False,
     )
     _check(description, network, Split.unknown())
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_bytes(network_bytes(network, description, Split.unknown()))
-    unfinished.replace(path)
+    _check_rebuilt(network)
+    _write_atomically(path, network_bytes(network, description, Split.unknown()))
+
+
+def _check_rebuilt(network: ExitNetwork) -> None:
+    """Raise ValueError if the options of a network describe other tensors than it has, as after pruning."""
+    try:
+        with torch.device("meta"):
+            rebuilt = build_network(to_config(network))
+    except CannotBuildError:  # a custom network, which only its user can build
+        return
+    shapes, expected = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, rebuilt))
+    for name in [*shapes, *expected]:
+        if shapes.get(name) != expected.get(name):
+            raise ValueError(f"a {network.kind} of these options has no such tensor {name}: it was changed")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def convert_command(path: str | os.PathLike) -> str:
@@ -235,7 +274,7 @@ def network_from_tensors(
         KeyError, ValueError: The tensors are not those of the described network and split.
     """
     weights = {name: x for name, x in tensors.items() if name not in SPLIT_TENSORS}
-    split = Split.from_tensors({name: tensors[name] for name in SPLIT_TENSORS})
+    split = Split.from_tensors(tensors)
     network = build_with_weights(description.network, weights, network)
     _check(description, network, split)
     network.description = description

@@ -502,6 +502,13 @@ def test_layout_is_found_and_can_be_said():
     assert make_small("convnext").config["layout"] == ["NCHW", "NCHW"]
     said = Backbone(small_resnet(), ["layer1", "layer2"], layout="NCHW")
     assert said.feature_dims == (128, 128, 512)
+    pooled = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2), nn.AdaptiveAvgPool2d(4), nn.Flatten(2), nn.Conv1d(8, 24, 3)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(336, 5)),
+    )
+    with pytest.raises(ValueError, match=r"cannot be told from the shapes .*: pass layout="):
+        Backbone(pooled, ["3"])
+    assert Backbone(pooled, ["3"], layout="NCL").config["layout"] == ["NCL"]
     with pytest.raises(ValueError, match="layout is 'CHWN'; allowed"):
         Backbone(small_resnet(), ["layer1"], layout="CHWN")
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 import models
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import save_network
-from models import Backbone, build_backbone, count_operations, load
+from models import Backbone, MSDNet, build_backbone, count_operations, load
 from models.backbone_exits import MapExit
 from models.description import Split
 from models.third_party import Constructor
@@ -589,6 +589,9 @@ def test_a_predictor_of_a_custom_network(tmp_path):
         ({"mean": [0.5]}, r"mean is \[0.5\]"),
         ({"std": [0, 1, 1]}, "std is"),
         ({"interpolation": "best"}, "interpolation is 'best'"),
+        ({"mean": [123, 117, 104]}, "of values from 0 to 1"),
+        ({"class_names": "abcdefghij"}, "pass a list of names"),
+        ({"network": nn.DataParallel(nn.Linear(2, 2))}, "a DataParallel cannot be saved"),
     ],
 )
 def test_a_description_that_does_not_fit_replaces_no_file(arguments, message, tmp_path):
@@ -597,9 +600,36 @@ def test_a_description_that_does_not_fit_replaces_no_file(arguments, message, tm
     models.save(file, network, **fitting)
     content = file.read_bytes()
     with pytest.raises(ValueError, match=message):
-        models.save(file, network, **(fitting | arguments))
+        models.save(file, **({"network": network} | fitting | arguments))
     assert file.read_bytes() == content
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    network = MSDNet(num_blocks=2, base=1, step=1, num_channels=4, growth_rate=4, num_classes=10).eval()
+    fitting = {"class_names": list("abcdefghij"), "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    with pytest.raises(ValueError, match="FoldedNetwork cannot be saved"):
+        models.save(tmp_path / "folded.safetensors", fold(network), **fitting)
+    models.save(tmp_path / "whole.safetensors", network, **fitting)
+    description = load(tmp_path / "whole.safetensors").description
+    assert not description.held_out_are_new
+    assert description.data.knows_class_names
+    torch.nn.utils.prune.l1_unstructured(network.exits[0].linear, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"no such tensor .*weight_orig: it was changed"):
+        models.save(tmp_path / "pruned.safetensors", network, **fitting)
+
+
+def test_hooks_of_joined_convolutions_fire():
+    """Such as those of ``torch.nn.utils.prune``."""
+    network = MSDNet(num_blocks=2, base=2, step=2, num_channels=4, growth_rate=4, num_classes=10).eval()
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    images, fired = torch.randn(2, 3, 32, 32), []
+    expected = network(images)
+    for convolution in convolutions:
+        convolution.register_forward_hook(lambda module, *_: fired.append(id(module)))
+    for logits, other in zip(network(images), expected, strict=True):
+        torch.testing.assert_close(logits, other)
+    assert sorted(fired) == sorted(map(id, convolutions))
 
 
 @pytest.mark.parametrize(("name", "size"), [("mobilenet_v3_small", 2), ("resnet18", 4)])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import shutil
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from dataloader import load_data
 from image_data import archives
@@ -35,6 +37,10 @@ def test_what_cannot_be_loaded_is_named(image_folder):
     refused("train/CLASS", root=image_folder / "train" / "ant")
     (image_folder / "test").rename(image_folder / "elsewhere")
     refused("has train/ but no test images.*--test-size", root=image_folder)
+    (image_folder / "val").mkdir()
+    shutil.copy(image_folder / "train" / "ant" / "0.png", image_folder / "val")
+    refused("val has images, but no classes: sort them into val/CLASS/", root=image_folder)
+    shutil.rmtree(image_folder / "val")
     (image_folder / "train").rename(image_folder / "test")
     refused("has test/ but no training images", root=image_folder)
     (image_folder / "test").rename(image_folder / "train")
@@ -197,6 +203,17 @@ def test_test_images_are_not_split_off_an_archive(tmp_path):
     flags = ["--preset", "cifar100", "--data-root", str(tmp_path), "--test-size", "20%"]
     with pytest.raises(UserError, match="--test-size is for folders of images: cifar100 comes with test"):
         load_data(parse("GE", flags).settings(), CPU)
+
+
+def test_own_images_are_not_taken_for_cifar(image_folder):
+    """They may lie in ``data/``, where the archive is looked for."""
+    for path in image_folder.glob("test/*/*.png"):
+        Image.new("RGB", (300, 200)).save(path)
+    settings = parse("GE", ["--data", "cifar10", "--data-root", str(image_folder), "--val-size", "6"])
+    with pytest.raises(
+        UserError, match="not those of cifar10, as most have 200 pixels a side: --data folder"
+    ):
+        load_data(settings.settings(), CPU)
 
 
 def test_a_single_class_is_refused(image_folder):

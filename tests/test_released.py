@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import IMTA, MSDNet, load_released, to_released
 from models.released import PUBLISHED_NAMES
+from tests.backbones import make_small
 from tests.golden import PUBLISHED, STAGE_1, STAGE_2, golden_case
 
 
@@ -187,6 +188,10 @@ def test_no_released_form():
         to_released(IMTA(small_network(), isc=False))
     with pytest.raises(ValueError, match="boosted exits has no released form"):
         to_released(MSDNet(boosted_exits=True))
+    with pytest.raises(ValueError, match="boosted exits has no released form"):
+        to_released(IMTA(MSDNet(boosted_exits=True), boosted=False))
+    with pytest.raises(ValueError, match="a Backbone has no released form"):
+        to_released(IMTA(make_small("resnet")))
 
 
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:

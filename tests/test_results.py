@@ -147,6 +147,10 @@ def test_a_run_becomes_a_file_with_policies_and_a_card(finished, tiny_demo, tmp_
     curve = read_policy(file.with_suffix(".policy.json"), network)
     reference = read_reference(file.with_suffix(".reference.safetensors"), curve)
     assert len(reference.scores(curve.points[-1].policy)) > 0
+    (tmp_path / "README.md").write_text("# Another document")
+    assert ship.main([str(finished / "GE"), str(tmp_path / "tiny.safetensors")]) == 2
+    assert "README.md is no model card" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Another document"
     card = (file.parent / "README.md").read_text()
     assert "- name: tiny\n" in card
     assert "\n0 minutes of stage 1 on " in card

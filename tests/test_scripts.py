@@ -73,6 +73,28 @@ def test_a_half_made_environment_is_completed(tmp_path):
     ]
 
 
+def test_an_environment_whose_python_has_gone_is_made_again(tmp_path):
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (environment / "bin/python").unlink()
+    (environment / "bin/python").symlink_to(tmp_path / "gone")
+    base = executable(
+        tmp_path / "python",
+        "[[ $1 != - ]] || exit 1",
+        f'[[ $1 != -m ]] || exec {sys.executable} "$1" "$2" --without-pip "${{@:3}}"',
+    )
+    ended = run(["bash", ROOT / "run_GE.sh"], tmp_path, PYTHON=base, VENV=str(environment))
+    assert "No module named pip" in ended.stderr
+    assert (environment / "bin/python").resolve() == Path(sys.executable).resolve()
+
+
+def test_a_finished_environment_is_used_whatever_python3_is(tmp_path):
+    executable(tmp_path / "env/bin/python", '[[ $1 == - ]] || echo "$1"')
+    old = executable(tmp_path / "python", "exit 1")
+    ended = run(["bash", ROOT / "run_GE.sh"], tmp_path, PYTHON=old, VENV=str(tmp_path / "env"))
+    assert (ended.returncode, ended.stdout) == (0, f"{ROOT}/train_GE.py\n")
+
+
 @pytest.mark.parametrize("stage", ["GE", "IMTA"])
 @pytest.mark.parametrize(
     ("words", "variables", "expected"),

@@ -1,10 +1,14 @@
 """Which images are trained on, held out and tested on."""
 
+import shutil
+
 import pytest
 import torch
 
 from dataloader import load_data
+from image_data import data_sets
 from image_data.split import Role, choose_held_out, choose_test, roles_in
+from image_data.subsets import Subset, pixel_digests
 from models.description import Split
 from settings.command_line import parse
 from tests.conftest import CPU, folder_settings
@@ -112,10 +116,12 @@ def test_test_images_are_split_off_and_stay_so(image_folder, size):
     assert contents(load_data(settings, CPU, **remembered)) == then
     (root / "ant" / "0.png").unlink()
     (root / "cat" / "5.png").rename(root / "cat" / "99.png")
+    shutil.copy(image_folder / "test" / "ant" / "0.png", root / "ant" / "new.png")
     now = contents(load_data(settings, CPU, **remembered))
-    assert now[0] <= then[0]
-    assert now[1] <= then[1]
-    assert len(now[0] | now[1] | now[2]) == 59
+    assert all(after <= before for after, before in zip(now, then, strict=True))
+    assert len(now[0] | now[1] | now[2]) == 58
+    older = before.split._replace(test_digests=before.split.test_digests[:0])
+    assert len(contents(load_data(settings, CPU, stored=before.info, split=older))[2]) >= 12
 
 
 def test_images_that_go_or_come_leave_the_split_as_it_is(image_folder):
@@ -140,6 +146,34 @@ def test_images_that_go_or_come_leave_the_split_as_it_is(image_folder):
         (ants / f"{i}.png").unlink()
     with pytest.raises(UserError, match="not those of the checkpoint"):
         load_data(settings, CPU, **remembered)
+
+
+def test_the_same_images_are_held_out_in_another_copy_of_cifar(tmp_path, monkeypatch):
+    """With its images in another order, of which two are equal."""
+    images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8)
+    images[7] = images[3]
+    targets = torch.arange(200) % 10
+    names = [f"class {i}" for i in range(10)]
+
+    def data_of(order, **remembered):
+        train = Subset(targets[order], images[order])
+        monkeypatch.setattr(data_sets, "read_cifar", lambda *_: (train, train, names))
+        settings = parse("GE", ["--data", "cifar10", "--data-root", str(tmp_path), "--val-size", "40"])
+        return load_data(settings.settings(), CPU, **remembered)
+
+    before = data_of(torch.arange(200))
+    split = before.split._replace(pixel_digests=pixel_digests(before.val.images))
+    assert Split.from_tensors(split.to_tensors()).pixel_digests.tolist() == split.pixel_digests.tolist()
+    order = torch.randperm(200)
+    after = data_of(order, stored=before.info, split=split)
+    for part in ("train", "val"):
+        pixels = [sorted(x.numpy().tobytes() for x in getattr(d, part).images) for d in (before, after)]
+        assert pixels[0] == pixels[1]
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        data_of(order, stored=before.info, split=before.split)
+    images[before.split.held_out[0]] += 1
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        data_of(order, stored=before.info, split=split)
 
 
 def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):
