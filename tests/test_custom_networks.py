@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 import models
@@ -614,7 +615,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     description = load(tmp_path / "whole.safetensors").description
     assert not description.held_out_are_new
     assert description.data.knows_class_names
-    torch.nn.utils.prune.l1_unstructured(network.exits[0].linear, "weight", 0.5)
+    prune.l1_unstructured(network.exits[0].linear, "weight", 0.5)
     with pytest.raises(ValueError, match=r"no such tensor .*weight_orig: it was changed"):
         models.save(tmp_path / "pruned.safetensors", network, **fitting)
 
