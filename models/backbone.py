@@ -166,10 +166,13 @@ class Backbone(ExitNetwork):
         self.num_classes = linear.out_features if num_classes is None else num_classes
         if self.num_classes == linear.out_features:
             return False
-        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        kind = type(linear)
+        # timm's own, which differs only when it is scripted, computes the same.
+        is_of_timm = kind.__name__ == "Linear" and kind.__module__.startswith("timm.")
+        if not (kind is nn.Linear or is_of_timm) or linear._forward_hooks or linear._forward_pre_hooks:
             raise ValueError(
                 f"{self._classifier}, the last layer of {type(self.network).__name__}, is a "
-                f"{type(linear).__name__} with a behaviour of its own, which a new layer would not have; "
+                f"{kind.__name__} with a behaviour of its own, which a new layer would not have; "
                 f"build the network with {num_classes} classes"
             )
         new = nn.Linear(linear.in_features, self.num_classes).to(linear.weight)

@@ -42,6 +42,8 @@ def test_timm_networks():
     network = build_backbone("timm/test_resnet", exits=["layer1", "layer2"], num_classes=5).eval()
     assert network.config["library"] == "timm"
     assert network(torch.randn(2, 3, 64, 64))[-1].shape == (2, 5)
+    # It ends in a linear layer of timm's own.
+    assert build_backbone("timm/mobilenetv3_small_050", exits=2, num_classes=5).num_classes == 5
     with pytest.raises(ValueError, match="did you mean timm/"):
         build_backbone("timm/tf_efficientnet_lite9")
     found = image_spec_of_weights("timm/tf_efficientnet_lite0")
