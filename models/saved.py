@@ -116,6 +116,8 @@ def save(
         num_training_images=0,
         fingerprint=hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()[:16],
     )
+    if data.image_size < 1:
+        raise ValueError(f"image_size is {data.image_size}")
     path = expand_home(path)
     description = Description(
         network=to_config(network),
@@ -356,9 +358,9 @@ def _check(description: Description, network: ExitNetwork, split: Split) -> None
     for name, (values, length) in lengths.items():
         if len(values) != length:
             raise ValueError(f"{name} has {len(values)} entries, where {length} belong")
-    network.check_image_size(data.image_size)
-    if data.image_size > MAX_IMAGE_SIZE:
+    if not 1 <= data.image_size <= MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is {data.image_size}")
+    network.check_image_size(data.image_size)
     if not all(isinstance(name, str) for name in data.class_names):
         raise ValueError("not all class names are texts")
     _check_preprocessing(data)

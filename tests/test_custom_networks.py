@@ -586,7 +586,7 @@ def test_a_predictor_of_a_custom_network(tmp_path):
     ("arguments", "message"),
     [
         ({"class_names": ["one"]}, "class_names has 1 entries, where 10 belong"),
-        ({"image_size": 0}, "images of 0 pixels are too small"),
+        ({"image_size": 0}, "image_size is 0"),
         ({"mean": [0.5]}, r"mean is \[0.5\]"),
         ({"std": [0, 1, 1]}, "std is"),
         ({"interpolation": "best"}, "interpolation is 'best'"),
