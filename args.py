@@ -282,8 +282,8 @@ def _add_common(add: Callable) -> None:
     add(
         "--preset",
         **_one_of(PRESETS),
-        help="base settings; other flags override them (default: that of --data; own images: folder, with "
-        "--pretrained finetune; else demo)",
+        help="base settings; other flags override them (default: that of --data; for own images "
+        "folder, or finetune with --pretrained; otherwise demo)",
     )
     add(
         "--data",

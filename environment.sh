@@ -41,11 +41,10 @@ supported_python() {
 }
 
 make_environment() {
-    # Without pip it is half made (the set-up was interrupted, or python3-venv is missing), or the Python that
-    # it was made with has gone, whose link only --clear replaces.
-    local clear=
-    if [[ -f $VENV/pyvenv.cfg ]]; then clear=1; fi
-    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv ${clear:+--clear} "$VENV" || return
+    # Python's venv keeps links, also those to a Python that has gone.
+    "$VENV/bin/python" -c "" 2>/dev/null || rm -f "$VENV"/bin/python*
+    # Without pip it is half made: the set-up was interrupted, or python3-venv is missing.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv "$VENV" || return
     "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"
 }
 

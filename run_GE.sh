@@ -13,7 +13,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 
 DATA_ROOT="${DATA_ROOT:-}"         # folder with the images (not for the demo); empty: data
 GPUS="${GPUS:-}"                   # such as 0,1,2,3; empty: the first GPU, or the CPU
-# PROCESSES, on CPUs: the number of processes that train; unset: one per core with 32 images
+# PROCESSES, on CPUs: the number of processes that train; unset: at most one per core
 SAVE="${SAVE:-save/$preset}"       # stage 1 goes into $SAVE/GE, stage 2 into $SAVE/IMTA
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

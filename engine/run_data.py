@@ -8,6 +8,8 @@ from dataloader import Data, load_data
 from engine.checkpoint import LoadedNetwork
 from engine.runtime.log import Log
 from engine.session import Session
+from image_data.batches import InMemoryBatches
+from image_data.subsets import pixel_digests
 from models import ExitNetwork
 from models.description import DataInfo, ImageSpec, Split
 
@@ -30,13 +32,26 @@ def data_for_new_run(
         # same images held out.
         data = load_run_data(session, image_spec=image_spec, origin_split=origin.known_split)
         is_same = data.info.fingerprint == origin.data.fingerprint
-        if not is_same or torch.equal(data.split.held_out, origin.split.held_out):
+        if is_same and torch.equal(data.split.held_out, origin.split.held_out):
+            return data
+        if not is_same and not _is_another_copy(data, origin):
             return data
         size = len(origin.split.held_out)
         session.log.line(f"the images are those of {origin.path}: the same {size:,} of them are held out")
     data = load_run_data(session, origin.data, origin.known_split, image_spec)
     log_class_order(origin, data, session.log)
     return data
+
+
+def _is_another_copy(data: Data, origin: LoadedNetwork) -> bool:
+    """Return True if the images are those of ``origin``, as far as it knows their pixels."""
+    known = origin.split.pixel_digests
+    names = [(info.name, info.class_names, info.num_training_images) for info in (data.info, origin.data)]
+    parts = [part for part in (data.train, data.val) if isinstance(part, InMemoryBatches)]
+    if not len(known) or names[0] != names[1] or not parts:
+        return False
+    found = torch.cat([pixel_digests(part.images.cpu()) for part in parts])
+    return bool(torch.isin(known, found).all())
 
 
 def load_run_data(
@@ -59,7 +74,7 @@ def held_out_are_new(
 ) -> bool:
     """Return True if the held-out images of a new run count as new to the weights it starts from.
 
-    Images are compared by the names of their files alone.
+    Images are compared by the names of their files, those of a data set without files by its fingerprint.
 
     - With the images of the origin, the same images are held out, and what is known of them stays true.
     - With a folder that shares images with the origin's, held-out images must not have trained the origin.

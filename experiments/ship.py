@@ -131,7 +131,7 @@ def ship(saved: LoadedNetwork, output: Path, bfloat16: bool = False, data_root: 
     # Names are many, and of use to the run alone. Others may have the same small images in other files.
     split = saved.split._replace(name_digests=saved.split.name_digests[:0])
     held_out = load_own_data(saved, data_root, "dynamic").val
-    if isinstance(held_out, InMemoryBatches):
+    if saved.data.name in ("cifar10", "cifar100") and isinstance(held_out, InMemoryBatches):
         split = split._replace(pixel_digests=pixel_digests(held_out.images))
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / output.name

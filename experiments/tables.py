@@ -58,7 +58,7 @@ TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7
 BOOSTED, BOOSTED_STAGE_2, BOOSTED_CONTROL = "GE_boosted", "GE_boosted_ISC_OFA", "GE_boosted_classifiers"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
 EXIT_GROUPS = (slice(0, 2), slice(2, 5))  # of the network with 5 exits: the first two, the later ones
-# Standard error of an accuracy of 70 % on 10,000 test images: OFA, with one seed, shows no smaller gain.
+# Standard error of an accuracy of 70 % on 10,000 test images: smaller gains of OFA are not called gains.
 TEST_SET_ERROR = 0.46  # points
 
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.

@@ -246,7 +246,7 @@ def _what_is_missing(root: Path, has_train: bool, tests: list[str]) -> str:
         return f"there is no folder {root} (--data-root)"
     split_off, scan = "--test-size 20% splits test images off", FolderScan()
     if has_train:
-        if unsorted := next((name for name in ("test", "val") if scan.images([root / name])), None):
+        if unsorted := next((name for name in ("val", "test") if scan.images([root / name])), None):
             return f"{root}/{unsorted} has images, but no classes: sort them into {unsorted}/CLASS/"
         return (
             f"{root} has train/ but no test images: put a fifth or so of every class into "

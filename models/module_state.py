@@ -79,7 +79,11 @@ def is_changed(module: nn.Module) -> bool:
 
     ``nn.utils.weight_norm``, ``nn.utils.spectral_norm`` and ``nn.utils.prune`` are hooks.
     """
-    return bool(module._forward_pre_hooks or module._forward_hooks) or is_parametrized(module)
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return any(hooks) or is_parametrized(module)
 
 
 class Snapshot:

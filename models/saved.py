@@ -93,6 +93,7 @@ def save(
 
     Raises:
         OSError: The file cannot be written; an old one is kept.
+        TypeError: ``image_size`` is no integer.
         ValueError: An argument does not fit the network, or ``load`` could not read the file.
     """
     if not isinstance(network, ExitNetwork):
@@ -101,8 +102,8 @@ def save(
         raise ValueError(
             f"a {type(network).__name__} cannot be saved: it is folded, or its class is not registered"
         )
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names is the text {class_names!a:.60}: pass a list of names")
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names is {class_names!a:.60}: pass a list of names")
     if not all(0 <= value <= 1 for value in mean):
         raise ValueError(f"mean is {list(mean)!a:.60}: it is of values from 0 to 1")
     data = DataInfo(
@@ -118,6 +119,8 @@ def save(
     )
     if data.image_size < 1:
         raise ValueError(f"image_size is {data.image_size}")
+    is_single_stage = not getattr(network, "freeze_backbone", True)
+    single_stage = {"single_stage": True} if is_single_stage else {}
     path = expand_home(path)
     description = Description(
         network=to_config(network),
@@ -125,7 +128,7 @@ def save(
         operations=count_operations(network, data.image_size),
         stage="GE" if network.stage_1 is network else "IMTA",
         title=path.stem,
-        recipe={"preset": data.name, "data": data.name},
+        recipe={"preset": data.name, "data": data.name, **single_stage},
         seed=None,
         commit=None,
         held_out_are_new=False,  # nobody knows: its training images are not recorded
@@ -364,6 +367,8 @@ def _check(description: Description, network: ExitNetwork, split: Split) -> None
     if not all(isinstance(name, str) for name in data.class_names):
         raise ValueError("not all class names are texts")
     _check_preprocessing(data)
+    if len(split.pixel_digests) not in (0, len(split.held_out)):
+        raise ValueError(f"there are {len(split.pixel_digests)} digests of {len(split.held_out)} images")
     if not has_finite_weights(network):
         raise ValueError("not all weights are finite numbers")
     if (

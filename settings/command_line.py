@@ -122,7 +122,9 @@ class CommandLine:
         if is_new:
             preset = self._preset(typed, kept)
         else:  # a converted network does not know how many images were held out
-            preset = {"val_size": PRESETS[kept.get("preset", DEFAULTS["preset"])]["both"].get("val_size")}
+            name = typed.get("preset", kept.get("preset", DEFAULTS["preset"]))
+            of_preset = None if typed.get("data") == "folder" else PRESETS[name]["both"].get("val_size")
+            preset = {"val_size": of_preset}
         values = DEFAULTS | preset | kept | typed
         conflict = conflict_of_settings(self.typed, values)
         if is_new:

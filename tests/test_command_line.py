@@ -152,6 +152,10 @@ def test_a_converted_network_holds_out_as_many_images_as_its_preset(image_folder
     command = ["--evalmode", "dynamic", "--data-root", str(image_folder)]
     assert parse("GE", command).settings(recipe).val_size == 50000
     assert parse("GE", [*command, "--val-size", "7"]).settings(recipe).val_size == 7
+    assert parse("GE", [*command, "--data", "folder"]).settings(recipe).val_size is None
+    recipe = {"preset": "folder", "data": "folder"}
+    assert parse("GE", command).settings(recipe).val_size is None
+    assert parse("GE", [*command, "--preset", "imagenet"]).settings(recipe).val_size == 50000
 
 
 def test_a_run_never_continues_one_of_other_data():

@@ -1,11 +1,16 @@
 """Which images are trained on, held out and tested on."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dataloader import load_data
+from engine.checkpoint import LoadedNetwork
+from engine.run_data import data_for_new_run
+from engine.runtime.distributed import Processes
 from image_data import data_sets
 from image_data.split import Role, choose_held_out, choose_test, roles_in
 from image_data.subsets import Subset, pixel_digests
@@ -152,14 +157,13 @@ def test_the_same_images_are_held_out_in_another_copy_of_cifar(tmp_path, monkeyp
     """With its images in another order, of which two are equal."""
     images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8)
     images[7] = images[3]
-    targets = torch.arange(200) % 10
+    targets, flags = torch.arange(200) % 10, ["--data", "cifar10", "--data-root", str(tmp_path)]
     names = [f"class {i}" for i in range(10)]
 
     def data_of(order, **remembered):
         train = Subset(targets[order], images[order])
         monkeypatch.setattr(data_sets, "read_cifar", lambda *_: (train, train, names))
-        settings = parse("GE", ["--data", "cifar10", "--data-root", str(tmp_path), "--val-size", "40"])
-        return load_data(settings.settings(), CPU, **remembered)
+        return load_data(parse("GE", [*flags, "--val-size", "40"]).settings(), CPU, **remembered)
 
     before = data_of(torch.arange(200))
     split = before.split._replace(pixel_digests=pixel_digests(before.val.images))
@@ -171,6 +175,17 @@ def test_the_same_images_are_held_out_in_another_copy_of_cifar(tmp_path, monkeyp
         assert pixels[0] == pixels[1]
     with pytest.raises(UserError, match="not those of the checkpoint"):
         data_of(order, stored=before.info, split=before.split)
+    # Fine-tuning, which may take other images, takes the split too.
+    lines = []
+    session = SimpleNamespace(
+        settings=parse("GE", [*flags, "--val-size", "30"]).settings(),
+        processes=Processes(0, 1, CPU, ()),
+        log=SimpleNamespace(line=lines.append),
+    )
+    origin = LoadedNetwork(Path("origin"), None, SimpleNamespace(data=before.info), split)
+    tuned = data_for_new_run(session, origin, None, may_change=True)
+    assert (tuned.val.num_images, tuned.info) == (40, before.info)
+    assert "the same 40 of them are held out" in lines[1]
     images[before.split.held_out[0]] += 1
     with pytest.raises(UserError, match="not those of the checkpoint"):
         data_of(order, stored=before.info, split=split)
