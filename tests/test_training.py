@@ -7,6 +7,7 @@ import signal
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,8 +235,10 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, request):
     """Stop in the middle of epoch 1 of 4 steps, at its end, and in the middle of epoch 2."""
+    # The tests may run under nohup, where SIGHUP is ignored.
+    request.addfinalizer(partial(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_DFL)))
     flags = [*TINY_FLAGS, *TWO_EPOCHS]
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number, done in zip(signals, (2, 4, 6), strict=True):
