@@ -507,7 +507,7 @@ def add_msdnet_sizes(add: Callable) -> None:
         dest="num_channels",
         type=at_least(1),
         metavar="N",
-        help="channels of the first layer at the finest scale",
+        help="channels of the stem at the finest scale",
     )
     add(
         "--growthRate",
@@ -552,7 +552,11 @@ def _add_stage_1(add: Callable) -> None:
         help="with --pretrained and --arch: "
         "the learning rate of pretrained parameters is F times that of new ones",
     )
-    add("--freeze", **_one_of(["none", "backbone"]), help="backbone: with --arch, train the exits alone")
+    add(
+        "--freeze",
+        **_one_of(["none", "backbone"]),
+        help="backbone: with --arch, train the exits alone and freeze the network under them",
+    )
 
 
 def _add_stage_2(add: Callable) -> None:

@@ -48,7 +48,7 @@ FILES_AT_ONCE = 256  # that threads read ahead
 class Data:
     """The three subsets of a data set.
 
-    Args:
+    Attributes:
         info: Names, preprocessing and training images, for checkpoints.
         split: Which training images are ``val``.
         notes: Lines for the user.
@@ -114,7 +114,7 @@ def load_data(
         read = {name: _in_memory(subsets[name], image_size, evaluation, workers) for name in names}
         unreadable = list(chain.from_iterable(errors for _, errors in read.values()))
         notes += _skipped(unreadable, settings.skip_unreadable)
-        subsets |= {name: _not_emptied(name, *of_subset) for name, of_subset in read.items()}
+        subsets |= {name: _not_emptied(name, *result) for name, result in read.items()}
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(subsets["train"]))
         notes += _lost_classes(subsets["train"], data_set.class_names)
@@ -124,11 +124,11 @@ def load_data(
     transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))
     batches: dict[str, Batches] = {}
     for name, subset in subsets.items():
-        common = (settings, name == "train", normalize, shard or Shard())
+        options = (settings, name == "train", normalize, shard or Shard())
         if subset.images is not None:
-            batches[name] = InMemoryBatches(subset, *common)
+            batches[name] = InMemoryBatches(subset, *options)
         else:
-            batches[name] = FileBatches(subset, transforms, *common)
+            batches[name] = FileBatches(subset, transforms, *options)
     if settings.check_images:
         found = _check(batches.values(), settings.skip_unreadable)
         if shard is None or shard.rank == 0:
@@ -268,8 +268,8 @@ def _not_emptied(name: str, subset: Subset, errors: list[str]) -> Subset:
 
 def _check(all_batches: Iterable[Batches], skip: bool) -> list[str]:
     """Read all images that are decoded when they are needed, and return what ``_skipped`` does."""
-    of_files = [batches for batches in all_batches if isinstance(batches, FileBatches)]
-    return _skipped([line for batches in of_files for line in batches.check()], skip)
+    file_batches = [batches for batches in all_batches if isinstance(batches, FileBatches)]
+    return _skipped([line for batches in file_batches for line in batches.check()], skip)
 
 
 def _skipped(errors: list[str], skip: bool) -> list[str]:

@@ -41,8 +41,10 @@ supported_python() {
 }
 
 make_environment() {
-    # Python's venv keeps links, also those to a Python that has gone.
-    "$VENV/bin/python" -c "" 2>/dev/null || rm -f "$VENV"/bin/python*
+    # Python's venv keeps links, also those to a Python that has gone. A folder that is no environment stays.
+    if [[ -f $VENV/pyvenv.cfg ]] && ! "$VENV/bin/python" -c "" 2>/dev/null; then
+        rm -f "$VENV"/bin/python*
+    fi
     # Without pip it is half made: the set-up was interrupted, or python3-venv is missing.
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$1" -m venv "$VENV" || return
     "$VENV/bin/python" -m pip install --requirement "$project/requirements.txt"

@@ -70,19 +70,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error(f"{parser.prog}: interrupted")
         return 130
-    count = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
+    policies = f"{len(curve.of_rule(None))} policies" if curve else "no policies"
     if curve is not None and curve.dtype != "float32":
-        count += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
-    print_line(f"{describe(saved.network)}, {count}: {output}")
+        policies += f" (made in {curve.dtype}; in float32 an image close to a threshold may leave elsewhere)"
+    print_line(f"{describe(saved.network)}, {policies}: {output}")
     return 0
 
 
 def output_path(text: str) -> tuple[Path, bool]:
     """Return the path of ``--output``, and whether it is a directory, for a file per block."""
     path = output_file(text)
-    if path.is_file() and path.suffix != ".onnx":
-        raise argparse.ArgumentTypeError(f"{path} is a file already, and its name does not end in .onnx")
-    return path, text.endswith(("/", os.sep)) or path.is_dir()
+    is_directory = text.endswith(("/", os.sep)) or path.is_dir()
+    if path.suffix != ".onnx" and (path.is_file() or not is_directory):
+        raise argparse.ArgumentTypeError(
+            f"{path}: pass a file ending in .onnx, or a directory as {path.name}/"
+        )
+    return path, is_directory
 
 
 if __name__ == "__main__":

@@ -88,7 +88,10 @@ class OnnxPredictor:
             content = self._session.get_modelmeta().custom_metadata_map
             _check_fields(content, path, FIELDS)
             texts = set(FIELDS) - {"fingerprint"}
-            content = content | {name: json.loads(content[name]) for name in texts}
+            try:
+                content = content | {name: json.loads(content[name]) for name in texts}
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
         _check_types(content, path / "network.json" if self._in_blocks else path)
         self.class_names: list[str] = content["class_names"]
         self.image_size: int = content["image_size"]
@@ -260,8 +263,16 @@ def _check_fields(content: dict[str, Any], path: Path, fields: Sequence[str]) ->
 def _check_types(content: dict[str, Any], path: Path) -> None:
     """Raise ValueError if a field of an export is of another type."""
     damaged = [name for name, kind in TYPES.items() if not isinstance(content.get(name, kind()), kind)]
+    if "blocks" not in damaged and not all(map(_is_block, content.get("blocks", []))):
+        damaged.append("blocks")
     if damaged or np.shape(content["weights"]) != (len(content["operations"]),) * 2:
         raise ValueError(f"{path} is damaged: see its {', '.join(damaged) or 'weights'}")
+
+
+def _is_block(block: object) -> bool:
+    """Return True if an entry of ``blocks`` names a file in the directory of the export."""
+    file = block.get("file") if isinstance(block, dict) else None
+    return isinstance(file, str) and Path(file).name == file
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

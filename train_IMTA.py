@@ -73,7 +73,7 @@ class Stage2(Stage):
 
     spec = STAGES["IMTA"]
     origin_title = "stage 1"
-    frozen_changed = (
+    frozen_changed_message = (
         "the frozen stage-1 network changed during stage 2; its classifiers do not belong to it any more"
     )
     next_command = "predict.py photo.jpg --model"

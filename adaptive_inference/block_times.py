@@ -16,7 +16,7 @@ import torch
 class BlockTimes:
     """Measured milliseconds of every block with its exit; the first includes preprocessing and the stem.
 
-    Args:
+    Attributes:
         batch_size: Expected number of images per call.
         sizes: The numbers of images that were timed, for each of K blocks an increasing array (S,).
         usual: Milliseconds at these sizes: medians, scaled so that they add up to the time of all passes.

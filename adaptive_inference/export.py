@@ -119,12 +119,13 @@ def export_blocks(
             cannot be written.
     """
     folder, metadata = Path(folder), _metadata(network, curve)
-    of_block = {name: metadata[name] for name in ("format", "fingerprint")}
+    block_metadata = {name: metadata[name] for name in ("format", "fingerprint")}
     metadata["blocks"] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the directory {folder}: {error.strerror}") from None
+    _refuse_foreign(folder / "network.json")
     blocks = blocks or convert_blocks(network)
     # Nobody finds new blocks beside the network.json of an older export if this is interrupted.
     with contextlib.suppress(OSError):
@@ -133,7 +134,7 @@ def export_blocks(
     for number, graph in enumerate(blocks, start=1):
         file = f"block{number}.onnx"
         with _protobuf_limits(folder / file):
-            _write(graph, of_block, folder / file)
+            _write(graph, block_metadata, folder / file)
         inputs, outputs = (
             {value.name: _shape(value) for value in values} for values in (graph.input, graph.output)
         )
@@ -141,6 +142,20 @@ def export_blocks(
     with atomic_write(folder / "network.json") as stream:
         json.dump(metadata, stream, indent=1, allow_nan=False)
         stream.write("\n")
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise ``UserError`` if a file is there that no export wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not str(content.get("format")).startswith(
+        FORMAT.rstrip("0123456789")
+    ):
+        raise UserError(f"{path} was not written by an export: choose another directory, or remove it")
 
 
 def _remove_later_blocks(folder: Path, count: int) -> None:

@@ -23,7 +23,7 @@ DEFAULT_SHARE = 0.5  # of the operations to the last exit
 class Policy:
     """Rule by which images leave, and by which predictions are made.
 
-    Args:
+    Attributes:
         thresholds: Threshold of every exit, compared with the confidence of its logits.
         measure: Measure of confidence, see ``confidence.next_prediction``.
         temperatures: Temperature of every exit, by which its logits are divided before they become the
@@ -96,7 +96,7 @@ class LossCounts(NamedTuple):
 class Point:
     """A policy and its results on held-out images.
 
-    Args:
+    Attributes:
         policy: Thresholds and the rest.
         val_acc1: Top-1 accuracy in percent.
         operations: Mean operations per image.
@@ -139,7 +139,7 @@ def _are_counts(losses: LossCounts | None) -> bool:
 class PolicyCurve:
     """Points of a network, from cheap to full.
 
-    Args:
+    Attributes:
         fingerprint: Digest of the network's configuration and weights.
         dtype: Dtype of the network that gave the logits, such as ``float32``.
         network_description: The network in words.

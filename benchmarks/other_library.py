@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=at_least(1), default=224, metavar="PIXELS")
     parser.add_argument("--threads", type=at_least(1, 1024), default=2, metavar="N")
     parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    size = options.image_size
+    size = arguments.image_size
     try:
         network = build_backbone("resnet18", list(EXITS), NUM_CLASSES, image_size=size).eval()
     except ValueError as error:
@@ -86,12 +86,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Different contrasts spread the confidences of a random network.
     images = (
-        torch.randn(options.images, 3, size, size)
-        * torch.linspace(0.2, 3, options.images)[:, None, None, None]
+        torch.randn(arguments.images, 3, size, size)
+        * torch.linspace(0.2, 3, arguments.images)[:, None, None, None]
     )
     with torch.no_grad():
         confidence = network(images, 1)[0].softmax(dim=1).amax(dim=1).sort().values
-    middle = confidence[options.images // 2 - 1 : options.images // 2 + 1].mean().item()
+    middle = confidence[arguments.images // 2 - 1 : arguments.images // 2 + 1].mean().item()
     thresholds = [middle, NEVER, NEVER]
     try:
         theirs = in_other_library(network, thresholds)
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     with torch.inference_mode():
         left = predictor(images).exits
         leaving = f"{(left == 0).sum()} of {len(images)} images leave at exit 1"
-        print(f"resnet18, {size} pixels, {options.threads} threads; {leaving}")
-        for batch_size in (1, options.images):
+        print(f"resnet18, {size} pixels, {arguments.threads} threads; {leaving}")
+        for batch_size in (1, arguments.images):
             ours_plain = functools.partial(network.early_exit, thresholds=[*thresholds, 0.0])
             single = batch_size == 1
             runs = {
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
                 else functools.partial(run, images)
                 for name, run in runs.items()
             }
-            seconds = median_seconds(functions, options.rounds)
+            seconds = median_seconds(functions, arguments.rounds)
             print(f"  batch {batch_size}:")
             for name, value in seconds.items():
                 per_image = 1e3 * value / len(images)

@@ -52,7 +52,10 @@ class PlainLoop:
     Args:
         network: An ``MSDNet``, or for stage 2 an ``IMTA`` whose frozen part follows the batches.
         dataset: Augmented images and targets, as ``plain_dataset`` gives.
+        batch_size: Images per step.
         workers: Processes that augment images.
+        learning_rate: Learning rate of SGD, which stays the same.
+        device: Device of the network and the batches.
     """
 
     def __init__(

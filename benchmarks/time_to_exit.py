@@ -83,13 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=at_least(1), default=224, metavar="PIXELS")
     parser.add_argument("--threads", type=at_least(1, 1024), default=2, metavar="N")
     parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
     try:
-        for arch in options.archs:
-            for batch_size in options.batch_sizes:
-                print(f"{arch}, {options.image_size} pixels, batch {batch_size}, {options.threads} threads")
-                print_shares(compare(arch, options.image_size, batch_size, options.rounds))
+        for arch in arguments.archs:
+            for batch_size in arguments.batch_sizes:
+                print(
+                    f"{arch}, {arguments.image_size} pixels, batch {batch_size}, {arguments.threads} threads"
+                )
+                print_shares(compare(arch, arguments.image_size, batch_size, arguments.rounds))
     except (UserError, ValueError) as error:
         print_error(f"{parser.prog}: {error}")
         return 2

@@ -59,8 +59,8 @@ FIRST_STEP = re.compile(r"epoch 1/\d+ 1/")
 SCHEDULE_IMAGES, SCHEDULE_EPOCHS = 45_000, {1: 300, 2: 180}  # the published CIFAR-100 settings
 
 # Fork from a process that has only imported modules; a fork of this one would inherit its threads and memory.
-AFRESH = multiprocessing.get_context("forkserver")
-AFRESH.set_forkserver_preload(["train_GE", "train_IMTA", "benchmarks.plain_loop"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train_GE", "train_IMTA", "benchmarks.plain_loop"])
 
 _print = functools.partial(print, flush=True)
 
@@ -106,58 +106,60 @@ def main(argv: list[str] | None = None) -> int:
     )
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
-    options = parser.parse_args(argv[:end])
-    options.flags = argv[end + 1 :]
+    arguments = parser.parse_args(argv[:end])
+    arguments.flags = argv[end + 1 :]
     try:
-        if options.device == "cuda" and not torch.cuda.is_available():
+        if arguments.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no GPU here")
         with tempfile.TemporaryDirectory() as folder:
-            measure(options, Path(folder))
+            measure(arguments, Path(folder))
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
     return 0
 
 
-def measure(options: argparse.Namespace, folder: Path) -> None:
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Print all requested figures; ``folder`` takes the images."""
-    options.data_root = folder / "images"
-    parse("GE", _flags(options))  # a mistake in the flags for our side
-    (write_archive if options.network == "cifar100" else write_folder)(options.data_root, options.images)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{available_cores()} CPU cores"
+    arguments.data_root = folder / "images"
+    parse("GE", _flags(arguments))  # a mistake in the flags for our side
+    (write_archive if arguments.network == "cifar100" else write_folder)(
+        arguments.data_root, arguments.images
+    )
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{available_cores()} CPU cores"
     _print(
-        f"{options.network}: {options.images:,} images, batch {options.batch_size}, {where}, "
+        f"{arguments.network}: {arguments.images:,} images, batch {arguments.batch_size}, {where}, "
         f"torch {torch.__version__}"
     )
-    for stage in options.stages:
-        if {"speed", "busy", "memory"} & set(options.what):
-            _compare(stage, options)
-        if options.profile:
-            _profile(stage, options)
-    if "startup" in options.what and options.network == "cifar100":
+    for stage in arguments.stages:
+        if {"speed", "busy", "memory"} & set(arguments.what):
+            _compare(stage, arguments)
+        if arguments.profile:
+            _profile(stage, arguments)
+    if "startup" in arguments.what and arguments.network == "cifar100":
         for kind in ("empty", "full"):
-            seconds, silence = _startup(options, folder)
+            seconds, silence = _startup(arguments, folder)
             _print(
                 f"start to the first step, {kind} cache of compiled code: {seconds:.1f} s, "
                 f"longest silence {silence:.1f} s"
             )
 
 
-def _compare(stage: int, options: argparse.Namespace) -> None:
+def _compare(stage: int, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
-        sides = {side: stack.enter_context(elsewhere(side, stage, options)) for side in SIDES}
+        sides = {side: stack.enter_context(elsewhere(side, stage, arguments)) for side in SIDES}
         rates: dict[str, list[float]] = {}
         peaks = dict.fromkeys(sides, 0)
-        for number in range(options.rounds + 1):
+        for number in range(arguments.rounds + 1):
             for side, run in sides.items():
-                images, seconds, memory = run(options.steps)
+                images, seconds, memory = run(arguments.steps)
                 if number:
                     rates.setdefault(side, []).append(images / seconds)
                     peaks[side] = max(peaks[side], memory)
-                if number and "busy" in options.what:
+                if number and "busy" in arguments.what:
                     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other_program:
                         try:
-                            images, seconds, _ = run(options.steps)
+                            images, seconds, _ = run(arguments.steps)
                         finally:
                             other_program.kill()
                     rates.setdefault(f"{side}, busy", []).append(images / seconds)
@@ -167,11 +169,11 @@ def _compare(stage: int, options: argparse.Namespace) -> None:
         f"stage {stage}, images/s: plain loop {other:,.1f}, ours {ours:,.1f}, ours / plain loop {ratio:.3f}"
     )
     for side in SIDES:
-        if "busy" in options.what:
+        if "busy" in arguments.what:
             _print(f"  {side}: beside a busy core / quiet {_ratio(rates[f'{side}, busy'], rates[side]):.3f}")
-        if "memory" in options.what:
+        if "memory" in arguments.what:
             _print(f"  {side}: peak memory of all processes {peaks[side] / 2**20:,.0f} MiB")
-    if options.device == "cuda":
+    if arguments.device == "cuda":
         minutes = SCHEDULE_EPOCHS[stage] * SCHEDULE_IMAGES / ours / 60
         _print(f"  {SCHEDULE_EPOCHS[stage]} epochs of {SCHEDULE_IMAGES:,} images: {minutes:.1f} minutes")
 
@@ -179,8 +181,8 @@ def _compare(stage: int, options: argparse.Namespace) -> None:
 class Ours:
     """Training of one stage by this project, in one of its processes."""
 
-    def __init__(self, stage_number: int, options: argparse.Namespace, processes: Processes):
-        settings, stage = parse("GE", _flags(options)).settings(), train_GE.Stage1()
+    def __init__(self, stage_number: int, arguments: argparse.Namespace, processes: Processes):
+        settings, stage = parse("GE", _flags(arguments)).settings(), train_GE.Stage1()
         data = load_data(settings, processes.device, processes.shard)
         seed_everything(settings.seed, settings.deterministic)
         network = stage.make_network(settings, data.info, None)
@@ -188,7 +190,7 @@ class Ours:
         operations_per_process = operations * data.train.num_images // processes.world_size
         if stage_number == 2:
             stage = train_IMTA.Stage2()
-            settings = parse("IMTA", _flags(options)).settings(origin_recipe=vars(settings))
+            settings = parse("IMTA", _flags(arguments)).settings(origin_recipe=vars(settings))
             origin = SimpleNamespace(path=Path("random weights"), network=network.eval())
             network = stage.make_network(settings, data.info, origin)
         # As in a training of the published length.
@@ -202,8 +204,8 @@ class Ours:
             compile_speedup_share=stage.compile_speedup_share(settings),
         )
         self.settings = settings
-        of_step = operations * options.batch_size // processes.world_size
-        prepare_network_and_device(network, settings, processes.device, of_step)
+        operations_per_step = operations * arguments.batch_size // processes.world_size
+        prepare_network_and_device(network, settings, processes.device, operations_per_step)
         self.stepper = Stepper(stage.make_objective(network, settings).train(), settings, processes)
         self.meters = Meters(
             network.num_exits, processes.device, only_finite=self.stepper.scaler.is_enabled()
@@ -227,32 +229,32 @@ class Ours:
         return steps * self.batch_size, time.perf_counter() - began
 
 
-def _flags(options: argparse.Namespace) -> list[str]:
+def _flags(arguments: argparse.Namespace) -> list[str]:
     given = {
-        "--preset": options.network,
-        "--data-root": options.data_root,
+        "--preset": arguments.network,
+        "--data-root": arguments.data_root,
         "--val-size": 0,
         "--lr": LEARNING_RATE,
     }
-    given["--batch-size"] = options.batch_size
-    return [str(word) for flag in given.items() for word in flag] + options.flags
+    given["--batch-size"] = arguments.batch_size
+    return [str(word) for flag in given.items() for word in flag] + arguments.flags
 
 
-def plain(stage_number: int, options: argparse.Namespace) -> PlainLoop:
+def plain(stage_number: int, arguments: argparse.Namespace) -> PlainLoop:
     """Build the plain loop of a stage, on the same network."""
-    settings = parse("GE", _flags(options)).settings()
+    settings = parse("GE", _flags(arguments)).settings()
     seed_everything(settings.seed, settings.deterministic)
-    dataset, info = plain_dataset(options.network, options.data_root)
+    dataset, info = plain_dataset(arguments.network, arguments.data_root)
     network = train_GE.Stage1().make_network(settings, info, None)
     network = IMTA(network, freeze_batchnorm=False) if stage_number == 2 else network
     return PlainLoop(
-        network, dataset, options.batch_size, WORKERS, LEARNING_RATE, torch.device(options.device)
+        network, dataset, arguments.batch_size, WORKERS, LEARNING_RATE, torch.device(arguments.device)
     )
 
 
 @contextmanager
 def elsewhere(
-    side: str, stage_number: int, options: argparse.Namespace
+    side: str, stage_number: int, arguments: argparse.Namespace
 ) -> Iterator[Callable[[int], tuple[int, float, int]]]:
     """Run one side in processes of its own, so that its memory and settings do not reach the other.
 
@@ -261,8 +263,8 @@ def elsewhere(
         peak memory of all processes of the side, in bytes.
     """
     connection, other_end = multiprocessing.Pipe()
-    process = AFRESH.Process(
-        target=_obey, args=(other_end, side, stage_number, options)
+    process = FORKSERVER.Process(
+        target=_obey, args=(other_end, side, stage_number, arguments)
     )  # not a daemon: it may have workers
     process.start()
     other_end.close()  # so that the connection ends with the process
@@ -286,18 +288,18 @@ def elsewhere(
         process.join()
 
 
-def _obey(connection: Connection, side: str, stage_number: int, options: argparse.Namespace) -> None:
+def _obey(connection: Connection, side: str, stage_number: int, arguments: argparse.Namespace) -> None:
     # Start the workers of the plain loop in the platform's default way.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     accept_random_archive()
     if side == "plain loop":
         torch.set_num_threads(available_cores())
-        loop = plain(stage_number, options)
+        loop = plain(stage_number, arguments)
         while steps := connection.recv():
             connection.send(loop.run(steps))
         return
-    with training_processes(options.batch_size, None) as processes:
-        ours = Ours(stage_number, options, processes)
+    with training_processes(arguments.batch_size, None) as processes:
+        ours = Ours(stage_number, arguments, processes)
         while steps := processes.all_reduce_max(connection.recv() if processes.is_main else 0):
             result = ours.run(steps)
             if processes.is_main:
@@ -322,10 +324,10 @@ def _memory_of_family(pid: int) -> int:
     return total
 
 
-def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
+def _startup(arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Return the seconds until train_GE.py ends its first step, and the longest time without output."""
     command = [
-        *(sys.executable, "-u", "-c", PROGRAM, *_flags(options), "--print-freq", "1"),
+        *(sys.executable, "-u", "-c", PROGRAM, *_flags(arguments), "--print-freq", "1"),
         *("--save", str(folder / "run"), "--overwrite"),
     ]
     root = Path(__file__).parent.parent
@@ -343,11 +345,11 @@ def _startup(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     raise UserError(f"train_GE.py did not reach its first step: {line.strip()}")
 
 
-def _profile(stage_number: int, options: argparse.Namespace) -> None:
+def _profile(stage_number: int, arguments: argparse.Namespace) -> None:
     """Print the operations that take most of a step."""
-    device = torch.device(options.device)
+    device = torch.device(arguments.device)
     accept_random_archive()
-    loop = Ours(stage_number, options, Processes(0, 1, device, (0,) if device.type == "cuda" else ()))
+    loop = Ours(stage_number, arguments, Processes(0, 1, device, (0,) if device.type == "cuda" else ()))
     loop.run(2)
     with torch.profiler.profile() as profiler:
         loop.run(1)

@@ -51,20 +51,21 @@ def resolve_auto(
         modes = []
         if is_long:
             modes = ["reduce-overhead", "default"] if on_gpu else ["default"]
-        compile_mode = next((mode for mode in modes if _is_possible(mode, settings, processes)), "off")
+        compile_mode = next(
+            (mode for mode in modes if not compiling_conflict(mode, settings, processes)), "off"
+        )
     return with_values(settings, amp=amp, compile=compile_mode)
 
 
-def _is_possible(mode: str, settings: Namespace, processes: Processes) -> bool:
-    """Return True if a mode of --compile goes together with the other settings."""
-    conflict = conflict_of_compiling(
+def compiling_conflict(mode: str, settings: Namespace, processes: Processes) -> str | None:
+    """Return why a mode of --compile does not go together with the other settings, None if it does."""
+    return conflict_of_compiling(
         mode,
         settings.checkpoint_activations,
         settings.accumulate,
         num_gpus=len(processes.gpu_ids),
         images_per_process=settings.batch_size // processes.world_size,
     )
-    return conflict is None
 
 
 def with_values(settings: Namespace, **values: object) -> Namespace:

@@ -65,7 +65,7 @@ class Evaluation:
         network: The network to evaluate.
         data: The test images, and for ``dynamic`` the held-out images.
         operations: Operations to each exit.
-        curves: Runs whose curves are drawn, by title: this one, after others to compare it with.
+        runs_to_draw: Runs whose curves are drawn, by title: this one, after others to compare it with.
         held_out_are_new: Whether the held-out images are known to be new to the network, so that they can
             test promises.
     """
@@ -76,11 +76,12 @@ class Evaluation:
         network: ExitNetwork,
         data: Data,
         operations: list[int],
-        curves: dict[str, RunDirectory],
+        runs_to_draw: dict[str, RunDirectory],
         held_out_are_new: bool,
     ):
         settings = session.settings
-        self.session, self.data, self.operations, self.curves = session, data, operations, curves
+        self.session, self.data, self.operations = session, data, operations
+        self.runs_to_draw = runs_to_draw
         self.network = fold(network, settings.channels_last, amp_dtype(settings))
         self.measure, self.held_out_are_new = settings.measure, held_out_are_new
 
@@ -110,7 +111,7 @@ class Evaluation:
         if "dynamic" in modes:
             curve = self.budgeted(val, test, full_policy)
             self._draw_examples(*test, test_indices, curve.default_point("optimised").policy)
-        save_figure(draw_curves(known_curves(self.curves), len(test[1])), self.session.directory.curves)
+        save_figure(draw_curves(known_curves(self.runs_to_draw), len(test[1])), self.session.directory.curves)
         log.line(f"accuracy against operations: {self.session.directory.curves}")
 
     def known_policy(self) -> Policy | None:

@@ -32,9 +32,8 @@ def checkpoint_to_resume(
             directory.refuse_second()
         return None
     if not directory.last.exists():
-        # The log comes after last.pt, best.safetensors before it: without both the run was killed while it
-        # saved for the first time.
-        if directory.log_file.exists():
+        # A run that was killed before it saved for the first time has none of these.
+        if directory.holds_results():
             raise UserError(
                 f"{directory.path} holds a run without last.pt, which --resume needs; "
                 "--overwrite starts again"
@@ -75,9 +74,9 @@ def _is_restart(directory: RunDirectory) -> bool:
         # Each machine counts its own restarts alone. A finished run is of an earlier launch of this id.
         sessions = directory.sessions()
         may_be = may_be or not (sessions and sessions[-1].get("complete"))
-    return (
-        may_be
-        and launch is not None
-        and directory.last.exists()
-        and load_checkpoint(directory.last).get("launch") == launch
-    )
+    if not may_be or launch is None or not directory.last.exists():
+        return False
+    try:
+        return load_checkpoint(directory.last).get("launch") == launch
+    except UserError:  # --overwrite replaces it, --resume says what is wrong
+        return False

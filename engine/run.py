@@ -19,7 +19,7 @@ from torch import nn
 
 from adaptive_inference import read_policy
 from dataloader import Data
-from engine.auto import resolve_auto, with_values
+from engine.auto import compiling_conflict, resolve_auto, with_values
 from engine.checkpoint import LoadedNetwork, load_saved, save_network
 from engine.evaluate import Evaluation
 from engine.networks import expected_images
@@ -54,8 +54,8 @@ from utils import UserError, one_line, print_error
 
 MAX_STEPS = 2**40  # of an epoch
 SECONDS_TO_APPEAR = 60  # on another machine, of a file in a network file system
-# What later evaluations take from the recipe, and a resumption may change.
-OF_EVALUATIONS = ("data_root", "measure")
+# Settings that a resumption may change and later evaluations read.
+READ_BY_EVALUATIONS = ("data_root", "measure")
 FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
 
 
@@ -158,13 +158,13 @@ def _train_in_process(
         stage.check_result(network, description)  # the best epoch
         epochs = session.settings.epochs
         log.line(f"evaluating the best epoch, {progress.best_epoch} of {epochs}: {directory.best}")
-        _evaluate(session, network, data, description, _curves_of(stage, description, directory))
+        _evaluate(session, network, data, description, _runs_to_draw(stage, description, directory))
     log.line(f"next: python {stage.next_command} {shlex.quote(str(directory.path))}")
 
 
 def _update_recipe(best: LoadedNetwork, description: Description) -> None:
     """Write what a resumption has changed in the recipe into the file of the best epoch, if it is older."""
-    recipe = {**best.description.recipe, **{name: description.recipe[name] for name in OF_EVALUATIONS}}
+    recipe = {**best.description.recipe, **{name: description.recipe[name] for name in READ_BY_EVALUATIONS}}
     if recipe != best.description.recipe:
         save_network(best.path, best.network, replace(best.description, recipe=recipe), best.split)
 
@@ -212,7 +212,7 @@ def _prepare(
         description = _describe(stage, session, data, network, operations, origin)
     else:
         description = checkpoint["description"]
-        changed = {name: to_plain_types(settings)[name] for name in OF_EVALUATIONS}
+        changed = {name: to_plain_types(settings)[name] for name in READ_BY_EVALUATIONS}
         description = replace(description, recipe={**description.recipe, **changed})
     _prepare_device(session, network, operations[-1])
     return session, data, network, description
@@ -221,8 +221,8 @@ def _prepare(
 def _prepare_device(session: Session, network: ExitNetwork, operations: int) -> None:
     """Prepare the device for steps of a network with ``operations`` per image, and move the network to it."""
     settings, processes = session.settings, session.processes
-    of_step = operations * settings.batch_size // processes.world_size
-    prepare_network_and_device(network, settings, processes.device, of_step)
+    operations_per_step = operations * settings.batch_size // processes.world_size
+    prepare_network_and_device(network, settings, processes.device, operations_per_step)
 
 
 def _start(stage: Stage, session: Session, origin: LoadedNetwork | None) -> tuple[Data, ExitNetwork]:
@@ -267,6 +267,10 @@ def _resolve_auto(
         operations_per_process=data.train.num_images * operations // processes.world_size,
         compile_speedup_share=stage.compile_speedup_share(asked),
     )
+    # --compile auto of a run that resumes was resolved where the run began, perhaps for other GPUs.
+    if session.may_train_eagerly and (conflict := compiling_conflict(settings.compile, settings, processes)):
+        session.log.line(f"training is not compiled: {conflict}")
+        settings = with_values(settings, compile="off")
     has_batch_norm_1d = any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules())
     if conflict := conflict_on_machine(
         settings, processes.world_size, len(processes.gpu_ids), has_batch_norm_1d
@@ -365,9 +369,9 @@ def _evaluate_only(command: CommandLine, stage: Stage) -> None:
         log_class_order(saved, data, log)
         _log_setup(network, data, description.operations, session)
         with directory.lock() if processes.is_main else nullcontext():
-            curves = _curves_of(stage, description, directory)
+            runs_to_draw = _runs_to_draw(stage, description, directory)
             are_new = saved.data.knows_training_images and description.held_out_are_new
-            evaluation = Evaluation(session, network, data, description.operations, curves, are_new)
+            evaluation = Evaluation(session, network, data, description.operations, runs_to_draw, are_new)
             if settings.evalmode == "runtime":
                 evaluation.runtime()
             else:
@@ -406,7 +410,7 @@ def _describe(
     )
 
 
-def _curves_of(stage: Stage, description: Description, run: RunDirectory) -> dict[str, RunDirectory]:
+def _runs_to_draw(stage: Stage, description: Description, run: RunDirectory) -> dict[str, RunDirectory]:
     """Return the runs whose curves are drawn, by title: this one, after the one it started from."""
     if stage.origin_title is None or description.origin is None:
         return {description.title: run}
@@ -438,9 +442,10 @@ def _log_setup(network: ExitNetwork, data: Data, operations: list[int], session:
 
 
 def _delete_old_run(directory: RunDirectory) -> None:
+    if directory.run_json.exists():  # else TensorBoard's folder is of another program
+        shutil.rmtree(directory.tensorboard, ignore_errors=True)
     for path in directory.files:
         path.unlink(missing_ok=True)
-    shutil.rmtree(directory.tensorboard, ignore_errors=True)
 
 
 def _to_tensorboard(session: Session, curves: dict[str, RunDirectory]) -> None:

@@ -48,7 +48,8 @@ def _is_another_copy(data: Data, origin: LoadedNetwork) -> bool:
     known = origin.split.pixel_digests
     names = [(info.name, info.class_names, info.num_training_images) for info in (data.info, origin.data)]
     parts = [part for part in (data.train, data.val) if isinstance(part, InMemoryBatches)]
-    if not len(known) or names[0] != names[1] or not parts:
+    # Files are compared by their names, which ``held_out_are_new`` does.
+    if not len(known) or names[0] != names[1] or not parts or len(data.split.name_digests):
         return False
     found = torch.cat([pixel_digests(part.images.cpu()) for part in parts])
     return bool(torch.isin(known, found).all())
@@ -63,9 +64,9 @@ def load_run_data(
 ) -> Data:
     """Read the images that the settings name; for the other arguments see ``load_data``."""
     settings, processes = session.settings, session.processes
-    of = "" if settings.data == "folder" else f" of {settings.data}"
+    which = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
-    session.log.line(f"reading the images{of}{where}")
+    session.log.line(f"reading the images{which}{where}")
     return load_data(settings, processes.device, processes.shard, stored, split, image_spec, origin_split)
 
 

@@ -46,7 +46,9 @@ class RunDirectory:
         TensorBoard's events are in a folder of their own.
         """
         return [
-            value for name, value in vars(self).items() if name not in ("path", "lock_file", "tensorboard")
+            *(self.last, self.best, self.log_file, self.run_json),
+            *(self.anytime, self.budgeted, self.optimised, self.ensemble, self.policy, self.reference),
+            *(self.runtime, self.runtime_figure, self.deadlines, self.examples, self.curves),
         ]
 
     def sessions(self) -> list[dict[str, Any]]:
@@ -63,9 +65,13 @@ class RunDirectory:
         """Return True if something was trained here."""
         return self.last.exists() or self.best.exists() or self.log_file.exists()
 
+    def holds_results(self) -> bool:
+        """Return True if something was trained here, or another network was evaluated into this directory."""
+        return self.holds_run() or self.anytime.exists() or self.policy.exists()
+
     def refuse_second(self) -> None:
-        """Raise a ``UserError`` if something was trained here."""
-        if self.holds_run():
+        """Raise a ``UserError`` if there is something that a new run would replace."""
+        if self.holds_results():
             raise UserError(
                 f"{self.path} holds a run; --resume continues it, --overwrite starts again, "
                 "--save DIR goes elsewhere"

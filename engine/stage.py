@@ -24,13 +24,13 @@ class Stage(ABC):
     Attributes:
         spec: Its name, flags and place among the stages, an entry of ``args.STAGES``.
         origin_title: Title of the curves of the network it starts from, None not to draw them.
-        frozen_changed: Message of the error if something changed that must not.
+        frozen_changed_message: Message of the error if something changed that must not.
         next_command: Command that uses the finished run; the run's directory is appended.
     """
 
     spec: StageSpec
     origin_title: str | None = None
-    frozen_changed = "weights that were frozen changed during the training"
+    frozen_changed_message = "weights that were frozen changed during the training"
     next_command: str
 
     @property
@@ -84,7 +84,7 @@ class Stage(ABC):
             RuntimeError: Something changed, which is a bug.
         """
         if self.frozen_digest(network) != description.frozen_digest:
-            raise RuntimeError(self.frozen_changed)
+            raise RuntimeError(self.frozen_changed_message)
 
     def compile_speedup_share(self, settings: Namespace) -> float:
         """Return the share of a whole training's operations that compiling makes faster on a CPU."""

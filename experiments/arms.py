@@ -31,7 +31,7 @@ from PIL import Image
 from engine.run_directory import RunDirectory
 from image_data.archives import read_cifar
 from parsing import CommandLineParser, user_path
-from utils import UserError
+from utils import UserError, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
     results: Path
 
 
-# In float32, whatever the machine is fast with: most of these runs are older than the choice.
+# In float32 on every machine: most of these runs were made before --amp auto existed.
 _SHORT = ["--batch-size", "32", "--lr", "0.05", "--lr-type", "cosine", "--amp", "off", "--compile", "off"]
 _ONE_RECIPE = ["--batch-size", "128", "--lr-type", "cosine", "--weight-decay", "5e-4", "--nesterov"]
 _SAVING = ["--save-every-steps", "100"]
@@ -90,7 +90,8 @@ class Arm(NamedTuple):
     flags: list[str]
 
 
-# In order of value. The single difference between two arms is what their flags say.
+# In the order of training. Two arms differ by their flags alone, and in precision where --amp auto chose
+# differently: ``run.json`` says so.
 ARMS = {
     "MSDNet": Arm("MSDNet", None, ["--no-gradient-equilibrium"]),
     "GE": Arm("GE", None, []),
@@ -351,7 +352,8 @@ def main() -> int:
     try:
         return train_all(schedule, arguments.data_root, work, arguments.seeds, arguments.arms)
     except UserError as error:
-        parser.error(str(error))
+        print_error(f"{parser.prog}: {error}")
+        return 2
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from experiments.arms import (
 )
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
-from utils import UserError
+from utils import UserError, print_error
 
 FOLDER = RESULTS / "backbones"
 ARCH, NUM_EXITS = "timm/tf_efficientnet_lite0", 4
@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> int:
             arguments.arms, arguments.seeds, arguments.data_root, arguments.weights, arguments.work, more
         )
     except UserError as error:
-        parser.error(str(error))
+        print_error(f"{parser.prog}: {error}")
+        return 2
 
 
 if __name__ == "__main__":

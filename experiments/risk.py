@@ -53,7 +53,7 @@ from experiments.network_data import load_own_data
 from models import count_operations
 from models.files import find
 from parsing import CommandLineParser, user_path
-from utils import UserError
+from utils import UserError, print_error
 
 ALONE = Processes(0, 1, torch.device("cpu"), ())
 LEVELS = (90.0, 95.0, 99.0)
@@ -64,13 +64,15 @@ BETTER = {"accuracy": 0.02, "disagreement": 0.0}
 DISTANCES = (-1.0, 0.0, 1.65, 2.5, 3.5)  # standard errors from the loss to the limit
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the tables that the arguments ask for (those of the process if None)."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables that the arguments ask for (those of the process if None); return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run_command(arguments)
     except (UserError, OSError, ValueError) as error:
-        sys.exit(f"experiments.risk: {error}")
+        print_error(f"experiments.risk: {error}")
+        return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -366,4 +368,4 @@ def resample(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

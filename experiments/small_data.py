@@ -14,7 +14,7 @@ from engine.report import read_csv
 from experiments.arms import add_data_root, class_folders, is_complete, refuse_other_command, run_command
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser, user_path
-from utils import UserError, error_message
+from utils import UserError, error_message, print_error
 
 CLASSES = ("bicycle", "castle", "lion", "rose")
 TRAINING_IMAGES = 30
@@ -58,8 +58,8 @@ def run_all(
             words += ["--val-size", "24", "--batch-size", "16", *more]
             if is_complete(save):
                 refuse_other_command(save, words)
-            elif run_command([*words, "--overwrite"]):
-                sys.exit(1)
+            elif status := run_command([*words, "--overwrite"]):
+                sys.exit(status)
             results[way].append([row["acc1"] for row in read_csv(save / "anytime.csv")])
     return results
 
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = run_all(arguments.data_root, arguments.weights, arguments.work, arguments.seeds, more)
     except (UserError, OSError) as error:
-        parser.error(error_message(error))
+        print_error(f"{parser.prog}: {error_message(error)}")
+        return 2
     rows = [
         [way, *(spread([exits[k] for exits in by_seed], digits=1) for k in (0, -1))]
         for way, by_seed in results.items()

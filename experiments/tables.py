@@ -19,7 +19,7 @@ from experiments import backbones
 from experiments.arms import ARMS, MAIN_ARMS, SCHEDULES, seeds_of
 from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "results" / "README.md")
@@ -181,6 +181,12 @@ def shown_arms(results: Path) -> tuple[str, ...]:
     return (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2) if results == LONG else (*MAIN_ARMS, BOOSTED)
 
 
+def precision_note(folders: Iterable[Path]) -> str:
+    """Return what to add to the title of runs of all classes trained in float32; most were in bf16."""
+    run_files = [(folder / "run.json").read_text(encoding="utf-8") for folder in folders]
+    return " (float32)" if any(json.loads(run)["settings"]["amp"] == "off" for run in run_files) else ""
+
+
 def exits_table(schedules: Iterable[str] = FULL_SCHEDULES) -> str:
     """Return the accuracy of every exit, and at a budget, of the network with 5 exits and all classes."""
     operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
@@ -192,7 +198,8 @@ def exits_table(schedules: Iterable[str] = FULL_SCHEDULES) -> str:
                 values = [
                     [*exit_accuracies(run), *budget_accuracies(run, budgets=[BUDGET])] for run in folders
                 ]
-                rows.append([epochs_of(name), f"ours: {ARMS[arm].title}", *spread_columns(values)])
+                title = f"ours: {ARMS[arm].title}{precision_note(folders)}"
+                rows.append([epochs_of(name), title, *spread_columns(values)])
     names = [f"exit {k} ({millions:.2f} M)" for k, millions in enumerate(operations, start=1)]
     return markdown_table(["training", "network", *names, f"{BUDGET / 1e6:.0f} M, paper's rule", "n"], rows)
 
@@ -212,9 +219,9 @@ def summary() -> str:
     named = min((longest(arm) for arm in MAIN_ARMS), key=FULL_SCHEDULES.index)
     parts = longest("GE_classifiers", "GE_ISC", "GE_OFA")  # of stage 2
 
-    def cited(by_seed: list[list[float]], schedule: str) -> str:
+    def cited(by_seed: list[list[float]], schedule: str, names_schedule: bool = True) -> str:
         notes = [f"n = {len(by_seed)}"] if len(by_seed) > 1 else []
-        notes += [] if schedule == named else [epochs_of(schedule)]
+        notes += [epochs_of(schedule)] if names_schedule and schedule != named else []
         mean = spread([row[-1] for row in by_seed], "+")
         return f"{mean} ({', '.join(notes)})" if notes else mean
 
@@ -233,26 +240,35 @@ def summary() -> str:
         }
         return " and ".join(cited(by_seed, schedule) for schedule, by_seed in compared.items() if by_seed)
 
-    of_ge = gains("MSDNet", "GE", SCHEDULES[longest("MSDNet", "GE")].results)
-    first, later = (spread([statistics.mean(row[part]) for row in of_ge], "+") for part in EXIT_GROUPS)
+    of_ge = []
+    for schedule in FULL_SCHEDULES:
+        if by_seed := gains("MSDNet", "GE", SCHEDULES[schedule].results):
+            first, later = (
+                spread([statistics.mean(row[part]) for row in by_seed], "+") for part in EXIT_GROUPS
+            )
+            of_ge.append(
+                f"by {cited(by_seed, schedule)}: {first} at exits 1 and 2, {later} at the later ones"
+            )
     distilled = (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
-    by_seed = [gains(*pair, SCHEDULES[parts].results) for pair in distilled]
-    is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in by_seed) > TEST_SET_ERROR
-    ofa, ofa_on_isc = (cited(rows, named) for rows in by_seed)
+    of_distillation = [gains(*pair, SCHEDULES[parts].results) for pair in distilled]
+    is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in of_distillation) > TEST_SET_ERROR
+    ofa, ofa_on_isc = (cited(rows, parts, names_schedule=False) for rows in of_distillation)
+    short_ofa, short_ofa_on_isc = (spread([row[-1] for row in gains(*pair)], "+") for pair in distilled)
 
     def of_parts(before: str, arm: str) -> str:
-        return cited(gains(before, arm, SCHEDULES[parts].results), named)
+        return cited(gains(before, arm, SCHEDULES[parts].results), parts, names_schedule=False)
 
     schedule_on_boosted = longest(BOOSTED_STAGE_2, BOOSTED_CONTROL)
     lines = (
-        f"1. **GE** gains {gain('MSDNet', 'GE')} on plain MSDNet: {first} at exits 1 and 2, {later} at the "
-        f"later ones. It was ahead in {pairs_ahead()}, with 20 or 100 classes.",
+        f"1. **GE** changes the mean of plain MSDNet {'; '.join(of_ge)}. "
+        f"It was ahead in {pairs_ahead()}, with 20 or 100 classes.",
         f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. After {epochs_of(parts)} stage 2 changes "
         f"the mean by {of_parts('GE', 'GE_ISC_OFA')}, new classifiers alone by "
         f"{of_parts('GE', 'GE_classifiers')}, and **ISC** on these by "
         f"{of_parts('GE_classifiers', 'GE_ISC')}.",
         f"3. **OFA** {'gains' if is_measurable else 'shows no gain'} after {epochs_of(parts)}: {ofa} alone, "
-        f"{ofa_on_isc} on ISC.",
+        f"{ofa_on_isc} on ISC; with 20 classes {short_ofa} and {short_ofa_on_isc} "
+        f"(n = {len(gains(*distilled[0]))}, {TRAINING[SHORT].removeprefix('20 classes, ')}).",
         "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
         f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE. Stage 2 on them changes the "
         f"mean by {gain(BOOSTED, BOOSTED_STAGE_2)} (new classifiers alone by "
@@ -536,8 +552,8 @@ def with_tables(text: str) -> str:
     )
 
 
-def main() -> None:
-    """Print or write the tables."""
+def main() -> int:
+    """Print or write the tables, and return the exit status."""
     parser = CommandLineParser(
         prog="experiments.tables", description="Print the result tables, or write them and the figures."
     )
@@ -561,8 +577,10 @@ def main() -> None:
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:
-        parser.error(str(error))
+        print_error(f"{parser.prog}: {error}")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,5 +6,6 @@ Reading order:
   demo), ``subsets`` (what they return), ``split`` (which images are held out);
 - an image: ``reading`` (from a file), ``transforms`` (crops, flips and augmentation), ``preprocessing``
   (a photograph for ``AdaptivePredictor``);
-- many images: ``batches``, ``threads``.
+- many images: ``batches``, ``threads``;
+- ``defaults``: what depends on the data set's name, its image size or the machine.
 """

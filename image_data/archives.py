@@ -10,6 +10,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from image_data.subsets import Subset
+from models.errors import first_line
 from utils import UserError, is_folder
 
 READERS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -31,7 +32,7 @@ def read_cifar(name: str, root: Path) -> tuple[Subset, Subset, list[str]]:
             for folder in missing:
                 folder.rmdir()
         raise UserError(
-            f"no {name} in --data-root {root}, and no download ({str(error).splitlines()[0]}); "
+            f"no {name} in --data-root {root}, and no download ({first_line(error)}); "
             "put torchvision's archive or the folders train/CLASS/ and test/CLASS/ there"
         ) from None
     return _subset(train), _subset(test), list(train.classes)

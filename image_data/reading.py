@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from image_data.transforms import MAX_PIXELS, rgb
+from models.errors import first_line
 from utils import UserError
 
 # The content decides, whatever the suffix says. For other formats PIL may start programs.
@@ -55,8 +56,7 @@ def _apply(path: Path, function: Callable[[Image.Image], Any]) -> Any:
     except MemoryError:  # the image may be sound
         raise
     except Exception as error:  # what a decoder raises on damaged bytes depends on the format
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}") from None
+        raise UserError(f"cannot read the image {path}: {first_line(error)}") from None
 
 
 def _open(stream: BinaryIO) -> Image.Image:

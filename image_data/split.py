@@ -72,9 +72,9 @@ def _held_out_first(order: Tensor, roles: Tensor, size: int) -> Tensor:
     unknown, held_out, trained = (order[roles[order] == role] for role in Role)
     if 2 * len(held_out) < size:
         return order
-    of_unknown = size * len(unknown) // len(order)
-    of_held_out = size - of_unknown
-    parts = (held_out[:of_held_out], unknown[:of_unknown], held_out[of_held_out:], unknown[of_unknown:])
+    num_unknown = size * len(unknown) // len(order)
+    num_held_out = size - num_unknown
+    parts = (held_out[:num_held_out], unknown[:num_unknown], held_out[num_held_out:], unknown[num_unknown:])
     return torch.cat([*parts, trained])
 
 

@@ -35,7 +35,11 @@ class Subset:
 class DataSet:
     """A data set before images are held out.
 
-    Args:
+    Attributes:
+        name: Name of the data set, as of ``--data``.
+        train: The training images, before some are held out.
+        test: The test images.
+        class_names: Names of the classes, in the order of the targets.
         names: Names of the training images, or one digest of all their pixels.
         notes: Lines for the user.
         test_names: Names of the test images where they are split off, else empty.

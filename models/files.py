@@ -1,4 +1,4 @@
-"""Paths of the files of trained networks. This module imports nothing heavy.
+"""Paths of the files of trained networks.
 
 Example:
     find("imta_cifar100"), find("save/demo/IMTA"), find("elsewhere/network.safetensors")
@@ -29,12 +29,12 @@ def find(path_or_name: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds the runs {', '.join(runs)}")
     shipped = {file.stem: file for file in networks_in(WEIGHTS)}
     if str(path) not in shipped:
-        names = (
+        hint = (
             ""
             if len(path.parts) > 1 or path.suffix
             else f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
         )
-        raise FileNotFoundError(f"there is no checkpoint {path}{names}")
+        raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
     return shipped[str(path)]
 
 

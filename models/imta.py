@@ -103,6 +103,11 @@ class IMTA(ExitNetwork):
         return self.backbone
 
     @property
+    def is_single_stage(self) -> bool:
+        """Whether the backbone is trained too."""
+        return not self.freeze_backbone
+
+    @property
     def checkpoint_activations(self) -> bool:
         """Whether the backbone recomputes activations in the backward pass."""
         return self.backbone.checkpoint_activations

@@ -52,7 +52,7 @@ def bottleneck_conv(
 
 
 class Stem(nn.Module):
-    """First layer: the image at the finest scale, then one strided convolution for every further scale.
+    """The stem: the image at the finest scale, then one strided convolution for every further scale.
 
     Args:
         channels: Output channels of every scale, finest first.
@@ -205,7 +205,7 @@ class Transition(GridLayer):
 
 
 class Exit(nn.Module):
-    """A classifier on the coarsest scale: two strided convolutions, average pooling, a linear layer.
+    """An exit on the coarsest scale: two strided convolutions, average pooling, a linear classifier.
 
     The released code pools 2x2 windows, which at its image sizes is the whole 2x2 map. Pooling the whole
     map is the same there, and keeps the number of features independent of the image size.

@@ -1,8 +1,8 @@
 """The one interface of networks with exits: ``MSDNet``, ``Backbone``, ``IMTA`` on either, folded copies.
 
 Training, prediction, operation counts, files and export use only these attributes and methods, and those of
-``nn.Module``. Only train_IMTA.py, the command line (``args``, ``settings``), ``models.released`` and
-``engine.convert`` know more of ``IMTA``, ``MSDNet`` and ``Backbone``.
+``nn.Module``. Only train_IMTA.py, the command line (``args``, ``settings``), ``models.released``,
+``engine.convert`` and ``engine.networks`` know more of ``IMTA``, ``MSDNet`` and ``Backbone``.
 
 A network runs in one of two ways:
 
@@ -41,7 +41,7 @@ class CannotBuildError(ValueError):
 
 
 class ExitNetwork(nn.Module, ABC):
-    """A network with classifiers (exits) along its depth.
+    """A network with exits along its depth, each of which ends in a linear classifier.
 
     Attributes:
         kinds: Classes of networks by the name that files give them. A subclass is registered when it is
@@ -59,6 +59,7 @@ class ExitNetwork(nn.Module, ABC):
         gradient_equilibrium: Whether ``features`` rescales gradients at the exits (``rescale``).
         has_new_classifier: Whether its last classifier is new, and did not come with pretrained weights; read
             from ``stage_1``.
+        is_single_stage: Whether ISC and OFA train it together with the network under its exits.
         checkpoint_activations: In ``features``, keep only what passes between blocks for the backward pass,
             and compute the rest again there: less memory, more time.
         description: Description stored in its file, None without a file.
@@ -75,6 +76,7 @@ class ExitNetwork(nn.Module, ABC):
     boosted: bool = False
     gradient_equilibrium: bool = False
     has_new_classifier: bool = True
+    is_single_stage: bool = False
     checkpoint_activations: bool = False
     description: "Description | None" = None
     fingerprint: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of values from 0 to 1; most pretrained networks expect these.
+# ImageNet's statistics for pixel values in [0, 1]; most pretrained networks use them.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -29,7 +29,7 @@ class MSDNetOptions:
         base: Layers of the first block.
         step: Layers of every further block (even), or their growth (lin_grow).
         step_mode: Block i >= 1 has ``step`` layers (even), or ``step`` * i + 1 (lin_grow).
-        num_channels: Channels of the first layer at the finest scale.
+        num_channels: Channels of the stem at the finest scale.
         growth_rate: New channels of a layer at the finest scale.
         growth_factors: Channel multiple of every scale, finest first; as many as scales.
         bottleneck_factors: At every scale a 1x1 convolution has this many times the new channels.

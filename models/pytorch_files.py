@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# Under these names programs keep the state dict, and before the names of its tensors wrappers put these.
+# Keys under which programs store the state dict, and prefixes that wrappers add to the names of its tensors.
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state", "state_dict_ema", "model_ema")
 WRAPPERS = ("module", "_orig_mod")
 

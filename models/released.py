@@ -42,7 +42,7 @@ PUBLISHED_NAMES = {
     "prune": "prune",
     "reduction": "reduction",
 }
-# Of the published networks with small inputs (CIFAR) and with large ones (ImageNet).
+# Flags of the published networks with small inputs (CIFAR) and with large ones (ImageNet).
 _COMMON = {"bottleneck": True, "prune": "max", "reduction": 0.5}
 _CIFAR = {**_COMMON, "nChannels": 16, "growthRate": 6, "grFactor": (1, 2, 4), "bnFactor": (1, 2, 4)}
 _IMAGENET = {**_COMMON, "nChannels": 32, "growthRate": 16, "grFactor": (1, 2, 4, 4), "bnFactor": (1, 2, 4, 4)}

@@ -106,6 +106,10 @@ def save(
         raise ValueError(f"class_names is {class_names!a:.60}: pass a list of names")
     if not all(0 <= value <= 1 for value in mean):
         raise ValueError(f"mean is {list(mean)!a:.60}: it is of values from 0 to 1")
+    if not all(0 < value <= 1 for value in std):
+        raise ValueError(f"std is {list(std)!a:.60}: it is of values from 0 to 1")
+    if not all(0 < value <= 1 for value in std):
+        raise ValueError(f"std is {list(std)!a:.60}: it is of values from 0 to 1")
     data = DataInfo(
         name="folder",
         class_names=list(class_names),
@@ -119,8 +123,7 @@ def save(
     )
     if data.image_size < 1:
         raise ValueError(f"image_size is {data.image_size}")
-    is_single_stage = not getattr(network, "freeze_backbone", True)
-    single_stage = {"single_stage": True} if is_single_stage else {}
+    single_stage = {"single_stage": True} if network.is_single_stage else {}
     path = expand_home(path)
     description = Description(
         network=to_config(network),
@@ -153,6 +156,8 @@ def _check_rebuilt(network: ExitNetwork) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
+    # utils.atomic_write does the same; models/ imports nothing else of the project.
+    # utils.atomic_write does the same; models/ imports nothing else of the project.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as stream:
@@ -361,8 +366,12 @@ def _check(description: Description, network: ExitNetwork, split: Split) -> None
     for name, (values, length) in lengths.items():
         if len(values) != length:
             raise ValueError(f"{name} has {len(values)} entries, where {length} belong")
-    if not 1 <= data.image_size <= MAX_IMAGE_SIZE:
-        raise ValueError(f"image_size is {data.image_size}")
+    if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in description.operations):
+        raise ValueError(f"operations are {description.operations!a:.60}")
+    if not isinstance(description.recipe, dict):
+        raise ValueError("recipe is no dictionary")
+    if type(data.image_size) is not int or not 1 <= data.image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is {data.image_size!a:.60}")
     network.check_image_size(data.image_size)
     if not all(isinstance(name, str) for name in data.class_names):
         raise ValueError("not all class names are texts")

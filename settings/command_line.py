@@ -123,8 +123,8 @@ class CommandLine:
             preset = self._preset(typed, kept)
         else:  # a converted network does not know how many images were held out
             name = typed.get("preset", kept.get("preset", DEFAULTS["preset"]))
-            of_preset = None if typed.get("data") == "folder" else PRESETS[name]["both"].get("val_size")
-            preset = {"val_size": of_preset}
+            val_size = PRESETS.get(name, {"both": {}})["both"].get("val_size")
+            preset = {"val_size": None if typed.get("data") == "folder" else val_size}
         values = DEFAULTS | preset | kept | typed
         conflict = conflict_of_settings(self.typed, values)
         if is_new:
@@ -153,7 +153,11 @@ class CommandLine:
         """Return the settings of a new run's preset, as --released, --optimizer and --data change it."""
         trained_with = kept.get("preset")
         preset = typed.get("preset", trained_with or DEFAULTS["preset"])
-        if trained_with not in (None, preset):
+        if preset not in PRESETS:
+            raise UserError(
+                f"stage 1 was trained with --preset {preset}, which is unknown here: pass --preset"
+            )
+        if trained_with in PRESETS and trained_with != preset:
             raise UserError(
                 f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
             )

@@ -79,7 +79,8 @@ def test_the_method_in_the_readme():
         **{"classifier": network.classifiers[1], "link": network.links[0], "previous_logits": previous},
         "ce": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
         "teacher": teacher,
-        "kl": lambda p, q: F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(dim=1),
+        "p": lambda logits: logits.softmax(dim=1),
+        "kl": lambda p, q: F.kl_div(q.log(), p, reduction="none").sum(dim=1),
     }
     exec(METHOD, names)
     for name, share in (("features", 1 / 4), ("x", 3 / 4)):

@@ -162,9 +162,11 @@ def test_an_empty_output_is_one_line(capsys):
 
 def test_a_photograph_is_not_replaced(tmp_path, capsys):
     (tmp_path / "photo.jpg").write_bytes(b"pixels")
-    with pytest.raises(SystemExit):
-        program.main(["--model", "imta_cifar100", "--output", str(tmp_path / "photo.jpg")])
-    assert "photo.jpg is a file already" in capsys.readouterr().err
+    for name in ("photo.jpg", "network"):
+        with pytest.raises(SystemExit):
+            program.main(["--model", "imta_cifar100", "--output", str(tmp_path / name)])
+        line = f"{name}: pass a file ending in .onnx, or a directory as {name}/"
+        assert line in capsys.readouterr().err
     assert (tmp_path / "photo.jpg").read_bytes() == b"pixels"
 
 
@@ -242,7 +244,10 @@ def test_a_network_of_ones_own(tmp_path, capsys):
     """The program says that it cannot make the network; in Python, one passes it."""
     network = make_small("chain").eval()
     save_network(tmp_path / "own.safetensors", network, describe(network), Split.unknown())
-    assert program.main(["--model", str(tmp_path / "own.safetensors"), "--output", str(tmp_path / "x")]) == 2
+    assert (
+        program.main(["--model", str(tmp_path / "own.safetensors"), "--output", str(tmp_path / "x.onnx")])
+        == 2
+    )
     assert "pass it: load(path, network=...)\n" in capsys.readouterr().err
     loaded = load(tmp_path / "own.safetensors", network=Chain())
     pixels = random_pixels(3)
@@ -424,7 +429,15 @@ def test_a_missing_field_is_one_line(exported, tmp_path, field):
 @needs_onnx
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("class_names", 3), ("operations", None), ("points", 0), ("weights", []), ("blocks", {})],
+    [
+        ("class_names", 3),
+        ("operations", None),
+        ("points", 0),
+        ("weights", []),
+        ("blocks", {}),
+        ("blocks", ["block1.onnx"] * 3),
+        ("blocks", [{"file": "../block1.onnx"}] * 3),
+    ],
 )
 def test_a_field_of_another_type_is_one_line(exported, tmp_path, field, value):
     content = json.loads((exported[2] / "network" / "network.json").read_text(encoding="utf-8"))
@@ -560,6 +573,15 @@ def test_the_predictor_needs_no_pytorch(export_path):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@needs_onnx
+def test_another_programs_network_json_stays(exported, tmp_path):
+    for content in ("{}", "[", '{"format": "tf"}'):
+        (tmp_path / "network.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match="was not written by an export"):
+            export_blocks(exported[0], tmp_path)
+        assert (tmp_path / "network.json").read_text(encoding="utf-8") == content
 
 
 @pytest.mark.slow

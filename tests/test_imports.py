@@ -11,7 +11,7 @@ ALLOWED = {
     "utils": (),
     "parsing": ("utils",),
     "models": (),
-    "image_data": ("models.description", "models.normalizer", "utils"),
+    "image_data": ("models.description", "models.errors", "models.normalizer", "utils"),
     "dataloader": ("image_data", "models.description", "models.normalizer", "utils"),
     "adaptive_inference": ("image_data.preprocessing", "models", "utils"),
     PROMISES: ("adaptive_inference", "models", "utils"),

@@ -88,6 +88,15 @@ def test_an_environment_whose_python_has_gone_is_made_again(tmp_path):
     assert (environment / "bin/python").resolve() == Path(sys.executable).resolve()
 
 
+def test_a_folder_that_is_no_environment_keeps_its_files(tmp_path):
+    """As ``VENV=~/.local``, where other tools keep a ``python3.12`` but no ``python``."""
+    other = Path(executable(tmp_path / "env/bin/python3.12", "exit 0"))
+    base = executable(tmp_path / "python", '[[ $1 == -c ]] && exit 0; echo "$1" >&2; exit 1')
+    ended = run(["bash", ROOT / "run_GE.sh"], tmp_path, PYTHON=base, VENV=str(tmp_path / "env"))
+    assert ended.returncode == 2
+    assert other.exists()
+
+
 def test_a_finished_environment_is_used_whatever_python3_is(tmp_path):
     executable(tmp_path / "env/bin/python", '[[ $1 == - ]] || echo "$1"')
     old = executable(tmp_path / "python", "exit 1")

@@ -19,7 +19,7 @@ import train_GE
 import train_IMTA
 from adaptive_inference import AdaptivePredictor, fold, read_policy
 from engine import run, trainer
-from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved
+from engine.checkpoint import LoadedNetwork, load_checkpoint, load_saved, save_network
 from engine.networks import expected_images
 from engine.report import read_csv
 from engine.run import _check_one_folder, _check_one_state
@@ -443,6 +443,47 @@ def test_what_is_refused_writes_one_line_and_no_file(runs, capsys, program, argv
     assert not (runs / "new").exists()
 
 
+def test_tables_of_an_evaluation_are_not_replaced(runs, capsys):
+    evaluated = ["--evaluate-from", "GE/best.safetensors", "--evalmode", "dynamic", "--save", "tables"]
+    assert train_GE.main(evaluated) == 0
+    before = contents(runs / "tables")
+    assert train_ge("tables") == 2
+    assert "--overwrite starts again" in capsys.readouterr().err
+    assert contents(runs / "tables") == before
+    (runs / "tables" / "tensorboard").mkdir()
+    (runs / "tables" / "tensorboard" / "of another program").touch()
+    assert train_ge("tables", "--overwrite") == 0
+    assert (runs / "tables" / "tensorboard" / "of another program").exists()
+
+
+def test_a_run_is_resumed_where_it_cannot_be_compiled(runs, capsys):
+    """As a run of one GPU is by DataParallel: --compile auto was resolved where the run began."""
+    assert train_ge("GE", "--overwrite", "--checkpoint-activations", "--epochs", "1") == 0
+    checkpoint = torch.load(runs / "GE" / "last.pt", weights_only=True)
+    checkpoint["description"]["recipe"]["compile"] = "default"
+    torch.save(checkpoint, runs / "GE" / "last.pt")
+    capsys.readouterr()
+    assert train_GE.main(["--save", "GE", "--resume"]) == 0
+    line = "training is not compiled: --compile and --checkpoint-activations do not go together"
+    assert line in capsys.readouterr().out
+
+
+def test_a_network_of_an_unknown_preset(runs, capsys):
+    """As a clone with presets of its own writes it."""
+    saved = load_saved(runs / "GE")
+    recipe = {**saved.description.recipe, "preset": "mydata"}
+    save_network(
+        runs / "GE" / "best.safetensors",
+        saved.network,
+        replace(saved.description, recipe=recipe),
+        saved.split,
+    )
+    assert train_GE.main(["--save", "GE", "--evalmode", "anytime"]) == 0
+    assert train_IMTA.main(["--pretrained", "GE", "--save", "new", "--epochs", "1"]) == 2
+    assert "--preset mydata, which is unknown here: pass --preset" in capsys.readouterr().err
+    assert train_imta(runs, "new", "--preset", "demo") == 0
+
+
 def test_a_directory_is_overwritten_when_asked(runs):
     assert train_ge("GE", "--overwrite", "--seed", "5") == 0
     assert not same_tensors(weights(runs / "GE"), load_saved(runs / "IMTA").network.backbone.state_dict())
@@ -479,6 +520,10 @@ def test_resume_without_a_last_checkpoint_loses_nothing(runs, capsys):
     last.write_bytes(before)
     assert train_GE.main(["--save", "GE", "--resume"]) == 2
     assert "last.pt: it is damaged, or not a PyTorch checkpoint" in capsys.readouterr().err
+    last.unlink()
+    (runs / "GE" / "log.jsonl").unlink()
+    assert train_GE.main(["--save", "GE", "--resume"]) == 2
+    assert "without last.pt" in capsys.readouterr().err
     torch.save({"format": "imta-msdnet run 99"}, last)
     assert train_GE.main(["--save", "GE", "--resume"]) == 2
     assert "not a run of this version of the project" in capsys.readouterr().err

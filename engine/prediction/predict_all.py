@@ -1,7 +1,7 @@
 """The work of predict.py: load a network, choose a policy, read images, predict, and write rows as they come.
 
 Example:
-    options = predict.parse(["folder/", "--budget", "2ms"])
+    arguments = predict.parse(["folder/", "--budget", "2ms"])
     with handle_signals() as requests:
         status = predict_all(options, Path("save/demo/IMTA/best.safetensors"), requests)
 """
@@ -36,6 +36,7 @@ from image_data.threads import BATCHES_AHEAD, map_batches
 from image_data.transforms import evaluation_transform
 from models import ExitNetwork
 from models.description import DataInfo
+from models.errors import first_line
 from models.files import WEIGHTS
 from utils import UserError, is_terminal, print_error
 
@@ -362,7 +363,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from None
     return device
 
 

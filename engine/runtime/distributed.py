@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from image_data.subsets import Shard
+from models.errors import first_line
 from utils import UserError
 
 # After this time a process gives up waiting for the others, which may evaluate or compile meanwhile.
@@ -250,7 +251,7 @@ def _join(torchrun: TorchrunEnvironment, device: torch.device) -> None:
         in_thread(partial(socket.getaddrinfo, address, port)).result()
         in_thread(partial(_init_process_group, torchrun, device)).result()
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(
             f"cannot meet the {torchrun.world_size} processes of this run at {address}:{port} "
             f"(MASTER_ADDR and MASTER_PORT): {reason}"

@@ -9,6 +9,7 @@ from engine.runtime.device import is_out_of_memory
 from engine.runtime.distributed import is_lost_peer
 from engine.runtime.launch import WorkerFailed
 from engine.runtime.signals import Interrupted
+from models.errors import first_line
 from utils import UserError, error_message
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> t
             smaller = "a smaller --batch-size, --accumulate or --checkpoint-activations"
             return 2, f"there is not enough memory; try {smaller}"
         if is_lost_peer(error):
-            return 1, f"another process of this run was lost ({str(error).splitlines()[0][:200]}){resume}"
+            return 1, f"another process of this run was lost ({first_line(error)[:200]}){resume}"
         if is_compiler_error(error):
             reason = reason_of(error)
             return 2, f"the training step cannot be compiled: {reason}; --compile off trains without"

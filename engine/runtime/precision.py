@@ -13,9 +13,9 @@ from models import ExitNetwork
 from models.module_state import set_memory_format
 
 ROUNDS = 2
-# What a timing of a network runs: images for about so many operations, but at least so many images.
+# A timing runs enough images for about MEASURED_OPERATIONS, but at least MIN_IMAGES.
 MEASURED_OPERATIONS, MIN_IMAGES = 10**9, 2
-# By value of --amp; the value "off" stands for none of them.
+# 16-bit dtypes by value of --amp; "off" has none.
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -146,8 +146,13 @@ class Page {
       let drawn = performance.now();
       for (let image; (image = this.images.find(({ policy }) => policy !== this.policy)); ) {
         const { policy } = this;
-        Object.assign(image, await this.predict(image.pixels, policy.thresholds), { policy });
-        this.showImage(image);
+        Object.assign(image, { policy, exit: null }); // an image that fails is not tried again
+        try {
+          Object.assign(image, await this.predict(image.pixels, policy.thresholds));
+          this.showImage(image);
+        } catch (error) {
+          showProblem(`${image.name}: ${error.message}`);
+        }
         if (performance.now() - drawn < DRAW_AFTER) continue;
         this.showTotals();
         await nextTask();
