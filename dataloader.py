@@ -110,11 +110,11 @@ def load_data(
         # An evaluation reads training images only to normalise by them.
         skips_training_images = settings.evalmode is not None and has_normalization
         names = SUBSETS[1:] if skips_training_images else SUBSETS
-        workers = num_workers(settings.workers)
-        read = {name: _in_memory(subsets[name], image_size, evaluation, workers) for name in names}
-        unreadable = list(chain.from_iterable(errors for _, errors in read.values()))
-        notes += _skipped(unreadable, settings.skip_unreadable)
-        subsets |= {name: _not_emptied(name, *result) for name, result in read.items()}
+        in_memory, skipped = _read_small_images(
+            {name: subsets[name] for name in names}, image_size, evaluation, settings
+        )
+        subsets |= in_memory
+        notes += skipped
     if settings.evalmode is None:
         _refuse_large_batch(settings.batch_size, len(subsets["train"]))
         notes += _lost_classes(subsets["train"], data_set.class_names)
@@ -122,13 +122,13 @@ def load_data(
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     normalize = Normalizer(mean, std, device, layout)
     transforms = (evaluation, TrainingTransform(image_size, settings.augment, interpolation))
+    shared = {"settings": settings, "normalize": normalize, "shard": shard or Shard()}
     batches: dict[str, Batches] = {}
     for name, subset in subsets.items():
-        options = (settings, name == "train", normalize, shard or Shard())
         if subset.images is not None:
-            batches[name] = InMemoryBatches(subset, *options)
+            batches[name] = InMemoryBatches(subset, augment=name == "train", **shared)
         else:
-            batches[name] = FileBatches(subset, transforms, *options)
+            batches[name] = FileBatches(subset, transforms, augment=name == "train", **shared)
     if settings.check_images:
         found = _check(batches.values(), settings.skip_unreadable)
         if shard is None or shard.rank == 0:
@@ -231,6 +231,17 @@ def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[
             f"enlarged to {image_size}; a smaller --image-size costs less"
         )
     return notes
+
+
+def _read_small_images(
+    subsets: dict[str, Subset], image_size: int, evaluation: Transform, settings: Namespace
+) -> tuple[dict[str, Subset], list[str]]:
+    """Return the subsets with their images in memory, and what ``_skipped`` does of all of them."""
+    workers = num_workers(settings.workers)
+    read = {name: _in_memory(subset, image_size, evaluation, workers) for name, subset in subsets.items()}
+    unreadable = list(chain.from_iterable(errors for _, errors in read.values()))
+    skipped = _skipped(unreadable, settings.skip_unreadable)
+    return {name: _not_emptied(name, *result) for name, result in read.items()}, skipped
 
 
 def _in_memory(

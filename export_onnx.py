@@ -81,10 +81,10 @@ def output_path(text: str) -> tuple[Path, bool]:
     """Return the path of ``--output``, and whether it is a directory, for a file per block."""
     path = output_file(text)
     is_directory = text.endswith(("/", os.sep)) or path.is_dir()
-    if path.suffix != ".onnx" and (path.is_file() or not is_directory):
-        raise argparse.ArgumentTypeError(
-            f"{path}: pass a file ending in .onnx, or a directory as {path.name}/"
-        )
+    if path.suffix != ".onnx" and path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is a file already, and its name does not end in .onnx")
+    if path.suffix != ".onnx" and not is_directory:
+        raise argparse.ArgumentTypeError(f"{path}: pass a file ending in .onnx, or a directory as {path}/")
     return path, is_directory
 
 

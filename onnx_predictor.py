@@ -90,7 +90,7 @@ class OnnxPredictor:
             texts = set(FIELDS) - {"fingerprint"}
             try:
                 content = content | {name: json.loads(content[name]) for name in texts}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
         _check_types(content, path / "network.json" if self._in_blocks else path)
         self.class_names: list[str] = content["class_names"]

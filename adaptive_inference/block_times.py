@@ -34,11 +34,11 @@ class BlockTimes:
     def milliseconds(self, shares: tuple[float, ...]) -> float:
         """Return the expected time per image of a policy, from the share of images leaving at each exit."""
         size = self.batch_size
-        numbers = torch.arange(size + 1)
+        numbers = torch.arange(size + 1, device="cpu")
         total, reach = self.after[0], 1.0
         for k, share in enumerate(shares):
             chances = (
-                torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0)))
+                torch.distributions.Binomial(size, torch.tensor(min(max(reach, 0.0), 1.0), device="cpu"))
                 .log_prob(numbers)
                 .exp()
                 .numpy()

@@ -115,8 +115,8 @@ def export_blocks(
         blocks: Converted blocks, as ``convert_blocks`` returns them; None converts the network here.
 
     Raises:
-        UserError: A package or the description is missing, the policies do not compare softmax, or a file
-            cannot be written.
+        UserError: A package or the description is missing, the policies do not compare softmax, the folder
+            has a ``network.json`` of another program, or a file cannot be written.
     """
     folder, metadata = Path(folder), _metadata(network, curve)
     block_metadata = {name: metadata[name] for name in ("format", "fingerprint")}
@@ -177,6 +177,8 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
     if any(point.policy.measure != "softmax" for point in points):
         measure = points[0].policy.measure
         raise UserError(f"an ONNX file compares softmax only; these policies compare {measure}")
+    if curve is not None and curve.fingerprint != network_fingerprint(network):
+        raise UserError(f"these are policies of another network: {curve.network_description}")
     data = _description(network).data
     return {
         "format": FORMAT,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
 from adaptive_inference.calibration import fit_ensemble, fit_temperatures, with_ensemble
-from adaptive_inference.confidence import NONE_LEAVE
+from adaptive_inference.confidence import NONE_LEAVE, without_half_precision
 from adaptive_inference.fingerprint import describe, dtype_of, network_fingerprint
 from adaptive_inference.optimised import optimised_thresholds
 from adaptive_inference.points import evaluate_points
@@ -47,7 +47,7 @@ def find_policies(
     Raises:
         UserError: As ``fit_full_policy``.
     """
-    logits, targets = logits.cpu(), targets.cpu()
+    logits, targets = without_half_precision(logits.detach().cpu()), targets.cpu()
     policy = full_policy or fit_full_policy(logits, targets)
     predictions = ExitPredictions.from_logits(logits, targets, policy.measure)
     exit_policy = replace(policy, ensemble=None)
@@ -76,7 +76,7 @@ def fit_full_policy(logits: Tensor, targets: Tensor, measure: str = "softmax") -
     Raises:
         UserError: Logits of some images are not finite: nothing could be fitted to them.
     """
-    logits, targets = logits.cpu(), targets.cpu()
+    logits, targets = without_half_precision(logits.detach().cpu()), targets.cpu()
     count = int((~logits.isfinite()).any(dim=2).any(dim=0).sum())
     if count > 0:
         raise UserError(

@@ -1,7 +1,7 @@
 """The evaluations of a network: tables on the terminal, files in its directory.
 
 Example:
-    evaluation = Evaluation(session, network, data, operations, curves, held_out_are_new=True)
+    evaluation = Evaluation(session, network, data, operations, runs_to_draw, held_out_are_new=True)
     evaluation.run(["anytime", "dynamic"])
 """
 

@@ -35,7 +35,7 @@ def checkpoint_to_resume(
         # A run that was killed before it saved for the first time has none of these.
         if directory.holds_results():
             raise UserError(
-                f"{directory.path} holds a run without last.pt, which --resume needs; "
+                f"{directory.path} holds results without last.pt, which --resume needs; "
                 "--overwrite starts again"
             )
         if torchrun_environment().rank == 0:
@@ -78,5 +78,7 @@ def _is_restart(directory: RunDirectory) -> bool:
         return False
     try:
         return load_checkpoint(directory.last).get("launch") == launch
-    except UserError:  # --overwrite replaces it, --resume says what is wrong
-        return False
+    except UserError:
+        if environment.restart_count > 0:  # it is of this launch, and --overwrite would delete it
+            raise
+        return False  # of an earlier launch: --overwrite replaces it, --resume says what is wrong

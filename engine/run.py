@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -285,7 +286,7 @@ def _evaluate(
     network: ExitNetwork,
     data: Data,
     description: Description,
-    curves: dict[str, RunDirectory],
+    runs_to_draw: dict[str, RunDirectory],
 ) -> None:
     """Evaluate a trained network, and show the results in TensorBoard too."""
     held_out = data.val.num_images
@@ -295,11 +296,11 @@ def _evaluate(
             f"each is worth {100 / held_out:.1f} points, so small differences are chance"
         )
     evaluation = Evaluation(
-        session, network, data, description.operations, curves, description.held_out_are_new
+        session, network, data, description.operations, runs_to_draw, description.held_out_are_new
     )
     evaluation.run(["anytime", "dynamic"] if held_out else ["anytime"])
     if session.processes.is_main:
-        _to_tensorboard(session, curves)
+        _to_tensorboard(session, runs_to_draw)
 
 
 def _network_to_evaluate(command: CommandLine) -> tuple[LoadedNetwork, RunDirectory]:
@@ -325,38 +326,60 @@ def _network_to_evaluate(command: CommandLine) -> tuple[LoadedNetwork, RunDirect
     return saved, directory
 
 
-def _evaluate_only(command: CommandLine, stage: Stage) -> None:
-    saved, directory = _network_to_evaluate(command)
+def _settings_to_evaluate(command: CommandLine, saved: LoadedNetwork, directory: RunDirectory) -> Namespace:
+    """Return the settings of an evaluation: --amp is chosen for this machine unless the user typed it.
+
+    Runtime evaluation uses the dtype of the policy file.
+
+    Raises:
+        UserError: The command line changes what belongs to the network or its policies.
+    """
     recipe = recipe_of(saved.network)
     command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or saved.description.origin})
-    # Choose --amp and --compile for this machine unless the user typed them. Runtime evaluation uses the
-    # dtype of the policy file.
     settings = command.settings(recipe={**recipe, "amp": "auto", "compile": "off"})
-    if settings.evalmode == "runtime" and "measure" in command.typed:
-        measure = read_policy(directory.policy).points[0].policy.measure
-        if settings.measure != measure:
-            raise UserError(
-                f"the policies in {directory.policy} decide by {measure}; "
-                f"--evalmode dynamic --measure {settings.measure} makes others"
-            )
-    if settings.evalmode == "runtime" and settings.amp == "auto":
-        dtype = read_policy(directory.policy).dtype
-        settings = with_values(settings, amp=amp_of(getattr(torch, dtype, None)))
+    if settings.evalmode != "runtime":
+        return settings
+    curve = read_policy(directory.policy)
+    measure = curve.points[0].policy.measure
+    if "measure" in command.typed and settings.measure != measure:
+        raise UserError(
+            f"the policies in {directory.policy} decide by {measure}; "
+            f"--evalmode dynamic --measure {settings.measure} makes others"
+        )
+    if settings.amp == "auto":
+        settings = with_values(settings, amp=amp_of(getattr(torch, curve.dtype, None)))
+    return settings
+
+
+def _description_for(data: Data, saved: LoadedNetwork) -> Description:
+    """Return the description of a network to evaluate, with the image size and the operations of ``data``.
+
+    Raises:
+        UserError: The network has other classes, or cannot take images of this size.
+    """
+    description = saved.description
+    if data.info.image_size != saved.data.image_size:
+        operations = _operations_to_exits(saved.network, data.info.image_size)
+        spec = data.info.image_spec
+        own_data = replace(saved.data, image_size=spec.image_size, crop_share=spec.crop_share)
+        description = replace(description, operations=operations, data=own_data)
+    if saved.network.num_classes != len(data.info.class_names):
+        raise UserError(
+            f"{saved.path} has {saved.network.num_classes} classes, "
+            f"the data set {data.info.name} has {len(data.info.class_names)}"
+        )
+    return description
+
+
+def _evaluate_only(command: CommandLine, stage: Stage) -> None:
+    saved, directory = _network_to_evaluate(command)
+    settings = _settings_to_evaluate(command, saved, directory)
     with process_group(settings.gpu) as processes, closing(Log(processes.is_main)) as log:
         image_spec = expected_images(settings, saved)
         session = Session(directory, settings, processes, log)
         data = load_run_data(session, saved.data, saved.known_split, image_spec)
-        network, description = saved.network, saved.description
-        if data.info.image_size != saved.data.image_size:
-            operations = _operations_to_exits(network, data.info.image_size)
-            spec = data.info.image_spec
-            own_data = replace(saved.data, image_size=spec.image_size, crop_share=spec.crop_share)
-            network.description = description = replace(description, operations=operations, data=own_data)
-        if network.num_classes != len(data.info.class_names):
-            raise UserError(
-                f"{saved.path} has {network.num_classes} classes, "
-                f"the data set {data.info.name} has {len(data.info.class_names)}"
-            )
+        network, description = saved.network, _description_for(data, saved)
+        network.description = description
         settings = resolve_auto(
             settings, processes, network, data.info.image_size, description.operations[-1]
         )
@@ -442,15 +465,15 @@ def _log_setup(network: ExitNetwork, data: Data, operations: list[int], session:
 
 
 def _delete_old_run(directory: RunDirectory) -> None:
-    if directory.run_json.exists():  # else TensorBoard's folder is of another program
+    if directory.run_json.exists() or directory.holds_run():  # else TensorBoard's folder is another program's
         shutil.rmtree(directory.tensorboard, ignore_errors=True)
     for path in directory.files:
         path.unlink(missing_ok=True)
 
 
-def _to_tensorboard(session: Session, curves: dict[str, RunDirectory]) -> None:
+def _to_tensorboard(session: Session, runs_to_draw: dict[str, RunDirectory]) -> None:
     directory, writer = session.directory, session.log.writer
-    writer.add_figure("accuracy against operations", draw_curves(known_curves(curves)))
+    writer.add_figure("accuracy against operations", draw_curves(known_curves(runs_to_draw)))
     for path in filter(Path.exists, (directory.budgeted, directory.optimised)):
         for row in read_csv(path, ("operations", "test_acc1")):
             name = f"test_acc1_by_thousand_operations/{path.stem}"

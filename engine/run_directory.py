@@ -71,9 +71,14 @@ class RunDirectory:
 
     def refuse_second(self) -> None:
         """Raise a ``UserError`` if there is something that a new run would replace."""
-        if self.holds_results():
+        if self.holds_run():
             raise UserError(
                 f"{self.path} holds a run; --resume continues it, --overwrite starts again, "
+                "--save DIR goes elsewhere"
+            )
+        if self.holds_results():
+            raise UserError(
+                f"{self.path} holds the tables of an evaluation; --overwrite replaces them, "
                 "--save DIR goes elsewhere"
             )
 

@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
     results: Path
 
 
-# In float32 on every machine: most of these runs were made before --amp auto existed.
+# In float32 on every machine: most of these runs are older than the bf16 that --amp auto may choose on a CPU.
 _SHORT = ["--batch-size", "32", "--lr", "0.05", "--lr-type", "cosine", "--amp", "off", "--compile", "off"]
 _ONE_RECIPE = ["--batch-size", "128", "--lr-type", "cosine", "--weight-decay", "5e-4", "--nesterov"]
 _SAVING = ["--save-every-steps", "100"]

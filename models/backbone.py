@@ -11,6 +11,7 @@ network's own last linear layer. ``build_backbone`` does so for networks of torc
 names.
 """
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from .module_state import (
     checkpoint_contexts,
     frozen_statistics,
     has_finite_weights,
+    is_expanded,
     load_tensors,
     meta_copy,
 )
@@ -60,7 +62,8 @@ class Backbone(ExitNetwork):
 
     Args:
         network: Takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is
-            not copied.
+            not copied: a new last layer stays in it. Hooks of its layers run, those of modules that hold
+            others do not.
         exits: Paths of modules, in the order in which the network runs them; or the number of all exits.
             Then the early ones are put at the network's own blocks such that operations are spread evenly.
         num_classes: None keeps the network's own. Another number replaces its last linear layer.
@@ -115,7 +118,13 @@ class Backbone(ExitNetwork):
                 raise ValueError(
                     f"{type(network).__name__} has extra state, {name}, which is no tensor to save"
                 )
+            if is_expanded(value):  # PyTorch cannot load it again
+                raise ValueError(
+                    f"{name} of {type(network).__name__} has elements that share memory; register a copy, "
+                    "such as x.contiguous()"
+                )
         check_exit_options(exit_width=exit_width, exit_size=exit_size)
+        image_size = None if image_size is None else operator.index(image_size)
         traces = trace_both_modes(network)
         profiles = profile_graph(network, traces, image_size)
         cuts = find_cuts(network, traces, profiles, exits, layout)
@@ -129,6 +138,7 @@ class Backbone(ExitNetwork):
         self._classifier, self._segments = cuts.classifier, cuts.segments
         self._with_2d_output = _targets_with_2d_output(profiles.values())
         self.num_exits = len(cuts.segments)
+        own_classifier = network.get_submodule(cuts.classifier)
         # In this order: it decides which random numbers initialise which layer.
         is_replaced = self._replace_classifier(num_classes)
         self.has_new_classifier = is_replaced if has_new_classifier is None else has_new_classifier
@@ -149,10 +159,14 @@ class Backbone(ExitNetwork):
             "frozen": False,
             "has_new_classifier": self.has_new_classifier,
         }
+        if image_size is not None:
+            try:
+                self.check_image_size(image_size)
+            except ValueError:
+                self._replace_module(cuts.classifier, own_classifier)  # the caller's network stays as it was
+                raise
         if frozen:
             self.freeze_pretrained()
-        if image_size is not None:
-            self.check_image_size(image_size)
 
     def _replace_classifier(self, num_classes: int | None) -> bool:
         """Replace the last linear layer, unless it has ``num_classes`` outputs (any if None).
@@ -163,7 +177,7 @@ class Backbone(ExitNetwork):
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
         linear = self.network.get_submodule(self._classifier)
-        self.num_classes = linear.out_features if num_classes is None else num_classes
+        self.num_classes = linear.out_features if num_classes is None else operator.index(num_classes)
         if self.num_classes == linear.out_features:
             return False
         kind = type(linear)

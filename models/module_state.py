@@ -64,7 +64,7 @@ def _other_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Return the buffers that are no running statistics of a layer, and their values."""
     layers = [layer for layer in module.modules() if not getattr(layer, "track_running_stats", False)]
     buffers = [x for layer in layers for x in layer.buffers(recurse=False) if not x.is_inference()]
-    return [(x, x.clone()) for x in buffers]
+    return [(x, x.clone()) for x in buffers if not is_expanded(x)]
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
@@ -72,6 +72,11 @@ def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
         for x, value in buffers:
             # Always, and without a new version: ``F.batch_norm`` changes statistics without one.
             x.data.copy_(value)
+
+
+def is_expanded(x: Tensor) -> bool:
+    """Return True if several elements share memory, as after ``expand``: they cannot be changed in place."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -106,7 +111,7 @@ class Snapshot:
         for path, module in self._network.named_modules():
             for name, value in (*module._buffers.items(), *vars(module).items()):
                 # Tensors made in inference mode have no versions.
-                if isinstance(value, Tensor) and not value.is_inference():
+                if isinstance(value, Tensor) and not value.is_inference() and not is_expanded(value):
                     yield f"{path}.{name}".removeprefix("."), value
 
     def first_change(self) -> str | None:
@@ -121,7 +126,8 @@ class Snapshot:
             for name, value in vars(module).items():
                 old = attributes.get(name, getattr(type(module), name, None))
                 is_plain = isinstance(value, (int, float, str, Tensor, fx.Proxy))
-                if value is not old and old is not None and is_plain:
+                is_equal = isinstance(value, (int, float, str)) and type(value) is type(old) and value == old
+                if value is not old and not is_equal and old is not None and is_plain:
                     own.append(name)
             if own:
                 return f"{path}.{own[0]}".removeprefix(".")

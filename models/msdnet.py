@@ -19,6 +19,7 @@ Example:
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -55,6 +56,7 @@ class MSDNet(ExitNetwork):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+        num_classes = operator.index(num_classes)  # NumPy's integers cannot be written into a file
         chosen = MSDNetOptions(**options)
         chosen.check()
         # Plain types only: a checkpoint stores this and rebuilds the network from it.

@@ -83,7 +83,7 @@ def save(
 
     Args:
         path: The file; an old one is replaced.
-        network: The network.
+        network: The network. ``load`` returns it in float32: policies found in another dtype do not fit it.
         class_names: Names in the order of the logits.
         image_size: Height and width in pixels of the images.
         mean: Mean of each of the three channels, for values from 0 to 1, by which images are normalised.
@@ -105,11 +105,9 @@ def save(
     if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f"class_names is {class_names!a:.60}: pass a list of names")
     if not all(0 <= value <= 1 for value in mean):
-        raise ValueError(f"mean is {list(mean)!a:.60}: it is of values from 0 to 1")
+        raise ValueError(f"mean is {list(mean)!a:.60}: pass values from 0 to 1, for pixels from 0 to 1")
     if not all(0 < value <= 1 for value in std):
-        raise ValueError(f"std is {list(std)!a:.60}: it is of values from 0 to 1")
-    if not all(0 < value <= 1 for value in std):
-        raise ValueError(f"std is {list(std)!a:.60}: it is of values from 0 to 1")
+        raise ValueError(f"std is {list(std)!a:.60}: pass values above 0, at most 1, for pixels from 0 to 1")
     data = DataInfo(
         name="folder",
         class_names=list(class_names),
@@ -156,7 +154,6 @@ def _check_rebuilt(network: ExitNetwork) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    # utils.atomic_write does the same; models/ imports nothing else of the project.
     # utils.atomic_write does the same; models/ imports nothing else of the project.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

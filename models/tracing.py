@@ -19,6 +19,7 @@ import operator
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import first_line
@@ -35,6 +37,10 @@ PREFIX = "network."  # the traced network is the attribute ``network`` of the ro
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
+# While torch.fx traces, calls of all modules of the process go through its one tracer.
+TRACING = threading.RLock()
+ATTEMPTS = 3  # to trace, if Python or NumPy drew random numbers meanwhile: another thread may have done that
+DRAWS = "draws random numbers that a trace would fix; use nn.Dropout or torch.rand_like(x)"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -172,25 +178,13 @@ def trace_both_modes(network: nn.Module) -> Traces:
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        with set_mode(network, mode):
-            before, random_states = Snapshot(network), _random_states()
-            try:
-                by_mode[mode] = _Tracer().run(root)
-            except Exception as error:  # any code of the network can fail on a proxy
-                raise ValueError(f"torch.fx cannot trace {name}: {first_line(error):.200}") from error
-            finally:
-                changed = before.first_change()
-                before.restore()
-        if changed is not None:
-            raise ValueError(
-                f"the forward method of {name} changes {changed}, which a trace does not record; let it be a "
-                "buffer and change it in place, such as self.count.add_(1)"
-            )
-        if _random_states() != random_states:
-            raise ValueError(
-                f"the forward method of {name} draws random numbers that a trace would fix; use nn.Dropout "
-                "or torch.rand_like(x)"
-            )
+        for _ in range(ATTEMPTS):
+            random_states = _random_states()
+            by_mode[mode] = _trace(root, mode)
+            if _random_states() == random_states:
+                break
+        else:
+            raise ValueError(f"the forward method of {name} {DRAWS}")
     constants = {
         name: value
         for name, value in (*vars(root).items(), *root.named_buffers(recurse=False))
@@ -202,6 +196,29 @@ def trace_both_modes(network: nn.Module) -> Traces:
             "such as a loop over parameters(); read them as attributes"
         )
     return Traces(by_mode, constants)
+
+
+def _trace(root: TracedRoot, mode: str) -> Trace:
+    """Trace the network of ``root`` in one mode; for errors see ``trace_both_modes``."""
+    network, name = root.network, type(root.network).__name__
+    with set_mode(network, mode):
+        before = Snapshot(network)
+        try:
+            with TRACING, _RefusesToDraw():
+                trace = _Tracer().run(root)
+        except _DrawsError:
+            raise ValueError(f"the forward method of {name} {DRAWS}") from None
+        except Exception as error:  # any code of the network can fail on a proxy
+            raise ValueError(f"torch.fx cannot trace {name}: {first_line(error):.200}") from error
+        finally:
+            changed = before.first_change()
+            before.restore()
+    if changed is not None:
+        raise ValueError(
+            f"the forward method of {name} changes {changed}, which a trace does not record; let it be a "
+            "buffer and change it in place, such as self.count.add_(1)"
+        )
+    return trace
 
 
 class _Tracer(fx.Tracer):
@@ -225,7 +242,7 @@ class _Tracer(fx.Tracer):
         self._repeated: set[str] = set()
         self._leaves: set[str] = set()
         self._owners: dict[fx.Node, str] = {}
-        self._autocast_depth = _autocast_depth()
+        self._autocast_depth, self._thread = _autocast_depth(), threading.get_ident()
         # Whatever the caller's mode is: the forward method may switch gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             graph = self.trace(root)
@@ -242,6 +259,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m).removeprefix(PREFIX)
         self._open.append(path)
         if self.is_leaf_module(m, path):
@@ -297,9 +316,24 @@ def set_mode(network: nn.Module, mode: str) -> Iterator[None]:
             module.training = flag
 
 
+class _DrawsError(Exception):
+    """A forward method draws random numbers while it is traced."""
+
+
+class _RefusesToDraw(TorchDispatchMode):
+    """Lets no operation of PyTorch that is not recorded draw random numbers, in this thread."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
+            raise _DrawsError
+        return function(*args, **(kwargs or {}))
+
+
 def _random_states() -> list[Any]:
-    """Return the states of the generators that a forward method may draw from, on the CPU."""
-    states = [random.getstate(), torch.get_rng_state().tolist()]
+    """Return the states of the generators of Python and NumPy, which all threads share."""
+    states: list[Any] = [random.getstate()]
     numpy = sys.modules.get("numpy")  # not loaded: the network does not use it
     if numpy is not None:
         _, key, position, *_ = numpy.random.get_state()

@@ -92,7 +92,18 @@ def differences(run_path: Path, wanted: Path) -> list[str]:
     for name in (*TABLES, "policy.json", *PICTURES):
         if not (run_path / name).exists() or (run_path / name).read_bytes() != (wanted / name).read_bytes():
             found.append(name)
+    ours, theirs = (_reference(path / "reference.safetensors") for path in (run_path, wanted))
+    found += [] if ours == theirs else ["reference.safetensors"]
     return found
+
+
+def _reference(path: Path) -> dict[str, Any] | None:
+    """Return what a reference file holds; None if held-out images are not known to be new to the network."""
+    if not path.exists():
+        return None
+    with safetensors.safe_open(path, "pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return {**content.metadata(), **{name: _exact(x) for name, x in tensors.items()}}
 
 
 def _last(path: Path) -> dict[str, Any]:

@@ -541,18 +541,18 @@ def _is_kept(name: str) -> bool:
     """Check one network, print a line, and return True if it keeps the contract."""
     began = time.perf_counter()
     case = (CASES | LIBRARY_CASES)[name]
-    failures = [f"{check}: {reason}" for check in CHECKS if (reason := _failure(case, check))]
-    print(f"{name:40} {'; '.join(failures) or 'ok'}  ({time.perf_counter() - began:.1f} s)", flush=True)
+    failures, left_out = [], []
+    for check, keeps in CHECKS.items():
+        try:
+            reason = keeps(case)
+        except Exception as error:  # whatever it is, the other networks are still to be checked
+            first_line = "".join(str(error).strip().splitlines()[:1])
+            failures.append(f"{check}: {type(error).__name__} {first_line}".strip())
+        else:
+            left_out += [] if reason is None else [f"{check} left out: {reason}"]
+    result = "; ".join([*(failures or ["ok"]), *left_out])
+    print(f"{name:40} {result}  ({time.perf_counter() - began:.1f} s)", flush=True)
     return not failures
-
-
-def _failure(case: Case, check: str) -> str | None:
-    try:
-        CHECKS[check](case)
-    except Exception as error:  # whatever it is, the other networks are still to be checked
-        first_line = "".join(str(error).strip().splitlines()[:1])
-        return f"{type(error).__name__} {first_line}".strip()
-    return None
 
 
 if __name__ == "__main__":

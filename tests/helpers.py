@@ -66,7 +66,7 @@ def predictions_of(confidence, correct):
     return ExitPredictions(confidence, (~correct).long(), torch.zeros(confidence.shape[1], dtype=torch.int64))
 
 
-def golden_case():
+def golden_predictions():
     """Predictions for held-out and test images, operations, and the released rows."""
     golden = torch.load(FIXTURES / "budgeted_prediction.pt", weights_only=True)
     val, test = (

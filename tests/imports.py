@@ -5,6 +5,7 @@ IMTA`` is an import of ``models.imta``. The tests themselves are left out.
 """
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -96,10 +97,19 @@ def _executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*.py")):
+    for path in _tracked_files(root) or sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parts[:-1]
         if not any(folder in LEFT_OUT or folder.startswith(".") for folder in folders):
             yield path
+
+
+def _tracked_files(root: Path) -> list[Path]:
+    """Return the Python files of a git clone: programs that its user keeps there are no part of it."""
+    if not (root / ".git").exists():
+        return []
+    command = ["git", "ls-files", "-z", "*.py"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return [path for name in listed.stdout.split("\0") if name and (path := root / name).exists()]
 
 
 def _module_name(path: Path) -> str:

@@ -24,11 +24,12 @@ from models.cutting import find_cuts
 from models.description import Split
 from models.operations import measure_cost
 from models.tracing import profile_graph, trace_both_modes
+from tests import test_contract
 from tests.backbones import SMALL, Chain, make_small, shaken, small_resnet, small_vit
 from tests.conftest import describe
 
 NAMES = list(SMALL)
-NOT_IN_CONTRACT = ["resnet", "convnext"]  # of the others, test_contract.py checks the same
+NOT_IN_CONTRACT = [name for name in SMALL if name not in test_contract.NAMES]  # which checks the same
 
 
 def images_for(name, count=4):

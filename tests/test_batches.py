@@ -89,11 +89,13 @@ def test_threads_leave_the_global_state_and_the_number_of_threads_alone(image_fo
     train, state = load_data(settings, CPU).train, torch.get_rng_state()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    list(train.epoch(0))
-    assert torch.equal(torch.get_rng_state(), state)
-    with ThreadPoolExecutor(1) as pool:
-        assert [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()] == [2, 2]
-    torch.set_num_threads(before)
+    try:
+        list(train.epoch(0))
+        assert torch.equal(torch.get_rng_state(), state)
+        with ThreadPoolExecutor(1) as pool:
+            assert [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()] == [2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def damage(path):

@@ -7,11 +7,11 @@ from adaptive_inference import evaluate_thresholds, geometric_thresholds
 from adaptive_inference.budgeted import exit_shares
 from adaptive_inference.confidence import assign_exits
 from benchmarks import budgeted_rule
-from tests.helpers import golden_case, predictions_of
+from tests.helpers import golden_predictions, predictions_of
 
 
 def test_golden_table():
-    val, test, operations, released = golden_case()
+    val, test, operations, released = golden_predictions()
     all_thresholds = geometric_thresholds(val.confidence)
     assert len(all_thresholds) == 40
     for p, (thresholds, theirs) in enumerate(zip(all_thresholds, released, strict=True), start=1):

@@ -46,6 +46,11 @@ def test_an_evaluation_refuses_flags_of_another_training(flags):
         ("GE", ["--data-root", "photos", "--resume"], "save/folder/GE"),
         ("GE", ["--data-root", "photos", "--evalmode"], "save/folder/GE"),
         ("GE", ["--pretrained", "imta_cifar100", "--data-root", "photos"], "save/finetune/GE"),
+        (
+            "GE",
+            ["--data-root", "x", "--arch", "resnet18", "--pretrained", "DEFAULT"],
+            "save/finetune/GE",
+        ),
         ("GE", ["--pretrained", "imta_cifar100"], "save/imta_cifar100/GE"),
         ("GE", ["--pretrained", "runs/GE/best.safetensors"], "runs/GE_2"),
     ],

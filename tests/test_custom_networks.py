@@ -3,6 +3,8 @@
 import copy
 import pickle
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 import models
 from adaptive_inference import find_policies, fold, load_predictor, write_policy
 from engine.checkpoint import save_network
-from models import Backbone, MSDNet, build_backbone, count_operations, load
+from models import Backbone, MSDNet, build_backbone, count_operations, load, tracing
 from models.backbone_exits import MapExit
 from models.description import Split
 from models.third_party import Constructor
+from models.tracing import MODES, trace_both_modes
+from tests.backbones import small_vit
 from tests.conftest import describe
 
 
@@ -158,6 +162,14 @@ class SwitchesGradients(Plain):
 class DrawsNumbers(Plain):
     def between(self, x):
         return x + torch.randn(8, 1, 1) if self.training else x
+
+
+GENERATOR = torch.Generator()
+
+
+class DrawsFromAGenerator(Plain):
+    def between(self, x):
+        return x + torch.randn(8, 1, 1, generator=GENERATOR)
 
 
 class DrawsWithPython(Plain):
@@ -334,6 +346,35 @@ class ReversesGradients(Plain):
         return Reversal.apply(x)
 
 
+class Expanded(Plain):
+    """A tensor whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+
+    def forward(self, images):
+        return super().forward(images - self.mean)
+
+
+class ExpandedBuffer(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(8))
+
+
+class AssignsTheSame(Plain):
+    """A number that every pass computes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 10**-0.5
+
+    def between(self, x):
+        self.scale = self.linear.out_features**-0.5
+        return x * 10**-0.5
+
+
 class Hooked(Plain):
     """A last linear layer with a hook that changes its input."""
 
@@ -356,6 +397,8 @@ KEPT = [
     Gate,
     Tied,
     Hooked,
+    Expanded,
+    AssignsTheSame,
 ]
 
 
@@ -394,6 +437,7 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
     [
         (SwitchesGradients, "switches gradients off"),
         (DrawsNumbers, "draws random numbers"),
+        (DrawsFromAGenerator, "draws random numbers"),
         (DrawsWithPython, "draws random numbers"),
         (DrawsWithNumpy, "draws random numbers"),
         (AssignsBuffer, "changes count, which|as buffer 'count'"),  # the latter by PyTorch 2.6
@@ -422,6 +466,67 @@ def test_what_a_trace_would_lose_is_refused_and_changes_nothing(kind, message):
     for name, x in (*network.state_dict().items(), *vars(network).items()):
         if isinstance(x, torch.Tensor):
             assert torch.equal(x, before.state_dict().get(name, vars(before).get(name)))
+
+
+class CallsModulesInAnotherThread(Plain):
+    """As a server does that predicts while it loads another network."""
+
+    def between(self, x):
+        thread = threading.Thread(target=lambda: CALLED.append(LAYER(torch.ones(1, 2)).shape))
+        thread.start()
+        thread.join()
+        return x
+
+
+LAYER, CALLED = nn.Linear(2, 2), []
+
+
+def test_another_thread_calls_modules_while_a_network_is_traced():
+    CALLED.clear()
+    trace_both_modes(CallsModulesInAnotherThread())
+    assert [(1, 2)] * len(MODES) == CALLED
+
+
+def test_networks_are_traced_in_several_threads(monkeypatch):
+    """One after the other: torch.fx has one tracer."""
+    with ThreadPoolExecutor(4) as pool:
+        networks = list(pool.map(lambda _: Backbone(Plain(), ["first"]), range(8)))
+    assert {network.num_exits for network in networks} == {2}
+
+
+def test_another_thread_draws_random_numbers_while_a_network_is_traced(monkeypatch):
+    states = iter([0, 1])  # what a network draws, every attempt draws
+    monkeypatch.setattr(tracing, "_random_states", lambda: next(states, 1))
+    assert Backbone(Plain(), ["first"]).num_exits == 2
+
+
+def test_a_refused_image_size_changes_nothing():
+    network = small_vit()
+    classifier = find_cuts_classifier(network)
+    requires = [p.requires_grad for p in network.parameters()]
+    with pytest.raises(ValueError, match="pixels only, not of 48"):
+        Backbone(network, 2, num_classes=7, image_size=48, frozen=True)
+    assert find_cuts_classifier(network) is classifier
+    assert [p.requires_grad for p in network.parameters()] == requires
+
+
+def find_cuts_classifier(network):
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def test_a_buffer_that_could_not_be_loaded_is_refused():
+    with pytest.raises(ValueError, match="scale of ExpandedBuffer has elements that share memory"):
+        Backbone(ExpandedBuffer(), ["first"])
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    number = np.int64(7)
+    for network in (
+        Backbone(Plain(), ["first"], number, image_size=np.int64(32)),
+        MSDNet(number, num_blocks=1),
+    ):
+        names = [str(k) for k in range(7)]
+        models.save(tmp_path / "x.safetensors", network, names, 32, mean=[0.5] * 3, std=[0.5] * 3)
 
 
 def test_the_check_draws_no_random_numbers_and_seeds_nothing():
@@ -590,8 +695,8 @@ def test_a_predictor_of_a_custom_network(tmp_path):
         ({"mean": [0.5]}, r"mean is \[0.5\]"),
         ({"std": [0, 1, 1]}, "std is"),
         ({"interpolation": "best"}, "interpolation is 'best'"),
-        ({"mean": [123, 117, 104]}, "mean is .* of values from 0 to 1"),
-        ({"std": [255, 255, 255]}, "std is .* of values from 0 to 1"),
+        ({"mean": [123, 117, 104]}, "mean is .* for pixels from 0 to 1"),
+        ({"std": [255, 255, 255]}, "std is .* for pixels from 0 to 1"),
         ({"class_names": "abcdefghij"}, "pass a list of names"),
         ({"network": nn.DataParallel(nn.Linear(2, 2))}, "a DataParallel cannot be saved"),
     ],

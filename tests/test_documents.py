@@ -1,9 +1,12 @@
-"""Links and anchors of the Markdown documents lead somewhere, and the README's Python runs."""
+"""The Markdown documents: links lead somewhere, programs take the commands, the README's Python runs."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +16,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import predict
 from models import IMTA, MSDNet
 from models.losses import one_for_all_loss
+from presets import PRESETS
+from settings.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -91,6 +97,48 @@ def test_the_method_in_the_readme():
     torch.testing.assert_close(logits, network.classify_next(1, start, previous))
     loss = one_for_all_loss([logits, previous], targets, teacher, temperature=4.0, gamma=0.5)
     torch.testing.assert_close(names["loss"], loss - names["ce"](previous))
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the programs that a document calls, and their arguments."""
+    text = text.replace("\\\n", " ")
+    starts = r"(?:python|torchrun [^`\n]*?) (train_GE|train_IMTA|predict)\.py +([^`\n]+)"
+    for program, words in re.findall(starts, text):
+        if words != "--help":
+            yield program, shlex.split(words, comments=True)
+    for stage, preset, words in re.findall(r"bash run_(GE|IMTA)\.sh +([a-z0-9-]+)([^`\n]*)", text):
+        yield f"train_{stage}", ["--preset", preset, *shlex.split(words, comments=True)]
+
+
+def test_the_programs_take_the_commands_of_the_documents():
+    stages = {f"train_{stage}": partial(parse, stage) for stage in ("GE", "IMTA")}
+    parsers = {"predict": predict.parse, **stages}
+    found = [command for path in documents() for command in commands(path.read_text(encoding="utf-8"))]
+    assert len(found) > 30
+    for program, words in found:
+        parsers[program](words)
+
+
+def test_the_presets_are_those_of_the_table():
+    table = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| (.*?) \| (\d+) \+ (\d+) \|", table, re.MULTILINE)
+    assert sorted(name for name, *_ in rows) == sorted(PRESETS)
+    for name, network, *epochs in rows:
+        settings = [parse(stage, ["--preset", name]).settings() for stage in ("GE", "IMTA")]
+        assert [s.epochs for s in settings] == [int(number) for number in epochs], name
+        if exits := re.match(r"(\d) exits", network):
+            assert {s.num_blocks for s in settings} == {int(exits[1])}, name
+
+
+def test_the_figures_of_the_introduction_are_those_of_the_tables():
+    """The tables themselves are compared with the result files in test_results.py."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for begin, document in (("On CIFAR-100 the last", "weights"), ("**It pays**", "results")):
+        (line,) = [line for line in readme.splitlines() if line.startswith(begin)]
+        tables = (ROOT / document / "README.md").read_text(encoding="utf-8")
+        figures = re.findall(r"\d\d\.\d\d", line)
+        assert len(figures) >= 5
+        assert all(f" {figure} " in tables for figure in figures), figures
 
 
 def test_the_python_of_the_readme(tmp_path):

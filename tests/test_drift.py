@@ -89,6 +89,7 @@ def test_extreme_scores():
 
 @pytest.fixture(scope="module")
 def network():
+    torch.manual_seed(0)
     return make_network(2).float()
 
 

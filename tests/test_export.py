@@ -162,12 +162,17 @@ def test_an_empty_output_is_one_line(capsys):
 
 def test_a_photograph_is_not_replaced(tmp_path, capsys):
     (tmp_path / "photo.jpg").write_bytes(b"pixels")
-    for name in ("photo.jpg", "network"):
-        with pytest.raises(SystemExit):
-            program.main(["--model", "imta_cifar100", "--output", str(tmp_path / name)])
-        line = f"{name}: pass a file ending in .onnx, or a directory as {name}/"
-        assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program.main(["--model", "imta_cifar100", "--output", str(tmp_path / "photo.jpg")])
+    assert "photo.jpg is a file already" in capsys.readouterr().err
     assert (tmp_path / "photo.jpg").read_bytes() == b"pixels"
+
+
+def test_a_name_of_neither_kind_is_refused(tmp_path, capsys):
+    path = tmp_path / "network"
+    with pytest.raises(SystemExit):
+        program.main(["--model", "imta_cifar100", "--output", str(path)])
+    assert f"{path}: pass a file ending in .onnx, or a directory as {path}/" in capsys.readouterr().err
 
 
 def test_command_line_without_a_checkpoint(tmp_path, capsys):

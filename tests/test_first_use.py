@@ -75,7 +75,10 @@ def run(command, place, extra=""):
         while "epoch 1/" not in seen and process.poll() is None:
             seen += process.stdout.readline()
         process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=150)
+    try:
+        output, errors = process.communicate(timeout=150)
+    finally:
+        process.kill()
     assert process.returncode == (130 if "Ctrl-C" in comment else 0), errors
     assert "Warning" not in output + errors
     assert all(line.startswith(("predict.py: ", "train_GE.py: stopped")) for line in errors.splitlines()), (
@@ -101,7 +104,7 @@ def use(place):
     name, confidence, _, _, exit_number = run(library, place)[0].split()
     assert (name, exit_number) == (shown[0], shown[2])
     assert float(confidence) == pytest.approx(float(shown[1]), abs=1e-3)
-    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         assert run(export, place)[0].endswith(": photos.onnx\n")
         assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(exported, place)[0])
     measured, _ = run(runtime, place)

@@ -55,9 +55,10 @@ def test_half_precision_is_close():
     folded = fold(network, dtype=torch.bfloat16)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        exact, rough = network(images)[-1], folded(images)[-1]
-    assert rough.dtype == torch.bfloat16
-    assert (exact - rough).abs().max() < 0.1 * exact.abs().max()
+        logits = list(zip(network(images), folded(images), strict=True))
+    for exact, rough in logits:  # bfloat16 has 8 bits: one rounding changes a value by 0.4 % at most
+        assert rough.dtype == torch.bfloat16
+        assert (exact - rough).abs().max() < 0.04 * exact.abs().max()
 
 
 def test_a_folded_network_compiles_in_one_piece():

@@ -82,7 +82,7 @@ def test_a_prediction_writes_no_number_of_the_host_by_index():
         assert writes.number == 1
 
 
-def test_a_lost_process_is_not_waited_for_without_end(monkeypatch):
+def test_a_lost_process_is_waited_for_15_minutes(monkeypatch):
     """Each process on a GPU of its own, and signals and results exchanged without it."""
     launched = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}
     for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():

@@ -26,6 +26,8 @@ try:
     {LOAD}
 except KeyboardInterrupt:
     {LOAD}
+else:
+    sys.exit("it was not interrupted")
 """
 PROGRAMS = (
     INTERRUPTED,

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -218,6 +219,10 @@ def test_signals_are_left_alone_in_a_thread():
     ],
 )
 def test_what_a_scheduler_left_in_the_environment_is_refused(monkeypatch, variables, message):
+    def resolve(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message), process_group(None):
@@ -243,6 +248,7 @@ def test_a_signal_is_handled_while_a_name_is_resolved(monkeypatch):
             pass
     finally:
         never.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - began < LONGEST / 2
 
@@ -413,6 +419,7 @@ def leave_after_training(_):
     model(torch.ones(1, 2)).sum().backward()
     model.cycle = model
     del model
+    print(names_of_threads())
     leave_process_group()
     deadline = time.monotonic() + LONGEST  # the system still lists a thread for a moment after its end
     while (names := names_of_threads()).count("gloo") and time.monotonic() < deadline:
@@ -434,8 +441,9 @@ def test_none_of_gloos_threads_outlives_the_process_group(tmp_path):
     """Python's end may abort a process whose threads have a tensor to free."""
     ended = forkserver.run(leave_after_training, [], tmp_path, {"GLOO_SOCKET_IFNAME": "lo"})
     assert ended.statuses == [0], ended.errors
-    assert ended.output
-    assert "gloo" not in ended.output
+    before, after = ended.output.splitlines()
+    assert "gloo" in before
+    assert "gloo" not in after
 
 
 def test_processes_of_torchrun_are_not_resumed_by_python(monkeypatch):
@@ -517,7 +525,8 @@ def test_a_directory_is_that_of_one_process(tmp_path):
         except UserError as error:
             lock.__exit__(None, None, None)
             os._exit("another run" not in str(error))
-        os._exit(1)
+        finally:  # nothing of the copy goes on in pytest
+            os._exit(1)
     assert os.waitpid(copy, 0)[1] == 0
     assert (tmp_path / "run" / ".lock").exists()
     lock.__exit__(None, None, None)
@@ -526,7 +535,7 @@ def test_a_directory_is_that_of_one_process(tmp_path):
 
 def test_a_closed_data_root_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match=f"--data-root {tmp_path} may not be entered"):
+    with pytest.raises(UserError, match=f"--data-root {re.escape(str(tmp_path))} may not be entered"):
         find_data_set(parse("GE", ["--data-root", str(tmp_path)]).settings(), 32)
 
 
@@ -545,7 +554,7 @@ def test_restarts_over_several_machines_need_a_store_of_their_own(monkeypatch):
 
 
 @forks
-def test_a_reader_who_leaves_ends_no_training(tmp_path):
+def test_a_full_disk_under_the_output_ends_no_training(tmp_path):
     result = train(tmp_path, stdout=Path("/dev/full"))
     assert (result.statuses, result.errors) == ([0], "")
     assert (tmp_path / "run" / "anytime.csv").exists()
@@ -603,7 +612,6 @@ def test_what_ends_the_step_that_compiles_ends_the_run_with_one_line(
     assert (tmp_path / "run" / "last.pt").exists() is ("after step" in line)
 
 
-@forks
 def train_with_ignored_children(argv):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     return disturbed.main(argv)
@@ -618,6 +626,7 @@ def test_a_process_that_ignores_the_end_of_its_children(tmp_path):
     assert (ended.statuses, ended.errors) == ([0], "")
 
 
+@forks
 def test_resuming_nothing_trains_in_as_many_processes(tmp_path):
     result = train(tmp_path, "--resume")
     assert result.statuses == [0], result.errors

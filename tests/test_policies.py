@@ -32,7 +32,7 @@ from adaptive_inference.promises.risk import CERTIFICATE, MaxLoss
 from models import IMTA, MSDNet, load
 from models.files import WEIGHTS
 from tests.conftest import TINY_NETWORK, policy_point
-from tests.helpers import golden_case, predictions_of
+from tests.helpers import golden_predictions, predictions_of
 from utils import UserError
 
 OPERATIONS = [10_000_000, 20_000_000, 40_000_000]
@@ -80,7 +80,7 @@ def test_a_number_that_is_not_finite_is_not_written(curve, tmp_path):
 
 
 def test_thresholds_become_points():
-    val, _, operations, _ = golden_case()
+    val, _, operations, _ = golden_predictions()
     thresholds = geometric_thresholds(val.confidence)
     points = evaluate_points("geometric", thresholds, Policy((0.0,) * len(operations)), val, operations)
     assert [point.number for point in points] == list(range(1, 41))
@@ -244,7 +244,7 @@ def gains(geometric, optimised):
 
 
 def test_optimised_curve_is_above_the_geometric_one():
-    val, test, operations, _ = golden_case()
+    val, test, operations, _ = golden_predictions()
     rules = geometric_thresholds(val.confidence), optimised_thresholds(val, operations)
     for theirs, ours in zip(*rules, strict=True):
         limit = evaluate_thresholds(theirs, val, operations).operations

@@ -131,6 +131,14 @@ def test_photographs_of_many_pixels(tmp_path, monkeypatch):
         read_image(tmp_path / "large.png")
 
 
+def test_a_jpeg_may_be_too_large_too(tmp_path, monkeypatch):
+    assert reading.MAX_JPEG_PIXELS // 10**6 == 201  # as docs/usage.md says
+    monkeypatch.setattr(reading, "MAX_JPEG_PIXELS", 10**6)
+    Image.new("RGB", (2000, 1500), (90, 120, 30)).save(tmp_path / "large.jpg")
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_image(tmp_path / "large.jpg")
+
+
 def test_only_a_jpeg_may_be_larger_than_pil_allows(tmp_path, monkeypatch):
     """And PIL's limit stays as the program that calls us set it."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

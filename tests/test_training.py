@@ -209,6 +209,8 @@ def test_folded_backbone_trains_the_same_classifiers(runs, monkeypatch):
 )
 def test_training_options(tmp_path, flags):
     assert train_ge(tmp_path / "GE", *flags) == 0
+    assert torch.are_deterministic_algorithms_enabled() is ("--deterministic" in flags)
+    assert run_json(tmp_path / "GE")["settings"]["amp"] == flags[1]
 
 
 def signal_after(monkeypatch, step, number):
@@ -448,7 +450,7 @@ def test_tables_of_an_evaluation_are_not_replaced(runs, capsys):
     assert train_GE.main(evaluated) == 0
     before = contents(runs / "tables")
     assert train_ge("tables") == 2
-    assert "--overwrite starts again" in capsys.readouterr().err
+    assert "holds the tables of an evaluation; --overwrite replaces them" in capsys.readouterr().err
     assert contents(runs / "tables") == before
     (runs / "tables" / "tensorboard").mkdir()
     (runs / "tables" / "tensorboard" / "of another program").touch()

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from utils import UserError, atomic_write, available_cores, one_line, print_line
     [
         ("0::/\n", {"cpu.max": "100000 100000"}, 1),
         ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 2),
         ("0::/\n", {"cpu.max": "max 100000"}, math.inf),
         ("0::/a/b\n", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000"}, 1),
         ("0::/not/visible/here\n", {"cpu.max": "100000 100000"}, 1),
@@ -27,15 +29,15 @@ from utils import UserError, atomic_write, available_cores, one_line, print_line
         ("", {}, math.inf),
     ],
 )
-def test_a_containers_quota_counts_as_cores(tmp_path, groups, files, cores):
+def test_a_containers_quota_counts_as_cores(tmp_path, monkeypatch, groups, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(groups)
     for name, text in files.items():
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    nothing_limits = available_cores(tmp_path / "elsewhere")
-    assert available_cores(tmp_path) == min(cores, nothing_limits)
+    assert available_cores(tmp_path) == min(cores, 16)
 
 
 def test_a_terminal_that_knows_ascii_alone(monkeypatch):

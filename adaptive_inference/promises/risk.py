@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adaptive_inference.budgeted import ExitPredictions, geometric_thresholds
 from adaptive_inference.calibration import with_ensemble
-from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits
+from adaptive_inference.confidence import ALL_LEAVE, NONE_LEAVE, assign_exits, without_half_precision
 from adaptive_inference.points import evaluate_points
 from adaptive_inference.policies import LossCounts, Point, Policy, PolicyCurve
 from utils import UserError
@@ -100,6 +100,7 @@ def with_certified_points(
         full_policy: Measure, temperatures and ensemble of all policies, as for ``finding.find_policies``.
         num_points: See ``certified_points``.
     """
+    logits, targets = without_half_precision(logits.detach().cpu()), targets.cpu()
     predictions = ExitPredictions.from_logits(logits, targets, full_policy.measure)
     predictions, operations = with_ensemble(predictions, logits, full_policy.ensemble, curve.operations)
     points = certified_points(predictions, full_policy, operations, num_points)

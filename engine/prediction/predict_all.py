@@ -3,7 +3,7 @@
 Example:
     arguments = predict.parse(["folder/", "--budget", "2ms"])
     with handle_signals() as requests:
-        status = predict_all(options, Path("save/demo/IMTA/best.safetensors"), requests)
+        status = predict_all(arguments, Path("save/demo/IMTA/best.safetensors"), requests)
 """
 
 import argparse

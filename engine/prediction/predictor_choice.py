@@ -114,8 +114,11 @@ def _by_operations(
     if _has_limit(arguments):
         operations = None
         if arguments.budget is not None:
-            unit = 1e6 if arguments.budget.unit == "M" else curve.full_operations / 100
-            operations = arguments.budget.amount * unit
+            amount = arguments.budget.amount
+            # In this order: 100 % are exactly all operations.
+            operations = (
+                amount * 1e6 if arguments.budget.unit == "M" else amount * curve.full_operations / 100
+            )
         point = choose(
             curve,
             operations=operations,

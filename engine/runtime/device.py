@@ -126,6 +126,7 @@ def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     signs = (
         "can't allocate memory",
         "CUDA error: out of memory",
+        "MPS backend out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
     )

@@ -151,6 +151,7 @@ class Page {
           Object.assign(image, await this.predict(image.pixels, policy.thresholds));
           this.showImage(image);
         } catch (error) {
+          this.showFailure(image);
           showProblem(`${image.name}: ${error.message}`);
         }
         if (performance.now() - drawn < DRAW_AFTER) continue;
@@ -215,6 +216,14 @@ class Page {
     card.querySelector(".exit").textContent = `exit ${exit}`;
     card.querySelector(".rest").textContent = `${percent(confidence)}\u00a0sure, ${milliseconds.toFixed(1)}\u00a0ms`;
     card.querySelector(".note").textContent = this.notes(image).join(" ");
+  }
+
+  showFailure({ name, card }) {
+    for (const field of ["class", "confidence", "exit"]) delete card.dataset[field];
+    card.style.removeProperty("--exit");
+    for (const part of [".exit", ".rest", ".note"]) card.querySelector(part).textContent = "";
+    card.querySelector(".class").textContent = "no prediction";
+    card.dataset.name = name;
   }
 
   // Return what is unusual about an image, in sentences.
