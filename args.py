@@ -190,7 +190,7 @@ INHERITED = {name for name, setting in SETTINGS.items() if setting.inherited}
 
 _EXAMPLES = """\
 examples:
-  python train_{stage}.py                                     the embedded demo, minutes on a CPU
+  python train_{stage}.py                                     the synthetic demo, minutes on a CPU
   python train_{stage}.py --preset cifar100 --data-root data  the published CIFAR-100 settings
   python train_{stage}.py --data-root photos                  your images: photos/{{train,test}}/CLASS/*.jpg
 
@@ -247,11 +247,12 @@ def build_parser(stage: str) -> CommandLineParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    network = "network" if own.previous is None else "network (that of stage 1; new with --single-stage)"
     groups: dict[str, Callable[[Callable], None]] = {
         "often used": _add_common,
         "run": _add_run,
         "data": _add_data,
-        "network": _add_network,
+        network: _add_network,
         "optimisation": _add_optimisation,
         "speed and memory": _add_speed,
         own.title: own.add_flags,
@@ -282,8 +283,8 @@ def _add_common(add: Callable) -> None:
     add(
         "--preset",
         **_one_of(PRESETS),
-        help="base settings; other flags override them (default: that of --data; for own images "
-        "folder, or finetune with --pretrained; otherwise demo)",
+        help="base settings; other flags override them (default: in stage 2 that of stage 1; else that of "
+        "--data; with --data-root alone folder, or finetune with --pretrained; else demo)",
     )
     add(
         "--data",
@@ -302,7 +303,8 @@ def _add_common(add: Callable) -> None:
         "--save",
         type=user_path,
         metavar="DIR",
-        help="directory of this run (default: save/PRESET/GE or save/PRESET/IMTA)",
+        help="directory of this run (default: save/PRESET/GE or save/PRESET/IMTA; with --pretrained RUN "
+        "alone RUN_2, or in stage 2 IMTA beside RUN)",
     )
     add(
         "--resume",
@@ -350,7 +352,7 @@ def _add_run(add: Callable) -> None:
         metavar="PATH",
         help="stage 1: weights to start from, with their classifiers where the classes are the same; "
         "stage 2: the stage-1 network. Directory of a run, a file, or a name in weights/; "
-        "with --arch: DEFAULT or another name of the library's weights, "
+        "with --arch: DEFAULT or another name of torchvision's weights (timm: DEFAULT), "
         "which are downloaded, or a file of weights (default: none; "
         "stage 2: the directory GE beside --save)",
     )
@@ -400,7 +402,7 @@ def _add_data(add: Callable) -> None:
         type=at_least(0),
         metavar="N",
         help="training images held out to choose the best epoch and the thresholds "
-        "(default: 1000, CIFAR 5000, ImageNet 50000, folders 10 %%)",
+        "(default: demo 1000, CIFAR 5000, ImageNet 50000, folders 10 %%)",
     )
     add(
         "--test-size",
@@ -470,7 +472,8 @@ def _add_network(add: Callable) -> None:
         dest="gradient_equilibrium_scales",
         choices=CHOICES["gradient_equilibrium_scales"],
         type=lambda text: current_value("gradient_equilibrium_scales", text.lower()),
-        help="scales whose gradients are rescaled: all (paper), or the exit's (released code)",
+        help="scales whose gradients are rescaled: all (paper), or the coarsest, which the exits read "
+        "(released code)",
     )
     add(
         "--boosted-exits",
@@ -500,7 +503,8 @@ def add_msdnet_sizes(add: Callable) -> None:
         "--stepmode",
         dest="step_mode",
         **_one_of(CHOICES["step_mode"]),
-        help="block i >= 1 has STEP layers, or STEP * i + 1",
+        help="after the first, every block has STEP layers (even), or block i = 1, 2, ... has STEP * i + 1 "
+        "(lin_grow)",
     )
     add(
         "--nChannels",

@@ -236,7 +236,7 @@ def _notes(data_set: DataSet, training_subset: Subset, image_size: int) -> list[
 def _read_small_images(
     subsets: dict[str, Subset], image_size: int, evaluation: Transform, settings: Namespace
 ) -> tuple[dict[str, Subset], list[str]]:
-    """Return the subsets with their images in memory, and what ``_skipped`` does of all of them."""
+    """Return the subsets with their images in memory, and the notes of ``_skipped`` about all of them."""
     workers = num_workers(settings.workers)
     read = {name: _in_memory(subset, image_size, evaluation, workers) for name, subset in subsets.items()}
     unreadable = list(chain.from_iterable(errors for _, errors in read.values()))

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model",
         type=user_path,
         required=True,
-        metavar="FILE",
+        metavar="NAME|FILE|DIR",
         help="network of either stage: a file, the directory of a run, or a name in weights/",
     )
     parser.add_argument(
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         "--policy",
         type=user_path,
         metavar="FILE",
-        help="policies (default: policy.json beside the checkpoint, if any)",
+        help="policies (default: policy.json or NAME.policy.json beside the network, if any)",
     )
     arguments = parser.parse_args(argv)
     output, is_directory = arguments.output

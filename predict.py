@@ -90,19 +90,19 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
         help="mean per image at most: 2ms, 60%% of the operations, or 12.5M operations (default: about 50%%)",
     )
     group.add_argument(
-        "--accuracy", type=_percentage, metavar="PERCENT", help="accuracy on held-out images at least"
+        "--accuracy", type=_percentage, metavar="PERCENT", help="at least this accuracy on held-out images"
     )
     group.add_argument(
         "--max-loss",
         type=_percentage,
         metavar="PERCENT",
-        help="largest accepted loss of accuracy against the full network, guaranteed with --confidence-level",
+        help="largest accepted loss of accuracy against the full network, promised with --confidence-level",
     )
     group.add_argument(
         "--confidence-level",
         type=_level,
         metavar="PERCENT",
-        help="confidence of the guarantee of --max-loss (default: 95%%)",
+        help="confidence of the promise of --max-loss (default: 95%%)",
     )
     group.add_argument(
         "--disagreement",
@@ -118,7 +118,7 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rule",
         choices=list(RULES),
-        help="only thresholds found by this rule (default: ensemble or optimised, if there are any)",
+        help="only policies of this rule (default: ensemble, else optimised, else any)",
     )
     group.add_argument(
         "--drift-alarm",
@@ -129,7 +129,7 @@ def _add_policy_flags(group: argparse._ArgumentGroup) -> None:
         "--policy",
         type=user_path,
         metavar="FILE",
-        help="thresholds for this network (default: policy.json beside it)",
+        help="policies of this network (default: policy.json or NAME.policy.json beside it)",
     )
 
 
@@ -150,7 +150,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--batch-size",
         type=at_least(1),
         metavar="N",
-        help="images at a time; all get their mean time (default: 64, with --deadline 1)",
+        help="images at a time; all get their mean time (default: 64; 1 with --deadline)",
     )
     group.add_argument(
         "--device", metavar="NAME", help="such as cpu or cuda:1 (default: the first GPU, or the CPU)"
@@ -159,8 +159,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--threads",
         type=at_least(1, 1024),
         metavar="N",
-        help="threads of the CPU, for reading and for the network (default: at most one per core, for "
-        "reading 4, for the network as many as a batch occupies)",
+        help="CPU threads, for reading and for the network (default: one per core, at most 4 for reading, "
+        "and for the network as many as a batch occupies)",
     )
 
 

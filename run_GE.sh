@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1: train an MSDNet with Gradient Equilibrium, then evaluate it.
 #
-#   bash run_GE.sh                                     the embedded demo
+#   bash run_GE.sh                                     the synthetic demo
 #   bash run_GE.sh PRESET                             folder, cifar100, imagenet, ...; a wrong one lists all
 #   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_GE.sh imagenet --workers 16
 #

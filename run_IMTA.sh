@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 2: new classifiers with ISC and One-for-all distillation on the network of stage 1, then evaluate them.
 #
-#   bash run_IMTA.sh                                   the embedded demo, after bash run_GE.sh
+#   bash run_IMTA.sh                                   the synthetic demo, after bash run_GE.sh
 #   bash run_IMTA.sh PRESET                             folder, cifar100, imagenet, ...; a wrong one lists all
 #   DATA_ROOT=... GPUS=0,1,2,3 PROCESSES=2 SAVE=... bash run_IMTA.sh imagenet --workers 16
 #

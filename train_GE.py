@@ -1,6 +1,6 @@
 """Stage 1: train an MSDNet with Gradient Equilibrium, then evaluate every exit and budgeted prediction.
 
-    python train_GE.py                                                  # the embedded demo
+    python train_GE.py                                                  # the synthetic demo
     python train_GE.py --preset cifar100 --data-root data --save save/cifar100/GE
     python train_GE.py --preset cifar100 --evalmode anytime
     python train_GE.py --pretrained imta_cifar100 --data-root photos    # fine-tuning

@@ -1,6 +1,6 @@
 """Stage 2: new classifiers with ISC and One-for-all distillation on a frozen stage-1 network.
 
-    python train_IMTA.py                                                # the embedded demo, after train_GE.py
+    python train_IMTA.py                                                # the synthetic demo, after stage 1
     python train_IMTA.py --pretrained save/cifar100/GE --save save/cifar100/IMTA
     python train_IMTA.py --evalmode                                     # budgeted evaluation of the demo
 

@@ -178,7 +178,9 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
         measure = points[0].policy.measure
         raise UserError(f"an ONNX file compares softmax only; these policies compare {measure}")
     if curve is not None and curve.fingerprint != network_fingerprint(network):
-        raise UserError(f"these are policies of another network: {curve.network_description}")
+        raise UserError(
+            f"these are policies of another network, or of other weights: {curve.network_description}"
+        )
     data = _description(network).data
     return {
         "format": FORMAT,

@@ -10,7 +10,7 @@ same from the logits of all exits.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +147,7 @@ class AdaptivePredictor:
 
     def predict_images(
         self,
-        images: Iterable[Any],
+        images: Sequence[Any],
         preprocess: Preprocess | None = None,
         batch_size: int = 64,
     ) -> Prediction:
@@ -162,7 +162,7 @@ class AdaptivePredictor:
             batch_size: Images that are preprocessed and predicted at a time.
 
         Raises:
-            TypeError: ``images`` is a single path or image.
+            TypeError: ``images`` is a single path or image, or has no length.
             ValueError: ``preprocess`` is missing here and in the predictor, or the network has no
                 description.
             UserError: An image cannot be read.
@@ -170,9 +170,8 @@ class AdaptivePredictor:
         """
         if isinstance(images, (str, os.PathLike)):
             raise TypeError(f"images is the path {os.fspath(images)!r}; pass a list of paths or PIL images")
-        if not isinstance(images, Iterable):
-            raise TypeError(f"images is one {type(images).__name__}; pass a list of paths or PIL images")
-        images = list(images)
+        if not hasattr(images, "__len__"):
+            raise TypeError(f"images is a {type(images).__name__}; pass a list of paths or PIL images")
         preprocess = preprocess or self.preprocess
         if preprocess is None:
             raise ValueError("preprocess is missing: pass image_data.preprocessing.preprocess")

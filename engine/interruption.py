@@ -87,6 +87,8 @@ class Interruptions:
             self.save()
             self.saved_at = time.monotonic()
         if request > SAVE:
+            # torchrun ends the other processes when one ends: the main process must have written the file.
+            self.processes.all_reduce_max(0)
             raise Interrupted(request - SAVE, True, self.where())
 
     def stop_signal(self) -> int:

@@ -79,6 +79,6 @@ def _is_restart(directory: RunDirectory) -> bool:
     try:
         return load_checkpoint(directory.last).get("launch") == launch
     except UserError:
-        if environment.restart_count > 0:  # it is of this launch, and --overwrite would delete it
+        if environment.restart_count > 0:  # it may be of this launch, and --overwrite would delete it
             raise
-        return False  # of an earlier launch: --overwrite replaces it, --resume says what is wrong
+        return False  # --overwrite replaces it, --resume says what is wrong

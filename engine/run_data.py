@@ -1,17 +1,20 @@
 """The images of a run: of its settings, or of the network to start from."""
 
+import hashlib
 from argparse import Namespace
 
 import torch
 
 from dataloader import Data, load_data
 from engine.checkpoint import LoadedNetwork
+from engine.runtime.distributed import Processes
 from engine.runtime.log import Log
 from engine.session import Session
 from image_data.batches import InMemoryBatches
 from image_data.subsets import pixel_digests
 from models import ExitNetwork
 from models.description import DataInfo, ImageSpec, Split
+from utils import UserError
 
 
 def data_for_new_run(
@@ -67,7 +70,22 @@ def load_run_data(
     which = "" if settings.data == "folder" else f" of {settings.data}"
     where = "" if settings.data == "demo" else f" in {settings.data_root}"
     session.log.line(f"reading the images{which}{where}")
-    return load_data(settings, processes.device, processes.shard, stored, split, image_spec, origin_split)
+    data = load_data(settings, processes.device, processes.shard, stored, split, image_spec, origin_split)
+    _check_same_images(processes, data)
+    return data
+
+
+def _check_same_images(processes: Processes, data: Data) -> None:
+    """Raise UserError if the processes found different images: each would hold out others."""
+    counts = [batches.num_images for batches in (data.train, data.val, data.test)]
+    digest = hashlib.sha256(f"{data.info.fingerprint} {counts}".encode())
+    digest.update(data.split.held_out.numpy().tobytes())
+    number = int.from_bytes(digest.digest()[:7], "little")
+    if processes.all_reduce_max(number) != -processes.all_reduce_max(-number):
+        raise UserError(
+            "the processes of this run find different images: --data-root must hold the same ones on all "
+            "machines"
+        )
 
 
 def held_out_are_new(
@@ -79,7 +97,8 @@ def held_out_are_new(
 
     - With the images of the origin, the same images are held out, and what is known of them stays true.
     - With a folder that shares images with the origin's, held-out images must not have trained the origin.
-    - Other images count as new, also to weights of a library whose classes are others.
+    - Other images count as new, also to weights of a library whose classes are others. Where images cannot be
+      compared, data sets with a class of the same name are taken for the same.
     - If images that its split does not list trained the origin, only images that it lists are known.
 
     Args:
@@ -94,7 +113,8 @@ def held_out_are_new(
             network.stage_1.has_new_classifier and data.info.name != "imagenet"
         )
     is_complete = origin.description.split_is_complete
-    is_other_data = is_complete and data.info.name != origin.data.name
+    shares_classes = not set(data.info.class_names).isdisjoint(origin.data.class_names)
+    is_other_data = is_complete and data.info.name != origin.data.name and not shares_classes
     if origin.known_split is None:
         return is_other_data
     if data.info.fingerprint == origin.data.fingerprint:

@@ -177,10 +177,13 @@ class Stepper:
         if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        scale = self.scaler.get_scale()
+        scale, is_first = self.scaler.get_scale(), not self.optimizer.state
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.was_skipped = self.scaler.get_scale() < scale
+        if self.was_skipped and is_first:
+            # Fused SGD makes buffers for the momentum even if it then writes nothing into them.
+            self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -225,6 +225,11 @@ def _share(count: int, trials: int) -> str:
     return f"{100 * share:.1f} +- {100 * math.sqrt(share * (1 - share) / trials):.1f}"
 
 
+def _share_broken(count: int, trials: int) -> str:
+    """Return ``_share``; for none, where a standard error says nothing, the most at 95 % confidence."""
+    return _share(count, trials) if count else f"0 (at most {100 * (1 - 0.05 ** (1 / trials)):.1f})"
+
+
 def _normal_quantile(level: float) -> float:
     return float(torch.special.ndtri(torch.tensor(level, dtype=torch.float64)))
 
@@ -355,9 +360,9 @@ def resample(arguments: argparse.Namespace) -> None:
     rows = [
         {
             "promise": str(wanted),
-            "broken %": _share(number, arguments.trials),
+            "broken %": _share_broken(number, arguments.trials),
             "operations %": f"{100 * spent[wanted]:.1f}",
-            "usual choice: broken %": _share(usual[wanted.disagreement], arguments.trials),
+            "usual choice: broken %": _share_broken(usual[wanted.disagreement], arguments.trials),
         }
         for wanted, number in violations.items()
     ]

@@ -62,8 +62,8 @@ class Backbone(ExitNetwork):
 
     Args:
         network: Takes images (N, 3, H, W) and ends in an ``nn.Linear``. It becomes part of this one, and is
-            not copied: a new last layer stays in it. Hooks of its layers run, those of modules that hold
-            others do not.
+            not copied: a new last layer stays in it. Hooks of its layers run; of hooks of modules that
+            hold others, only the operations of those registered before are kept.
         exits: Paths of modules, in the order in which the network runs them; or the number of all exits.
             Then the early ones are put at the network's own blocks such that operations are spread evenly.
         num_classes: None keeps the network's own. Another number replaces its last linear layer.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import first_line
+from .locks import TRACING
 from .module_state import Snapshot, is_expanded
-from .tracing import ATTEMPTS, TRACING, Segment, TracedRoot, Traces, probe_images, set_mode
+from .tracing import ATTEMPTS, Segment, TracedRoot, Traces, probe_images, set_mode
 
 # By kind, mode and name: ``outputs`` (the name is empty), ``values`` of buffers, ``gradients`` of parameters.
 Results = dict[tuple[str, str, str], Tensor]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 
@@ -76,6 +77,8 @@ def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 def is_expanded(x: Tensor) -> bool:
     """Return True if several elements share memory, as after ``expand``: they cannot be changed in place."""
+    if is_lazy(x) or x.layout != torch.strided:
+        return False
     return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .locks import TRACING
 from .module_state import meta_copy
 from .network import ExitNetwork, Stepwise
 
@@ -66,7 +67,7 @@ def measure_cost(
     cost = Cost([], [])
     # In inference mode, PyTorch hands a convolution to the counter before it has become one of the calls that
     # are counted.
-    with torch.inference_mode(False), torch.no_grad():
+    with TRACING, torch.inference_mode(False), torch.no_grad():
         # Shapes alone are needed: on the meta device nothing is computed.
         network = meta_copy(network).eval()
         counter = _Counter(set(network.parameters()), {} if multiply_adds_only else SMALL_OPERATIONS)

@@ -83,7 +83,7 @@ def save(
 
     Args:
         path: The file; an old one is replaced.
-        network: The network. ``load`` returns it in float32: policies found in another dtype do not fit it.
+        network: The network. ``load`` builds it in float32: policies found in another dtype do not fit it.
         class_names: Names in the order of the logits.
         image_size: Height and width in pixels of the images.
         mean: Mean of each of the three channels, for values from 0 to 1, by which images are normalised.

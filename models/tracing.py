@@ -31,14 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import first_line
+from .locks import TRACING
 from .module_state import Snapshot, meta_copy
 
 PREFIX = "network."  # the traced network is the attribute ``network`` of the root
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
-# While torch.fx traces, calls of all modules of the process go through its one tracer.
-TRACING = threading.RLock()
 ATTEMPTS = 3  # to trace, if Python or NumPy drew random numbers meanwhile: another thread may have done that
 DRAWS = "draws random numbers that a trace would fix; use nn.Dropout or torch.rand_like(x)"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -178,7 +177,7 @@ def trace_both_modes(network: nn.Module) -> Traces:
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        for _ in range(ATTEMPTS):
+        for _ in range(ATTEMPTS if threading.active_count() > 1 else 1):
             random_states = _random_states()
             by_mode[mode] = _trace(root, mode)
             if _random_states() == random_states:
@@ -321,12 +320,18 @@ class _DrawsError(Exception):
 
 
 class _RefusesToDraw(TorchDispatchMode):
-    """Lets no operation of PyTorch that is not recorded draw random numbers, in this thread."""
+    """Lets no operation that is not recorded draw from PyTorch's own generators, in this thread."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True imports PyTorch's compiler, which keeps methods of ``nn.Module``, while torch.fx replaces them.
+        return False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
+        is_random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+        if is_random and (kwargs or {}).get("generator") is None:
             raise _DrawsError
         return function(*args, **(kwargs or {}))
 
@@ -486,7 +491,7 @@ def profile_graph(network: nn.Module, traces: Traces, image_size: int | None) ->
         counter = FlopCounterMode(display=False)
         profiler = _Profiler(root, traces.evaluation.graph, counter)
         try:
-            with torch.no_grad(), counter:
+            with TRACING, torch.no_grad(), counter:
                 profiler.run(images)
         except Exception as error:  # on images of a wrong size a network can raise any exception
             reason = reason or first_line(error)

@@ -108,7 +108,10 @@ def _tracked_files(root: Path) -> list[Path]:
     if not (root / ".git").exists():
         return []
     command = ["git", "ls-files", "-z", "*.py"]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a clone on a machine without git
+        return []
     return [path for name in listed.stdout.split("\0") if name and (path := root / name).exists()]
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -437,7 +438,7 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
     [
         (SwitchesGradients, "switches gradients off"),
         (DrawsNumbers, "draws random numbers"),
-        (DrawsFromAGenerator, "draws random numbers"),
+        (DrawsFromAGenerator, "gives other outputs in training mode"),
         (DrawsWithPython, "draws random numbers"),
         (DrawsWithNumpy, "draws random numbers"),
         (AssignsBuffer, "changes count, which|as buffer 'count'"),  # the latter by PyTorch 2.6
@@ -487,11 +488,23 @@ def test_another_thread_calls_modules_while_a_network_is_traced():
     assert [(1, 2)] * len(MODES) == CALLED
 
 
-def test_networks_are_traced_in_several_threads(monkeypatch):
-    """One after the other: torch.fx has one tracer."""
+def test_networks_are_traced_one_after_the_other(monkeypatch):
+    """torch.fx has one tracer for all threads."""
+    trace, running, most = tracing._Tracer.run, [], []
+
+    def run(self, root):
+        running.append(root)
+        most.append(len(running))
+        time.sleep(0.02)  # for the other thread
+        found = trace(self, root)
+        running.remove(root)
+        return found
+
+    monkeypatch.setattr(tracing._Tracer, "run", run)
     with ThreadPoolExecutor(4) as pool:
         networks = list(pool.map(lambda _: Backbone(Plain(), ["first"]), range(8)))
     assert {network.num_exits for network in networks} == {2}
+    assert max(most) == 1
 
 
 def test_another_thread_draws_random_numbers_while_a_network_is_traced(monkeypatch):
@@ -512,6 +525,12 @@ def test_a_refused_image_size_changes_nothing():
 
 def find_cuts_classifier(network):
     return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def test_a_layer_that_knows_no_size_yet_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        Backbone(network, ["0"])
 
 
 def test_a_buffer_that_could_not_be_loaded_is_refused():

@@ -581,6 +581,14 @@ def test_the_predictor_needs_no_pytorch(export_path):
 
 
 @needs_onnx
+def test_policies_of_other_weights_are_not_exported(exported, tmp_path):
+    curve = replace(exported[1], fingerprint="another")
+    with pytest.raises(UserError, match="policies of another network, or of other weights"):
+        export_onnx(exported[0], tmp_path / "network.onnx", curve)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
 def test_another_programs_network_json_stays(exported, tmp_path):
     for content in ("{}", "[", '{"format": "tf"}'):
         (tmp_path / "network.json").write_text(content, encoding="utf-8")

@@ -59,6 +59,12 @@ def test_few_images_make_no_ensemble(network):
     }
 
 
+def test_logits_in_half_precision_are_fitted_in_float32():
+    logits, targets = make_predictions(2000)
+    half = (4 * logits).half()  # sums over so many images are more than half precision can hold
+    assert fit_full_policy(half, targets) == fit_full_policy(half.float(), targets)
+
+
 @pytest.mark.parametrize("num_points", [40, 0])
 def test_policies_certified_on_images_that_did_not_set_their_thresholds(network, num_points):
     val = make_predictions(400)

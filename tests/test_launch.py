@@ -347,9 +347,16 @@ def test_a_process_that_cannot_be_forked_leaves_nothing_behind(tmp_path):
     ]
 
 
-def test_a_second_signal_stops_at_once():
+def test_a_second_signal_stops_at_once(monkeypatch):
+    """But Slurm, and systemd and torchrun together, send the same one twice."""
+    now = [100.0]
+    monkeypatch.setattr("engine.runtime.signals.time.monotonic", lambda: now[0])
     with handle_signals() as requests, requests.deferred():
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.stop_signal == signal.SIGTERM
+        now[0] += 1
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
 

@@ -9,7 +9,7 @@ import torch
 
 from dataloader import load_data
 from engine.checkpoint import LoadedNetwork
-from engine.run_data import data_for_new_run
+from engine.run_data import data_for_new_run, load_run_data
 from engine.runtime.distributed import Processes
 from image_data import data_sets
 from image_data.split import Role, choose_held_out, choose_test, roles_in
@@ -189,6 +189,22 @@ def test_the_same_images_are_held_out_in_another_copy_of_cifar(tmp_path, monkeyp
     images[before.split.held_out[0]] += 1
     with pytest.raises(UserError, match="not those of the checkpoint"):
         data_of(order, stored=before.info, split=split)
+
+
+def test_processes_that_find_other_images_are_refused():
+    """As on two machines of which one lacks a file: each would hold out other images."""
+    session = SimpleNamespace(
+        settings=parse("GE", ["--val-size", "10"]).settings(),
+        processes=Processes(0, 1, CPU, ()),
+        log=SimpleNamespace(line=lambda text: None),
+    )
+    assert load_run_data(session).val.num_images == 10
+    other = 5  # the number of the other process, which differs
+    session.processes = SimpleNamespace(
+        device=CPU, shard=None, all_reduce_max=lambda number: max(number, -other if number < 0 else other)
+    )
+    with pytest.raises(UserError, match="find different images: --data-root must hold the same ones"):
+        load_run_data(session)
 
 
 def test_held_out_images_are_neither_trained_on_nor_augmented(image_folder):

@@ -212,14 +212,15 @@ def test_compiled_step_agrees(stage, monkeypatch):
     assert_close(ours, expected)
 
 
+class Overflowing(WithoutNormalisation):
+    factor = 1e38
+
+    def forward(self, images, targets):
+        losses, logits = super().forward(images, targets)
+        return losses * self.factor, logits
+
+
 def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
-    class Overflowing(WithoutNormalisation):
-        factor = 1e38
-
-        def forward(self, images, targets):
-            losses, logits = super().forward(images, targets)
-            return losses * self.factor, logits
-
     chosen = settings("--amp", "fp16")
     objective = Overflowing().float()
     stepper, meters = Stepper(objective, chosen, ALONE), Meters(1, torch.device("cpu"), only_finite=True)
@@ -241,6 +242,22 @@ def test_steps_that_overflow_in_half_precision_are_skipped_and_counted():
     assert stepper.was_skipped
     assert meters.totals[0] == images_before
     assert meters.totals.isfinite().all()
+
+
+def test_a_first_step_that_overflows_leaves_no_momentum():
+    """Fused SGD makes buffers for it and then writes nothing; deterministic settings fill them with NaN."""
+    images, targets = batch()
+    weights = []
+    for factors in ([1e38, 1.0, 1.0], [1.0, 1.0]):
+        torch.manual_seed(0)
+        objective = Overflowing().float()
+        stepper = Stepper(objective, settings("--amp", "fp16", "--momentum", "0.9"), ALONE)
+        torch.use_deterministic_algorithms(True)
+        for factor in factors:
+            objective.factor = factor
+            stepper.step(images.float(), targets, 0.01, lambda *_: None)
+        weights.append(objective.network.weight.clone())
+    torch.testing.assert_close(*weights)
 
 
 class ChangesBuffer(WithoutNormalisation):

@@ -613,9 +613,10 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
         data = SimpleNamespace(info=found, split=Split(torch.tensor(held_out), digests))
         return held_out_are_new(settings, loaded, data, network)
 
-    other, imagenet, cifar = (
+    other, imagenet, copied = (
         replace(info, fingerprint="second", name=name) for name in ("folder", "imagenet", "cifar100")
     )
+    cifar = replace(copied, class_names=["c", "d"])
     none, others = names[:0], names + 10
     known = {"data": info, "split": split, "flag": True}
     seen = {**known, "flag": False}
@@ -636,6 +637,7 @@ def test_whether_held_out_images_are_new_to_the_weights_is_known_or_false():
         "images without names": (is_new(other, digests=none, **known), False),
         "a shipped network": (is_new(other, **unlisted), False),
         "a shipped network, another data set": (is_new(cifar, **unlisted), True),
+        "a shipped network, another data set with its classes": (is_new(copied, **unlisted), False),
         "a released network": (is_new(other, **released), False),
         "a released network, another data set": (is_new(cifar, **released), True),
         "an incomplete split, the same images": (is_new(info, **incomplete), True),

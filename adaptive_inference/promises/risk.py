@@ -9,11 +9,13 @@ curve of policies. The others test these one after another, from the full networ
 first one that may lose too much. A loss is 1 for an image on which the policy is wrong and the full network
 right, -1 the other way round, 0 otherwise; or 1 for every image with another class ("disagreement").
 
-The promise: P(mean loss on new images > limit) is at most 1 - level, over the draw of the held-out images, if
-new images come from the same distribution. ``docs/promises.md`` has the method and its conditions.
+The promise: P(expected loss on a new image > limit) is at most 1 - level, over the draw of the held-out
+images, if these and new images are drawn independently from one distribution. ``docs/promises.md`` has the
+method and its conditions.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -208,7 +210,9 @@ def _binomial_tail(count: int, trials: int, chance: float) -> float:
     numbers = torch.arange(count + 1, dtype=torch.float64)
     logs = -(torch.lgamma(numbers + 1) + torch.lgamma(trials - numbers + 1))
     logs += math.lgamma(trials + 1) + numbers * math.log(chance) + (trials - numbers) * math.log1p(-chance)
-    return min(float(logs.exp().sum()), 1.0)
+    return min(
+        max(float(logs.exp().sum()), sys.float_info.min), 1.0
+    )  # not 0: a level of 100 % is never reached
 
 
 @lru_cache(maxsize=100_000)

@@ -1,15 +1,19 @@
 """SIGINT, SIGTERM and the end of the terminal (SIGHUP) stop a run; SIGUSR1 makes it save and continue.
 
 In training the first signal ends the step, saves, and says how to resume; elsewhere, and at a second signal,
-the run stops at once.
+the run stops at once. What comes within ``REPEATED_WITHIN`` seconds is the first signal again: Slurm sends
+SIGTERM twice, and so do systemd and torchrun together.
 """
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils import UserError
+
+REPEATED_WITHIN = 1.0
 
 
 class Interrupted(BaseException):
@@ -33,11 +37,12 @@ class SignalRequests:
         is_immediate: Whether the first signal that asks to stop already raises ``Interrupted``.
         is_held: Whether no signal raises.
         has_raised: Whether a signal has raised ``Interrupted``.
+        stopped_at: When the first signal that asked to stop came, by ``time.monotonic``.
     """
 
     def __init__(self) -> None:
         self.stop_signal, self.save, self.is_immediate, self.is_held = 0, False, True, False
-        self.has_raised = False
+        self.has_raised, self.stopped_at = False, 0.0
 
     def reason(self, error: BaseException) -> BaseException:
         """Return why a run ends with ``error``: the signal, where code replaced ``Interrupted`` by an error.
@@ -93,8 +98,11 @@ def handle_signals() -> Iterator[SignalRequests]:
         return
 
     def stop(number: int, frame: object) -> None:
-        is_first, requests.stop_signal = not requests.stop_signal, number
-        if not requests.is_held and (requests.is_immediate or not is_first):
+        if not requests.stop_signal:
+            requests.stopped_at = time.monotonic()
+        requests.stop_signal = number
+        is_second = time.monotonic() - requests.stopped_at > REPEATED_WITHIN
+        if not requests.is_held and (requests.is_immediate or is_second):
             requests.has_raised = True
             raise Interrupted(number)
 
