@@ -162,7 +162,7 @@ class AdaptivePredictor:
             batch_size: Images that are preprocessed and predicted at a time.
 
         Raises:
-            TypeError: ``images`` is a single path or image, or has no length.
+            TypeError: ``images`` is a single path or image, or no sequence.
             ValueError: ``preprocess`` is missing here and in the predictor, or the network has no
                 description.
             UserError: An image cannot be read.
@@ -170,8 +170,8 @@ class AdaptivePredictor:
         """
         if isinstance(images, (str, os.PathLike)):
             raise TypeError(f"images is the path {os.fspath(images)!r}; pass a list of paths or PIL images")
-        if not hasattr(images, "__len__"):
-            raise TypeError(f"images is a {type(images).__name__}; pass a list of paths or PIL images")
+        if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+            raise TypeError(f"images is of type {type(images).__name__}; pass a list of paths or PIL images")
         preprocess = preprocess or self.preprocess
         if preprocess is None:
             raise ValueError("preprocess is missing: pass image_data.preprocessing.preprocess")

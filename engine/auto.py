@@ -48,7 +48,7 @@ def resolve_auto(
         # A small network keeps a GPU waiting for its kernels to start, also where it is frozen.
         share = 1.0 if on_gpu else compile_speedup_share
         is_long = settings.epochs * operations_per_process * share > COMPILING_PAYS
-        # Synchronised batch normalisation leaves little to compile: it ends a graph at every layer.
+        # Synchronised batch normalisation leaves little to compile: every such layer ends a graph.
         is_long = is_long and not (settings.sync_bn and processes.world_size > 1)
         modes = []
         if is_long:

@@ -152,7 +152,7 @@ def _train_in_process(
         log.open(directory.tensorboard, checkpoint["epoch"] + 1 if checkpoint else 0)
         progress = train(trainer, checkpoint)
         del trainer  # the evaluation needs no optimizer and no moving average
-        gc.collect()  # which refer to each other
+        gc.collect()  # the trainer and its interruptions refer to each other
         stage.check_result(network, description)  # the last epoch
         best = load_saved(directory.best)
         load_weights(network, best.network.state_dict())
@@ -467,7 +467,7 @@ def _log_setup(network: ExitNetwork, data: Data, operations: list[int], session:
 
 
 def _delete_old_run(directory: RunDirectory) -> None:
-    if directory.run_json.exists() or directory.log_file.exists():  # else TensorBoard's is another program's
+    if directory.run_json.exists() or directory.log_file.exists():  # else the folder is another program's
         shutil.rmtree(directory.tensorboard, ignore_errors=True)
     for path in directory.files:
         path.unlink(missing_ok=True)

@@ -76,10 +76,15 @@ def load_run_data(
 
 
 def _check_same_images(processes: Processes, data: Data) -> None:
-    """Raise UserError if the processes found different images: each would hold out others."""
+    """Raise UserError if the processes found different images, by names, numbers and classes.
+
+    Each would hold out others.
+    """
     counts = [batches.num_images for batches in (data.train, data.val, data.test)]
     digest = hashlib.sha256(f"{data.info.fingerprint} {counts}".encode())
     digest.update(data.split.held_out.numpy().tobytes())
+    for batches in (data.train, data.val, data.test):
+        digest.update(torch.as_tensor(batches.targets).cpu().numpy().tobytes())
     number = int.from_bytes(digest.digest()[:7], "little")
     if processes.all_reduce_max(number) != -processes.all_reduce_max(-number):
         raise UserError(

@@ -320,7 +320,7 @@ class _DrawsError(Exception):
 
 
 class _RefusesToDraw(TorchDispatchMode):
-    """Lets no operation that is not recorded draw from PyTorch's own generators, in this thread."""
+    """Lets no operation that is not recorded draw random numbers that change from pass to pass."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -331,9 +331,17 @@ class _RefusesToDraw(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         is_random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
-        if is_random and (kwargs or {}).get("generator") is None:
+        if is_random and not _is_freshly_seeded((kwargs or {}).get("generator")):
             raise _DrawsError
         return function(*args, **(kwargs or {}))
+
+
+def _is_freshly_seeded(generator: torch.Generator | None) -> bool:
+    """Return True if a generator gives the same numbers in every pass, as one that a forward method seeds."""
+    if generator is None:
+        return False
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    return torch.equal(generator.get_state(), fresh.get_state())
 
 
 def _random_states() -> list[Any]:

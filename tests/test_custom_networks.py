@@ -166,11 +166,17 @@ class DrawsNumbers(Plain):
 
 
 GENERATOR = torch.Generator()
+torch.rand((), generator=GENERATOR)
 
 
 class DrawsFromAGenerator(Plain):
     def between(self, x):
         return x + torch.randn(8, 1, 1, generator=GENERATOR)
+
+
+class SeedsAGenerator(Plain):
+    def between(self, x):
+        return x + torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(5))
 
 
 class DrawsWithPython(Plain):
@@ -400,6 +406,7 @@ KEPT = [
     Hooked,
     Expanded,
     AssignsTheSame,
+    SeedsAGenerator,
 ]
 
 
@@ -438,7 +445,7 @@ def test_outputs_statistics_folding_and_files(kind, tmp_path):
     [
         (SwitchesGradients, "switches gradients off"),
         (DrawsNumbers, "draws random numbers"),
-        (DrawsFromAGenerator, "gives other outputs in training mode"),
+        (DrawsFromAGenerator, "draws random numbers"),
         (DrawsWithPython, "draws random numbers"),
         (DrawsWithNumpy, "draws random numbers"),
         (AssignsBuffer, "changes count, which|as buffer 'count'"),  # the latter by PyTorch 2.6
@@ -508,9 +515,15 @@ def test_networks_are_traced_one_after_the_other(monkeypatch):
 
 
 def test_another_thread_draws_random_numbers_while_a_network_is_traced(monkeypatch):
-    states = iter([0, 1])  # what a network draws, every attempt draws
-    monkeypatch.setattr(tracing, "_random_states", lambda: next(states, 1))
-    assert Backbone(Plain(), ["first"]).num_exits == 2
+    for number_of_threads in (2, 1):
+        states = iter([0, 1])  # what a network draws, every attempt draws
+        monkeypatch.setattr(tracing, "_random_states", lambda states=states: next(states, 1))
+        monkeypatch.setattr(tracing.threading, "active_count", lambda number=number_of_threads: number)
+        if number_of_threads == 1:
+            with pytest.raises(ValueError, match="draws random numbers"):
+                Backbone(Plain(), ["first"])
+        else:
+            assert Backbone(Plain(), ["first"]).num_exits == 2
 
 
 def test_a_refused_image_size_changes_nothing():

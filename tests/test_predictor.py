@@ -1,9 +1,11 @@
 """Stopping early predicts what the simulation does, at the same exits, and runs nothing else."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from adaptive_inference.confidence import MEASURES, confidence_by_exit
 from adaptive_inference.policies import Policy
@@ -191,8 +193,9 @@ def test_images_without_finite_output_are_named_by_their_places_in_the_list():
 
 def test_a_single_path_is_no_list_of_images():
     predictor = AdaptivePredictor(make_network(1), Policy((ALL,) * 3))
-    with pytest.raises(TypeError, match="pass a list of paths"):
-        predictor.predict_images("photo.jpg")
+    for images in ("photo.jpg", Path("photo.jpg"), Image.new("RGB", (4, 4)), {"photo.jpg"}, iter([])):
+        with pytest.raises(TypeError, match="pass a list of paths"):
+            predictor.predict_images(images)
 
 
 def test_bytes_are_normalised():

@@ -9,11 +9,10 @@ Example:
 
 The score of an image is the log-sum-exp of the logits of the exit that predicted it. Its conformal p-value is
 the share of earlier scores, held-out ones and those of the stream, that are larger (ties are broken at
-random). Bets against uniform
-p-values multiply a capital that starts at 1. For images like the held-out ones it is a martingale,
-so it ever reaches 1 / level with a probability of at most ``level`` (Ville's inequality), however often one
-looks. ``docs/promises.md`` has the method, what it cannot see, and its limits; ``experiments/drift.py``
-measures false alarms and delays.
+random). Bets against uniform p-values multiply a capital that starts at 1. For images like the held-out ones
+it is a martingale, so it ever reaches 1 / level with a probability of at most ``level`` (Ville's inequality),
+however often one looks. ``docs/promises.md`` has the method, what it cannot see, and its limits;
+``experiments/drift.py`` measures false alarms and delays.
 """
 
 from dataclasses import dataclass

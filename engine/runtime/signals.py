@@ -1,8 +1,8 @@
 """SIGINT, SIGTERM and the end of the terminal (SIGHUP) stop a run; SIGUSR1 makes it save and continue.
 
 In training the first signal ends the step, saves, and says how to resume; elsewhere, and at a second signal,
-the run stops at once. What comes within ``REPEATED_WITHIN`` seconds is the first signal again: Slurm sends
-SIGTERM twice, and so do systemd and torchrun together.
+the run stops at once. One that is handled within ``REPEATED_WITHIN`` seconds is the first signal again: Slurm
+sends SIGTERM twice, and so do systemd and torchrun together.
 """
 
 import signal
@@ -54,7 +54,7 @@ class SignalRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note the first signal that asks to stop within the block; a second one raises."""
+        """Note the first signal that asks to stop, and its repetitions, within the block; a second raises."""
         with self._mode(is_immediate=False):
             yield
 
@@ -88,9 +88,9 @@ class SignalRequests:
 def handle_signals() -> Iterator[SignalRequests]:
     """Handle signals within the block.
 
-    SIGINT, SIGTERM and SIGHUP raise ``Interrupted``, except that the first one is only noted in a
-    ``deferred`` block; SIGUSR1 is only noted, and SIGHUP stays ignored where it is, as under ``nohup``. In a
-    thread other than the main one, where Python handles no signals, nothing is changed.
+    SIGINT, SIGTERM and SIGHUP raise ``Interrupted``, except that the first one and its repetitions are only
+    noted in a ``deferred`` block; SIGUSR1 is only noted, and SIGHUP stays ignored where it is, as under
+    ``nohup``. In a thread other than the main one, where Python handles no signals, nothing is changed.
     """
     requests = SignalRequests()
     if threading.current_thread() is not threading.main_thread():
