@@ -152,9 +152,8 @@ def _refuse_foreign(path: Path) -> None:
         return
     except (OSError, ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or not str(content.get("format")).startswith(
-        FORMAT.rstrip("0123456789")
-    ):
+    written_by = str(content.get("format")) if isinstance(content, dict) else ""
+    if not written_by.startswith(FORMAT.rstrip("0123456789")):  # of any version
         raise UserError(f"{path} was not written by an export: choose another directory, or remove it")
 
 
@@ -177,7 +176,8 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
     if any(point.policy.measure != "softmax" for point in points):
         measure = points[0].policy.measure
         raise UserError(f"an ONNX file compares softmax only; these policies compare {measure}")
-    if curve is not None and curve.fingerprint != network_fingerprint(network):
+    fingerprint = network_fingerprint(network)
+    if curve is not None and curve.fingerprint != fingerprint:
         raise UserError(
             f"these are policies of another network, or of other weights: {curve.network_description}"
         )
@@ -185,7 +185,7 @@ def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]
     return {
         "format": FORMAT,
         "network": describe(network),
-        "fingerprint": network_fingerprint(network),
+        "fingerprint": fingerprint,
         "confidence": "softmax",
         "class_names": list(data.class_names),
         "image_size": data.image_size,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import first_line
 from .locks import TRACING
 from .module_state import Snapshot, is_expanded
-from .tracing import ATTEMPTS, Segment, TracedRoot, Traces, probe_images, set_mode
+from .tracing import Segment, TracedRoot, Traces, num_attempts, probe_images, set_mode
 
 # By kind, mode and name: ``outputs`` (the name is empty), ``values`` of buffers, ``gradients`` of parameters.
 Results = dict[tuple[str, str, str], Tensor]
@@ -60,7 +60,7 @@ def check_segments(
             x = segment.function(mode)(root, x)
         return torch.cat([x, linear(x)], dim=1)
 
-    for _ in range(ATTEMPTS):
+    for _ in range(num_attempts()):
         with TRACING, _changed_weights(network):
             expected = _results(network, run_network, image_size)
             found = _results(network, run_segments, image_size)

@@ -38,7 +38,6 @@ PREFIX = "network."  # the traced network is the attribute ``network`` of the ro
 MODES = ("evaluation", "training")
 PROBE_SIZES = (224, 64, 128, 256, 32, 28, 96, 160, 192, 240, 288, 299, 320, 384, 448, 512, 518)  # pixels
 PROBE_BATCH = 2
-ATTEMPTS = 3  # to trace, if Python or NumPy drew random numbers meanwhile: another thread may have done that
 DRAWS = "draws random numbers that a trace would fix; use nn.Dropout or torch.rand_like(x)"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Their subclasses are leaves too, such as timm's: what they add must not hide what they are.
@@ -177,7 +176,7 @@ def trace_both_modes(network: nn.Module) -> Traces:
     root = TracedRoot(network)
     by_mode = {}
     for mode in MODES:
-        for _ in range(ATTEMPTS if threading.active_count() > 1 else 1):
+        for _ in range(num_attempts()):
             random_states = _random_states()
             by_mode[mode] = _trace(root, mode)
             if _random_states() == random_states:
@@ -195,6 +194,11 @@ def trace_both_modes(network: nn.Module) -> Traces:
             "such as a loop over parameters(); read them as attributes"
         )
     return Traces(by_mode, constants)
+
+
+def num_attempts() -> int:
+    """Return how often to try what fails if random numbers are drawn meanwhile: other threads may do that."""
+    return 3 if threading.active_count() > 1 else 1
 
 
 def _trace(root: TracedRoot, mode: str) -> Trace:

@@ -210,9 +210,8 @@ def _binomial_tail(count: int, trials: int, chance: float) -> float:
     numbers = torch.arange(count + 1, dtype=torch.float64)
     logs = -(torch.lgamma(numbers + 1) + torch.lgamma(trials - numbers + 1))
     logs += math.lgamma(trials + 1) + numbers * math.log(chance) + (trials - numbers) * math.log1p(-chance)
-    return min(
-        max(float(logs.exp().sum()), sys.float_info.min), 1.0
-    )  # not 0: a level of 100 % is never reached
+    # Never 0, as sums of tiny chances are rounded: nothing has a level of confidence of 100 %.
+    return min(max(float(logs.exp().sum()), sys.float_info.min), 1.0)
 
 
 @lru_cache(maxsize=100_000)
