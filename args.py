@@ -247,7 +247,7 @@ def build_parser(stage: str) -> CommandLineParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    network = "network" if own.previous is None else "network (that of stage 1; new with --single-stage)"
+    network = "network" if own.is_first else "network (that of stage 1; new with --single-stage)"
     groups: dict[str, Callable[[Callable], None]] = {
         "often used": _add_common,
         "run": _add_run,
@@ -635,7 +635,7 @@ def _add_optimisation(add: Callable) -> None:
         "--accumulate",
         type=at_least(1),
         metavar="N",
-        help="run a step's images in N parts, for less memory; the batch size stays",
+        help="run each batch as N micro-batches, for less memory; the gradient is that of the batch",
     )
 
 
@@ -692,6 +692,11 @@ class StageSpec(NamedTuple):
     add_flags: Callable[[Callable], None]
     previous: str | None = None
     inherits_data: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no stage comes before this one."""
+        return self.previous is None
 
     @property
     def program(self) -> str:

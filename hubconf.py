@@ -16,26 +16,31 @@ from typing import Any
 
 dependencies = ["torch", "safetensors"]
 _NAME = "imta_msdnet"
+_ROOT = Path(__file__).resolve().parent
 
 
 def imta_cifar100() -> Any:
     """Return an IMTA network (GE + ISC + OFA) for CIFAR-100, 5 exits."""
-    return _models().load("imta_cifar100")
+    return _load("imta_cifar100")
 
 
 def msdnet_cifar100() -> Any:
     """Return an MSDNet with GE for CIFAR-100, 5 exits."""
-    return _models().load("msdnet_cifar100")
+    return _load("msdnet_cifar100")
 
 
 def msdnet_boosted_cifar100() -> Any:
     """Return an MSDNet with GE and boosted exits for CIFAR-100, 5 exits."""
-    return _models().load("msdnet_boosted_cifar100")
+    return _load("msdnet_boosted_cifar100")
+
+
+def _load(name: str) -> Any:
+    return _models().load(_ROOT / "weights" / f"{name}.safetensors")
 
 
 def _models() -> ModuleType:
     """Import the package ``models`` beside this file under its private name."""
-    folder = Path(__file__).resolve().parent / "models"
+    folder = _ROOT / "models"
     loaded = sys.modules.get(_NAME)
     if loaded is not None and loaded.__path__ == [str(folder)]:
         return loaded

@@ -112,7 +112,10 @@ class Stage2(Stage):
         return Stage2Objective(network, settings)
 
     def frozen_digest(self, network: IMTA) -> str | None:
-        """Return a digest of what is frozen, None if nothing is; BatchNorm that may move is left out."""
+        """Return a digest of the frozen backbone, None if it is trained.
+
+        With --backbone-bn moving it leaves out the running statistics, which follow the batches.
+        """
         if not network.freeze_backbone:
             return None
         backbone = network.backbone
@@ -143,7 +146,7 @@ def _stage_1_beside(command: CommandLine) -> Path:
     Raises:
         UserError: There is none.
     """
-    path = RunDirectory(command.save_directory.parent / command.stage.previous).best
+    path = RunDirectory(command.save_directory.parent / command.spec.previous).best
     if not path.exists():
         raise UserError(
             f"there is no stage-1 checkpoint {path}: "

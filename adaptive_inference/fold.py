@@ -30,16 +30,12 @@ class FoldedNetwork(ExitNetwork, register=False):
     Args:
         network: Folded, in evaluation mode.
         fingerprint: Fingerprint of the network before folding (``fingerprint.network_fingerprint``).
-        dtype: Data type of its weights.
         memory_format: Memory format of its weights.
     """
 
-    def __init__(
-        self, network: ExitNetwork, fingerprint: str, dtype: torch.dtype, memory_format: torch.memory_format
-    ):
+    def __init__(self, network: ExitNetwork, fingerprint: str, memory_format: torch.memory_format):
         super().__init__()
-        self.network, self.fingerprint = network, fingerprint
-        self.dtype, self.memory_format = dtype, memory_format
+        self.network, self.fingerprint, self.memory_format = network, fingerprint, memory_format
         self.config, self.description = network.config, network.description
         self.num_exits, self.num_classes = network.num_exits, network.num_classes
         self.feature_dims, self.boosted = network.feature_dims, network.boosted
@@ -85,7 +81,8 @@ class FoldedNetwork(ExitNetwork, register=False):
             yield f"network.{name}", parameter
 
     def _cast(self, images: Tensor) -> Tensor:
-        return images.to(dtype=self.dtype, memory_format=self.memory_format)
+        dtype = next(self.network.parameters()).dtype
+        return images.to(dtype=dtype, memory_format=self.memory_format)
 
 
 def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | None = None) -> FoldedNetwork:
@@ -94,7 +91,7 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     Args:
         network: Any network with exits; it is not changed.
         channels_last: Weights and activations in the memory layout in which convolutions are faster on most
-            devices.
+            devices, if the network can run in it.
         dtype: Type of weights and activations, None for the network's. ``engine.runtime.precision`` finds
             the fastest one.
 
@@ -107,10 +104,11 @@ def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | 
     original = network.network if isinstance(network, FoldedNetwork) else network
     folded = detached_copy(original).eval().requires_grad_(False)
     folded.fold_batch_norm(fuse)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    uses_channels_last = channels_last and folded.stage_1.can_run_channels_last()
+    memory_format = torch.channels_last if uses_channels_last else torch.contiguous_format
     folded.to(dtype=dtype)
     set_memory_format(folded, memory_format)
-    return FoldedNetwork(folded, fingerprint, next(folded.parameters()).dtype, memory_format)
+    return FoldedNetwork(folded, fingerprint, memory_format)
 
 
 def fuse(layer: nn.Module, norm: nn.Module, is_2d: bool = False) -> nn.Module | None:

@@ -241,7 +241,7 @@ class AdaptivePredictor:
             )
         if self._normalize is None or self._normalize.device != images.device:
             self._normalize = Normalizer(description.data.mean, description.data.std, images.device)
-        return self._normalize(images)
+        return self._normalize(images).to(next(self.network.parameters()).dtype)
 
 
 def simulate(logits: Tensor, policy: Policy) -> Prediction:

@@ -32,7 +32,8 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     def update(averages: list[Tensor], values: list[Tensor], num_updates: Tensor) -> None:
         weight = 1 - ((1 + num_updates) / (10 + num_updates)).clamp(max=decay)
         for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, weight.to(average.dtype))
+            # Frozen weights stay as they are, bit for bit; ``lerp_`` would turn -0.0 into 0.0.
+            average.sub_((average - value) * weight.to(average.dtype))
 
     return AveragedModel(network, multi_avg_fn=update)
 

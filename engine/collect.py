@@ -62,7 +62,7 @@ def accuracy_per_exit(
         UserError: None of the images can be read.
     """
     network.eval()
-    # Images, which of them were right by top-1 and top-5, and losses, for every exit.
+    # Rows: images, correct by top-1, correct by top-5, summed losses; a column per exit.
     totals = torch.zeros(4, network.num_exits, dtype=torch.float64, device=processes.device)
     for images, labels in batches:
         logits = torch.stack(network(images))

@@ -47,8 +47,7 @@ def checkpoint_to_resume(
         raise UserError(
             f"{directory.last} was written by train_{description.stage}.py; resume with that program"
         )
-    recipe = description.recipe
-    command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or description.origin})
+    command.refuse_changes(description.recipe, description.origin)
     return checkpoint
 
 

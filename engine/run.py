@@ -57,7 +57,7 @@ from utils import UserError, one_line, print_error
 MAX_STEPS = 2**40  # of an epoch
 SECONDS_TO_APPEAR = 60  # on another machine, of a file in a network file system
 # Settings that a resumption may change and later evaluations read.
-READ_BY_EVALUATIONS = ("data_root", "measure")
+READ_BY_EVALUATIONS = ("data_root", "measure", "skip_unreadable")
 FEW_HELD_OUT_IMAGES = 200  # with fewer, the best epoch is largely a matter of chance
 
 
@@ -111,7 +111,7 @@ def _train_and_evaluate(command: CommandLine, stage: Stage, requests: SignalRequ
             origin_recipe=recipe_of(origin.network) if origin else None,
         )
         with (
-            training_processes(settings.batch_size, settings.gpu, requests) as processes,
+            training_processes(settings.batch_size, settings.gpu, requests, settings.accumulate) as processes,
             closing(Log(processes.is_main)) as log,
         ):
             # A resumed run also has a mode where none was requested: what "auto" chose when it began.
@@ -175,7 +175,7 @@ def _update_recipe(best: LoadedNetwork, description: Description) -> None:
 def _check_one_state(processes: Processes, checkpoint: dict[str, Any] | None) -> None:
     """Raise UserError if the processes have read different checkpoints: their folders are not one."""
     steps = -1 if checkpoint is None else checkpoint["epoch"] * MAX_STEPS + checkpoint["step"]
-    if processes.all_reduce_max(steps) != -processes.all_reduce_max(-steps):
+    if not processes.all_equal(steps):
         raise UserError(
             "the processes of this run find different checkpoints: --save must be a folder that all machines "
             "share"
@@ -337,7 +337,7 @@ def _settings_to_evaluate(command: CommandLine, saved: LoadedNetwork, directory:
         UserError: The command line changes what belongs to the network or its policies.
     """
     recipe = recipe_of(saved.network)
-    command.refuse_changes({**recipe, "pretrained": recipe.get("pretrained") or saved.description.origin})
+    command.refuse_changes(recipe, saved.description.origin)
     settings = command.settings(recipe={**recipe, "amp": "auto", "compile": "off"})
     if settings.evalmode != "runtime":
         return settings
@@ -419,13 +419,16 @@ def _describe(
     origin: LoadedNetwork | None,
 ) -> Description:
     settings = session.settings
+    recipe = to_plain_types(settings)
+    if settings.val_size is not None:  # those of the network it starts from may be fewer or more
+        recipe["val_size"] = len(data.split.held_out)
     return Description(
         network=to_config(network),
         data=data.info,
         operations=operations,
         stage=stage.name,
         title=stage.title(network, settings),
-        recipe=to_plain_types(settings),
+        recipe=recipe,
         seed=settings.seed,
         commit=git_commit(),
         origin=str(origin.path.resolve()) if origin else None,

@@ -88,7 +88,7 @@ def _check_same_images(processes: Processes, data: Data) -> None:
     for batches in (data.train, data.val, data.test):
         digest.update(torch.as_tensor(batches.targets).cpu().numpy().tobytes())
     number = int.from_bytes(digest.digest()[:7], "little")
-    if processes.all_reduce_max(number) != -processes.all_reduce_max(-number):
+    if not processes.all_equal(number):
         raise UserError(
             "the processes of this run find different images: --data-root must hold the same ones on all "
             "machines"

@@ -1,11 +1,11 @@
-"""One optimisation step: mixed precision, accumulation over parts of the batch, several devices.
+"""One optimisation step: mixed precision, accumulation over micro-batches, several devices.
 
 Example:
     stepper = Stepper(objective, settings, processes)
     stepper.step(images, targets, learning_rate, meters.update)
 
 An objective is a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with an ``ExitNetwork`` as
-``network``. Its parameters that require a gradient learn.
+``network``. Only its parameters with ``requires_grad`` are trained.
 """
 
 import logging
@@ -150,14 +150,14 @@ class Stepper:
     ) -> None:
         """Take a step on this process's share of a batch, without waiting for the device (except in fp16).
 
-        With ``accumulate`` the batch is processed in parts. They count by their sizes, so the gradient is
-        that of the mean loss over the whole batch. Batch normalisation sees one part at a time.
+        With ``accumulate``, gradients are summed over micro-batches, weighted by their sizes: the gradient is
+        that of the mean loss over the whole batch. BatchNorm normalises each micro-batch by itself.
 
         Args:
             images: (N, 3, H, W).
             targets: (N,).
             learning_rate: Learning rate of this step; ``lr_factor`` of a parameter group multiplies it.
-            observe: Called with losses (n,), logits (n, K, C) and targets (n,) of every part.
+            observe: Called with losses (n,), logits (n, K, C) and targets (n,) of every micro-batch.
         """
         if not self.is_prepared:
             self.prepare(images, targets)
@@ -165,15 +165,15 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         count = self.settings.accumulate
-        parts = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
-        for i, (part_images, part_targets) in enumerate(parts, start=1):
-            # Processes exchange gradients once, with the last part.
+        micro_batches = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
+        for i, (micro_images, micro_targets) in enumerate(micro_batches, start=1):
+            # Processes exchange gradients once, with the last micro-batch.
             defers_exchange = i < count and isinstance(model, DistributedDataParallel)
             with model.no_sync() if defers_exchange else nullcontext():
-                losses, logits = model(part_images, part_targets)
+                losses, logits = model(micro_images, micro_targets)
                 self.scaler.scale(losses.sum() / len(targets)).backward()
-            # At once: the next part may use the memory of a compiled graph's results.
-            observe(losses.detach(), logits.detach(), part_targets)
+            # At once: the next micro-batch may use the memory of a compiled graph's results.
+            observe(losses.detach(), logits.detach(), micro_targets)
         if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)

@@ -5,7 +5,7 @@
 Example:
     progress = train(Trainer(objective, description, data, session), checkpoint)
 
-A stage brings the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
+Each stage provides the objective, a module ``(images, targets) -> (losses (N,), logits (N, K, C))`` with the
 ``network`` that is trained.
 """
 
@@ -50,7 +50,7 @@ class Progress:
             held-out images.
         best_loss: Held-out loss of the best epoch, sum over exits.
         best_epoch: The best epoch, 0 before the first one.
-        seconds: Time spent on the present epoch.
+        seconds: Time spent on the current epoch.
         skipped_steps: Steps of the whole run that fp16 scaling left out, because a gradient was not finite.
         history: A row of figures for each epoch.
     """
@@ -157,7 +157,7 @@ def _refuse_own_parameters(objective: nn.Module) -> None:
 
 
 class Trainer:
-    """The state of a training, and its epochs. Making one writes no file.
+    """The training state and epoch loop of a run. Constructing it writes no file.
 
     Args:
         objective: The objective, whose ``network`` is trained.
@@ -250,7 +250,7 @@ class Trainer:
             raise UserError(f"the training step cannot be compiled: {problem}; --compile off trains without")
         session.log.line(f"training continues without compiled code: {problem}")
         self.stepper.train_eagerly()
-        # When it is resumed, it goes on like this.
+        # A resumed run trains eagerly, too.
         self.description = replace(self.description, recipe={**self.description.recipe, "compile": "off"})
 
     def _report(self) -> None:
@@ -347,8 +347,9 @@ class Trainer:
         """Measure the BatchNorm statistics of the average on the first training images of this epoch."""
         count = math.ceil(MEASURED_IMAGES / self.session.settings.batch_size)
         batches = islice(self.data.train.epoch(self.progress.epoch), count)
-        accumulate, processes = self.session.settings.accumulate, self.session.processes
-        parts = (part for images, _ in batches for part in images.tensor_split(accumulate))
+        processes = self.session.processes
+        num_parts = self.session.settings.accumulate * max(1, len(processes.gpu_ids))
+        parts = (part for images, _ in batches for part in images.tensor_split(num_parts))
         measure_batch_norm(self.average.module, self.network, parts, self.stepper.dtype, processes)
 
     def _save(self) -> None:
@@ -358,7 +359,7 @@ class Trainer:
         self.write_checkpoint(False, replace(self.progress, seconds=self._seconds()), totals)
 
     def _seconds(self) -> float:
-        """Return the time spent on the present epoch, that before an interruption included."""
+        """Return the time spent on the current epoch, that before an interruption included."""
         return self.progress.seconds + time.monotonic() - self.epoch_began
 
     def write_checkpoint(self, is_best: bool, progress: Progress, totals: Tensor) -> None:
@@ -367,7 +368,7 @@ class Trainer:
         Args:
             is_best: Whether this epoch is the best so far.
             progress: The position of the run to write.
-            totals: Sums of the present epoch, over all processes (``Meters.totals``).
+            totals: Sums of the current epoch, over all processes (``Meters.totals``).
         """
         if not self.session.processes.is_main:
             return

@@ -3,7 +3,7 @@
 Reading order:
 
 - the comparison: ``arms`` (trains and evaluates), ``tables`` (tables and plot of its results), ``markdown``;
-- other trainings: ``backbones`` (a pretrained network), ``small_data`` (few images);
+- other runs: ``backbones`` (a pretrained network), ``small_data`` (few images);
 - promises: ``risk`` (accuracy), ``deadlines`` (time), ``drift`` (the alarm), on ``corruptions``;
 - the shipped networks: ``ship``;
 - ``network_data``: a network's own images, for the measurements above.

@@ -47,9 +47,10 @@ KEPT_FILES = (
 
 
 class Schedule(NamedTuple):
-    """Settings that all arms share: the classes, the flags of both stages, and the folder of the results."""
+    """What all arms share: classes, epochs and flags of both stages, and the folder of the results."""
 
     every_nth_class: int
+    epochs: tuple[int, int]
     stage_1: list[str]
     stage_2: list[str]
     results: Path
@@ -62,6 +63,7 @@ _SAVING = ["--save-every-steps", "100"]
 SCHEDULES = {
     "short": Schedule(
         5,
+        (5, 3),
         ["--preset", "cifar100", "--val-size", "1000", "--epochs", "5", "--warmup-epochs", "1", *_SHORT],
         ["--epochs", "3", *_SHORT],
         RESULTS / "short",
@@ -69,6 +71,7 @@ SCHEDULES = {
     **{
         f"{epochs_1}_epochs": Schedule(
             1,
+            (epochs_1, epochs_2),
             [
                 *("--preset", "cifar100", "--epochs", str(epochs_1), "--warmup-epochs", "1", "--lr", "0.2"),
                 *_ONE_RECIPE,
@@ -78,7 +81,9 @@ SCHEDULES = {
         )
         for epochs_1, epochs_2 in ((10, 4), (30, 10), (100, 40))
     },
-    "published": Schedule(1, ["--preset", "cifar100"], ["--preset", "cifar100"], RESULTS / "published"),
+    "published": Schedule(
+        1, (300, 180), ["--preset", "cifar100"], ["--preset", "cifar100"], RESULTS / "published"
+    ),
 }
 
 

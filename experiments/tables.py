@@ -21,18 +21,13 @@ from experiments.markdown import markdown_table, spread
 from parsing import CommandLineParser
 from utils import UserError, atomic_write, print_error
 
+Accuracies = Callable[[Path], list[float]]  # of the folder of a run's results, in percent
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "results" / "README.md")
-SHORT, TRIALS, MEDIUM, LONG, PUBLISHED = (
-    SCHEDULES[name].results for name in ("short", "10_epochs", "30_epochs", "100_epochs", "published")
-)
-TRAINING = {
-    PUBLISHED: "100 classes, 300 + 180 epochs",
-    LONG: "100 classes, 100 + 40 epochs",
-    MEDIUM: "100 classes, 30 + 10 epochs",
-    SHORT: "20 classes, 5 + 3 epochs",
-}
-FULL_SCHEDULES = ("published", "100_epochs", "30_epochs")  # all classes, the longest first
+# The longest first; those of all classes, then all that are compared with what others report.
+FULL_SCHEDULES = ("published", "100_epochs", "30_epochs")
+COMPARED_SCHEDULES = (*FULL_SCHEDULES, "short")
 BUDGET = 28e6  # mean operations per image, of the summary
 BUDGETS = (1e7, 2e7, 3e7, 4e7, 5e7)  # operations per image
 
@@ -63,10 +58,6 @@ TITLES = {name: arm.title for name, arm in ARMS.items() if not name.endswith("_7
 # Not arms of the paper; shown beside its arms because they gain most.
 BOOSTED, BOOSTED_STAGE_2, BOOSTED_CONTROL = "GE_boosted", "GE_boosted_ISC_OFA", "GE_boosted_classifiers"
 BUDGETED_ARMS = (*MAIN_ARMS, "GE_ISC", "GE_OFA", "released_IMTA")
-EXIT_GROUPS = (slice(0, 2), slice(2, 5))  # of the network with 5 exits: the first two, the later ones
-# Standard error of an accuracy of 70 % on 10,000 test images: smaller gains of OFA are not called gains.
-TEST_SET_ERROR = 0.46  # points
-
 # (an arm, the arm whose gain on it is shown). In stage 2 both start from the same network of stage 1.
 STAGE_1_VARIANTS = ("GE_plain_engine", "released_GE", "GE_he", "GE_multistep", "GE_10_epochs", "GE_bf16")
 DIFFERENCES_1 = (("MSDNet", "GE"), *(("GE", arm) for arm in STAGE_1_VARIANTS))
@@ -136,28 +127,59 @@ def budget_accuracies(
     return [best_within(rows, budget)["test_acc1"] for budget in budgets]
 
 
+def within_budget(folder: Path) -> list[float]:
+    """Return the test accuracy within ``BUDGET``, by the paper's rule."""
+    return budget_accuracies(folder, budgets=[BUDGET])
+
+
+def first_exits(folder: Path) -> list[float]:
+    """Return the test accuracy of exits 1 and 2."""
+    return exit_accuracies(folder)[:2]
+
+
+def later_exits(folder: Path) -> list[float]:
+    """Return the test accuracy of the exits from the third on."""
+    return exit_accuracies(folder)[2:]
+
+
+# What two arms are compared by: the accuracies of the first, and of the second.
+METRICS: dict[str, tuple[Accuracies, Accuracies]] = {
+    "exits": (exit_accuracies, exit_accuracies),
+    "first-exits": (first_exits, first_exits),
+    "later-exits": (later_exits, later_exits),
+    "ensembles": (ensemble_accuracies, ensemble_accuracies),
+    "adding-ensembles": (exit_accuracies, ensemble_accuracies),
+    "budget": (within_budget, within_budget),
+}
+
+
 def read_log(folder: Path) -> list[dict]:
     """Return the epochs of a training log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def over_seeds(arm: str, results: Path, accuracies: Callable[[Path], list[float]]) -> list[str]:
+def runs_of(arm: str, schedule: str) -> list[Path]:
+    """Return the folders of an arm's results with a schedule, one per seed."""
+    return seeds_of(arm, SCHEDULES[schedule].results)
+
+
+def over_seeds(arm: str, schedule: str, accuracies: Accuracies) -> list[str]:
     """Return the columns and the number of seeds of an arm that was run, nothing of another."""
-    return spread_columns([accuracies(folder) for folder in seeds_of(arm, results)])
+    return spread_columns([accuracies(folder) for folder in runs_of(arm, schedule)])
 
 
 def comparison(
     published: list[list[str]],
     names: list[str],
-    arms_of: Callable[[Path], Iterable[str]],
-    accuracies: Callable[[Path], list[float]],
+    arms_of: Callable[[str], Iterable[str]],
+    accuracies: Accuracies,
 ) -> str:
     """Return what others report, then our runs, from the longest training to the shortest."""
     rows = [["100 classes, as reported", *row, ""] for row in published]
-    for results, training in TRAINING.items():
-        for arm in arms_of(results):
-            if columns := over_seeds(arm, results, accuracies):
-                rows.append([training, f"ours: {ARMS[arm].title}", *columns])
+    for schedule in COMPARED_SCHEDULES:
+        for arm in arms_of(schedule):
+            if columns := over_seeds(arm, schedule, accuracies):
+                rows.append([training(schedule), f"ours: {ARMS[arm].title}", *columns])
     return markdown_table(["training", "network", *names, "n"], rows)
 
 
@@ -168,23 +190,28 @@ def longest(*arms: str) -> str:
         UserError: There is none.
     """
     for name in FULL_SCHEDULES:
-        seeds = [{run.parent.name for run in seeds_of(arm, SCHEDULES[name].results)} for arm in arms]
+        seeds = [{run.parent.name for run in runs_of(arm, name)} for arm in arms]
         if set.intersection(*seeds):
             return name
     raise UserError(f"no schedule has results of {' and '.join(arms)} with one seed")
 
 
 def epochs_of(schedule: str) -> str:
-    """Return the epochs of a schedule of all classes in words."""
-    return TRAINING[SCHEDULES[schedule].results].removeprefix("100 classes, ")
+    """Return the epochs of a schedule in words."""
+    return "{} + {} epochs".format(*SCHEDULES[schedule].epochs)
 
 
-def shown_arms(results: Path) -> tuple[str, ...]:
+def training(schedule: str) -> str:
+    """Return the classes and epochs of a schedule in words."""
+    return f"{100 // SCHEDULES[schedule].every_nth_class} classes, {epochs_of(schedule)}"
+
+
+def shown_arms(schedule: str) -> tuple[str, ...]:
     """Return the arms to show beside what others report.
 
     Only in the runs of 100 epochs stage 2 keeps the boost of boosted exits.
     """
-    return (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2) if results == LONG else (*MAIN_ARMS, BOOSTED)
+    return (*MAIN_ARMS, BOOSTED, BOOSTED_STAGE_2) if schedule == "100_epochs" else (*MAIN_ARMS, BOOSTED)
 
 
 def precision_note(folders: Iterable[Path]) -> str:
@@ -195,109 +222,30 @@ def precision_note(folders: Iterable[Path]) -> str:
 
 def exits_table(schedules: Iterable[str] = FULL_SCHEDULES) -> str:
     """Return the accuracy of every exit, and at a budget, of the network with 5 exits and all classes."""
-    operations = [row["operations"] / 1e6 for row in read_csv(MEDIUM / "seed_1" / "GE" / "anytime.csv")]
+    first_run = runs_of("GE", "30_epochs")[0]
+    operations = [row["operations"] / 1e6 for row in read_csv(first_run / "anytime.csv")]
     rows = [["as reported", f"paper: {name}", *accuracies, "", ""] for name, accuracies in PAPER.items()]
     for name in schedules:
-        for arm in shown_arms(SCHEDULES[name].results):
-            folders = seeds_of(arm, SCHEDULES[name].results)
+        for arm in shown_arms(name):
+            folders = runs_of(arm, name)
             if folders:
-                values = [
-                    [*exit_accuracies(run), *budget_accuracies(run, budgets=[BUDGET])] for run in folders
-                ]
+                values = [[*exit_accuracies(run), *within_budget(run)] for run in folders]
                 title = f"ours: {ARMS[arm].title}{precision_note(folders)}"
                 rows.append([epochs_of(name), title, *spread_columns(values)])
     names = [f"exit {k} ({millions:.2f} M)" for k, millions in enumerate(operations, start=1)]
     return markdown_table(["training", "network", *names, f"{BUDGET / 1e6:.0f} M, paper's rule", "n"], rows)
 
 
-def pairs_ahead() -> str:
-    """Return in how many pairs of trainings with one seed GE ended above plain MSDNet (mean of exits)."""
-    by_seed = [row for results in TRAINING for row in gains("MSDNet", "GE", results)]
-    by_seed += gains("MSDNet_7", "GE_7")
-    return f"{sum(row[-1] > 0 for row in by_seed)} of {len(by_seed)} pairs of trainings"
+def pairs_ahead(before: str, after: str) -> str:
+    """Return in how many pairs of runs with one seed ``after`` ended above ``before`` (mean of exits)."""
+    by_seed = [row for schedule in COMPARED_SCHEDULES for row in gains(before, after, schedule)]
+    by_seed += gains(f"{before}_7", f"{after}_7", "short")
+    return f"{sum(row[-1] > 0 for row in by_seed)} of {len(by_seed)}"
 
 
 def summary() -> str:
-    """Return the table and the findings of the project's README.
-
-    A finding is of the longest schedule that has both arms, and names it unless it is the longest of all.
-    """
-    named = min((longest(arm) for arm in MAIN_ARMS), key=FULL_SCHEDULES.index)
-    parts = longest("GE_classifiers", "GE_ISC", "GE_OFA")  # of stage 2
-
-    def cited(by_seed: list[list[float]], schedule: str, names_schedule: bool = True) -> str:
-        notes = [f"n = {len(by_seed)}"] if len(by_seed) > 1 else []
-        notes += [epochs_of(schedule)] if names_schedule and schedule != named else []
-        mean = spread([row[-1] for row in by_seed], "+")
-        return f"{mean} ({', '.join(notes)})" if notes else mean
-
-    def gain(before: str, arm: str) -> str:
-        schedule = longest(before, arm)
-        return cited(gains(before, arm, SCHEDULES[schedule].results), schedule)
-
-    def ensembles(arm: str) -> str:
-        schedule = longest(arm)
-        return cited(ensemble_gains(arm, SCHEDULES[schedule].results), schedule)
-
-    def with_ensembles(before: str, arm: str, schedules: Iterable[str] = FULL_SCHEDULES) -> str:
-        compared = {
-            schedule: gains(before, arm, SCHEDULES[schedule].results, ensemble_accuracies)
-            for schedule in schedules
-        }
-        return " and ".join(cited(by_seed, schedule) for schedule, by_seed in compared.items() if by_seed)
-
-    of_ge = []
-    for schedule in FULL_SCHEDULES:
-        if by_seed := gains("MSDNet", "GE", SCHEDULES[schedule].results):
-            first, later = (
-                spread([statistics.mean(row[part]) for row in by_seed], "+") for part in EXIT_GROUPS
-            )
-            of_ge.append(
-                f"by {cited(by_seed, schedule)}: {first} at exits 1 and 2, {later} at the later ones"
-            )
-    distilled = (("GE_classifiers", "GE_OFA"), ("GE_ISC", "GE_ISC_OFA"))
-    of_distillation = [gains(*pair, SCHEDULES[parts].results) for pair in distilled]
-    is_measurable = max(statistics.mean(row[-1] for row in rows) for rows in of_distillation) > TEST_SET_ERROR
-    ofa, ofa_on_isc = (cited(rows, parts, names_schedule=False) for rows in of_distillation)
-    short_ofa, short_ofa_on_isc = (spread([row[-1] for row in gains(*pair)], "+") for pair in distilled)
-
-    def of_parts(before: str, arm: str) -> str:
-        return cited(gains(before, arm, SCHEDULES[parts].results), parts, names_schedule=False)
-
-    schedule_on_boosted = longest(BOOSTED_STAGE_2, BOOSTED_CONTROL)
-    lines = (
-        f"1. **GE** changes the mean of plain MSDNet {'; '.join(of_ge)}. "
-        f"It was ahead in {pairs_ahead()}, with 20 or 100 classes.",
-        f"2. **Stage 2** gains {gain('GE', 'GE_ISC_OFA')} on GE. After {epochs_of(parts)} stage 2 changes "
-        f"the mean by {of_parts('GE', 'GE_ISC_OFA')}, new classifiers alone by "
-        f"{of_parts('GE', 'GE_classifiers')}, and **ISC** on these by "
-        f"{of_parts('GE_classifiers', 'GE_ISC')}.",
-        f"3. **OFA** {'gains' if is_measurable else 'shows no gain'} after {epochs_of(parts)}: {ofa} alone, "
-        f"{ofa_on_isc} on ISC; with 20 classes {short_ofa} and {short_ofa_on_isc} "
-        f"(n = {len(gains(*distilled[0]))}, {TRAINING[SHORT].removeprefix('20 classes, ')}).",
-        "4. **Boosted exits** ([Yu et al.](https://arxiv.org/abs/2211.16726)) add half of the logits of the "
-        f"previous exit to their own. They gain {gain('GE', BOOSTED)} on GE. Stage 2 on them changes the "
-        f"mean by {gain(BOOSTED, BOOSTED_STAGE_2)} (new classifiers alone by "
-        f"{gain(BOOSTED, BOOSTED_CONTROL)}), with ensembles on both sides by "
-        f"{with_ensembles(BOOSTED, BOOSTED_STAGE_2, [schedule_on_boosted])}, and the accuracy within "
-        f"{BUDGET / 1e6:.0f} M by {budget_gain(BOOSTED, BOOSTED_STAGE_2)}.",
-        f"5. **Ensembles** of all exits so far change the mean by {ensembles('GE')} on GE "
-        f"and by {ensembles('GE_ISC_OFA')} on GE + ISC + OFA. With ensembles on both sides, stage 2 changes "
-        f"it by {with_ensembles('GE', 'GE_ISC_OFA')}, boosted exits by {with_ensembles('GE', BOOSTED)}.",
-    )
-    title = (
-        f"In points of top-1, mean over exits, after {epochs_of(named)} and with one seed (n = 1) where "
-        "nothing else is said:"
-    )
-    return "\n".join([exits_table([named]), "", title, "", *lines])
-
-
-def budget_gain(before: str, arm: str) -> str:
-    """Return what ``arm`` gains on ``before`` within ``BUDGET``, with the longest schedule of both."""
-    runs = seeds_of(arm, SCHEDULES[longest(before, arm)].results)
-    pairs = [(run, run.parent / before) for run in runs if (run.parent / before).is_dir()]
-    within = partial(budget_accuracies, budgets=[BUDGET])
-    return spread([within(after)[0] - within(first)[0] for after, first in pairs], "+")
+    """Return the table of the project's README: the main arms, with the longest schedule that has one."""
+    return exits_table([min((longest(arm) for arm in MAIN_ARMS), key=FULL_SCHEDULES.index)])
 
 
 def budgets_table() -> str:
@@ -308,14 +256,14 @@ def budgets_table() -> str:
 def static_table() -> str:
     """Return the main arms, each with its longest schedule, within the operations of each static network."""
     rows = [["200 epochs", "static", "", *(f"{accuracy}" for *_, accuracy in STATIC), ""]]
-    for arm in shown_arms(LONG):
+    for arm in shown_arms("100_epochs"):
         schedule = longest(arm)
         for title, file in (("paper's rule", "budgeted.csv"), ("optimised, with ensembles", "ensemble.csv")):
             budgets = [1e6 * millions for _, millions, _ in STATIC]
             columns = spread_columns(
                 [
                     budget_accuracies(run, file, budgets)
-                    for run in seeds_of(arm, SCHEDULES[schedule].results)
+                    for run in runs_of(arm, schedule)
                     if (run / file).exists()
                 ]
             )
@@ -334,7 +282,7 @@ def exits_7_table() -> str:
 
 def arms_table() -> str:
     """Return every exit of every arm of the short schedule with 5 exits."""
-    columns = {title: over_seeds(arm, SHORT, exit_accuracies) for arm, title in TITLES.items()}
+    columns = {title: over_seeds(arm, "short", exit_accuracies) for arm, title in TITLES.items()}
     return markdown_table(
         ["arm", *exit_names(5), "n"], [[title, *own] for title, own in columns.items() if own]
     )
@@ -344,7 +292,7 @@ def arms_budgets_table() -> str:
     """Return the accuracy at every budget of the arms of the short schedule, with both rules."""
     rules = {"paper's": budget_accuracies, "optimised": partial(budget_accuracies, file="optimised.csv")}
     rows = [
-        [TITLES[arm], rule, *over_seeds(arm, SHORT, accuracies)]
+        [TITLES[arm], rule, *over_seeds(arm, "short", accuracies)]
         for arm in BUDGETED_ARMS
         for rule, accuracies in rules.items()
     ]
@@ -357,59 +305,57 @@ def thresholds_table() -> str:
     Gains are averaged over the arms of a seed, as most of these share a network.
     """
     rows = []
-    for results in (LONG, MEDIUM, SHORT):
+    for schedule in ("100_epochs", "30_epochs", "short"):
         by_seed: dict[str, list[list[float]]] = {}
         for arm in TITLES:
-            for folder in seeds_of(arm, results):
+            for folder in runs_of(arm, schedule):
                 pair = zip(budget_accuracies(folder, "optimised.csv"), budget_accuracies(folder), strict=True)
                 by_seed.setdefault(folder.parent.name, []).append([a - b for a, b in pair])
         if not by_seed:
             continue
         means = [[statistics.mean(column) for column in zip(*arms, strict=True)] for arms in by_seed.values()]
         columns = spread_columns([[*gain, statistics.mean(gain)] for gain in means], "+")
-        rows.append([TRAINING[results], *columns])
+        rows.append([training(schedule), *columns])
     return markdown_table(["optimised thresholds minus the paper's", *budget_names(), "mean", "n"], rows)
 
 
-def gains(
-    before: str,
-    after: str,
-    results: Path = SHORT,
-    accuracies: Callable[[Path], list[float]] = exit_accuracies,
-) -> list[list[float]]:
-    """Return by seed what ``after`` gains on ``before`` with that seed: at every exit, then their mean."""
-    pairs = [
-        (folder, folder.parent / before)
-        for folder in seeds_of(after, results)
-        if (folder.parent / before / "anytime.csv").exists()
-    ]
-    by_exit = [[a - b for a, b in zip(*map(accuracies, pair), strict=True)] for pair in pairs]
-    return [[*gain, statistics.mean(gain)] for gain in by_exit]
+def gains(before: str, after: str, schedule: str, metric: str = "exits") -> list[list[float]]:
+    """Return by seed what ``after`` gains on ``before`` with that seed.
 
+    Args:
+        before: An arm.
+        after: Another arm, or the same one.
+        schedule: Of both.
+        metric: What is compared, a key of ``METRICS``.
 
-def ensemble_gains(arm: str, results: Path) -> list[list[float]]:
-    """Return by seed what ensembles of exits gain on each exit alone: at every exit, then their mean."""
-    by_seed = [read_csv(folder / "anytime.csv") for folder in seeds_of(arm, results)]
-    by_exit = [
-        [row["ensemble_acc1"] - row["acc1"] for row in rows] for rows in by_seed if "ensemble_acc1" in rows[0]
-    ]
-    return [[*gain, statistics.mean(gain)] for gain in by_exit]
+    Returns:
+        For every seed that has both, the gains of that metric, such as one for every exit, then their mean.
+    """
+    of_before, of_after = METRICS[metric]
+    by_seed = []
+    for run in runs_of(after, schedule):
+        if run.parent / before in runs_of(before, schedule):
+            pairs = zip(of_after(run), of_before(run.parent / before), strict=True)
+            by_seed.append([a - b for a, b in pairs])
+    return [[*gain, statistics.mean(gain)] for gain in by_seed if gain]
 
 
 def differences_table(
     differences: Iterable[tuple[str, str]],
+    schedule: str = "short",
     num_exits: int = 5,
-    results: Path = SHORT,
     ensembles_of: Iterable[str] = (),
 ) -> str:
-    """Return rows of ``gains`` of pairs of arms, then of ``ensemble_gains`` of ``ensembles_of``."""
+    """Return rows of ``gains`` of pairs of arms, then of ensembles of exits on each exit alone."""
     compared = [
-        (ARMS[after].title, ARMS[before].title, gains(before, after, results))
+        (ARMS[after].title, ARMS[before].title, gains(before, after, schedule))
         for before, after in differences
     ]
     for arm in ensembles_of:
         title = ARMS[arm].title
-        compared.append((f"{title}, ensembles of exits", title, ensemble_gains(arm, results)))
+        compared.append(
+            (f"{title}, ensembles of exits", title, gains(arm, arm, schedule, "adding-ensembles"))
+        )
     rows = [
         [title, other, *spread_columns(by_seed, "+"), " ".join(f"{gain[-1]:+.2f}" for gain in by_seed)]
         for title, other, by_seed in compared
@@ -419,14 +365,16 @@ def differences_table(
     return markdown_table(["arm", "compared with", *names], rows)
 
 
-def effect(before: str, after: str, schedule: str = "short") -> str:
-    """Return what ``after`` gains on ``before`` in the mean of exits: mean and spread over seeds."""
-    return with_count([gain[-1] for gain in gains(before, after, SCHEDULES[schedule].results)], "+")
+def effect(before: str, after: str, schedule: str = "short", metric: str = "exits") -> str:
+    """Return the mean of what ``gains`` returns: its mean and spread over seeds, and their number."""
+    return with_count([gain[-1] for gain in gains(before, after, schedule, metric)], "+")
 
 
 def epochs_table() -> str:
     """Return what the logs of all runs of stage 1 on the short schedule tell about choosing an epoch."""
-    logs = [read_log(folder) for arm in TITLES if ARMS[arm].origin is None for folder in seeds_of(arm, SHORT)]
+    logs = [
+        read_log(folder) for arm in TITLES if ARMS[arm].origin is None for folder in runs_of(arm, "short")
+    ]
     accuracies = [[epoch["val_mean_acc1"] for epoch in log] for log in logs]
     is_last = sum(max(log) == log[-1] for log in accuracies)
     rows = [
@@ -443,7 +391,7 @@ def runs_table() -> str:
     """Return how every arm of the short schedule was trained."""
     rows = []
     for arm in ARMS:
-        if folders := seeds_of(arm, SHORT):
+        if folders := runs_of(arm, "short"):
             minutes = [sum(epoch["seconds"] for epoch in read_log(folder)) / 60 for folder in folders]
             flags = " ".join(ARMS[arm].flags)
             seeds = ", ".join(folder.parent.name.removeprefix("seed_") for folder in folders)
@@ -464,12 +412,12 @@ def mean_rows(folders: list[Path], file: str, accuracy: str) -> list[dict]:
     ]
 
 
-def draw_arms(results: Path) -> Figure:
+def draw_arms(schedule: str) -> Figure:
     """Draw exits (points) and budgets (lines) of the main and the combined arms, means over seeds.
 
     The static networks are triangles.
     """
-    folders = {TITLES[arm]: seeds_of(arm, results) for arm in shown_arms(results)}
+    folders = {TITLES[arm]: runs_of(arm, schedule) for arm in shown_arms(schedule)}
     figure = draw_curves(
         {
             title: (mean_rows(own, "anytime.csv", "acc1"), mean_rows(own, "budgeted.csv", "test_acc1"), [])
@@ -499,7 +447,8 @@ def check_backbones() -> None:
         UserError: Arms of one seed froze different networks of the same arm of stage 1.
     """
     frozen: dict[tuple[Path, str], str] = {}
-    for run_json in sorted(path for results in TRAINING for path in results.glob("seed_*/*/run.json")):
+    results = [schedule.results for schedule in SCHEDULES.values()]
+    for run_json in sorted(path for folder in results for path in folder.glob("seed_*/*/run.json")):
         arm = ARMS[run_json.parent.name]
         digest = json.loads(run_json.read_text(encoding="utf-8")).get("frozen_digest")
         # With --backbone-bn moving the digest leaves out BatchNorm's statistics: it differs from the others.
@@ -524,14 +473,14 @@ TABLES = {
     "differences-100-epochs": partial(
         differences_table,
         (*DIFFERENCES_ALL_CLASSES, *DIFFERENCES_ON_BOOSTED),
-        results=LONG,
-        ensembles_of=shown_arms(LONG),
+        "100_epochs",
+        ensembles_of=shown_arms("100_epochs"),
     ),
     "differences-all-classes": partial(
-        differences_table, DIFFERENCES_ALL_CLASSES, results=MEDIUM, ensembles_of=shown_arms(MEDIUM)
+        differences_table, DIFFERENCES_ALL_CLASSES, "30_epochs", ensembles_of=shown_arms("30_epochs")
     ),
-    "beyond": partial(differences_table, BEYOND, results=TRIALS),
-    "differences-7": partial(differences_table, DIFFERENCES_7, 7),
+    "beyond": partial(differences_table, BEYOND, "10_epochs"),
+    "differences-7": partial(differences_table, DIFFERENCES_7, num_exits=7),
     "thresholds": thresholds_table,
     "epochs": epochs_table,
     "runs": runs_table,
@@ -542,8 +491,8 @@ TABLES = {
 def with_tables(text: str) -> str:
     """Return ``text`` with its tables and effects up to date.
 
-    They lie between ``<!-- table NAME -->`` or ``<!-- effect BEFORE AFTER SCHEDULE -->`` and ``<!-- end
-    -->``.
+    They lie between ``<!-- table NAME -->``, ``<!-- effect BEFORE AFTER SCHEDULE METRIC -->`` (short and
+    exits, if not given) or ``<!-- pairs BEFORE AFTER -->``, and ``<!-- end -->``.
     """
     text = re.sub(
         r"(<!-- table (\S+) -->\n).*?(<!-- end -->)",
@@ -551,9 +500,10 @@ def with_tables(text: str) -> str:
         text,
         flags=re.DOTALL,
     )
+    numbers = {"effect": effect, "pairs": pairs_ahead}
     return re.sub(
-        r"(<!-- effect (.*?) -->).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{effect(*match[2].split())}{match[3]}",
+        r"(<!-- (effect|pairs) (.*?) -->).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{numbers[match[2]](*match[3].split())}{match[4]}",
         text,
     )
 
@@ -579,7 +529,7 @@ def main() -> int:
             for schedule in FULL_SCHEDULES:
                 results = SCHEDULES[schedule].results
                 if results.exists():
-                    save_figure(draw_arms(results), results / "arms.png")
+                    save_figure(draw_arms(schedule), results / "arms.png")
         else:
             sys.stdout.write("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()) + "\n")
     except UserError as error:

@@ -42,8 +42,8 @@ class Batches(ABC):
 
     Args:
         subset: The images.
-        settings: The settings batch_size (of all processes together), accumulate, seed and augment; for files
-            also workers and skip_unreadable.
+        settings: The settings batch_size (of all processes together), accumulate, gpu, seed and augment; for
+            files also workers and skip_unreadable.
         augment: Whether ``epoch`` augments.
         normalize: The normalisation, whose device is that of the batches.
         shard: The share of every batch that this process gets.
@@ -58,8 +58,9 @@ class Batches(ABC):
                 f"--batch-size {self.batch_size} cannot be shared by {self.shard.world_size} processes; "
                 "use a multiple"
             )
-        # An evaluation has to fit into the memory that a training step has.
-        self.evaluation_batch_size = max(1, self.batch_size // shard.world_size // settings.accumulate)
+        # An evaluation, which uses one GPU, has to fit into the memory that a training step has.
+        num_parts = shard.world_size * settings.accumulate * len(settings.gpu or (0,))
+        self.evaluation_batch_size = max(1, self.batch_size // num_parts)
         self.num_images, self.seed = len(subset), settings.seed
         self.augment = settings.augment if augment else "none"
         self.normalize, self.device = normalize, normalize.device

@@ -11,6 +11,7 @@ network's own last linear layer. ``build_backbone`` does so for networks of torc
 names.
 """
 
+import copy
 import operator
 import os
 from collections import Counter
@@ -34,6 +35,7 @@ from .module_state import (
     is_expanded,
     load_tensors,
     meta_copy,
+    set_memory_format,
 )
 from .network import CannotBuildError, ExitNetwork, Fuse, State, checked_num_exits, fold_sequences
 from .third_party import (
@@ -386,6 +388,16 @@ class Backbone(ExitNetwork):
         needed = _smallest_size(runner, size, smallest)
         raise ValueError(f"images of {size} pixels are too small: this network needs at least {needed}")
 
+    def can_run_channels_last(self) -> bool:
+        """Return False for a network whose calls of ``view`` need maps in their default layout."""
+        nodes = (node for segment in self._segments for node in segment.graphs["evaluation"].nodes)
+        if not any(node.op == "call_method" and node.target == "view" for node in nodes):
+            return True
+        # Only a run on the device tells: on the meta device convolutions have outputs of another layout.
+        runner = copy.deepcopy(self).eval()
+        set_memory_format(runner, torch.channels_last)
+        return _failure(runner, max(self._accepted_sizes), torch.channels_last) is None
+
     # Folding
 
     def fold_batch_norm(self, fuse: Fuse) -> None:
@@ -455,9 +467,11 @@ def _named_parts(root: nn.Module, graph: fx.Graph) -> nn.Module:
     return parts
 
 
-def _failure(runner: Backbone, size: int) -> str | None:
-    """Return why a network on the meta device cannot run on images of a size, None if it can."""
-    images = probe_images(runner, size)
+def _failure(
+    runner: Backbone, size: int, memory_format: torch.memory_format = torch.contiguous_format
+) -> str | None:
+    """Return why a network cannot run on images of a size, None if it can."""
+    images = probe_images(runner, size).contiguous(memory_format=memory_format)
     try:
         with torch.no_grad():
             runner(images)

@@ -19,23 +19,21 @@ def find(path_or_name: str | os.PathLike) -> Path:
         OSError: There is none; the names are listed.
     """
     path = expand_home(path_or_name)
-    runs: list[str] = []
+    name, runs = str(path), []
     if path.is_dir():
         runs = sorted(file.parent.name for file in path.glob(f"*/{BEST}"))
         path /= BEST
     if path.is_file():
         return path
+    shipped = {file.stem: file for file in networks_in(WEIGHTS)}
+    if name in shipped:  # also beside a folder of that name, such as of an export
+        return shipped[name]
     if runs:
         raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds the runs {', '.join(runs)}")
-    shipped = {file.stem: file for file in networks_in(WEIGHTS)}
-    if str(path) not in shipped:
-        hint = (
-            ""
-            if len(path.parts) > 1 or path.suffix
-            else f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
-        )
-        raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
-    return shipped[str(path)]
+    hint = ""
+    if len(path.parts) == 1 and not path.suffix:
+        hint = f", and no network of that name; there are: {', '.join(shipped) or 'none'}"
+    raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
 
 
 def expand_home(path: str | os.PathLike) -> Path:

@@ -174,12 +174,14 @@ def apply_both(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> tuple[
     convolutions = first[0], second[0]
     if any(type(c) is not nn.Conv2d or c.kernel_size != (1, 1) or is_changed(c) for c in convolutions):
         return apply_each(first, second, x)
+    if (first[0].bias is None) != (second[0].bias is None):  # BatchNorm is folded into one of the two
+        return apply_each(first, second, x)
     weight = torch.cat([convolution.weight for convolution in convolutions])
     # Convolutions have a bias only where BatchNorm is folded into them.
     bias = None if first[0].bias is None else torch.cat([convolution.bias for convolution in convolutions])
     output, done = F.conv2d(x, weight, bias), 1
     # In a folded network ReLU comes next. On the two parts, which are strided, it takes four times as long.
-    if type(first[1]) is type(second[1]) is nn.ReLU:
+    if all(type(layers[1]) is nn.ReLU and not is_changed(layers[1]) for layers in (first, second)):
         output, done = first[1](output), 2
     outputs = list(output.split([convolution.out_channels for convolution in convolutions], dim=1))
     for i, layers in enumerate((first, second)):

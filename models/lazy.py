@@ -1,4 +1,4 @@
-"""Which cells of MSDNet's feature grid each exit needs (MSDNet paper, section 5, "lazy evaluation").
+"""Which cells of MSDNet's feature grid each exit needs ("lazy evaluation" in the MSDNet paper).
 
 An exit reads the coarsest scale only, so the finer scales of a block's last layers are computed only if the
 image continues. A *cell* is one scale of one layer of the grid (``GridLayer``): ``(depth, scale)``. The cells

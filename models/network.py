@@ -148,6 +148,10 @@ class ExitNetwork(nn.Module, ABC):
     def check_image_size(self, size: int) -> None:
         """Raise ValueError if the network cannot take images of ``size`` x ``size`` pixels."""
 
+    def can_run_channels_last(self) -> bool:
+        """Return True if weights and images may be in the memory layout ``torch.channels_last``."""
+        return True
+
     # Inference: evaluation mode, without Gradient Equilibrium. The arguments are never changed.
 
     @abstractmethod
@@ -295,7 +299,7 @@ class ExitNetwork(nn.Module, ABC):
 class Stepwise:
     """One pass over the exits of a network for a batch that may shrink between exits.
 
-    Each exit costs only what it reads (MSDNet paper, section 5, "lazy evaluation").
+    Each exit costs only what it reads ("lazy evaluation" in the MSDNet paper).
 
     Example:
         steps = Stepwise(network, images)

@@ -204,8 +204,10 @@ def weights_of(constructor: Constructor, pretrained: str | os.PathLike) -> dict[
         return _for_options(weights, constructor)
     try:
         if constructor.library == "timm":
-            network = _timm().create_model(constructor.name, pretrained=True, **constructor.options)
-            return network.state_dict()
+            # With its own number of classes: timm draws the last layer for another number, and so this would
+            # count as pretrained.
+            options = {name: x for name, x in constructor.options.items() if name != "num_classes"}
+            return _timm().create_model(constructor.name, pretrained=True, **options).state_dict()
         # Not the weights alone: some constructors rename tensors that have the names of older networks.
         weights = _torchvision().get_model_weights(constructor.name)[str(pretrained)]
         network = _torchvision().get_model(constructor.name, weights=weights, progress=False)
@@ -241,9 +243,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         content = read_checkpoint(path)
     # Programs nest them: a checkpoint may hold a model that holds a state dict.
-    for name in STATE_DICTS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    while isinstance(content, Mapping) and (
+        inner := [content[name] for name in STATE_DICTS if isinstance(content.get(name), Mapping)]
+    ):
+        content = inner[0]
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
     ):

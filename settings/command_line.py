@@ -75,24 +75,24 @@ class CommandLine:
     4. ``args.DEFAULTS``.
 
     Attributes:
-        stage: The stage that the program trains.
+        spec: The stage that the program trains.
         typed: Values of the flags that were typed.
         implied: The data set of --data-root and the preset of a data set, where they follow from what was
             typed.
         argv: The words of the command line.
     """
 
-    def __init__(self, stage: StageSpec, typed: dict[str, Any], argv: list[str]):
-        self.stage, self.typed, self.argv = stage, typed, argv
+    def __init__(self, spec: StageSpec, typed: dict[str, Any], argv: list[str]):
+        self.spec, self.typed, self.argv = spec, typed, argv
         self.implied = _implied_by(typed)
 
     def __str__(self) -> str:
-        return shlex.join(["python", self.stage.program, *self.argv])
+        return shlex.join(["python", self.spec.program, *self.argv])
 
     def to_resume(self, launcher: str = "python") -> str:
         """Return the whole command that resumes this run, with ``launcher`` in front of the program."""
         words = [word for word in self.argv if word not in ("--overwrite", "--resume")]
-        return f"{launcher} {shlex.join([self.stage.program, *words, '--resume'])}"
+        return f"{launcher} {shlex.join([self.spec.program, *words, '--resume'])}"
 
     def settings(
         self, recipe: dict[str, Any] | None = None, origin_recipe: dict[str, Any] | None = None
@@ -139,13 +139,13 @@ class CommandLine:
 
     def _typed_for_new_run(self, origin_recipe: dict[str, Any] | None) -> dict[str, Any]:
         """Return what was typed for a new run, and what follows from it unless data are inherited."""
-        are_inherited = origin_recipe is not None and self.stage.inherits_data
+        are_inherited = origin_recipe is not None and self.spec.inherits_data
         return self.typed if are_inherited else {**self.implied, **self.typed}
 
     def _from_origin(self, typed: dict[str, Any], origin_recipe: dict[str, Any]) -> dict[str, Any]:
         """Return what a new run takes from the recipe of the network that it starts from."""
         names = {"arch", *option_names(_arch(origin_recipe))}
-        takes_other_data = not self.stage.inherits_data and ("preset" in typed or "data" in typed)
+        takes_other_data = not self.spec.inherits_data and ("preset" in typed or "data" in typed)
         names |= {"image_size"} if takes_other_data else INHERITED
         return {name: value for name, value in origin_recipe.items() if name in names}
 
@@ -161,9 +161,9 @@ class CommandLine:
             raise UserError(
                 f"stage 1 was trained with --preset {trained_with}, the command line says {preset}"
             )
-        values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.stage.name]}
+        values = {"preset": preset, **PRESETS[preset]["both"], **PRESETS[preset][self.spec.name]}
         if typed.get("released"):
-            makes_network = self.stage.previous is None or typed.get("single_stage")
+            makes_network = self.spec.is_first or typed.get("single_stage")
             if makes_network and _arch(typed) not in OWN_NETWORKS:
                 raise UserError(f"--released is for --arch msdnet, not for --arch {_arch(typed)}")
             values |= RELEASED_CHOICES
@@ -183,7 +183,7 @@ class CommandLine:
         if root is None or not is_folder(root):
             were = f"are those of {kept['data']}" if root is None else f"were in {root}"
             # In a new run of stage 1, --data-root alone would imply --data folder.
-            data = f"--data {kept['data']} " if is_new and not self.stage.inherits_data else ""
+            data = f"--data {kept['data']} " if is_new and not self.spec.inherits_data else ""
             raise UserError(f"the images of this checkpoint {were}; pass {data}--data-root DIR")
 
     def _check_weights_of_library(self) -> None:
@@ -202,11 +202,12 @@ class CommandLine:
                     f"not with {self.typed[name]}; the split cannot change"
                 )
 
-    def refuse_changes(self, recipe: dict[str, Any]) -> None:
+    def refuse_changes(self, recipe: dict[str, Any], origin: str | None = None) -> None:
         """Check that nothing was typed that the run to resume, or the network to evaluate, cannot follow.
 
         Args:
             recipe: Of the run or network.
+            origin: The file that it was started from, which --pretrained may name in other words.
 
         Raises:
             UserError: The first flag that asks for something else.
@@ -219,7 +220,7 @@ class CommandLine:
             what, way = "network to evaluate", "--evalmode trains nothing"
         else:
             may_differ, what, way = MAY_CHANGE_WHEN_RESUMING, "run to resume", "use a new --save"
-            if self.stage.previous is None:
+            if self.spec.is_first:
                 way = f"--pretrained {self.save_directory} with a new --save starts from its weights"
         for name, value in self._typed_without_auto().items():
             # A released network has no recipe. Its training command, with --evalmode added, evaluates it.
@@ -228,7 +229,10 @@ class CommandLine:
                 continue
             before = recipe.get(name, DEFAULTS[name])  # older recipes lack newer settings
             is_same = before == (str(value) if isinstance(value, Path) else value)  # recipes hold text
-            if not (is_same or (name == "pretrained" and _is_same_origin(before, value))):
+            if name == "pretrained":
+                is_same = is_same or any(_is_same_origin(path, value) for path in (before, origin))
+                before = before or origin
+            if not is_same:
                 raise UserError(
                     f"the {what} has {flag_of(name)} {before}, the command line says {value}; {way}"
                 )
@@ -257,7 +261,7 @@ class CommandLine:
     @property
     def pretrained_run(self) -> Path | None:
         """The run or file of this project that --pretrained names; None for weights of a library."""
-        is_own = self.stage.previous is not None or _arch(self.typed) in OWN_NETWORKS
+        is_own = not self.spec.is_first or _arch(self.typed) in OWN_NETWORKS
         return self.typed.get("pretrained") if is_own else None
 
     @property
@@ -277,19 +281,19 @@ class CommandLine:
 
         The preset of a data set counts as typed, but for stage 2 on a network that --pretrained names.
         """
-        pretrained, stage = self.typed.get("pretrained"), self.stage
+        pretrained, spec = self.typed.get("pretrained"), self.spec
         if "save" in self.typed:
             return _with_name(self.typed["save"])
-        implied = {} if stage.inherits_data and pretrained is not None else self.implied
+        implied = {} if spec.inherits_data and pretrained is not None else self.implied
         preset = self.typed.get("preset", implied.get("preset"))
         if preset is not None or pretrained is None:
-            return Path("save") / (preset or DEFAULTS["preset"]) / stage.name
+            return Path("save") / (preset or DEFAULTS["preset"]) / spec.name
         if self.pretrained_run is None:
-            return Path("save") / _arch(self.typed).split("/")[-1] / stage.name
+            return Path("save") / _arch(self.typed).split("/")[-1] / spec.name
         if pretrained.is_dir() or pretrained.name in (BEST, "last.pt"):
             run = _with_name(pretrained if pretrained.is_dir() else pretrained.parent)
-            return run.parent / (f"{run.name}_2" if stage.previous is None else stage.name)
-        return Path("save") / pretrained.name.split(".")[0] / stage.name
+            return run.parent / (f"{run.name}_2" if spec.is_first else spec.name)
+        return Path("save") / pretrained.name.split(".")[0] / spec.name
 
 
 def settings_from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

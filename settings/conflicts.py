@@ -5,7 +5,7 @@ A new rule goes into the first of these that knows what the rule needs:
 ============================ ================================================================
 ``conflict_of_flags``        what was typed; the parser refuses it before anything else
 ``conflict_of_settings``     all settings of a run
-``conflict_of_new_training`` the same, in new trainings alone, as older runs may break the rule
+``conflict_of_new_training`` the same, in new runs alone, as older ones may break the rule
 ``conflict_on_machine``      the processes and GPUs that share a training
 ============================ ================================================================
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from args import LIBRARY_OPTIONS, OWN_NETWORKS, all_option_names, flag_of, option_names
+from args import LIBRARY_OPTIONS, OWN_NETWORKS, STAGES, all_option_names, flag_of, option_names
 from utils import is_folder
 
 MUTUALLY_EXCLUSIVE = (
@@ -57,7 +57,7 @@ def conflict_of_flags(typed: dict[str, Any], stage: str) -> str | None:
         typed.get("compile", "auto"), is_checkpointed, typed.get("accumulate", 1)
     ):
         return conflict
-    if stage == "IMTA" and is_checkpointed and "single_stage" not in typed:
+    if not STAGES[stage].is_first and is_checkpointed and "single_stage" not in typed:
         return "--checkpoint-activations needs --single-stage: the frozen network keeps no activations"
     return None
 
@@ -158,7 +158,7 @@ def conflict_of_compiling(
         )
     if images_per_process % accumulate:
         return (
-            f"--compile makes code for parts of one size; --accumulate {accumulate} does not divide "
+            f"--compile needs micro-batches of one size; --accumulate {accumulate} does not divide "
             f"{images_per_process} images"
         )
     return None

@@ -60,6 +60,16 @@ def test_first_weights_are_soon_forgotten():
     assert average.module.weight.item() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_equal_weights_stay_as_they_are():
+    """Bit for bit: a digest tells whether the frozen network of stage 2 has changed."""
+    network = nn.Linear(2, 1, bias=False)
+    network.weight.data = torch.tensor([[-0.0, 0.1]])
+    average = moving_average(network, 0.9)
+    for _ in range(30):
+        average.update_parameters(network)
+    assert torch.equal(average.module.weight.view(torch.int32), network.weight.view(torch.int32))
+
+
 def test_average_of_constant_weights_predicts_as_the_network(network, batches):
     """If statistics were averaged as the weights are, most of the initial variance of 1 would be left."""
     average = moving_average(network, 0.999)

@@ -98,6 +98,13 @@ def test_threads_leave_the_global_state_and_the_number_of_threads_alone(image_fo
         torch.set_num_threads(before)
 
 
+def test_an_evaluation_takes_as_many_images_as_a_device_does_in_training(image_folder):
+    flags = ["--batch-size", "32", "--accumulate", "2"]
+    assert load_data(folder_settings(image_folder, *flags), CPU).test.evaluation_batch_size == 16
+    data_parallel = folder_settings(image_folder, *flags, "--gpu", "0,1")
+    assert load_data(data_parallel, CPU).test.evaluation_batch_size == 8
+
+
 def damage(path):
     path.write_bytes(path.read_bytes()[:60])
 

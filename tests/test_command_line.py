@@ -189,6 +189,11 @@ def test_a_resumed_run_may_name_its_origin_by_file_by_run_or_by_name():
     for origin in ("/runs/one", "/", "best", "imta_cifar100"):
         with pytest.raises(UserError, match="--pretrained"):
             parse("IMTA", ["--resume", "--pretrained", origin]).refuse_changes(run)
+    # The recipe has what was typed, relative to a folder that may be another today.
+    typed = {"pretrained": "one/GE"}
+    for origin in ("one/GE", "/runs/one/GE", "/runs/one/GE/best.safetensors"):
+        command = parse("IMTA", ["--resume", "--pretrained", origin])
+        command.refuse_changes(typed, "/runs/one/GE/best.safetensors")
 
 
 def test_a_run_takes_no_arch(tmp_path):

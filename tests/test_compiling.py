@@ -1,5 +1,6 @@
 """A machine that cannot compile: ``--compile auto`` trains without, an explicit mode ends with one line."""
 
+import logging
 import shutil
 from inspect import signature
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import models
 import train_GE
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.runtime.compiling import reason_of, usable_mode
+from engine.runtime.compiling import compiler_problem, reason_of, usable_mode
 from engine.runtime.distributed import Processes
 from settings.command_line import parse
 from tests.conftest import TINY_FLAGS
@@ -65,6 +66,13 @@ def test_all_processes_train_without_where_one_cannot_compile(monkeypatch):
     assert usable_mode("default", False, CPU, lines.append) == "default"
     assert usable_mode("default", False, OtherFails(), lines.append) == "off"
     assert lines == ["training is not compiled, which would make it faster: it fails in another process"]
+
+
+def test_a_trial_leaves_the_loggers_as_they_are(no_compiler):
+    logger = logging.getLogger("torch._dynamo")
+    before = logger.level
+    assert "no such file" in compiler_problem(torch.device("cpu"))
+    assert logger.level == before
 
 
 def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(

@@ -1,4 +1,4 @@
-"""The commands of docs/first_use.md, run as written there, on 120 photographs with a small network."""
+"""The commands of docs/first_use.md, run as written there, on 120 photographs of 64 pixels."""
 
 import importlib.util
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 
 from engine.report import read_csv
 from image_data.preprocessing import preprocess
@@ -29,7 +30,7 @@ COMMANDS = [
     for line in block.strip().splitlines()
 ]
 TRAINING, USE, LATER = COMMANDS[:3], COMMANDS[3:9], COMMANDS[9:]
-SMALL_NETWORK = "--nBlocks 2 --nChannels 4 --growthRate 4 --image-size 80 --workers 1"
+SMALL_IMAGES = "--image-size 64 --workers 1"
 CLASSES = ("car", "cat", "daisy", "dog")
 
 
@@ -51,6 +52,10 @@ def place(tmp_path):
         folder = tmp_path / "photos" / ("test" if i < 24 else "train") / CLASSES[i % 4]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.jpg")
+    # In the place of the download.
+    weights = tmp_path / "torch" / "hub" / "checkpoints" / Path(MobileNet_V3_Small_Weights.DEFAULT.url).name
+    weights.parent.mkdir(parents=True)
+    torch.save(mobilenet_v3_small().state_dict(), weights)
     (tmp_path / "photo.jpg").symlink_to(tmp_path / "photos" / "test" / "cat" / "1.jpg")
     return tmp_path
 
@@ -61,7 +66,12 @@ def run(command, place, extra=""):
     line = command.strip().replace("python ", f"{shlex.quote(sys.executable)} ") + f" {extra}"
     # One process that bash becomes, for the signal.
     line = line if line.startswith("PYTHONPATH") else f"exec {line}"
-    settings = {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "TORCH_HOME": str(place / "torch"),
+        "PROCESSES": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen(
         ["bash", "-c", line],
         cwd=place,
@@ -96,7 +106,7 @@ def use(place):
     assert shown[0] in CLASSES
     assert shown[-1] == "photo.jpg"
     assert "1 image: " in errors.splitlines()[-1]
-    _, errors = run(json_file + " --model save/folder/IMTA", place)
+    _, errors = run(json_file + " --model save/finetune/IMTA", place)
     assert "predict.py: policy " in errors
     content = json.loads((place / "predictions.json").read_text(encoding="utf-8"))
     assert (len(content["predictions"]), content["summary"]["images"]) == (24, 24)
@@ -106,16 +116,16 @@ def use(place):
     assert float(confidence) == pytest.approx(float(shown[1]), abs=1e-3)
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         assert run(export, place)[0].endswith(": photos.onnx\n")
-        assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [12]\n", run(exported, place)[0])
+        assert re.fullmatch(rf"({'|'.join(CLASSES)}) [01]\.\d+ at exit [1-4]\n", run(exported, place)[0])
     measured, _ = run(runtime, place)
     assert re.search(r" every exit .* \d+$", measured, re.MULTILINE)  # no decimals of 24 test images
     assert "late %" in measured
-    assert len(read_csv(place / "save" / "folder" / "IMTA" / "runtime.csv")) > 2
+    assert len(read_csv(place / "save" / "finetune" / "IMTA" / "runtime.csv")) > 2
 
 
 def stop_and_go_on(place):
     stop, resume, more = LATER
-    _, errors = run(stop, place, SMALL_NETWORK + " --epochs 12")
+    _, errors = run(stop, place, SMALL_IMAGES + " --epochs 12")
     assert re.search(
         r"stopped by a signal (in|after) epoch \d+ of 12, .*saved; to resume: python train_GE.py .* --resume",
         errors,
@@ -159,12 +169,12 @@ def test_the_onnx_program_prepares_images_as_evaluation_does(mode, tmp_path, mon
 @pytest.mark.slow
 def test_commands(place):
     stage_1, stage_2, look = TRAINING
-    output, _ = run(stage_1, place, SMALL_NETWORK + " --epochs 2")
-    assert "preset folder, training into save/folder/GE" in output
+    output, _ = run(stage_1, place, SMALL_IMAGES + " --epochs 2")
+    assert "preset finetune, training into save/finetune/GE" in output
     assert "folder: 87 training, 9 held-out, 24 test images" in output
-    assert output.endswith("next: python train_IMTA.py --pretrained save/folder/GE\n")
+    assert output.endswith("next: python train_IMTA.py --pretrained save/finetune/GE\n")
     output, _ = run(stage_2, place, "--epochs 1")
-    assert output.endswith("next: python predict.py photo.jpg --model save/folder/IMTA\n")
+    assert output.endswith("next: python predict.py photo.jpg --model save/finetune/IMTA\n")
     assert {"anytime.csv", "budgeted.csv", "curves.png", "examples.png", "policy.json"} <= set(
         run(look, place)[0].split()
     )

@@ -164,7 +164,8 @@ def test_long_trainings_compile_their_steps(monkeypatch):
 )
 def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, processes):
     monkeypatch.delenv("PROCESSES")
-    assert process_count(batch, cores) == processes
+    assert process_count(batch, cores=cores) == processes
+    assert process_count(4 * batch, accumulate=4, cores=cores) == processes
 
 
 def test_processes_can_be_chosen(monkeypatch):

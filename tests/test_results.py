@@ -36,7 +36,7 @@ def test_documents_agree_with_the_result_files():
 
 
 def test_arms_on_different_backbones_are_not_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "TRAINING", {tmp_path: "short"})
+    monkeypatch.setattr(tables, "SCHEDULES", {"short": SimpleNamespace(results=tmp_path)})
     for arm, digest in {
         "GE": None,
         "GE_ISC": "a",
@@ -72,7 +72,7 @@ def test_commands_of_the_arms_are_understood(arm, schedule):
 def test_arms_are_trained_once_after_those_they_start_from(image_folder, tmp_path, monkeypatch, capsys):
     flags = [*TINY_FLAGS, "--val-size", "12", "--batch-size", "16"]
     stage_1 = ["--data", "folder", "--image-size", "32", *flags]
-    schedule = arms.Schedule(2, stage_1, flags, tmp_path / "results")
+    schedule = arms.Schedule(2, (1, 1), stage_1, flags, tmp_path / "results")
     trained = []
 
     def in_this_process(words):

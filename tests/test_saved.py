@@ -114,6 +114,16 @@ def test_names_are_those_of_the_weights_folder(path, monkeypatch):
         load(path.parent / "runs")
 
 
+def test_a_folder_does_not_hide_a_shipped_network(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.files.WEIGHTS", path.parent)
+    (tmp_path / "elsewhere" / "best" / "GE").mkdir(
+        parents=True
+    )  # such as of ``export_onnx.py --output best/``
+    (tmp_path / "elsewhere" / "best" / "GE" / "best.safetensors").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("best").num_exits == 3
+
+
 def rewritten(path, **changes):
     """The same file with other texts in its header, or (``tensors``) other tensors."""
     content = path.read_bytes()

@@ -180,6 +180,14 @@ def test_a_home_in_quotes_is_expanded_for_the_environment_too(tmp_path):
     assert refused.stderr.startswith(f"cannot write {tmp_path / 'env'};")
 
 
+def test_the_tests_run_from_another_folder_with_a_relative_python(tmp_path):
+    """Also with ``VENV=env``; the script goes to the project's folder."""
+    executable(tmp_path / "env/bin/python", 'echo "$@"')
+    ended = run(["bash", ROOT / "run_tests.sh", "-m", "slow"], tmp_path, PYTHON="env/bin/python")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[-1] == "-m pytest -m slow"
+
+
 @pytest.mark.slow
 def test_launchers_end_to_end(tmp_path, image_folder):
     """From another directory, as a user would."""

@@ -78,7 +78,7 @@ class LinearNetwork(nn.Linear):
 
 
 class WithoutNormalisation(nn.Module):
-    """Batch normalisation sees the parts of a batch one by one; without it parts and whole must agree."""
+    """Batch normalisation sees micro-batches one by one; without it, these and the whole batch must agree."""
 
     def __init__(self):
         super().__init__()

@@ -63,7 +63,9 @@ def test_weights_from_files(tmp_path):
     safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
     torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}}, tmp_path / "a.pth")
     torch.save({f"_orig_mod.module.{k}": x for k, x in weights.items()}, tmp_path / "c.pth")
-    for file in ("a.safetensors", "a.pth", "c.pth"):
+    torch.save({"model": {"state_dict": weights}, "epoch": 3}, tmp_path / "d.pth")
+    torch.save({"state_dict": {"net": weights}}, tmp_path / "e.pth")
+    for file in ("a.safetensors", "a.pth", "c.pth", "d.pth", "e.pth"):
         network = build_backbone("mobilenet_v3_small", 3, 4, pretrained=tmp_path / file, image_size=64)
         assert all(torch.equal(x, weights[k]) for k, x in network.network.state_dict().items())
     for file, reason in (("b.pth", "not a PyTorch checkpoint"), ("b.safetensors", "is damaged")):
@@ -106,6 +108,19 @@ def test_tags_of_timm_and_the_image_size_of_weights():
     assert split_name("timm/resnet18.a1_in1k") == ("timm", "resnet18.a1_in1k")
     with pytest.raises(ValueError, match="no classification network"):
         split_name("timm/resnet18.a9")
+
+
+def test_a_classifier_that_timm_draws_is_new(monkeypatch):
+    """For another number of classes timm leaves out the classifier of its weights."""
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    own, other = (
+        build_backbone("timm/test_resnet", 2, 5, pretrained="DEFAULT", options={"num_classes": number})
+        for number in (1000, 5)
+    )
+    assert own.has_new_classifier
+    assert other.has_new_classifier
 
 
 def test_files_cannot_name_other_files():

@@ -124,11 +124,10 @@ def test_processes_that_resume_different_states_stop():
     """As on machines whose folders of runs are not one."""
 
     state = {"epoch": 2, "step": 7}
-    same = SimpleNamespace(all_reduce_max=lambda value: value)
+    same = SimpleNamespace(all_equal=lambda value: True)
     _check_one_state(same, state)
     _check_one_state(same, None)
-    others = iter([3 * 2**40, -2 * 2**40 - 7])  # the other process is at epoch 3
-    different = SimpleNamespace(all_reduce_max=lambda value: max(value, next(others)))
+    different = SimpleNamespace(all_equal=lambda value: False)
     with pytest.raises(UserError, match="find different checkpoints"):
         _check_one_state(different, state)
 
@@ -458,6 +457,19 @@ def test_tables_of_an_evaluation_are_not_replaced(runs, capsys):
     assert (runs / "tables" / "tensorboard" / "of another program").exists()
 
 
+def test_a_resumption_that_skips_unreadable_images_is_remembered(image_folder, tmp_path, capsys):
+    """The message about such an image advises it, and stage 2 would meet the image again."""
+    flags = [*TINY_FLAGS, "--image-size", "80", "--val-size", "12", "--batch-size", "16", "--workers", "1"]
+    save = ["--save", str(tmp_path / "GE")]
+    for path in (image_folder / "train").rglob("3.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    assert train_GE.main([*save, "--data-root", str(image_folder), *flags]) == 2
+    assert "--skip-unreadable" in capsys.readouterr().err
+    assert train_GE.main([*save, "--resume", "--skip-unreadable"]) == 0
+    assert load_saved(tmp_path / "GE").description.recipe["skip_unreadable"]
+    assert train_GE.main([*save, "--resume"]) == 0
+
+
 def test_a_run_is_resumed_where_it_cannot_be_compiled(runs, capsys):
     """As a run of one GPU is by DataParallel: --compile auto was resolved where the run began."""
     assert train_ge("GE", "--overwrite", "--checkpoint-activations", "--epochs", "1") == 0
@@ -538,8 +550,9 @@ def test_stage_1_starts_from_weights(runs, image_folder, capsys):
     start = ["--pretrained", "GE", "--epochs", "1", "--batch-size", "16", "--lr", "1e-12", "--save"]
     assert train_GE.main([*start, "more"]) == 0
     capsys.readouterr()
-    assert train_GE.main([*start, "again", "--preset", "demo", "--val-size", "32"]) == 0
     size = len(load_saved(runs / "GE").split.held_out)
+    assert train_GE.main([*start, "again", "--preset", "demo", "--val-size", "32"]) == 0
+    assert load_saved(runs / "again").description.recipe["val_size"] == size
     assert f"GE/best.safetensors: the same {size} of them are held out" in capsys.readouterr().out
     assert (
         train_GE.main(

@@ -257,7 +257,8 @@ class Totals:
     def add(self, prediction: Prediction, milliseconds: float) -> None:
         """Add a batch and the time it took."""
         self.num_calls += 1
-        self.num_late += self.deadline is not None and milliseconds > self.deadline
+        if self.deadline is not None and milliseconds > self.deadline:
+            self.num_late += len(prediction.exits)
         self.milliseconds += milliseconds
         self.exits += torch.bincount(prediction.exits, minlength=len(self.exits))
 
@@ -272,7 +273,7 @@ class Totals:
             "share_of_operations": round(spent / count / self.operations[-1], 4),
             "share_of_exits": [round(n / count, 4) for n in self.exits.tolist()],
             "network_milliseconds": round(self.milliseconds / count, 3),
-            "late": self.num_late / max(self.num_calls, 1) if self.deadline is not None else None,
+            "late": self.num_late / count if self.deadline is not None else None,
         }
 
 
@@ -285,7 +286,7 @@ def _in_words(summary: dict[str, Any]) -> str:
         f"({100 * summary['share_of_operations']:.0f} % of all), {summary['network_milliseconds']:.3g} ms in "
         f"the network, reading not counted; left at exits 1 to {len(shares)}: "
         f"{' / '.join(f'{100 * share:.0f}' for share in shares)} %"
-        + ("" if late is None else f"; {100 * late:.1f} % of the predictions were late")
+        + ("" if late is None else f"; {100 * late:.1f} % of the images were late")
     )
 
 

@@ -42,14 +42,20 @@ def usable_mode(mode: str, is_required: bool, processes: Processes, say: Callabl
 
 def compiler_problem(device: torch.device) -> str | None:
     """Compile and run a small function on the device; return None if that works, else the reason."""
-    # That this machine has no GPU, or no compiler, is said in one line below.
-    for name in ("torch.utils.cpp_extension", "torch._inductor", "torch._dynamo"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    loggers = [
+        logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor", "torch._dynamo")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:  # the caller reports the reason, in one line
+        logger.setLevel(logging.CRITICAL)
     values = torch.ones(64, device=device, requires_grad=True)
     try:
         torch.compile(_probe, mode=None)(values).sum().backward()
     except Exception as error:  # of many types, by the part that fails
         return reason_of(error)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     return None
 
 

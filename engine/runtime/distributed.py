@@ -99,6 +99,10 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def all_equal(self, value: int) -> bool:
+        """Return True if all processes have the same number."""
+        return self.all_reduce_max(value) == -self.all_reduce_max(-value)
+
     def share_buffers(self, network: nn.Module) -> None:
         """Give all processes the main process's buffers, such as BatchNorm statistics, which it saves."""
         if self.world_size > 1:

@@ -41,13 +41,14 @@ def status_and_line(error: Exception | Interrupted, command: "CommandLine") -> t
         return error.exit_status, f"stopped by a signal{error.where}, {saved}{resume}"
     if isinstance(error, ValueError) and ONE_VALUE in str(error):
         return 2, (
-            "a part of a step has one value per channel, from which batch normalisation cannot learn; use a "
+            "a micro-batch has one value per channel, from which batch normalisation cannot learn; use a "
             "larger --batch-size, a smaller --accumulate or fewer processes"
         )
     if isinstance(error, (MemoryError, RuntimeError)):
         if is_out_of_memory(error):
-            smaller = "a smaller --batch-size, --accumulate or --checkpoint-activations"
-            return 2, f"there is not enough memory; try {smaller}"
+            of_training = ", a larger --accumulate, or --checkpoint-activations"
+            more = "" if "evalmode" in command.typed else of_training
+            return 2, f"there is not enough memory; try a smaller --batch-size{more}"
         if is_lost_peer(error):
             return 1, f"another process of this run was lost ({first_line(error)[:200]}){resume}"
         if is_compiler_error(error):

@@ -43,7 +43,7 @@ from engine.runtime.signals import SignalRequests
 from parsing import at_least
 from utils import UserError, available_cores, one_line
 
-MIN_SHARE = 32  # images per step that a process must get: batch normalisation averages over them
+MIN_SHARE = 32  # images of a micro-batch that a process must get: batch normalisation averages over them
 MAX_SECONDS_TO_END = 20
 SECONDS_TO_REPORT = 5  # time for a worker to report its error
 SECONDS_TO_LOOK = 0.2  # between two checks of the workers while they start
@@ -90,14 +90,15 @@ def workers_end_inside() -> Iterator[None]:
         exit_worker(1)
 
 
-def process_count(batch_size: int, cores: int | None = None) -> int:
+def process_count(batch_size: int, accumulate: int = 1, cores: int | None = None) -> int:
     """Return the number of processes to train with on the CPU.
 
     It is the environment's PROCESSES, or else the largest number up to ``cores`` that divides the batch and
-    leaves each process ``MIN_SHARE`` images.
+    leaves each process ``MIN_SHARE`` images in each of its micro-batches.
 
     Args:
         batch_size: Images per step of all processes.
+        accumulate: Micro-batches per step of each process.
         cores: Number of cores. If None, all that this process may use.
 
     Raises:
@@ -110,7 +111,7 @@ def process_count(batch_size: int, cores: int | None = None) -> int:
             raise UserError(
                 f"PROCESSES={wanted}: {error} (the processes share --batch-size images)"
             ) from None
-    most = min(cores or available_cores(), batch_size // MIN_SHARE)
+    most = min(cores or available_cores(), batch_size // (MIN_SHARE * accumulate))
     return max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
 
 
@@ -132,7 +133,10 @@ def may_fork(gpu: tuple[int, ...] | None) -> bool:
 
 @contextmanager
 def training_processes(
-    batch_size: int, gpu: tuple[int, ...] | None, requests: SignalRequests | None = None
+    batch_size: int,
+    gpu: tuple[int, ...] | None,
+    requests: SignalRequests | None = None,
+    accumulate: int = 1,
 ) -> Iterator[Processes]:
     """Run the block in every process: torchrun's, or one with GPUs, or this one and forked workers.
 
@@ -142,13 +146,14 @@ def training_processes(
         batch_size: Images per step of all processes.
         gpu: --gpu.
         requests: Requests of ``handle_signals``, if the caller handles signals.
+        accumulate: Micro-batches per step of each process.
 
     Raises:
         WorkerFailed: A worker ended with an error.
         UserError: PROCESSES or the variables of torchrun are wrong, a GPU does not exist, the other processes
             cannot be reached, or the system allows no further process.
     """
-    count = process_count(batch_size) if may_fork(gpu) else 1
+    count = process_count(batch_size, accumulate) if may_fork(gpu) else 1
     if count == 1:
         with process_group(gpu) as processes:
             yield processes

@@ -37,6 +37,7 @@ class Log:
     def __init__(self, enabled: bool):
         self.enabled = enabled
         self.writer: SummaryWriter | None = None
+        self._excepthook = threading.excepthook
         self._bar: tqdm | None = None  # made after the workers are forked, as it starts a thread
         if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):
             LOGGER.addHandler(ConsoleHandler())
@@ -51,14 +52,15 @@ class Log:
     def open(self, folder: Path, first_step: int) -> None:
         """Begin or continue TensorBoard's events; drop an earlier attempt's events from ``first_step`` on."""
         if self.enabled:
-            threading.excepthook = _ignore_failed_writes
+            threading.excepthook = _ignore_failed_writes  # until ``close``
             self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
     def close(self) -> None:
-        """End the bar and the events."""
+        """Close the progress bar and the TensorBoard writer."""
         self.end_epoch()
         if self.writer is not None:
             self.writer.close()
+            threading.excepthook = self._excepthook
 
     def begin_epoch(self, title: str, first_step: int, steps: int) -> None:
         """Show a bar if standard error is a terminal; a log file gets lines instead."""
