@@ -116,7 +116,7 @@ def export_blocks(
 
     Raises:
         UserError: A package or the description is missing, the policies do not compare softmax, the folder
-            has a ``network.json`` of another program, or a file cannot be written.
+            has a ``network.json`` or block of another program, or a file cannot be written.
     """
     folder, metadata = Path(folder), _metadata(network, curve)
     block_metadata = {name: metadata[name] for name in ("format", "fingerprint")}
@@ -127,6 +127,13 @@ def export_blocks(
         raise UserError(f"cannot make the directory {folder}: {error.strerror}") from None
     _refuse_foreign(folder / "network.json")
     blocks = blocks or convert_blocks(network)
+    if not (folder / "network.json").exists():
+        for number in range(1, len(blocks) + 1):
+            path = folder / f"block{number}.onnx"
+            if path.exists() and not _is_exported_block(path):
+                raise UserError(
+                    f"{path} was not written by an export: choose another directory, or remove it"
+                )
     # Nobody finds new blocks beside the network.json of an older export if this is interrupted.
     with contextlib.suppress(OSError):
         (folder / "network.json").unlink()
@@ -163,11 +170,18 @@ def _remove_later_blocks(folder: Path, count: int) -> None:
         number = path.stem.removeprefix("block")
         if not number.isdecimal() or int(number) <= count:
             continue
-        # What is no file, cannot be read or was not exported by us stays.
-        with contextlib.suppress(OSError, ProtobufError):
-            metadata = {entry.key for entry in onnx.load(path, load_external_data=False).metadata_props}
-            if metadata == {"format", "fingerprint"}:
+        if _is_exported_block(path):
+            with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _is_exported_block(path: Path) -> bool:
+    """Return True if a file is a block that an export wrote; what cannot be read is none."""
+    try:
+        metadata = onnx.load(path, load_external_data=False).metadata_props
+    except (OSError, ProtobufError):
+        return False
+    return {entry.key for entry in metadata} == {"format", "fingerprint"}
 
 
 def _metadata(network: ExitNetwork, curve: PolicyCurve | None) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class FoldedNetwork(ExitNetwork, register=False):
     def __init__(self, network: ExitNetwork, fingerprint: str, memory_format: torch.memory_format):
         super().__init__()
         self.network, self.fingerprint, self.memory_format = network, fingerprint, memory_format
+        # A buffer follows ``half()``; replicas of DataParallel have buffers but no parameters.
+        weights = next(network.parameters())
+        self.register_buffer("_like_weights", weights.new_empty(0), persistent=False)
         self.config, self.description = network.config, network.description
         self.num_exits, self.num_classes = network.num_exits, network.num_classes
         self.feature_dims, self.boosted = network.feature_dims, network.boosted
@@ -50,6 +53,11 @@ class FoldedNetwork(ExitNetwork, register=False):
     def title(self) -> str:
         """Title of the network before folding."""
         return self.network.title
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of its weights."""
+        return self._like_weights.dtype
 
     def train(self, mode: bool = True) -> "FoldedNetwork":
         """Stay in evaluation mode whatever ``mode`` is."""
@@ -81,8 +89,7 @@ class FoldedNetwork(ExitNetwork, register=False):
             yield f"network.{name}", parameter
 
     def _cast(self, images: Tensor) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
-        return images.to(dtype=dtype, memory_format=self.memory_format)
+        return images.to(dtype=self.dtype, memory_format=self.memory_format)
 
 
 def fold(network: ExitNetwork, channels_last: bool = True, dtype: torch.dtype | None = None) -> FoldedNetwork:

@@ -126,7 +126,7 @@ class Benchmark:
         _print(f"{title}: time of budgeted prediction / time of running every exit")
         for batch_size in (256, 1):
             images = self.images(max(batch_size, 64))
-            confidence, _ = confidence_by_exit(torch.stack(network(images)).float())
+            confidence, _ = confidence_by_exit(torch.stack(network(images)).float().cpu())
             functions = {"every exit": _each(images.split(batch_size), network)}
             shares = {}
             for wanted in SHARES_OF_OPERATIONS:

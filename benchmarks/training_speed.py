@@ -10,7 +10,8 @@ thread per core. Ours is the trainer of this project with its defaults: on a CPU
 train the same network on the same random images. They run in separate processes and take turns, one round of
 steps each. They are compared within the rounds, so that another program on the machine slows both alike;
 medians over the rounds are printed. Workers of the plain loop load up to four batches while it waits for its
-turn, which favours it.
+turn, which favours it. Threads of both sides wait as those of this project's programs do, without spinning;
+``OMP_WAIT_POLICY=ACTIVE`` in front of the command lets them spin.
 """
 
 import argparse
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no GPU here")
+        if arguments.device == "cpu" and torch.cuda.is_available():  # which train_GE.py would take
+            raise UserError("--device cpu: hide the GPU by CUDA_VISIBLE_DEVICES= in front of the command")
         with tempfile.TemporaryDirectory() as folder:
             measure(arguments, Path(folder))
     except UserError as error:
@@ -298,7 +301,8 @@ def _obey(connection: Connection, side: str, stage_number: int, arguments: argpa
         while steps := connection.recv():
             connection.send(loop.run(steps))
         return
-    with training_processes(arguments.batch_size, None) as processes:
+    accumulate = parse("GE", _flags(arguments)).settings().accumulate
+    with training_processes(arguments.batch_size, None, accumulate=accumulate) as processes:
         ours = Ours(stage_number, arguments, processes)
         while steps := processes.all_reduce_max(connection.recv() if processes.is_main else 0):
             result = ours.run(steps)

@@ -419,16 +419,13 @@ def _describe(
     origin: LoadedNetwork | None,
 ) -> Description:
     settings = session.settings
-    recipe = to_plain_types(settings)
-    if settings.val_size is not None:  # those of the network it starts from may be fewer or more
-        recipe["val_size"] = len(data.split.held_out)
     return Description(
         network=to_config(network),
         data=data.info,
         operations=operations,
         stage=stage.name,
         title=stage.title(network, settings),
-        recipe=recipe,
+        recipe=to_plain_types(settings),
         seed=settings.seed,
         commit=git_commit(),
         origin=str(origin.path.resolve()) if origin else None,

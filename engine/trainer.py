@@ -347,10 +347,12 @@ class Trainer:
         """Measure the BatchNorm statistics of the average on the first training images of this epoch."""
         count = math.ceil(MEASURED_IMAGES / self.session.settings.batch_size)
         batches = islice(self.data.train.epoch(self.progress.epoch), count)
-        processes = self.session.processes
-        num_parts = self.session.settings.accumulate * max(1, len(processes.gpu_ids))
-        parts = (part for images, _ in batches for part in images.tensor_split(num_parts))
-        measure_batch_norm(self.average.module, self.network, parts, self.stepper.dtype, processes)
+        accumulate, processes = self.session.settings.accumulate, self.session.processes
+        # Split as ``Stepper.step`` and DataParallel do.
+        num_gpus = max(1, len(processes.gpu_ids))
+        micro_batches = (part for images, _ in batches for part in images.tensor_split(accumulate))
+        chunks = (chunk for part in micro_batches for chunk in part.chunk(num_gpus))
+        measure_batch_norm(self.average.module, self.network, chunks, self.stepper.dtype, processes)
 
     def _save(self) -> None:
         """Save in the middle of an epoch; the meters of all processes go into one."""

@@ -237,7 +237,7 @@ def exits_table(schedules: Iterable[str] = FULL_SCHEDULES) -> str:
 
 
 def pairs_ahead(before: str, after: str) -> str:
-    """Return in how many pairs of runs with one seed ``after`` ended above ``before`` (mean of exits)."""
+    """Return in how many pairs of runs with the same seed ``after`` ended above ``before`` in the mean."""
     by_seed = [row for schedule in COMPARED_SCHEDULES for row in gains(before, after, schedule)]
     by_seed += gains(f"{before}_7", f"{after}_7", "short")
     return f"{sum(row[-1] > 0 for row in by_seed)} of {len(by_seed)}"
@@ -367,7 +367,10 @@ def differences_table(
 
 def effect(before: str, after: str, schedule: str = "short", metric: str = "exits") -> str:
     """Return the mean of what ``gains`` returns: its mean and spread over seeds, and their number."""
-    return with_count([gain[-1] for gain in gains(before, after, schedule, metric)], "+")
+    by_seed = gains(before, after, schedule, metric)
+    if not by_seed:
+        raise UserError(f"no seed has results of {before} and {after} with the schedule {schedule}")
+    return with_count([gain[-1] for gain in by_seed], "+")
 
 
 def epochs_table() -> str:

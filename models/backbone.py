@@ -391,7 +391,7 @@ class Backbone(ExitNetwork):
     def can_run_channels_last(self) -> bool:
         """Return False for a network whose calls of ``view`` need maps in their default layout."""
         nodes = (node for segment in self._segments for node in segment.graphs["evaluation"].nodes)
-        if not any(node.op == "call_method" and node.target == "view" for node in nodes):
+        if not any(node.op == "call_method" and node.target in ("view", "view_as") for node in nodes):
             return True
         # Only a run on the device tells: on the meta device convolutions have outputs of another layout.
         runner = copy.deepcopy(self).eval()

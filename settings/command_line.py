@@ -290,8 +290,9 @@ class CommandLine:
             return Path("save") / (preset or DEFAULTS["preset"]) / spec.name
         if self.pretrained_run is None:
             return Path("save") / _arch(self.typed).split("/")[-1] / spec.name
-        if pretrained.is_dir() or pretrained.name in (BEST, "last.pt"):
-            run = _with_name(pretrained if pretrained.is_dir() else pretrained.parent)
+        is_run = (pretrained / BEST).is_file()
+        if is_run or pretrained.name in (BEST, "last.pt"):
+            run = _with_name(pretrained if is_run else pretrained.parent)
             return run.parent / (f"{run.name}_2" if spec.is_first else spec.name)
         return Path("save") / pretrained.name.split(".")[0] / spec.name
 

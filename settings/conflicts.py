@@ -141,7 +141,7 @@ def conflict_of_compiling(
     Args:
         mode: Value of --compile.
         checkpoint_activations: Whether activations are computed again in the backward pass.
-        accumulate: Parts of a step.
+        accumulate: Micro-batches of a step.
         num_gpus: GPUs of one process.
         images_per_process: Images per step of one process; 0 if it is not known.
     """
@@ -191,7 +191,7 @@ def conflict_on_machine(
     smallest = min(map(len, chunks))
     if has_batch_norm_1d and smallest < 2:
         return (
-            "BatchNorm1d needs at least 2 images per process, and per GPU and part of --accumulate; "
+            "BatchNorm1d needs at least 2 images per process, GPU and micro-batch; "
             f"--batch-size {settings.batch_size} gives {smallest}"
         )
     return None

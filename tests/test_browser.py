@@ -116,7 +116,7 @@ def test_example_pictures_are_classified_when_the_page_opens(seen):
 def test_unusual_images_are_called_so(seen):
     notes = {card["name"]: card["note"] for card in seen["views"][0]["cards"] + seen["pictures"]["cards"]}
     assert "Unlike the training images: 200 × 150 pixels, shrunk to 32 × 32." in notes["image17.png"]
-    assert "Smaller than the training images: 24 × 30 pixels, enlarged." in notes["image19.png"]
+    assert "Smaller than the network's images: 24 × 30 pixels, enlarged." in notes["image19.png"]
     assert "Unlike the training images: 960 × 720 pixels" in notes["traffic_light"]
     assert notes["apple"] == ""
     unsure = [card for card in seen["views"][0]["cards"] if float(card["confidence"]) < 0.5]

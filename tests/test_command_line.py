@@ -59,6 +59,16 @@ def test_save_directory(stage, flags, directory):
     assert parse(stage, flags).save_directory == Path(directory)
 
 
+def test_a_folder_with_the_name_of_a_shipped_network_is_no_run(tmp_path, monkeypatch):
+    """Such as of ``export_onnx.py --output imta_cifar100/``."""
+    monkeypatch.chdir(tmp_path)
+    Path("imta_cifar100").mkdir()
+    command = parse("GE", ["--pretrained", "imta_cifar100"])
+    assert command.save_directory == Path("save/imta_cifar100/GE")
+    Path("imta_cifar100/best.safetensors").touch()
+    assert command.save_directory == Path("imta_cifar100_2")
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "directory"),
     [
@@ -71,6 +81,7 @@ def test_save_directory(stage, flags, directory):
 )
 def test_save_directory_from_inside_a_run(tmp_path, monkeypatch, stage, flags, directory):
     (tmp_path / "runs" / "GE" / "inside").mkdir(parents=True)
+    (tmp_path / "runs" / "GE" / "best.safetensors").touch()
     monkeypatch.chdir(tmp_path / "runs" / "GE")
     assert parse(stage, flags).save_directory == tmp_path / directory
 

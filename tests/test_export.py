@@ -528,6 +528,15 @@ def test_blocks_of_a_deeper_network_are_removed_and_nothing_else(converted, tmp_
 
 
 @needs_onnx
+def test_a_block_of_another_program_is_not_replaced(converted, tmp_path):
+    network, blocks = converted
+    (tmp_path / "block2.onnx").write_bytes(b"of another program")
+    with pytest.raises(UserError, match=r"block2\.onnx was not written by an export"):
+        export_blocks(network, tmp_path, None, blocks)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"of another program"]
+
+
+@needs_onnx
 def test_more_exits_than_one_file_holds(tmp_path):
     """Graphs inside graphs have a limit, which a file per block does not meet."""
     network = make_small("chain").eval()
@@ -769,6 +778,7 @@ def test_javascript_without_policies(converted, tmp_path):
         ({"points": None}, "network.json lacks points$"),
         ({"preprocessing": None, "blocks": None}, "network.json lacks preprocessing, blocks$"),
         ({"blocks": []}, "network.json has 3 exits, but 0 blocks"),
+        ({"blocks": [{"file": "../block1.onnx"}] * 3}, "network.json is damaged: see its blocks$"),
         ("null", "network.json was not written by this version"),
         ("{", "cannot read network.json: "),
     ],

@@ -50,6 +50,17 @@ def test_folding_again_changes_the_dtype():
     assert again.kind == "IMTA"
 
 
+def test_images_are_cast_to_the_weights():
+    """Also after ``half()``, and in replicas of DataParallel, which have buffers but no parameters."""
+    folded, images = fold(make_network(1)), torch.zeros(1, 3, 32, 32)
+    folded.to(torch.bfloat16)
+    assert folded.dtype == torch.bfloat16
+    assert folded(images)[0].dtype == torch.bfloat16
+    for module in folded.modules():
+        module._parameters.clear()
+    assert folded._cast(images).dtype == torch.bfloat16
+
+
 def test_half_precision_is_close():
     network = make_network(2).float()
     folded = fold(network, dtype=torch.bfloat16)

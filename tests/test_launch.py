@@ -168,6 +168,15 @@ def test_as_many_processes_as_cores_and_batch_allow(monkeypatch, cores, batch, p
     assert process_count(4 * batch, accumulate=4, cores=cores) == processes
 
 
+@pytest.mark.parametrize(("own", "other"), [(3, 2), (2, 3), (3, 3), (-1, 5)])
+def test_numbers_of_all_processes_are_compared(own, other):
+    class Two(Processes):
+        def all_reduce_max(self, value):
+            return max(value, other if value == own else -other)
+
+    assert Two(0, 2, CPU.device, ()).all_equal(own) is (own == other)
+
+
 def test_processes_can_be_chosen(monkeypatch):
     monkeypatch.setenv("PROCESSES", "3")
     assert process_count(32) == 3

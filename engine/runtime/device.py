@@ -89,7 +89,7 @@ def prepare_network_and_device(
         is_bfloat16 = settings.amp == "bf16" and settings.evalmode != "runtime"
         limit_threads_of_steps(torch.bfloat16 if is_bfloat16 else None, operations)
     network.to(device)
-    if settings.channels_last and network.stage_1.can_run_channels_last():
+    if settings.channels_last:
         set_memory_format(network, torch.channels_last)
     network.checkpoint_activations = settings.checkpoint_activations
 

@@ -1,7 +1,8 @@
 """One process per core where a CPU trains: forked workers with a single thread each share every batch.
 
 Example:
-    with training_processes(settings.batch_size, settings.gpu) as processes: ...  # once in every process
+    with training_processes(settings.batch_size, settings.gpu) as processes:
+        ...  # once in every process
 
 With several threads per process, every convolution ends with a barrier; one busy core stalls all of them.
 

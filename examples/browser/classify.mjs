@@ -12,7 +12,6 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import { Predictor } from "./predictor.mjs";
 
-const ort = createRequire(import.meta.url)("onnxruntime-node");
 const BATCH_SIZE = 64;
 
 // The header of a PPM image: size and largest value, between blanks and comments.
@@ -61,8 +60,18 @@ function readThresholds(text, predictor) {
   return numbers.length > 1 || numbers[0] < 2 ? numbers : predictor.choose(numbers[0]).thresholds;
 }
 
+function findRuntime() {
+  try {
+    return createRequire(import.meta.url)("onnxruntime-node");
+  } catch (error) {
+    if (error.code !== "MODULE_NOT_FOUND") throw error;
+    throw new Error("onnxruntime-node is missing: type npm install in examples/browser");
+  }
+}
+
 async function main(model, limit, ...files) {
   if (!files.length) throw new Error("usage: node classify.mjs MODEL OPERATIONS IMAGE.ppm ...");
+  const ort = findRuntime();
   const isDirectory = await stat(model).then((found) => found.isDirectory(), () => false);
   const predictor = isDirectory
     ? await Predictor.load(ort, (name) => readFile(join(model, name)))

@@ -11,6 +11,8 @@ const MEASURED = 9; // newest times of every exit of which the fastest counts: o
 const MEASURE_AGAIN = 250; // milliseconds until the time of every exit is measured again
 const DRAW_AFTER = 40; // milliseconds of predictions until the browser draws and listens again
 const LARGE = 4; // images with more than this many times the pixels per side are called unlike the training images
+const SMALL = 64; // pixels per side: networks of larger images were trained on photographs of any size
+const MAX_RATIO = 200; // of the sides of an image, as in Python
 const UNSURE = 0.5; // below this probability, the image may show none of the classes
 const MAX_IMAGES = 500;
 const MAX_SIDE = 1024; // the browser shrinks larger images to so many pixels on the shorter side, before they are resized as in Python
@@ -230,10 +232,10 @@ class Page {
   notes({ size, confidence }) {
     const { imageSize, numClasses } = this.predictor;
     const notes = [];
-    if (Math.min(...size) > LARGE * imageSize) {
+    if (imageSize <= SMALL && Math.min(...size) > LARGE * imageSize) {
       notes.push(`Unlike the training images: ${size.join(" × ")} pixels, shrunk to ${imageSize} × ${imageSize}.`);
     } else if (Math.min(...size) < imageSize) {
-      notes.push(`Smaller than the training images: ${size.join(" × ")} pixels, enlarged.`);
+      notes.push(`Smaller than the network's images: ${size.join(" × ")} pixels, enlarged.`);
     }
     if (confidence < UNSURE) notes.push(`Unsure: perhaps none of the ${numClasses} classes.`);
     return notes;
@@ -281,6 +283,7 @@ async function readImage(file, { imageSize, preprocessing }) {
   picture.src = URL.createObjectURL(file);
   await picture.decode().finally(() => URL.revokeObjectURL(picture.src));
   const size = [picture.naturalWidth, picture.naturalHeight];
+  if (Math.max(...size) > MAX_RATIO * Math.min(...size)) throw new Error(`${file.name} has sides of ${size.join(" and ")} pixels.`);
   const card = document.createElement("li");
   card.innerHTML = '<div class="text"><div class="class"></div><div class="exit"></div><div class="rest"></div><p class="note"></p></div>';
   picture.alt = file.name;
@@ -291,7 +294,8 @@ async function readImage(file, { imageSize, preprocessing }) {
 
 // Return the central square of a picture as planes of red, green and blue: the shorter side is resized to imageSize / crop_share pixels,
 // then the middle is cut out, as image_data does in Python. Only the part that counts is drawn, and large pictures are drawn smaller:
-// browsers limit the pixels of a canvas.
+// browsers limit the pixels of a canvas. Unlike Python, browsers convert colours of an embedded profile to sRGB, and do not stretch
+// 16-bit gray.
 function toPixels(picture, imageSize, { crop_share: share, interpolation }) {
   const sides = [picture.naturalWidth, picture.naturalHeight];
   const shrink = Math.min(1, MAX_SIDE / Math.min(...sides));

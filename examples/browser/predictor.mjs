@@ -20,6 +20,9 @@ export class Predictor {
       throw new Error(`network.json has ${operations.length} exits, but ${blocks.length} blocks`);
     }
     const loadBlock = async ({ file }) => {
+      if (typeof file !== "string" || !/^[^/\\]+$/.test(file) || file === "." || file === "..") {
+        throw new Error("network.json is damaged: see its blocks");
+      }
       const bytes = await read(file);
       const block = readMetadata(bytes, file);
       if (block.format !== FORMAT || block.fingerprint !== fingerprint) {
