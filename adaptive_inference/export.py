@@ -125,15 +125,12 @@ def export_blocks(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the directory {folder}: {error.strerror}") from None
-    _refuse_foreign(folder / "network.json")
+    listed = _listed_files(folder / "network.json")
+    for number in range(1, network.num_exits + 1):
+        path = folder / f"block{number}.onnx"
+        if path.exists() and path.name not in listed and not _is_exported_block(path):
+            raise UserError(f"{path} was not written by an export: choose another directory, or remove it")
     blocks = blocks or convert_blocks(network)
-    if not (folder / "network.json").exists():
-        for number in range(1, len(blocks) + 1):
-            path = folder / f"block{number}.onnx"
-            if path.exists() and not _is_exported_block(path):
-                raise UserError(
-                    f"{path} was not written by an export: choose another directory, or remove it"
-                )
     # Nobody finds new blocks beside the network.json of an older export if this is interrupted.
     with contextlib.suppress(OSError):
         (folder / "network.json").unlink()
@@ -151,17 +148,23 @@ def export_blocks(
         stream.write("\n")
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Raise ``UserError`` if a file is there that no export wrote."""
+def _listed_files(path: Path) -> set[str]:
+    """Return the files of blocks that the ``network.json`` of an earlier export lists.
+
+    Raises:
+        UserError: No export wrote that file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return
+        return set()
     except (OSError, ValueError, RecursionError):
         content = None
     written_by = str(content.get("format")) if isinstance(content, dict) else ""
     if not written_by.startswith(FORMAT.rstrip("0123456789")):  # of any version
         raise UserError(f"{path} was not written by an export: choose another directory, or remove it")
+    blocks = content.get("blocks")
+    return {str(block.get("file")) for block in blocks if isinstance(block, dict)} if blocks else set()
 
 
 def _remove_later_blocks(folder: Path, count: int) -> None:

@@ -14,13 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaptive_inference.fold import fold
-from engine.checkpoint import load_saved
+from engine.checkpoint import LoadedNetwork, load_saved
 from engine.collect import collect_logits
 from engine.report import table
 from engine.runtime.distributed import Processes
@@ -42,18 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root", type=user_path, metavar="DIR", help="(default: that of the run)")
     arguments = parser.parse_args(argv)
     try:
-        first, second = (
-            correct_by_exit(network, arguments.data_root) for network in (arguments.first, arguments.second)
-        )
-        if first.class_names != second.class_names or not torch.equal(first.targets, second.targets):
-            raise UserError("the networks have different test images")
-        if len(first.correct) != len(second.correct):
-            raise UserError("the networks have different numbers of exits")
+        first, second = (load_saved(find(network)) for network in (arguments.first, arguments.second))
+        correct = correct_by_exit(first, second, arguments.data_root)
     except (UserError, OSError, ValueError) as error:
         print_error(f"{parser.prog}: {error}")
         return 2
     rows = []
-    for k, pair in enumerate(zip(first.correct, second.correct, strict=True), start=1):
+    for k, pair in enumerate(zip(*correct, strict=True), start=1):
         difference, error = paired_difference(*pair)
         rows.append(
             {
@@ -64,35 +58,25 @@ def main(argv: list[str] | None = None) -> int:
                 "standard error": f"{error:.2f}",
             }
         )
-    sys.stdout.write(f"{len(first.targets):,} test images\n{table(rows, list(rows[0]))}\n")
+    sys.stdout.write(f"{correct[0].shape[1]:,} test images\n{table(rows, list(rows[0]))}\n")
     return 0
 
 
-class Predicted(NamedTuple):
-    """What a network predicts for its test images.
-
-    Attributes:
-        correct: Which images every exit predicts correctly, bool (K, N).
-        targets: Their classes (N,).
-        class_names: Names of the classes.
-    """
-
-    correct: Tensor
-    targets: Tensor
-    class_names: list[str]
-
-
-def correct_by_exit(network: str, data_root: Path | None) -> Predicted:
-    """Predict the test images of a network at every exit.
+def correct_by_exit(
+    first: LoadedNetwork, second: LoadedNetwork, data_root: Path | None
+) -> tuple[Tensor, Tensor]:
+    """Return which of the same test images both networks predict correctly at every exit, bool (K, N) each.
 
     Raises:
-        UserError: The images cannot be read.
-        OSError, ValueError: The network cannot be read.
+        UserError: The networks cannot be compared, or the images cannot be read.
     """
-    loaded = load_saved(find(network))
-    data = load_own_data(loaded, data_root, "anytime")
-    logits, targets = collect_logits(fold(loaded.network), data.test, ALONE)
-    return Predicted(logits.argmax(dim=2) == targets, targets, data.info.class_names)
+    same_data = first.data == second.data and torch.equal(first.split.test_digests, second.split.test_digests)
+    if not same_data or first.network.num_exits != second.network.num_exits:
+        raise UserError("the networks differ in their data set, its preparation, or their number of exits")
+    test = load_own_data(first, data_root, "anytime").test
+    logits, targets = collect_logits(fold(first.network), test, ALONE)
+    other_logits, _ = collect_logits(fold(second.network), test, ALONE)
+    return logits.argmax(dim=2) == targets, other_logits.argmax(dim=2) == targets
 
 
 def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from experiments.network_data import load_own_data
 from experiments.tables import read_log
 from image_data.batches import InMemoryBatches
 from image_data.subsets import pixel_digests
-from models import ExitNetwork, load
+from models import ExitNetwork
 from models.files import SUFFIX, networks_in
 from parsing import CommandLineParser, user_path
 from utils import UserError, atomic_write
@@ -61,7 +61,7 @@ SECTION = """
 ## {name}
 
 {title}, trained on {d.data.name} ({d.data.num_training_images} training images,
-{d.recipe[val_size]} of them held out), {d.data.image_size} x {d.data.image_size} pixels,
+{held_out} of them held out), {d.data.image_size} x {d.data.image_size} pixels,
 {classes} classes, seed {d.seed}, epoch {d.epoch}, commit {d.commit}.
 Recipe: {recipe}.
 {d.training[minutes]} minutes of stage {stage} on {d.training[hardware]}.
@@ -213,7 +213,8 @@ def training(run: RunDirectory) -> dict[str, str | int]:
 
 def card(folder: Path) -> str:
     """Return the model card of all shipped networks in ``folder``."""
-    networks = {path.stem: load(path) for path in networks_in(folder)}
+    loaded = {path.stem: load_saved(path) for path in networks_in(folder)}
+    networks = {name: one.network for name, one in loaded.items()}
     data = sorted({network.description.data.name for network in networks.values()})
     models = "\n".join(
         MODEL.format(
@@ -223,7 +224,7 @@ def card(folder: Path) -> str:
         )
         for name, network in networks.items()
     )
-    sections = "".join(_section(name, network) for name, network in networks.items())
+    sections = "".join(_section(name, one.network, len(one.split.held_out)) for name, one in loaded.items())
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     return template.substitute(
         datasets=", ".join(data),
@@ -260,7 +261,7 @@ def _title(network: ExitNetwork) -> str:
     return " + ".join(parts)
 
 
-def _section(name: str, network: ExitNetwork) -> str:
+def _section(name: str, network: ExitNetwork, held_out: int) -> str:
     description, accuracy = network.description, network.description.accuracy
     columns = (accuracy[name] for name in ("test_acc1", "test_acc5", "test_ensemble_acc1"))
     rows = zip(description.operations, *columns, strict=True)
@@ -270,6 +271,7 @@ def _section(name: str, network: ExitNetwork) -> str:
         name=name,
         title=_title(network),
         d=description,
+        held_out=held_out,
         stage=2 if description.stage == "IMTA" else 1,
         classes=len(description.data.class_names),
         recipe=", ".join(f"{option.replace('_', ' ')} {description.recipe[option]}" for option in RECIPE),

@@ -140,7 +140,7 @@ def test_a_quick_user_gets_sound_numbers(seen):
     assert [card["exit"] for card in hurried["cards"][:20]] == [card["exit"] for card in full["cards"]]
     assert sum(hurried["bars"]) == 23
     problem = hurried["problem"]
-    assert problem.startswith("This browser cannot read these files as images: ")
+    assert problem.startswith("These files cannot be used as images: ")
     assert sorted(problem.split(": ")[1].removesuffix(".").split(", ")) == ["empty.gif", "notes.txt"]
     # Almost every image takes every exit: the time saved is small, whatever else ran meanwhile.
     exits = [int(card["exit"]) for card in hurried["cards"]]

@@ -81,7 +81,6 @@ def test_a_folder_with_the_name_of_a_shipped_network_is_no_run(tmp_path, monkeyp
 )
 def test_save_directory_from_inside_a_run(tmp_path, monkeypatch, stage, flags, directory):
     (tmp_path / "runs" / "GE" / "inside").mkdir(parents=True)
-    (tmp_path / "runs" / "GE" / "best.safetensors").touch()
     monkeypatch.chdir(tmp_path / "runs" / "GE")
     assert parse(stage, flags).save_directory == tmp_path / directory
 

@@ -537,6 +537,22 @@ def test_a_block_of_another_program_is_not_replaced(converted, tmp_path):
 
 
 @needs_onnx
+def test_only_blocks_that_an_earlier_export_lists_are_replaced(converted, tmp_path):
+    network, blocks = converted
+    export_blocks(network, tmp_path, None, blocks)
+    (tmp_path / "block2.onnx").write_bytes(b"damaged")
+    export_blocks(network, tmp_path, None, blocks)
+    content = json.loads((tmp_path / "network.json").read_text(encoding="utf-8"))
+    del content["blocks"][2]  # of a network with two exits
+    (tmp_path / "network.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "block3.onnx").write_bytes(b"of another program")
+    with pytest.raises(UserError, match=r"block3\.onnx was not written by an export"):
+        export_blocks(network, tmp_path, None, blocks)
+    assert (tmp_path / "block3.onnx").read_bytes() == b"of another program"
+    assert (tmp_path / "network.json").exists()
+
+
+@needs_onnx
 def test_more_exits_than_one_file_holds(tmp_path):
     """Graphs inside graphs have a limit, which a file per block does not meet."""
     network = make_small("chain").eval()
@@ -779,6 +795,8 @@ def test_javascript_without_policies(converted, tmp_path):
         ({"preprocessing": None, "blocks": None}, "network.json lacks preprocessing, blocks$"),
         ({"blocks": []}, "network.json has 3 exits, but 0 blocks"),
         ({"blocks": [{"file": "../block1.onnx"}] * 3}, "network.json is damaged: see its blocks$"),
+        ({"blocks": [{"file": "%2e%2e"}] * 3}, "network.json is damaged: see its blocks$"),
+        ({"blocks": [None] * 3}, "network.json is damaged: see its blocks$"),
         ("null", "network.json was not written by this version"),
         ("{", "cannot read network.json: "),
     ],

@@ -1,11 +1,14 @@
 """The difference between two networks on the same images, and its error."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from engine.checkpoint import load_saved
 from experiments import paired
+from utils import UserError
 
 
 def test_difference_by_hand():
@@ -31,17 +34,21 @@ def test_two_runs(finished, tiny_demo, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"targets": torch.tensor([0, 1, 1])}, "different test images"),
-        ({"class_names": ["car", "cat"]}, "different test images"),
-        ({"correct": torch.ones(3, 3, dtype=torch.bool)}, "different numbers of exits"),
-    ],
+    "changes", [{"image_size": 48}, {"fingerprint": "other"}, {"class_names": ["a", "b"]}]
 )
-def test_networks_that_cannot_be_compared(monkeypatch, capsys, changes, message):
-    own = paired.Predicted(torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1, 0]), ["cat", "dog"])
-    networks = {"one": own, "other": own._replace(**changes)}
-    monkeypatch.setattr(paired, "correct_by_exit", lambda name, _: networks[name])
-    assert paired.main(["one", "one"]) == 0
-    assert paired.main(["one", "other"]) == 2
-    assert f"experiments.paired: the networks have {message}" in capsys.readouterr().err
+def test_networks_of_other_data_are_not_compared(finished, tiny_demo, changes):
+    own = load_saved(finished / "GE")
+    data = replace(own.data, **changes)
+    other = replace(own, description=replace(own.description, data=data))
+    with pytest.raises(UserError, match="the networks differ in their data set"):
+        paired.correct_by_exit(own, other, None)
+
+
+def test_networks_with_other_test_images_are_not_compared(finished, tiny_demo, capsys):
+    """As after ``--test-size`` with another ``--split-seed``."""
+    own = load_saved(finished / "GE")
+    other = replace(own, split=own.split._replace(test_digests=torch.tensor([1, 2])))
+    with pytest.raises(UserError, match="the networks differ in their data set"):
+        paired.correct_by_exit(own, other, None)
+    assert paired.main([str(finished / "GE"), "imta_cifar100"]) == 2
+    assert capsys.readouterr().err.startswith("experiments.paired: the networks differ")

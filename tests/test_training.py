@@ -550,9 +550,11 @@ def test_stage_1_starts_from_weights(runs, image_folder, capsys):
     start = ["--pretrained", "GE", "--epochs", "1", "--batch-size", "16", "--lr", "1e-12", "--save"]
     assert train_GE.main([*start, "more"]) == 0
     capsys.readouterr()
-    assert train_GE.main([*start, "again", "--preset", "demo", "--val-size", "32"]) == 0
+    again = [*start, "again", "--preset", "demo", "--val-size", "32"]
+    assert train_GE.main(again) == 0
     size = len(load_saved(runs / "GE").split.held_out)
     assert f"GE/best.safetensors: the same {size} of them are held out" in capsys.readouterr().out
+    assert train_GE.main([*again, "--resume"]) == 0
     assert (
         train_GE.main(
             [*start, "tuned", "--data", "folder", "--data-root", str(image_folder), "--val-size", "12"]

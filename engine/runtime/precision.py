@@ -86,8 +86,9 @@ def step_seconds(network: ExitNetwork, images: Tensor, dtype: torch.dtype | None
         trains: Whether the network is trained, not only evaluated.
     """
     network = copy.deepcopy(network).train(trains)
-    set_memory_format(network, torch.channels_last)
-    images = images.to(memory_format=torch.channels_last)
+    if network.stage_1.can_run_channels_last():
+        set_memory_format(network, torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     seconds = []
     with torch.inference_mode(False), torch.set_grad_enabled(trains):
         for _ in range(ROUNDS + 1):  # the first one also chooses kernels

@@ -194,7 +194,7 @@ class Page {
     this.underWay--;
     this.showTotals();
     if (this.underWay) return;
-    if (this.unreadable.length) showProblem(`This browser cannot read these files as images: ${list(this.unreadable)}.`);
+    if (this.unreadable.length) showProblem(`These files cannot be used as images: ${list(this.unreadable)}.`);
     this.unreadable = [];
     this.showSummary();
     for (const id of ["results", "summary"]) element(id).ariaBusy = "false";
@@ -283,7 +283,7 @@ async function readImage(file, { imageSize, preprocessing }) {
   picture.src = URL.createObjectURL(file);
   await picture.decode().finally(() => URL.revokeObjectURL(picture.src));
   const size = [picture.naturalWidth, picture.naturalHeight];
-  if (Math.max(...size) > MAX_RATIO * Math.min(...size)) throw new Error(`${file.name} has sides of ${size.join(" and ")} pixels.`);
+  if (Math.max(...size) > MAX_RATIO * Math.min(...size)) throw new Error(`${file.name} is too thin.`);
   const card = document.createElement("li");
   card.innerHTML = '<div class="text"><div class="class"></div><div class="exit"></div><div class="rest"></div><p class="note"></p></div>';
   picture.alt = file.name;

@@ -19,13 +19,14 @@ export class Predictor {
     if (blocks.length !== operations.length) {
       throw new Error(`network.json has ${operations.length} exits, but ${blocks.length} blocks`);
     }
-    const loadBlock = async ({ file }) => {
-      if (typeof file !== "string" || !/^[^/\\]+$/.test(file) || file === "." || file === "..") {
+    const loadBlock = async (block) => {
+      const file = block?.file;
+      if (typeof file !== "string" || !/^\w[\w.-]*$/.test(file)) {
         throw new Error("network.json is damaged: see its blocks");
       }
       const bytes = await read(file);
-      const block = readMetadata(bytes, file);
-      if (block.format !== FORMAT || block.fingerprint !== fingerprint) {
+      const metadata = readMetadata(bytes, file);
+      if (metadata.format !== FORMAT || metadata.fingerprint !== fingerprint) {
         throw new Error(`${file} is a block of another network or version than network.json`);
       }
       return createSession(ort, bytes, file);
