@@ -132,21 +132,15 @@ def within_budget(folder: Path) -> list[float]:
     return budget_accuracies(folder, budgets=[BUDGET])
 
 
-def first_exits(folder: Path) -> list[float]:
-    """Return the test accuracy of exits 1 and 2."""
-    return exit_accuracies(folder)[:2]
-
-
-def later_exits(folder: Path) -> list[float]:
-    """Return the test accuracy of the exits from the third on."""
-    return exit_accuracies(folder)[2:]
+def last_exit(folder: Path) -> list[float]:
+    """Return the test accuracy of the last exit."""
+    return exit_accuracies(folder)[-1:]
 
 
 # What two arms are compared by: the accuracies of the first, and of the second.
 METRICS: dict[str, tuple[Accuracies, Accuracies]] = {
     "exits": (exit_accuracies, exit_accuracies),
-    "first-exits": (first_exits, first_exits),
-    "later-exits": (later_exits, later_exits),
+    "last-exit": (last_exit, last_exit),
     "ensembles": (ensemble_accuracies, ensemble_accuracies),
     "adding-ensembles": (exit_accuracies, ensemble_accuracies),
     "budget": (within_budget, within_budget),
