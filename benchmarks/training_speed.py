@@ -10,8 +10,7 @@ thread per core. Ours is the trainer of this project with its defaults: on a CPU
 train the same network on the same random images. They run in separate processes and take turns, one round of
 steps each. They are compared within the rounds, so that another program on the machine slows both alike;
 medians over the rounds are printed. Workers of the plain loop load up to four batches while it waits for its
-turn, which favours it. Threads of both sides wait as those of this project's programs do, without spinning;
-``OMP_WAIT_POLICY=ACTIVE`` in front of the command lets them spin.
+turn, which favours it. Its threads wait as OpenMP's do by default, and ours as those of ``train_GE.py``.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,9 +58,8 @@ LEARNING_RATE = 0.01  # the labels are random: training would diverge at the pub
 FIRST_STEP = re.compile(r"epoch 1/\d+ 1/")
 SCHEDULE_IMAGES, SCHEDULE_EPOCHS = 45_000, {1: 300, 2: 180}  # the published CIFAR-100 settings
 
-# Fork from a process that has only imported modules; a fork of this one would inherit its threads and memory.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train_GE", "train_IMTA", "benchmarks.plain_loop"])
+# New processes: forks of this one would inherit its threads and memory, and how its threads wait.
+SPAWN = multiprocessing.get_context("spawn")
 
 _print = functools.partial(print, flush=True)
 
@@ -266,10 +264,11 @@ def elsewhere(
         peak memory of all processes of the side, in bytes.
     """
     connection, other_end = multiprocessing.Pipe()
-    process = FORKSERVER.Process(
+    process = SPAWN.Process(
         target=_obey, args=(other_end, side, stage_number, arguments)
     )  # not a daemon: it may have workers
-    process.start()
+    with _default_waits() if side == "plain loop" else nullcontext():
+        process.start()
     other_end.close()  # so that the connection ends with the process
 
     def run(steps: int) -> tuple[int, float, int]:
@@ -289,6 +288,16 @@ def elsewhere(
         with suppress(OSError):  # it is gone
             connection.send(0)
         process.join()
+
+
+@contextmanager
+def _default_waits() -> Iterator[None]:
+    """Start processes without the OMP_WAIT_POLICY that ``train_GE`` has set."""
+    policy = os.environ.pop("OMP_WAIT_POLICY")
+    try:
+        yield
+    finally:
+        os.environ["OMP_WAIT_POLICY"] = policy
 
 
 def _obey(connection: Connection, side: str, stage_number: int, arguments: argparse.Namespace) -> None:
