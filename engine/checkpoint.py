@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.runtime.device import is_out_of_memory
 from models import ExitNetwork
 from models.description import DataInfo, Description, Split
 from models.files import find
@@ -123,4 +124,6 @@ def report_damage(path: Path) -> Iterator[None]:
     except CannotBuildError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None

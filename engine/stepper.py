@@ -100,14 +100,15 @@ class Stepper:
         """Compile the step for batches such as this one, if the settings ask for it.
 
         Compiling runs forward and backward on the batch; weights, statistics and random state stay as they
-        are, and only SyncBatchNorm waits for other processes. With several processes, parameters that no exit
-        depends on are excluded from training, as ``DistributedDataParallel`` would wait for their gradients.
+        are, and only SyncBatchNorm waits for other processes. With several processes or GPUs, parameters that
+        no exit depends on are excluded from training: ``DistributedDataParallel`` would wait for their
+        gradients, and ``DataParallel`` would give them zeros.
 
         Args:
             images: (N, 3, H, W).
             targets: (N,).
         """
-        if self.processes.world_size > 1:
+        if self.processes.world_size > 1 or len(self.processes.gpu_ids) > 1:
             self._exclude_unused_parameters(images[:2], targets[:2])
         self._autocast = _Autocast(
             _compiled(self.objective, self.settings), self.processes.device, self.dtype
@@ -217,6 +218,10 @@ def _compiled(objective: nn.Module, settings: Namespace) -> nn.Module:
     # environment variable of this setting would have to be set before anything in the process compiles.
     if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    # One graph, as with one process. By default Dynamo splits it at the buckets of DistributedDataParallel,
+    # and such parts are not cached. In older versions they also wrote into memory that other parts still
+    # needed (pytorch#160745), and CUDA graphs were recorded again and again (pytorch#140395).
+    torch._dynamo.config.optimize_ddp = False
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hide that there is no GPU
     return torch.compile(objective, mode=None if settings.compile == "default" else settings.compile)
 

@@ -14,6 +14,7 @@ import train_GE
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.runtime.compiling import compiler_problem, reason_of, usable_mode
 from engine.runtime.distributed import Processes
+from engine.stepper import _compiled
 from settings.command_line import parse
 from tests.conftest import TINY_FLAGS
 from utils import UserError
@@ -73,6 +74,14 @@ def test_a_trial_leaves_the_loggers_as_they_are(no_compiler):
     before = logger.level
     assert "no such file" in compiler_problem(torch.device("cpu"))
     assert logger.level == before
+
+
+def test_the_step_is_one_graph_with_several_processes():
+    """Older versions of PyTorch compute wrong gradients where Dynamo splits it for their exchange."""
+    torch._dynamo.config.optimize_ddp = True
+    settings = parse("GE", ["--compile", "default"]).settings()
+    _compiled(torch.nn.Linear(1, 1), settings)
+    assert torch._dynamo.config.optimize_ddp is False
 
 
 def test_nothing_is_trained_or_removed_before_the_compiler_was_tried(

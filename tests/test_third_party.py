@@ -135,6 +135,12 @@ def test_a_missing_library_is_no_damage(tmp_path):
         raise CannotBuildError("networks of timm need the package timm")
 
 
+def test_too_little_memory_is_no_damage(tmp_path):
+    """Where it was, ``--overwrite`` would seem the way out."""
+    with pytest.raises(torch.OutOfMemoryError), report_damage(tmp_path / "last.pt"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_weights_of_networks_that_look_at_versions(tmp_path):
     network = build_backbone("mnasnet0_5", 2, 10, image_size=64)
     description = describe(network, image_size=64)
