@@ -164,7 +164,8 @@ def _listed_files(path: Path) -> set[str]:
     if not written_by.startswith(FORMAT.rstrip("0123456789")):  # of any version
         raise UserError(f"{path} was not written by an export: choose another directory, or remove it")
     blocks = content.get("blocks")
-    return {str(block.get("file")) for block in blocks if isinstance(block, dict)} if blocks else set()
+    entries = blocks if isinstance(blocks, list) else []
+    return {str(block.get("file")) for block in entries if isinstance(block, dict)}
 
 
 def _remove_later_blocks(folder: Path, count: int) -> None:

@@ -25,7 +25,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
         path /= BEST
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in networks_in(WEIGHTS)}
+    shipped = shipped_networks()
     if name in shipped:  # also beside a folder of that name, such as of an export
         return shipped[name]
     if runs:
@@ -39,6 +39,11 @@ def find(path_or_name: str | os.PathLike) -> Path:
 def expand_home(path: str | os.PathLike) -> Path:
     """Return a path with a leading ``~`` or ``~user`` replaced, and as it is where there is no such home."""
     return Path(os.path.expanduser(path))  # noqa: PTH111, as Path.expanduser raises where there is none
+
+
+def shipped_networks() -> dict[str, Path]:
+    """Return the network files of ``weights/`` by their names."""
+    return {file.stem: file for file in networks_in(WEIGHTS)}
 
 
 def networks_in(folder: Path) -> list[Path]:

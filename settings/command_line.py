@@ -32,7 +32,7 @@ from args import (
     option_names,
 )
 from models import ExitNetwork
-from models.files import BEST, SUFFIX, WEIGHTS
+from models.files import BEST, WEIGHTS, shipped_networks
 from models.options import current_value
 from models.third_party import TIMM_PREFIX
 from presets import PRESETS, RELEASED_CHOICES
@@ -291,8 +291,8 @@ class CommandLine:
         if self.pretrained_run is None:
             return Path("save") / _arch(self.typed).split("/")[-1] / spec.name
         # A folder with the name of a shipped network is a run only if it holds a network, as for ``find``.
-        is_shipped = (WEIGHTS / f"{pretrained}{SUFFIX}").is_file()
-        is_run = (pretrained / BEST).is_file() or (pretrained.is_dir() and not is_shipped)
+        is_run = (pretrained / BEST).is_file()
+        is_run = is_run or (pretrained.is_dir() and str(pretrained) not in shipped_networks())
         if is_run or pretrained.name in (BEST, "last.pt"):
             run = _with_name(pretrained if is_run else pretrained.parent)
             return run.parent / (f"{run.name}_2" if spec.is_first else spec.name)
